@@ -1,0 +1,27 @@
+"""memtile: linear layers too big for the memory of the device that runs them."""
+
+from memtile import errors
+from memtile.convert import Choice, dense_state_dict, select_linears, tile, untile
+from memtile.geometry import partition_uniform
+from memtile.integrations import register_all
+from memtile.layers import TiledEmbedding, TiledLinear, TiledLinearReturnBias
+from memtile.ops import split_tensor_along_last_dim
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Choice",
+    "TiledEmbedding",
+    "TiledLinear",
+    "TiledLinearReturnBias",
+    "__version__",
+    "dense_state_dict",
+    "errors",
+    "partition_uniform",
+    "select_linears",
+    "split_tensor_along_last_dim",
+    "tile",
+    "untile",
+]
+
+register_all()

@@ -1,0 +1,71 @@
+"""Dense names and tensors of a tiled model, one at a time."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtile.layers import TiledModule
+
+
+def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the checkpoint that the untiled model would have, in its order.
+
+    An iterator that never holds more than one assembled tensor: write each before you take the
+    next. Tensors of untiled modules are the model's own, not copies. Tied tensors come under every
+    name that they have.
+
+    Args:
+        model: a model with tiled layers, or a tiled layer.
+    """
+    return dense_items(model, model.state_dict())
+
+
+@torch.no_grad()
+def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The items of a state dict of the model with the tiles of each layer joined under its name.
+
+    Args:
+        model: the model whose names the dictionary has.
+        state_dict: tile names and others; what is no tile passes unchanged.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TiledModule)
+    }
+    given = set()
+    for key, value in state_dict.items():
+        found = _place_of(key, layers)
+        if found is None:
+            yield key, value
+        elif found not in given:
+            given.add(found)
+            layer_name, name = found
+            layer = layers[layer_name]
+            dense_name = f"{layer_name}.{name}" if layer_name else name
+            yield dense_name, layer.assemble(name, _tiles_of(layer, layer_name, name, state_dict))
+
+
+def _place_of(key: str, layers: Mapping[str, TiledModule]) -> tuple[str, str] | None:
+    """(layer, "weight" or "bias") that a key is a tile of, or None."""
+    parts = key.split(".")
+    for length in range(len(parts)):
+        name = ".".join(parts[:length])
+        layer = layers.get(name)
+        if layer is not None:
+            match = layer.tile_pattern.fullmatch(".".join(parts[length:]))
+            return (name, match["name"]) if match else None
+    return None
+
+
+def _tiles_of(
+    layer: TiledModule, layer_name: str, name: str, state_dict: Mapping[str, Any]
+) -> dict[tuple[int, int], Tensor]:
+    prefix = f"{layer_name}." if layer_name else ""
+    last = layer.grid.in_splits - 1
+    return {
+        index: state_dict[f"{prefix}{layer.tile_path(index[0], index[1] if name == 'weight' else last)}.{name}"]
+        for index in layer.tile_parameters(name)
+    }

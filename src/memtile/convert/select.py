@@ -1,0 +1,299 @@
+"""Which modules of a model are tiled, with which grid, and the reason for each yes and no."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from memtile.convert.kinds import Kind, integrations, kind_of
+from memtile.errors import ArgumentError, CannotTileError, SplitsError
+from memtile.geometry import Grid
+from memtile.layers import TiledModule
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to one module.
+
+    Args:
+        name: the module's name in the model.
+        tiled: whether it is tiled.
+        reason: why, or why not.
+        shape: (rows, columns) of its weight.
+        grid: how it is cut, where it is and a size was asked for.
+        ties: the names of all modules that share its weight, itself included, in order.
+    """
+
+    name: str
+    tiled: bool
+    reason: str
+    shape: tuple[int, int]
+    grid: Grid | None = None
+    ties: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        size = f"{self.shape[0]}×{self.shape[1]}"
+        grid = f" → {self.grid} tiles" if self.grid else ""
+        return f"{'yes' if self.tiled else 'no ':3} {self.name} {size}{grid}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How fine to cut: a number of splits, or the largest tile that is wanted.
+
+    Args:
+        out_splits: rows of tiles for every module, or None.
+        in_splits: columns of tiles for every linear.
+        max_tile_bytes: bytes of the largest weight tile, or None.
+
+    Raises:
+        ArgumentError: both, or a value that is no whole number above 0.
+    """
+
+    out_splits: int | None = None
+    in_splits: int = 1
+    max_tile_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("out_splits", "in_splits", "max_tile_bytes"):
+            value = getattr(self, name)
+            if value is None and name != "in_splits":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.max_tile_bytes is not None and (self.out_splits is not None or self.in_splits != 1):
+            raise ArgumentError(
+                "max_tile_bytes chooses the splits by itself; give it alone, or give out_splits "
+                "and in_splits"
+            )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether a size was asked for at all."""
+        return self.max_tile_bytes is not None or self.out_splits is not None or self.in_splits > 1
+
+    def grid(self, shape: tuple[int, int], element_bytes: int, rows_only: bool) -> Grid | str:
+        """The grid of a weight of this shape, or the reason why it stays dense."""
+        if self.max_tile_bytes is None:
+            return self._split(shape, rows_only)
+        weight_bytes = shape[0] * shape[1] * element_bytes
+        if weight_bytes <= self.max_tile_bytes:
+            return f"its {weight_bytes} bytes fit in max_tile_bytes={self.max_tile_bytes}"
+        elements = self.max_tile_bytes // element_bytes
+        if rows_only and elements < shape[1]:
+            return (
+                f"one row has {shape[1] * element_bytes} bytes, more than max_tile_bytes="
+                f"{self.max_tile_bytes}, and an embedding is cut between rows only"
+            )
+        return Grid.fewest(*shape, elements) if elements else "max_tile_bytes holds no element"
+
+    def _split(self, shape: tuple[int, int], rows_only: bool) -> Grid | str:
+        try:
+            return Grid.uniform(*shape, self.out_splits or 1, 1 if rows_only else self.in_splits)
+        except SplitsError as error:
+            return str(error)
+
+
+def select_linears(
+    model: nn.Module,
+    *,
+    out_splits: int | None = None,
+    in_splits: int = 1,
+    max_tile_bytes: int | None = None,
+    modules: Collection[str] | None = None,
+) -> list[Choice]:
+    """What `tile` would do with the same arguments: each linear and embedding, with the reason.
+
+    Args:
+        model: any module.
+        out_splits: rows of tiles for every module.
+        in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
+        max_tile_bytes: the largest weight tile; weights that fit stay dense.
+        modules: names to choose from; all by default.
+
+    Returns:
+        One `Choice` for each linear and embedding, in the model's order.
+
+    Raises:
+        ArgumentError: the sizes make no sense, or a name is no module of the model.
+        CannotTileError: a module named in `modules` cannot be tiled.
+    """
+    return choose(model, Cut(out_splits, in_splits, max_tile_bytes), modules)
+
+
+def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[Choice]:
+    """The same for a cut that is checked already."""
+    candidates = dict(_candidates(model))
+    _check_names(model, candidates, modules)
+    kept = [(name, why) for found in integrations() for name, why in found.keeps(model).items()]
+    reasons = {
+        name: _own_reason(name, module, kept, modules) for name, (module, _) in candidates.items()
+    }
+    groups = _ties(model, candidates, reasons)
+    choices = []
+    for name, (module, kind) in candidates.items():
+        choice = Choice(name, False, reasons[name], _shape(module, kind), ties=groups.get(name, ()))
+        choices.append(choice if reasons[name] else _with_grid(choice, candidates, cut))
+    _refuse_named(choices, modules)
+    return choices
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Kind | None]]]:
+    """Linears and embeddings by name, each once, not looking into tiled layers."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, TiledModule):
+            inside = (*inside, f"{name}." if name else "")
+            yield name, (module, None)
+        elif kind := kind_of(module):
+            yield name, (module, kind)
+
+
+def _shape(module: nn.Module, kind: Kind | None) -> tuple[int, int]:
+    if isinstance(module, TiledModule):
+        return module.grid.out_features, module.grid.in_features
+    assert kind is not None
+    return kind.shape(module)
+
+
+def _own_reason(
+    name: str,
+    module: nn.Module,
+    kept: list[tuple[str, str]],
+    modules: Collection[str] | None,
+) -> str:
+    """Why this module stays as it is, looking at it alone; "" when nothing speaks against tiling."""
+    if isinstance(module, TiledModule):
+        return f"it is tiled already, {module.grid}"
+    if modules is not None and name not in modules:
+        return "it is not among the modules asked for"
+    for prefix, why in kept:
+        if name == prefix or name.startswith(prefix + "."):
+            return why
+    kind = kind_of(module)
+    assert kind is not None
+    if not kind.matches(module):
+        return f"{type(module).__name__} is a class of its own, whose behaviour tiles might not keep"
+    return _state_reason(module) or _weight_reason(module) or _shape_reason(kind.shape(module))
+
+
+def _state_reason(module: nn.Module) -> str:
+    hooks = [
+        kind
+        for kind in ("forward", "forward_pre", "backward", "backward_pre", "state_dict")
+        if getattr(module, f"_{kind}_hooks", None)
+    ]
+    if hooks:
+        return f"it has {' and '.join(hooks)} hooks, which would be lost; remove them first"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, which would be lost"
+    if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
+        return "max_norm and sparse embeddings have no tiled form"
+    extra = [n for n, _ in module.named_children()]
+    extra += [n for n, p in module._parameters.items() if n not in ("weight", "bias") and p is not None]
+    return f"it holds {extra[0]!r} besides weight and bias" if extra else ""
+
+
+def _weight_reason(module: nn.Module) -> str:
+    for name in ("weight", "bias"):
+        parameter = getattr(module, name, None)
+        if parameter is None and name == "bias":
+            continue
+        if type(parameter) is not nn.Parameter or name not in module._parameters:
+            return f"its {name} is a {type(parameter).__name__}, not a plain parameter"
+        if not parameter.is_floating_point():
+            return f"its {name} is {parameter.dtype}, not a floating-point tensor"
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"its {name} has gradient hooks, which would be lost; remove them first"
+    return ""
+
+
+def _shape_reason(shape: tuple[int, int]) -> str:
+    return "" if min(shape) else "it has no elements"
+
+
+def _ties(
+    model: nn.Module, candidates: dict[str, tuple[nn.Module, Kind | None]], reasons: dict[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Names that share a weight; a weight shared with what stays dense keeps all of them dense."""
+    names = {id(module): name for name, (module, _) in candidates.items()}
+    owners: dict[int, list[tuple[str, str, str]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append((names.get(id(module), ""), own, f"{path}.{own}"))
+    groups = {}
+    for name, (module, _) in candidates.items():
+        if reasons[name]:
+            continue
+        bias = owners[id(module._parameters.get("bias"))] if module._parameters.get("bias") is not None else []
+        if len(bias) > 1:
+            others = [path for owner, _, path in bias if owner != name]
+            reasons[name] = f"its bias is also {others[0]}, and biases are not shared between tiles"
+    for name, (module, _) in candidates.items():
+        shared = owners[id(module._parameters.get("weight"))]
+        if reasons[name] or len(shared) < 2:
+            continue
+        groups[name] = tuple(owner for owner, _, _ in shared)
+    _settle(groups, {name: owners[id(candidates[name][0]._parameters["weight"])] for name in groups}, reasons)
+    return {name: ties for name, ties in groups.items() if not reasons[name]}
+
+
+def _settle(
+    groups: dict[str, tuple[str, ...]],
+    owners: dict[str, list[tuple[str, str, str]]],
+    reasons: dict[str, str],
+) -> None:
+    """Give every member of a tie a reason where one member cannot be tiled."""
+    for name in groups:
+        for owner, own, path in owners[name]:
+            if own == "weight" and owner in reasons and not reasons[owner]:
+                continue
+            why = reasons.get(owner) or "it is not a linear or an embedding"
+            reasons[name] = reasons[name] or f"its weight is also {path}, which stays dense: {why}"
+
+
+def _with_grid(
+    choice: Choice, candidates: dict[str, tuple[nn.Module, Kind | None]], cut: Cut
+) -> Choice:
+    module, kind = candidates[choice.name]
+    assert kind is not None
+    tied_kinds = [candidates[name][1] for name in choice.ties]
+    if len({k.tiled.weight_is_transposed for k in tied_kinds if k}) > 1:
+        return replace(choice, reason="it shares a weight with a transposed linear")
+    tied = f", tied with {', '.join(n for n in choice.ties if n != choice.name)}" if choice.ties else ""
+    if not cut.is_given:
+        return replace(choice, tiled=True, reason=f"a plain {kind.name}{tied}")
+    rows_only = kind.rows_only or any(k.rows_only for k in tied_kinds if k)
+    weight = module._parameters["weight"]
+    assert weight is not None
+    grid = cut.grid(choice.shape, weight.element_size(), rows_only)
+    if isinstance(grid, str):
+        return replace(choice, reason=grid)
+    return replace(choice, tiled=True, reason=f"a plain {kind.name}{tied}", grid=grid)
+
+
+def _check_names(
+    model: nn.Module,
+    candidates: dict[str, tuple[nn.Module, Kind | None]],
+    modules: Collection[str] | None,
+) -> None:
+    if isinstance(modules, str):
+        raise ArgumentError(f"modules={modules!r} must be a collection of names, such as [{modules!r}]")
+    unknown = sorted(set(modules or ()) - set(candidates))
+    if unknown:
+        everything = dict(model.named_modules())
+        what = "no linear or embedding" if unknown[0] in everything else "no module"
+        raise ArgumentError(
+            f"{unknown[0]!r} is {what} of {type(model).__name__}; "
+            "memtile.select_linears(model) lists the names that can be tiled"
+        )
+
+
+def _refuse_named(choices: list[Choice], modules: Collection[str] | None) -> None:
+    for choice in choices:
+        if modules is not None and choice.name in modules and not choice.tiled:
+            raise CannotTileError(f"{choice.name} cannot be tiled: {choice.reason}")

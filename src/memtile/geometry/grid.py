@@ -1,0 +1,168 @@
+"""The grid of one weight: out-spans × in-spans, one tile in each rectangle."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from memtile.errors import SplitsError, TileShapeError
+from memtile.geometry.spans import Span, partition_uniform, spans_of
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """A rectangle of a weight of shape (out_features, in_features)."""
+
+    out: Span
+    into: Span
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the rectangle."""
+        return self.out.size, self.into.size
+
+    @property
+    def index(self) -> tuple[slice, slice]:
+        """The rectangle as an index of the dense weight."""
+        return self.out.as_slice(), self.into.as_slice()
+
+    def overlap(self, other: "Rect") -> "Rect | None":
+        """The part that both rectangles hold, or None when there is none."""
+        out, into = self.out.overlap(other.out), self.into.overlap(other.into)
+        return Rect(out, into) if out and into else None
+
+    def since(self, origin: "Rect") -> "Rect":
+        """The same rectangle counted from the corner of `origin`."""
+        return Rect(self.out.since(origin.out.start), self.into.since(origin.into.start))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a weight of shape (out_features, in_features) is cut into tiles.
+
+    Args:
+        out_parts: bounds of the out-spans, from 0 to out_features.
+        in_parts: bounds of the in-spans, from 0 to in_features.
+    """
+
+    out_parts: tuple[int, ...]
+    in_parts: tuple[int, ...]
+
+    @classmethod
+    def uniform(
+        cls, out_features: int, in_features: int, out_splits: int = 1, in_splits: int = 1
+    ) -> "Grid":
+        """The grid of `out_splits` × `in_splits` tiles that are as even as possible.
+
+        Raises:
+            SplitsError: a number of splits is no whole number from 1 to its number of features.
+        """
+        _check_splits("in_splits", in_splits, "in_features", in_features)
+        _check_splits("out_splits", out_splits, "out_features", out_features)
+        return cls(
+            tuple(partition_uniform(out_features, out_splits)),
+            tuple(partition_uniform(in_features, in_splits)),
+        )
+
+    @classmethod
+    def fewest(cls, out_features: int, in_features: int, max_elements: int) -> "Grid":
+        """The grid with the fewest tiles of at most `max_elements` elements.
+
+        Rows of the weight stay whole where they fit (row tiles are contiguous in a checkpoint and
+        need no sums); a row that is itself too long is cut into columns.
+
+        Raises:
+            SplitsError: `max_elements` is below 1.
+        """
+        if max_elements < 1:
+            raise SplitsError(
+                f"a tile of at most {max_elements} elements cannot hold anything; "
+                "allow at least one element"
+            )
+        in_splits = -(-in_features // max_elements)
+        rows = max(1, max_elements // -(-in_features // in_splits))
+        return cls.uniform(out_features, in_features, -(-out_features // rows), in_splits)
+
+    @classmethod
+    def of_shapes(cls, shapes: Mapping[tuple[int, int], tuple[int, int]]) -> "Grid":
+        """The grid that tiles of the given shapes make, keyed by (row, column).
+
+        Checkpoints of other releases cut their spans in other ways: they are read, never assumed.
+
+        Raises:
+            TileShapeError: tiles are missing, or do not line up in rows and columns.
+        """
+        out_splits = 1 + max(row for row, _ in shapes)
+        in_splits = 1 + max(column for _, column in shapes)
+        missing = [(o, i) for o in range(out_splits) for i in range(in_splits) if (o, i) not in shapes]
+        if missing:
+            raise TileShapeError(f"tiles {missing[:4]} of a {out_splits}×{in_splits} grid are missing")
+        for (row, column), shape in shapes.items():
+            if shape != (shapes[row, 0][0], shapes[0, column][1]):
+                raise TileShapeError(
+                    f"tile ({row}, {column}) of shape {shape} does not line up with tile "
+                    f"({row}, 0) of shape {shapes[row, 0]} and tile (0, {column}) of shape "
+                    f"{shapes[0, column]}"
+                )
+        return cls(
+            tuple(accumulate((shapes[o, 0][0] for o in range(out_splits)), initial=0)),
+            tuple(accumulate((shapes[0, i][1] for i in range(in_splits)), initial=0)),
+        )
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.out_parts[-1]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.in_parts[-1]
+
+    @property
+    def out_splits(self) -> int:
+        """How many rows of tiles there are."""
+        return len(self.out_parts) - 1
+
+    @property
+    def in_splits(self) -> int:
+        """How many columns of tiles there are."""
+        return len(self.in_parts) - 1
+
+    @cached_property
+    def out_spans(self) -> tuple[Span, ...]:
+        """The spans of the rows of tiles."""
+        return spans_of(self.out_parts)
+
+    @cached_property
+    def in_spans(self) -> tuple[Span, ...]:
+        """The spans of the columns of tiles."""
+        return spans_of(self.in_parts)
+
+    def rect(self, row: int, column: int) -> Rect:
+        """The rectangle of the tile at (row, column)."""
+        return Rect(self.out_spans[row], self.in_spans[column])
+
+    def indices(self) -> Iterator[tuple[int, int]]:
+        """(row, column) of every tile, row by row."""
+        return ((o, i) for o in range(self.out_splits) for i in range(self.in_splits))
+
+    def overlapping(self, rect: Rect) -> Iterator[tuple[tuple[int, int], Rect]]:
+        """Every tile that shares elements with `rect`: its index and the shared rectangle."""
+        for index in self.indices():
+            shared = self.rect(*index).overlap(rect)
+            if shared:
+                yield index, shared
+
+    def __str__(self) -> str:
+        return f"{self.out_splits}×{self.in_splits}"
+
+
+def _check_splits(name: str, splits: int, bound_name: str, bound: int) -> None:
+    if isinstance(splits, bool) or not isinstance(splits, int):
+        raise SplitsError(f"{name}={splits!r} must be a whole number from 1 to {bound_name}={bound}")
+    if not 1 <= splits <= bound:
+        raise SplitsError(
+            f"{name}={splits} is outside [1, {bound_name}={bound}]: every tile needs at least one "
+            f"feature; choose {name} between 1 and {bound}"
+        )

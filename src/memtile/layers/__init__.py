@@ -1,0 +1,18 @@
+"""The tiled layers: modules with the contract of the linear and the embedding that they replace."""
+
+from memtile.layers.gather import gathered, register_gatherer
+from memtile.layers.handle import DenseHandle
+from memtile.layers.return_bias import TiledLinearReturnBias
+from memtile.layers.tiled_embedding import TiledEmbedding
+from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.tiled_module import TiledModule
+
+__all__ = [
+    "DenseHandle",
+    "TiledEmbedding",
+    "TiledLinear",
+    "TiledLinearReturnBias",
+    "TiledModule",
+    "gathered",
+    "register_gatherer",
+]

@@ -1,0 +1,137 @@
+"""What is checked before a tiled linear works: its tiles are plain or not, its input fits or not."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from memtile.errors import SplitsError, TileDeviceError, TileDtypeError, TileShapeError
+from memtile.geometry import partition_uniform
+
+_LINEAR_FORWARD = nn.Linear.forward
+_LINEAR_CALL = nn.Linear.__call__
+
+
+def is_plain(tile: nn.Module) -> bool:
+    """Whether calling the tile does what `nn.Linear` does, and nothing that anyone hooked on."""
+    own = tile.__dict__
+    parameters = tile._parameters
+    return (
+        type(tile) is nn.Linear
+        and not tile._forward_hooks
+        and not tile._forward_pre_hooks
+        and not tile._backward_hooks
+        and not tile._backward_pre_hooks
+        and type(parameters.get("weight")) is nn.Parameter
+        and type(parameters.get("bias")) in (nn.Parameter, type(None))
+        and "forward" not in own
+        and own.get("_compiled_call_impl") is None
+    )
+
+
+def all_plain(tiles: Sequence[nn.Module]) -> bool:
+    """Whether all tiles are plain, on one device and of one dtype, and nothing global is hooked."""
+    if torch_module._has_any_global_hook():
+        return False
+    if nn.Linear.forward is not _LINEAR_FORWARD or nn.Linear.__call__ is not _LINEAR_CALL:
+        return False
+    first = tiles[0]._parameters.get("weight")
+    if first is None:
+        return False
+    dtype, device = first.dtype, first.device
+    return all(
+        is_plain(tile)
+        and all(p is None or (p.dtype == dtype and p.device == device) for p in tile._parameters.values())
+        for tile in tiles
+    )
+
+
+def column_widths(row: Sequence[nn.Module]) -> list[int] | None:
+    """The input width of each column where its tile declares one, else None."""
+    widths = [getattr(tile, "in_features", None) for tile in row]
+    return [w for w in widths if isinstance(w, int)] if all(isinstance(w, int) for w in widths) else None
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """The value, when it is a tensor with at least one dimension.
+
+    Raises:
+        TileDtypeError: it is no tensor.
+        TileShapeError: it has no dimension.
+    """
+    if not isinstance(value, Tensor):
+        raise TileDtypeError(
+            f"{name}: the input is a {type(value).__name__}, it must be a tensor (…, in_features); "
+            "a layer made with input_is_already_split=True takes a sequence of tensors"
+        )
+    if value.dim() == 0:
+        raise TileShapeError(f"{name}: the input has no dimensions; it must be (…, in_features)")
+    return value
+
+
+def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | None) -> list[int]:
+    """How an input of this width is cut into columns.
+
+    The cut follows the width that arrives (a tensor-parallel linear feeds its local one), unless
+    the tiles declare their own widths.
+
+    Raises:
+        TileShapeError: the width is not what the tiles declare, or too small to be cut.
+    """
+    if declared is not None and width != sum(declared):
+        raise TileShapeError(
+            f"{name}: the input is {width} wide, the layer's in_features is {sum(declared)}; the "
+            "last dimension of the input must be in_features"
+        )
+    if declared is not None:
+        return list(declared)
+    if width < columns:
+        raise SplitsError(f"{name}: an input {width} wide cannot be cut into {columns} columns")
+    bounds = partition_uniform(width, columns)
+    return [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def check_chunks(name: str, chunks: Sequence[Tensor], columns: int, declared: Sequence[int] | None) -> None:
+    """Check an input that arrives split: its number of chunks, their widths, their other dimensions.
+
+    Raises:
+        TileShapeError: one of them is wrong.
+    """
+    if not isinstance(chunks, Sequence):
+        raise TileDtypeError(
+            f"{name}: the input is a {type(chunks).__name__}; a layer made with "
+            "input_is_already_split=True takes a sequence of tensors"
+        )
+    if len(chunks) != columns:
+        raise TileShapeError(f"{name}: the input has {len(chunks)} chunks, the layer {columns} in_splits")
+    for number, chunk in enumerate(chunks):
+        check_tensor(f"{name}, chunk {number}", chunk)
+        if declared is not None and chunk.shape[-1] != declared[number]:
+            raise TileShapeError(
+                f"{name}: chunk {number} is {chunk.shape[-1]} wide, its column {declared[number]}; "
+                "cut the input at layer.in_parts"
+            )
+        if chunk.shape[:-1] != chunks[0].shape[:-1]:
+            raise TileShapeError(
+                f"{name}: chunk {number} is {tuple(chunk.shape)}, chunk 0 {tuple(chunks[0].shape)}; "
+                "they must agree in all but the last dimension"
+            )
+
+
+def check_kind(name: str, chunk: Tensor, weight: Tensor, cast_to: torch.dtype | None) -> None:
+    """Check dtype and device against plain tiles; under autocast torch casts by itself.
+
+    Raises:
+        TileDtypeError: the dtypes differ and autocast is off.
+        TileDeviceError: the devices differ.
+    """
+    if chunk.dtype != weight.dtype and cast_to is None:
+        raise TileDtypeError(
+            f"{name}: the input is {chunk.dtype}, the tiles are {weight.dtype}; convert one of them, "
+            "or run under torch.autocast"
+        )
+    if chunk.device != weight.device:
+        raise TileDeviceError(
+            f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; move one of them"
+        )

@@ -1,0 +1,146 @@
+"""What a read of a tiled layer's `.weight` or `.bias` gives: a tensor without data.
+
+Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
+dense tensor, differentiably. What would silently change only a copy (in-place operations, `.data`,
+`nn.init`, assignments to `.grad`) is refused.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from memtile.errors import HandleError
+
+
+class Tiled(Protocol):
+    """What a handle needs to know of its layer."""
+
+    def tile_parameters(self, name: str) -> dict[tuple[int, int], nn.Parameter]:
+        """The parameters called `name` of the tiles, by their place."""
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the dense parameter called `name`."""
+
+    def dense_tensor(self, name: str) -> Tensor:
+        """The dense parameter called `name`, assembled."""
+
+    def dense_gradient(self, name: str) -> Tensor | None:
+        """Its gradient, assembled; None while a tile has none."""
+
+    def full_name(self) -> str:
+        """The layer's name for messages."""
+
+
+_FREE_PROPERTIES = (
+    "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cpu is_cuda is_meta is_mps "
+    "is_nested is_quantized is_sparse is_sparse_csr is_xpu itemsize nbytes names output_nr _version"
+).split()
+_FREE_METHODS = (
+    "size dim ndimension numel nelement element_size stride storage_offset is_contiguous "
+    "is_floating_point is_complex is_signed is_inference get_device __len__ __hash__ type"
+).split()
+_REFUSED = frozenset(
+    {"data", "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"}
+    | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "__setitem__"}
+    | {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+)
+
+
+def _free_functions() -> frozenset[Any]:
+    properties = [getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)]
+    return frozenset([*properties, *(getattr(Tensor, name) for name in _FREE_METHODS)])
+
+
+class DenseHandle(Tensor):
+    """The dense `.weight` or `.bias` of a tiled layer, assembled when it is used."""
+
+    _free: ClassVar[frozenset[Any]] = _free_functions()
+    _layer: Tiled
+    _name: str
+
+    @staticmethod
+    def __new__(cls, layer: Tiled, name: str) -> "DenseHandle":
+        parameters = list(layer.tile_parameters(name).values())
+        handle: DenseHandle = Tensor._make_wrapper_subclass(
+            cls,
+            layer.dense_shape(name),
+            dtype=parameters[0].dtype,
+            device=parameters[0].device,
+            requires_grad=any(parameter.requires_grad for parameter in parameters),
+        )
+        handle._layer, handle._name = layer, name
+        handle._is_param = True  # isinstance(handle, nn.Parameter): libraries look weights up so
+        return handle
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes
+        return (
+            f"DenseHandle({self._layer.full_name()}.{self._name}, shape={tuple(self.shape)}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.assemble().detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.assemble().detach().__reduce_ex__(protocol)
+
+    def assemble(self) -> Tensor:
+        """The dense tensor, differentiable with respect to the tiles where gradients are on."""
+        return self._layer.dense_tensor(self._name)
+
+    def is_of_tiles(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether the handle stands for exactly these parameters, in this order."""
+        own = list(self._layer.tile_parameters(self._name).values())
+        return len(own) == len(parameters) and all(a is b for a, b in zip(own, parameters, strict=True))
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in cls._free:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func == Tensor.grad.__get__:  # type: ignore[attr-defined]  # a getset descriptor
+            return args[0]._layer.dense_gradient(args[0]._name)
+        _refuse_writes(func, args, kwargs)
+        return func(*tree_map(_assembled, tuple(args)), **tree_map(_assembled, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map(_assembled, tuple(args)), **tree_map(_assembled, kwargs or {}))
+
+
+def _assembled(value: Any) -> Any:
+    return value.assemble() if isinstance(value, DenseHandle) else value
+
+
+def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__", None)
+    if name in {"__get__", "__set__"}:
+        verb, name = name, getattr(owner, "__name__", name)
+        refused = verb == "__set__" or name in _REFUSED
+    else:
+        in_place = name.endswith("_") and not name.endswith("__")
+        refused = in_place or name in _REFUSED
+        refused = refused and any(isinstance(arg, DenseHandle) for arg in (*args[:1], *kwargs.values()))
+        refused = refused or any(isinstance(kwargs.get(key), DenseHandle) for key in ("out",))
+    if refused:
+        handle = next(a for a in (*args, *kwargs.values()) if isinstance(a, DenseHandle))
+        where = f"{handle._layer.full_name()}.{handle._name}"
+        raise HandleError(
+            f"{where}: '{name}' on the weight of a tiled layer would change nothing, since it has "
+            "no memory of its own: its tiles do. Write with layer.copy_params_from(linear), "
+            "layer.reset_parameters() or layer.load_state_dict(…), freeze with "
+            "layer.requires_grad_(False), or work on each tile of layer.parameters()"
+        )

@@ -1,0 +1,164 @@
+"""Reading a layer from a checkpoint in any form: dense names, or tiles of any grid.
+
+torch loads a module's children after the module itself, from the same dictionary, so the layer
+rewrites its part of the dictionary into its own tiles' names before they look. What does not
+describe the layer loads nothing into it and is reported as one sentence.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from memtile.errors import MemtileError
+from memtile.geometry import Rect
+from memtile.layers.gather import gathered
+from memtile.layers.values import Index, Values
+
+NAMES = ("weight", "bias")
+
+
+class Loadable(Protocol):
+    """What loading needs to know of a tiled layer."""
+
+    grid: Any
+    tile_pattern: Any
+    weight_is_transposed: Any
+
+    def full_name(self) -> str: ...
+    def tile_path(self, row: int, column: int) -> str: ...
+    def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]: ...
+    def tile_rect(self, name: str, index: Index) -> Rect: ...
+    def dense_shape(self, name: str) -> tuple[int, ...]: ...
+
+
+def problems_of(layer: Loadable, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> list[str]:
+    """Every reason, as a sentence, why the dictionary cannot be loaded into the layer."""
+    found = _Found(layer, state_dict, prefix)
+    problems = [problem for name in NAMES for problem in found.problems(name)]
+    if strict:
+        missing = [name for name in NAMES if layer.tile_parameters(name) and not found.has(name)]
+        if missing:
+            problems.append(
+                f"{layer.full_name()}: the checkpoint has no {' and no '.join(missing)}, neither "
+                f"dense nor in tiles; it holds {sorted(found.keys)[:6]}"
+            )
+        if found.extra:
+            problems.append(f"{layer.full_name()}: the checkpoint has unknown names {found.extra[:6]}")
+    return problems
+
+
+def load_any_form(
+    layer: Loadable, state_dict: dict[str, Any], prefix: str, assign: bool
+) -> list[str]:
+    """Rewrite the layer's entries of `state_dict` into names and values of its own tiles, in place.
+
+    Args:
+        layer: the tiled layer.
+        state_dict: the module's own copy of the checkpoint's dictionary.
+        prefix: the layer's name in it, with a dot, or nothing.
+        assign: torch will put the entries themselves into the tiles: they must be copies.
+
+    Returns:
+        What is wrong, as sentences; then the tiles keep their values.
+    """
+    found = _Found(layer, state_dict, prefix)
+    problems = [problem for name in NAMES for problem in found.problems(name)]
+    for name in NAMES:
+        if found.has(name) and (problems or not found.is_own_form(name) or assign):
+            found.rewrite(name, keep=bool(problems), assign=assign)
+    return problems
+
+
+class _Found:
+    """What a checkpoint holds for one layer."""
+
+    def __init__(self, layer: Loadable, state_dict: Mapping[str, Any], prefix: str) -> None:
+        self.layer, self.state_dict, self.prefix = layer, state_dict, prefix
+        self.keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+        self.dense = {name for name in NAMES if name in self.keys}
+        self.tiles: dict[str, dict[Index, str]] = {name: {} for name in NAMES}
+        self.extra: list[str] = []
+        for key in self.keys:
+            match = layer.tile_pattern.fullmatch(key)
+            if match:
+                row, column = int(match["row"]), int(match.groupdict().get("column") or 0)
+                self.tiles[match["name"]][row, column] = key
+            elif key not in NAMES and not self._is_a_tiles_own(key):
+                self.extra.append(key)
+
+    def _is_a_tiles_own(self, key: str) -> bool:
+        """Whether a key belongs to a tile in another way (a linear_cls with more parameters)."""
+        return any(key.startswith(self.layer.tile_path(*i) + ".") for i in self.layer.grid.indices())
+
+    def has(self, name: str) -> bool:
+        return name in self.dense or bool(self.tiles[name])
+
+    def is_own_form(self, name: str) -> bool:
+        """Whether these are this layer's own tiles, which torch can load by itself."""
+        own = self.layer.tile_parameters(name)
+        tiles = self._tiles_by_place(name)
+        return name not in self.dense and {i: tuple(t.shape) for i, t in tiles.items()} == {
+            i: tuple(p.shape) for i, p in own.items()
+        }
+
+    def problems(self, name: str) -> list[str]:
+        try:
+            problem = self._problem(name)
+        except MemtileError as error:
+            problem = str(error)
+        return [f"{self.layer.full_name()}.{name}: {problem}"] if problem else []
+
+    def _problem(self, name: str) -> str:
+        if not self.has(name):
+            return ""
+        if name in self.dense and self.tiles[name]:
+            return "the checkpoint holds it both dense and in tiles; keep one of the two"
+        if not self.layer.tile_parameters(name):
+            return "the checkpoint holds one, but the layer has none; make it with bias=True"
+        expected = self.layer.dense_shape(name)
+        if name in self.dense:
+            shape = tuple(self.state_dict[self.prefix + name].shape)
+            return "" if shape == expected else f"the checkpoint's is {shape}, the layer's {expected}"
+        values = self._values(name)
+        whole = (self.layer.grid.out_features, self.layer.grid.in_features if name == "weight" else 1)
+        if values.shape != whole and not self.is_own_form(name):
+            return f"the checkpoint's tiles make {values.shape}, the layer's {whole}"
+        return ""
+
+    def _values(self, name: str) -> Values:
+        if name in self.dense:
+            tensor = self.state_dict[self.prefix + name]
+            turned = name == "weight" and self.layer.weight_is_transposed
+            return Values.dense(tensor.t() if turned else tensor)
+        return Values.tiles(self._tiles_by_place(name))
+
+    def _tiles_by_place(self, name: str) -> dict[Index, Tensor]:
+        """Tiles by their place; a bias stands in the last column of its row, whichever that is."""
+        tiles = {index: self.state_dict[self.prefix + key] for index, key in self.tiles[name].items()}
+        return tiles if name == "weight" else {(row, 0): tensor for (row, _), tensor in tiles.items()}
+
+    def rewrite(self, name: str, *, keep: bool, assign: bool) -> None:
+        """Put this layer's tiles into the dictionary: with their old values, or with the found ones."""
+        assert isinstance(self.state_dict, dict)
+        values = None if keep else self._values(name)
+        for key in [name, *self.tiles[name].values()]:
+            self.state_dict.pop(self.prefix + key, None)
+        for index, parameter in self.layer.tile_parameters(name).items():
+            column = index[1] if name == "weight" else self.layer.grid.in_splits - 1
+            key = f"{self.prefix}{self.layer.tile_path(index[0], column)}.{name}"
+            self.state_dict[key] = self._entry(name, index, parameter, values, assign)
+
+    def _entry(
+        self, name: str, index: Index, parameter: nn.Parameter, values: Values | None, assign: bool
+    ) -> Tensor:
+        """What torch will load into one tile; the parameter itself where it is written already."""
+        if values is None:
+            return parameter
+        rect = self.layer.tile_rect(name, index)
+        if assign or parameter.is_meta:
+            return values.copy_of(rect, parameter)
+        with torch.no_grad(), gathered([parameter], write=True):
+            values.write_to(parameter, rect)
+        return parameter

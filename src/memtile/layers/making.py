@@ -1,0 +1,78 @@
+"""Making tiles, and giving them the starting values of one whole `nn.Linear`.
+
+A tile that initialised itself would use its own fan-in: with in_splits columns its weights would be
+√in_splits too large. So plain tiles are made without starting values, and drawn once, from the
+distribution of the whole layer, tile by tile and without a full-size temporary. Row tiles on the
+CPU come out bit-identical to `nn.Linear` under the same seed, since the draws follow one another.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtile.errors import TileClassError
+from memtile.layers.gather import gathered
+from memtile.layers.tiled_module import TiledModule
+
+LinearClass = Callable[..., nn.Module]
+
+
+class _UninitialisedLinear(nn.Linear):
+    """An `nn.Linear` whose parameters are left as allocated."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: whoever made this tile fills it."""
+
+
+def make_tile(
+    linear_cls: LinearClass, in_features: int, out_features: int, bias: bool, **kwargs: Any
+) -> nn.Module:
+    """One tile; a plain `nn.Linear` comes without starting values.
+
+    Args:
+        linear_cls: called as `linear_cls(in_features, out_features, bias=bias, **kwargs)`.
+        in_features: columns of the tile.
+        out_features: rows of the tile.
+        bias: whether the tile carries its row's bias.
+        **kwargs: the user's own, passed on by contract.
+
+    Raises:
+        TileClassError: the class ignores `bias=False`, or gives no module.
+    """
+    if linear_cls is nn.Linear:
+        tile: nn.Module = _UninitialisedLinear(in_features, out_features, bias=bias, **kwargs)
+        tile.__class__ = nn.Linear
+        return tile
+    tile = linear_cls(in_features, out_features, bias=bias, **kwargs)
+    name = getattr(linear_cls, "__qualname__", repr(linear_cls))
+    if not isinstance(tile, nn.Module):
+        raise TileClassError(f"linear_cls={name} made a {type(tile).__name__}; it must make an nn.Module")
+    if not bias and getattr(tile, "bias", None) is not None:
+        raise TileClassError(
+            f"linear_cls={name} was asked for bias=False and made a bias: a bias belongs to the last "
+            "column of tiles only, or it is added once for each; make the class honour bias=False"
+        )
+    return tile
+
+
+def draws_like_linear(tile: nn.Module) -> bool:
+    """Whether a tile's starting values are those of `nn.Linear`, so that the whole layer's apply."""
+    return isinstance(tile, nn.Linear) and type(tile).reset_parameters in (
+        nn.Linear.reset_parameters,
+        _UninitialisedLinear.reset_parameters,
+    )
+
+
+@torch.no_grad()
+def draw_like_whole_linear(layer: TiledModule) -> None:
+    """Draw all tiles from the distribution that `nn.Linear` gives the whole layer."""
+    fan_in = layer.grid.in_features
+    gain = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
+    bounds = {"weight": math.sqrt(3.0) * (gain / math.sqrt(fan_in)), "bias": 1 / math.sqrt(fan_in)}
+    for name, bound in bounds.items():
+        for parameter in layer.tile_parameters(name).values():
+            with gathered([parameter], write=True):
+                parameter.uniform_(-bound, bound)

@@ -1,0 +1,61 @@
+"""`TiledLinearReturnBias`: tiles that return their bias instead of adding it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from memtile import ops
+from memtile.errors import TileClassError
+from memtile.layers.tiled_linear import Results, TiledLinear, own_point
+from memtile.layers.values import Index
+
+
+class TiledLinearReturnBias(TiledLinear):
+    """A `TiledLinear` of a `linear_cls` whose forward returns `(output, bias)`.
+
+    Such are Megatron's linears with `skip_bias_add`. Outputs are summed, returned biases are not:
+    `forward` gives `(output, bias)` with the biases of the rows joined, or None when no tile
+    returns one; without `combine_out_splits` a list of such pairs.
+    """
+
+    def _walk_composed(self, results: Results) -> Any:
+        biases: list[Tensor | None] = [None] * self.out_splits
+
+        def outputs() -> Results:
+            for index, result in results:
+                output, bias = self._check_pair(index, result)
+                biases[index[0]] = bias if bias is not None else biases[index[0]]
+                yield index, output
+
+        output = super()._walk_composed(outputs())
+        if self.combine_out_splits:
+            return output, _join_biases(biases)
+        return list(zip(output, biases, strict=True))
+
+    def _check_pair(self, index: Index, result: Any) -> tuple[Tensor, Tensor | None]:
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor)):
+            raise TileClassError(
+                f"{self.full_name()}: tile {index} returned a {type(result).__name__}, not "
+                "(output, bias); a linear_cls that returns one tensor belongs in TiledLinear"
+            )
+        return result
+
+    @own_point
+    def _reduce_local_output(self, in_id: int, out_id: int, current_out: Any, new_out: Any) -> Any:
+        """Add outputs; keep the bias that a column returned."""
+        output, bias = self._check_pair((out_id, in_id), new_out)
+        before, kept = (None, None) if current_out is None else current_out
+        total = super()._reduce_local_output(in_id, out_id, before, output)
+        return total, kept if bias is None else bias
+
+    @own_point
+    def _combine_output_splits(self, outputs: Sequence[Any]) -> Any:
+        """Join outputs and biases of the rows."""
+        joined = super()._combine_output_splits([output for output, _ in outputs])
+        return joined, _join_biases([bias for _, bias in outputs])
+
+
+def _join_biases(biases: Sequence[Tensor | None]) -> Tensor | None:
+    found = [bias for bias in biases if bias is not None]
+    return ops.join_rows(found) if found else None

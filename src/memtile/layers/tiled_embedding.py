@@ -1,0 +1,227 @@
+"""`TiledEmbedding`: rows of the vocabulary are its tiles, which a tiled head can share."""
+
+import re
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from memtile import ops
+from memtile.errors import ArgumentError, TileDtypeError, TileIndexError
+from memtile.geometry import Grid
+from memtile.layers.gather import gathered
+from memtile.layers.tiled_module import TiledModule
+
+Self = TypeVar("Self", bound="TiledEmbedding")
+
+
+class _UninitialisedEmbedding(nn.Embedding):
+    """An `nn.Embedding` whose rows are left as allocated."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: whoever made this tile fills it."""
+
+
+class TiledEmbedding(TiledModule):
+    """An embedding cut into `out_splits` tiles of consecutive rows; tile o is `embeddings[o]`.
+
+    `share_tiles_with` (of this layer or of a `TiledLinear` with in_splits=1) ties it to a head: one
+    set of tiles, with the gradients of both uses.
+
+    Args:
+        num_embeddings: rows of the vocabulary.
+        embedding_dim: width of a row.
+        padding_idx: a row that gets no gradient from lookups and starts at zero; negative counts
+            from the end.
+        max_norm: refused: it rewrites looked-up rows in place during forward.
+        norm_type: accepted for `nn.Embedding`'s sake, means nothing without `max_norm`.
+        scale_grad_by_freq: divide each row's gradient by how often its id occurs in the batch.
+        sparse: refused: a sparse gradient would have to be cut along its tiles.
+        out_splits: tiles, 1 to num_embeddings.
+        device: of the tiles.
+        dtype: of the tiles.
+
+    Raises:
+        SplitsError: `out_splits` is outside its range.
+        ArgumentError: `max_norm` or `sparse` is given, or `padding_idx` is no row.
+    """
+
+    tile_pattern: ClassVar[re.Pattern[str]] = re.compile(r"embeddings\.(?P<row>\d+)\.(?P<name>weight)")
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        out_splits: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid = Grid.uniform(num_embeddings, embedding_dim, out_splits)
+        self.num_embeddings, self.embedding_dim, self.out_splits = num_embeddings, embedding_dim, out_splits
+        self.padding_idx = _row_of_padding(padding_idx, num_embeddings)
+        self.max_norm, self.norm_type = _refuse_options(max_norm, sparse), norm_type
+        self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, False
+        self.embeddings = nn.ModuleList()
+        for span in self.grid.out_spans:
+            tile: nn.Module = _UninitialisedEmbedding(
+                span.size,
+                embedding_dim,
+                padding_idx=self._padding_inside(span.start, span.stop),
+                scale_grad_by_freq=scale_grad_by_freq,
+                device=device,
+                dtype=dtype,
+            )
+            tile.__class__ = nn.Embedding
+            self.embeddings.append(tile)
+        self.reset_parameters()
+
+    def _padding_inside(self, start: int, stop: int) -> int | None:
+        inside = self.padding_idx is not None and start <= self.padding_idx < stop
+        return self.padding_idx - start if inside and self.padding_idx is not None else None
+
+    def tile(self, row: int, column: int) -> nn.Module:
+        """The tile with the rows of span `row`."""
+        return self.embeddings[row]
+
+    def tile_path(self, row: int, column: int) -> str:
+        """The name of the tile below this layer."""
+        return f"embeddings.{row}"
+
+    def extra_repr(self) -> str:
+        """Rows, width, padding and tiles."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        rows, columns = self.grid.rect(0, 0).shape
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}{padding}, grid={self.grid}, "
+            f"largest tile {rows}×{columns}"
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new rows from `nn.Embedding`'s distribution; the padding row is zero."""
+        for _, tile in self.tiles():
+            with gathered([tile.weight], write=True):  # type: ignore[list-item]  # an nn.Embedding's
+                nn.init.normal_(tile.weight)  # type: ignore[arg-type]
+                if tile.padding_idx is not None:
+                    tile.weight[tile.padding_idx].fill_(0)  # type: ignore[index,operator]
+
+    @classmethod
+    def from_embedding(cls: type[Self], embedding: nn.Embedding, out_splits: int = 1) -> Self:
+        """A tiled embedding with the values, dtype, device, requires_grad, mode of another."""
+        shape = embedding.num_embeddings, embedding.embedding_dim
+        return cls.from_dense(embedding, Grid.uniform(*shape, out_splits))
+
+    @classmethod
+    def from_dense(
+        cls: type[Self], embedding: nn.Module, grid: Grid, tied_to: TiledModule | None = None
+    ) -> Self:
+        """The same for a grid that is there already, its tiles shared where it is tied."""
+        assert isinstance(embedding, nn.Embedding)
+        layer = cls(
+            grid.out_features,
+            grid.in_features,
+            embedding.padding_idx,
+            embedding.max_norm,
+            embedding.norm_type,
+            embedding.scale_grad_by_freq,
+            embedding.sparse,
+            out_splits=grid.out_splits,
+            device="meta",
+        )
+        layer.take_over(embedding, tied_to)
+        return layer
+
+    def to_embedding(self) -> nn.Embedding:
+        """An untiled `nn.Embedding` with the same values, dtype, device, requires_grad, mode."""
+        embedding = self.to_dense()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
+
+    def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """The untiled module that this layer stands for, with `weight` where it is tied."""
+        embedding = nn.Embedding(
+            self.num_embeddings,
+            self.embedding_dim,
+            padding_idx=self.padding_idx,
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            device="meta",
+        )
+        self.hand_over(embedding, weight)
+        return embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of the ids.
+
+        Args:
+            input: whole numbers in [0, num_embeddings), any shape.
+
+        Returns:
+            (…, embedding_dim), bit-identical to the dense lookup.
+
+        Raises:
+            TileDtypeError: the ids are no whole numbers.
+            TileIndexError: an id is outside the vocabulary.
+        """
+        tiles, spans = list(self.embeddings), self.grid.out_spans
+        if len(tiles) == 1:
+            rows: Tensor = tiles[0](input)
+            return rows
+        _check_ids(self.full_name(), input)
+        if ops.transformed() or input.is_meta or type(input) is not Tensor:
+            return ops.gather_rows_statically(input, tiles, spans)
+        _check_range(self.full_name(), input, self.num_embeddings)
+        free = not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
+        gather = ops.gather_some_rows if free and all(map(_is_plain, tiles)) else ops.gather_rows
+        return gather(input, tiles, spans, self.embedding_dim)
+
+
+def _is_plain(tile: nn.Module) -> bool:
+    """Whether a tile may be skipped: no engine or hook counts its calls."""
+    return type(tile) is nn.Embedding and not (tile._forward_hooks or tile._forward_pre_hooks)
+
+
+def _row_of_padding(padding_idx: int | None, rows: int) -> int | None:
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise ArgumentError(f"padding_idx={padding_idx} must be a row of num_embeddings={rows}")
+    return padding_idx % rows
+
+
+def _refuse_options(max_norm: Any, sparse: bool) -> None:
+    if max_norm is not None:
+        raise ArgumentError(
+            f"max_norm={max_norm} is not supported: it rewrites looked-up rows in place during "
+            "forward, which a tile that may be shared or live elsewhere cannot bear; normalise "
+            "the output, or leave this embedding untiled"
+        )
+    if sparse:
+        raise ArgumentError(
+            "sparse=True is not supported: a sparse gradient would have to be cut along the tiles; "
+            "tiles bound the dense gradient already; pass sparse=False, or leave it untiled"
+        )
+
+
+def _check_ids(name: str, ids: object) -> None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TileDtypeError(f"{name}: the ids are {kind}; they must be a tensor of whole numbers")
+
+
+def _check_range(name: str, ids: Tensor, rows: int) -> None:
+    if not ids.numel():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= rows:
+        raise TileIndexError(
+            f"{name}: the ids reach from {low} to {high}, the vocabulary from 0 to {rows - 1}; "
+            "check the tokenizer against num_embeddings"
+        )

@@ -1,0 +1,243 @@
+"""What every tiled layer has: a grid, tiles with parameters of their own, and dense forms of them."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memtile.errors import CannotTileError, HandleError, StateDictError, TileShapeError
+from memtile.geometry import Grid, Rect
+from memtile.layers.gather import gathered
+from memtile.layers.handle import DenseHandle
+from memtile.layers.loading import load_any_form, problems_of
+from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy
+
+DENSE_NAMES = ("weight", "bias")
+
+
+class TiledModule(nn.Module):
+    """The base of tiled layers. Subclasses hold their tiles and say under which names.
+
+    Attributes:
+        grid: how the weight is cut.
+        weight_is_transposed: whether the dense module keeps its weight as (in, out).
+        tile_pattern: the state dict names of tiles, with groups row, column (or none) and name.
+    """
+
+    weight_is_transposed: ClassVar[bool] = False
+    tile_pattern: ClassVar[re.Pattern[str]]
+    grid: Grid
+    name_in_model: str = ""
+
+    def tile(self, row: int, column: int) -> nn.Module:
+        """The tile at (row, column)."""
+        raise NotImplementedError
+
+    def tile_path(self, row: int, column: int) -> str:
+        """The name of the tile at (row, column) below this layer."""
+        raise NotImplementedError
+
+    def tiles(self) -> Iterator[tuple[Index, nn.Module]]:
+        """((row, column), tile) of every tile, row by row."""
+        return ((index, self.tile(*index)) for index in self.grid.indices())
+
+    def full_name(self) -> str:
+        """The layer's name in its model where it is known, or its class: for messages."""
+        return self.name_in_model or type(self).__name__
+
+    def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
+        """The tiles' parameters called `name` by their place; biases are one column."""
+        found = {}
+        for index, tile in self.tiles():
+            parameter = getattr(tile, name, None)
+            if parameter is not None:
+                found[index if name == "weight" else (index[0], 0)] = parameter
+        return found
+
+    def tile_rect(self, name: str, index: Index) -> Rect:
+        """The rectangle of the dense weight, or of the bias as one column, that a tile holds."""
+        return self.grid.rect(*index) if name == "weight" else bias_rect(self.grid.out_spans[index[0]])
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the dense parameter, as the dense module keeps it."""
+        shape = (self.grid.out_features, self.grid.in_features)
+        if name == "bias":
+            return shape[:1]
+        return shape[::-1] if self.weight_is_transposed else shape
+
+    def dense_tensor(self, name: str) -> Tensor:
+        """The dense parameter assembled from the tiles, as the dense module keeps it.
+
+        Differentiable with respect to the tiles where gradients are on.
+        """
+        return self.assemble(name, self.tile_parameters(name))
+
+    def dense_gradient(self, name: str) -> Tensor | None:
+        """The dense gradient assembled from the tiles' gradients; None while one has none."""
+        gradients = {i: p.grad for i, p in self.tile_parameters(name).items() if p.grad is not None}
+        if len(gradients) < len(self.tile_parameters(name)):
+            return None
+        return self.assemble(name, gradients)
+
+    def assemble(self, name: str, tensors: Mapping[Index, Any]) -> Tensor:
+        """The dense tensor, as the dense module keeps it, that tensors by their place make."""
+        shape = (self.grid.out_features, self.grid.in_features)
+        dense = dense_copy(tensors, shape if name == "weight" else shape[:1])
+        return dense.t() if name == "weight" and self.weight_is_transposed else dense
+
+    @property
+    def weight(self) -> DenseHandle:
+        """A light handle of the dense weight: reading its shape or dtype costs nothing."""
+        return DenseHandle(self, "weight")
+
+    @property
+    def bias(self) -> DenseHandle | None:
+        """A light handle of the dense bias, or None."""
+        return DenseHandle(self, "bias") if self.tile_parameters("bias") else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in DENSE_NAMES:
+            super().__setattr__(name, value)
+        elif not self._is_own(name, value):
+            raise HandleError(
+                f"{self.full_name()}.{name} = … would not reach the tiles, so nothing would change: "
+                "write values with layer.copy_params_from(linear); to tie two tiled layers of the "
+                "same grid, call layer.share_tiles_with(other); to tie layers of a model, tie them "
+                "first and call memtile.tile(model), which keeps ties"
+            )
+
+    def _is_own(self, name: str, value: Any) -> bool:
+        own = list(self.tile_parameters(name).values())
+        if value is None:
+            return not own
+        return isinstance(value, DenseHandle) and value.is_of_tiles(own)
+
+    @torch.no_grad()
+    def share_tiles_with(self, other: "TiledModule") -> None:
+        """Use the other layer's tile weights from now on: one set of tiles, ties included.
+
+        Raises:
+            TileShapeError: the grids differ.
+        """
+        if self.grid != other.grid or self.weight_is_transposed != other.weight_is_transposed:
+            raise TileShapeError(
+                f"{self.full_name()} has grid {self.grid.out_parts} × {self.grid.in_parts}, "
+                f"{other.full_name()} {other.grid.out_parts} × {other.grid.in_parts}: only layers of "
+                "the same grid can share tiles; make both with the same splits"
+            )
+        for index, tile in self.tiles():
+            tile.weight = other.tile(*index).weight
+
+    @torch.no_grad()
+    def copy_values(self, name: str, values: Values) -> None:
+        """Copy values of any grid into the tiles, one tile after the other."""
+        for index, parameter in self.tile_parameters(name).items():
+            with gathered([parameter], write=True):
+                values.write_to(parameter, self.tile_rect(name, index))
+
+    @torch.no_grad()
+    def adopt(self, name: str, dense: Tensor) -> None:
+        """Give every tile a new parameter: its piece of `dense`, copied.
+
+        dtype, device, requires_grad, an existing gradient and attributes that others set on the
+        parameter stay.
+
+        Args:
+            name: "weight" or "bias".
+            dense: the dense parameter as the dense module keeps it.
+        """
+        turned = name == "weight" and self.weight_is_transposed
+        for index, old in self.tile_parameters(name).items():
+            tile = self.tile(*index) if name == "weight" else self.tile(index[0], self.grid.in_splits - 1)
+            rect = self.tile_rect(name, index)
+            parameter = nn.Parameter(_piece(dense, rect, turned, old), requires_grad=dense.requires_grad)
+            parameter.__dict__.update(dense.__dict__)
+            if dense.grad is not None:
+                parameter.grad = _piece(dense.grad, rect, turned, old)
+            setattr(tile, name, parameter)
+
+    def dense_parameter(self, name: str) -> nn.Parameter | None:
+        """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.
+
+        Raises:
+            CannotTileError: some tiles are frozen and some are not, so no dense one can be right.
+        """
+        tiles = list(self.tile_parameters(name).values())
+        if not tiles:
+            return None
+        if len({tile.requires_grad for tile in tiles}) > 1:
+            raise CannotTileError(
+                f"{self.full_name()}: some tiles of its {name} require grad and some do not, which "
+                "one dense parameter cannot; call layer.requires_grad_(True or False) first"
+            )
+        with torch.no_grad():
+            dense = self.dense_tensor(name).contiguous()
+            parameter = nn.Parameter(dense, requires_grad=tiles[0].requires_grad)
+            gradient = self.dense_gradient(name)
+        parameter.__dict__.update(tiles[0].__dict__)
+        parameter.grad = None if gradient is None else gradient.contiguous()
+        return parameter
+
+    def take_over(self, dense: nn.Module, tied_to: "TiledModule | None" = None) -> None:
+        """Take the parameters and the mode of a dense module, or a tied layer's weight tiles."""
+        for name in DENSE_NAMES:
+            if getattr(dense, name, None) is None:
+                continue
+            if name == "weight" and tied_to is not None:
+                self.share_tiles_with(tied_to)
+            else:
+                self.adopt(name, getattr(dense, name))
+        self.train(dense.training)
+
+    def hand_over(self, dense: nn.Module, weight: nn.Parameter | None = None) -> None:
+        """Give parameters and mode to a dense module, or `weight` where it is tied to another."""
+        dense.weight = self.dense_parameter("weight") if weight is None else weight
+        if self.tile_parameters("bias"):
+            dense.bias = self.dense_parameter("bias")
+        dense.train(self.training)
+
+    @classmethod
+    def from_dense(
+        cls, dense: nn.Module, grid: Grid, tied_to: "TiledModule | None" = None
+    ) -> "TiledModule":
+        """The tiled layer for a dense module."""
+        raise NotImplementedError
+
+    def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """The untiled module that this layer stands for, with `weight` where it is tied."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load dense names, this grid's or any other grid's tile names; all of it or nothing.
+
+        Raises:
+            StateDictError: tensors are missing, extra or misshapen, or do not make one layer.
+        """
+        problems = problems_of(self, state_dict, "", strict)
+        if problems:
+            raise StateDictError("; ".join(problems))
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(  # torch's own hook for one module's part of a checkpoint
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        error_msgs.extend(load_any_form(self, state_dict, prefix, assign))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _piece(dense: Tensor, rect: Rect, turned: bool, like: Tensor) -> Tensor:
+    matrix = dense.detach().t() if turned else as_matrix(dense.detach())
+    piece = matrix[rect.index].clone(memory_format=torch.contiguous_format)
+    return piece.view(like.shape)

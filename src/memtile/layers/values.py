@@ -1,0 +1,113 @@
+"""Where the values of a weight or bias come from, whatever grid they were stored in.
+
+A bias (out_features,) is treated as a weight with one column, so that both are read by rectangles.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memtile.errors import StateDictError, TileShapeError
+from memtile.geometry import Grid, Rect, Span
+from memtile.layers.gather import gathered
+
+Index = tuple[int, int]
+ONE_COLUMN = (0, 1)
+
+
+@dataclass(frozen=True)
+class Values:
+    """The tensors of one weight or bias, and the grid that they stand in.
+
+    Args:
+        grid: how the tensors make the whole.
+        tensors: one matrix for each place of the grid.
+    """
+
+    grid: Grid
+    tensors: Mapping[Index, Tensor]
+
+    @classmethod
+    def dense(cls, tensor: Tensor) -> "Values":
+        """The values of one dense weight (out, in) or bias (out,)."""
+        matrix = as_matrix(tensor)
+        return cls(Grid((0, matrix.shape[0]), (0, matrix.shape[1])), {(0, 0): matrix})
+
+    @classmethod
+    def tiles(cls, tensors: Mapping[Index, Tensor]) -> "Values":
+        """The values of tiles; their spans are read from their shapes.
+
+        Raises:
+            TileShapeError: they do not make a grid.
+            StateDictError: their dtypes differ.
+        """
+        matrices = {index: as_matrix(tensor) for index, tensor in tensors.items()}
+        dtypes = sorted({str(matrix.dtype) for matrix in matrices.values()})
+        if len(dtypes) > 1:
+            raise StateDictError(f"the tiles have different dtypes ({', '.join(dtypes)}); save them in one")
+        return cls(Grid.of_shapes({i: (m.shape[0], m.shape[1]) for i, m in matrices.items()}), matrices)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the whole."""
+        return self.grid.out_features, self.grid.in_features
+
+    def write_to(self, target: Tensor, rect: Rect) -> None:
+        """Copy the values inside `rect` into `target`, in place, converting dtype and device."""
+        matrix = as_matrix(target)
+        for index, shared in self.grid.overlapping(rect):
+            tensor = self.tensors[index]
+            part = tensor.detach()[shared.since(self.grid.rect(*index)).index]
+            matrix[shared.since(rect).index].copy_(part)
+
+    def copy_of(self, rect: Rect, like: Tensor) -> Tensor:
+        """A new tensor with the values inside `rect`, in the source's dtype and on its device."""
+        first = next(iter(self.tensors.values()))
+        tensor = torch.empty(like.shape, dtype=first.dtype, device=first.device)
+        self.write_to(tensor, rect)
+        return tensor
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A weight as it is; a bias as a matrix with one column, sharing memory."""
+    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
+
+
+def bias_rect(rows: Span) -> Rect:
+    """The rectangle of a bias that covers these rows."""
+    return Rect(rows, Span(*ONE_COLUMN))
+
+
+def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...]) -> Tensor:
+    """The dense tensor that the tiles' parameters make: differentiable where gradients are on.
+
+    Args:
+        parameters: the tiles' weights, or their biases as one column.
+        shape: the dense shape that they must add up to.
+
+    Raises:
+        TileShapeError: they add up to another shape (tensor-parallel shards, say).
+    """
+    with gathered(list(parameters.values())):
+        values = Values.tiles(parameters)
+        if values.shape != (shape if len(shape) == 2 else (*shape, 1)):
+            raise TileShapeError(
+                f"the tiles hold {values.shape}, not the whole {shape}: they are shards of a "
+                "parallel linear; read each tile's own weight instead"
+            )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values()):
+            return _cat(parameters, values.grid)
+        first = next(iter(parameters.values()))
+        out = torch.empty(shape, dtype=first.dtype, device=first.device)
+        values.write_to(out, Rect(Span(0, values.shape[0]), Span(0, values.shape[1])))
+        return out
+
+
+def _cat(parameters: Mapping[Index, nn.Parameter], grid: Grid) -> Tensor:
+    rows = []
+    for o in range(grid.out_splits):
+        columns = [parameters[o, i] for i in range(grid.in_splits)]
+        rows.append(columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1))
+    return torch.cat(rows, dim=0)

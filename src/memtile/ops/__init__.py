@@ -1,0 +1,33 @@
+"""Mathematics and autograd of tiled products; knows no home and no module."""
+
+from memtile.ops.composed import (
+    ResultShapes,
+    float32_casts,
+    float32_edges,
+    join_rows,
+    write_results,
+    write_rows,
+)
+from memtile.ops.context import autocast_dtype, transformed
+from memtile.ops.embedding import gather_rows, gather_rows_statically, gather_some_rows
+from memtile.ops.fused import FusedSpec, fused_linear
+from memtile.ops.products import needs_float32_sum
+from memtile.ops.splitting import split_tensor_along_last_dim
+
+__all__ = [
+    "FusedSpec",
+    "ResultShapes",
+    "autocast_dtype",
+    "float32_casts",
+    "float32_edges",
+    "fused_linear",
+    "gather_rows",
+    "gather_rows_statically",
+    "gather_some_rows",
+    "join_rows",
+    "needs_float32_sum",
+    "split_tensor_along_last_dim",
+    "transformed",
+    "write_results",
+    "write_rows",
+]

@@ -1,0 +1,28 @@
+"""What is going on around a call: transforms, compilers, autocast."""
+
+import torch
+from torch import Tensor
+
+
+def transformed() -> bool:
+    """Whether a compiler, an exporter, a `torch.func` transform or forward-mode AD looks on.
+
+    They need operations without in-place writes into one output: the slice writer cannot be
+    vmapped, since `mark_dirty` and generated vmap rules exclude each other.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast would give this tensor in a matrix product, or None when it is off."""
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    if not torch.is_autocast_enabled(device_type) or not tensor.is_floating_point():
+        return None
+    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type)

@@ -1,0 +1,79 @@
+"""Looking up rows of a vocabulary that is cut into row tiles.
+
+Shapes: ids any, D embedding_dim; rows (ids…, D). Every id lies in exactly one tile, so nothing is
+summed and the result is bit-identical to the dense lookup.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtile.geometry import Span
+
+Lookup = Callable[[Tensor], Tensor]
+
+
+def gather_rows(ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], dim: int) -> Tensor:
+    """The rows of `ids`, each tile asked only for the ids that it holds.
+
+    Every tile is called, also with no ids at all: an untouched tile's gradient is zero, not
+    missing, as in a dense embedding.
+
+    Args:
+        ids: whole numbers within the spans, any shape.
+        lookups: one for each tile: (K,) ids counted from the tile's first row → (K, D).
+        spans: the rows of the vocabulary that each tile holds.
+        dim: D.
+    """
+    flat, out = ids.reshape(-1), None
+    for lookup, span in zip(lookups, spans, strict=True):
+        places = ((flat >= span.start) & (flat < span.stop)).nonzero().squeeze(1)
+        rows = lookup(flat[places] - span.start)
+        if out is None:
+            out = rows.new_empty((flat.numel(), dim))
+        out = _PlaceRows.apply(out, rows, places)
+    assert out is not None
+    return out.view(*ids.shape, dim)
+
+
+def gather_some_rows(
+    ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], dim: int
+) -> Tensor:
+    """The same without gradients: tiles that hold none of the ids are left alone."""
+    stops = torch.tensor([span.stop for span in spans], device=ids.device)
+    owners = torch.bucketize(ids.reshape(-1), stops, right=True).unique().tolist() or [0]
+    return gather_rows(ids, [lookups[o] for o in owners], [spans[o] for o in owners], dim)
+
+
+def gather_rows_statically(ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span]) -> Tensor:
+    """The same with shapes that do not depend on the ids: for compilers and transforms."""
+    out: Tensor | None = None
+    for lookup, span in zip(lookups, spans, strict=True):
+        held = (ids >= span.start) & (ids < span.stop)
+        rows = lookup((ids - span.start).clamp(0, span.size - 1))
+        out = rows if out is None else torch.where(held.unsqueeze(-1), rows, out)
+    assert out is not None
+    return out
+
+
+class _PlaceRows(torch.autograd.Function):
+    """Write rows to their places in the output; their gradient is read from there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # torch gives FunctionCtx no fields, so mypy cannot know those set here
+        out: Tensor,
+        rows: Tensor,
+        places: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.mark_dirty(out)
+        out[places] = rows
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return grads[0], grads[0][places], None
