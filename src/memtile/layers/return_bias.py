@@ -22,13 +22,12 @@ class TiledLinearReturnBias(TiledLinear):
     def _walk_composed(self, results: Results) -> Any:
         biases: list[Tensor | None] = [None] * self.out_splits
 
-        def outputs() -> Results:
-            for index, result in results:
-                output, bias = self._check_pair(index, result)
-                biases[index[0]] = bias if bias is not None else biases[index[0]]
-                yield index, output
+        def keep_bias(pair: tuple[Index, Any]) -> tuple[Index, Tensor]:
+            index, (output, bias) = pair[0], self._check_pair(*pair)
+            biases[index[0]] = bias if bias is not None else biases[index[0]]
+            return index, output
 
-        output = super()._walk_composed(outputs())
+        output = super()._walk_composed(map(keep_bias, results))
         if self.combine_out_splits:
             return output, _join_biases(biases)
         return list(zip(output, biases, strict=True))

@@ -64,7 +64,8 @@ class TiledEmbedding(TiledModule):
     ) -> None:
         super().__init__()
         self.grid = Grid.uniform(num_embeddings, embedding_dim, out_splits)
-        self.num_embeddings, self.embedding_dim, self.out_splits = num_embeddings, embedding_dim, out_splits
+        self.num_embeddings, self.embedding_dim = self.grid.out_features, self.grid.in_features
+        self.out_splits = self.grid.out_splits
         self.padding_idx = _row_of_padding(padding_idx, num_embeddings)
         self.max_norm, self.norm_type = _refuse_options(max_norm, sparse), norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, False

@@ -80,15 +80,15 @@ class TiledLinear(TiledModule):
     ) -> None:
         super().__init__()
         self.grid = Grid.uniform(out_features, in_features, out_splits, in_splits)
-        self.in_features, self.out_features = in_features, out_features
-        self.in_splits, self.out_splits = in_splits, out_splits
+        self.in_features, self.out_features = self.grid.in_features, self.grid.out_features
+        self.in_splits, self.out_splits = self.grid.in_splits, self.grid.out_splits
         self.in_parts, self.out_parts = list(self.grid.in_parts), list(self.grid.out_parts)
         self.use_bias = bool(bias)
         self.input_is_already_split = input_is_already_split
         self.combine_out_splits = combine_out_splits
         self.linears = nn.ModuleList(
             nn.ModuleList(
-                make_tile(linear_cls, into.size, out.size, self.use_bias and i == in_splits - 1, **kwargs)
+                make_tile(linear_cls, into.size, out.size, self.use_bias and i == self.in_splits - 1, **kwargs)
                 for i, into in enumerate(self.grid.in_spans)
             )
             for out in self.grid.out_spans
@@ -306,7 +306,8 @@ class TiledLinear(TiledModule):
             yield (row, column), self.tile(row, column)(next(edges[column]))
 
     def _walk_composed(self, results: Results) -> Any:
-        checked = ((index, self._check_result(index, result)) for index, result in results)
+        # map, and not a generator, whose variables would keep each result beside the next one's.
+        checked = map(lambda pair: (pair[0], self._check_result(*pair)), results)
         if self.combine_out_splits:
             return ops.write_results(checked, self.grid)
         return ops.write_rows(checked, self.grid)

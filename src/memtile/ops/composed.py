@@ -38,6 +38,7 @@ def write_results(feed: Feed, grid: Grid) -> Tensor:
     for index, result in feed:
         writer = writer or _Writer(result, grid)
         writer.write(index, result)
+        del result  # or it would live on beside the next tile's
     assert writer is not None
     return writer.out
 
@@ -56,6 +57,7 @@ def write_rows(feed: Feed, grid: Grid) -> list[Tensor]:
             writer = _Writer(result, Grid((0, grid.out_spans[row].size), grid.in_parts))
         assert writer is not None
         writer.write((0, column), result)
+        del result  # as above
         if column == grid.in_splits - 1:
             rows.append(writer.out)
     return rows

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from memtile.geometry import Grid, Span
-from memtile.ops.products import needs_float32_sum, sum_of_products
+from memtile.ops.products import multiply, needs_float32_sum, sum_of_products
 
 Rows = list[tuple[int, Tensor]]
 
@@ -197,7 +197,7 @@ def _visit_column(
     for o, g in rows:
         place = spec.weight(o, column)
         if x is not None and needed[place]:
-            results[place] = torch.mm(g.t(), x)
+            results[place] = multiply(g.t(), x)
         yield g, saved[place]
 
 
@@ -226,7 +226,7 @@ def _differentiable_backward(
 def _differentiable_sum(factors: Iterator[tuple[Tensor, Tensor]], parts: int) -> Tensor:
     total, dtype = None, None
     for a, b in factors:
-        part, dtype = torch.mm(a, b), a.dtype
+        part, dtype = multiply(a, b), a.dtype
         if needs_float32_sum(dtype, parts):
             part = part.to(torch.float32)
         total = part if total is None else total + part

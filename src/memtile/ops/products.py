@@ -8,7 +8,7 @@ float32: √2 of the dense error is then the floor, whatever the number of parts
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 # A mixed add makes a float32 copy of the 16-bit operand; in blocks of about 1 MiB the copy stays
 # in the cache (512×16384 bf16 on 2 cores: 32 ms at once, 11 ms in blocks).
 BLOCK_ELEMENTS = 1 << 18
+
+# MKL adds the terms of a product with fewer than 12 rows or columns one by one: 1.6 × the error of
+# a wide product at 515 terms, 4.2 × at 4096 (float32, AVX-512); in blocks of 128 it is below 1.
+NARROW_SIDE, BLOCK_TERMS = 16, 128
 
 
 def needs_float32_sum(dtype: torch.dtype, parts: int) -> bool:
@@ -39,13 +43,26 @@ def sum_of_products(
     if needs_float32_sum(out.dtype, parts):
         _sum_in_float32(out, pairs, bias)
         return
+    narrow = out.shape[1] < NARROW_SIDE
     for number, (a, b) in enumerate(pairs):
-        if number:
+        if narrow:
+            part = multiply(a, b) if bias is None or number else multiply(a, b) + bias
+            out.copy_(out + part if number else part)
+        elif number:
             torch.addmm(out, a, b, out=out)
         elif bias is not None:
             torch.addmm(bias, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as a new matrix, differentiable; a narrow one is summed in blocks of terms."""
+    wide = min(a.shape[0], b.shape[1]) >= NARROW_SIDE
+    if wide or a.dtype in SIXTEEN_BITS or not a.is_cpu:
+        return torch.mm(a, b)
+    blocks = zip(a.split(BLOCK_TERMS, 1), b.split(BLOCK_TERMS, 0), strict=True)
+    return reduce(torch.add, (torch.mm(some_a, some_b) for some_a, some_b in blocks))
 
 
 def add_into(total: Tensor, part: Tensor) -> None:

@@ -1,0 +1,172 @@
+"""Which modules are tiled, and the reason for each yes and no."""
+
+import pytest
+import torch
+from torch import nn
+
+import memtile
+from memtile.errors import ArgumentError, CannotTileError
+
+
+class Odd(nn.Linear):
+    """A linear with behaviour of its own."""
+
+
+def model() -> nn.Module:
+    """A model with one module for each reason."""
+    torch.manual_seed(0)
+    built = nn.ModuleDict(
+        {
+            "plain": nn.Linear(10, 7),
+            "small": nn.Linear(2, 3),
+            "odd": Odd(10, 7),
+            "hooked": nn.Linear(10, 7),
+            "attention": nn.MultiheadAttention(8, 2),
+            "embedding": nn.Embedding(11, 6),
+            "normed": nn.Embedding(11, 6, max_norm=1.0),
+            "sparse": nn.Embedding(11, 6, sparse=True),
+            "tiled": memtile.TiledLinear(10, 7, out_splits=2),
+            "patched": nn.Linear(10, 7),
+            "watched": nn.Linear(10, 7),
+            "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(10, 7)),
+            "extra": nn.Linear(10, 7),
+        }
+    )
+    built["hooked"].register_forward_hook(lambda *_: None)
+    built["patched"].forward = lambda x: x
+    built["watched"].weight.register_hook(lambda g: g)
+    built["extra"].register_parameter("scale", nn.Parameter(torch.ones(1)))
+    return built
+
+
+def reasons(**arguments: object) -> dict[str, str]:
+    """The refusals by name."""
+    chosen = memtile.select_linears(model(), **arguments)  # type: ignore[arg-type]
+    return {choice.name: choice.reason for choice in chosen if not choice.tiled}
+
+
+def test_every_linear_and_embedding_gets_a_verdict_with_a_reason() -> None:
+    """Each yes and each no of a model comes with its reason."""
+    found = memtile.select_linears(model())
+
+    yes = {choice.name for choice in found if choice.tiled}
+    assert yes == {"plain", "small", "embedding"}
+    assert all(choice.reason for choice in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("odd", "Odd"),
+        ("hooked", "hooks"),
+        ("attention.out_proj", "NonDynamicallyQuantizableLinear"),
+        ("normed", "max_norm"),
+        ("sparse", "sparse"),
+        ("tiled", "tiled already"),
+        ("patched", "forward was replaced"),
+        ("watched", "gradient hooks"),
+        ("parametrized", "ParametrizedLinear"),
+        ("extra", "scale"),
+    ],
+)
+def test_a_module_that_cannot_be_tiled_says_why(name: str, word: str) -> None:
+    """The reason names what speaks against tiling."""
+    assert word in reasons()[name]
+
+
+def test_a_named_module_that_cannot_be_tiled_is_refused_with_its_reason() -> None:
+    """Asking for an untileable module by name is an error, and nothing was tiled."""
+    built = model()
+
+    with pytest.raises(CannotTileError, match="odd cannot be tiled: Odd is a class of its own"):
+        memtile.tile(built, out_splits=2, modules=["plain", "odd"])
+
+    assert type(built["plain"]) is nn.Linear
+
+
+def test_weights_that_fit_stay_dense_with_both_figures() -> None:
+    """max_tile_bytes leaves alone what fits and says the bytes."""
+    found = reasons(max_tile_bytes=100)
+
+    assert found["small"] == "its 24 bytes fit in max_tile_bytes=100"
+
+
+def test_no_tile_is_larger_than_max_tile_bytes() -> None:
+    """Every chosen grid keeps its largest tile within the bound, rows whole where they fit."""
+    chosen = memtile.select_linears(model(), max_tile_bytes=100)
+
+    grids = {c.name: c.grid for c in chosen if c.tiled}
+    assert grids["plain"] is not None
+    for grid in grids.values():
+        assert grid is not None
+        assert max(4 * a * b for a, b in (grid.rect(*i).shape for i in grid.indices())) <= 100
+        assert grid.in_splits == 1
+
+
+def test_rows_longer_than_a_tile_are_cut_into_columns_except_in_embeddings() -> None:
+    """A long row of a linear is cut; an embedding's row cannot be and says so."""
+    chosen = {c.name: c for c in memtile.select_linears(model(), max_tile_bytes=20)}
+
+    grid = chosen["plain"].grid
+    assert grid is not None
+    assert grid.in_splits == 2
+    assert "one row has 24 bytes" in chosen["embedding"].reason
+
+
+def test_a_module_with_fewer_features_than_splits_stays_dense() -> None:
+    """out_splits above a module's outputs is a reason, not an error."""
+    assert "out_splits=5 is outside [1, out_features=3]" in reasons(out_splits=5)["small"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"out_splits": 0},
+        {"out_splits": 2.0},
+        {"in_splits": 0},
+        {"max_tile_bytes": 0},
+        {"max_tile_bytes": "1MiB"},
+        {"max_tile_bytes": 100, "out_splits": 2},
+        {"out_splits": 2, "modules": ["nowhere"]},
+        {"out_splits": 2, "modules": ["attention"]},
+        {"out_splits": 2, "modules": "plain"},
+        {},
+    ],
+)
+def test_wrong_arguments_are_refused_and_nothing_is_tiled(arguments: dict[str, object]) -> None:
+    """Nonsense sizes and unknown names raise before anything changes."""
+    built = model()
+    before = [type(module) for module in built.modules()]
+
+    with pytest.raises(ArgumentError):
+        memtile.tile(built, **arguments)  # type: ignore[arg-type]
+
+    assert [type(module) for module in built.modules()] == before
+
+
+def test_a_weight_shared_with_something_dense_keeps_its_owners_dense() -> None:
+    """A tie to a bare parameter, or to a module that cannot be tiled, is a reason for both."""
+    built = nn.ModuleDict({"head": nn.Linear(6, 11), "embedding": nn.Embedding(11, 6, max_norm=1.0)})
+    built["head"].weight = built["embedding"].weight
+
+    chosen = {c.name: c for c in memtile.select_linears(built, out_splits=2)}
+
+    assert not chosen["head"].tiled
+    assert "embedding.weight, which stays dense: max_norm" in chosen["head"].reason
+
+
+def test_a_bias_shared_with_another_module_is_a_reason() -> None:
+    """Biases are never shared between tiles."""
+    built = nn.ModuleDict({"one": nn.Linear(6, 11), "two": nn.Linear(6, 11)})
+    built["one"].bias = built["two"].bias
+
+    chosen = {c.name: c for c in memtile.select_linears(built, out_splits=2)}
+
+    assert "its bias is also two.bias" in chosen["one"].reason
+
+
+def test_a_choice_prints_as_one_line() -> None:
+    """What a person sees holds verdict, name, size, grid and reason."""
+    first = memtile.select_linears(model(), out_splits=2)[0]
+
+    assert str(first) == "yes plain 7×10 → 2×1 tiles: a plain linear"

@@ -1,0 +1,38 @@
+"""What forward holds at its peak, by PyTorch's own account of allocations."""
+
+import pytest
+import torch
+from torch import nn
+
+from memtile import TiledLinear
+from memtile.testing import peak_allocated_bytes
+
+
+@pytest.mark.parametrize("walk", ["fused", "composed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(1, 1), (5, 1), (1, 3), (5, 3)])
+def test_forward_holds_one_output_and_one_tiles_result(
+    grid: tuple[int, int], dtype: torch.dtype, walk: str
+) -> None:
+    """Forward's peak is the output, a tile's result, and a float32 row where sums need one.
+
+    What the library's own product takes as scratch is allowed too: `nn.Linear` pays it as well.
+    """
+    rows, columns = grid
+    dense = nn.Linear(192, 640, dtype=dtype)
+    layer = TiledLinear(192, 640, in_splits=columns, out_splits=rows, dtype=dtype)
+    if walk == "composed":
+        for _, tile in layer.tiles():
+            tile.register_forward_hook(lambda *_: None)
+    x = torch.randn(512, 192, dtype=dtype)
+    sums_in_float32 = columns > 1 and dtype != torch.float32
+    tile_elements = 512 * layer.grid.out_spans[0].size
+
+    scratch = peak_allocated_bytes(lambda: dense(x)) - 512 * 640 * dtype.itemsize
+
+    peak = peak_allocated_bytes(lambda: layer(x))
+
+    allowed = scratch + 512 * 640 * dtype.itemsize + tile_elements * dtype.itemsize
+    allowed += 4 * tile_elements if sums_in_float32 else 0
+    small = 1 << 20 if sums_in_float32 else 4096  # the block in which a sum is converted; biases
+    assert peak <= allowed + small
