@@ -29,6 +29,7 @@ import memtile
 from memtile.testing import peak_allocated_bytes, rms_error
 
 GRIDS = [(1, 1), (4, 1), (1, 4), (4, 4), (8, 8)]
+HEADINGS = ["dtype", "grid", "layer", "forward", "both", "spread", "MiB", "dense MiB", "error"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -104,7 +105,9 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, grid: tuple[int, int])
         x.grad = None
         layer(x).backward(gradient)
 
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in layers}
+    times: dict[str, dict[str, list[float]]] = {
+        name: {"forward": [], "both": []} for name in layers
+    }
     for layer in layers.values():
         both(layer)
     for _ in range(args.rounds):
@@ -194,8 +197,10 @@ def main() -> None:
     args = parser.parse_args()
     grids = [tuple(map(int, g.split("x"))) for g in args.grids] if args.grids else GRIDS
     cases = []
-    table = Table(title=f"{args.in_features}→{args.out_features}, {args.tokens} rows, over nn.Linear")
-    for heading in "dtype,grid,layer,forward,fwd+bwd,spread,peak MiB,dense MiB,error".split(","):
+    table = Table(
+        title=f"{args.in_features}→{args.out_features}, {args.tokens} rows, over nn.Linear"
+    )
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for name in args.dtypes:
         for grid in grids:

@@ -12,7 +12,9 @@ import memtile
 def net() -> nn.Module:
     """Linears, a buffer, and a tie."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(13, 6), nn.BatchNorm1d(6), nn.Linear(6, 9), nn.Linear(6, 13, bias=False))
+    model = nn.Sequential(
+        nn.Embedding(13, 6), nn.BatchNorm1d(6), nn.Linear(6, 9), nn.Linear(6, 13, bias=False)
+    )
     model[3].weight = model[0].weight
     return model
 
@@ -29,7 +31,9 @@ def test_dense_state_dict_is_the_untiled_models() -> None:
 
 def test_dense_state_dict_never_holds_more_than_one_tensor() -> None:
     """Each assembled tensor is free once the next is asked for."""
-    model = memtile.tile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), out_splits=2, in_splits=2)
+    model = memtile.tile(
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), out_splits=2, in_splits=2
+    )
     previous: weakref.ref[Tensor] | None = None
 
     for _, tensor in memtile.dense_state_dict(model):

@@ -146,7 +146,9 @@ def test_wrong_arguments_are_refused_and_nothing_is_tiled(arguments: dict[str, o
 
 def test_a_weight_shared_with_something_dense_keeps_its_owners_dense() -> None:
     """A tie to a bare parameter, or to a module that cannot be tiled, is a reason for both."""
-    built = nn.ModuleDict({"head": nn.Linear(6, 11), "embedding": nn.Embedding(11, 6, max_norm=1.0)})
+    built = nn.ModuleDict(
+        {"head": nn.Linear(6, 11), "embedding": nn.Embedding(11, 6, max_norm=1.0)}
+    )
     built["head"].weight = built["embedding"].weight
 
     chosen = {c.name: c for c in memtile.select_linears(built, out_splits=2)}

@@ -33,7 +33,12 @@ class Net(nn.Module):
 
 
 IDS = torch.tensor([[0, 22, 5, 2], [7, 7, 11, 3]])
-CUTS = [{"out_splits": 3}, {"out_splits": 4, "in_splits": 3}, {"max_tile_bytes": 130}, {"out_splits": 1}]
+CUTS = [
+    {"out_splits": 3},
+    {"out_splits": 4, "in_splits": 3},
+    {"max_tile_bytes": 130},
+    {"out_splits": 1},
+]
 
 
 def parts(model: nn.Module) -> dict[str, tuple[object, ...]]:
@@ -43,7 +48,9 @@ def parts(model: nn.Module) -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_untile_gives_the_parameters_back_bit_for_bit(cut: dict[str, int], dtype: torch.dtype) -> None:
+def test_untile_gives_the_parameters_back_bit_for_bit(
+    cut: dict[str, int], dtype: torch.dtype
+) -> None:
     """tile then untile is the same model: names, bits, ties, modules."""
     model = Net(dtype)
     before = copy.deepcopy(model.state_dict())
@@ -74,7 +81,9 @@ def test_a_tiled_model_computes_and_trains_as_the_dense_one(cut: dict[str, int])
     for (name, a), b, t in zip(
         tiled.named_parameters(), dense.parameters(), truth.parameters(), strict=True
     ):
-        assert a.grad is not None and b.grad is not None and t.grad is not None
+        assert a.grad is not None
+        assert b.grad is not None
+        assert t.grad is not None
         ours, theirs = (a.grad - t.grad).norm(), (b.grad - t.grad).norm()
         assert ours <= 2 * theirs + torch.finfo(torch.float32).eps * t.grad.norm(), name
 
@@ -114,7 +123,9 @@ def test_frozen_mode_gradients_and_marks_survive_both_ways() -> None:
         assert torch.equal(parameter.grad, gradients[name])
 
 
-def test_each_replaced_layer_is_freed_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_replaced_layer_is_freed_before_the_next_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The peak is the model and one layer: at most one dense weight is alive beside its tiles."""
     model = nn.Sequential(*(nn.Linear(9, 9, bias=False) for _ in range(6)))
     gc.collect()
@@ -138,7 +149,9 @@ def test_each_tiled_layer_is_freed_before_the_next_dense_one_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """untile holds no more than the model and one layer either."""
-    model = memtile.tile(nn.Sequential(*(nn.Linear(9, 9, bias=False) for _ in range(5))), out_splits=2)
+    model = memtile.tile(
+        nn.Sequential(*(nn.Linear(9, 9, bias=False) for _ in range(5))), out_splits=2
+    )
     tiles = [weakref.ref(layer.tile(0, 0).weight) for layer in model]  # type: ignore[operator]
     alive: list[int] = []
     back = memtile.TiledLinear.to_dense

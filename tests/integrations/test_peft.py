@@ -81,7 +81,7 @@ def test_adapter_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
 
 
 def test_merging_needs_the_dense_model_and_untile_gives_it() -> None:
-    """Merging writes the base weight, which has no memory while tiled: refused; untiled it works."""
+    """Merging writes the base weight, which has no memory while tiled; untiled it works."""
     model = wrapped()
     expected = model(**inputs("llama-tied")).logits
     memtile.tile(model, out_splits=3)

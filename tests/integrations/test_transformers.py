@@ -204,7 +204,7 @@ def test_init_weights_draws_tiles_that_are_not_initialised() -> None:
 
 
 def test_reading_weights_as_models_do() -> None:
-    """dtype, device, shape and lookups by name cost nothing and give what the dense model's give."""
+    """dtype, device, shape and lookups by name give what the dense model's give."""
     dense, tiled = pair("t5")
     memtile.tile(tiled, **RAGGED)
 
@@ -234,8 +234,9 @@ def test_importing_memtile_loads_no_other_library() -> None:
     import sys
 
     code = (
-        "import sys, memtile; bad = {'transformers','peft','deepspeed','typer','rich','safetensors'}"
-        " & set(sys.modules); import torch; print(sorted(bad), torch.cuda.is_initialized())"
+        "import sys, memtile, torch;"
+        "bad = {'transformers', 'peft', 'deepspeed', 'typer', 'rich', 'safetensors'};"
+        "print(sorted(bad & set(sys.modules)), torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

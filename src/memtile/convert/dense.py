@@ -66,6 +66,8 @@ def _tiles_of(
     prefix = f"{layer_name}." if layer_name else ""
     last = layer.grid.in_splits - 1
     return {
-        index: state_dict[f"{prefix}{layer.tile_path(index[0], index[1] if name == 'weight' else last)}.{name}"]
+        index: state_dict[
+            f"{prefix}{layer.tile_path(index[0], index[1] if name == 'weight' else last)}.{name}"
+        ]
         for index in layer.tile_parameters(name)
     }

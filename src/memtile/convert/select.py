@@ -165,7 +165,7 @@ def _own_reason(
     kept: list[tuple[str, str]],
     modules: Collection[str] | None,
 ) -> str:
-    """Why this module stays as it is, looking at it alone; "" when nothing speaks against tiling."""
+    """Why this module, looked at alone, stays as it is; "" when nothing speaks against tiling."""
     if isinstance(module, TiledModule):
         return f"it is tiled already, {module.grid}"
     if modules is not None and name not in modules:
@@ -176,7 +176,9 @@ def _own_reason(
     kind = kind_of(module)
     assert kind is not None
     if not kind.matches(module):
-        return f"{type(module).__name__} is a class of its own, whose behaviour tiles might not keep"
+        return (
+            f"{type(module).__name__} is a class of its own, whose behaviour tiles might not keep"
+        )
     return _state_reason(module) or _weight_reason(module) or _shape_reason(kind.shape(module))
 
 
@@ -193,7 +195,9 @@ def _state_reason(module: nn.Module) -> str:
     if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
         return "max_norm and sparse embeddings have no tiled form"
     extra = [n for n, _ in module.named_children()]
-    extra += [n for n, p in module._parameters.items() if n not in ("weight", "bias") and p is not None]
+    extra += [
+        n for n, p in module._parameters.items() if n not in ("weight", "bias") and p is not None
+    ]
     return f"it holds {extra[0]!r} besides weight and bias" if extra else ""
 
 
@@ -229,7 +233,11 @@ def _ties(
     for name, (module, _) in candidates.items():
         if reasons[name]:
             continue
-        bias = owners[id(module._parameters.get("bias"))] if module._parameters.get("bias") is not None else []
+        bias = (
+            owners[id(module._parameters.get("bias"))]
+            if module._parameters.get("bias") is not None
+            else []
+        )
         if len(bias) > 1:
             others = [path for owner, _, path in bias if owner != name]
             reasons[name] = f"its bias is also {others[0]}, and biases are not shared between tiles"
@@ -238,7 +246,11 @@ def _ties(
         if reasons[name] or len(shared) < 2:
             continue
         groups[name] = tuple(owner for owner, _, _ in shared)
-    _settle(groups, {name: owners[id(candidates[name][0]._parameters["weight"])] for name in groups}, reasons)
+    _settle(
+        groups,
+        {name: owners[id(candidates[name][0]._parameters["weight"])] for name in groups},
+        reasons,
+    )
     return {name: ties for name, ties in groups.items() if not reasons[name]}
 
 
@@ -264,7 +276,11 @@ def _with_grid(
     tied_kinds = [candidates[name][1] for name in choice.ties]
     if len({k.tiled.weight_is_transposed for k in tied_kinds if k}) > 1:
         return replace(choice, reason="it shares a weight with a transposed linear")
-    tied = f", tied with {', '.join(n for n in choice.ties if n != choice.name)}" if choice.ties else ""
+    tied = (
+        f", tied with {', '.join(n for n in choice.ties if n != choice.name)}"
+        if choice.ties
+        else ""
+    )
     if not cut.is_given:
         return replace(choice, tiled=True, reason=f"a plain {kind.name}{tied}")
     rows_only = kind.rows_only or any(k.rows_only for k in tied_kinds if k)
@@ -282,7 +298,9 @@ def _check_names(
     modules: Collection[str] | None,
 ) -> None:
     if isinstance(modules, str):
-        raise ArgumentError(f"modules={modules!r} must be a collection of names, such as [{modules!r}]")
+        raise ArgumentError(
+            f"modules={modules!r} must be a collection of names, such as [{modules!r}]"
+        )
     unknown = sorted(set(modules or ()) - set(candidates))
     if unknown:
         everything = dict(model.named_modules())

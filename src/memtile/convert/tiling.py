@@ -43,7 +43,9 @@ def tile(
     """
     cut = Cut(out_splits, in_splits, max_tile_bytes)
     if not cut.is_given:
-        raise ArgumentError("tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…")
+        raise ArgumentError(
+            "tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…"
+        )
     if kind_of(model) is not None or isinstance(model, TiledModule):
         raise CannotTileError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place; use "

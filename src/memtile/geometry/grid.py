@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from operator import index
+from typing import SupportsIndex
 
 from memtile.errors import SplitsError, TileShapeError
 from memtile.geometry.spans import Span, partition_uniform, spans_of
@@ -50,26 +52,27 @@ class Grid:
 
     @classmethod
     def uniform(
-        cls, out_features: int, in_features: int, out_splits: int = 1, in_splits: int = 1
+        cls,
+        out_features: SupportsIndex,
+        in_features: SupportsIndex,
+        out_splits: SupportsIndex = 1,
+        in_splits: SupportsIndex = 1,
     ) -> "Grid":
         """The grid of `out_splits` × `in_splits` tiles that are as even as possible.
 
         Raises:
-            SplitsError: a number of splits is no whole number from 1 to its number of features.
+            SplitsError: a number of splits is no whole number from 1 to its number of features, or
+                a number of features no whole number from 1.
         """
-        _check_splits("in_splits", in_splits, "in_features", in_features)
-        _check_splits("out_splits", out_splits, "out_features", out_features)
-        return cls(
-            tuple(partition_uniform(out_features, out_splits)),
-            tuple(partition_uniform(in_features, in_splits)),
-        )
+        in_parts = _bounds("in", in_features, in_splits)
+        return cls(_bounds("out", out_features, out_splits), in_parts)
 
     @classmethod
     def fewest(cls, out_features: int, in_features: int, max_elements: int) -> "Grid":
-        """The grid with the fewest tiles of at most `max_elements` elements.
+        """The grid with the fewest rows of tiles that keeps each at `max_elements` or fewer.
 
         Rows of the weight stay whole where they fit (row tiles are contiguous in a checkpoint and
-        need no sums); a row that is itself too long is cut into columns.
+        need no sums); a row that is itself too long is cut into as few columns as it needs.
 
         Raises:
             SplitsError: `max_elements` is below 1.
@@ -94,9 +97,13 @@ class Grid:
         """
         out_splits = 1 + max(row for row, _ in shapes)
         in_splits = 1 + max(column for _, column in shapes)
-        missing = [(o, i) for o in range(out_splits) for i in range(in_splits) if (o, i) not in shapes]
+        missing = [
+            (o, i) for o in range(out_splits) for i in range(in_splits) if (o, i) not in shapes
+        ]
         if missing:
-            raise TileShapeError(f"tiles {missing[:4]} of a {out_splits}×{in_splits} grid are missing")
+            raise TileShapeError(
+                f"tiles {missing[:4]} of a {out_splits}×{in_splits} grid are missing"
+            )
         for (row, column), shape in shapes.items():
             if shape != (shapes[row, 0][0], shapes[0, column][1]):
                 raise TileShapeError(
@@ -149,20 +156,34 @@ class Grid:
 
     def overlapping(self, rect: Rect) -> Iterator[tuple[tuple[int, int], Rect]]:
         """Every tile that shares elements with `rect`: its index and the shared rectangle."""
-        for index in self.indices():
-            shared = self.rect(*index).overlap(rect)
+        for place in self.indices():
+            shared = self.rect(*place).overlap(rect)
             if shared:
-                yield index, shared
+                yield place, shared
 
     def __str__(self) -> str:
         return f"{self.out_splits}×{self.in_splits}"
 
 
-def _check_splits(name: str, splits: int, bound_name: str, bound: int) -> None:
-    if isinstance(splits, bool) or not isinstance(splits, int):
-        raise SplitsError(f"{name}={splits!r} must be a whole number from 1 to {bound_name}={bound}")
-    if not 1 <= splits <= bound:
+def _bounds(side: str, features: SupportsIndex, splits: SupportsIndex) -> tuple[int, ...]:
+    features_name, splits_name = f"{side}_features", f"{side}_splits"
+    items = _whole_number(features_name, features, "of at least 1")
+    parts = _whole_number(splits_name, splits, f"from 1 to {features_name}={items}")
+    if items < 1:
         raise SplitsError(
-            f"{name}={splits} is outside [1, {bound_name}={bound}]: every tile needs at least one "
-            f"feature; choose {name} between 1 and {bound}"
+            f"{features_name}={items} leaves nothing to cut: a weight has at least one row and one "
+            f"column; pass {features_name} >= 1"
         )
+    if not 1 <= parts <= items:
+        raise SplitsError(
+            f"{splits_name}={parts} is outside [1, {features_name}={items}]: every tile needs at "
+            f"least one feature; choose {splits_name} between 1 and {items}"
+        )
+    return tuple(partition_uniform(items, parts))
+
+
+def _whole_number(name: str, value: SupportsIndex, rule: str) -> int:
+    """The int that a value is an index for, as numpy's integers are; True and 2.0 are none."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise SplitsError(f"{name}={value!r} must be a whole number {rule}")
+    return index(value)

@@ -1,4 +1,4 @@
-"""Doors to other libraries. Importing them loads none: each looks only at what is loaded already."""
+"""Doors to other libraries; importing them loads none: each looks at what is loaded already."""
 
 from memtile.convert import register_integration
 from memtile.integrations.peft import PEFT

@@ -1,4 +1,4 @@
-"""transformers: its transposed linear, its scaled embeddings, and dense checkpoints when it saves."""
+"""transformers: its transposed linear, its scaled embeddings, its dense checkpoints."""
 
 import functools
 import sys
@@ -44,12 +44,12 @@ class TiledScaledWordEmbedding(TiledEmbedding):
 
     @classmethod
     def from_dense(
-        cls, embedding: nn.Module, grid: Grid, tied_to: TiledModule | None = None
+        cls, dense: nn.Module, grid: Grid, tied_to: TiledModule | None = None
     ) -> "TiledScaledWordEmbedding":
         """The tiled form of a transformers `…ScaledWordEmbedding`."""
-        layer = super().from_dense(embedding, grid, tied_to)
-        layer.dense_class = type(embedding)  # type: ignore[assignment]  # an embedding's
-        _move_scale(embedding, layer)
+        layer = super().from_dense(dense, grid, tied_to)
+        layer.dense_class = type(dense)  # type: ignore[assignment]  # an embedding's
+        _move_scale(dense, layer)
         return layer
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
@@ -79,7 +79,7 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
 def save_dense_pretrained(
     model: Any, save_directory: str | Path, *args: Any, state_dict: Any = None, **kwargs: Any
 ) -> Any:
-    """`save_pretrained` of a tiled model: the checkpoint of the dense model, for plain transformers.
+    """`save_pretrained` of a tiled model: the dense checkpoint, for plain transformers.
 
     The dense weights of the tiled layers exist for as long as transformers writes them.
 

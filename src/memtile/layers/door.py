@@ -1,6 +1,7 @@
-"""What is checked before a tiled linear works: its tiles are plain or not, its input fits or not."""
+"""What is checked before a tiled linear works: are its tiles plain, does its input fit."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,12 @@ from torch.nn.modules import module as torch_module
 from memtile.errors import SplitsError, TileDeviceError, TileDtypeError, TileShapeError
 from memtile.geometry import partition_uniform
 
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 _LINEAR_FORWARD = nn.Linear.forward
 _LINEAR_CALL = nn.Linear.__call__
 
@@ -32,7 +39,7 @@ def is_plain(tile: nn.Module) -> bool:
 
 def all_plain(tiles: Sequence[nn.Module]) -> bool:
     """Whether all tiles are plain, on one device and of one dtype, and nothing global is hooked."""
-    if torch_module._has_any_global_hook():
+    if any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
         return False
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.Linear.__call__ is not _LINEAR_CALL:
         return False
@@ -42,7 +49,10 @@ def all_plain(tiles: Sequence[nn.Module]) -> bool:
     dtype, device = first.dtype, first.device
     return all(
         is_plain(tile)
-        and all(p is None or (p.dtype == dtype and p.device == device) for p in tile._parameters.values())
+        and all(
+            p is None or (p.dtype == dtype and p.device == device)
+            for p in tile._parameters.values()
+        )
         for tile in tiles
     )
 
@@ -50,7 +60,11 @@ def all_plain(tiles: Sequence[nn.Module]) -> bool:
 def column_widths(row: Sequence[nn.Module]) -> list[int] | None:
     """The input width of each column where its tile declares one, else None."""
     widths = [getattr(tile, "in_features", None) for tile in row]
-    return [w for w in widths if isinstance(w, int)] if all(isinstance(w, int) for w in widths) else None
+    return (
+        [w for w in widths if isinstance(w, int)]
+        if all(isinstance(w, int) for w in widths)
+        else None
+    )
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -89,11 +103,13 @@ def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | N
     if width < columns:
         raise SplitsError(f"{name}: an input {width} wide cannot be cut into {columns} columns")
     bounds = partition_uniform(width, columns)
-    return [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [stop - start for start, stop in pairwise(bounds)]
 
 
-def check_chunks(name: str, chunks: Sequence[Tensor], columns: int, declared: Sequence[int] | None) -> None:
-    """Check an input that arrives split: its number of chunks, their widths, their other dimensions.
+def check_chunks(
+    name: str, chunks: Sequence[Tensor], columns: int, declared: Sequence[int] | None
+) -> None:
+    """Check an input that arrives split: number of chunks, their widths, their other dimensions.
 
     Raises:
         TileShapeError: one of them is wrong.
@@ -104,7 +120,9 @@ def check_chunks(name: str, chunks: Sequence[Tensor], columns: int, declared: Se
             "input_is_already_split=True takes a sequence of tensors"
         )
     if len(chunks) != columns:
-        raise TileShapeError(f"{name}: the input has {len(chunks)} chunks, the layer {columns} in_splits")
+        raise TileShapeError(
+            f"{name}: the input has {len(chunks)} chunks, the layer {columns} in_splits"
+        )
     for number, chunk in enumerate(chunks):
         check_tensor(f"{name}, chunk {number}", chunk)
         if declared is not None and chunk.shape[-1] != declared[number]:
@@ -114,8 +132,8 @@ def check_chunks(name: str, chunks: Sequence[Tensor], columns: int, declared: Se
             )
         if chunk.shape[:-1] != chunks[0].shape[:-1]:
             raise TileShapeError(
-                f"{name}: chunk {number} is {tuple(chunk.shape)}, chunk 0 {tuple(chunks[0].shape)}; "
-                "they must agree in all but the last dimension"
+                f"{name}: chunk {number} is {tuple(chunk.shape)}, chunk 0 is "
+                f"{tuple(chunks[0].shape)}; they must agree in all but the last dimension"
             )
 
 
@@ -128,10 +146,11 @@ def check_kind(name: str, chunk: Tensor, weight: Tensor, cast_to: torch.dtype | 
     """
     if chunk.dtype != weight.dtype and cast_to is None:
         raise TileDtypeError(
-            f"{name}: the input is {chunk.dtype}, the tiles are {weight.dtype}; convert one of them, "
-            "or run under torch.autocast"
+            f"{name}: the input is {chunk.dtype}, the tiles are {weight.dtype}; convert one of "
+            "them, or run under torch.autocast"
         )
     if chunk.device != weight.device:
         raise TileDeviceError(
-            f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; move one of them"
+            f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; move one "
+            "of them"
         )

@@ -34,23 +34,79 @@ class Tiled(Protocol):
         """The layer's name for messages."""
 
 
-_FREE_PROPERTIES = (
-    "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cpu is_cuda is_meta is_mps "
-    "is_nested is_quantized is_sparse is_sparse_csr is_xpu itemsize nbytes names output_nr _version"
-).split()
-_FREE_METHODS = (
-    "size dim ndimension numel nelement element_size stride storage_offset is_contiguous "
-    "is_floating_point is_complex is_signed is_inference get_device __len__ __hash__ type"
-).split()
+_FREE_PROPERTIES = [
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "is_leaf",
+    "grad_fn",
+    "is_cpu",
+    "is_cuda",
+    "is_meta",
+    "is_mps",
+    "is_nested",
+    "is_quantized",
+    "is_sparse",
+    "is_sparse_csr",
+    "is_xpu",
+    "itemsize",
+    "nbytes",
+    "names",
+    "output_nr",
+    "_version",
+]
+_FREE_METHODS = [
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "element_size",
+    "stride",
+    "storage_offset",
+    "is_contiguous",
+    "is_floating_point",
+    "is_complex",
+    "is_signed",
+    "is_inference",
+    "get_device",
+    "__len__",
+    "__hash__",
+    "type",
+]
 _REFUSED = frozenset(
     {"data", "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"}
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "__setitem__"}
-    | {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+    | {
+        f"__i{name}__"
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "and",
+            "or",
+            "xor",
+            "lshift",
+            "rshift",
+        ]
+    }
 )
 
 
+_READ_GRADIENT = vars(Tensor.__base__)["grad"].__get__  # a getset descriptor of the C base class
+
+
 def _free_functions() -> frozenset[Any]:
-    properties = [getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)]
+    properties = [
+        getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)
+    ]
     return frozenset([*properties, *(getattr(Tensor, name) for name in _FREE_METHODS)])
 
 
@@ -63,6 +119,7 @@ class DenseHandle(Tensor):
 
     @staticmethod
     def __new__(cls, layer: Tiled, name: str) -> "DenseHandle":
+        """A handle of the layer's "weight" or "bias"."""
         parameters = list(layer.tile_parameters(name).values())
         handle: DenseHandle = Tensor._make_wrapper_subclass(
             cls,
@@ -94,7 +151,9 @@ class DenseHandle(Tensor):
     def is_of_tiles(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether the handle stands for exactly these parameters, in this order."""
         own = list(self._layer.tile_parameters(self._name).values())
-        return len(own) == len(parameters) and all(a is b for a, b in zip(own, parameters, strict=True))
+        return len(own) == len(parameters) and all(
+            a is b for a, b in zip(own, parameters, strict=True)
+        )
 
     @classmethod
     def __torch_function__(
@@ -108,13 +167,13 @@ class DenseHandle(Tensor):
         if func in cls._free:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == Tensor.grad.__get__:  # type: ignore[attr-defined]  # a getset descriptor
+        if func == _READ_GRADIENT:
             return args[0]._layer.dense_gradient(args[0]._name)
         _refuse_writes(func, args, kwargs)
         return func(*tree_map(_assembled, tuple(args)), **tree_map(_assembled, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks the function argument
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return func(*tree_map(_assembled, tuple(args)), **tree_map(_assembled, kwargs or {}))
@@ -133,7 +192,9 @@ def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[s
     else:
         in_place = name.endswith("_") and not name.endswith("__")
         refused = in_place or name in _REFUSED
-        refused = refused and any(isinstance(arg, DenseHandle) for arg in (*args[:1], *kwargs.values()))
+        refused = refused and any(
+            isinstance(arg, DenseHandle) for arg in (*args[:1], *kwargs.values())
+        )
         refused = refused or any(isinstance(kwargs.get(key), DenseHandle) for key in ("out",))
     if refused:
         handle = next(a for a in (*args, *kwargs.values()) if isinstance(a, DenseHandle))

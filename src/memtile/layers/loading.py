@@ -6,34 +6,24 @@ describe the layer loads nothing into it and is reported as one sentence.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from memtile.errors import MemtileError
-from memtile.geometry import Rect
 from memtile.layers.gather import gathered
 from memtile.layers.values import Index, Values
+
+if TYPE_CHECKING:
+    from memtile.layers.tiled_module import TiledModule
 
 NAMES = ("weight", "bias")
 
 
-class Loadable(Protocol):
-    """What loading needs to know of a tiled layer."""
-
-    grid: Any
-    tile_pattern: Any
-    weight_is_transposed: Any
-
-    def full_name(self) -> str: ...
-    def tile_path(self, row: int, column: int) -> str: ...
-    def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]: ...
-    def tile_rect(self, name: str, index: Index) -> Rect: ...
-    def dense_shape(self, name: str) -> tuple[int, ...]: ...
-
-
-def problems_of(layer: Loadable, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> list[str]:
+def problems_of(
+    layer: "TiledModule", state_dict: Mapping[str, Any], prefix: str, strict: bool
+) -> list[str]:
     """Every reason, as a sentence, why the dictionary cannot be loaded into the layer."""
     found = _Found(layer, state_dict, prefix)
     problems = [problem for name in NAMES for problem in found.problems(name)]
@@ -45,12 +35,14 @@ def problems_of(layer: Loadable, state_dict: Mapping[str, Any], prefix: str, str
                 f"dense nor in tiles; it holds {sorted(found.keys)[:6]}"
             )
         if found.extra:
-            problems.append(f"{layer.full_name()}: the checkpoint has unknown names {found.extra[:6]}")
+            problems.append(
+                f"{layer.full_name()}: the checkpoint has unknown names {found.extra[:6]}"
+            )
     return problems
 
 
 def load_any_form(
-    layer: Loadable, state_dict: dict[str, Any], prefix: str, assign: bool
+    layer: "TiledModule", state_dict: dict[str, Any], prefix: str, assign: bool
 ) -> list[str]:
     """Rewrite the layer's entries of `state_dict` into names and values of its own tiles, in place.
 
@@ -74,7 +66,7 @@ def load_any_form(
 class _Found:
     """What a checkpoint holds for one layer."""
 
-    def __init__(self, layer: Loadable, state_dict: Mapping[str, Any], prefix: str) -> None:
+    def __init__(self, layer: "TiledModule", state_dict: Mapping[str, Any], prefix: str) -> None:
         self.layer, self.state_dict, self.prefix = layer, state_dict, prefix
         self.keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
         self.dense = {name for name in NAMES if name in self.keys}
@@ -90,7 +82,9 @@ class _Found:
 
     def _is_a_tiles_own(self, key: str) -> bool:
         """Whether a key belongs to a tile in another way (a linear_cls with more parameters)."""
-        return any(key.startswith(self.layer.tile_path(*i) + ".") for i in self.layer.grid.indices())
+        return any(
+            key.startswith(self.layer.tile_path(*i) + ".") for i in self.layer.grid.indices()
+        )
 
     def has(self, name: str) -> bool:
         return name in self.dense or bool(self.tiles[name])
@@ -120,9 +114,14 @@ class _Found:
         expected = self.layer.dense_shape(name)
         if name in self.dense:
             shape = tuple(self.state_dict[self.prefix + name].shape)
-            return "" if shape == expected else f"the checkpoint's is {shape}, the layer's {expected}"
+            return (
+                "" if shape == expected else f"the checkpoint's is {shape}, the layer's {expected}"
+            )
         values = self._values(name)
-        whole = (self.layer.grid.out_features, self.layer.grid.in_features if name == "weight" else 1)
+        whole = (
+            self.layer.grid.out_features,
+            self.layer.grid.in_features if name == "weight" else 1,
+        )
         if values.shape != whole and not self.is_own_form(name):
             return f"the checkpoint's tiles make {values.shape}, the layer's {whole}"
         return ""
@@ -136,11 +135,15 @@ class _Found:
 
     def _tiles_by_place(self, name: str) -> dict[Index, Tensor]:
         """Tiles by their place; a bias stands in the last column of its row, whichever that is."""
-        tiles = {index: self.state_dict[self.prefix + key] for index, key in self.tiles[name].items()}
-        return tiles if name == "weight" else {(row, 0): tensor for (row, _), tensor in tiles.items()}
+        tiles = {
+            index: self.state_dict[self.prefix + key] for index, key in self.tiles[name].items()
+        }
+        return (
+            tiles if name == "weight" else {(row, 0): tensor for (row, _), tensor in tiles.items()}
+        )
 
     def rewrite(self, name: str, *, keep: bool, assign: bool) -> None:
-        """Put this layer's tiles into the dictionary: with their old values, or with the found ones."""
+        """Put this layer's tiles into the dictionary, with their old values or the found ones."""
         assert isinstance(self.state_dict, dict)
         values = None if keep else self._values(name)
         for key in [name, *self.tiles[name].values()]:

@@ -49,17 +49,20 @@ def make_tile(
     tile = linear_cls(in_features, out_features, bias=bias, **kwargs)
     name = getattr(linear_cls, "__qualname__", repr(linear_cls))
     if not isinstance(tile, nn.Module):
-        raise TileClassError(f"linear_cls={name} made a {type(tile).__name__}; it must make an nn.Module")
+        raise TileClassError(
+            f"linear_cls={name} made a {type(tile).__name__}; it must make an nn.Module"
+        )
     if not bias and getattr(tile, "bias", None) is not None:
         raise TileClassError(
-            f"linear_cls={name} was asked for bias=False and made a bias: a bias belongs to the last "
-            "column of tiles only, or it is added once for each; make the class honour bias=False"
+            f"linear_cls={name} was asked for bias=False and made a bias: a bias belongs to the "
+            "last column of tiles only, or it is added once for each; make the class honour "
+            "bias=False"
         )
     return tile
 
 
 def draws_like_linear(tile: nn.Module) -> bool:
-    """Whether a tile's starting values are those of `nn.Linear`, so that the whole layer's apply."""
+    """Whether a tile starts with `nn.Linear`'s values, so that the whole layer's apply."""
     return isinstance(tile, nn.Linear) and type(tile).reset_parameters in (
         nn.Linear.reset_parameters,
         _UninitialisedLinear.reset_parameters,

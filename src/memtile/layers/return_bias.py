@@ -7,8 +7,9 @@ from torch import Tensor
 
 from memtile import ops
 from memtile.errors import TileClassError
-from memtile.layers.tiled_linear import Results, TiledLinear, own_point
+from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.values import Index
+from memtile.layers.walks import Results, own_point
 
 
 class TiledLinearReturnBias(TiledLinear):

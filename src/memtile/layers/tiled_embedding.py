@@ -46,7 +46,9 @@ class TiledEmbedding(TiledModule):
         ArgumentError: `max_norm` or `sparse` is given, or `padding_idx` is no row.
     """
 
-    tile_pattern: ClassVar[re.Pattern[str]] = re.compile(r"embeddings\.(?P<row>\d+)\.(?P<name>weight)")
+    tile_pattern: ClassVar[re.Pattern[str]] = re.compile(
+        r"embeddings\.(?P<row>\d+)\.(?P<name>weight)"
+    )
 
     def __init__(
         self,
@@ -67,7 +69,8 @@ class TiledEmbedding(TiledModule):
         self.num_embeddings, self.embedding_dim = self.grid.out_features, self.grid.in_features
         self.out_splits = self.grid.out_splits
         self.padding_idx = _row_of_padding(padding_idx, num_embeddings)
-        self.max_norm, self.norm_type = _refuse_options(max_norm, sparse), norm_type
+        _refuse_options(max_norm, sparse)
+        self.max_norm, self.norm_type = None, norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, False
         self.embeddings = nn.ModuleList()
         for span in self.grid.out_spans:
@@ -111,7 +114,7 @@ class TiledEmbedding(TiledModule):
             with gathered([tile.weight], write=True):  # type: ignore[list-item]  # an nn.Embedding's
                 nn.init.normal_(tile.weight)  # type: ignore[arg-type]
                 if tile.padding_idx is not None:
-                    tile.weight[tile.padding_idx].fill_(0)  # type: ignore[index,operator]
+                    tile.weight[tile.padding_idx].fill_(0)  # type: ignore[index]
 
     @classmethod
     def from_embedding(cls: type[Self], embedding: nn.Embedding, out_splits: int = 1) -> Self:
@@ -121,22 +124,22 @@ class TiledEmbedding(TiledModule):
 
     @classmethod
     def from_dense(
-        cls: type[Self], embedding: nn.Module, grid: Grid, tied_to: TiledModule | None = None
+        cls: type[Self], dense: nn.Module, grid: Grid, tied_to: TiledModule | None = None
     ) -> Self:
         """The same for a grid that is there already, its tiles shared where it is tied."""
-        assert isinstance(embedding, nn.Embedding)
+        assert isinstance(dense, nn.Embedding)
         layer = cls(
             grid.out_features,
             grid.in_features,
-            embedding.padding_idx,
-            embedding.max_norm,
-            embedding.norm_type,
-            embedding.scale_grad_by_freq,
-            embedding.sparse,
+            dense.padding_idx,
+            dense.max_norm,
+            dense.norm_type,
+            dense.scale_grad_by_freq,
+            dense.sparse,
             out_splits=grid.out_splits,
             device="meta",
         )
-        layer.take_over(embedding, tied_to)
+        layer.take_over(dense, tied_to)
         return layer
 
     def to_embedding(self) -> nn.Embedding:
@@ -212,7 +215,12 @@ def _refuse_options(max_norm: Any, sparse: bool) -> None:
 
 
 def _check_ids(name: str, ids: object) -> None:
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if (
+        not isinstance(ids, Tensor)
+        or ids.is_floating_point()
+        or ids.is_complex()
+        or ids.dtype == torch.bool
+    ):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TileDtypeError(f"{name}: the ids are {kind}; they must be a tensor of whole numbers")
 

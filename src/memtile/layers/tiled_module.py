@@ -1,4 +1,4 @@
-"""What every tiled layer has: a grid, tiles with parameters of their own, and dense forms of them."""
+"""What every tiled layer has: a grid, tiles with parameters of their own, their dense forms."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -58,7 +58,9 @@ class TiledModule(nn.Module):
 
     def tile_rect(self, name: str, index: Index) -> Rect:
         """The rectangle of the dense weight, or of the bias as one column, that a tile holds."""
-        return self.grid.rect(*index) if name == "weight" else bias_rect(self.grid.out_spans[index[0]])
+        return (
+            self.grid.rect(*index) if name == "weight" else bias_rect(self.grid.out_spans[index[0]])
+        )
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense parameter, as the dense module keeps it."""
@@ -102,9 +104,10 @@ class TiledModule(nn.Module):
             super().__setattr__(name, value)
         elif not self._is_own(name, value):
             raise HandleError(
-                f"{self.full_name()}.{name} = … would not reach the tiles, so nothing would change: "
-                "write values with layer.copy_params_from(linear); to tie two tiled layers of the "
-                "same grid, call layer.share_tiles_with(other); to tie layers of a model, tie them "
+                f"{self.full_name()}.{name} = … would not reach the tiles, so nothing would "
+                "change: write values with layer.copy_params_from(linear); to tie two tiled "
+                "layers of the same grid, call layer.share_tiles_with(other); to tie layers of "
+                "a model, tie them "
                 "first and call memtile.tile(model), which keeps ties"
             )
 
@@ -124,8 +127,8 @@ class TiledModule(nn.Module):
         if self.grid != other.grid or self.weight_is_transposed != other.weight_is_transposed:
             raise TileShapeError(
                 f"{self.full_name()} has grid {self.grid.out_parts} × {self.grid.in_parts}, "
-                f"{other.full_name()} {other.grid.out_parts} × {other.grid.in_parts}: only layers of "
-                "the same grid can share tiles; make both with the same splits"
+                f"{other.full_name()} {other.grid.out_parts} × {other.grid.in_parts}: only layers "
+                "of the same grid can share tiles; make both with the same splits"
             )
         for index, tile in self.tiles():
             tile.weight = other.tile(*index).weight
@@ -150,9 +153,15 @@ class TiledModule(nn.Module):
         """
         turned = name == "weight" and self.weight_is_transposed
         for index, old in self.tile_parameters(name).items():
-            tile = self.tile(*index) if name == "weight" else self.tile(index[0], self.grid.in_splits - 1)
+            tile = (
+                self.tile(*index)
+                if name == "weight"
+                else self.tile(index[0], self.grid.in_splits - 1)
+            )
             rect = self.tile_rect(name, index)
-            parameter = nn.Parameter(_piece(dense, rect, turned, old), requires_grad=dense.requires_grad)
+            parameter = nn.Parameter(
+                _piece(dense, rect, turned, old), requires_grad=dense.requires_grad
+            )
             parameter.__dict__.update(dense.__dict__)
             if dense.grad is not None:
                 parameter.grad = _piece(dense.grad, rect, turned, old)
@@ -193,9 +202,12 @@ class TiledModule(nn.Module):
 
     def hand_over(self, dense: nn.Module, weight: nn.Parameter | None = None) -> None:
         """Give parameters and mode to a dense module, or `weight` where it is tied to another."""
-        dense.weight = self.dense_parameter("weight") if weight is None else weight
-        if self.tile_parameters("bias"):
-            dense.bias = self.dense_parameter("bias")
+        for name in DENSE_NAMES:
+            parameter = (
+                weight if name == "weight" and weight is not None else self.dense_parameter(name)
+            )
+            if parameter is not None:
+                setattr(dense, name, parameter)
         dense.train(self.training)
 
     @classmethod

@@ -46,8 +46,12 @@ class Values:
         matrices = {index: as_matrix(tensor) for index, tensor in tensors.items()}
         dtypes = sorted({str(matrix.dtype) for matrix in matrices.values()})
         if len(dtypes) > 1:
-            raise StateDictError(f"the tiles have different dtypes ({', '.join(dtypes)}); save them in one")
-        return cls(Grid.of_shapes({i: (m.shape[0], m.shape[1]) for i, m in matrices.items()}), matrices)
+            raise StateDictError(
+                f"the tiles have different dtypes ({', '.join(dtypes)}); save them in one"
+            )
+        return cls(
+            Grid.of_shapes({i: (m.shape[0], m.shape[1]) for i, m in matrices.items()}), matrices
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,6 +112,6 @@ def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...])
 def _cat(parameters: Mapping[Index, nn.Parameter], grid: Grid) -> Tensor:
     rows = []
     for o in range(grid.out_splits):
-        columns = [parameters[o, i] for i in range(grid.in_splits)]
+        columns: list[Tensor] = [parameters[o, i] for i in range(grid.in_splits)]
         rows.append(columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1))
     return torch.cat(rows, dim=0)

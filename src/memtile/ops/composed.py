@@ -85,9 +85,9 @@ class ResultShapes:
         self.grid, self.lead, self.shards = grid, first.shape[:-1], span // width
         if any(bound % self.shards for bound in grid.out_parts):
             raise TileClassError(
-                f"tile (0, 0) returned {width} of {span} features, one of {self.shards} shards, but "
-                f"the out-spans {grid.out_parts} do not divide by {self.shards}; choose out_splits "
-                "so that every span does"
+                f"tile (0, 0) returned {width} of {span} features, one of {self.shards} shards, "
+                f"but the out-spans {grid.out_parts} do not divide by {self.shards}; choose "
+                "out_splits so that every span does"
             )
 
     def check(self, index: tuple[int, int], result: Tensor) -> None:
@@ -116,7 +116,9 @@ class _Writer:
         last = column == self.grid.in_splits - 1
         if column == 0 and needs_float32_sum(result.dtype, self.grid.in_splits):
             self.total = result.new_zeros(result.shape, dtype=torch.float32)
-        self.out = _Place.apply(self.out, result, start, column, last, self.total)
+        self.out = _Place.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self.out, result, start, column, last, self.total
+        )
         if last:
             self.total = None
 
@@ -160,13 +162,14 @@ class _Place(torch.autograd.Function):
 
 
 def float32_edges(chunk: Tensor, rows: int) -> Iterator[Tensor]:
-    """`rows` aliases of `chunk`, one for each row of tiles, whose gradients are summed in float32."""
+    """`rows` aliases of `chunk`, one for each row of tiles; gradients are summed in float32."""
     if rows == 1 or chunk.dtype not in SIXTEEN_BITS or not _tracked(chunk):
         yield from (chunk for _ in range(rows))
         return
-    node, value = _Float32Node.apply(chunk), chunk.detach()
+    node = _Float32Node.apply(chunk)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    value = chunk.detach()
     for _ in range(rows):
-        yield _Edge.apply(node, value)
+        yield _Edge.apply(node, value)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def float32_casts(chunk: Tensor, rows: int) -> Iterator[Tensor]:

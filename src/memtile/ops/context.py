@@ -14,12 +14,12 @@ def transformed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast would give this tensor in a matrix product, or None when it is off."""
+    """The dtype that autocast gives this tensor in a matrix product, or None when it is off."""
     device_type = tensor.device.type
     if not torch.amp.is_autocast_available(device_type):
         return None

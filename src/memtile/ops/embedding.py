@@ -30,10 +30,13 @@ def gather_rows(ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], d
     flat, out = ids.reshape(-1), None
     for lookup, span in zip(lookups, spans, strict=True):
         places = ((flat >= span.start) & (flat < span.stop)).nonzero().squeeze(1)
-        rows = lookup(flat[places] - span.start)
+        if places.numel():
+            rows = lookup(flat[places] - span.start)
+        else:  # one row, dropped again: torch cannot differentiate an empty lookup twice
+            rows = lookup(flat.new_zeros(1))[:0]
         if out is None:
             out = rows.new_empty((flat.numel(), dim))
-        out = _PlaceRows.apply(out, rows, places)
+        out = _PlaceRows.apply(out, rows, places)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     assert out is not None
     return out.view(*ids.shape, dim)
 
@@ -43,7 +46,8 @@ def gather_some_rows(
 ) -> Tensor:
     """The same without gradients: tiles that hold none of the ids are left alone."""
     stops = torch.tensor([span.stop for span in spans], device=ids.device)
-    owners = torch.bucketize(ids.reshape(-1), stops, right=True).unique().tolist() or [0]
+    found = torch.bucketize(ids.reshape(-1), stops, right=True)
+    owners = torch.unique(found).tolist() or [0]
     return gather_rows(ids, [lookups[o] for o in owners], [spans[o] for o in owners], dim)
 
 

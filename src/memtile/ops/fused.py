@@ -69,7 +69,8 @@ def fused_linear(
     Returns:
         y (…, out_features), or one tensor (…, out_o) for each row when `spec.combine` is False.
     """
-    result: Tensor | tuple[Tensor, ...] = _FusedLinear.apply(spec, *inputs, *weights, *biases)
+    result: Tensor | tuple[Tensor, ...]
+    result = _FusedLinear.apply(spec, *inputs, *weights, *biases)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 
@@ -191,7 +192,7 @@ def _visit_column(
     needed: Sequence[bool],
     results: list[Tensor | None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The factors of the column's input gradient; each tile's weight gradient is formed on the way."""
+    """The factors of the column's input gradient; weight gradients are formed on the way."""
     trained = any(needed[spec.weight(o, column)] for o, _ in rows)
     x = _input_columns(spec, saved)[column] if trained else None
     for o, g in rows:
@@ -205,7 +206,7 @@ def _differentiable_backward(
     spec: FusedSpec, lead: torch.Size, saved: Sequence[Tensor], rows: Rows, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     results: list[Tensor | None] = [None] * len(needed)
-    columns = []
+    columns: list[Tensor | None] = []
     for i, span in enumerate(spec.grid.in_spans):
         visit = _visit_column(spec, saved, rows, i, needed, results)
         if needed[spec.input(i)]:
@@ -216,7 +217,7 @@ def _differentiable_backward(
     if spec.chunks > 1:
         results[: spec.chunks] = columns
     elif needed[0]:
-        results[0] = torch.cat(columns, dim=-1)
+        results[0] = torch.cat([column for column in columns if column is not None], dim=-1)
     for o, g in rows:
         if spec.has_bias and needed[spec.bias(o)]:
             results[spec.bias(o)] = g.sum(0)
@@ -230,5 +231,6 @@ def _differentiable_sum(factors: Iterator[tuple[Tensor, Tensor]], parts: int) ->
         if needs_float32_sum(dtype, parts):
             part = part.to(torch.float32)
         total = part if total is None else total + part
-    assert total is not None and dtype is not None
+    assert total is not None
+    assert dtype is not None
     return total.to(dtype)

@@ -45,9 +45,10 @@ def sum_of_products(
         return
     narrow = out.shape[1] < NARROW_SIDE
     for number, (a, b) in enumerate(pairs):
-        if narrow:
-            part = multiply(a, b) if bias is None or number else multiply(a, b) + bias
-            out.copy_(out + part if number else part)
+        if narrow and number:
+            out.add_(multiply(a, b))
+        elif narrow:
+            torch.add(multiply(a, b), 0 if bias is None else bias, out=out)
         elif number:
             torch.addmm(out, a, b, out=out)
         elif bias is not None:
@@ -81,7 +82,11 @@ def _sum_in_float32(
     out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], bias: Tensor | None
 ) -> None:
     total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    scratch = None if writes_float32(out.device.type, out.dtype) else torch.empty_like(total, dtype=out.dtype)
+    scratch = (
+        None
+        if writes_float32(out.device.type, out.dtype)
+        else torch.empty_like(total, dtype=out.dtype)
+    )
     for number, (a, b) in enumerate(pairs):
         part = multiply_to_float32(a, b) if scratch is None else torch.mm(a, b, out=scratch)
         if number:

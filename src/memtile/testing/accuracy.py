@@ -26,13 +26,13 @@ def rms_error(value: Tensor, truth64: Tensor) -> float:
     """
     if truth64.dtype != torch.float64:
         raise ArgumentError(
-            f"the truth is {truth64.dtype}: it must be float64, computed from float64 copies of the "
-            "inputs; a result cast to float64 afterwards keeps its rounding"
+            f"the truth is {truth64.dtype}: it must be float64, computed from float64 copies of "
+            "the inputs; a result cast to float64 afterwards keeps its rounding"
         )
     if value.shape != truth64.shape:
         raise ArgumentError(
-            f"the value is {tuple(value.shape)}, the truth {tuple(truth64.shape)}: broadcasting them "
-            "would compare unrelated elements; give both one shape"
+            f"the value is {tuple(value.shape)}, the truth {tuple(truth64.shape)}: broadcasting "
+            "them would compare unrelated elements; give both one shape"
         )
     if not value.numel():
         return 0.0

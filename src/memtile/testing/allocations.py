@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -25,7 +24,7 @@ def peak_allocated_bytes(function: Callable[[], Any]) -> int:
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.device_type() == torch.autograd.DeviceType.CPU:
+        if event.device_type().name == "CPU":
             held += event.nbytes()
             peak = max(peak, held)
     return peak

@@ -81,7 +81,7 @@ class PeakMemory:
         self._most = max(self._most, _status_bytes("VmHWM"))
 
 
-class LargestAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is
+class LargestAllocation(TorchDispatchMode):
     """The largest piece of memory that one PyTorch operation allocates while the block runs.
 
     A piece is the storage of an operation's result, unless an argument already owned it: views and
@@ -95,7 +95,7 @@ class LargestAllocation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.nbytes = 0
         self.op = ""
 

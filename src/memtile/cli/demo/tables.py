@@ -1,0 +1,97 @@
+"""The demo's outcome as tables for a terminal."""
+
+from typing import Final
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from memtile.cli.byte_sizes import format_byte_size
+from memtile.cli.demo.records import Machine, Outcome, Piece, Settings
+
+_HOW_MEASURED: Final = (
+    "Seconds: median of all steps but the first. Peak memory: resident, above the imports. "
+    "Largest tensor: weight, gradient or optimizer state. Largest allocation: what any one "
+    "operation of the first step made, activations included."
+)
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """Prints the loss of each step, the costs, the generated texts and the verdicts."""
+    console.print(_heading(outcome.settings, outcome.machine))
+    console.print(_losses(outcome))
+    console.print(_costs(outcome))
+    console.print(_continuations(outcome))
+    console.print(_verdicts(outcome))
+
+
+def _heading(settings: Settings, machine: Machine) -> Text:
+    tile = format_byte_size(settings.max_tile_bytes)
+    return Text(
+        f"{settings.steps} AdamW steps of {settings.tokens} tokens, "
+        f"learning rate {settings.learning_rate:g}, float32, tiles of at most {tile}\n"
+        f"{machine.processor}, {machine.logical_cpus} logical CPUs, {machine.system}\n"
+        f"Python {machine.python}, torch {machine.torch}, transformers {machine.transformers}, "
+        f"memtile {machine.memtile}\n"
+    )
+
+
+def _losses(outcome: Outcome) -> Table:
+    table = Table("step", "dense", "tiled", "relative difference", title="Loss per step")
+    for column in table.columns:
+        column.justify = "right"
+    rows = zip(outcome.dense.losses, outcome.tiled.losses, outcome.loss_differences, strict=True)
+    for step, (dense, tiled, difference) in enumerate(rows, start=1):
+        table.add_row(str(step), f"{dense:.6f}", f"{tiled:.6f}", f"{difference:.1e}")
+    return table
+
+
+def _costs(outcome: Outcome) -> Table:
+    dense, tiled, seconds = outcome.dense, outcome.tiled, outcome.seconds_per_step
+    table = Table(title="Costs", caption=_HOW_MEASURED, caption_justify="left")
+    table.add_column("")
+    table.add_column("dense", overflow="fold")
+    table.add_column("tiled", overflow="fold")
+    table.add_column("ratio", justify="right")
+    _row(
+        table,
+        "seconds per step",
+        f"{seconds['dense']:.3f}",
+        f"{seconds['tiled']:.3f}",
+        seconds["tiled"] / seconds["dense"],
+    )
+    for what, left, right in (
+        ("peak memory", Piece(dense.peak_bytes, ""), Piece(tiled.peak_bytes, "")),
+        ("largest tensor", dense.largest_tensor, tiled.largest_tensor),
+        ("largest allocation", dense.largest_allocation, tiled.largest_allocation),
+    ):
+        _row(table, what, _piece(left), _piece(right), right.nbytes / max(1, left.nbytes))
+    left_count, right_count = dense.parameter_tensors, tiled.parameter_tensors
+    _row(table, "parameter tensors", str(left_count), str(right_count), right_count / left_count)
+    return table
+
+
+def _row(table: Table, what: str, dense: str, tiled: str, ratio: float) -> None:
+    table.add_row(what, dense, tiled, f"{ratio:.3f}" if ratio < 100 else f"{ratio:.0f}")
+
+
+def _piece(piece: Piece) -> str:
+    return f"{format_byte_size(piece.nbytes)}\n{piece.what}".rstrip()
+
+
+def _continuations(outcome: Outcome) -> Group:
+    return Group(
+        Panel(Text(outcome.dense.continuation), title="Generated after training, dense"),
+        Panel(Text(outcome.tiled.continuation), title="Generated after training, tiled"),
+    )
+
+
+def _verdicts(outcome: Outcome) -> Text:
+    text = Text()
+    for verdict in outcome.verdicts:
+        text.append(
+            "kept   " if verdict.kept else "MISSED ", style="green" if verdict.kept else "bold red"
+        )
+        text.append(f"{verdict.promise}: {verdict.measured}\n")
+    return text

@@ -1,0 +1,50 @@
+"""The batches of the demo: consecutive stretches of one text, the same for every run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from memtile.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    import torch
+
+SHIPPED_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
+
+
+def read_text(file: Path) -> str:
+    """The text of `file`; in the shipped one, without the lines on top that name its source.
+
+    Raises:
+        CommandError: If it cannot be read as UTF-8 text.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise CommandError(
+            f"--text {file} cannot be read ({reason}): give a plain text file."
+        ) from error
+    if file == SHIPPED_TEXT:
+        text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    return text.strip()
+
+
+def cut_batches(
+    text: str,
+    tokenizer: Any,  # a transformers tokenizer, which this package does not import to name its type
+    batches: int,
+    tokens: int,
+) -> "list[torch.Tensor]":
+    """The first `batches` stretches of `tokens` tokens each, as int64 tensors of shape (1, tokens).
+
+    Raises:
+        CommandError: If the text has fewer tokens than that.
+    """
+    token_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    found = token_ids.shape[1]
+    if found < batches * tokens:
+        raise CommandError(
+            f"--tokens {tokens} needs {batches * tokens} for {batches} batches, and the text "
+            f"has {found}: give --tokens {found // batches} or a longer --text."
+        )
+    return [token_ids[:, start * tokens : (start + 1) * tokens] for start in range(batches)]

@@ -1,0 +1,204 @@
+"""One call of a tiled linear: three walks over its grid, and the points that subclasses override.
+
+- fused, when every tile is resident and plain: one autograd function (`ops.fused`);
+- composed, when a tile is anything more (hooks, another class, an engine, autocast): each tile is
+  called as the module that it is, its result written where it belongs (`ops.composed`);
+- by points, under compilers and transforms and in subclasses that override how results are reduced
+  or combined: the three points below, in ordinary operations.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from memtile import ops
+from memtile.errors import TileClassError, TileShapeError
+from memtile.layers import door
+from memtile.layers.tiled_module import TiledModule
+from memtile.layers.values import Index
+
+Results = Iterator[tuple[Index, Any]]
+Point = TypeVar("Point", bound=Callable[..., Any])
+
+
+def own_point(function: Point) -> Point:
+    """Mark a point as memtile's own, so that an override of it is seen."""
+    function.is_own_point = True  # type: ignore[attr-defined]  # functions take attributes
+    return function
+
+
+class WalkedLinear(TiledModule):
+    """How a grid of linear tiles is called; `TiledLinear` says how it is made."""
+
+    in_features: int
+    in_splits: int
+    out_splits: int
+    use_bias: bool
+    input_is_already_split: bool
+    combine_out_splits: bool
+    linears: nn.ModuleList
+
+    def forward(self, input_: Any) -> Any:
+        """The layer's output.
+
+        Args:
+            input_: (…, in_features), or a sequence of in_splits chunks (…, in_i) when
+                `input_is_already_split`. With tiles that declare no in_features the cut follows
+                the width that arrives.
+
+        Returns:
+            (…, out_features), or a list of out_splits tensors (…, out_o) without
+            `combine_out_splits`.
+
+        Raises:
+            TileShapeError: wrong width, rank or number of chunks.
+            TileDtypeError: another dtype than the tiles', without autocast.
+            TileDeviceError: another device than the tiles'.
+            TileClassError: a tile returned a wrong shape.
+        """
+        tiles = [tile for row in self.linears for tile in row]  # type: ignore[attr-defined]  # ModuleLists
+        whole = self._check_input(input_, door.column_widths(tiles[: self.in_splits]))
+        if (
+            self._has_own(("_reduce_local_output", "_combine_output_splits"))
+            and not ops.transformed()
+        ):
+            plain = door.all_plain(tiles)
+            if plain:
+                for chunk in whole:
+                    door.check_kind(
+                        self.full_name(), chunk, tiles[0].weight, ops.autocast_dtype(chunk)
+                    )
+            if plain and len(tiles) > 1 and self._can_fuse(whole):
+                return self._walk_fused(whole, tiles)
+            return self._walk_composed(self._results(self._split(whole, plain)))
+        return self._walk_points(self._split(whole, False))
+
+    def _check_input(self, input_: Any, declared: list[int] | None) -> list[Any]:
+        """The input as a list: one whole tensor, or the chunks."""
+        name = self.full_name()
+        if self.input_is_already_split and not isinstance(input_, Tensor):
+            door.check_chunks(name, input_, self.in_splits, declared)
+            return list(input_)
+        if self.input_is_already_split and self.in_splits > 1:
+            raise TileShapeError(
+                f"{name}: input_is_already_split=True with in_splits={self.in_splits} takes a "
+                "sequence of chunks, not one tensor; pass x.split(sizes, -1)"
+            )
+        if not isinstance(input_, Tensor) and not self._has_own(("_split_global_input",)):
+            return [input_]
+        tensor = door.check_tensor(name, input_)
+        door.split_sizes(name, tensor.shape[-1], self.in_splits, declared)
+        return [tensor]
+
+    def _has_own(self, points: Sequence[str]) -> bool:
+        return all(getattr(getattr(self, point), "is_own_point", False) for point in points)
+
+    def _can_fuse(self, whole: list[Any]) -> bool:
+        return (
+            self._has_own(("_split_global_input",))
+            and all(type(chunk) in (Tensor, nn.Parameter) for chunk in whole)
+            and ops.autocast_dtype(whole[0]) is None
+        )
+
+    def _walk_fused(self, whole: list[Tensor], tiles: list[nn.Module]) -> Any:
+        spec = ops.FusedSpec(self.grid, len(whole), self.combine_out_splits, self.use_bias)
+        biases = [row[-1].bias for row in self.linears] if self.use_bias else []  # type: ignore[index]
+        result = ops.fused_linear(spec, whole, [tile.weight for tile in tiles], biases)  # type: ignore[misc]
+        return result if isinstance(result, Tensor) else list(result)
+
+    def _split(self, whole: list[Any], plain: bool) -> list[Any]:
+        """The input's chunks; for plain tiles under autocast cast once, not once for each tile."""
+        if plain or (ops.transformed() and type(self.tile(0, 0)) is nn.Linear):
+            whole = [chunk.to(ops.autocast_dtype(chunk) or chunk.dtype) for chunk in whole]
+        if len(whole) == self.in_splits:
+            return whole
+        input_ = whole[0]
+        declared = door.column_widths([self.tile(0, i) for i in range(self.in_splits)])
+        width = input_.shape[-1] if isinstance(input_, Tensor) else self.in_features
+        sizes = door.split_sizes(self.full_name(), width, self.in_splits, declared)
+        return list(self._split_global_input(input_, sizes))
+
+    def _results(self, chunks: Sequence[Any]) -> Results:
+        """((row, column), what the tile returned), each tile called when it is drawn."""
+        split = ops.float32_casts if ops.transformed() else ops.float32_edges
+        edges = [
+            split(chunk, self.out_splits)
+            if isinstance(chunk, Tensor)
+            else iter([chunk] * self.out_splits)
+            for chunk in chunks
+        ]
+        for row, column in self.grid.indices():
+            yield (row, column), self.tile(row, column)(next(edges[column]))
+
+    def _walk_composed(self, results: Results) -> Any:
+        checked = map(self._checked, results)
+        if self.combine_out_splits:
+            return ops.write_results(checked, self.grid)
+        return ops.write_rows(checked, self.grid)
+
+    def _checked(self, result: tuple[Index, Any]) -> tuple[Index, Tensor]:
+        """For `map`: a generator's variables would keep each result beside the next one's."""
+        return result[0], self._check_result(*result)
+
+    def _check_result(self, index: Index, result: Any) -> Tensor:
+        if not isinstance(result, Tensor):
+            raise TileClassError(
+                f"{self.full_name()}: tile {index} returned a {type(result).__name__}, not a "
+                "tensor; a linear_cls that returns (output, bias) belongs in TiledLinearReturnBias"
+            )
+        return result
+
+    def _walk_points(self, chunks: Sequence[Any]) -> Any:
+        outputs: list[Any] = []
+        shapes: ops.ResultShapes | None = None
+        dtype = None
+        for (row, column), result in self._results(chunks):
+            tensor = result[0] if isinstance(result, tuple) and result else result
+            if isinstance(tensor, Tensor):
+                shapes = shapes or ops.ResultShapes(tensor, self.grid)
+                shapes.check((row, column), tensor)
+                dtype = tensor.dtype
+            current = outputs.pop() if column else None
+            current = self._reduce_local_output(
+                in_id=column, out_id=row, current_out=current, new_out=result
+            )
+            if dtype is not None and ops.needs_float32_sum(dtype, self.in_splits):
+                last = column == self.in_splits - 1
+                current = _cast(current, dtype if last else torch.float32)
+            outputs.append(current)
+        return self._combine_output_splits(outputs) if self.combine_out_splits else outputs
+
+    @own_point
+    def _split_global_input(self, input: Any, split_sizes: Sequence[int]) -> Sequence[Any]:
+        """Cut the input along its last dimension; override for other kinds of input."""
+        return ops.split_tensor_along_last_dim(input, split_sizes)
+
+    @own_point
+    def _reduce_local_output(self, in_id: int, out_id: int, current_out: Any, new_out: Any) -> Any:
+        """Add a tile's result to its row's; override for other kinds of result.
+
+        Args:
+            in_id: the tile's column.
+            out_id: the tile's row.
+            current_out: what this gave for the columns before, None in the first one; float32
+                where several columns of 16-bit results are summed.
+            new_out: what the tile returned.
+        """
+        result = self._check_result((out_id, in_id), new_out)
+        return result if current_out is None else current_out + result
+
+    @own_point
+    def _combine_output_splits(self, outputs: Sequence[Any]) -> Any:
+        """Join the rows' results; override for other kinds of result."""
+        return ops.join_rows(outputs)
+
+
+def _cast(result: Any, dtype: torch.dtype) -> Any:
+    """A row's running result in another dtype; of a tuple, its first tensor."""
+    if isinstance(result, Tensor):
+        return result.to(dtype)
+    if isinstance(result, tuple) and result:
+        return (_cast(result[0], dtype), *result[1:])
+    return result

@@ -1,0 +1,47 @@
+"""A model, a tokenizer and a text that are small enough to train in a moment."""
+
+from pathlib import Path
+
+import pytest
+
+WORDS = [f"word{number}" for number in range(97)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Gives a folder with a random Llama of 97 + 2 words, tied, with ragged widths."""
+    import tokenizers
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<pad>", *WORDS])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=24,
+        intermediate_size=41,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """Gives a file of 160 words, no two batches of which are alike."""
+    file = tmp_path_factory.mktemp("tiny-text") / "text.txt"
+    file.write_text(" ".join(WORDS[(7 * n + n // 13) % len(WORDS)] for n in range(160)))
+    return file

