@@ -36,7 +36,7 @@ def walking(walk: str, layer: TiledLinear) -> TiledLinear:
 
 
 def nodes_of(*outputs: Tensor) -> list[str]:
-    """The names of all nodes in the graph of the outputs, leaves left out."""
+    """The names of all nodes in the graph of the outputs, sorted, leaves left out."""
     seen, waiting = set(), [output.grad_fn for output in outputs]
     while waiting:
         node = waiting.pop()
@@ -44,7 +44,7 @@ def nodes_of(*outputs: Tensor) -> list[str]:
             continue
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
-    return [node.name() for node in seen if "AccumulateGrad" not in node.name()]
+    return sorted(node.name() for node in seen if "AccumulateGrad" not in node.name())
 
 
 def walk_of(*outputs: Tensor) -> str:

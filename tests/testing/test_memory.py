@@ -186,7 +186,8 @@ class Wrapped(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return func(*(arg.inner if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+        plain = (arg.inner if isinstance(arg, cls) else arg for arg in args)
+        return cls(func(*plain, **(kwargs or {})))
 
 
 def test_what_a_tensor_subclass_does_inside_is_seen():

@@ -20,6 +20,10 @@ class TiledLinearReturnBias(TiledLinear):
     returns one; without `combine_out_splits` a list of such pairs.
     """
 
+    def _can_fuse(self, whole: list[Any]) -> bool:
+        """Never: a plain tile returns no pair, which the composed walk says."""
+        return False
+
     def _walk_composed(self, results: Results) -> Any:
         biases: list[Tensor | None] = [None] * self.out_splits
 
