@@ -132,7 +132,7 @@ def test_a_class_that_ignores_bias_false_is_refused() -> None:
 
 def test_a_class_that_makes_no_module_is_refused() -> None:
     """A tile must be an nn.Module."""
-    with pytest.raises(TileClassError, match="must make an nn.Module"):
+    with pytest.raises(TileClassError, match=r"must make an nn.Module"):
         TiledLinear(10, 7, linear_cls=lambda *_, **__: "tile")  # type: ignore[arg-type,return-value]
 
 

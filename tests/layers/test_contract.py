@@ -251,7 +251,9 @@ def test_from_linear_keeps_everything_about_the_linear(grid, dtype):
 
     assert not layer.training
     assert {p.dtype for p in layer.parameters()} == {dtype}
-    assert [p.requires_grad for n, p in layer.named_parameters() if "bias" in n] == [False] * grid[0]
+    assert [p.requires_grad for n, p in layer.named_parameters() if "bias" in n] == [False] * grid[
+        0
+    ]
     assert all(p.data_ptr() != dense.weight.data_ptr() for p in layer.parameters())
     assert type(back) is nn.Linear
     assert torch.equal(back.weight, dense.weight)

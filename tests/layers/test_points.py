@@ -73,7 +73,9 @@ def test_the_reduction_gets_a_float32_running_sum_and_its_result_is_cast_back(dt
     output = layer(torch.randn(4, 13, dtype=dtype))
 
     assert layer.calls == [
-        (row, column, None if column == 0 else torch.float32) for row in (0, 1) for column in (0, 1, 2)
+        (row, column, None if column == 0 else torch.float32)
+        for row in (0, 1)
+        for column in (0, 1, 2)
     ]
     assert output.dtype == dtype
 

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from memtile.errors import SplitsError, TileDeviceError, TileDtypeError, TileShapeError
-from memtile.geometry import partition_uniform
+from memtile.errors import (
+    SplitsError,
+    TileClassError,
+    TileDeviceError,
+    TileDtypeError,
+    TileShapeError,
+)
+from memtile.geometry import Grid, partition_uniform
+from memtile.ops import autocast_dtype
 
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -58,13 +65,22 @@ def all_plain(tiles: Sequence[nn.Module]) -> bool:
 
 
 def column_widths(row: Sequence[nn.Module]) -> list[int] | None:
-    """The input width of each column where its tile declares one, else None."""
-    widths = [getattr(tile, "in_features", None) for tile in row]
-    return (
-        [w for w in widths if isinstance(w, int)]
-        if all(isinstance(w, int) for w in widths)
-        else None
-    )
+    """The input width of each column where its tile declares the one that it takes, else None."""
+    widths = [_declared_width(tile) for tile in row]
+    known = [width for width in widths if width is not None]
+    return known if len(known) == len(widths) else None
+
+
+def _declared_width(tile: nn.Module) -> int | None:
+    """None for a tile that declares no width, or holds a shard of the width that it declares.
+
+    Some tensor-parallel linears call the whole width `in_features` and take their local one.
+    """
+    width, weight = getattr(tile, "in_features", None), tile._parameters.get("weight")
+    if not isinstance(width, int):
+        return None
+    held = weight.shape[1] if weight is not None and weight.dim() == 2 else 0
+    return None if 0 < held < width and width % held == 0 else width
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -137,20 +153,45 @@ def check_chunks(
             )
 
 
-def check_kind(name: str, chunk: Tensor, weight: Tensor, cast_to: torch.dtype | None) -> None:
-    """Check dtype and device against plain tiles; under autocast torch casts by itself.
+def check_kinds(name: str, chunks: Sequence[object], weight: Tensor) -> None:
+    """Check devices and dtypes against plain tiles, as they are after what autocast casts.
 
     Raises:
-        TileDtypeError: the dtypes differ and autocast is off.
         TileDeviceError: the devices differ.
+        TileDtypeError: the dtypes differ.
     """
-    if chunk.dtype != weight.dtype and cast_to is None:
-        raise TileDtypeError(
-            f"{name}: the input is {chunk.dtype}, the tiles are {weight.dtype}; convert one of "
-            "them, or run under torch.autocast"
-        )
-    if chunk.device != weight.device:
-        raise TileDeviceError(
-            f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; move one "
-            "of them"
+    needed = autocast_dtype(weight) or weight.dtype
+    for chunk in chunks:
+        if not isinstance(chunk, Tensor):
+            continue
+        if chunk.device != weight.device:
+            raise TileDeviceError(
+                f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; "
+                "move one of them"
+            )
+        if (autocast_dtype(chunk) or chunk.dtype) != needed:
+            raise TileDtypeError(
+                f"{name}: the input is {chunk.dtype}, the tiles are {weight.dtype}; convert one of "
+                "them, or run in float32 under torch.autocast"
+            )
+
+
+def check_width(
+    name: str, index: tuple[int, int], tile: nn.Module, grid: Grid, result: Tensor
+) -> None:
+    """Check that a tile which holds all rows of its span returns them all.
+
+    A narrower result is right only for a shard of a tensor-parallel linear, whose weight is
+    narrower too.
+
+    Raises:
+        TileClassError: the result is not as wide as the tile's weight is high.
+    """
+    weight, rows = tile._parameters.get("weight"), grid.out_spans[index[0]].size
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.shape[0] != rows:
+        return
+    if result.shape[-1:] != (rows,):
+        raise TileClassError(
+            f"{name}: tile {index} returned shape {tuple(result.shape)}, its weight has {rows} rows: "
+            f"the last dimension must be {rows}; correct the forward of linear_cls, or its hooks"
         )

@@ -2,8 +2,8 @@
 
 Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
 dense tensor, differentiably. What would silently change only a copy (in-place operations, `.data`,
-`nn.init`, assignments to `.grad`) is refused. A slice of it is a slice of an assembled copy: writing
-into `layer.weight[0]` changes that copy only, and cannot be told from a slice that is only read.
+`nn.init`, assignments to `.grad`) is refused. A slice of it is a slice of an assembled copy: to write
+into `layer.weight[0]` changes that copy only, and cannot be told from reading it.
 """
 
 from collections.abc import Callable, Sequence

@@ -22,13 +22,13 @@ NAMES = ("weight", "bias")
 
 
 def problems_of(
-    layer: "TiledModule", state_dict: Mapping[str, Any], prefix: str, strict: bool
+    layer: "TiledModule", state_dict: Mapping[str, Any], strict: bool, assign: bool
 ) -> list[str]:
     """Every reason, as a sentence, why the dictionary cannot be loaded into the layer."""
-    found = _Found(layer, state_dict, prefix)
-    problems = [problem for name in NAMES for problem in found.problems(name)]
+    found = _Found(layer, state_dict, "")
+    problems = found.problems(assign)
     if strict:
-        missing = [name for name in NAMES if layer.tile_parameters(name) and not found.has(name)]
+        missing = [name for name in NAMES if found.own[name] and not found.has(name)]
         if missing:
             problems.append(
                 f"{layer.full_name()}: the checkpoint has no {' and no '.join(missing)}, neither "
@@ -56,7 +56,7 @@ def load_any_form(
         What is wrong, as sentences; then the tiles keep their values.
     """
     found = _Found(layer, state_dict, prefix)
-    problems = [problem for name in NAMES for problem in found.problems(name)]
+    problems = found.problems(assign)
     for name in NAMES:
         if found.has(name) and (problems or not found.is_own_form(name) or assign):
             found.rewrite(name, keep=bool(problems), assign=assign)
@@ -68,6 +68,7 @@ class _Found:
 
     def __init__(self, layer: "TiledModule", state_dict: Mapping[str, Any], prefix: str) -> None:
         self.layer, self.state_dict, self.prefix = layer, state_dict, prefix
+        self.own = {name: layer.stored_parameters(name) for name in NAMES}
         self.keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
         self.dense = {name for name in NAMES if name in self.keys}
         self.tiles: dict[str, dict[Index, str]] = {name: {} for name in NAMES}
@@ -91,40 +92,73 @@ class _Found:
 
     def is_own_form(self, name: str) -> bool:
         """Whether these are this layer's own tiles, which torch can load by itself."""
-        own = self.layer.tile_parameters(name)
         tiles = self._tiles_by_place(name)
         return name not in self.dense and {i: tuple(t.shape) for i, t in tiles.items()} == {
-            i: tuple(p.shape) for i, p in own.items()
+            i: tuple(p.shape) for i, p in self.own[name].items()
         }
 
-    def problems(self, name: str) -> list[str]:
-        try:
-            problem = self._problem(name)
-        except MemtileError as error:
-            problem = str(error)
-        return [f"{self.layer.full_name()}.{name}: {problem}"] if problem else []
+    def problems(self, assign: bool) -> list[str]:
+        """What keeps the weight or the bias from being loaded, a sentence each."""
+        problems = []
+        for name in filter(self.has, NAMES):
+            try:
+                problem = self._unreadable(name, assign) or self._unfitting(name)
+            except MemtileError as error:
+                problem = str(error)
+            if problem:
+                problems.append(f"{self.layer.full_name()}.{name}: {problem}")
+        return problems or self._of_two_grids()
 
-    def _problem(self, name: str) -> str:
-        if not self.has(name):
-            return ""
+    def _unreadable(self, name: str, assign: bool) -> str:
         if name in self.dense and self.tiles[name]:
             return "the checkpoint holds it both dense and in tiles; keep one of the two"
-        if not self.layer.tile_parameters(name):
+        rows = [row for row, _ in self.tiles[name]]
+        if name == "bias" and len(set(rows)) < len(rows):
+            return f"the checkpoint holds more than one for a row of tiles: {self.tiles[name]}"
+        for key in [name] if name in self.dense else self.tiles[name].values():
+            value = self.state_dict[self.prefix + key]
+            if not isinstance(value, Tensor):
+                return f"the checkpoint's {key} is a {type(value).__name__}, not a tensor"
+            if value.is_meta and not (assign or all(p.is_meta for p in self.own[name].values())):
+                return f"the checkpoint's {key} is on the meta device, where nothing has values"
+        return ""
+
+    def _unfitting(self, name: str) -> str:
+        present = self.layer.tile_parameters(name)
+        if not present:
             return "the checkpoint holds one, but the layer has none; make it with bias=True"
+        computed = [index for index in present if index not in self.own[name]]
+        if computed and not self.is_own_form(name):
+            return (
+                f"tile {computed[0]} computes it (a parametrization?), so only this layer's own "
+                "state dict can be loaded; load the checkpoint first and parametrize then"
+            )
         expected = self.layer.dense_shape(name)
         if name in self.dense:
             shape = tuple(self.state_dict[self.prefix + name].shape)
             return (
                 "" if shape == expected else f"the checkpoint's is {shape}, the layer's {expected}"
             )
-        values = self._values(name)
-        whole = (
-            self.layer.grid.out_features,
-            self.layer.grid.in_features if name == "weight" else 1,
-        )
-        if values.shape != whole and not self.is_own_form(name):
+        if self.is_own_form(name):
+            return ""
+        grid = self.layer.grid
+        values, whole = self._values(name), (grid.out_features, grid.in_features)
+        whole = whole if name == "weight" else (grid.out_features, 1)
+        if values.shape != whole:
             return f"the checkpoint's tiles make {values.shape}, the layer's {whole}"
         return ""
+
+    def _of_two_grids(self) -> list[str]:
+        """Tiles of the weight and of the bias that were not cut together."""
+        if not all(self.tiles.values()) or all(map(self.is_own_form, NAMES)):
+            return []
+        parts = [self._values(name).grid.out_parts for name in NAMES]
+        if parts[0] == parts[1]:
+            return []
+        return [
+            f"{self.layer.full_name()}: the checkpoint's weight tiles are cut at rows {parts[0]}, "
+            f"its bias tiles at {parts[1]}: they are tiles of two layers; load those of one"
+        ]
 
     def _values(self, name: str) -> Values:
         if name in self.dense:
@@ -148,7 +182,7 @@ class _Found:
         values = None if keep else self._values(name)
         for key in [name, *self.tiles[name].values()]:
             self.state_dict.pop(self.prefix + key, None)
-        for index, parameter in self.layer.tile_parameters(name).items():
+        for index, parameter in self.own[name].items():
             column = index[1] if name == "weight" else self.layer.grid.in_splits - 1
             key = f"{self.prefix}{self.layer.tile_path(index[0], column)}.{name}"
             self.state_dict[key] = self._entry(name, index, parameter, values, assign)

@@ -75,7 +75,8 @@ def draw_like_whole_linear(layer: TiledModule) -> None:
     fan_in = layer.grid.in_features
     gain = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
     bounds = {"weight": math.sqrt(3.0) * (gain / math.sqrt(fan_in)), "bias": 1 / math.sqrt(fan_in)}
+    parameters = {name: layer.writable_parameters(name) for name in bounds}
     for name, bound in bounds.items():
-        for parameter in layer.tile_parameters(name).values():
+        for parameter in parameters[name].values():
             with gathered([parameter], write=True):
                 parameter.uniform_(-bound, bound)

@@ -7,7 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memtile.errors import CannotTileError, HandleError, StateDictError, TileShapeError
+from memtile.errors import (
+    CannotTileError,
+    HandleError,
+    StateDictError,
+    TileClassError,
+    TileShapeError,
+)
 from memtile.geometry import Grid, Rect
 from memtile.layers.gather import gathered
 from memtile.layers.handle import DenseHandle
@@ -56,6 +62,34 @@ class TiledModule(nn.Module):
                 found[index if name == "weight" else (index[0], 0)] = parameter
         return found
 
+    def stored_parameters(self, name: str) -> dict[Index, nn.Parameter]:
+        """Those that tiles, and so state dicts, keep under this name; a parametrized tile's is not."""
+        return {
+            index: parameter
+            for index, parameter in self.tile_parameters(name).items()
+            if name in self.owner(name, index)._parameters
+        }
+
+    def writable_parameters(self, name: str) -> dict[Index, nn.Parameter]:
+        """All of them, to be written to.
+
+        Raises:
+            TileClassError: a tile computes its parameter.
+        """
+        parameters = self.tile_parameters(name)
+        for index, parameter in parameters.items():
+            if not isinstance(parameter, nn.Parameter):
+                raise TileClassError(
+                    f"{self.full_name()}: tile {index} computes its {name} (a parametrization?), so "
+                    "what is written to it would be lost; remove the parametrization first, or "
+                    "write to the parameters that it is computed from"
+                )
+        return parameters
+
+    def owner(self, name: str, index: Index) -> nn.Module:
+        """The tile that has the parameter called `name` at this place."""
+        return self.tile(index[0], index[1] if name == "weight" else self.grid.in_splits - 1)
+
     def tile_rect(self, name: str, index: Index) -> Rect:
         """The rectangle of the dense weight, or of the bias as one column, that a tile holds."""
         return (
@@ -92,6 +126,8 @@ class TiledModule(nn.Module):
     @property
     def weight(self) -> DenseHandle:
         """A light handle of the dense weight: reading its shape or dtype costs nothing."""
+        if not self.tile_parameters("weight"):
+            raise AttributeError("the tiles have no weight")  # so that hasattr is False
         return DenseHandle(self, "weight")
 
     @property
@@ -136,7 +172,7 @@ class TiledModule(nn.Module):
     @torch.no_grad()
     def copy_values(self, name: str, values: Values) -> None:
         """Copy values of any grid into the tiles, one tile after the other."""
-        for index, parameter in self.tile_parameters(name).items():
+        for index, parameter in self.writable_parameters(name).items():
             with gathered([parameter], write=True):
                 values.write_to(parameter, self.tile_rect(name, index))
 
@@ -153,11 +189,6 @@ class TiledModule(nn.Module):
         """
         turned = name == "weight" and self.weight_is_transposed
         for index, old in self.tile_parameters(name).items():
-            tile = (
-                self.tile(*index)
-                if name == "weight"
-                else self.tile(index[0], self.grid.in_splits - 1)
-            )
             rect = self.tile_rect(name, index)
             parameter = nn.Parameter(
                 _piece(dense, rect, turned, old), requires_grad=dense.requires_grad
@@ -165,7 +196,7 @@ class TiledModule(nn.Module):
             parameter.__dict__.update(dense.__dict__)
             if dense.grad is not None:
                 parameter.grad = _piece(dense.grad, rect, turned, old)
-            setattr(tile, name, parameter)
+            setattr(self.owner(name, index), name, parameter)
 
     def dense_parameter(self, name: str) -> nn.Parameter | None:
         """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.
@@ -227,7 +258,7 @@ class TiledModule(nn.Module):
         Raises:
             StateDictError: tensors are missing, extra or misshapen, or do not make one layer.
         """
-        problems = problems_of(self, state_dict, "", strict)
+        problems = problems_of(self, state_dict, strict, assign)
         if problems:
             raise StateDictError("; ".join(problems))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -60,20 +60,16 @@ class WalkedLinear(TiledModule):
         """
         tiles = [tile for row in self.linears for tile in row]  # type: ignore[attr-defined]  # ModuleLists
         whole = self._check_input(input_, door.column_widths(tiles[: self.in_splits]))
-        if (
-            self._has_own(("_reduce_local_output", "_combine_output_splits"))
-            and not ops.transformed()
-        ):
-            plain = door.all_plain(tiles)
-            if plain:
-                for chunk in whole:
-                    door.check_kind(
-                        self.full_name(), chunk, tiles[0].weight, ops.autocast_dtype(chunk)
-                    )
-            if plain and len(tiles) > 1 and self._can_fuse(whole):
-                return self._walk_fused(whole, tiles)
-            return self._walk_composed(self._results(self._split(whole, plain)))
-        return self._walk_points(self._split(whole, False))
+        transformed = ops.transformed()
+        plain = not transformed and door.all_plain(tiles)
+        if plain:
+            door.check_kinds(self.full_name(), whole, tiles[0].weight)
+        own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
+        if own and plain and len(tiles) > 1 and self._can_fuse(whole):
+            return self._walk_fused(whole, tiles)
+        chunks = self._split(whole, plain or (transformed and type(tiles[0]) is nn.Linear))
+        walk = self._walk_composed if own and not transformed else self._walk_points
+        return walk(self._results(chunks))
 
     def _check_input(self, input_: Any, declared: list[int] | None) -> list[Any]:
         """The input as a list: one whole tensor, or the chunks."""
@@ -110,8 +106,13 @@ class WalkedLinear(TiledModule):
 
     def _split(self, whole: list[Any], plain: bool) -> list[Any]:
         """The input's chunks; for plain tiles under autocast cast once, not once for each tile."""
-        if plain or (ops.transformed() and type(self.tile(0, 0)) is nn.Linear):
-            whole = [chunk.to(ops.autocast_dtype(chunk) or chunk.dtype) for chunk in whole]
+        if plain:
+            whole = [
+                chunk.to(ops.autocast_dtype(chunk) or chunk.dtype)
+                if isinstance(chunk, Tensor)
+                else chunk
+                for chunk in whole
+            ]
         if len(whole) == self.in_splits:
             return whole
         input_ = whole[0]
@@ -148,13 +149,14 @@ class WalkedLinear(TiledModule):
                 f"{self.full_name()}: tile {index} returned a {type(result).__name__}, not a "
                 "tensor; a linear_cls that returns (output, bias) belongs in TiledLinearReturnBias"
             )
+        door.check_width(self.full_name(), index, self.tile(*index), self.grid, result)
         return result
 
-    def _walk_points(self, chunks: Sequence[Any]) -> Any:
+    def _walk_points(self, results: Results) -> Any:
         outputs: list[Any] = []
         shapes: ops.ResultShapes | None = None
         dtype = None
-        for (row, column), result in self._results(chunks):
+        for (row, column), result in results:
             tensor = result[0] if isinstance(result, tuple) and result else result
             if isinstance(tensor, Tensor):
                 shapes = shapes or ops.ResultShapes(tensor, self.grid)
