@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from memtile.errors import HandleError
 
@@ -57,7 +57,6 @@ _FREE_PROPERTIES = [
     "nbytes",
     "names",
     "output_nr",
-    "_version",
 ]
 _FREE_METHODS = [
     "size",
@@ -101,7 +100,8 @@ _REFUSED = frozenset(
 )
 
 
-_READ_GRADIENT = vars(Tensor.__base__)["grad"].__get__  # a getset descriptor of the C base class
+_OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors: stubs do not have them
+_READ_GRADIENT, _READ_VERSION = _OF_C_BASE["grad"].__get__, _OF_C_BASE["_version"].__get__
 
 
 def _free_functions() -> frozenset[Any]:
@@ -170,6 +170,8 @@ class DenseHandle(Tensor):
                 return func(*args, **kwargs)
         if func == _READ_GRADIENT:
             return args[0]._layer.dense_gradient(args[0]._name)
+        if func == _READ_VERSION:  # grows whenever a tile is written to
+            return sum(p._version for p in args[0]._layer.tile_parameters(args[0]._name).values())
         _refuse_writes(func, args, kwargs)
         return func(*tree_map(_assembled, tuple(args)), **tree_map(_assembled, kwargs))
 
@@ -185,24 +187,27 @@ def _assembled(value: Any) -> Any:
 
 
 def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    name, written = _written(func, args, kwargs)
+    handles = [leaf for leaf in tree_leaves(written) if isinstance(leaf, DenseHandle)]
+    if not handles:
+        return
+    parameter = handles[0]._name
+    raise HandleError(
+        f"{handles[0]._layer.full_name()}.{parameter}: '{name}' is refused: the {parameter} of a "
+        "tiled layer has no memory of its own, its tiles do, so it would change nothing. Write with "
+        "layer.copy_params_from(linear), layer.reset_parameters() or layer.load_state_dict(…), "
+        "freeze with layer.requires_grad_(False), or work on each tile of layer.parameters()"
+    )
+
+
+def _written(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[str, Any]:
+    """The function's name, and the arguments that it writes to, or whose memory it gives away."""
     name = getattr(func, "__name__", "")
-    owner = getattr(func, "__self__", None)
     if name in {"__get__", "__set__"}:
-        verb, name = name, getattr(owner, "__name__", name)
-        refused = verb == "__set__" or name in _REFUSED
-    else:
-        in_place = name.endswith("_") and not name.endswith("__")
-        refused = in_place or name in _REFUSED
-        refused = refused and any(
-            isinstance(arg, DenseHandle) for arg in (*args[:1], *kwargs.values())
-        )
-        refused = refused or any(isinstance(kwargs.get(key), DenseHandle) for key in ("out",))
-    if refused:
-        handle = next(a for a in (*args, *kwargs.values()) if isinstance(a, DenseHandle))
-        where = f"{handle._layer.full_name()}.{handle._name}"
-        raise HandleError(
-            f"{where}: '{name}' on the weight of a tiled layer would change nothing, since it has "
-            "no memory of its own: its tiles do. Write with layer.copy_params_from(linear), "
-            "layer.reset_parameters() or layer.load_state_dict(…), freeze with "
-            "layer.requires_grad_(False), or work on each tile of layer.parameters()"
-        )
+        attribute = getattr(getattr(func, "__self__", None), "__name__", name)
+        return attribute, args[:1] if name == "__set__" or attribute in _REFUSED else ()
+    if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):
+        return name, (args[:1], kwargs.get("tensor"), kwargs.get("input"), kwargs.get("self"))
+    return name, kwargs.get("out")

@@ -40,14 +40,16 @@ def make_tile(
         **kwargs: the user's own, passed on by contract.
 
     Raises:
-        TileClassError: the class ignores `bias=False`, or gives no module.
+        TileClassError: the class ignores `bias=False`, is none, or gives no module.
     """
     if linear_cls is nn.Linear:
         tile: nn.Module = _UninitialisedLinear(in_features, out_features, bias=bias, **kwargs)
         tile.__class__ = nn.Linear
         return tile
-    tile = linear_cls(in_features, out_features, bias=bias, **kwargs)
     name = getattr(linear_cls, "__qualname__", repr(linear_cls))
+    if not callable(linear_cls):
+        raise TileClassError(f"linear_cls={name} must be a class, or a function that makes a tile")
+    tile = linear_cls(in_features, out_features, bias=bias, **kwargs)
     if not isinstance(tile, nn.Module):
         raise TileClassError(
             f"linear_cls={name} made a {type(tile).__name__}; it must make an nn.Module"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile import ops
-from memtile.errors import ArgumentError, TileDtypeError, TileIndexError
+from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileIndexError
 from memtile.geometry import Grid
 from memtile.layers.gather import gathered
 from memtile.layers.tiled_module import TiledModule
@@ -110,11 +110,12 @@ class TiledEmbedding(TiledModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new rows from `nn.Embedding`'s distribution; the padding row is zero."""
-        for _, tile in self.tiles():
-            with gathered([tile.weight], write=True):  # type: ignore[list-item]  # an nn.Embedding's
-                nn.init.normal_(tile.weight)  # type: ignore[arg-type]
-                if tile.padding_idx is not None:
-                    tile.weight[tile.padding_idx].fill_(0)  # type: ignore[index]
+        for index, weight in self.writable_parameters("weight").items():
+            padding = self.tile(*index).padding_idx
+            with gathered([weight], write=True):
+                nn.init.normal_(weight)
+                if padding is not None:
+                    weight[padding].fill_(0)  # type: ignore[index]  # an nn.Embedding's, an int
 
     @classmethod
     def from_embedding(cls: type[Self], embedding: nn.Embedding, out_splits: int = 1) -> Self:
@@ -171,20 +172,37 @@ class TiledEmbedding(TiledModule):
             (…, embedding_dim), bit-identical to the dense lookup.
 
         Raises:
-            TileDtypeError: the ids are no whole numbers.
-            TileIndexError: an id is outside the vocabulary.
+            TileDtypeError: the ids are no int32 or int64 tensor.
+            TileDeviceError: they are on another device than the tiles.
+            TileIndexError: an id is outside the vocabulary; of one tile on an accelerator, and
+                under compilers and transforms, torch says so itself or not at all.
+            ArgumentError: `scale_grad_by_freq` in training under a compiler or a transform.
         """
         tiles, spans = list(self.embeddings), self.grid.out_spans
+        _check_ids(self.full_name(), input, tiles[0])
+        static = ops.transformed() or input.is_meta or type(input) is not Tensor
+        if not static and (input.is_cpu or len(tiles) > 1):  # it waits for an accelerator
+            _check_range(self.full_name(), input, self.num_embeddings)
         if len(tiles) == 1:
             rows: Tensor = tiles[0](input)
             return rows
-        _check_ids(self.full_name(), input)
-        if ops.transformed() or input.is_meta or type(input) is not Tensor:
+        if static:
+            self._check_static()
             return ops.gather_rows_statically(input, tiles, spans)
-        _check_range(self.full_name(), input, self.num_embeddings)
         free = not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
         gather = ops.gather_some_rows if free and all(map(_is_plain, tiles)) else ops.gather_rows
         return gather(input, tiles, spans, self.embedding_dim)
+
+
+    def _check_static(self) -> None:
+        """A static lookup asks every tile for every id, so a tile cannot count its own."""
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if self.scale_grad_by_freq and trained:
+            raise ArgumentError(
+                f"{self.full_name()}: scale_grad_by_freq=True cannot be trained under a compiler or "
+                "transform, since ids of other tiles would be counted; leave this layer out of it "
+                "(torch.compiler.disable), or use one tile"
+            )
 
 
 def _is_plain(tile: nn.Module) -> bool:
@@ -214,15 +232,18 @@ def _refuse_options(max_norm: Any, sparse: bool) -> None:
         )
 
 
-def _check_ids(name: str, ids: object) -> None:
-    if (
-        not isinstance(ids, Tensor)
-        or ids.is_floating_point()
-        or ids.is_complex()
-        or ids.dtype == torch.bool
-    ):
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TileDtypeError(f"{name}: the ids are {kind}; they must be a tensor of whole numbers")
+def _check_ids(name: str, ids: object, tile: nn.Module) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        kind = ids.dtype if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise TileDtypeError(
+            f"{name}: the ids are {kind}; they must be a tensor of whole numbers, int32 or int64; "
+            "convert them with ids.long()"
+        )
+    weight = tile._parameters.get("weight")
+    if _is_plain(tile) and weight is not None and ids.device != weight.device:
+        raise TileDeviceError(
+            f"{name}: the ids are on {ids.device}, the tiles on {weight.device}; move one of them"
+        )
 
 
 def _check_range(name: str, ids: Tensor, rows: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from memtile.errors import TileClassError, TileShapeError
+from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
 from memtile.layers.making import LinearClass, draw_like_whole_linear, draws_like_linear, make_tile
 from memtile.layers.tiled_module import DENSE_NAMES, TiledModule
@@ -131,20 +131,34 @@ class TiledLinear(WalkedLinear):
                 tiled layer of any grid will do.
 
         Raises:
-            TileShapeError: a shape differs, or only one of the two has a bias. Nothing is copied.
+            TileShapeError: a shape differs, or only one of the two has a bias.
+            TileDeviceError: the other is on the meta device.
+            TileClassError: a tile computes its parameter, so a copy would be lost.
+
+        Nothing is copied then.
         """
         sources = {name: getattr(other, name, None) for name in DENSE_NAMES}
         for name, source in sources.items():
-            mine = self.dense_shape(name) if self.tile_parameters(name) else None
+            own = self.writable_parameters(name)
+            mine = self.dense_shape(name) if own else None
             theirs = None if source is None else tuple(source.shape)
             if mine != theirs:
                 raise TileShapeError(
                     f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is "
                     f"{theirs or 'missing'}, this layer's {mine or 'missing'}; both must agree"
                 )
-        for name, source in sources.items():
-            if source is not None:
-                self.copy_values(name, self._values_of(other, name, source))
+            if source is not None and source.is_meta and not all(p.is_meta for p in own.values()):
+                raise TileDeviceError(
+                    f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is on "
+                    "the meta device, where nothing has values; load or initialise it first"
+                )
+        values = {
+            name: self._values_of(other, name, source)
+            for name, source in sources.items()
+            if source is not None
+        }
+        for name, found in values.items():
+            self.copy_values(name, found)
 
     def _values_of(self, other: nn.Module, name: str, source: Tensor) -> Values:
         if isinstance(other, TiledModule):

@@ -1,0 +1,420 @@
+"""Checkpoints: every form of a layer loads bit for bit, and what is none loads nothing."""
+
+import copy
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from walks import GRIDS, grid_id, pair, shuffled
+
+from memtile import TiledEmbedding, TiledLinear
+from memtile.errors import StateDictError
+from memtile.testing import LargestAllocation
+
+State = dict[str, Any]
+
+
+class Transposed(TiledLinear):
+    """A layer whose dense form keeps its weight as (in, out), as GPT-2's does."""
+
+    weight_is_transposed: ClassVar[bool] = True
+
+
+def dense_linear(seed: int = 1, **options: Any) -> nn.Linear:
+    """The linear that a checkpoint was written from."""
+    torch.manual_seed(seed)
+    return nn.Linear(13, 11, **options)
+
+
+def tiles_of(dense: nn.Linear, out_sizes: list[int], in_sizes: list[int]) -> State:
+    """A tile checkpoint with the given spans, the bias of each row in its last column."""
+    assert (sum(out_sizes), sum(in_sizes)) == (11, 13)
+    state, last = {}, len(in_sizes) - 1
+    rows = list(zip(out_sizes, accumulate(out_sizes, initial=0), strict=False))
+    columns = list(zip(in_sizes, accumulate(in_sizes, initial=0), strict=False))
+    for o, (height, top) in enumerate(rows):
+        for i, (width, left) in enumerate(columns):
+            tile = dense.weight[top : top + height, left : left + width]
+            state[f"linears.{o}.{i}.weight"] = tile.detach().clone()
+        state[f"linears.{o}.{last}.bias"] = dense.bias[top : top + height].detach().clone()
+    return state
+
+
+FORMS: dict[str, Callable[[nn.Linear], State]] = {
+    "dense": lambda dense: dict(dense.state_dict()),
+    "same grid": lambda dense: tiles_of(dense, [4, 4, 3], [7, 6]),
+    "one tile": lambda dense: tiles_of(dense, [11], [13]),
+    "other grid": lambda dense: tiles_of(dense, [6, 5], [5, 4, 4]),
+    "single rows": lambda dense: tiles_of(dense, [1] * 11, [13]),
+    "older spans": lambda dense: tiles_of(dense, [2, 2, 2, 5], [4, 4, 5]),
+    "dense weight, tiled bias": lambda dense: {
+        "weight": dense.weight.detach(),
+        **{k: v for k, v in tiles_of(dense, [6, 5], [13]).items() if k.endswith("bias")},
+    },
+}
+
+
+def assert_holds(layer: TiledLinear, dense: nn.Linear) -> None:
+    """The layer's values are the linear's, bit for bit."""
+    assert torch.equal(layer.weight, dense.weight)
+    assert torch.equal(layer.bias, dense.bias)
+
+
+def snapshot(module: nn.Module) -> list[Tensor]:
+    """Copies of all parameters."""
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def assert_unchanged(module: nn.Module, before: list[Tensor]) -> None:
+    """Every parameter has the bits that it had."""
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", [*GRIDS, (11, 13)], ids=grid_id)
+def test_every_form_of_a_checkpoint_loads(grid, form):
+    """Dense, the same grid, any other grid, older releases' spans: the same bits in place."""
+    dense = dense_linear()
+    _, layer = pair(grid)
+    tiles = list(layer.parameters())
+
+    result = layer.load_state_dict(FORMS[form](dense))
+
+    assert_holds(layer, dense)
+    assert list(result.missing_keys) == list(result.unexpected_keys) == []
+    assert all(one is other for one, other in zip(tiles, layer.parameters(), strict=True))
+
+
+def test_the_order_of_a_checkpoint_does_not_matter():
+    """Tiles are placed by their names, never by their order."""
+    dense = dense_linear()
+    state = tiles_of(dense, [1] * 11, [7, 6])
+    _, layer = pair((3, 2))
+
+    layer.load_state_dict({name: state[name] for name in shuffled(list(state), seed=0)})
+
+    assert_holds(layer, dense)
+
+
+def test_the_checkpoint_itself_is_not_changed():
+    """Loading reads: names and tensors of the dictionary stay as they were."""
+    dense = dense_linear()
+    for form in FORMS.values():
+        state = form(dense)
+        before = {name: (id(value), value.clone()) for name, value in state.items()}
+        pair((3, 2))[1].load_state_dict(state)
+
+        assert {name: id(value) for name, value in state.items()} == {
+            name: number for name, (number, _) in before.items()
+        }
+        assert all(torch.equal(state[name], value) for name, (_, value) in before.items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_are_converted_to_the_layers_dtype(form):
+    """A bf16 checkpoint loads into float64 tiles exactly, as into `nn.Linear`."""
+    dense = dense_linear(dtype=torch.bfloat16)
+    _, layer = pair((3, 2), dtype=torch.float64)
+
+    layer.load_state_dict(FORMS[form](dense))
+
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    assert torch.equal(layer.weight, dense.weight.double())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_assign_gives_the_tiles_copies_of_their_own(form):
+    """`assign=True` takes the checkpoint's dtype; changing one later changes not the other."""
+    dense = dense_linear(dtype=torch.bfloat16)
+    _, layer = pair((3, 2), dtype=torch.float32)
+    layer.requires_grad_(False)
+    state = FORMS[form](dense)
+
+    layer.load_state_dict(state, assign=True)
+
+    assert_holds(layer, dense)
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in layer.parameters())
+    storages = {value.untyped_storage().data_ptr() for value in state.values()}
+    assert not storages & {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in layer.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_assign_fills_a_layer_on_the_meta_device(form):
+    """A layer made without memory gets its memory from the checkpoint."""
+    dense = dense_linear()
+    layer = TiledLinear(13, 11, in_splits=2, out_splits=3, device="meta")
+
+    layer.load_state_dict(FORMS[form](dense), assign=True)
+
+    assert_holds(layer, dense)
+
+
+def test_a_meta_layer_without_assign_is_told_so_as_any_module_is():
+    """torch's own warning: copying into a meta parameter does nothing."""
+    layer = TiledLinear(13, 11, in_splits=2, device="meta")
+
+    with pytest.warns(UserWarning, match="assign=True"):
+        layer.load_state_dict(dense_linear().state_dict())
+
+
+def test_loading_dense_names_makes_no_full_size_copy():
+    """Tile by tile into place: nothing is allocated."""
+    dense = dense_linear()
+    _, layer = pair((3, 2))
+    state = dense.state_dict()
+
+    with LargestAllocation() as largest:
+        layer.load_state_dict(state)
+
+    assert largest.nbytes == 0
+
+
+@pytest.mark.parametrize("name", ["weight", "linears.0.0.weight"])
+def test_a_transposed_layer_reads_dense_names_transposed_and_tiles_as_they_are(name):
+    """`weight_is_transposed` concerns the dense tensor only: tiles are (out, in) in any layer."""
+    dense = dense_linear()
+    layer = Transposed(13, 11, out_splits=3, in_splits=2)
+    state = {"bias": dense.bias.detach(), name: dense.weight.detach()}
+    if name == "weight":
+        state[name] = dense.weight.detach().t().contiguous()
+
+    layer.load_state_dict(state)
+
+    assert torch.equal(layer.weight, dense.weight.t())
+    torch.testing.assert_close(
+        layer.double()(torch.ones(2, 13).double()), dense.double()(torch.ones(2, 13).double())
+    )
+
+
+def test_an_embedding_loads_dense_rows_and_tiles_of_any_split():
+    """Rows of the vocabulary are tiles: dense, the same and another split load bit for bit."""
+    torch.manual_seed(1)
+    dense = nn.Embedding(11, 3)
+    for state in (
+        dense.state_dict(),
+        TiledEmbedding.from_embedding(dense, 4).state_dict(),
+        {"embeddings.0.weight": dense.weight[:2], "embeddings.1.weight": dense.weight[2:]},
+    ):
+        layer = TiledEmbedding(11, 3, out_splits=4)
+        layer.load_state_dict(state)
+
+        assert torch.equal(layer.weight, dense.weight)
+
+
+def changed(**entries: Any) -> State:
+    """A checkpoint of the layer's own grid with some entries set, or taken out by None."""
+    state = tiles_of(dense_linear(), [4, 4, 3], [7, 6])
+    for name, value in entries.items():
+        key = name.replace("__", ".")
+        if value is None:
+            del state[key]
+        else:
+            state[key] = value
+    return state
+
+
+def dense_state(**entries: Any) -> State:
+    """A dense checkpoint with some entries set, or taken out by None."""
+    state = {**dense_linear().state_dict(), **entries}
+    return {name: value for name, value in state.items() if value is not None}
+
+
+BAD: dict[str, tuple[State, str]] = {
+    "nothing": ({}, "has no weight and no bias"),
+    "no weight": (dense_state(weight=None), "has no weight, neither dense nor in tiles"),
+    "no bias": (dense_state(bias=None), "has no bias"),
+    "one tile missing": (changed(linears__1__0__weight=None), r"\[\(1, 0\)\] of a 3×2 grid"),
+    "one bias missing": (changed(linears__1__1__bias=None), "bias: .*missing"),
+    "last row missing": (
+        changed(linears__2__0__weight=None, linears__2__1__weight=None),
+        r"tiles make \(8, 13\), the layer's \(11, 13\)",
+    ),
+    "extra name": (dense_state(scale=torch.ones(1)), r"unknown names \['scale'\]"),
+    "dense and tiles": (changed(weight=torch.ones(11, 13)), "both dense and in tiles"),
+    "dense width": (dense_state(weight=torch.ones(11, 12)), r"is \(11, 12\), the layer's \(11, 13\)"),
+    "dense rank": (dense_state(weight=torch.ones(143)), r"is \(143,\)"),
+    "dense bias": (dense_state(bias=torch.ones(12)), r"bias: the checkpoint's is \(12,\)"),
+    "tile width": (changed(linears__2__1__weight=torch.ones(3, 5)), "does not line up"),
+    "tile rank": (changed(linears__0__0__weight=torch.ones(4)), "does not line up"),
+    "another layer's tiles": (
+        {
+            "linears.0.0.weight": torch.ones(4, 5),
+            "linears.0.1.weight": torch.ones(4, 5),
+            "linears.0.1.bias": torch.ones(4),
+        },
+        r"tiles make \(4, 10\), the layer's \(11, 13\)",
+    ),
+    "two grids mixed": (changed(linears__3__0__weight=torch.ones(2, 7)), "are missing"),
+    "weights and biases of two grids": (
+        {
+            **{k: v for k, v in changed().items() if k.endswith("weight")},
+            "linears.0.0.bias": torch.ones(6),
+            "linears.1.0.bias": torch.ones(5),
+        },
+        r"cut at rows \(0, 4, 8, 11\), its bias tiles at \(0, 6, 11\)",
+    ),
+    "two biases in a row": (changed(linears__0__0__bias=torch.ones(4)), "more than one for a row"),
+    "two dtypes": (
+        changed(linears__0__0__weight=torch.ones(4, 7).double()),
+        r"different dtypes \(torch.float32, torch.float64\)",
+    ),
+    "no tensor": (dense_state(weight="values"), "weight is a str, not a tensor"),
+    "meta tensor": (dense_state(weight=torch.ones(11, 13, device="meta")), "on the meta device"),
+    "meta tile": (
+        changed(linears__2__1__weight=torch.ones(3, 6, device="meta")),
+        "linears.2.1.weight is on the meta device",
+    ),
+}
+LOADED_BY_TORCH = {"nothing", "no weight", "no bias", "extra name"}  # below a model: its own words
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_checkpoint_that_is_no_layer_loads_nothing(bad):
+    """Missing, extra, misshapen, mixed: one clear error that is a RuntimeError, no bit changed."""
+    state, message = BAD[bad]
+    _, layer = pair((3, 2))
+    before = snapshot(layer)
+
+    with pytest.raises(StateDictError, match=message) as raised:
+        layer.load_state_dict(state)
+
+    assert isinstance(raised.value, RuntimeError)
+    assert "TiledLinear" in str(raised.value)
+    assert_unchanged(layer, before)
+    assert layer(torch.ones(2, 13)).shape == (2, 11)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bad", sorted(set(BAD) - LOADED_BY_TORCH))
+def test_below_a_model_such_a_checkpoint_leaves_the_layer_as_it_was(bad, assign):
+    """The model's own error holds the layer's sentence, and none of its tiles is changed."""
+    state, message = BAD[bad]
+    if assign and "meta" in bad:
+        pytest.skip("assign=True may give a layer meta tensors, as in torch")
+    _, layer = pair((3, 2))
+    model = nn.Sequential(nn.ReLU(), layer)
+    before = snapshot(layer)
+
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict({f"1.{name}": v for name, v in state.items()}, assign=assign)
+
+    assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize("bad", sorted(LOADED_BY_TORCH))
+def test_below_a_model_torch_names_what_is_missing_or_unknown(bad):
+    """Missing and unknown names are reported as of any module; strict=False allows them."""
+    state = {f"1.{name}": value for name, value in BAD[bad][0].items()}
+    model = nn.Sequential(nn.ReLU(), pair((3, 2))[1])
+
+    with pytest.raises(RuntimeError, match=r"(Missing|Unexpected) key\(s\) in state_dict"):
+        model.load_state_dict(state)
+    result = model.load_state_dict(state, strict=False)
+
+    assert bool(result.missing_keys) == (bad != "extra name")
+    assert bool(result.unexpected_keys) == (bad == "extra name")
+
+
+def test_strict_false_loads_what_is_there():
+    """Without strict a missing bias stays, an unknown name is passed over."""
+    dense = dense_linear()
+    _, layer = pair((3, 2))
+    bias = layer.bias.detach().clone()
+
+    result = layer.load_state_dict({"weight": dense.weight, "other": torch.ones(1)}, strict=False)
+
+    assert torch.equal(layer.weight, dense.weight)
+    assert torch.equal(layer.bias, bias)
+    assert sorted(result.missing_keys) == [f"linears.{o}.1.bias" for o in range(3)]
+    assert list(result.unexpected_keys) == ["other"]
+
+
+@pytest.mark.parametrize("bad", ["tile width", "dense width", "one tile missing", "two dtypes"])
+def test_strict_false_does_not_load_half_a_weight(bad):
+    """What does not make one weight is an error without strict too, as wrong shapes are in torch."""
+    state, message = BAD[bad]
+    _, layer = pair((3, 2))
+    before = snapshot(layer)
+
+    with pytest.raises(StateDictError, match=message):
+        layer.load_state_dict(state, strict=False)
+
+    assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_deep_in_a_model_loads_every_form(form):
+    """The prefix may be anything, and other modules of the model load beside it."""
+    dense = dense_linear()
+    model = nn.ModuleDict({"block": nn.Sequential(pair((3, 2))[1], nn.Linear(11, 2))})
+    head = nn.Linear(11, 2)
+    state = {f"block.0.{name}": value for name, value in FORMS[form](dense).items()}
+    state |= {f"block.1.{name}": value for name, value in head.state_dict().items()}
+
+    model.load_state_dict(state)
+
+    assert_holds(model["block"][0], dense)
+    assert torch.equal(model["block"][1].weight, head.weight)
+
+
+def test_a_bias_for_a_layer_without_one_is_refused():
+    """The checkpoint has a value that the layer would lose."""
+    layer = TiledLinear(13, 11, bias=False, in_splits=2)
+
+    with pytest.raises(StateDictError, match="the layer has none; make it with bias=True"):
+        layer.load_state_dict(dense_linear().state_dict())
+
+
+def test_a_layer_loads_its_own_state_dict_with_a_parametrized_tile():
+    """Parametrized tiles have names of their own, which come back; other forms are refused."""
+    _, layer = pair((3, 2))
+    nn.utils.parametrizations.weight_norm(layer.tile(1, 1))
+    state = copy.deepcopy(layer.state_dict())
+    before = snapshot(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+
+    layer.load_state_dict(state)
+
+    assert_unchanged(layer, before)
+    with pytest.raises(StateDictError, match=r"tile \(1, 1\) computes it"):
+        layer.load_state_dict(dense_linear().state_dict())
+    assert_unchanged(layer, before)
+
+
+def test_tiles_with_more_state_than_a_linear_load_by_their_own_names():
+    """A `linear_cls` with buffers keeps them in the state dict, below its tile's name."""
+
+    class Counted(nn.Linear):
+        def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+            super().__init__(in_features, out_features, bias)
+            self.register_buffer("count", torch.tensor(7))
+
+    layer = TiledLinear(13, 11, in_splits=2, out_splits=3, linear_cls=Counted)
+    other = TiledLinear(13, 11, in_splits=2, out_splits=3, linear_cls=Counted)
+    layer.tile(1, 1).count.fill_(9)
+
+    other.load_state_dict(layer.state_dict())
+
+    assert other.tile(1, 1).count == 9
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_shared_tiles_load_once_for_both_layers():
+    """A tie survives loading, and both layers have the checkpoint's values."""
+    dense = dense_linear()
+    _, layer = pair((3, 1))
+    _, other = pair((3, 1), bias=False)
+    other.share_tiles_with(layer)
+    model = nn.ModuleDict({"a": layer, "b": other})
+
+    model.load_state_dict({"a.weight": dense.weight, "a.bias": dense.bias, "b.weight": dense.weight})
+
+    assert torch.equal(other.weight, dense.weight)
+    assert other.tile(1, 0).weight is layer.tile(1, 0).weight
