@@ -42,19 +42,34 @@ def sum_of_products(
     """
     if needs_float32_sum(out.dtype, parts):
         _sum_in_float32(out, pairs, bias)
-        return
-    narrow = out.shape[1] < NARROW_SIDE
+    elif out.shape[1] < NARROW_SIDE:
+        _sum_narrow(out, pairs, bias)
+    elif parts > 1 and not out.is_contiguous():
+        # Adding to a slice of a wide output is slower than adding to a matrix of its own: 595
+        # against 457 ms for 4×4 tiles of 16384×4096 at 512 rows (float32, 2 cores).
+        total = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        _sum_in_place(total, pairs, bias)
+        out.copy_(total)
+    else:
+        _sum_in_place(out, pairs, bias)
+
+
+def _sum_in_place(out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], bias: Tensor | None) -> None:
     for number, (a, b) in enumerate(pairs):
-        if narrow and number:
-            out.add_(multiply(a, b))
-        elif narrow:
-            torch.add(multiply(a, b), 0 if bias is None else bias, out=out)
-        elif number:
+        if number:
             torch.addmm(out, a, b, out=out)
         elif bias is not None:
             torch.addmm(bias, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
+
+
+def _sum_narrow(out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], bias: Tensor | None) -> None:
+    for number, (a, b) in enumerate(pairs):
+        if number:
+            out.add_(multiply(a, b))
+        else:
+            torch.add(multiply(a, b), 0 if bias is None else bias, out=out)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
