@@ -30,6 +30,16 @@ def test_a_wrong_number_of_splits_names_value_bound_and_rule(name: str, value: A
     assert "10" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["in_features", "out_features"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "13", None, True])
+def test_a_wrong_number_of_features_names_value_and_rule(name: str, value: Any) -> None:
+    """Features are whole numbers from 1, in the layer as in the grid."""
+    sizes = {"in_features": 13, "out_features": 11, name: value}
+
+    with pytest.raises(SplitsError, match=re.escape(f"{name}={value!r}")):
+        TiledLinear(**sizes)
+
+
 def test_partition_uniform_refuses_no_parts_and_negative_items() -> None:
     """There is no way to cut into no parts."""
     for items, parts in ((10, 0), (10, -1), (-1, 2)):
@@ -202,6 +212,7 @@ def test_results_that_are_no_row_of_the_output_are_refused() -> None:
         (nn.Linear(7, 10), r"its weight is \(10, 7\)"),
         (nn.Linear(10, 7, bias=False), "its bias is missing"),
         (nn.ReLU(), "its weight is missing"),
+        (nn.Linear(10, 7, device="meta"), "its weight is on the meta device"),
     ],
 )
 def test_copying_from_another_shape_is_refused_and_copies_nothing(
@@ -211,7 +222,7 @@ def test_copying_from_another_shape_is_refused_and_copies_nothing(
     layer = TiledLinear(10, 7, out_splits=2, in_splits=3)
     before = [parameter.clone() for parameter in layer.parameters()]
 
-    with pytest.raises(TileShapeError, match=message):
+    with pytest.raises((TileShapeError, TileDeviceError), match=message):
         layer.copy_params_from(other)
 
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), before, strict=True))
@@ -244,3 +255,26 @@ def test_sharing_tiles_needs_one_grid() -> None:
     """Different grids have different tiles."""
     with pytest.raises(TileShapeError, match="make both with the same splits"):
         TiledLinear(6, 11, out_splits=2).share_tiles_with(TiledEmbedding(11, 6, out_splits=3))
+
+
+def test_copying_into_a_tile_that_computes_its_weight_is_refused() -> None:
+    """The copy would be lost at the next forward: nothing is copied, and the tile is named."""
+    layer = TiledLinear(10, 7, out_splits=2, in_splits=3)
+    nn.utils.parametrizations.weight_norm(layer.tile(1, 2))
+    before = [parameter.clone() for parameter in layer.parameters()]
+
+    with pytest.raises(TileClassError, match=r"tile \(1, 2\) computes its weight"):
+        layer.copy_params_from(nn.Linear(10, 7))
+
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), before, strict=True))
+
+
+def test_a_wrong_dtype_is_refused_in_subclasses_of_the_points_too() -> None:
+    """Overriding how results are combined changes nothing about what may come in."""
+
+    class Listing(TiledLinear):
+        def _combine_output_splits(self, outputs: Any) -> Any:
+            return list(outputs)
+
+    with pytest.raises(TileDtypeError, match=r"Listing: the input is torch\.float64"):
+        Listing(10, 7, out_splits=2)(torch.ones(2, 10, dtype=torch.float64))

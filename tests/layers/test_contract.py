@@ -1,4 +1,4 @@
-"""The contract of the tiled linear: code written for the original works after the import changes."""
+"""The contract: code written for the original tiled linear works once its import is changed."""
 
 import inspect
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from memtile import TiledEmbedding, TiledLinear
-from memtile.errors import ArgumentError, HandleError, SplitsError, TileDtypeError, TileIndexError
+from memtile.errors import (
+    ArgumentError,
+    HandleError,
+    SplitsError,
+    TileClassError,
+    TileDeviceError,
+    TileDtypeError,
+    TileIndexError,
+)
 
 ROWS, WIDTH = 23, 6
 SPLITS = [1, 2, 5, 23]
@@ -105,7 +113,7 @@ def test_wrong_arguments_are_refused_with_the_reason(
         TiledEmbedding(ROWS, WIDTH, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("bad", [-1, 23, 1000])
 def test_an_id_outside_the_vocabulary_is_an_index_error(splits: int, bad: int) -> None:
     """It names the range, is a builtin IndexError, and the layer works on."""
@@ -118,13 +126,49 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(splits: int, bad: int) -
     assert tiled(IDS).shape == (2, 4, WIDTH)
 
 
-@pytest.mark.parametrize("ids", [torch.ones(2), torch.ones(2, dtype=torch.bool), [1, 2]], ids=str)
-def test_ids_that_are_no_whole_numbers_are_refused(ids: object) -> None:
-    """Floats, flags and lists are no ids."""
-    _, tiled = pair(2)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    "ids",
+    [torch.ones(2), torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.int16), [1, 2]],
+    ids=str,
+)
+def test_ids_that_are_no_whole_numbers_are_refused(ids: object, splits: int) -> None:
+    """Floats, flags, short integers and lists are no ids, for one tile or more."""
+    _, tiled = pair(splits)
 
-    with pytest.raises(TileDtypeError, match="whole numbers"):
+    with pytest.raises(TileDtypeError, match="whole numbers, int32 or int64"):
         tiled(ids)
+
+    assert tiled(IDS).shape == (2, 4, WIDTH)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_ids_on_another_device_are_refused(splits: int) -> None:
+    """Both devices are named."""
+    _, tiled = pair(splits)
+
+    with pytest.raises(TileDeviceError, match="the ids are on meta, the tiles on cpu"):
+        tiled(IDS.to("meta"))
+
+
+def test_frequencies_are_not_counted_wrongly_under_transforms() -> None:
+    """A static lookup would count other tiles' ids: training is refused, the rest works."""
+    dense, tiled = pair(3, scale_grad_by_freq=True)
+
+    with pytest.raises(ArgumentError, match="scale_grad_by_freq=True cannot be trained"):
+        torch.vmap(tiled)(IDS)
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(tiled)(IDS), dense(IDS))
+    assert torch.equal(torch.vmap(pair(1, scale_grad_by_freq=True)[1])(IDS), dense(IDS))
+
+
+def test_parametrized_rows_are_not_reset_silently() -> None:
+    """A weight that is computed cannot be drawn."""
+    _, tiled = pair(3)
+    nn.utils.parametrizations.weight_norm(tiled.tile(1, 0))
+
+    with pytest.raises(TileClassError, match=r"tile \(1, 0\) computes its weight"):
+        tiled.reset_parameters()
 
 
 class Tied(nn.Module):

@@ -1,4 +1,4 @@
-"""Tiles of other classes: tensor-parallel linears, linears that return their bias, quantized ones."""
+"""Tiles of other classes: tensor-parallel linears, linears that return their bias, any module."""
 
 from typing import Any
 
@@ -53,7 +53,9 @@ class Casting(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         Casting.calls += 1
-        weight, bias = (None if p is None else p.to(torch.float32) for p in (self.weight, self.bias))
+        weight, bias = (
+            None if p is None else p.to(torch.float32) for p in (self.weight, self.bias)
+        )
         return linear(input.to(torch.float32), weight, bias)
 
 
@@ -146,9 +148,7 @@ def test_a_column_parallel_linear_gives_its_local_width(grid, combine):
     rows = [output] if combine else output
     expected = torch.cat(
         [
-            sum(
-                tile(x[:, layer.grid.in_spans[i].as_slice()]) for i, tile in enumerate(row)
-            )
+            sum(tile(x[:, layer.grid.in_spans[i].as_slice()]) for i, tile in enumerate(row))
             for row in layer.linears
         ],
         dim=-1,

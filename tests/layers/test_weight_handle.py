@@ -203,7 +203,9 @@ def test_what_would_silently_change_nothing_is_refused(write):
     layer.name_in_model = "model.layers.0.up_proj"
     before = layer.weight.detach().clone()
 
-    with pytest.raises(HandleError, match=r"model\.layers\.0\.up_proj\.weight: .*refused") as raised:
+    with pytest.raises(
+        HandleError, match=r"model\.layers\.0\.up_proj\.weight: .*refused"
+    ) as raised:
         WRITES[write](layer.weight)
 
     assert "layer.copy_params_from(linear)" in str(raised.value)
@@ -234,7 +236,7 @@ def test_an_assignment_is_refused_with_the_way_to_tie(name, value):
 
 
 def test_tying_a_layer_to_itself_again_is_no_error():
-    """`tie_weights` of a model whose ties are tiles already assigns what is there: nothing to do."""
+    """`tie_weights` of a model whose ties are tiles assigns what is there: nothing to do."""
     _, layer = pair((3, 1))
     _, other = pair((3, 1), bias=False)
     other.share_tiles_with(layer)
@@ -289,6 +291,27 @@ def test_tiles_without_a_weight_give_no_handle():
 
     assert not hasattr(layer, "weight")
     assert layer.bias is None
+
+
+def test_tiles_whose_weight_is_a_method_give_no_handle():
+    """torch's quantized linears have a method of this name: the layer computes and loads on."""
+
+    class Quantized(nn.Module):
+        def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+            super().__init__()
+            self.kept = nn.Parameter(torch.ones(out_features, in_features))
+
+        def weight(self) -> Tensor:
+            return self.kept
+
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, self.kept)
+
+    layer = TiledLinear(13, 11, in_splits=2, linear_cls=Quantized)
+
+    assert not hasattr(layer, "weight")
+    assert layer(torch.ones(2, 13)).eq(13).all()
+    layer.load_state_dict(layer.state_dict())
 
 
 def test_shards_of_a_parallel_linear_are_not_assembled_wrongly():

@@ -81,6 +81,13 @@ def dense_gradients(layer: TiledLinear) -> Iterator[Tensor | None]:
         yield layer.bias.grad
 
 
+def same(ours: Tensor | None, theirs: Tensor | None) -> None:
+    """Equal to within the rounding of float64: any real difference is far larger."""
+    assert ours is not None
+    assert theirs is not None
+    assert (ours - theirs).norm() <= 1e3 * torch.finfo(torch.float64).eps * theirs.norm()
+
+
 def shuffled(items: Sequence[object], seed: int) -> list[object]:
     """The items in another order, always the same for one seed."""
     return random.Random(seed).sample(list(items), len(items))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -192,6 +191,6 @@ def check_width(
         return
     if result.shape[-1:] != (rows,):
         raise TileClassError(
-            f"{name}: tile {index} returned shape {tuple(result.shape)}, its weight has {rows} rows: "
-            f"the last dimension must be {rows}; correct the forward of linear_cls, or its hooks"
+            f"{name}: tile {index} returned shape {tuple(result.shape)}, its weight has {rows} "
+            f"rows: the last dimension must be {rows}; correct the forward of linear_cls or a hook"
         )

@@ -2,8 +2,9 @@
 
 Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
 dense tensor, differentiably. What would silently change only a copy (in-place operations, `.data`,
-`nn.init`, assignments to `.grad`) is refused. A slice of it is a slice of an assembled copy: to write
-into `layer.weight[0]` changes that copy only, and cannot be told from reading it.
+`nn.init`, assignments to `.grad`) is refused. A slice of it is a slice of an assembled copy:
+writing into `layer.weight[0]` changes that copy only, and cannot be told from reading it. Under a
+compiler a read gives the assembled tensor itself, which costs nothing in the graph if unused.
 """
 
 from collections.abc import Callable, Sequence
@@ -194,9 +195,10 @@ def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[s
     parameter = handles[0]._name
     raise HandleError(
         f"{handles[0]._layer.full_name()}.{parameter}: '{name}' is refused: the {parameter} of a "
-        "tiled layer has no memory of its own, its tiles do, so it would change nothing. Write with "
-        "layer.copy_params_from(linear), layer.reset_parameters() or layer.load_state_dict(…), "
-        "freeze with layer.requires_grad_(False), or work on each tile of layer.parameters()"
+        "tiled layer has no memory of its own, its tiles do, so it would change nothing. Write "
+        "with layer.copy_params_from(linear), layer.reset_parameters() or "
+        "layer.load_state_dict(…), freeze with layer.requires_grad_(False), or work on each tile "
+        "of layer.parameters()"
     )
 
 

@@ -92,10 +92,17 @@ class _Found:
 
     def is_own_form(self, name: str) -> bool:
         """Whether these are this layer's own tiles, which torch can load by itself."""
-        tiles = self._tiles_by_place(name)
-        return name not in self.dense and {i: tuple(t.shape) for i, t in tiles.items()} == {
-            i: tuple(p.shape) for i, p in self.own[name].items()
-        }
+        found = {key: self.state_dict[self.prefix + key] for key in self.tiles[name].values()}
+        own = {self._own_key(name, index): p for index, p in self.own[name].items()}
+        return (
+            name not in self.dense
+            and found.keys() == own.keys()
+            and all(tensor.shape == own[key].shape for key, tensor in found.items())
+        )
+
+    def _own_key(self, name: str, index: Index) -> str:
+        column = index[1] if name == "weight" else self.layer.grid.in_splits - 1
+        return f"{self.layer.tile_path(index[0], column)}.{name}"
 
     def problems(self, assign: bool) -> list[str]:
         """What keeps the weight or the bias from being loaded, a sentence each."""
@@ -140,13 +147,21 @@ class _Found:
                 "" if shape == expected else f"the checkpoint's is {shape}, the layer's {expected}"
             )
         if self.is_own_form(name):
-            return ""
+            return self._of_two_dtypes(name)
         grid = self.layer.grid
         values, whole = self._values(name), (grid.out_features, grid.in_features)
         whole = whole if name == "weight" else (grid.out_features, 1)
         if values.shape != whole:
             return f"the checkpoint's tiles make {values.shape}, the layer's {whole}"
         return ""
+
+    def _of_two_dtypes(self, name: str) -> str:
+        """Own tiles may differ in dtype where the layer's tiles do."""
+        found = {index: tensor.dtype for index, tensor in self._tiles_by_place(name).items()}
+        dtypes = sorted({str(dtype) for dtype in found.values()})
+        if len(dtypes) == 1 or found == {i: p.dtype for i, p in self.own[name].items()}:
+            return ""
+        return f"the tiles have different dtypes ({', '.join(dtypes)}); save them in one"
 
     def _of_two_grids(self) -> list[str]:
         """Tiles of the weight and of the bias that were not cut together."""
@@ -183,8 +198,7 @@ class _Found:
         for key in [name, *self.tiles[name].values()]:
             self.state_dict.pop(self.prefix + key, None)
         for index, parameter in self.own[name].items():
-            column = index[1] if name == "weight" else self.layer.grid.in_splits - 1
-            key = f"{self.prefix}{self.layer.tile_path(index[0], column)}.{name}"
+            key = self.prefix + self._own_key(name, index)
             self.state_dict[key] = self._entry(name, index, parameter, values, assign)
 
     def _entry(

@@ -193,15 +193,14 @@ class TiledEmbedding(TiledModule):
         gather = ops.gather_some_rows if free and all(map(_is_plain, tiles)) else ops.gather_rows
         return gather(input, tiles, spans, self.embedding_dim)
 
-
     def _check_static(self) -> None:
         """A static lookup asks every tile for every id, so a tile cannot count its own."""
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.scale_grad_by_freq and trained:
             raise ArgumentError(
-                f"{self.full_name()}: scale_grad_by_freq=True cannot be trained under a compiler or "
-                "transform, since ids of other tiles would be counted; leave this layer out of it "
-                "(torch.compiler.disable), or use one tile"
+                f"{self.full_name()}: scale_grad_by_freq=True cannot be trained under a compiler "
+                "or transform, since ids of other tiles would be counted; leave this layer out of "
+                "it (torch.compiler.disable), or use one tile"
             )
 
 

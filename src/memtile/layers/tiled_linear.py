@@ -149,8 +149,8 @@ class TiledLinear(WalkedLinear):
                 )
             if source is not None and source.is_meta and not all(p.is_meta for p in own.values()):
                 raise TileDeviceError(
-                    f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is on "
-                    "the meta device, where nothing has values; load or initialise it first"
+                    f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is "
+                    "on the meta device, where nothing has values; load or initialise it first"
                 )
         values = {
             name: self._values_of(other, name, source)

@@ -55,15 +55,15 @@ class TiledModule(nn.Module):
 
     def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
         """The tiles' parameters called `name` by their place; biases are one column."""
-        found = {}
+        found: dict[Index, Any] = {}  # a computed one is a Tensor only
         for index, tile in self.tiles():
             parameter = getattr(tile, name, None)
-            if parameter is not None:
+            if isinstance(parameter, Tensor):  # a quantized linear has a method of this name
                 found[index if name == "weight" else (index[0], 0)] = parameter
         return found
 
     def stored_parameters(self, name: str) -> dict[Index, nn.Parameter]:
-        """Those that tiles, and so state dicts, keep under this name; a parametrized tile's is not."""
+        """Those that tiles, and so state dicts, keep under this name: none that is computed."""
         return {
             index: parameter
             for index, parameter in self.tile_parameters(name).items()
@@ -80,8 +80,8 @@ class TiledModule(nn.Module):
         for index, parameter in parameters.items():
             if not isinstance(parameter, nn.Parameter):
                 raise TileClassError(
-                    f"{self.full_name()}: tile {index} computes its {name} (a parametrization?), so "
-                    "what is written to it would be lost; remove the parametrization first, or "
+                    f"{self.full_name()}: tile {index} computes its {name} (a parametrization?), "
+                    "so what is written to it would be lost; remove the parametrization first, or "
                     "write to the parameters that it is computed from"
                 )
         return parameters
@@ -124,16 +124,26 @@ class TiledModule(nn.Module):
         return dense.t() if name == "weight" and self.weight_is_transposed else dense
 
     @property
-    def weight(self) -> DenseHandle:
+    def weight(self) -> Tensor:
         """A light handle of the dense weight: reading its shape or dtype costs nothing."""
-        if not self.tile_parameters("weight"):
+        weight = self._read("weight")
+        if weight is None:
             raise AttributeError("the tiles have no weight")  # so that hasattr is False
-        return DenseHandle(self, "weight")
+        return weight
 
     @property
-    def bias(self) -> DenseHandle | None:
+    def bias(self) -> Tensor | None:
         """A light handle of the dense bias, or None."""
-        return DenseHandle(self, "bias") if self.tile_parameters("bias") else None
+        return self._read("bias")
+
+    def _read(self, name: str) -> Tensor | None:
+        if not self.tile_parameters(name):
+            return None
+        if (
+            torch.compiler.is_compiling()
+        ):  # no handle can be traced; a compiler drops what is unused
+            return self.dense_tensor(name)
+        return DenseHandle(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in DENSE_NAMES:

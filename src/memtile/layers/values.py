@@ -94,6 +94,8 @@ def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...])
     Raises:
         TileShapeError: they add up to another shape (tensor-parallel shards, say).
     """
+    if torch.compiler.is_compiling():  # which can trace neither engines nor the writes below
+        return _cat(parameters)
     with gathered(list(parameters.values())):
         values = Values.tiles(parameters)
         if values.shape != (shape if len(shape) == 2 else (*shape, 1)):
@@ -102,16 +104,17 @@ def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...])
                 "parallel linear; read each tile's own weight instead"
             )
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values()):
-            return _cat(parameters, values.grid)
+            return _cat(parameters)
         first = next(iter(parameters.values()))
         out = torch.empty(shape, dtype=first.dtype, device=first.device)
         values.write_to(out, Rect(Span(0, values.shape[0]), Span(0, values.shape[1])))
         return out
 
 
-def _cat(parameters: Mapping[Index, nn.Parameter], grid: Grid) -> Tensor:
-    rows = []
-    for o in range(grid.out_splits):
-        columns: list[Tensor] = [parameters[o, i] for i in range(grid.in_splits)]
-        rows.append(columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1))
-    return torch.cat(rows, dim=0)
+def _cat(parameters: Mapping[Index, Tensor]) -> Tensor:
+    rows: dict[int, list[Tensor]] = {}
+    for (row, _), tile in parameters.items():  # row by row
+        rows.setdefault(row, []).append(tile)
+    return torch.cat(
+        [tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1) for tiles in rows.values()]
+    )

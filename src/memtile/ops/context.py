@@ -20,9 +20,9 @@ def transformed() -> bool:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives this tensor in a matrix product, or None when it is off."""
-    device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type):
+    if tensor.is_meta or not tensor.is_floating_point():  # asked about meta, torch raises
         return None
-    if not torch.is_autocast_enabled(device_type) or not tensor.is_floating_point():
+    device_type = tensor.device.type
+    if not torch.is_autocast_enabled(device_type):
         return None
     return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
