@@ -312,3 +312,66 @@ def test_a_tensor_subclass_keeps_its_class_and_its_gradients(walk, combine):
 
     assert type(output) is Tagged
     same(tiled.weight.grad, dense.weight.grad)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("grid", [(3, 2), (1, 3)], ids=grid_id)
+def test_complex_gradients_have_their_conjugates(walk, grid):
+    """A complex layer is differentiated as the dense one, whichever walk is asked for."""
+    dense, tiled = pair(grid, dtype=torch.complex128)
+    walking(walk, tiled)
+    x = torch.randn(5, 13, dtype=torch.complex128, requires_grad=True)
+    factor = torch.randn(5, 11, dtype=torch.complex128)
+
+    (tiled(x) * factor).abs().sum().backward()
+    ours, x.grad = x.grad, None
+    (dense(x) * factor).abs().sum().backward()
+
+    same(ours, x.grad)
+    same(tiled.weight.grad, dense.weight.grad)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_batched_gradients(walk):
+    """A vectorized Jacobian runs a batch of gradients through one backward."""
+    dense, tiled = pair((3, 2), dtype=torch.float64)
+    walking(walk, tiled)
+    x = torch.randn(13, dtype=torch.float64)
+
+    jacobian = torch.autograd.functional.jacobian(tiled, x, vectorize=True)
+
+    same(jacobian, dense.weight)
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_a_gradient_that_never_arrives_stops_quietly(create_graph):
+    """Where a later node gives no gradient, the layer has none to give, at any order."""
+    _, tiled = pair((3, 2))
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    x = torch.randn(5, 13, requires_grad=True)
+
+    (gradient,) = torch.autograd.grad(
+        Stop.apply(tiled(x)).sum() + x.sum(), x, create_graph=create_graph
+    )
+
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
+def test_a_bias_in_another_column_is_added_in_every_walk():
+    """A tile that someone put there with a bias of its own is called, not overlooked."""
+    _, tiled = pair((1, 2), dtype=torch.float64)
+    tiled.linears[0][0] = nn.Linear(7, 11, dtype=torch.float64)
+    x = torch.randn(5, 13, dtype=torch.float64)
+
+    expected = tiled.linears[0][0](x[:, :7]) + tiled.linears[0][1](x[:, 7:])
+
+    same(tiled(x), expected)

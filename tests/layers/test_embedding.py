@@ -306,3 +306,26 @@ def test_to_embedding_keeps_everything() -> None:
         False,
         False,
     )
+
+
+@pytest.mark.parametrize("bad", [-1, 23])
+def test_ids_outside_the_vocabulary_are_refused_under_compilers_too(bad: int) -> None:
+    """A static lookup passes them on to torch's own check instead of giving a wrong row."""
+    _, tiled = pair(5)
+    compiled = torch.compile(tiled, fullgraph=True, backend="aot_eager")
+
+    with pytest.raises(IndexError):
+        compiled(torch.tensor([1, bad]))
+
+
+def test_a_tile_whose_forward_was_replaced_is_called() -> None:
+    """Offloading libraries wrap a tile's forward: it is neither checked nor skipped as plain."""
+    dense, tiled = pair(3)
+    weight = tiled.tile(1, 0).weight.detach().clone()
+    tiled.tile(1, 0).weight = nn.Parameter(weight.to("meta"))
+    tiled.tile(1, 0).forward = lambda ids: weight[ids]  # type: ignore[method-assign]
+
+    with torch.no_grad():
+        rows = tiled(IDS)
+
+    assert torch.equal(rows, dense(IDS))

@@ -1,5 +1,6 @@
 """Tiles of other classes: tensor-parallel linears, linears that return their bias, any module."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -321,3 +322,50 @@ def test_returned_biases_in_a_layer_of_plain_sums_are_refused(grid):
 
     with pytest.raises(TileClassError, match="belongs in TiledLinearReturnBias"):
         layer(torch.randn(4, 13))
+
+
+def test_tiles_that_are_tiled_themselves_are_refused():
+    """A tile of tiles has no values of its own to copy, load or hand over."""
+    with pytest.raises(TileClassError, match="makes tiled layers"):
+        TiledLinear(8, 8, out_splits=2, linear_cls=functools.partial(TiledLinear, in_splits=2))
+
+
+def test_results_of_different_dtypes_are_refused():
+    """One output has one dtype: nothing is rounded silently."""
+    layer = TiledLinear(8, 8, out_splits=2)
+    layer.tile(1, 0).register_forward_hook(lambda tile, args, output: output.double())
+
+    with pytest.raises(TileClassError, match=r"returned torch.float64, tile"):
+        layer(torch.randn(2, 8))
+
+
+class FirstColumnsBias(nn.Linear):
+    """Returns a bias from the first tile that is made, and None from the others."""
+
+    made = 0
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.number = FirstColumnsBias.made
+        FirstColumnsBias.made += 1
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        bias = input.new_full((self.out_features,), 7.0) if self.number % 3 == 0 else None
+        return super().forward(input), bias
+
+
+@pytest.mark.parametrize("walk", ["composed", "points"])
+def test_a_bias_that_an_earlier_column_returned_is_kept(walk):
+    """A later column's None does not take it away, as in the original."""
+
+    class ByPoints(TiledLinearReturnBias):
+        def _combine_output_splits(self, outputs):
+            return super()._combine_output_splits(outputs)
+
+    FirstColumnsBias.made = 0
+    layer = TiledLinearReturnBias(13, 11, in_splits=3, out_splits=2, linear_cls=FirstColumnsBias)
+    layer.__class__ = ByPoints if walk == "points" else TiledLinearReturnBias
+
+    _, bias = layer(torch.randn(4, 13))
+
+    assert bias.tolist() == [7.0] * 11

@@ -248,3 +248,20 @@ def test_shared_tiles_load_once_for_both_layers():
 
     assert torch.equal(other.weight, dense.weight)
     assert other.tile(1, 0).weight is layer.tile(1, 0).weight
+
+
+class Gained(TiledLinear):
+    """A subclass with a parameter of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(1))
+
+
+def test_a_subclass_loads_what_it_saves():
+    """Names of its own are no unknown names."""
+    layer = Gained(6, 8, out_splits=2)
+
+    layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
+
+    assert layer.gain.item() == 2

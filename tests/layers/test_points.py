@@ -1,5 +1,6 @@
 """The points made for subclasses: what was overridden for the original is honoured here."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,3 +190,17 @@ def test_a_wrong_result_is_refused_by_the_points_as_well():
 
     with pytest.raises(TileClassError, match=r"tile \(0, 1\) returned a tuple"):
         layer(torch.randn(4, 13, dtype=torch.float64))
+
+
+def test_an_override_that_wraps_the_original_is_seen():
+    """functools.wraps copies attributes of a function: it must not pass for memtile's own."""
+
+    class Wrapping(TiledLinear):
+        @functools.wraps(TiledLinear._combine_output_splits)
+        def _combine_output_splits(self, outputs):
+            return 2 * super()._combine_output_splits(outputs)
+
+    dense, layer = as_class(Wrapping, (3, 2))
+    x = torch.randn(4, 13, dtype=torch.float64)
+
+    torch.testing.assert_close(layer(x), 2 * dense(x))

@@ -154,7 +154,36 @@ def test_the_gradient_is_assembled_and_none_while_a_tile_has_none():
 
     assert partly is None
     assert layer.weight.grad.shape == dense.weight.shape
-    assert type(layer.weight.grad) is Tensor
+    assert torch.equal(layer.weight.grad, layer.weight.grad + 0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.grad.zero_(),
+        lambda weight: weight.grad.mul_(0.5),
+        lambda weight: nn.utils.clip_grad_norm_([weight], 0.1),
+        lambda weight: torch._foreach_mul_([weight.grad], 0.5),
+    ],
+)
+def test_writing_to_the_gradient_of_a_handle_is_refused(write):
+    """The tiles' gradients would not change, so neither zeroing nor clipping passes silently."""
+    _, layer = pair((3, 2))
+    layer(torch.randn(4, 13)).sum().backward()
+    before = [parameter.grad.clone() for parameter in layer.parameters()]
+
+    with pytest.raises(HandleError, match="is refused"):
+        write(layer.weight)
+
+    assert all(torch.equal(p.grad, b) for p, b in zip(layer.parameters(), before, strict=True))
+
+
+def test_autograd_grad_with_respect_to_a_handle_is_refused():
+    """An assembled copy is not in the graph: the answer would be None."""
+    _, layer = pair((3, 2))
+
+    with pytest.raises(HandleError, match=r"autograd.grad"):
+        torch.autograd.grad(layer(torch.randn(4, 13)).sum(), layer.weight, allow_unused=True)
 
 
 INITIALISERS = [

@@ -3,7 +3,8 @@
 from memtile.convert.dense import dense_items, dense_state_dict
 from memtile.convert.kinds import Integration, Kind, register_integration
 from memtile.convert.select import Choice, select_linears
-from memtile.convert.tiling import tile, untile
+from memtile.convert.tiling import tile
+from memtile.convert.untiling import untile
 
 __all__ = [
     "Choice",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memtile.errors import CannotTileError
 from memtile.layers import TiledModule
 
 
@@ -29,12 +30,18 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
     Args:
         model: the model whose names the dictionary has.
         state_dict: tile names and others; what is no tile passes unchanged.
+
+    Raises:
+        CannotTileError: a tile computes its weight (pruned, parametrized, adapted), so that no
+            dense checkpoint says what the layer does.
     """
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, TiledModule)
     }
+    for name, layer in layers.items():
+        _check_stored(name, layer)
     given = set()
     for key, value in state_dict.items():
         found = _place_of(key, layers)
@@ -46,6 +53,18 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
             layer = layers[layer_name]
             dense_name = f"{layer_name}.{name}" if layer_name else name
             yield dense_name, layer.assemble(name, _tiles_of(layer, layer_name, name, state_dict))
+
+
+def _check_stored(name: str, layer: TiledModule) -> None:
+    for own in ("weight", "bias"):
+        stored = layer.stored_parameters(own)
+        computed = [index for index in layer.tile_parameters(own) if index not in stored]
+        if computed:
+            raise CannotTileError(
+                f"{name or type(layer).__name__}: tile {computed[0]} computes its {own} (pruned, "
+                "parametrized or adapted?), so no dense checkpoint says what the layer does; make "
+                "that permanent first, or save layer.state_dict()"
+            )
 
 
 def _place_of(key: str, layers: Mapping[str, TiledModule]) -> tuple[str, str] | None:

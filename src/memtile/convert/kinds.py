@@ -84,6 +84,24 @@ def integrations() -> tuple[Integration, ...]:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind that a module is exactly of, or at least derives from."""
-    kinds = [kind for found in _integrations for kind in found.kinds] + [LINEAR, EMBEDDING]
-    exact = next((kind for kind in kinds if kind.matches(module)), None)
-    return exact or next((kind for kind in kinds if kind.resembles(module)), None)
+    exact = next((kind for kind in _kinds() if kind.matches(module)), None)
+    return exact or next((kind for kind in _kinds() if kind.resembles(module)), None)
+
+
+def _kinds() -> list[Kind]:
+    return [kind for found in _integrations for kind in found.kinds] + [LINEAR, EMBEDDING]
+
+
+def tiled_classes() -> set[type[TiledModule]]:
+    """The tiled forms of all kinds."""
+    return {kind.tiled for kind in _kinds()}
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+    for integration in _integrations:
+        integration.replaced(old, new)

@@ -1,12 +1,13 @@
 """Which modules of a model are tiled, with which grid, and the reason for each yes and no."""
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from memtile.convert.kinds import Kind, integrations, kind_of
+from memtile.convert.owners import Owners, Place
+from memtile.convert.reasons import lost_on_replacing
 from memtile.errors import ArgumentError, CannotTileError, SplitsError
 from memtile.geometry import Grid
 from memtile.layers import TiledModule
@@ -183,15 +184,9 @@ def _own_reason(
 
 
 def _state_reason(module: nn.Module) -> str:
-    hooks = [
-        kind
-        for kind in ("forward", "forward_pre", "backward", "backward_pre", "state_dict")
-        if getattr(module, f"_{kind}_hooks", None)
-    ]
-    if hooks:
-        return f"it has {' and '.join(hooks)} hooks, which would be lost; remove them first"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance, which would be lost"
+    lost = lost_on_replacing(module)
+    if lost:
+        return lost
     if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
         return "max_norm and sparse embeddings have no tiled form"
     extra = [n for n, _ in module.named_children()]
@@ -223,49 +218,47 @@ def _ties(
     model: nn.Module, candidates: dict[str, tuple[nn.Module, Kind | None]], reasons: dict[str, str]
 ) -> dict[str, tuple[str, ...]]:
     """Names that share a weight; a weight shared with what stays dense keeps all of them dense."""
-    names = {id(module): name for name, (module, _) in candidates.items()}
-    owners: dict[int, list[tuple[str, str, str]]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append((names.get(id(module), ""), own, f"{path}.{own}"))
-    groups = {}
+    owners = Owners(model)
+    shared: dict[str, list[Place]] = {}
     for name, (module, _) in candidates.items():
         if reasons[name]:
             continue
-        bias = (
-            owners[id(module._parameters.get("bias"))]
-            if module._parameters.get("bias") is not None
-            else []
-        )
-        if len(bias) > 1:
-            others = [path for owner, _, path in bias if owner != name]
-            reasons[name] = f"its bias is also {others[0]}, and biases are not shared between tiles"
-    for name, (module, _) in candidates.items():
-        shared = owners[id(module._parameters.get("weight"))]
-        if reasons[name] or len(shared) < 2:
-            continue
-        groups[name] = tuple(owner for owner, _, _ in shared)
-    _settle(
-        groups,
-        {name: owners[id(candidates[name][0]._parameters["weight"])] for name in groups},
-        reasons,
-    )
-    return {name: ties for name, ties in groups.items() if not reasons[name]}
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        assert weight is not None
+        reasons[name] = _memory_reason(name, bias, weight, owners)
+        if not reasons[name] and len(owners.of(weight)) > 1:
+            shared[name] = owners.of(weight)
+    _settle(shared, reasons)
+    return {
+        name: tuple(path for path, _ in places)
+        for name, places in shared.items()
+        if not reasons[name]
+    }
 
 
-def _settle(
-    groups: dict[str, tuple[str, ...]],
-    owners: dict[str, list[tuple[str, str, str]]],
-    reasons: dict[str, str],
-) -> None:
+def _memory_reason(
+    name: str, bias: nn.Parameter | None, weight: nn.Parameter, owners: Owners
+) -> str:
+    """Sharing that tiles could not keep: of a bias, or of memory without being one parameter."""
+    others = [place for place in owners.of(bias) if place[0] != name] if bias is not None else []
+    if others:
+        return f"its bias is also {'.'.join(others[0])}, and tiles do not share biases"
+    for own, parameter in (("weight", weight), ("bias", bias)):
+        views = [] if parameter is None else list(owners.sharing_memory(parameter))
+        if views:
+            return f"its {own} shares memory with {'.'.join(views[0])}, which tiles could not"
+    return ""
+
+
+def _settle(shared: dict[str, list[Place]], reasons: dict[str, str]) -> None:
     """Give every member of a tie a reason where one member cannot be tiled."""
-    for name in groups:
-        for owner, own, path in owners[name]:
+    for name, places in shared.items():
+        for owner, own in places:
             if own == "weight" and owner in reasons and not reasons[owner]:
                 continue
             why = reasons.get(owner) or "it is not a linear or an embedding"
-            reasons[name] = reasons[name] or f"its weight is also {path}, which stays dense: {why}"
+            where = f"{owner}.{own}" if owner else own
+            reasons[name] = reasons[name] or f"its weight is also {where}, which stays dense: {why}"
 
 
 def _with_grid(

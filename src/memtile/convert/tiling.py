@@ -1,11 +1,11 @@
-"""`tile` and `untile`: a model's linears and embeddings become tiles, and back, in place."""
+"""`tile`: a model's linears and embeddings become tiles, in place."""
 
 from collections.abc import Collection
 from typing import TypeVar
 
 from torch import nn
 
-from memtile.convert.kinds import integrations, kind_of
+from memtile.convert.kinds import integrations, kind_of, replace_module
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import TiledModule
@@ -25,7 +25,8 @@ def tile(
 
     Values are bit-identical; frozen stays frozen, tied stays tied; training mode, dtype, device,
     gradients stay. Each replaced layer is freed before the next is made, so the peak is the model
-    and one layer. Make the optimizer afterwards: the parameters are new ones.
+    and one layer. Make the optimizer afterwards, and look modules up anew: the parameters are new
+    ones, and what holds a replaced module elsewhere (a plain list of modules) keeps the old one.
 
     Args:
         model: any module that holds linears.
@@ -74,53 +75,3 @@ def _tile_group(model: nn.Module, choice: Choice) -> tuple[str, ...]:
         first = first or layer
         replace_module(model, dense, layer)
     return names
-
-
-def untile(model: Model) -> Model:
-    """Turn every tiled layer of a model back into the dense module that it stands for, in place.
-
-    Values are bit-identical; ties, frozen parameters, mode, dtype, device, gradients stay. Each
-    tiled layer is freed before the next dense one is made.
-
-    Raises:
-        CannotTileError: the model is itself a tiled layer, or a layer is frozen in part. Layers
-            before it are dense by then; every layer is whole.
-    """
-    if isinstance(model, TiledModule):
-        raise CannotTileError(
-            f"the model is itself a {type(model).__name__}, which cannot be replaced in place; use "
-            "layer.to_linear() or layer.to_embedding()"
-        )
-    names = [name for name, module in model.named_modules() if isinstance(module, TiledModule)]
-    homes = {name: _tile_ids(model.get_submodule(name)) for name in names}
-    weights: dict[tuple[int, ...], tuple[nn.Parameter, TiledModule]] = {}
-    while names:
-        name = names.pop(0)
-        layer = model.get_submodule(name)
-        assert isinstance(layer, TiledModule)
-        known = weights.get(homes[name])
-        dense = layer.to_dense(known[0] if known else None)
-        if homes[name] in [homes[other] for other in names]:
-            # The layer is kept until its last tie is dense: a freed tile's id could come again.
-            weights[homes[name]] = dense.weight, layer  # type: ignore[assignment]  # a parameter
-        else:
-            weights.pop(homes[name], None)
-        replace_module(model, layer, dense)
-    for integration in integrations():
-        integration.untiled(model)
-    return model
-
-
-def _tile_ids(layer: nn.Module) -> tuple[int, ...]:
-    assert isinstance(layer, TiledModule)
-    return tuple(id(parameter) for parameter in layer.tile_parameters("weight").values())
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands in the model."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
-    for integration in integrations():
-        integration.replaced(old, new)

@@ -1,7 +1,7 @@
 """transformers: its transposed linear, its scaled embeddings, its dense checkpoints."""
 
-import functools
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,27 +76,52 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
             setattr(target, name, getattr(source, name))
 
 
-def save_dense_pretrained(
-    model: Any, save_directory: str | Path, *args: Any, state_dict: Any = None, **kwargs: Any
-) -> Any:
+class DensePretrained:
     """`save_pretrained` of a tiled model: the dense checkpoint, for plain transformers.
 
-    The dense weights of the tiled layers exist for as long as transformers writes them.
+    It stands on the instance, where it may not hold the model: a cycle would keep all weights until
+    the garbage collector runs. Copies and pickles of a model get one of their own.
 
     Args:
         model: a `PreTrainedModel` with tiled layers.
-        save_directory: the folder.
-        *args: passed on to transformers.
-        state_dict: tile names and others, as a trainer passes it; the model's own by default.
-        **kwargs: passed on to transformers.
     """
-    tiles = model.state_dict() if state_dict is None else state_dict
-    dense: dict[str, Any] = {}
-    known: dict[tuple[Any, ...], Any] = {}
-    for name, tensor in dense_items(model, tiles):
-        key = _tile_storages(model, name) or (id(tensor),)
-        dense[name] = known.setdefault(key, tensor)
-    return type(model).save_pretrained(model, save_directory, *args, state_dict=dense, **kwargs)
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DensePretrained, (self._model(),)
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Write the folder. The dense weights exist for as long as transformers writes them.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: passed on to transformers.
+            state_dict: tile names and others, as a trainer passes it; the model's own by default.
+            *args: passed on to transformers.
+            **kwargs: passed on to transformers.
+
+        Raises:
+            CannotTileError: a tile computes its weight, so that no dense checkpoint can say it.
+        """
+        model = self._model()
+        assert model is not None  # who calls a method holds its model
+        tiles = model.state_dict() if state_dict is None else state_dict
+        dense: dict[str, Any] = {}
+        known: dict[tuple[Any, ...], Any] = {}
+        for name, tensor in dense_items(model, tiles):
+            key = _tile_storages(model, name) or (id(tensor),)
+            dense[name] = known.setdefault(key, tensor)
+        save = type(model).save_pretrained
+        return save(model, save_directory, is_main_process, dense, *args, **kwargs)
 
 
 def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
@@ -144,10 +169,9 @@ def _models(model: nn.Module) -> list[Any]:
 
 
 def _tiled(model: nn.Module) -> None:
-    # A partial on the instance, not a bound method: deepcopy and pickle rebind it to the copy.
     for found in _models(model):
         if any(isinstance(module, TiledModule) for module in found.modules()):
-            found.save_pretrained = functools.partial(save_dense_pretrained, found)
+            found.save_pretrained = DensePretrained(found)
 
 
 def _untiled(model: nn.Module) -> None:

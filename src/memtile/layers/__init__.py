@@ -1,5 +1,6 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
+from memtile.layers.door import is_plain
 from memtile.layers.gather import gathered, register_gatherer
 from memtile.layers.handle import DenseHandle
 from memtile.layers.return_bias import TiledLinearReturnBias
@@ -14,5 +15,6 @@ __all__ = [
     "TiledLinearReturnBias",
     "TiledModule",
     "gathered",
+    "is_plain",
     "register_gatherer",
 ]

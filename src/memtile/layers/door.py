@@ -26,12 +26,12 @@ _LINEAR_FORWARD = nn.Linear.forward
 _LINEAR_CALL = nn.Linear.__call__
 
 
-def is_plain(tile: nn.Module) -> bool:
-    """Whether calling the tile does what `nn.Linear` does, and nothing that anyone hooked on."""
+def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling the tile does what its class does, and nothing that anyone hooked on."""
     own = tile.__dict__
     parameters = tile._parameters
     return (
-        type(tile) is nn.Linear
+        type(tile) is cls
         and not tile._forward_hooks
         and not tile._forward_pre_hooks
         and not tile._backward_hooks
@@ -50,7 +50,7 @@ def all_plain(tiles: Sequence[nn.Module]) -> bool:
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.Linear.__call__ is not _LINEAR_CALL:
         return False
     first = tiles[0]._parameters.get("weight")
-    if first is None:
+    if first is None or not first.is_floating_point():  # complex gradients want conjugates
         return False
     dtype, device = first.dtype, first.device
     return all(

@@ -2,8 +2,9 @@
 
 Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
 dense tensor, differentiably. What would silently change only a copy (in-place operations, `.data`,
-`nn.init`, assignments to `.grad`) is refused. A slice of it is a slice of an assembled copy:
-writing into `layer.weight[0]` changes that copy only, and cannot be told from reading it. Under a
+`nn.init`, assignments to `.grad`) is refused, for the handle that `.grad` gives too, and so is
+`torch.autograd.grad` with respect to it. What cannot be seen from here: writing into
+`layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
 compiler a read gives the assembled tensor itself, which costs nothing in the graph if unused.
 """
 
@@ -118,27 +119,33 @@ class DenseHandle(Tensor):
     _free: ClassVar[frozenset[Any]] = _free_functions()
     _layer: Tiled
     _name: str
+    _of_gradient: bool
 
     @staticmethod
-    def __new__(cls, layer: Tiled, name: str) -> "DenseHandle":
-        """A handle of the layer's "weight" or "bias"."""
+    def __new__(cls, layer: Tiled, name: str, of_gradient: bool = False) -> "DenseHandle":
+        """A handle of the layer's "weight" or "bias", or of its gradient."""
         parameters = list(layer.tile_parameters(name).values())
         handle: DenseHandle = Tensor._make_wrapper_subclass(
             cls,
             layer.dense_shape(name),
             dtype=parameters[0].dtype,
             device=parameters[0].device,
-            requires_grad=any(parameter.requires_grad for parameter in parameters),
+            requires_grad=not of_gradient and any(p.requires_grad for p in parameters),
         )
-        handle._layer, handle._name = layer, name
-        handle._is_param = True  # isinstance(handle, nn.Parameter): libraries look weights up so
+        handle._layer, handle._name, handle._of_gradient = layer, name, of_gradient
+        handle._is_param = not of_gradient  # so isinstance(handle, nn.Parameter): libraries ask
         return handle
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes
         return (
-            f"DenseHandle({self._layer.full_name()}.{self._name}, shape={tuple(self.shape)}, "
-            f"dtype={self.dtype}, device={self.device})"
+            f"DenseHandle({self.full_name()}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device={self.device})"
         )
+
+    def full_name(self) -> str:
+        """What the handle stands for, for messages."""
+        gradient = ".grad" if self._of_gradient else ""
+        return f"{self._layer.full_name()}.{self._name}{gradient}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.assemble().detach().clone()
@@ -148,7 +155,12 @@ class DenseHandle(Tensor):
 
     def assemble(self) -> Tensor:
         """The dense tensor, differentiable with respect to the tiles where gradients are on."""
-        return self._layer.dense_tensor(self._name)
+        if not self._of_gradient:
+            return self._layer.dense_tensor(self._name)
+        gradient = self._layer.dense_gradient(self._name)
+        if gradient is None:
+            raise HandleError(f"{self.full_name()}: the gradient is gone; read it again")
+        return gradient
 
     def is_of_tiles(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether the handle stands for exactly these parameters, in this order."""
@@ -156,6 +168,12 @@ class DenseHandle(Tensor):
         return len(own) == len(parameters) and all(
             a is b for a, b in zip(own, parameters, strict=True)
         )
+
+    def _gradient(self) -> "DenseHandle | None":
+        tiles = self._layer.tile_parameters(self._name).values()
+        if self._of_gradient or any(tile.grad is None for tile in tiles):
+            return None
+        return DenseHandle(self._layer, self._name, of_gradient=True)
 
     @classmethod
     def __torch_function__(
@@ -170,7 +188,7 @@ class DenseHandle(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func == _READ_GRADIENT:
-            return args[0]._layer.dense_gradient(args[0]._name)
+            return args[0]._gradient()
         if func == _READ_VERSION:  # grows whenever a tile is written to
             return sum(p._version for p in args[0]._layer.tile_parameters(args[0]._name).values())
         _refuse_writes(func, args, kwargs)
@@ -192,13 +210,12 @@ def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[s
     handles = [leaf for leaf in tree_leaves(written) if isinstance(leaf, DenseHandle)]
     if not handles:
         return
-    parameter = handles[0]._name
     raise HandleError(
-        f"{handles[0]._layer.full_name()}.{parameter}: '{name}' is refused: the {parameter} of a "
-        "tiled layer has no memory of its own, its tiles do, so it would change nothing. Write "
-        "with layer.copy_params_from(linear), layer.reset_parameters() or "
-        "layer.load_state_dict(…), freeze with layer.requires_grad_(False), or work on each tile "
-        "of layer.parameters()"
+        f"{handles[0].full_name()}: '{name}' is refused: the {handles[0]._name} of a tiled layer "
+        "has no memory of its own, its tiles do, so it would change nothing. Write with "
+        "layer.copy_params_from(linear), layer.reset_parameters() or layer.load_state_dict(…), "
+        "freeze with layer.requires_grad_(False), work on each tile of layer.parameters(), or "
+        "call memtile.untile(model) first"
     )
 
 
@@ -210,6 +227,8 @@ def _written(
     if name in {"__get__", "__set__"}:
         attribute = getattr(getattr(func, "__self__", None), "__name__", name)
         return attribute, args[:1] if name == "__set__" or attribute in _REFUSED else ()
+    if func is torch.autograd.grad:  # an assembled copy is not in the graph: its tiles are
+        return "torch.autograd.grad", (args[1:2], kwargs.get("inputs"))
     if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):
         return name, (args[:1], kwargs.get("tensor"), kwargs.get("input"), kwargs.get("self"))
     return name, kwargs.get("out")

@@ -78,14 +78,13 @@ class _Found:
             if match:
                 row, column = int(match["row"]), int(match.groupdict().get("column") or 0)
                 self.tiles[match["name"]][row, column] = key
-            elif key not in NAMES and not self._is_a_tiles_own(key):
+            elif key not in NAMES and not self._is_known(key):
                 self.extra.append(key)
 
-    def _is_a_tiles_own(self, key: str) -> bool:
-        """Whether a key belongs to a tile in another way (a linear_cls with more parameters)."""
-        return any(
-            key.startswith(self.layer.tile_path(*i) + ".") for i in self.layer.grid.indices()
-        )
+    def _is_known(self, key: str) -> bool:
+        """Whether a key is a subclass's own, or a tile's in another way (more parameters)."""
+        tiles = (self.layer.tile_path(*index) + "." for index in self.layer.grid.indices())
+        return key in self.layer.state_dict() or any(map(key.startswith, tiles))
 
     def has(self, name: str) -> bool:
         return name in self.dense or bool(self.tiles[name])

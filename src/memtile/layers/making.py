@@ -50,6 +50,11 @@ def make_tile(
     if not callable(linear_cls):
         raise TileClassError(f"linear_cls={name} must be a class, or a function that makes a tile")
     tile = linear_cls(in_features, out_features, bias=bias, **kwargs)
+    if isinstance(tile, TiledModule):
+        raise TileClassError(
+            f"linear_cls={name} makes tiled layers, and a tile of tiles has no values of its own; "
+            "use one layer with more splits"
+        )
     if not isinstance(tile, nn.Module):
         raise TileClassError(
             f"linear_cls={name} made a {type(tile).__name__}; it must make an nn.Module"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtile import ops
 from memtile.errors import TileClassError
@@ -21,7 +21,7 @@ class TiledLinearReturnBias(TiledLinear):
     returns one; without `combine_out_splits` a list of such pairs.
     """
 
-    def _can_fuse(self, whole: list[Any]) -> bool:
+    def _can_fuse(self, whole: list[Any], tiles: list[nn.Module]) -> bool:
         """Never: a plain tile returns no pair, which the composed walk says."""
         return False
 

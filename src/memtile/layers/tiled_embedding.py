@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileIndexError
 from memtile.geometry import Grid
+from memtile.layers.door import is_plain
 from memtile.layers.gather import gathered
 from memtile.layers.tiled_module import TiledModule
 
@@ -175,7 +176,7 @@ class TiledEmbedding(TiledModule):
             TileDtypeError: the ids are no int32 or int64 tensor.
             TileDeviceError: they are on another device than the tiles.
             TileIndexError: an id is outside the vocabulary; of one tile on an accelerator, and
-                under compilers and transforms, torch says so itself or not at all.
+                under compilers and transforms, torch says so itself.
             ArgumentError: `scale_grad_by_freq` in training under a compiler or a transform.
         """
         tiles, spans = list(self.embeddings), self.grid.out_spans
@@ -190,7 +191,9 @@ class TiledEmbedding(TiledModule):
             self._check_static()
             return ops.gather_rows_statically(input, tiles, spans)
         free = not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
-        gather = ops.gather_some_rows if free and all(map(_is_plain, tiles)) else ops.gather_rows
+        # A tile may be skipped where no engine or hook counts its calls.
+        free = free and all(is_plain(tile, nn.Embedding) for tile in tiles)
+        gather = ops.gather_some_rows if free else ops.gather_rows
         return gather(input, tiles, spans, self.embedding_dim)
 
     def _check_static(self) -> None:
@@ -202,11 +205,6 @@ class TiledEmbedding(TiledModule):
                 "or transform, since ids of other tiles would be counted; leave this layer out of "
                 "it (torch.compiler.disable), or use one tile"
             )
-
-
-def _is_plain(tile: nn.Module) -> bool:
-    """Whether a tile may be skipped: no engine or hook counts its calls."""
-    return type(tile) is nn.Embedding and not (tile._forward_hooks or tile._forward_pre_hooks)
 
 
 def _row_of_padding(padding_idx: int | None, rows: int) -> int | None:
@@ -239,7 +237,7 @@ def _check_ids(name: str, ids: object, tile: nn.Module) -> None:
             "convert them with ids.long()"
         )
     weight = tile._parameters.get("weight")
-    if _is_plain(tile) and weight is not None and ids.device != weight.device:
+    if is_plain(tile, nn.Embedding) and weight is not None and ids.device != weight.device:
         raise TileDeviceError(
             f"{name}: the ids are on {ids.device}, the tiles on {weight.device}; move one of them"
         )

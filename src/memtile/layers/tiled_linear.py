@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
+from memtile.layers.gather import gathered
 from memtile.layers.making import LinearClass, draw_like_whole_linear, draws_like_linear, make_tile
 from memtile.layers.tiled_module import DENSE_NAMES, TiledModule
 from memtile.layers.values import Values
@@ -137,6 +138,10 @@ class TiledLinear(WalkedLinear):
 
         Nothing is copied then.
         """
+        with gathered(list(other.parameters())):
+            self._copy_whole(other)
+
+    def _copy_whole(self, other: nn.Module) -> None:
         sources = {name: getattr(other, name, None) for name in DENSE_NAMES}
         for name, source in sources.items():
             own = self.writable_parameters(name)
@@ -162,7 +167,9 @@ class TiledLinear(WalkedLinear):
 
     def _values_of(self, other: nn.Module, name: str, source: Tensor) -> Values:
         if isinstance(other, TiledModule):
-            return Values.tiles(other.tile_parameters(name))
+            if other.weight_is_transposed == self.weight_is_transposed:
+                return Values.tiles(other.tile_parameters(name))
+            source = other.dense_tensor(name)
         return Values.dense(
             source.t() if name == "weight" and self.weight_is_transposed else source
         )

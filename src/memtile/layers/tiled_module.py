@@ -139,10 +139,8 @@ class TiledModule(nn.Module):
     def _read(self, name: str) -> Tensor | None:
         if not self.tile_parameters(name):
             return None
-        if (
-            torch.compiler.is_compiling()
-        ):  # no handle can be traced; a compiler drops what is unused
-            return self.dense_tensor(name)
+        if torch.compiler.is_compiling():
+            return self.dense_tensor(name)  # no handle can be traced; what is unused is dropped
         return DenseHandle(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -23,9 +23,12 @@ Results = Iterator[tuple[Index, Any]]
 Point = TypeVar("Point", bound=Callable[..., Any])
 
 
+_OWN_POINTS: set[Callable[..., Any]] = set()
+
+
 def own_point(function: Point) -> Point:
-    """Mark a point as memtile's own, so that an override of it is seen."""
-    function.is_own_point = True  # type: ignore[attr-defined]  # functions take attributes
+    """Remember a point as memtile's own, so that an override of it is seen."""
+    _OWN_POINTS.add(function)
     return function
 
 
@@ -65,7 +68,7 @@ class WalkedLinear(TiledModule):
         if plain:
             door.check_kinds(self.full_name(), whole, tiles[0].weight)
         own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
-        if own and plain and len(tiles) > 1 and self._can_fuse(whole):
+        if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
             return self._walk_fused(whole, tiles)
         chunks = self._split(whole, plain or (transformed and type(tiles[0]) is nn.Linear))
         walk = self._walk_composed if own and not transformed else self._walk_points
@@ -89,11 +92,18 @@ class WalkedLinear(TiledModule):
         return [tensor]
 
     def _has_own(self, points: Sequence[str]) -> bool:
-        return all(getattr(getattr(self, point), "is_own_point", False) for point in points)
+        found = (getattr(getattr(self, point), "__func__", None) for point in points)
+        return all(function in _OWN_POINTS for function in found)
 
-    def _can_fuse(self, whole: list[Any]) -> bool:
+    def _can_fuse(self, whole: list[Any], tiles: list[nn.Module]) -> bool:
+        last = self.in_splits - 1
         return (
             self._has_own(("_split_global_input",))
+            and all(
+                tile._parameters.get("bias") is None
+                or (self.use_bias and number % self.in_splits == last)
+                for number, tile in enumerate(tiles)  # a tile that someone put there may differ
+            )
             and all(type(chunk) in (Tensor, nn.Parameter) for chunk in whole)
             and ops.autocast_dtype(whole[0]) is None
         )

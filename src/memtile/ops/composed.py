@@ -83,6 +83,7 @@ class ResultShapes:
                 "tensor-parallel shard); correct the forward of linear_cls"
             )
         self.grid, self.lead, self.shards = grid, first.shape[:-1], span // width
+        self.dtype = first.dtype
         if any(bound % self.shards for bound in grid.out_parts):
             raise TileClassError(
                 f"tile (0, 0) returned {width} of {span} features, one of {self.shards} shards, "
@@ -93,6 +94,11 @@ class ResultShapes:
     def check(self, index: tuple[int, int], result: Tensor) -> None:
         """Raise TileClassError unless the result of the tile at `index` has the right shape."""
         expected = (*self.lead, self.grid.out_spans[index[0]].size // self.shards)
+        if result.dtype != self.dtype:
+            raise TileClassError(
+                f"tile {index} returned {result.dtype}, tile (0, 0) {self.dtype}: results of "
+                "different dtypes have no common output; convert the tiles to one dtype"
+            )
         if tuple(result.shape) != expected:
             raise TileClassError(
                 f"tile {index} returned shape {tuple(result.shape)}, expected {expected}: every "

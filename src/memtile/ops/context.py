@@ -18,6 +18,12 @@ def transformed() -> bool:
     )
 
 
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it is a batch of gradients (`is_grads_batched=True`), which out= cannot write."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives this tensor in a matrix product, or None when it is off."""
     if tensor.is_meta or not tensor.is_floating_point():  # asked about meta, torch raises

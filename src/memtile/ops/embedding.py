@@ -56,7 +56,11 @@ def gather_rows_statically(ids: Tensor, lookups: Sequence[Lookup], spans: Sequen
     out: Tensor | None = None
     for lookup, span in zip(lookups, spans, strict=True):
         held = (ids >= span.start) & (ids < span.stop)
-        rows = lookup((ids - span.start).clamp(0, span.size - 1))
+        # Ids that no tile holds reach the first or the last one as they are: torch refuses them.
+        low = None if span.start == 0 else 0
+        high = None if span.stop == spans[-1].stop else span.size - 1
+        inside = ids - span.start
+        rows = lookup(inside if len(spans) == 1 else inside.clamp(low, high))
         out = rows if out is None else torch.where(held.unsqueeze(-1), rows, out)
     assert out is not None
     return out

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memtile.geometry import Grid, Span
+from memtile.ops.context import is_batched, transformed
 from memtile.ops.products import multiply, needs_float32_sum, sum_of_products
 
 Rows = list[tuple[int, Tensor]]
@@ -94,9 +95,11 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows = _gradient_rows(ctx.spec, ctx.lead, grads)
-        form = _differentiable_backward if torch.is_grad_enabled() else _backward
-        needed = ctx.needs_input_grad[1:]
+        rows, needed = _gradient_rows(ctx.spec, ctx.lead, grads), ctx.needs_input_grad[1:]
+        if not rows:
+            return (None,) * len(ctx.needs_input_grad)
+        plainly = torch.is_grad_enabled() or transformed() or is_batched(rows[0][1])
+        form = _differentiable_backward if plainly else _backward
         return (None, *form(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed))
 
 
@@ -147,8 +150,6 @@ def _backward(
     spec: FusedSpec, lead: torch.Size, saved: Sequence[Tensor], rows: Rows, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     results: list[Tensor | None] = [None] * len(needed)
-    if not rows:
-        return results
     targets = _empty_input_gradients(spec, lead, rows[0][1], needed, results)
     for i, target in enumerate(targets):
         visit = _visit_column(spec, saved, rows, i, needed, results)

@@ -1,0 +1,109 @@
+"""`untile`: every tiled layer of a model becomes the dense module that it stands for, in place."""
+
+from typing import TypeVar
+
+from torch import nn
+
+from memtile.convert.kinds import integrations, replace_module, tiled_classes
+from memtile.convert.owners import Owners
+from memtile.convert.reasons import lost_on_replacing
+from memtile.errors import CannotTileError
+from memtile.layers import TiledModule, is_plain
+
+Model = TypeVar("Model", bound=nn.Module)
+Layers = dict[str, TiledModule]
+
+
+def untile(model: Model) -> Model:
+    """Turn every tiled layer of a model back into the dense module that it stands for, in place.
+
+    Values are bit-identical; ties, frozen parameters, mode, dtype, device, gradients stay. Each
+    tiled layer is freed before the next dense one is made.
+
+    Raises:
+        CannotTileError: the model is itself a tiled layer, or a dense module could not do what a
+            layer does: it is frozen in part, its tiles are more than plain linears, it has hooks,
+            it takes or gives split tensors, it shares some of its tiles. Nothing was changed.
+    """
+    if isinstance(model, TiledModule):
+        raise CannotTileError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place; use "
+            "layer.to_linear() or layer.to_embedding()"
+        )
+    ids = _checked_tile_ids(model)
+    weights: dict[tuple[int, ...], tuple[nn.Parameter, TiledModule]] = {}
+    names = list(ids)
+    while names:
+        name = names.pop(0)
+        layer = model.get_submodule(name)
+        assert isinstance(layer, TiledModule)
+        known = weights.get(ids[name])
+        dense = layer.to_dense(known[0] if known else None)
+        if ids[name] in [ids[other] for other in names]:
+            # The layer is kept until its last tie is dense: a freed tile's id could come again.
+            weights[ids[name]] = dense.weight, layer  # type: ignore[assignment]  # a parameter
+        else:
+            weights.pop(ids[name], None)
+        replace_module(model, layer, dense)
+    for integration in integrations():
+        integration.untiled(model)
+    return model
+
+
+def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What tells each layer's weight from others', by name, once all can be turned back."""
+    layers: Layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, TiledModule)
+    }
+    ids = {
+        name: tuple(id(tile) for tile in layer.tile_parameters("weight").values())
+        for name, layer in layers.items()
+    }
+    owners = Owners(model)
+    for name, layer in layers.items():
+        reason = _own_reason(layer) or _shared_reason(name, layers, ids, owners)
+        if reason:
+            raise CannotTileError(f"{name} cannot be untiled: {reason}")
+    return ids
+
+
+def _own_reason(layer: TiledModule) -> str:
+    """What a dense module would not do that this layer does; "" when there is nothing."""
+    if type(layer) not in tiled_classes():
+        return f"{type(layer).__name__} is a class of its own, which no dense module stands for"
+    if getattr(layer, "input_is_already_split", False):
+        return "it takes an input that is already split, which a dense linear does not"
+    if not getattr(layer, "combine_out_splits", True):
+        return "it gives its rows uncombined, which a dense linear does not"
+    lost = lost_on_replacing(layer)
+    if lost:
+        return lost
+    for index, tile in layer.tiles():
+        if not is_plain(tile, type(tile)) or type(tile) not in (nn.Linear, nn.Embedding):
+            return f"its tile {index} is more than a plain linear ({type(tile).__name__}, hooks?)"
+    for name in ("weight", "bias"):
+        if len({tile.requires_grad for tile in layer.tile_parameters(name).values()}) > 1:
+            return (
+                f"some tiles of its {name} require grad and some do not, which one dense "
+                "parameter cannot; call layer.requires_grad_(True or False) first"
+            )
+    return ""
+
+
+def _shared_reason(
+    name: str,
+    layers: Layers,
+    ids: dict[str, tuple[int, ...]],
+    owners: Owners,
+) -> str:
+    """Dense modules share whole weights: tiles shared in another way would come apart."""
+    tied = [other for other in layers if ids[other] == ids[name]]
+    for own in ("weight", "bias"):
+        for index, parameter in layers[name].tile_parameters(own).items():
+            among = tied if own == "weight" else [name]
+            column = index[1] if own == "weight" else layers[name].grid.in_splits - 1
+            expected = {f"{other}.{layers[other].tile_path(index[0], column)}" for other in among}
+            others = [path for path, _ in owners.of(parameter) if path not in expected]
+            if others:
+                return f"its tile {index} shares its {own} with {others[0]}, and not all of it"
+    return ""
