@@ -50,3 +50,7 @@ class CannotTileError(MemtileError, ValueError):
 
 class UnsupportedPlatformError(MemtileError, OSError):
     """Something that this operating system does not offer."""
+
+
+class TileSizeWarning(UserWarning):
+    """Parameters that stay larger than the tile that was asked for."""

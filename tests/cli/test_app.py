@@ -1,5 +1,6 @@
 """The command itself: version, help, and what it loads."""
 
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -41,15 +42,19 @@ def test_no_such_command_is_one_sentence(arguments, sentence, capsys):
     assert len(printed.err.splitlines()) == 1
 
 
-def test_an_interrupt_is_not_a_traceback(monkeypatch):
-    """Ctrl-C ends the command with the shell's own code for it."""
+@pytest.mark.parametrize(
+    ("number", "code", "sentence"),
+    [
+        (signal.SIGINT, 130, "memtile: Interrupted.\n"),
+        (signal.SIGTERM, 143, "memtile: Terminated.\n"),
+    ],
+)
+def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys, number, code, sentence):
+    """Ctrl-C and SIGTERM end the command with one word and the shell's own code for it."""
+    monkeypatch.setattr("memtile.cli.demo.ensure_runnable", lambda: signal.raise_signal(number))
 
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("memtile.cli.demo.ensure_runnable", interrupt)
-
-    assert main(["demo"]) == 130
+    assert main(["demo"]) == code
+    assert capsys.readouterr().err == sentence
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import memtile
-from memtile.errors import ArgumentError, CannotTileError
+from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 
 
 class Odd(nn.Linear):
@@ -62,7 +62,7 @@ def test_every_linear_and_embedding_gets_a_verdict_with_a_reason() -> None:
         ("attention.out_proj", "NonDynamicallyQuantizableLinear"),
         ("normed", "max_norm"),
         ("sparse", "sparse"),
-        ("tiled", "tiled already"),
+        ("tiled", "2×1 tiles already"),
         ("patched", "forward was replaced"),
         ("watched", "gradient hooks"),
         ("parametrized", "ParametrizedLinear"),
@@ -130,6 +130,7 @@ def test_a_module_with_fewer_features_than_splits_stays_dense() -> None:
         {"out_splits": 2, "modules": ["nowhere"]},
         {"out_splits": 2, "modules": ["attention"]},
         {"out_splits": 2, "modules": "plain"},
+        {"out_splits": 2, "modules": 0},
         {},
     ],
 )
@@ -172,3 +173,57 @@ def test_a_choice_prints_as_one_line() -> None:
     first = memtile.select_linears(model(), out_splits=2)[0]
 
     assert str(first) == "yes plain 7×10 → 2×1 tiles: a plain linear"
+
+
+def test_modules_may_be_any_iterable() -> None:
+    """A generator of names is read once and means what a list means."""
+    built = model()
+
+    memtile.tile(built, out_splits=2, modules=(name for name in ["plain"]))
+
+    assert isinstance(built["plain"], memtile.TiledLinear)
+    assert type(built["small"]) is nn.Linear
+
+
+@pytest.mark.parametrize("built", [None, "model", 3])
+def test_what_is_no_module_is_refused(built: object) -> None:
+    """Neither tile, untile nor select_linears takes anything else than a module."""
+    for call in (
+        lambda: memtile.tile(built, out_splits=2),  # type: ignore[type-var]
+        lambda: memtile.untile(built),  # type: ignore[type-var]
+        lambda: memtile.select_linears(built),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ArgumentError, match=r"must be an nn.Module"):
+            call()
+
+
+@pytest.mark.parametrize("built", [nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(3, 2))])
+def test_splits_that_fit_nothing_are_refused(built: nn.Module) -> None:
+    """A call that would change nothing says so."""
+    with pytest.raises(CannotTileError, match="nothing of Sequential can be tiled"):
+        memtile.tile(built, out_splits=5)
+
+
+def test_parameters_that_stay_above_the_size_are_named_in_a_warning() -> None:
+    """Experts in one tensor and layers that are tiled already do not pass in silence."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up = nn.Parameter(torch.zeros(4, 10, 10))
+
+    built = nn.ModuleDict({"experts": Experts(), "plain": nn.Linear(10, 7)})
+
+    with pytest.warns(TileSizeWarning, match=r"experts.gate_up with 1600 bytes: it belongs to no"):
+        memtile.tile(built, max_tile_bytes=100)
+    del built["experts"]
+    with pytest.warns(TileSizeWarning, match="tiles already; untile first"):
+        memtile.tile(built, max_tile_bytes=50)
+
+
+def test_a_linear_as_the_model_itself_is_a_no_with_the_way_out() -> None:
+    """select_linears and tile agree about the root."""
+    (choice,) = memtile.select_linears(nn.Linear(4, 4), out_splits=2)
+
+    assert not choice.tiled
+    assert "from_linear" in choice.reason

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import memtile
 from memtile import TiledEmbedding, TiledLinear
@@ -129,7 +130,7 @@ def test_a_dense_checkpoint_of_computed_weights_is_refused(prune_all: bool) -> N
     """Pruned and parametrized tiles have no dense checkpoint: the tile is named."""
     model = nn.Sequential(TiledLinear(6, 8, out_splits=2))
     for row in range(2 if prune_all else 1):
-        nn.utils.prune.l1_unstructured(model[0].tile(row, 0), "weight", 0.5)  # type: ignore[operator]
+        prune.l1_unstructured(model[0].tile(row, 0), "weight", 0.5)  # type: ignore[operator]
 
     with pytest.raises(CannotTileError, match=r"0: tile \(0, 0\) computes its weight"):
         list(memtile.dense_state_dict(model))

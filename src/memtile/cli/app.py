@@ -1,13 +1,16 @@
 """The command line: options in, one sentence out for a mistake, and an exit code.
 
 Exit codes: 0 all promises kept; 1 a promise missed; 2 a mistake in what was given, or a system that
-lacks what is needed; 3 a worker process that ended without a result; 130 interrupted.
+lacks what is needed; 3 a worker process that ended without a result; 130 or 143 interrupted by
+Ctrl-C or SIGTERM.
 """
 
 import json
 import math
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from memtile.cli import demo
 from memtile.cli.byte_sizes import parse_byte_size
-from memtile.cli.errors import CommandError, WorkerError
+from memtile.cli.errors import CommandError, Interrupted, WorkerError
 from memtile.errors import MemtileError
 
 _BATCHES: Final = 4
@@ -44,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WorkerError as error:
         sys.stderr.write(error.log)
         return _refuse(str(error), 3)
+    except Interrupted as interruption:
+        return _refuse(str(interruption), interruption.code)
     except MemtileError as error:
         return _refuse(str(error), 2)
     except _UsageError as error:
         return _refuse(f"{error.format_message().rstrip('.')}; see: memtile --help", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _refuse("Interrupted.", 130)
 
 
 def _refuse(sentence: str, code: int) -> int:
@@ -67,7 +70,9 @@ def _say_version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_say_version, help="Say it and stop."),
+        typer.Option(
+            "--version", is_eager=True, callback=_say_version, help="Print the version and stop."
+        ),
     ] = False,
 ) -> None:
     """Linear layers that are too big for memory, cut into tiles."""
@@ -80,7 +85,9 @@ def run_demo(
     max_tile: Annotated[str, typer.Option(help="The largest tile, such as 1MiB.")] = "1MiB",
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder to keep the model in.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where to keep the model (~/.cache/memtile).")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Another model: a transformers folder.")
     ] = None,
@@ -95,8 +102,8 @@ def run_demo(
     if model is not None:
         _check_model(model)
     demo.read_text(text or demo.SHIPPED_TEXT)
-    demo.ensure_runnable()
-    with _progress() as progress:
+    with _interruptible(), _progress() as progress:
+        demo.ensure_runnable()
         settings = demo.Settings(
             model=str(model or demo.smollm2_folder(cache or demo.default_cache(), progress)),
             text=str(text or demo.SHIPPED_TEXT),
@@ -112,6 +119,22 @@ def run_demo(
     else:
         demo.show(outcome, Console())
     return 0 if outcome.kept else 1
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into an error, so that workers are stopped and files removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted("Terminated.", 128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted.", 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _check_numbers(steps: int, tokens: int, learning_rate: float) -> None:

@@ -1,6 +1,7 @@
 """Which modules of a model are tiled, with which grid, and the reason for each yes and no."""
 
-from collections.abc import Collection, Iterator
+import operator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -61,8 +62,11 @@ class Cut:
             value = getattr(self, name)
             if value is None and name != "in_splits":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1")
+            whole = hasattr(value, "__index__") and not isinstance(value, bool)
+            if not whole or value < 1:
+                unit = ", in bytes, such as 1 << 20" if name == "max_tile_bytes" else ""
+                raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1{unit}")
+            object.__setattr__(self, name, operator.index(value))
         if self.max_tile_bytes is not None and (self.out_splits is not None or self.in_splits != 1):
             raise ArgumentError(
                 "max_tile_bytes chooses the splits by itself; give it alone, or give out_splits "
@@ -125,6 +129,9 @@ def select_linears(
 
 def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[Choice]:
     """The same for a cut that is checked already."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    modules = _checked_names(modules)
     candidates = dict(_candidates(model))
     _check_names(model, candidates, modules)
     kept = [(name, why) for found in integrations() for name, why in found.keeps(model).items()]
@@ -168,7 +175,9 @@ def _own_reason(
 ) -> str:
     """Why this module, looked at alone, stays as it is; "" when nothing speaks against tiling."""
     if isinstance(module, TiledModule):
-        return f"it is tiled already, {module.grid}"
+        return f"it is in {module.grid} tiles already; untile first to cut it anew"
+    if not name:
+        return "it is the model itself, which cannot be replaced in place; use from_linear"
     if modules is not None and name not in modules:
         return "it is not among the modules asked for"
     for prefix, why in kept:
@@ -285,15 +294,19 @@ def _with_grid(
     return replace(choice, tiled=True, reason=f"a plain {kind.name}{tied}", grid=grid)
 
 
+def _checked_names(modules: Collection[str] | None) -> set[str] | None:
+    if isinstance(modules, str) or not (modules is None or isinstance(modules, Iterable)):
+        raise ArgumentError(
+            f"modules={modules!r} must be a collection of names, such as [{str(modules)!r}]"
+        )
+    return None if modules is None else set(modules)
+
+
 def _check_names(
     model: nn.Module,
     candidates: dict[str, tuple[nn.Module, Kind | None]],
     modules: Collection[str] | None,
 ) -> None:
-    if isinstance(modules, str):
-        raise ArgumentError(
-            f"modules={modules!r} must be a collection of names, such as [{modules!r}]"
-        )
     unknown = sorted(set(modules or ()) - set(candidates))
     if unknown:
         everything = dict(model.named_modules())

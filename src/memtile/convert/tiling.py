@@ -1,5 +1,6 @@
 """`tile`: a model's linears and embeddings become tiles, in place."""
 
+import warnings
 from collections.abc import Collection
 from typing import TypeVar
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from memtile.convert.kinds import integrations, kind_of, replace_module
 from memtile.convert.select import Choice, Cut, choose
-from memtile.errors import ArgumentError, CannotTileError
+from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.layers import TiledModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,25 +41,60 @@ def tile(
 
     Raises:
         ArgumentError: no size or a wrong one is given, or a name is no module of the model.
-        CannotTileError: the model is itself a linear, or a module in `modules` cannot be tiled.
+        CannotTileError: the model is itself a linear, a module in `modules` cannot be tiled, or
+            out_splits and in_splits fit no module at all.
+
+    Warns:
+        TileSizeWarning: parameters stay above `max_tile_bytes`: experts kept as one tensor, rows of
+            an embedding that are longer, layers that are tiled already.
     """
     cut = Cut(out_splits, in_splits, max_tile_bytes)
     if not cut.is_given:
         raise ArgumentError(
             "tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…"
         )
+    choices = choose(model, cut, modules)
     if kind_of(model) is not None or isinstance(model, TiledModule):
         raise CannotTileError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place; use "
             "TiledLinear.from_linear(linear, …) or TiledEmbedding.from_embedding(embedding, …)"
         )
+    if cut.max_tile_bytes is None and not any(choice.tiled for choice in choices):
+        why = f"{choices[0].name}: {choices[0].reason}" if choices else "it has no linear"
+        raise CannotTileError(
+            f"nothing of {type(model).__name__} can be tiled ({why}); "
+            "memtile.select_linears(model, …) gives the reason for each module"
+        )
     done: set[str] = set()
-    for choice in choose(model, cut, modules):
+    for choice in choices:
         if choice.tiled and choice.name not in done:
             done.update(_tile_group(model, choice))
     for integration in integrations():
         integration.tiled(model)
+    if cut.max_tile_bytes is not None and modules is None:
+        _warn_of_larger(model, cut.max_tile_bytes, choices)
     return model
+
+
+def _warn_of_larger(model: nn.Module, max_tile_bytes: int, choices: list[Choice]) -> None:
+    """Say which parameters stay above the size, and why: a promise is not missed in silence."""
+    reasons = {choice.name: choice.reason for choice in choices if not choice.tiled}
+    larger = {
+        name: parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if parameter.nbytes > max_tile_bytes
+    }
+    if not larger:
+        return
+    name, size = max(larger.items(), key=lambda item: item[1])
+    owners = (owner for owner in reasons if name.startswith(f"{owner}."))
+    why = reasons.get(next(owners, ""), "it belongs to no linear or embedding")
+    warnings.warn(
+        f"{len(larger)} parameters stay above max_tile_bytes={max_tile_bytes}; the largest is "
+        f"{name} with {size} bytes: {why}",
+        TileSizeWarning,
+        stacklevel=3,
+    )
 
 
 def _tile_group(model: nn.Module, choice: Choice) -> tuple[str, ...]:

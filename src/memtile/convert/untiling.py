@@ -7,7 +7,7 @@ from torch import nn
 from memtile.convert.kinds import integrations, replace_module, tiled_classes
 from memtile.convert.owners import Owners
 from memtile.convert.reasons import lost_on_replacing
-from memtile.errors import CannotTileError
+from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import TiledModule, is_plain
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,10 +21,13 @@ def untile(model: Model) -> Model:
     tiled layer is freed before the next dense one is made.
 
     Raises:
+        ArgumentError: the model is no module.
         CannotTileError: the model is itself a tiled layer, or a dense module could not do what a
             layer does: it is frozen in part, its tiles are more than plain linears, it has hooks,
             it takes or gives split tensors, it shares some of its tiles. Nothing was changed.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     if isinstance(model, TiledModule):
         raise CannotTileError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place; use "

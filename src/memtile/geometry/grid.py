@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, product
 from operator import index
 from typing import SupportsIndex
 
@@ -156,10 +156,12 @@ class Grid:
 
     def overlapping(self, rect: Rect) -> Iterator[tuple[tuple[int, int], Rect]]:
         """Every tile that shares elements with `rect`: its index and the shared rectangle."""
-        for place in self.indices():
+        rows = [o for o, span in enumerate(self.out_spans) if span.overlap(rect.out)]
+        columns = [i for i, span in enumerate(self.in_spans) if span.overlap(rect.into)]
+        for place in product(rows, columns):
             shared = self.rect(*place).overlap(rect)
-            if shared:
-                yield place, shared
+            assert shared is not None
+            yield place, shared
 
     def __str__(self) -> str:
         return f"{self.out_splits}×{self.in_splits}"

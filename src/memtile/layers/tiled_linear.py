@@ -185,6 +185,11 @@ class TiledLinear(WalkedLinear):
         combine_out_splits: bool = True,
     ) -> Self:
         """A tiled layer with the linear's values, dtype, device, requires_grad, training mode."""
+        if not isinstance(linear, nn.Linear):
+            raise TileClassError(
+                f"from_linear takes an nn.Linear, not a {type(linear).__name__}; "
+                "memtile.tile(model, …) knows the other modules that have a tiled form"
+            )
         return cls.from_dense(
             linear,
             Grid.uniform(linear.out_features, linear.in_features, out_splits, in_splits),

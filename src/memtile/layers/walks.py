@@ -23,12 +23,12 @@ Results = Iterator[tuple[Index, Any]]
 Point = TypeVar("Point", bound=Callable[..., Any])
 
 
-_OWN_POINTS: set[Callable[..., Any]] = set()
-
-
 def own_point(function: Point) -> Point:
-    """Remember a point as memtile's own, so that an override of it is seen."""
-    _OWN_POINTS.add(function)
+    """Mark a point as memtile's own, so that an override of it is seen.
+
+    The mark is the function itself: `functools.wraps` copies marks to functions that are not.
+    """
+    function.own_point = function  # type: ignore[attr-defined]  # functions take attributes
     return function
 
 
@@ -92,8 +92,8 @@ class WalkedLinear(TiledModule):
         return [tensor]
 
     def _has_own(self, points: Sequence[str]) -> bool:
-        found = (getattr(getattr(self, point), "__func__", None) for point in points)
-        return all(function in _OWN_POINTS for function in found)
+        found = (getattr(getattr(self, point), "__func__", point) for point in points)
+        return all(getattr(function, "own_point", None) is function for function in found)
 
     def _can_fuse(self, whole: list[Any], tiles: list[nn.Module]) -> bool:
         last = self.in_splits - 1

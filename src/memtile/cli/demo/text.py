@@ -26,6 +26,8 @@ def read_text(file: Path) -> str:
         ) from error
     if file == SHIPPED_TEXT:
         text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    if not text.strip():
+        raise CommandError(f"--text {file} is empty: give a text file.")
     return text.strip()
 
 
@@ -43,8 +45,9 @@ def cut_batches(
     token_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     found = token_ids.shape[1]
     if found < batches * tokens:
+        fewer = f"--tokens {found // batches} or " if found >= 2 * batches else ""
         raise CommandError(
             f"--tokens {tokens} needs {batches * tokens} for {batches} batches, and the text "
-            f"has {found}: give --tokens {found // batches} or a longer --text."
+            f"has {found}: give {fewer}a longer --text."
         )
     return [token_ids[:, start * tokens : (start + 1) * tokens] for start in range(batches)]

@@ -28,6 +28,7 @@ StepReport = Callable[[int, float], None]  # called with the step's number, from
 
 _PROMPT_TOKENS: Final = 8
 _NEW_TOKENS: Final = 24
+_MOST_TILES: Final = 20_000
 
 
 def run_side(settings: Settings, tiled: bool, logits_file: Path, report: StepReport) -> Side:
@@ -47,6 +48,7 @@ def run_side(settings: Settings, tiled: bool, logits_file: Path, report: StepRep
     with PeakMemory() as memory:
         model = _load_model(settings.model)
         if tiled:
+            _check_count(model, settings.max_tile_bytes)
             memtile.tile(model, max_tile_bytes=settings.max_tile_bytes)
         loss_before = _evaluate(model, batches[0], logits_file)
         training = _train(model, batches, settings, report)
@@ -86,6 +88,16 @@ def _prepare(settings: Settings) -> tuple["PreTrainedTokenizerBase", list[torch.
     return tokenizer, cut_batches(text, tokenizer, settings.batches, settings.tokens)
 
 
+def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
+    choices = memtile.select_linears(model, max_tile_bytes=max_tile_bytes)
+    tiles = sum(len(list(choice.grid.indices())) for choice in choices if choice.grid)
+    if tiles > _MOST_TILES:
+        raise CommandError(
+            f"--max-tile {max_tile_bytes} bytes would make {tiles} tiles, which would take hours: "
+            "give a larger one, such as 1MiB."
+        )
+
+
 def _cannot_load(folder: str, what: str, error: Exception) -> CommandError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
     return CommandError(
@@ -104,10 +116,14 @@ def _check_length(tokens: int, config: "PretrainedConfig") -> None:
 
 def _load_model(folder: str) -> "PreTrainedModel":
     import transformers
+    from safetensors import SafetensorError
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_load(folder, "weights", error) from error
 
 
 @torch.no_grad()
