@@ -41,7 +41,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory) -> Path:
-    """Gives a file of 160 words, no two batches of which are alike."""
+    """Gives a file of 320 words, no two batches of which are alike."""
     file = tmp_path_factory.mktemp("tiny-text") / "text.txt"
-    file.write_text(" ".join(WORDS[(7 * n + n // 13) % len(WORDS)] for n in range(160)))
+    file.write_text(" ".join(WORDS[(7 * n + n // 13) % len(WORDS)] for n in range(320)))
     return file

@@ -125,14 +125,14 @@ def test_the_tiled_run_is_really_tiled(tiny_run):
 def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
     tiny_model, tiny_text, capsys
 ):
-    """The worker's own sentence reaches the user: 160 words are 4 batches of 40."""
+    """The worker's own sentence reaches the user: 320 words are 8 batches of 40."""
     code = main(options(tiny_model, tiny_text, "--tokens", "41"))
 
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""
     assert printed.err.splitlines() == [
-        "memtile: --tokens 41 needs 164 for 4 batches, and the text has 160: "
+        "memtile: --tokens 41 needs 328 for 8 batches, and the text has 320: "
         "give --tokens 40 or a longer --text."
     ]
 

@@ -25,7 +25,7 @@ from memtile.cli.byte_sizes import parse_byte_size
 from memtile.cli.errors import CommandError, Interrupted, WorkerError
 from memtile.errors import MemtileError
 
-_BATCHES: Final = 4
+_BATCHES: Final = 8
 # UsageError, found this way because newer releases of typer carry a copy of click of their own.
 _UsageError: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
