@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from walks import GRIDS, WALKS, grid_id, pair, same, walking
+from walks import GRIDS, WALKS, assert_same, grid_id, pair, walking
 
 
 def gradients(layer: nn.Module) -> list[Tensor | None]:
@@ -28,9 +28,9 @@ def test_activation_checkpointing(grid: tuple[int, int], walk: str, reentrant: b
     ours, x.grad = x.grad, None
     dense(x).square().sum().backward()
 
-    same(ours, x.grad)
+    assert_same(ours, x.grad)
     for a, b in zip(gradients(tiled), gradients(dense), strict=True):
-        same(a, b)
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -45,7 +45,7 @@ def test_without_gradients(walk: str, context: Callable[[], Any]) -> None:
         y = tiled(x)
 
     assert not y.requires_grad
-    same(y.clone(), dense(x))
+    assert_same(y.clone(), dense(x))
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -80,10 +80,10 @@ def test_frozen_tiles_and_inputs(walk: str, input_needs: bool) -> None:
     assert tiled.tile(2, 1).bias.grad is None
     for (row, column), tile in tiled.tiles():
         if tile.weight.requires_grad:
-            same(tile.weight.grad, dense.weight.grad[tiled.grid.rect(row, column).index])
+            assert_same(tile.weight.grad, dense.weight.grad[tiled.grid.rect(row, column).index])
     assert (ours is None) == (not input_needs)
     if input_needs:
-        same(ours, x.grad)
+        assert_same(ours, x.grad)
 
 
 @pytest.mark.parametrize("frozen", ["weights", "input"])
@@ -147,9 +147,9 @@ def test_inputs_of_any_rank(walk: str, shape: tuple[int, ...]) -> None:
     dense(x).sum().backward()
 
     assert y.shape == (*shape[:-1], 11)
-    same(y, dense(x))
-    same(ours, x.grad)
-    same(tiled.weight.grad, dense.weight.grad)
+    assert_same(y, dense(x))
+    assert_same(ours, x.grad)
+    assert_same(tiled.weight.grad, dense.weight.grad)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -171,8 +171,8 @@ def test_inputs_and_gradients_that_are_not_contiguous(walk: str) -> None:
         expected = dense(leaf)
         expected.sum().backward()
 
-        same(y, expected)
-        same(ours, leaf.grad)
+        assert_same(y, expected)
+        assert_same(ours, leaf.grad)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -189,7 +189,7 @@ def test_one_row_of_an_uncombined_output_may_be_used(walk: str, columns: int) ->
     dense(x)[:, 4:8].square().sum().backward()
 
     assert [tuple(row.shape) for row in rows] == [(5, 4), (5, 4), (5, 3)]
-    same(ours, x.grad)
+    assert_same(ours, x.grad)
     unused = tiled.tile(0, 0).weight.grad
     assert unused is None or unused.eq(0).all()
 
@@ -216,7 +216,7 @@ def test_create_graph_through_the_fused_walk() -> None:
         gx.square().sum().backward(inputs=list(layer.parameters()))
 
     for a, b in zip(gradients(tiled), gradients(dense), strict=True):
-        same(a, b)
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize("walk", ["fused", "composed"])
@@ -232,8 +232,8 @@ def test_backward_of_some_inputs_only(walk: str) -> None:
     dense(x).sum().backward()
 
     assert [n for n, p in tiled.named_parameters() if p.grad is not None] == ["linears.1.1.weight"]
-    same(one.grad, by_grad)
-    same(one.grad, dense.weight.grad[tiled.grid.rect(1, 1).index])
+    assert_same(one.grad, by_grad)
+    assert_same(one.grad, dense.weight.grad[tiled.grid.rect(1, 1).index])
 
 
 def test_gradients_accumulate_over_calls() -> None:
@@ -244,7 +244,7 @@ def test_gradients_accumulate_over_calls() -> None:
         (layer(x[0]) * layer(x[1])).sum().backward()
         layer(x[0]).sum().backward()
 
-    same(tiled.weight.grad, dense.weight.grad)
+    assert_same(tiled.weight.grad, dense.weight.grad)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -290,7 +290,7 @@ def test_an_output_may_be_changed_in_place(grid, walk):
     (ours,) = torch.autograd.grad(tiled(x).mul_(3).relu_().sum(), x)
     (theirs,) = torch.autograd.grad(dense(x).mul_(3).relu_().sum(), x)
 
-    same(ours, theirs)
+    assert_same(ours, theirs)
 
 
 class Tagged(Tensor):
@@ -311,7 +311,7 @@ def test_a_tensor_subclass_keeps_its_class_and_its_gradients(walk, combine):
     dense(plain).square().sum().backward()
 
     assert type(output) is Tagged
-    same(tiled.weight.grad, dense.weight.grad)
+    assert_same(tiled.weight.grad, dense.weight.grad)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -327,8 +327,8 @@ def test_complex_gradients_have_their_conjugates(walk, grid):
     ours, x.grad = x.grad, None
     (dense(x) * factor).abs().sum().backward()
 
-    same(ours, x.grad)
-    same(tiled.weight.grad, dense.weight.grad)
+    assert_same(ours, x.grad)
+    assert_same(tiled.weight.grad, dense.weight.grad)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -340,7 +340,7 @@ def test_batched_gradients(walk):
 
     jacobian = torch.autograd.functional.jacobian(tiled, x, vectorize=True)
 
-    same(jacobian, dense.weight)
+    assert_same(jacobian, dense.weight)
 
 
 @pytest.mark.parametrize("create_graph", [True, False])
@@ -374,4 +374,4 @@ def test_a_bias_in_another_column_is_added_in_every_walk():
 
     expected = tiled.linears[0][0](x[:, :7]) + tiled.linears[0][1](x[:, 7:])
 
-    same(tiled(x), expected)
+    assert_same(tiled(x), expected)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from walks import GRIDS, WALKS, grid_id, nothing, pair, same, walk_of, walking
+from walks import GRIDS, WALKS, assert_same, grid_id, nothing, pair, walk_of, walking
 
 from memtile import TiledLinear
 from memtile.errors import TileDtypeError
@@ -217,8 +217,8 @@ def test_a_hook_may_change_a_tiles_result() -> None:
 
     y = tiled(x)
 
-    same(y[:, :6], dense(x)[:, :6])
-    same(y[:, 6:], 2 * dense(x)[:, 6:])
+    assert_same(y[:, :6], dense(x)[:, :6])
+    assert_same(y[:, 6:], 2 * dense(x)[:, 6:])
 
 
 def test_parametrizations_of_a_tile_are_honoured() -> None:
@@ -237,8 +237,8 @@ def test_parametrizations_of_a_tile_are_honoured() -> None:
     y = tiled(x)
     y.sum().backward()
 
-    same(y, nn.functional.linear(x, expected, dense.bias))
-    same(tiled.weight.detach(), expected)
+    assert_same(y, nn.functional.linear(x, expected, dense.bias))
+    assert_same(tiled.weight.detach(), expected)
     assert tiled.tile(0, 1).parametrizations.weight.original.grad is not None
 
 
@@ -248,7 +248,7 @@ def test_weight_norm_on_a_tile() -> None:
     nn.utils.parametrizations.weight_norm(tiled.tile(0, 0))
     x = torch.randn(5, 13, dtype=torch.float64)
 
-    same(tiled(x), dense(x))
+    assert_same(tiled(x), dense(x))
 
 
 def test_a_forward_replaced_on_a_tile_is_honoured() -> None:
@@ -261,7 +261,7 @@ def test_a_forward_replaced_on_a_tile_is_honoured() -> None:
     y = tiled(x)
 
     assert y[:, :6].eq(0).all()
-    same(y[:, 6:], dense(x)[:, 6:])
+    assert_same(y[:, 6:], dense(x)[:, 6:])
 
 
 def test_tiles_of_different_dtypes_are_left_to_the_tiles() -> None:
@@ -279,7 +279,7 @@ def test_nothing_is_a_hook() -> None:
     tiled.tile(0, 0).register_forward_hook(nothing)
     x = torch.randn(5, 13, dtype=torch.float64)
 
-    same(tiled(x), dense(x))
+    assert_same(tiled(x), dense(x))
 
 
 def test_pruning_a_tile_is_honoured() -> None:
@@ -292,7 +292,7 @@ def test_pruning_a_tile_is_honoured() -> None:
     y.sum().backward()
 
     assert (tiled.tile(1, 1).weight == 0).sum() == 12
-    same(y, nn.functional.linear(x, tiled.weight, tiled.bias))
+    assert_same(y, nn.functional.linear(x, tiled.weight, tiled.bias))
     assert (tiled.tile(1, 1).weight_orig.grad == 0).sum() >= 12
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from walks import GRIDS, grid_id, pair, same, walk_of
+from walks import GRIDS, assert_same, grid_id, pair, walk_of
 
 from memtile import TiledLinear
 from memtile.testing import assert_as_accurate
@@ -45,7 +45,7 @@ def test_export(strict: bool) -> None:
 
     program = torch.export.export(tiled, (x,), strict=strict)
 
-    same(program.module()(x), dense(x))
+    assert_same(program.module()(x), dense(x))
 
 
 def weights_of(tiled: TiledLinear, count: int) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def test_vmap(grid: tuple[int, int], batched: str) -> None:
 
     for k in range(3):
         one = own if batched == "inputs" else {n: w[k] for n, w in stacked.items()}
-        same(out[k], call(one, given if batched == "weights" else x[k]))
+        assert_same(out[k], call(one, given if batched == "weights" else x[k]))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
@@ -99,7 +99,7 @@ def test_functional_call_uses_the_tensors_it_is_given() -> None:
     y = torch.func.functional_call(tiled, given, (x,))
     y.sum().backward()
 
-    same(y, 2 * dense(x))
+    assert_same(y, 2 * dense(x))
     assert all(tensor.grad is not None for tensor in given.values())
     assert all(parameter.grad is None for parameter in tiled.parameters())
 
@@ -117,10 +117,10 @@ def test_func_grad_and_jacobians() -> None:
     def loss(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: layer(x).square().sum()
 
-    same(torch.func.grad(loss(tiled))(x), torch.func.grad(loss(dense))(x))
-    same(torch.func.jacrev(tiled)(x), torch.func.jacrev(dense)(x))
-    same(torch.func.jacfwd(tiled)(x), torch.func.jacfwd(dense)(x))
-    same(torch.func.hessian(loss(tiled))(x[0]), torch.func.hessian(loss(dense))(x[0]))
+    assert_same(torch.func.grad(loss(tiled))(x), torch.func.grad(loss(dense))(x))
+    assert_same(torch.func.jacrev(tiled)(x), torch.func.jacrev(dense)(x))
+    assert_same(torch.func.jacfwd(tiled)(x), torch.func.jacfwd(dense)(x))
+    assert_same(torch.func.hessian(loss(tiled))(x[0]), torch.func.hessian(loss(dense))(x[0]))
 
 
 @uses_forward_mode
@@ -139,9 +139,9 @@ def test_forward_mode(grid: tuple[int, int]) -> None:
         dual = torch.autograd.forward_ad.make_dual(x, t)
         unpacked = torch.autograd.forward_ad.unpack_dual(tiled(dual)).tangent
 
-    same(tangent, t @ dense.weight.t())
-    same(unpacked, t @ dense.weight.t())
-    same(by_weight, dense(x))
+    assert_same(tangent, t @ dense.weight.t())
+    assert_same(unpacked, t @ dense.weight.t())
+    assert_same(by_weight, dense(x))
 
 
 def test_compiling_one_tile_is_honoured() -> None:
@@ -153,7 +153,7 @@ def test_compiling_one_tile_is_honoured() -> None:
     y = tiled(x)
 
     assert walk_of(y) == "composed"
-    same(y, dense(x))
+    assert_same(y, dense(x))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_every_form_of_the_call_compiles(form) -> None:
 
     out = compiled(x.split([7, 6], -1) if tiled.input_is_already_split else x)
 
-    same(out if isinstance(out, Tensor) else torch.cat(out, dim=-1), dense(x))
+    assert_same(out if isinstance(out, Tensor) else torch.cat(out, dim=-1), dense(x))
 
 
 def test_hooked_tiles_compile() -> None:
@@ -181,8 +181,8 @@ def test_hooked_tiles_compile() -> None:
 
     y = torch.compile(tiled, fullgraph=True, backend="aot_eager")(x)
 
-    same(y[:, :4], 2 * dense(x)[:, :4])
-    same(y[:, 4:], dense(x)[:, 4:])
+    assert_same(y[:, :4], 2 * dense(x)[:, :4])
+    assert_same(y[:, 4:], dense(x)[:, 4:])
 
 
 def test_one_compiled_layer_takes_batches_of_any_size() -> None:
@@ -193,7 +193,7 @@ def test_one_compiled_layer_takes_batches_of_any_size() -> None:
 
     for tokens in (3, 5, 8):
         x = torch.randn(tokens, 13, dtype=torch.float64)
-        same(compiled(x), dense(x))
+        assert_same(compiled(x), dense(x))
 
 
 class LooksFirst(nn.Module):
@@ -225,11 +225,11 @@ def test_looking_at_the_weight_breaks_no_graph(context) -> None:
     torch._dynamo.reset()
     with context():
         compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
-        same(compiled(x).detach(), dense(x).detach())
+        assert_same(compiled(x).detach(), dense(x).detach())
 
     joins = [n for n in graphs[0].graph.nodes if n.target is torch.ops.aten.cat.default]
     assert [tuple(node.meta["val"].shape) for node in joins] == [(5, 11)]
-    same(torch.export.export(model, (x,)).module()(x), dense(x))
+    assert_same(torch.export.export(model, (x,)).module()(x), dense(x))
 
 
 def test_a_weight_used_in_a_compiled_function_is_traced() -> None:
@@ -245,4 +245,4 @@ def test_a_weight_used_in_a_compiled_function_is_traced() -> None:
     product(x).square().sum().backward()
     nn.functional.linear(x, dense.weight).square().sum().backward()
 
-    same(tiled.weight.grad, dense.weight.grad)
+    assert_same(tiled.weight.grad, dense.weight.grad)

@@ -81,7 +81,7 @@ def dense_gradients(layer: TiledLinear) -> Iterator[Tensor | None]:
         yield layer.bias.grad
 
 
-def same(ours: Tensor | None, theirs: Tensor | None) -> None:
+def assert_same(ours: Tensor | None, theirs: Tensor | None) -> None:
     """Equal to within the rounding of float64: any real difference is far larger."""
     assert ours is not None
     assert theirs is not None
