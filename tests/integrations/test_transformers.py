@@ -14,6 +14,10 @@ from torch import Tensor
 import memtile
 from memtile.errors import HandleError
 
+# ViT's patches are cut by a convolution, which stays as it is and is named in a warning.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:2 parameters stay above:memtile.errors.TileSizeWarning"
+)
 CUTS = [{"max_tile_bytes": 700}, {"out_splits": 3, "in_splits": 2}]
 RAGGED = {"max_tile_bytes": 700}
 
@@ -241,3 +245,9 @@ def test_importing_memtile_loads_no_other_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[] False"
+
+
+def test_what_is_no_linear_is_named_in_a_warning() -> None:
+    """ViT's convolution stays above the size, and tile says so."""
+    with pytest.warns(memtile.errors.TileSizeWarning, match="patch_embeddings.*no linear"):
+        memtile.tile(build("vit"), **RAGGED)
