@@ -70,10 +70,8 @@ def make_tile(
 
 def draws_like_linear(tile: nn.Module) -> bool:
     """Whether a tile starts with `nn.Linear`'s values, so that the whole layer's apply."""
-    return isinstance(tile, nn.Linear) and type(tile).reset_parameters in (
-        nn.Linear.reset_parameters,
-        _UninitialisedLinear.reset_parameters,
-    )
+    drawn = getattr(type(tile), "reset_parameters", None)
+    return isinstance(tile, nn.Linear) and drawn is nn.Linear.reset_parameters
 
 
 @torch.no_grad()

@@ -62,7 +62,8 @@ class WalkedLinear(TiledModule):
             TileClassError: a tile returned a wrong shape.
         """
         tiles = [tile for row in self.linears for tile in row]  # type: ignore[attr-defined]  # ModuleLists
-        whole = self._check_input(input_, door.column_widths(tiles[: self.in_splits]))
+        declared = door.column_widths(tiles[: self.in_splits])
+        whole = self._check_input(input_, declared)
         transformed = ops.transformed()
         plain = not transformed and door.all_plain(tiles)
         if plain:
@@ -70,7 +71,9 @@ class WalkedLinear(TiledModule):
         own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
         if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
             return self._walk_fused(whole, tiles)
-        chunks = self._split(whole, plain or (transformed and type(tiles[0]) is nn.Linear))
+        if plain or (transformed and type(tiles[0]) is nn.Linear):
+            whole = _cast_as_autocast(whole)
+        chunks = self._split(whole, declared)
         walk = self._walk_composed if own and not transformed else self._walk_points
         return walk(self._results(chunks))
 
@@ -114,19 +117,11 @@ class WalkedLinear(TiledModule):
         result = ops.fused_linear(spec, whole, [tile.weight for tile in tiles], biases)  # type: ignore[misc]
         return result if isinstance(result, Tensor) else list(result)
 
-    def _split(self, whole: list[Any], plain: bool) -> list[Any]:
-        """The input's chunks; for plain tiles under autocast cast once, not once for each tile."""
-        if plain:
-            whole = [
-                chunk.to(ops.autocast_dtype(chunk) or chunk.dtype)
-                if isinstance(chunk, Tensor)
-                else chunk
-                for chunk in whole
-            ]
+    def _split(self, whole: list[Any], declared: list[int] | None) -> list[Any]:
+        """The input's chunks, one for each column."""
         if len(whole) == self.in_splits:
             return whole
         input_ = whole[0]
-        declared = door.column_widths([self.tile(0, i) for i in range(self.in_splits)])
         width = input_.shape[-1] if isinstance(input_, Tensor) else self.in_features
         sizes = door.split_sizes(self.full_name(), width, self.in_splits, declared)
         return list(self._split_global_input(input_, sizes))
@@ -205,6 +200,14 @@ class WalkedLinear(TiledModule):
     def _combine_output_splits(self, outputs: Sequence[Any]) -> Any:
         """Join the rows' results; override for other kinds of result."""
         return ops.join_rows(outputs)
+
+
+def _cast_as_autocast(whole: list[Any]) -> list[Any]:
+    """The input cast once, as autocast would cast it for each tile of a row anew."""
+    return [
+        chunk.to(ops.autocast_dtype(chunk) or chunk.dtype) if isinstance(chunk, Tensor) else chunk
+        for chunk in whole
+    ]
 
 
 def _cast(result: Any, dtype: torch.dtype) -> Any:
