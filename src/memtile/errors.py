@@ -48,8 +48,36 @@ class CannotTileError(MemtileError, ValueError):
     """A module that cannot be tiled, or a tiled one that cannot be turned back."""
 
 
+class HomeError(MemtileError, RuntimeError):
+    """A home that cannot be used as asked: closed, or not fit for tiles."""
+
+
+class HomeFullError(MemtileError, OSError):
+    """A home without room for what was to be parked; nothing was changed."""
+
+
+class HomeIOError(MemtileError, OSError):
+    """A read or a write of a home that failed, or moved fewer bytes than it should."""
+
+
+class SealError(MemtileError, ValueError):
+    """A kept home that is not whole, or not of this model: never guessed at."""
+
+
+class ParkedError(MemtileError, RuntimeError):
+    """Something that a parked tile cannot do, or that would leave its home behind."""
+
+
+class OptimizerError(MemtileError, ValueError):
+    """An optimizer, or a use of one, that cannot work tile by tile."""
+
+
 class UnsupportedPlatformError(MemtileError, OSError):
     """Something that this operating system does not offer."""
+
+
+class ParkedCopyWarning(UserWarning):
+    """A copy of a parked tile is an ordinary layer in memory."""
 
 
 class TileSizeWarning(UserWarning):

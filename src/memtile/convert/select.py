@@ -48,6 +48,7 @@ class Cut:
         out_splits: rows of tiles for every module, or None.
         in_splits: columns of tiles for every linear.
         max_tile_bytes: bytes of the largest weight tile, or None.
+        parks: tiles go to a home, so that a layer which fits in one tile is worth being one.
 
     Raises:
         ArgumentError: both, or a value that is no whole number above 0.
@@ -56,6 +57,7 @@ class Cut:
     out_splits: int | None = None
     in_splits: int = 1
     max_tile_bytes: int | None = None
+    parks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("out_splits", "in_splits", "max_tile_bytes"):
@@ -76,13 +78,16 @@ class Cut:
     @property
     def is_given(self) -> bool:
         """Whether a size was asked for at all."""
-        return self.max_tile_bytes is not None or self.out_splits is not None or self.in_splits > 1
+        sized = self.max_tile_bytes is not None or self.out_splits is not None
+        return sized or self.in_splits > 1 or self.parks
 
     def grid(self, shape: tuple[int, int], element_bytes: int, rows_only: bool) -> Grid | str:
         """The grid of a weight of this shape, or the reason why it stays dense."""
         if self.max_tile_bytes is None:
             return self._split(shape, rows_only)
         weight_bytes = shape[0] * shape[1] * element_bytes
+        if weight_bytes <= self.max_tile_bytes and self.parks:
+            return Grid.uniform(*shape)
         if weight_bytes <= self.max_tile_bytes:
             return f"its {weight_bytes} bytes fit in max_tile_bytes={self.max_tile_bytes}"
         elements = self.max_tile_bytes // element_bytes

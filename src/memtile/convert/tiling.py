@@ -7,8 +7,10 @@ from typing import TypeVar
 from torch import nn
 
 from memtile.convert.kinds import integrations, kind_of, replace_module
+from memtile.convert.parking import home_for, settle_down
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
+from memtile.homes import Home
 from memtile.layers import TiledModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,6 +23,7 @@ def tile(
     in_splits: int = 1,
     max_tile_bytes: int | None = None,
     modules: Collection[str] | None = None,
+    home: Home | str | None = None,
 ) -> Model:
     """Cut the linears and embeddings of a model into tiles, in place.
 
@@ -35,6 +38,8 @@ def tile(
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
         modules: names to tile; all that can be by default (`select_linears` lists them).
+        home: where the tiles' weights are parked: "host", a `DiskHome`, "device"; None: nowhere, as
+            ever. With a home, layers that fit in one tile are parked whole, and a size is optional.
 
     Returns:
         The same model.
@@ -43,15 +48,18 @@ def tile(
         ArgumentError: no size or a wrong one is given, or a name is no module of the model.
         CannotTileError: the model is itself a linear, a module in `modules` cannot be tiled, or
             out_splits and in_splits fit no module at all.
+        HomeFullError: the home has no room for all tiles; the model is unchanged.
+        SealError: the home was reopened and is not of this model; the model is unchanged.
 
     Warns:
         TileSizeWarning: parameters stay above `max_tile_bytes`: experts kept as one tensor, rows of
             an embedding that are longer, layers that are tiled already.
     """
-    cut = Cut(out_splits, in_splits, max_tile_bytes)
+    cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
     if not cut.is_given:
         raise ArgumentError(
-            "tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…"
+            "tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…; with "
+            "home=… whole layers can be parked"
         )
     choices = choose(model, cut, modules)
     if kind_of(model) is not None or isinstance(model, TiledModule):
@@ -65,12 +73,15 @@ def tile(
             f"nothing of {type(model).__name__} can be tiled ({why}); "
             "memtile.select_linears(model, …) gives the reason for each module"
         )
+    parked = None if home is None else home_for(model, choices, home)
     done: set[str] = set()
     for choice in choices:
         if choice.tiled and choice.name not in done:
-            done.update(_tile_group(model, choice))
+            done.update(_tile_group(model, choice, parked))
     for integration in integrations():
         integration.tiled(model)
+    if parked is not None:
+        settle_down(model, parked)
     if cut.max_tile_bytes is not None and modules is None:
         _warn_of_larger(model, cut.max_tile_bytes, choices)
     return model
@@ -97,7 +108,7 @@ def _warn_of_larger(model: nn.Module, max_tile_bytes: int, choices: list[Choice]
     )
 
 
-def _tile_group(model: nn.Module, choice: Choice) -> tuple[str, ...]:
+def _tile_group(model: nn.Module, choice: Choice, home: Home | None) -> tuple[str, ...]:
     """Replace one module, and those tied to it, at every place where they stand."""
     assert choice.grid is not None
     first: TiledModule | None = None
@@ -106,7 +117,7 @@ def _tile_group(model: nn.Module, choice: Choice) -> tuple[str, ...]:
         dense = model.get_submodule(name)
         kind = kind_of(dense)
         assert kind is not None
-        layer = kind.tiled.from_dense(dense, choice.grid, first)
+        layer = kind.tiled.from_dense(dense, choice.grid, first, home)
         layer.name_in_model = name
         first = first or layer
         replace_module(model, dense, layer)

@@ -8,10 +8,12 @@ from memtile.convert.kinds import integrations, replace_module, tiled_classes
 from memtile.convert.owners import Owners
 from memtile.convert.reasons import lost_on_replacing
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.layers import TiledModule, is_plain
+from memtile.layers import ParkedEmbedding, ParkedLinear, TiledModule, is_plain
+from memtile.transfer import unwatch_model
 
 Model = TypeVar("Model", bound=nn.Module)
 Layers = dict[str, TiledModule]
+PLAIN_TILES = (nn.Linear, nn.Embedding, ParkedLinear, ParkedEmbedding)
 
 
 def untile(model: Model) -> Model:
@@ -48,6 +50,7 @@ def untile(model: Model) -> Model:
         else:
             weights.pop(ids[name], None)
         replace_module(model, layer, dense)
+    unwatch_model(model)
     for integration in integrations():
         integration.untiled(model)
     return model
@@ -82,7 +85,7 @@ def _own_reason(layer: TiledModule) -> str:
     if lost:
         return lost
     for index, tile in layer.tiles():
-        if not is_plain(tile, type(tile)) or type(tile) not in (nn.Linear, nn.Embedding):
+        if not is_plain(tile, type(tile)) or type(tile) not in PLAIN_TILES:
             return f"its tile {index} is more than a plain linear ({type(tile).__name__}, hooks?)"
     for name in ("weight", "bias"):
         if len({tile.requires_grad for tile in layer.tile_parameters(name).values()}) > 1:

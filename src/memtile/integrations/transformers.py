@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memtile.convert import Integration, Kind, dense_items
 from memtile.geometry import Grid
+from memtile.homes import Home
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -44,10 +45,14 @@ class TiledScaledWordEmbedding(TiledEmbedding):
 
     @classmethod
     def from_dense(
-        cls, dense: nn.Module, grid: Grid, tied_to: TiledModule | None = None
+        cls,
+        dense: nn.Module,
+        grid: Grid,
+        tied_to: TiledModule | None = None,
+        home: Home | None = None,
     ) -> "TiledScaledWordEmbedding":
         """The tiled form of a transformers `…ScaledWordEmbedding`."""
-        layer = super().from_dense(dense, grid, tied_to)
+        layer = super().from_dense(dense, grid, tied_to, home)
         layer.dense_class = type(dense)  # type: ignore[assignment]  # an embedding's
         _move_scale(dense, layer)
         return layer

@@ -3,6 +3,7 @@
 from memtile.layers.door import is_plain
 from memtile.layers.gather import gathered, register_gatherer
 from memtile.layers.handle import DenseHandle
+from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule, home_on
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
@@ -10,11 +11,15 @@ from memtile.layers.tiled_module import TiledModule
 
 __all__ = [
     "DenseHandle",
+    "ParkedEmbedding",
+    "ParkedLinear",
+    "ParkedModule",
     "TiledEmbedding",
     "TiledLinear",
     "TiledLinearReturnBias",
     "TiledModule",
     "gathered",
+    "home_on",
     "is_plain",
     "register_gatherer",
 ]

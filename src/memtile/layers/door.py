@@ -159,15 +159,25 @@ def check_kinds(name: str, chunks: Sequence[object], weight: Tensor) -> None:
         TileDeviceError: the devices differ.
         TileDtypeError: the dtypes differ.
     """
-    needed = autocast_dtype(weight) or weight.dtype
     for chunk in chunks:
-        if not isinstance(chunk, Tensor):
-            continue
-        if chunk.device != weight.device:
+        if isinstance(chunk, Tensor) and chunk.device != weight.device:
             raise TileDeviceError(
                 f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; "
                 "move one of them"
             )
+    check_dtypes(name, chunks, weight)
+
+
+def check_dtypes(name: str, chunks: Sequence[object], weight: Tensor) -> None:
+    """Check dtypes against plain or parked tiles, as they are after what autocast casts.
+
+    Raises:
+        TileDtypeError: the dtypes differ.
+    """
+    for chunk in chunks:
+        if not isinstance(chunk, Tensor):
+            continue
+        needed = autocast_dtype(weight, chunk.device.type) or weight.dtype
         if (autocast_dtype(chunk) or chunk.dtype) != needed:
             raise TileDtypeError(
                 f"{name}: the input is {chunk.dtype}, the tiles are {weight.dtype}; convert one of "

@@ -15,6 +15,7 @@ from torch import nn
 
 from memtile.errors import TileClassError
 from memtile.layers.gather import gathered
+from memtile.layers.parked import ParkedLinear, home_on
 from memtile.layers.tiled_module import TiledModule
 
 LinearClass = Callable[..., nn.Module]
@@ -25,6 +26,33 @@ class _UninitialisedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw nothing: whoever made this tile fills it."""
+
+
+class _UninitialisedParkedLinear(ParkedLinear):
+    """A `ParkedLinear` whose parameters are left as they are found at home."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: whoever made this tile fills it."""
+
+
+_UNINITIALISED: dict[Any, type[nn.Module]] = {  # a linear_cls may be any callable
+    nn.Linear: _UninitialisedLinear,
+    ParkedLinear: _UninitialisedParkedLinear,
+}
+
+
+def with_home(linear_cls: LinearClass, arguments: dict[str, Any]) -> LinearClass:
+    """The class that a `home` among the arguments asks for; tiles of one layer share one home.
+
+    With a class of the user's the argument is passed on as it is.
+    """
+    if linear_cls is nn.Linear and arguments.get("home") is None:
+        arguments.pop("home", None)
+        return linear_cls
+    if linear_cls in (nn.Linear, ParkedLinear):
+        arguments["home"] = home_on(arguments.get("home") or "host", arguments.get("device"))
+        return ParkedLinear
+    return linear_cls
 
 
 def make_tile(
@@ -42,9 +70,10 @@ def make_tile(
     Raises:
         TileClassError: the class ignores `bias=False`, is none, or gives no module.
     """
-    if linear_cls is nn.Linear:
-        tile: nn.Module = _UninitialisedLinear(in_features, out_features, bias=bias, **kwargs)
-        tile.__class__ = nn.Linear
+    uninitialised = _UNINITIALISED.get(linear_cls) if isinstance(linear_cls, type) else None
+    if uninitialised is not None:
+        tile: nn.Module = uninitialised(in_features, out_features, bias=bias, **kwargs)
+        tile.__class__ = linear_cls  # type: ignore[assignment]  # it is one of the two above
         return tile
     name = getattr(linear_cls, "__qualname__", repr(linear_cls))
     if not callable(linear_cls):

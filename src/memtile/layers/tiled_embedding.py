@@ -9,15 +9,25 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileIndexError
 from memtile.geometry import Grid
+from memtile.homes import Home
 from memtile.layers.door import is_plain
 from memtile.layers.gather import gathered
+from memtile.layers.parked import ParkedEmbedding, home_on
 from memtile.layers.tiled_module import TiledModule
+from memtile.transfer import layer_call
 
 Self = TypeVar("Self", bound="TiledEmbedding")
 
 
 class _UninitialisedEmbedding(nn.Embedding):
     """An `nn.Embedding` whose rows are left as allocated."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: whoever made this tile fills it."""
+
+
+class _UninitialisedParkedEmbedding(ParkedEmbedding):
+    """A `ParkedEmbedding` whose rows are left as they are found at home."""
 
     def reset_parameters(self) -> None:
         """Draw nothing: whoever made this tile fills it."""
@@ -41,9 +51,11 @@ class TiledEmbedding(TiledModule):
         out_splits: tiles, 1 to num_embeddings.
         device: of the tiles.
         dtype: of the tiles.
+        home: where the tiles are parked: "host", "device", a `Home`; None: nowhere, as ever.
 
     Raises:
         SplitsError: `out_splits` is outside its range.
+        HomeFullError: the home has no room for the tiles.
         ArgumentError: `max_norm` or `sparse` is given, or `padding_idx` is no row.
     """
 
@@ -64,6 +76,7 @@ class TiledEmbedding(TiledModule):
         out_splits: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        home: Home | str | None = None,
     ) -> None:
         super().__init__()
         self.grid = Grid.uniform(num_embeddings, embedding_dim, out_splits)
@@ -73,17 +86,21 @@ class TiledEmbedding(TiledModule):
         _refuse_options(max_norm, sparse)
         self.max_norm, self.norm_type = None, norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, False
+        parked: Any = {} if home is None else {"home": home_on(home, device)}
+        # Any, like its argument: mypy cannot tell which of the two takes a home
+        uninitialised: Any = _UninitialisedParkedEmbedding if parked else _UninitialisedEmbedding
         self.embeddings = nn.ModuleList()
         for span in self.grid.out_spans:
-            tile: nn.Module = _UninitialisedEmbedding(
+            tile: nn.Module = uninitialised(
                 span.size,
                 embedding_dim,
                 padding_idx=self._padding_inside(span.start, span.stop),
                 scale_grad_by_freq=scale_grad_by_freq,
                 device=device,
                 dtype=dtype,
+                **parked,
             )
-            tile.__class__ = nn.Embedding
+            tile.__class__ = ParkedEmbedding if parked else nn.Embedding
             self.embeddings.append(tile)
         self.reset_parameters()
 
@@ -95,7 +112,8 @@ class TiledEmbedding(TiledModule):
         """The tile with the rows of span `row`."""
         return self.embeddings[row]
 
-    def tile_path(self, row: int, column: int) -> str:
+    @staticmethod
+    def tile_path(row: int, column: int) -> str:
         """The name of the tile below this layer."""
         return f"embeddings.{row}"
 
@@ -126,9 +144,16 @@ class TiledEmbedding(TiledModule):
 
     @classmethod
     def from_dense(
-        cls: type[Self], dense: nn.Module, grid: Grid, tied_to: TiledModule | None = None
+        cls: type[Self],
+        dense: nn.Module,
+        grid: Grid,
+        tied_to: TiledModule | None = None,
+        home: Home | None = None,
     ) -> Self:
-        """The same for a grid that is there already, its tiles shared where it is tied."""
+        """The same for a grid that is there already, its tiles shared where it is tied.
+
+        With a `home` they are parked there.
+        """
         assert isinstance(dense, nn.Embedding)
         layer = cls(
             grid.out_features,
@@ -140,6 +165,7 @@ class TiledEmbedding(TiledModule):
             dense.sparse,
             out_splits=grid.out_splits,
             device="meta",
+            home=home,
         )
         layer.take_over(dense, tied_to)
         return layer
@@ -192,9 +218,10 @@ class TiledEmbedding(TiledModule):
             return ops.gather_rows_statically(input, tiles, spans)
         free = not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
         # A tile may be skipped where no engine or hook counts its calls.
-        free = free and all(is_plain(tile, nn.Embedding) for tile in tiles)
+        free = free and all(is_plain(tile, type(tile)) for tile in tiles)
         gather = ops.gather_some_rows if free else ops.gather_rows
-        return gather(input, tiles, spans, self.embedding_dim)
+        with layer_call():
+            return gather(input, tiles, spans, self.embedding_dim)
 
     def _check_static(self) -> None:
         """A static lookup asks every tile for every id, so a tile cannot count its own."""

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
+from memtile.homes import Home
 from memtile.layers.gather import gathered
-from memtile.layers.making import LinearClass, draw_like_whole_linear, draws_like_linear, make_tile
+from memtile.layers.making import (
+    LinearClass,
+    draw_like_whole_linear,
+    draws_like_linear,
+    make_tile,
+    with_home,
+)
 from memtile.layers.tiled_module import DENSE_NAMES, TiledModule
 from memtile.layers.values import Values
 from memtile.layers.walks import WalkedLinear
@@ -37,12 +44,14 @@ class TiledLinear(WalkedLinear):
         combine_out_splits: `forward` gives one tensor; False: a list of out_splits tensors.
         linear_cls: makes a tile; may return other widths (tensor-parallel linears).
         init_linear: an untiled linear whose values are copied.
-        **kwargs: go to `linear_cls`, `device` and `dtype` among them.
+        **kwargs: go to `linear_cls`, `device` and `dtype` among them. `home` ("host", "device", a
+            `Home`) with the default `linear_cls` parks the tiles' weights there.
 
     Raises:
         SplitsError: a number of splits is outside its range.
         TileClassError: `linear_cls` ignores `bias=False`.
         TileShapeError: `init_linear` has another shape.
+        HomeFullError: the home has no room for the tiles.
     """
 
     tile_pattern: ClassVar[re.Pattern[str]] = re.compile(
@@ -63,6 +72,7 @@ class TiledLinear(WalkedLinear):
         **kwargs: Any,  # the contract passes them to linear_cls
     ) -> None:
         super().__init__()
+        linear_cls = with_home(linear_cls, kwargs)
         self.grid = Grid.uniform(out_features, in_features, out_splits, in_splits)
         self.in_features, self.out_features = self.grid.in_features, self.grid.out_features
         self.in_splits, self.out_splits = self.grid.in_splits, self.grid.out_splits
@@ -93,7 +103,8 @@ class TiledLinear(WalkedLinear):
         tile: nn.Module = self.linears[row][column]  # type: ignore[index]  # a ModuleList's item
         return tile
 
-    def tile_path(self, row: int, column: int) -> str:
+    @staticmethod
+    def tile_path(row: int, column: int) -> str:
         """The name of the tile at (row, column) below this layer."""
         return f"linears.{row}.{column}"
 
@@ -203,9 +214,13 @@ class TiledLinear(WalkedLinear):
         dense: nn.Module,
         grid: Grid,
         tied_to: TiledModule | None = None,
+        home: Home | None = None,
         **options: bool,
     ) -> Self:
-        """The same for a grid that is there already, its weight tiles shared where it is tied."""
+        """The same for a grid that is there already, its weight tiles shared where it is tied.
+
+        With a `home`, the weight's tiles are parked there.
+        """
         has_bias = getattr(dense, "bias", None) is not None
         layer = cls(
             grid.in_features,
@@ -214,6 +229,7 @@ class TiledLinear(WalkedLinear):
             in_splits=grid.in_splits,
             out_splits=grid.out_splits,
             device="meta",
+            home=home,
             **options,  # type: ignore[arg-type]  # only the two flags of from_linear
         )
         layer.take_over(dense, tied_to)

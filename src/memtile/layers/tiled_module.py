@@ -15,9 +15,11 @@ from memtile.errors import (
     TileShapeError,
 )
 from memtile.geometry import Grid, Rect
+from memtile.homes import Home, settle_in
 from memtile.layers.gather import gathered
 from memtile.layers.handle import DenseHandle
 from memtile.layers.loading import load_any_form, problems_of
+from memtile.layers.parked import ParkedModule, parameter_of
 from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy
 
 DENSE_NAMES = ("weight", "bias")
@@ -41,7 +43,8 @@ class TiledModule(nn.Module):
         """The tile at (row, column)."""
         raise NotImplementedError
 
-    def tile_path(self, row: int, column: int) -> str:
+    @staticmethod
+    def tile_path(row: int, column: int) -> str:
         """The name of the tile at (row, column) below this layer."""
         raise NotImplementedError
 
@@ -197,14 +200,13 @@ class TiledModule(nn.Module):
         """
         turned = name == "weight" and self.weight_is_transposed
         for index, old in self.tile_parameters(name).items():
-            rect = self.tile_rect(name, index)
-            parameter = nn.Parameter(
-                _piece(dense, rect, turned, old), requires_grad=dense.requires_grad
-            )
+            owner, rect = self.owner(name, index), self.tile_rect(name, index)
+            piece = _piece(dense, rect, turned, old)
+            parameter = parameter_of(_values_for(owner, name, piece), dense.requires_grad)
             parameter.__dict__.update(dense.__dict__)
             if dense.grad is not None:
-                parameter.grad = _piece(dense.grad, rect, turned, old)
-            setattr(self.owner(name, index), name, parameter)
+                parameter.grad = _values_for(owner, name, _piece(dense.grad, rect, turned, old))
+            setattr(owner, name, parameter)
 
     def dense_parameter(self, name: str) -> nn.Parameter | None:
         """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.
@@ -251,9 +253,13 @@ class TiledModule(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, dense: nn.Module, grid: Grid, tied_to: "TiledModule | None" = None
+        cls,
+        dense: nn.Module,
+        grid: Grid,
+        tied_to: "TiledModule | None" = None,
+        home: Home | None = None,
     ) -> "TiledModule":
-        """The tiled layer for a dense module."""
+        """The tiled layer for a dense module; a `home` is where its weight is parked."""
         raise NotImplementedError
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
@@ -290,5 +296,11 @@ class TiledModule(nn.Module):
 
 def _piece(dense: Tensor, rect: Rect, turned: bool, like: Tensor) -> Tensor:
     matrix = dense.detach().t() if turned else as_matrix(dense.detach())
-    piece = matrix[rect.index].clone(memory_format=torch.contiguous_format)
-    return piece.view(like.shape)
+    return matrix[rect.index].view(like.shape) if dense.dim() == 1 else matrix[rect.index]
+
+
+def _values_for(owner: nn.Module, name: str, piece: Tensor) -> Tensor:
+    """A copy of a piece: at its tile's home where the tile has one."""
+    if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
+        return settle_in(owner.home, piece)
+    return piece.clone(memory_format=torch.contiguous_format)

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import TileClassError, TileShapeError
 from memtile.layers import door
+from memtile.layers.parked import ParkedLinear
 from memtile.layers.tiled_module import TiledModule
 from memtile.layers.values import Index
+from memtile.transfer import layer_call
 
 Results = Iterator[tuple[Index, Any]]
 Point = TypeVar("Point", bound=Callable[..., Any])
@@ -66,16 +69,19 @@ class WalkedLinear(TiledModule):
         whole = self._check_input(input_, declared)
         transformed = ops.transformed()
         plain = not transformed and door.all_plain(tiles)
+        if not transformed and type(tiles[0]) is ParkedLinear:
+            door.check_dtypes(self.full_name(), whole, tiles[0].weight)
         if plain:
             door.check_kinds(self.full_name(), whole, tiles[0].weight)
         own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
         if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
             return self._walk_fused(whole, tiles)
-        if plain or (transformed and type(tiles[0]) is nn.Linear):
+        if plain or type(tiles[0]) is ParkedLinear or (transformed and type(tiles[0]) is nn.Linear):
             whole = _cast_as_autocast(whole)
         chunks = self._split(whole, declared)
         walk = self._walk_composed if own and not transformed else self._walk_points
-        return walk(self._results(chunks))
+        with nullcontext() if transformed else layer_call():
+            return walk(self._results(chunks))
 
     def _check_input(self, input_: Any, declared: list[int] | None) -> list[Any]:
         """The input as a list: one whole tensor, or the chunks."""

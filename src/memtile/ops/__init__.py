@@ -11,6 +11,7 @@ from memtile.ops.composed import (
 from memtile.ops.context import autocast_dtype, transformed
 from memtile.ops.embedding import gather_rows, gather_rows_statically, gather_some_rows
 from memtile.ops.fused import FusedSpec, fused_linear
+from memtile.ops.parked import parked_embedding, parked_linear
 from memtile.ops.products import needs_float32_sum
 from memtile.ops.splitting import split_tensor_along_last_dim
 
@@ -26,6 +27,8 @@ __all__ = [
     "gather_some_rows",
     "join_rows",
     "needs_float32_sum",
+    "parked_embedding",
+    "parked_linear",
     "split_tensor_along_last_dim",
     "transformed",
     "write_results",

@@ -24,11 +24,16 @@ def is_batched(gradient: Tensor) -> bool:
     return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives this tensor in a matrix product, or None when it is off."""
+def autocast_dtype(tensor: Tensor, device_type: str | None = None) -> torch.dtype | None:
+    """The dtype that autocast gives this tensor in a matrix product, or None when it is off.
+
+    Args:
+        tensor: what is multiplied.
+        device_type: where, if not where the tensor lies.
+    """
     if tensor.is_meta or not tensor.is_floating_point():  # asked about meta, torch raises
         return None
-    device_type = tensor.device.type
+    device_type = device_type or tensor.device.type
     if not torch.is_autocast_enabled(device_type):
         return None
     return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type)

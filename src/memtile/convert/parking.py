@@ -1,0 +1,67 @@
+"""The home of a whole model: room for all of it first, then names for its tiles, and passes."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from memtile.convert.kinds import kind_of
+from memtile.convert.select import Choice
+from memtile.homes import PAGE, DiskHome, Home, berth_of
+from memtile.layers import home_on
+from memtile.transfer import watch_model
+
+Expected = dict[str, tuple[torch.Size, torch.dtype]]
+
+
+def home_for(model: nn.Module, choices: Iterable[Choice], home: Home | str) -> Home:
+    """The home that is meant, with room for every tile that was chosen; nothing is parked yet.
+
+    Raises:
+        ArgumentError: it is neither a home nor the name of one.
+        HomeFullError: there is no room.
+        SealError: what it was reopened with are not this model's tiles.
+    """
+    found = home_on(home, next(model.parameters(), torch.empty(0)).device)
+    expected = dict(_tiles(model, choices))
+    if isinstance(found, DiskHome) and found.sealed is not None:
+        found.sealed.check_matches(expected)
+    found.reserve(sum(_room(*tile) for tile in expected.values()))
+    return found
+
+
+def _tiles(
+    model: nn.Module, choices: Iterable[Choice]
+) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
+    """Names, shapes and dtypes of all weight tiles that there will be, shared ones once."""
+    for choice in choices:
+        if choice.tiled and choice.grid is not None and choice.ties[:1] in ((), (choice.name,)):
+            dense = model.get_submodule(choice.name)
+            kind, weight = kind_of(dense), dense.weight
+            assert kind is not None
+            assert isinstance(weight, nn.Parameter)
+            for index in choice.grid.indices():
+                name = f"{choice.name}.{kind.tiled.tile_path(*index)}.weight"
+                yield name, (torch.Size(choice.grid.rect(*index).shape), weight.dtype)
+
+
+def _room(shape: torch.Size, dtype: torch.dtype) -> int:
+    return -(-shape.numel() * dtype.itemsize // PAGE) * PAGE
+
+
+def settle_down(model: nn.Module, home: Home) -> None:
+    """Name the tiles at their home, take over what a reopened one holds, and watch passes.
+
+    Raises:
+        SealError: a tile's checksum is wrong.
+    """
+    sealed = home.sealed if isinstance(home, DiskHome) else None
+    for name, parameter in model.named_parameters():
+        berth = berth_of(parameter)
+        if berth is not None and berth.home is home:
+            berth.label = name
+            if sealed is not None:
+                sealed.copy_to(name, berth)
+    if sealed is not None:
+        sealed.close()
+    watch_model(model)

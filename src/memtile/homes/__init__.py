@@ -1,0 +1,25 @@
+"""Homes: where tiles live while nobody works on them, in memory or on disk."""
+
+from memtile.homes.buffers import aligned_buffer
+from memtile.homes.disk import DiskHome
+from memtile.homes.home import PAGE, Berth, Home, Traffic
+from memtile.homes.memory_homes import DeviceHome, HostHome
+from memtile.homes.registry import berth_of, register, settle_in
+from memtile.homes.resolving import resolve_home
+from memtile.homes.sealed_file import SealedFile
+
+__all__ = [
+    "PAGE",
+    "Berth",
+    "DeviceHome",
+    "DiskHome",
+    "Home",
+    "HostHome",
+    "SealedFile",
+    "Traffic",
+    "aligned_buffer",
+    "berth_of",
+    "register",
+    "resolve_home",
+    "settle_in",
+]

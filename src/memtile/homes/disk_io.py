@@ -1,0 +1,64 @@
+"""Reading and writing a file at an offset: every byte that a disk home moves goes through here."""
+
+import ctypes
+import os
+
+from torch import Tensor
+
+from memtile.errors import HomeIOError
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """One read of the system; how many bytes came."""
+    return os.preadv(fd, [buffer], offset)
+
+
+def write_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """One write of the system; how many bytes went."""
+    return os.pwritev(fd, [buffer], offset)
+
+
+def fill(fd: int, buffer: memoryview, offset: int) -> None:
+    """Reads the whole buffer from the file at the offset, with the GIL released.
+
+    Raises:
+        HomeIOError: the system could not, or the file ends before.
+    """
+    _move("read", fd, buffer, offset)
+
+
+def drain(fd: int, buffer: memoryview, offset: int) -> None:
+    """Writes the whole buffer to the file at the offset, with the GIL released.
+
+    Raises:
+        HomeIOError: the system could not, or wrote nothing more.
+    """
+    _move("write", fd, buffer, offset)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor; it does not keep the tensor alive."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _move(act: str, fd: int, buffer: memoryview, offset: int) -> None:
+    done, size = 0, len(buffer)
+    once = read_at if act == "read" else write_at
+    while done < size:
+        try:
+            moved = once(fd, buffer[done:], offset + done)
+        except OSError as error:
+            raise HomeIOError(
+                error.errno,
+                f"a home's file: {act} of {size - done} bytes at {offset + done} failed "
+                f"({error.strerror}); the disk or its connection is at fault, see the system's log",
+            ) from error
+        if moved <= 0:
+            raise HomeIOError(
+                f"a home's file: {act} of {size} bytes at {offset} stopped after {done}; the file "
+                "was cut short, or the disk is at fault: see the system's log"
+            )
+        done += moved

@@ -1,0 +1,104 @@
+"""In which folder a home's file can be: one on a disk, that may be written to."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from memtile.errors import HomeError
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+
+
+class _Mount(NamedTuple):
+    device: str
+    point: Path
+    kind: str
+
+
+def usable_folder(folder: str | os.PathLike[str] | None) -> Path:
+    """The folder as an absolute path, or the first usable default.
+
+    Args:
+        folder: where; None: the first that is usable of $TMPDIR, /var/tmp, the system's folder for
+            temporary files and the working directory.
+
+    Raises:
+        HomeError: it is not a folder, may not be written to, or lies in memory.
+    """
+    if folder is not None:
+        given = Path(folder).absolute()
+        reason = why_unusable(given)
+        if reason:
+            raise HomeError(f"a home in {given}: {reason}; give a folder on a disk")
+        return given
+    refused = []
+    for default in _defaults():
+        reason = why_unusable(default)
+        if not reason:
+            return default
+        refused.append(f"{default}: {reason}")
+    raise HomeError(
+        f"no folder for a home was given and no default is usable ({'; '.join(refused)}); give a "
+        "folder on a disk"
+    )
+
+
+def why_unusable(folder: Path) -> str | None:
+    """What keeps a home from being in the folder; None if nothing does."""
+    if not folder.exists():
+        return "there is no such folder"
+    if not folder.is_dir():
+        return "it is not a folder"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "it may not be written to"
+    kind = filesystem_of(folder)
+    if kind in _IN_MEMORY:
+        return f"it is {kind}, which is memory: tiles there would fill what they should spare"
+    return None
+
+
+def filesystem_of(folder: Path) -> str:
+    """The kind of filesystem that the folder is on, such as "ext4"; "" where that is unknown.
+
+    It is looked up by device, and where no mount has the folder's device (btrfs subvolumes, some
+    overlays) by the longest mount point above it.
+    """
+    real = folder.resolve()
+    number = real.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    above = [mount for mount in _mounts() if real.is_relative_to(mount.point)]
+    same = [mount for mount in above if mount.device == device]
+    # Of mounts on one point the last hides the others, so ties go to the later one.
+    longest = max(enumerate(same or above), key=_depth_then_order, default=None)
+    return longest[1].kind if longest else ""
+
+
+def _depth_then_order(numbered: tuple[int, _Mount]) -> tuple[int, int]:
+    return len(numbered[1].point.parts), numbered[0]
+
+
+def _mounts() -> list[_Mount]:
+    """proc(5): id, parent, device, root, point, options, optional fields, "-", kind, more."""
+    try:
+        lines = _MOUNTS.read_text().splitlines()
+    except OSError:
+        return []
+    mounts = []
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        device, _, point = before.split()[2:5]
+        mounts.append(_Mount(device, Path(_unescaped(point)), after.split()[0]))
+    return mounts
+
+
+def _unescaped(point: str) -> str:
+    """Spaces, tabs, line ends and backslashes are in octal there."""
+    return point.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
+def _defaults() -> list[Path]:
+    chosen = os.environ.get("TMPDIR")
+    places = [chosen] if chosen else []
+    return [Path(place).absolute() for place in (*places, "/var/tmp", tempfile.gettempdir(), ".")]

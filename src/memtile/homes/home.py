@@ -1,0 +1,256 @@
+"""What a home is: memory in which parked tensors live, and the two ways to their bytes.
+
+A berth is what one tensor has of a home. Its bytes are reached as a tensor that lies over them, or
+past that tensor by `read` and `write`, in whole pages and from any thread; both see each other's
+changes. A berth's room is used again only once the berth and every tensor over it are gone.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from memtile.errors import ArgumentError, HomeError
+
+_H = TypeVar("_H", bound="Home")
+
+PAGE: Final = 4096
+"""Bytes of a page: rooms, and the pieces that `read` and `write` move, are multiples of it."""
+
+
+def whole_pages(nbytes: int) -> int:
+    """The number of bytes, rounded up to pages."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How much `Berth.read` and `Berth.write` have moved so far.
+
+    Attributes:
+        read_bytes: moved by `read`, whole pages as they were asked for.
+        written_bytes: moved by `write`, likewise.
+    """
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+class Home(ABC):
+    """Memory in which tensors are parked; a context manager that closes it.
+
+    To write one, give `berth`, and `_release` where there is something to give back at closing;
+    `memtile.testing.HomeContract` has the tests that it must pass.
+
+    Attributes:
+        works_in_place: whether tensors may be worked on where they lie, without a slab.
+    """
+
+    works_in_place: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._moving = 0
+        self._closed = False
+        self._at_close: list[Callable[[], None]] = []
+        self._read_bytes = self._written_bytes = 0
+
+    @abstractmethod
+    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> "Berth":
+        """Room for one tensor; what is in it is undefined.
+
+        Raises:
+            HomeFullError: there is no room for it; nothing was changed.
+            HomeError: the home is closed.
+        """
+
+    def reserve(self, nbytes: int) -> None:
+        """Makes sure that berths whose rooms add up to `nbytes` will fit.
+
+        Args:
+            nbytes: the sum of what `Berth.room` will be.
+
+        Raises:
+            HomeFullError: there is no room for them; nothing was changed.
+            HomeError: the home is closed.
+        """
+        self.check_open()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What `read` and `write` have moved so far; tensors' own reads and writes do not count."""
+        with self._change:
+            return Traffic(self._read_bytes, self._written_bytes)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the home was closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Ends the home; a second call does nothing.
+
+        Waits for reads and writes under way; later ones, and later berths, raise `HomeError`.
+        Tensors that are still alive stay memory that can be read and written until they die.
+        """
+        with self._change:
+            self._change.wait_for(lambda: not self._moving)
+            if not self._closed:
+                self._release()
+                self._closed = True
+        while self._at_close:
+            self._at_close.pop()()
+
+    def when_closed(self, act: Callable[[], None]) -> None:
+        """Calls `act` once the home is closed; not where it is merely dropped."""
+        self._at_close.append(act)
+
+    def check_open(self) -> None:
+        """Refuses a closed home.
+
+        Raises:
+            HomeError: it is closed.
+        """
+        if self._closed:
+            raise HomeError(f"{self!r} is closed: a closed home parks and moves nothing; open one")
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """A read or a write: inside, the home stays open.
+
+        Raises:
+            HomeError: it is closed.
+        """
+        with self._change:
+            self.check_open()
+            self._moving += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._moving -= 1
+                self._change.notify_all()
+
+    def count(self, *, read_bytes: int = 0, written_bytes: int = 0) -> None:
+        """Adds to the traffic."""
+        with self._change:
+            self._read_bytes += read_bytes
+            self._written_bytes += written_bytes
+
+    def _release(self) -> None:  # noqa: B027  # a home may have nothing to give back
+        """Gives back what the home holds; where it raises, the home stays open.
+
+        No read or write is under way then.
+        """
+
+    def __enter__(self: _H) -> _H:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Berth(ABC):
+    """The bytes of a home that one tensor has.
+
+    To write one, give `tensor`, `address`, `_fill` and `_take`.
+
+    Attributes:
+        home: whose bytes they are.
+        shape: of the tensor.
+        dtype: of the tensor.
+        nbytes: bytes of the tensor.
+        room: `nbytes`, rounded up to pages; the bytes from `nbytes` on mean nothing.
+        label: the name under which a kept home records it; None: it is not recorded.
+    """
+
+    def __init__(self, home: Home, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.home = home
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.nbytes = self.shape.numel() * dtype.itemsize
+        self.room = whole_pages(self.nbytes)
+        self.label: str | None = None
+
+    @abstractmethod
+    def tensor(self) -> Tensor:
+        """A new tensor over the bytes, contiguous, whose storage is exactly `nbytes` long."""
+
+    @property
+    @abstractmethod
+    def address(self) -> int:
+        """What `data_ptr()` of such tensors is; 0 for tensors without elements."""
+
+    def read(self, into: Tensor, start: int = 0) -> None:
+        """Fills `into` with the room's bytes from `start` on; any number of threads may.
+
+        Args:
+            into: 1-D uint8 on the CPU, whole pages of page-aligned memory: an `aligned_buffer`, or
+                a slice of one at a page.
+            start: the first byte, a multiple of `PAGE`.
+
+        Raises:
+            ArgumentError: it is not such a tensor, or reaches past the room.
+            HomeError: the home is closed.
+            HomeIOError: the bytes could not be read; what `into` holds is undefined.
+        """
+        self._check_piece("read", into, start)
+        with self.home.moving():
+            self._fill(into, start)
+        self.home.count(read_bytes=into.numel())
+
+    def write(self, source: Tensor, start: int = 0) -> None:
+        """Writes all of `source` into the room from `start` on: the reverse of `read`.
+
+        It is not seen by autograd: who writes under a graph increments the tensor's version.
+
+        Args:
+            source: as `into` of `read`.
+            start: the first byte, a multiple of `PAGE`.
+
+        Raises:
+            ArgumentError: it is not such a tensor, or reaches past the room.
+            HomeError: the home is closed.
+            HomeIOError: the bytes could not be written; what the piece then holds is undefined.
+        """
+        self._check_piece("write", source, start)
+        with self.home.moving():
+            self._take(source, start)
+        self.home.count(written_bytes=source.numel())
+
+    def forget(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
+        """Drops the pages that tensors brought into this process's memory; contents stay."""
+
+    @abstractmethod
+    def _fill(self, into: Tensor, start: int) -> None:
+        """`read`, checked and with the home kept open."""
+
+    @abstractmethod
+    def _take(self, source: Tensor, start: int) -> None:
+        """`write`, checked and with the home kept open."""
+
+    def _check_piece(self, act: str, piece: Tensor, start: int) -> None:
+        fits = piece.dtype == torch.uint8 and piece.dim() == 1 and piece.is_contiguous()
+        if not fits or not piece.is_cpu or piece.data_ptr() % PAGE or piece.numel() % PAGE:
+            raise ArgumentError(
+                f"{act} of {self}: a {tuple(piece.shape)} tensor of {piece.dtype} on "
+                f"{piece.device}; it takes a 1-D contiguous uint8 tensor on the CPU, page-aligned "
+                f"and a multiple of {PAGE} long: make it with memtile.homes.aligned_buffer"
+            )
+        if start % PAGE or start < 0 or start + piece.numel() > self.room:
+            raise ArgumentError(
+                f"{act} of {self}: bytes {start} to {start + piece.numel()}; they must begin at a "
+                f"multiple of {PAGE} and end within the room of {self.room} bytes"
+            )
+
+    def __repr__(self) -> str:
+        name = f" {self.label!r}" if self.label is not None else ""
+        return f"<berth{name} {tuple(self.shape)} {self.dtype} of {self.home!r}>"

@@ -1,0 +1,65 @@
+"""Which berth a tensor lies in, known without keeping the tensor alive or marking it."""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memtile.homes.buffers import pieces
+from memtile.homes.home import Berth, Home
+
+# Not in the parameter's __dict__: that is pickled, and copied to a parameter somewhere else.
+_berths = WeakIdKeyDictionary()
+
+
+def register(tensor: Tensor, berth: Berth) -> None:
+    """Makes `berth_of(tensor)` find the berth for as long as the tensor lies over it.
+
+    A parameter made from a registered tensor is a tensor of its own, to be registered too.
+    """
+    _berths[tensor] = berth
+
+
+def berth_of(tensor: Tensor) -> Berth | None:
+    """The berth the tensor was registered with, unless it lies elsewhere by now.
+
+    `p.data = other` moves a parameter away: then it is None, and what the home holds is stale.
+    """
+    berth: Berth | None = _berths.get(tensor)
+    if (
+        berth is None
+        or tensor.data_ptr() != berth.address
+        or tensor.dtype is not berth.dtype
+        or tensor.shape != berth.shape
+        or not tensor.is_contiguous()  # a transposed square has the same address and shape
+    ):
+        return None
+    return berth
+
+
+def settle_in(home: Home, tensor: Tensor) -> Tensor:
+    """A new tensor with the tensor's values, of the same shape and dtype, that lives in the home.
+
+    Where the home is not worked in in place, the values are written past the mapping piece by
+    piece, so that no page of it comes into this process's memory.
+
+    Raises:
+        HomeFullError: the home has no room for it.
+        HomeError: the home is closed.
+        HomeIOError: writing failed.
+    """
+    berth = home.berth(tensor.shape, tensor.dtype)
+    settled = berth.tensor()
+    if home.works_in_place:
+        settled.copy_(tensor.detach())
+    else:
+        _write_whole(berth, tensor.detach())
+    register(settled, berth)
+    return settled
+
+
+def _write_whole(berth: Berth, tensor: Tensor) -> None:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
+    for start, piece in pieces(berth.room):
+        used = min(piece.numel(), berth.nbytes - start)
+        piece[:used].copy_(flat[start : start + used])
+        berth.write(piece, start)

@@ -1,0 +1,146 @@
+"""Which bytes of a growing file are free: segments, each mapped once, and rooms within them."""
+
+import mmap
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from memtile.homes.remapping import remap_privately
+
+
+class FreeRoom:
+    """The free bytes of one range, as runs that never touch each other; first fit.
+
+    Args:
+        size: how many bytes, all of them free.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._starts, self._sizes = [0], [size]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the longest run."""
+        return max(self._sizes, default=0)
+
+    @property
+    def total(self) -> int:
+        """Free bytes."""
+        return sum(self._sizes)
+
+    def take(self, size: int) -> int | None:
+        """The start of so many bytes, free until now; None where no run is long enough."""
+        for place, free in enumerate(self._sizes):
+            if free >= size:
+                return self._cut(place, size)
+        return None
+
+    def give(self, start: int, size: int) -> None:
+        """Makes the bytes free again, joined with the free ones at their sides."""
+        place = bisect_left(self._starts, start)
+        if place < len(self._starts) and start + size == self._starts[place]:
+            del self._starts[place]
+            size += self._sizes.pop(place)
+        if place and self._starts[place - 1] + self._sizes[place - 1] == start:
+            self._sizes[place - 1] += size
+        else:
+            self._starts.insert(place, start)
+            self._sizes.insert(place, size)
+
+    def _cut(self, place: int, size: int) -> int:
+        start = self._starts[place]
+        self._starts[place] += size
+        self._sizes[place] -= size
+        if not self._sizes[place]:
+            del self._starts[place], self._sizes[place]
+        return start
+
+
+@dataclass
+class Segment:
+    """A stretch of the file that was made and mapped at once.
+
+    Attributes:
+        offset: where it begins in the file.
+        memory: its shared map.
+        free: its free bytes, counted from its beginning.
+    """
+
+    offset: int
+    memory: mmap.mmap
+    free: FreeRoom
+
+
+class Extent(NamedTuple):
+    """A room in a segment: bytes `start` to `start + size` of it."""
+
+    segment: Segment
+    start: int
+    size: int
+
+
+@dataclass
+class Segments:
+    """All segments of a file, safe to use from any thread.
+
+    Attributes:
+        grow: makes a segment with at least so many bytes, or raises and changes nothing.
+    """
+
+    grow: Callable[[int], Segment]
+    _all: list[Segment] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    # Rooms come back from finalizers, which run at any time, also in a thread that is inside
+    # `take`: they only append here, which needs no lock.
+    _returned: deque[tuple[int, int, int]] = field(default_factory=deque)
+
+    def take(self, size: int) -> Extent:
+        """Room for so many bytes: the first that is free, or new."""
+        with self._lock:
+            self._collect()
+            for segment in self._all:
+                start = segment.free.take(size)
+                if start is not None:
+                    return Extent(segment, start, size)
+            segment = self._add(size)
+            start = segment.free.take(size)
+            assert start is not None
+            return Extent(segment, start, size)
+
+    def reserve(self, size: int) -> None:
+        """Makes sure that there is one free run of so many bytes."""
+        with self._lock:
+            self._collect()
+            if all(segment.free.largest < size for segment in self._all):
+                self._add(size)
+
+    def giver(self, extent: Extent) -> Callable[[], None]:
+        """What gives the room back when it is called; it keeps no map alive and takes no lock."""
+        give, room = self._returned.append, (extent.segment.offset, extent.start, extent.size)
+        return lambda: give(room)
+
+    def make_private(self, fd: int) -> None:
+        """Lets tensors that stay alive keep their values and change the file no more."""
+        with self._lock:
+            for segment in self._all:
+                remap_privately(segment.memory, fd, segment.offset)
+
+    def drop(self) -> None:
+        """Lets go of all maps; those that tensors lie over stay until the tensors are gone."""
+        with self._lock:
+            self._all.clear()
+
+    def _add(self, size: int) -> Segment:
+        segment = self.grow(size)
+        self._all.append(segment)
+        return segment
+
+    def _collect(self) -> None:
+        by_offset = {segment.offset: segment for segment in self._all} if self._returned else {}
+        while self._returned:
+            offset, start, size = self._returned.popleft()
+            if offset in by_offset:  # after `drop` there is none
+                by_offset[offset].free.give(start, size)

@@ -1,0 +1,254 @@
+"""Tiles that live elsewhere: a linear and an embedding whose weight is parked in a home.
+
+The weight is an ordinary `nn.Parameter` on the CPU whose memory happens to be the home's, so all
+code that reads or writes parameters goes on working. Its values are brought in for each product and
+for each backward. A tensor found in its place (`functional_call`, `.data = …`, a swapped parameter)
+is used as it is, and never replaced by the home's bytes. Biases are never parked.
+"""
+
+import copy
+import copyreg
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from memtile import ops
+from memtile.errors import ParkedCopyWarning, ParkedError, TileDtypeError
+from memtile.homes import DeviceHome, Home, berth_of, register, resolve_home
+from memtile.layers.gather import register_gatherer
+from memtile.transfer import ParkedSource, layer_call
+
+
+class ParkedModule(nn.Module):
+    """A tile whose weight is parked; its base class is what it is a tile of.
+
+    Attributes:
+        home: where the weight lives.
+    """
+
+    home: Home
+
+    def _settle(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
+        """Give the tile its home, and room there unless it is made on the meta device."""
+        self.home = home_on(home, device)
+        if torch.empty(0, device=device).is_meta:
+            return
+        berth = self.home.berth(shape, dtype or torch.get_default_dtype())
+        settled = berth.tensor()
+        register(settled, berth)
+        self._parameters["weight"] = parameter_of(settled, True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move what is not parked; the weight stays at home, of its dtype.
+
+        Raises:
+            ParkedError: another dtype is asked for.
+        """
+        weight = self._parameters["weight"]
+        if weight is None or berth_of(weight) is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        wanted = fn(torch.empty(0, dtype=weight.dtype)).dtype
+        if wanted != weight.dtype:
+            raise ParkedError(
+                f"a parked tile of shape {tuple(weight.shape)} is {weight.dtype} and cannot become "
+                f"{wanted} at its home; convert the model first and park it then: "
+                "memtile.untile(model), model.to(dtype), memtile.tile(model, …, home=…)"
+            )
+        self._parameters["weight"] = None
+        try:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        finally:
+            self._parameters["weight"] = weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        twin = self._resident_class().__new__(self._resident_class())
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self._resident_state(), memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copyreg.__newobj__, (self._resident_class(),), self._resident_state()  # type: ignore[attr-defined]  # pickle's own, which stubs leave out
+
+    def _resident_class(self) -> type[nn.Module]:
+        return nn.Embedding if isinstance(self, nn.Embedding) else nn.Linear
+
+    def _resident_state(self) -> dict[str, Any]:
+        warnings.warn(
+            "a copy or a pickle of a parked tile is an ordinary layer in memory; park the copy "
+            "with memtile.tile(copy, …, home=…) after memtile.untile(copy)",
+            ParkedCopyWarning,
+            stacklevel=3,
+        )
+        return {name: value for name, value in self.__dict__.items() if name != "home"}
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """torch's own hook; with `assign=True` the values are copied home, not the tensor kept."""
+        weight = self._parameters["weight"]
+        if weight is not None and berth_of(weight) is not None:
+            local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        forget(weight)
+
+
+class ParkedLinear(ParkedModule, nn.Linear):
+    """An `nn.Linear` whose weight is parked; a `linear_cls` for `TiledLinear`.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether it has one, in ordinary memory.
+        device: of the bias; of the weight too where `home` is "device".
+        dtype: of both.
+        home: a `Home`, "host" or "device".
+
+    Raises:
+        HomeFullError: the home has no room.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,  # as torch takes it
+        dtype: torch.dtype | None = None,
+        *,
+        home: Home | str = "host",
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device="meta", dtype=dtype)
+        self._settle(home, (out_features, in_features), device, dtype)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+        forget(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, out_features) of (…, in_features), the weight brought in for the product.
+
+        Raises:
+            TileDtypeError: the input is of another dtype than the weight, without autocast.
+            HomeIOError: the weight could not be read.
+        """
+        weight: Any = self.weight  # functional_call and parametrizations put other tensors there
+        bias: Tensor | None = self.bias
+        if ops.transformed() or berth_of(weight) is None or not input.dim():
+            return functional.linear(input, weight, bias)
+        cast = ops.autocast_dtype(input)
+        if cast is None and input.dtype != weight.dtype:
+            raise TileDtypeError(
+                f"the input is {input.dtype}, the parked tile {weight.dtype}; convert the input, "
+                "or run in float32 under torch.autocast"
+            )
+        x = input.to(cast or input.dtype)
+        with layer_call():
+            bias = None if bias is None else bias.to(x.dtype)
+            return ops.parked_linear(x, weight, bias, ParkedSource(weight))
+
+    def extra_repr(self) -> str:
+        """Features, bias and home."""
+        return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
+
+
+class ParkedEmbedding(ParkedModule, nn.Embedding):
+    """An `nn.Embedding` whose rows are parked; a lookup touches only the pages of its rows.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: width of a row.
+        padding_idx: a row that gets no gradient from lookups.
+        scale_grad_by_freq: divide each row's gradient by how often its id occurs.
+        device: where the rows are parked, where `home` is "device".
+        dtype: of the rows.
+        home: a `Home`, "host" or "device".
+
+    Raises:
+        HomeFullError: the home has no room.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        scale_grad_by_freq: bool = False,
+        device: Any = None,  # as torch takes it
+        dtype: torch.dtype | None = None,
+        home: Home | str = "host",
+    ) -> None:
+        nn.Embedding.__init__(
+            self,
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            device="meta",
+            dtype=dtype,
+        )
+        self._settle(home, (num_embeddings, embedding_dim), device, dtype)
+        self.reset_parameters()
+        forget(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows (…, embedding_dim) of the ids."""
+        weight: Any = self.weight  # as above
+        if ops.transformed() or berth_of(weight) is None:
+            return super().forward(input)
+        source = ParkedSource(weight)
+        with layer_call():
+            rows = ops.parked_embedding(
+                input, weight, self.padding_idx, self.scale_grad_by_freq, source
+            )
+        forget(weight)
+        return rows
+
+    def extra_repr(self) -> str:
+        """Rows, width and home."""
+        return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
+
+
+def home_on(home: Home | str, device: Any) -> Home:
+    """The home that is meant, where "device" means this device.
+
+    Raises:
+        ArgumentError: it is neither a home nor the name of one.
+    """
+    if isinstance(home, str) and home == "device":
+        return DeviceHome(torch.empty(0, device=device).device)
+    return resolve_home(home)
+
+
+def forget(parameter: Tensor | None) -> None:
+    """Let go of the pages that reading or writing a parked parameter brought into memory."""
+    berth = None if parameter is None else berth_of(parameter)
+    if berth is not None:
+        berth.forget()
+
+
+def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A parameter that lies where the values lie, at home if they do."""
+    parameter = nn.Parameter(values, requires_grad=requires_grad)
+    berth = berth_of(values)
+    if berth is not None:
+        register(parameter, berth)
+    return parameter
+
+
+@contextmanager
+def _forgotten_after(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
+    """Whole values are read and written where they lie; their pages are let go of behind it."""
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            forget(parameter)
+
+
+register_gatherer(_forgotten_after)

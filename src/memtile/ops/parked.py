@@ -1,0 +1,220 @@
+"""A parked tile in autograd: one function a tile, which brings the weight in anew for backward.
+
+Shapes: N tokens, W (M, K); x (…, K), y (…, M), g the gradient of y.
+
+Forward: y = x Wᵀ + b. Backward: dx = g W, and dW = gᵀ x is formed where it is to go.
+
+One function for a whole layer would return all its tiles' gradients at once, and so hold a layer's
+worth of them. Of each tile only its slice of the input is kept, and a note of the parameter's
+version: no slab is ever saved in a graph. dW goes home inside backward, which returns None for it;
+autograd calls the parameter's post-accumulate-grad hooks all the same, once, after its last use.
+Where someone looks on (tensor hooks on the parameter, `autograd.grad`, `create_graph=True`, batched
+gradients) dW goes through autograd as anyone's does.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memtile.ops.context import is_batched
+from memtile.ops.products import sum_of_products
+
+
+class Source(Protocol):
+    """Where a tile's values come from and its gradient goes: an operation knows no home."""
+
+    def use(self) -> Any:
+        """A note that backward will need the values again."""
+
+    def resume(self, use: Any) -> None:
+        """Backward of the node with this note begins; raises where the values have changed."""
+
+    def values(self, device: torch.device) -> AbstractContextManager[Tensor]:
+        """The values on this device, to be read inside the block only."""
+
+    def deliver(self, form: Callable[[Tensor], None]) -> None:
+        """Put or add the gradient that `form` writes into the tensor it is given."""
+
+
+def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source) -> Tensor:
+    """y (…, M), with the weight brought in for the product only.
+
+    Args:
+        x: (…, K), of the dtype that the product is to have.
+        weight: (M, K), the parameter itself, for autograd: its values are not read.
+        bias: (M,) of x's dtype, or None.
+        source: of the weight's values.
+    """
+    result: Tensor = _ParkedLinear.apply(x, weight, bias, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+class _ParkedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # torch gives FunctionCtx no fields, so mypy cannot know those set here
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        source: Source,
+    ) -> Tensor:
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if needs_weight else None)
+        ctx.source, ctx.weight, ctx.lead = source, weight, x.shape[:-1]
+        ctx.use = source.use() if needs_x or needs_weight else None
+        out = x.new_empty((*ctx.lead, weight.shape[0]))
+        with _no_autocast(x), source.values(x.device) as values:
+            factors = [(_as_matrix(x), values.to(x.dtype).t())]
+            sum_of_products(_as_matrix(out), factors, 1, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, needed = grads[0], ctx.needs_input_grad
+        if grad is None:
+            return None, None, None, None
+        ctx.source.resume(ctx.use)
+        if torch.is_grad_enabled() or is_batched(grad):
+            return *_differentiably(ctx, grad), None
+        dx = dw = db = None
+        with _no_autocast(grad):
+            if needed[0]:
+                dx = _input_gradient(ctx, grad)
+            if needed[1]:
+                dw = _weight_gradient(ctx, grad)
+            if needed[2]:
+                db = _as_matrix(grad).sum(0)
+        return dx, dw, db, None
+
+
+def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    dx = grad.new_empty((*ctx.lead, ctx.weight.shape[1]))
+    with ctx.source.values(grad.device) as values:
+        factors = [(_as_matrix(grad), values.to(grad.dtype))]
+        sum_of_products(_as_matrix(dx), factors, 1)
+    return dx
+
+
+def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
+    """None when it went home."""
+    (x,) = ctx.saved_tensors
+
+    def form(out: Tensor) -> None:
+        _product_into(out, _as_matrix(grad).t(), _as_matrix(x))
+
+    return send_gradient(ctx.weight, ctx.next_functions[1][0], ctx.source, form)
+
+
+def send_gradient(
+    parameter: Tensor, node: Any, source: Source, form: Callable[[Tensor], None]
+) -> Tensor | None:
+    """Send a parameter's gradient home, or give it back for autograd to handle.
+
+    Args:
+        parameter: what it is the gradient of.
+        node: the node of the graph that accumulates it.
+        source: takes it home.
+        form: writes it into a tensor.
+    """
+    try:
+        wanted = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # autograd.grad with respect to the parameter: it is to be returned
+        return _formed(parameter, form)
+    if not wanted:  # backward(inputs=…) of others must leave it untouched
+        return None
+    if parameter._backward_hooks or not parameter.is_leaf:
+        return _formed(parameter, form)
+    source.deliver(form)
+    return None
+
+
+def _formed(parameter: Tensor, form: Callable[[Tensor], None]) -> Tensor:
+    gradient = torch.empty_like(parameter)
+    form(gradient)
+    return gradient
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if out.dtype == a.dtype and out.device == a.device:
+        sum_of_products(out, [(a, b)], 1)
+        return
+    product = a.new_empty(out.shape)
+    sum_of_products(product, [(a, b)], 1)
+    out.copy_(product)
+
+
+def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same in ordinary operations on the parameter itself, through its mapping."""
+    needed = ctx.needs_input_grad
+    (x,) = ctx.saved_tensors
+    flat = grad.reshape(-1, grad.shape[-1])
+    dx = dw = None
+    if needed[0]:
+        dx = functional.linear(grad, ctx.weight.to(grad).t())
+    if needed[1]:
+        dw = (flat.t() @ x.reshape(-1, x.shape[-1])).to(ctx.weight)
+    return dx, dw, flat.sum(0) if needed[2] else None
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Casts are explicit: autocast's cache would serve the last tile's weight for a new slab."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def parked_embedding(
+    ids: Tensor, weight: Tensor, padding_idx: int | None, by_frequency: bool, source: Source
+) -> Tensor:
+    """The rows (ids…, D) of a parked tile, of which only the pages with these rows are read.
+
+    Args:
+        ids: whole numbers within the tile.
+        weight: (K, D), the parameter; its rows are read where they lie.
+        padding_idx: a row whose gradient is zero, or None.
+        by_frequency: divide each row's gradient by how often its id occurs.
+        source: takes the gradient home.
+    """
+    result: Tensor = _ParkedEmbedding.apply(ids, weight, padding_idx, by_frequency, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+class _ParkedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # torch gives FunctionCtx no fields, so mypy cannot know those set here
+        ids: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        by_frequency: bool,
+        source: Source,
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding, ctx.by_frequency = -1 if padding_idx is None else padding_idx, by_frequency
+        ctx.source, ctx.weight = source, weight
+        ctx.use = source.use() if ctx.needs_input_grad[1] else None
+        rows = functional.embedding(ids.to(weight.device), weight.detach())
+        return rows.to(ids.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,), grad = ctx.saved_tensors, grads[0]
+        ctx.source.resume(ctx.use)
+        rows, width = ctx.weight.shape[0], grad.reshape(-1, ctx.weight.shape[1])
+        formed = torch.ops.aten.embedding_dense_backward
+
+        def form(out: Tensor) -> None:
+            out.copy_(formed(width, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
+
+        if torch.is_grad_enabled() or is_batched(grad):
+            dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
+            return None, dense.to(ctx.weight), None, None, None
+        dw = send_gradient(ctx.weight, ctx.next_functions[-1][0], ctx.source, form)
+        return None, dw, None, None, None

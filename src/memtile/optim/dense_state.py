@@ -1,0 +1,271 @@
+"""An optimizer's state as the plain optimizer over the dense model has it, and back.
+
+What is kept for the tiles of one weight becomes one tensor of the dense shape under the number that
+the dense parameter has in the dense model. Tiles are known by what their layer can tell of them:
+this room knows no layer.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memtile.errors import OptimizerError
+from memtile.geometry import Rect
+from memtile.homes import berth_of, register, settle_in
+
+Index = tuple[int, int]
+Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
+Packed = dict[str, Any]  # a state dict of an optimizer, as torch writes it
+
+
+@runtime_checkable
+class Tiled(Protocol):
+    """What a layer tells of its tiles."""
+
+    weight_is_transposed: bool
+
+    def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
+        """The tiles' parameters called `name`, by their place."""
+
+    def tile_rect(self, name: str, index: Index) -> Rect:
+        """The rectangle of the dense parameter that a tile holds; a bias is one column."""
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the dense parameter."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of the model, and its place in a dense one.
+
+    Args:
+        parameter: of the model.
+        rect: the rectangle that it is of the dense matrix; None where it is the whole.
+        turned: whether the dense tensor is the matrix transposed.
+    """
+
+    parameter: nn.Parameter
+    rect: Rect | None = None
+    turned: bool = False
+
+    def view(self, dense: Tensor) -> Tensor:
+        """What this part is of a tensor of the dense shape."""
+        if self.rect is None:
+            return dense
+        if dense.dim() == 1:
+            return dense[self.rect.index[0]]
+        return (dense.t() if self.turned else dense)[self.rect.index]
+
+
+@dataclass(frozen=True)
+class DenseParameter:
+    """A parameter of the dense model: its name, its shape, and the parts that it is kept in."""
+
+    name: str
+    shape: torch.Size
+    parts: tuple[Part, ...]
+
+
+def dense_parameters(model: nn.Module) -> list[DenseParameter]:
+    """The parameters of the dense model, in its order."""
+    seen: set[nn.Parameter] = set()
+    found = []
+    for path, module in model.named_modules():
+        for dense in [*_joined(path, module), *_own(path, module)]:
+            if dense.parts[0].parameter not in seen:
+                seen.update(part.parameter for part in dense.parts)
+                found.append(dense)
+    return found
+
+
+def _joined(path: str, module: nn.Module) -> Iterator[DenseParameter]:
+    if not isinstance(module, Tiled):
+        return
+    for name in ("weight", "bias"):
+        tiles = module.tile_parameters(name)
+        turned = name == "weight" and module.weight_is_transposed
+        parts = tuple(Part(p, module.tile_rect(name, i), turned) for i, p in tiles.items())
+        if parts:
+            full = f"{path}.{name}" if path else name
+            yield DenseParameter(full, torch.Size(module.dense_shape(name)), parts)
+
+
+def _own(path: str, module: nn.Module) -> Iterator[DenseParameter]:
+    for name, parameter in module.named_parameters(recurse=False):
+        yield DenseParameter(
+            f"{path}.{name}" if path else name, parameter.shape, (Part(parameter),)
+        )
+
+
+def _by_group(model: nn.Module, groups: Sequence[Group]) -> list[list[DenseParameter]]:
+    """The dense parameters of each group, in the group's order.
+
+    Raises:
+        OptimizerError: a group holds some tiles of a weight and not all.
+    """
+    of: dict[nn.Parameter, DenseParameter] = {
+        part.parameter: dense for dense in dense_parameters(model) for part in dense.parts
+    }
+    result = []
+    for number, group in enumerate(groups):
+        held = set(group["params"])
+        ordered: dict[int, DenseParameter] = {}
+        for parameter in group["params"]:
+            dense = of.get(parameter) or DenseParameter("", parameter.shape, (Part(parameter),))
+            if not all(part.parameter in held for part in dense.parts):
+                raise OptimizerError(
+                    f"group {number} holds some tiles of {dense.name} and not all, so there is no "
+                    "dense state of it; put all tiles of a weight into one group"
+                )
+            ordered.setdefault(id(dense.parts[0].parameter), dense)
+        result.append(list(ordered.values()))
+    return result
+
+
+def to_dense_state(model: nn.Module, packed: Packed, groups: Sequence[Group]) -> Packed:
+    """The state dict over the dense model, from the one over its tiles.
+
+    Raises:
+        OptimizerError: some tiles of a weight are in a group and some are not.
+    """
+    states = _states_by_parameter(packed, groups)
+    result: Packed = {"state": {}, "param_groups": []}
+    number = 0
+    for own, saved, members in zip(
+        groups, packed["param_groups"], _by_group(model, groups), strict=True
+    ):
+        assert len(own["params"]) == len(saved["params"])
+        numbers = list(range(number, number + len(members)))
+        number += len(members)
+        result["param_groups"].append({**saved, "params": numbers})
+        for key, dense in zip(numbers, members, strict=True):
+            kept = {p.parameter: states[p.parameter] for p in dense.parts if p.parameter in states}
+            if kept:
+                result["state"][key] = _join(dense, kept)
+    return {**{k: v for k, v in packed.items() if k not in result}, **result}
+
+
+def _states_by_parameter(packed: Packed, groups: Sequence[Group]) -> dict[nn.Parameter, Any]:
+    states = {}
+    for own, saved in zip(groups, packed["param_groups"], strict=True):
+        for parameter, number in zip(own["params"], saved["params"], strict=True):
+            if number in packed["state"]:
+                states[parameter] = packed["state"][number]
+    return states
+
+
+def _join(dense: DenseParameter, states: Mapping[nn.Parameter, Any]) -> dict[str, Any]:
+    if len(dense.parts) == 1 and dense.parts[0].rect is None:
+        return dict(states[dense.parts[0].parameter])
+    if len(states) < len(dense.parts):
+        raise OptimizerError(
+            f"{dense.name}: {len(states)} of its {len(dense.parts)} tiles have been stepped, so "
+            "there is no dense state of it yet; step the others too"
+        )
+    first = states[dense.parts[0].parameter]
+    return {
+        key: _joined_entry(dense, key, entry, states)
+        if _is_like(entry, dense.parts[0].parameter)
+        else copy.deepcopy(entry)
+        for key, entry in first.items()
+    }
+
+
+def _is_like(entry: object, parameter: Tensor) -> bool:
+    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
+
+
+def _joined_entry(
+    dense: DenseParameter, key: str, like: Tensor, states: Mapping[nn.Parameter, Any]
+) -> Tensor:
+    out = _room(dense, like)
+    for part in dense.parts:
+        entry = states[part.parameter][key]
+        part.view(out).copy_(entry)
+        for tensor in (entry, out):
+            berth = berth_of(tensor)
+            if berth is not None:
+                berth.forget()
+    return out
+
+
+def _room(dense: DenseParameter, like: Tensor) -> Tensor:
+    """A tensor of the dense shape, in the home that the state lives in."""
+    berth = berth_of(like)
+    if berth is None or berth.home.works_in_place:
+        return torch.empty(dense.shape, dtype=like.dtype, device=like.device)
+    room = berth.home.berth(dense.shape, like.dtype)
+    out = room.tensor()
+    register(out, room)
+    return out
+
+
+def load_dense_state(
+    optimizer: Optimizer,
+    model: nn.Module,
+    packed: Packed,
+    stepped_dtype: Callable[[Tensor], torch.dtype],
+) -> None:
+    """Cut a state dict over the dense model into the tiles' states, in place.
+
+    Args:
+        optimizer: whose `state` and `param_groups` are filled.
+        model: whose tiles they are.
+        packed: as torch's optimizers write it over the dense model.
+        stepped_dtype: the dtype that a parameter's state has.
+
+    Raises:
+        OptimizerError: it does not fit; nothing was changed.
+    """
+    members = _by_group(model, optimizer.param_groups)
+    _check(packed, members)
+    states: dict[Tensor, dict[str, Any]] = {}
+    for group, saved in zip(members, packed["param_groups"], strict=True):
+        for dense, number in zip(group, saved["params"], strict=True):
+            for part in dense.parts:
+                if number in packed["state"]:
+                    entries = packed["state"][number].items()
+                    states[part.parameter] = {
+                        key: _cut(dense, part, entry, stepped_dtype(part.parameter), key)
+                        for key, entry in entries
+                    }
+    for own, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+        own.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
+    optimizer.state.clear()
+    optimizer.state.update(states)
+
+
+def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
+    theirs = [len(group["params"]) for group in packed["param_groups"]]
+    ours = [len(group) for group in members]
+    if theirs != ours:
+        raise OptimizerError(
+            f"the state dict has {theirs} parameters in its groups, the dense model {ours}: it is "
+            "of another model, or its groups were made otherwise; load it where it was saved"
+        )
+    for group, saved in zip(members, packed["param_groups"], strict=True):
+        for dense, number in zip(group, saved["params"], strict=True):
+            for key, entry in packed["state"].get(number, {}).items():
+                if isinstance(entry, Tensor) and entry.numel() > 1 and entry.shape != dense.shape:
+                    raise OptimizerError(
+                        f"{dense.name}: the state dict's {key} is {tuple(entry.shape)}, the "
+                        f"parameter {tuple(dense.shape)}: it is of another model"
+                    )
+
+
+def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype, key: str) -> Any:
+    """One part's share of a state entry, where the part lives; what is no such tensor is copied."""
+    if not isinstance(entry, Tensor) or entry.shape != dense.shape or not entry.dim():
+        return copy.deepcopy(entry)
+    share = part.view(entry.detach())
+    if share.is_floating_point():
+        share = share.to(dtype)
+    berth = berth_of(part.parameter)
+    if berth is not None and not berth.home.works_in_place:
+        return settle_in(berth.home, share)
+    return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,192 @@
+"""Which optimizers can step a parameter in pieces: the others are refused here, by name."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any  # options and state hold whatever the optimizer's class wants
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memtile.errors import OptimizerError
+
+# Steps pieces in place, all of them once for each of the given rounds of gradients.
+Training = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]]], None]
+
+_SHAPE = (6, 10)
+_CUTS = ((0, (2, 4)), (1, (3, 7)))  # (dimension, sizes): ragged, so that no mean is the same
+_SCALES = (1.0, 100.0, 0.01)  # of the gradients, step by step: no threshold on a norm stays unseen
+_ULPS = 8  # a value may be computed in a vector or in its scalar tail: another rounding, no more
+_WAY_OUT = (
+    "use it in an optimizer of its own, on parameters that are not parked, or choose an "
+    "element-wise one, such as AdamW, Adam, SGD or Adagrad"
+)
+
+
+def check_class(optimizer_class: object) -> type[Optimizer]:
+    """The class, when it is one of optimizers whose step needs no closure.
+
+    Raises:
+        OptimizerError: it is something else, or its step needs a closure.
+    """
+    if isinstance(optimizer_class, Optimizer):
+        name = type(optimizer_class).__name__
+        raise OptimizerError(
+            f"{name} was given as an instance, which holds parameters and their state itself; give "
+            f"the class {name}, and its options by name"
+        )
+    if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, Optimizer):
+        raise OptimizerError(
+            f"{optimizer_class!r} is no optimizer class; give a subclass of torch.optim.Optimizer, "
+            "such as torch.optim.AdamW, and its options by name"
+        )
+    if _needs_arguments(optimizer_class):
+        raise refusal(
+            optimizer_class.__name__,
+            "needs a closure in step(), to run the model again; a tile is stepped with the "
+            "gradient that it has",
+        )
+    return optimizer_class
+
+
+def _needs_arguments(optimizer_class: type[Optimizer]) -> bool:
+    _, *arguments = inspect.signature(optimizer_class.step).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(a.default is a.empty and a.kind not in variable for a in arguments)
+
+
+def refuse_differentiable(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that ask for a step which autograd records.
+
+    Raises:
+        OptimizerError: `differentiable` is true.
+    """
+    if options.get("differentiable"):
+        raise OptimizerError(
+            f"{name} was given differentiable=True; a piece is stepped in place, in memory that is "
+            "used again, so no graph can lead through its step: leave differentiable=False"
+        )
+
+
+def construct(
+    optimizer_class: type[Optimizer], params: Iterable[Any], options: Mapping[str, Any]
+) -> Optimizer:
+    """The optimizer that its class makes of these parameters, or groups of them, and options.
+
+    Raises:
+        OptimizerError: the class refuses, whatever it raises.
+    """
+    try:
+        return optimizer_class(params, **options)
+    except Exception as error:  # the constructor may be anyone's
+        raise OptimizerError(
+            f"{optimizer_class.__name__} does not take {spelled(options)}: {error}; give options "
+            "that its constructor takes, for a float32 matrix on the CPU"
+        ) from error
+
+
+def spelled(options: Mapping[str, Any]) -> str:
+    """The options as they are written in a call, for a sentence."""
+    written = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"the options ({written})" if written else "no options"
+
+
+def steps(step: Callable[[nn.Parameter], object], dtype: torch.dtype, *, sparse: bool) -> bool:
+    """Whether a small parameter with a sparse or a dense gradient can be stepped."""
+    try:
+        parameter, gradient = nn.Parameter(stand_in_values(dtype)), stand_in_values(dtype)
+        parameter.grad = gradient.to_sparse() if sparse else gradient
+        step(parameter)
+    except Exception:  # the step may be anyone's; which error it is, is not asked
+        return False
+    return True
+
+
+def stand_in_values(dtype: torch.dtype) -> Tensor:
+    """The values of a small parameter, of a shape that no part of an optimizer's state has."""
+    return torch.ones(_SHAPE, dtype=dtype, device="cpu")
+
+
+def refusal(name: str, why: str) -> OptimizerError:
+    """The error for an optimizer that cannot step pieces, with the way out."""
+    return OptimizerError(f"{name} {why}: {_WAY_OUT}")
+
+
+def layout(name: str, state: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """The dtypes of the entries of a stand-in's state that are shaped like it.
+
+    Raises:
+        OptimizerError: a tensor in it is shaped neither like the stand-in nor like one number, is
+            one of several in an entry, or is more than a plain dense tensor.
+    """
+    for key, entry in state.items():
+        for tensor in _tensors_in(entry):
+            if tensor.numel() != 1 and (tensor is not entry or not _like_a_parameter(tensor)):
+                raise refusal(
+                    name,
+                    f"keeps {key!r}, a {type(tensor).__name__} of shape {tuple(tensor.shape)}, for "
+                    f"a parameter of shape {_SHAPE}; what is kept for a tile must be dense tensors "
+                    "of the tile's own shape, or numbers",
+                )
+    return {
+        key: entry.dtype
+        for key, entry in state.items()
+        if isinstance(entry, Tensor) and entry.shape == _SHAPE
+    }
+
+
+def _tensors_in(entry: object) -> list[Tensor]:
+    if isinstance(entry, Mapping):
+        entry = list(entry.values())
+    if isinstance(entry, (list, tuple)):
+        return [item for item in entry if isinstance(item, Tensor)]
+    return [entry] if isinstance(entry, Tensor) else []
+
+
+def _like_a_parameter(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and tensor.shape == _SHAPE
+
+
+def pieces_agree(whole: Training, pieces: Training, dtype: torch.dtype) -> bool:
+    """Whether a matrix stepped in pieces comes out as it does stepped whole.
+
+    Three steps, cut once by rows and once by columns; a few last bits may differ. What happens
+    only after more steps, or on another device, is not seen.
+
+    Args:
+        whole: Steps with the optimizer as torch uses it.
+        pieces: Steps with the optimizer as it is used on pieces.
+        dtype: Of the matrix.
+    """
+    matrix, gradients = _problem(dtype)
+    truth = matrix.clone()
+    whole([truth], [[gradient.clone()] for gradient in gradients])
+    return all(_agree(truth, _cut_and_stepped(matrix, gradients, *cut, pieces)) for cut in _CUTS)
+
+
+def _problem(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A matrix and a gradient for each step, from a generator of their own."""
+    generator = torch.Generator(device="cpu").manual_seed(20260101)
+
+    def draw() -> Tensor:
+        drawn = torch.randn(_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
+        return drawn.to(dtype)
+
+    return draw(), [scale * draw() for scale in _SCALES]
+
+
+def _cut_and_stepped(
+    matrix: Tensor, gradients: Sequence[Tensor], dim: int, sizes: tuple[int, ...], train: Training
+) -> Tensor:
+    def cut(tensor: Tensor) -> list[Tensor]:
+        return [piece.clone() for piece in tensor.split(sizes, dim)]
+
+    pieces = cut(matrix)
+    train(pieces, [cut(gradient) for gradient in gradients])
+    return torch.cat(pieces, dim)
+
+
+def _agree(truth: Tensor, ours: Tensor) -> bool:
+    allowed = _ULPS * torch.finfo(truth.dtype).eps * float(truth.abs().max())
+    return torch.allclose(ours, truth, rtol=0, atol=allowed, equal_nan=True)

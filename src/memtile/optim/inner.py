@@ -1,0 +1,260 @@
+"""Any element-wise torch optimizer, applied to pieces of parameters whose state lives elsewhere.
+
+A piece is stepped as if it were a parameter of its own: a stand-in, an `nn.Parameter` in the
+piece's memory, is put before the optimizer together with the piece's gradient and state, and taken
+away again after the step. The optimizer itself owns nothing between two steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any  # options and state hold whatever the optimizer's class wants
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memtile.errors import OptimizerError
+from memtile.optim.elementwise import (
+    check_class,
+    construct,
+    layout,
+    pieces_agree,
+    refusal,
+    refuse_differentiable,
+    spelled,
+    stand_in_values,
+    steps,
+)
+
+_CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
+_DRAWS = (
+    "draws random numbers in its step; a matrix stepped in tiles would get others than one "
+    "stepped whole"
+)
+_SPARSE = "steps sparse gradients only; the gradient of a tile is dense"
+_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+@dataclass(eq=False)
+class Piece:
+    """A part of a parameter for one step.
+
+    Attributes:
+        value: Its values, a plain tensor with as many dimensions as the parameter; updated in
+            place. An optimizer that writes through `.data` does not bump its version.
+        gradient: Of the value's shape, dtype and device; as with torch, an optimizer may use its
+            memory.
+        state: What the optimizer keeps for it: empty before its first step, and afterwards filled
+            by the optimizer. Tensors may be views of memory of the caller's, and are updated in
+            place; where the optimizer replaces an entry, the new one is found here afterwards, and
+            copying it back is left to the caller.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class Inner:
+    """An optimizer class applied to pieces: its options, the layout of its state, and its step.
+
+    The class is constructed on stand-ins only, and the construction steps a small matrix whole
+    and in halves, to see that it is element-wise; torch's random numbers are left as they were.
+
+    Args:
+        optimizer_class: A subclass of `torch.optim.Optimizer`.
+        options: What its constructor takes besides the parameters.
+
+    Attributes:
+        name: The class's name, for messages.
+        defaults: What a parameter group holds that says nothing else.
+
+    Raises:
+        OptimizerError: it is no such class, does not take the options, or cannot step pieces.
+    """
+
+    name: str
+    defaults: dict[str, Any]
+
+    def __init__(self, optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:
+        self._class = check_class(optimizer_class)
+        self._options = dict(options)
+        self.name = self._class.__name__
+        refuse_differentiable(self.name, self._options)
+        self._optimizer = self._construct([nn.Parameter(stand_in_values(torch.float32))])
+        self._begins_with_state = bool(self._optimizer.state)
+        self._forget()
+        self.defaults = dict(self._optimizer.defaults)
+        self._bare_step = bare_step(self._optimizer)
+        self._checked: set[object] = set()
+        self.fields(self.defaults, torch.float32)
+
+    def fields(
+        self, group_options: Mapping[str, Any], dtype: torch.dtype
+    ) -> dict[str, torch.dtype]:
+        """The state entries that are tensors shaped like the parameter, and their dtypes.
+
+        Learnt from a stand-in on the CPU, stepped once. An entry that the optimizer makes only in
+        a later step is not among them. A dtype, or a set of flags, that was not asked for before
+        is also checked to be stepped in pieces as it is whole.
+
+        Args:
+            group_options: All of a parameter group, with or without its "params".
+            dtype: The parameter's.
+
+        Raises:
+            OptimizerError: with these options, or in this dtype, it cannot step pieces.
+        """
+        refuse_differentiable(self.name, group_options)
+        group = {**self.defaults, **group_options}
+        piece = Piece(stand_in_values(dtype), stand_in_values(dtype))
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            self._try_step(piece, group)
+            if not torch.equal(before, torch.get_rng_state()):
+                raise refusal(self.name, _DRAWS)
+            found = layout(self.name, piece.state)
+            self._check_once(group, dtype)
+        return found
+
+    def step(self, pieces: Sequence[Piece], group_options: Mapping[str, Any]) -> None:
+        """Step all pieces once, bit for bit as the optimizer would step each as a parameter.
+
+        Afterwards, and after an exception too, the optimizer refers to nothing of the pieces.
+        Autograd records nothing, and hooks for steps of all optimizers
+        (`torch.optim.optimizer.register_optimizer_step_pre_hook`) are not called for pieces,
+        except where the class's own step calls the step of another class.
+
+        One call at a time: nothing here keeps threads apart.
+
+        Args:
+            pieces: What is stepped. Their devices and dtypes may differ.
+            group_options: All of a parameter group, with or without its "params"; what it lacks is
+                taken from `defaults`.
+        """
+        with torch.no_grad():
+            group = {**self.defaults, **group_options}
+            try:
+                stand_ins = [self._stand_in(piece, group) for piece in pieces]
+                self._optimizer.param_groups = [{**group, "params": stand_ins}]
+                self._bare_step()
+                for piece, stand_in in zip(pieces, stand_ins, strict=True):
+                    self._hand_back(piece, stand_in)
+            finally:
+                self._forget()
+
+    def _stand_in(self, piece: Piece, group: Mapping[str, Any]) -> nn.Parameter:
+        """A parameter in the piece's memory, with its gradient, and its state if it has one."""
+        stand_in = nn.Parameter(piece.value)
+        stand_in.grad = piece.gradient
+        if not piece.state and self._begins_with_state:
+            made = self._construct([{**group, "params": [stand_in]}])
+            piece.state.update(made.state[stand_in])
+        if piece.state:
+            self._optimizer.state[stand_in] = piece.state
+        return stand_in
+
+    def _hand_back(self, piece: Piece, stand_in: nn.Parameter) -> None:
+        kept = self._optimizer.state.get(stand_in)
+        if kept is not None and kept is not piece.state:
+            piece.state.clear()
+            piece.state.update(kept)
+
+    def _forget(self) -> None:
+        self._optimizer.param_groups = []
+        self._optimizer.state.clear()
+
+    def _construct(self, params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Optimizer:
+        return construct(self._class, params, self._options)
+
+    def _try_step(self, piece: Piece, group: Mapping[str, Any]) -> None:
+        """Step a stand-in, and say by name why it is not possible."""
+        try:
+            self.step([piece], group)
+        except OptimizerError:
+            raise
+        except Exception as error:  # the step may be anyone's
+            raise self._failed(piece.value.dtype, group, error) from error
+
+    def _failed(
+        self, dtype: torch.dtype, group: Mapping[str, Any], error: Exception
+    ) -> OptimizerError:
+        def step_alone(parameter: nn.Parameter) -> None:
+            bare_step(self._construct([{**group, "params": [parameter]}]))()
+
+        said = str(error).rstrip(".")
+        if steps(step_alone, dtype, sparse=False):
+            return refusal(self.name, f"steps only what it was constructed with: {said}")
+        if steps(step_alone, dtype, sparse=True):
+            return refusal(self.name, _SPARSE)
+        return refusal(self.name, f"cannot step a dense {dtype} parameter on the CPU: {said}")
+
+    def _check_once(self, group: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Check that halves agree with the whole, once for a dtype and flags: they choose kernels.
+
+        In 16 bits too: torch's fused SGD on the CPU leaves values out there (pytorch#191763).
+        """
+        flags = {(key, v) for key, v in group.items() if v is None or isinstance(v, bool)}
+        if (dtype, frozenset(flags)) in self._checked:
+            return
+        options = {**group, "lr": _CHECKED_LR} if "lr" in group else dict(group)
+        kept: list[str] = []
+
+        def whole(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
+            kept.extend(self._train_plainly(values, rounds, options))
+
+        def in_pieces(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
+            self._train_in_pieces(values, rounds, options)
+
+        if not pieces_agree(whole, in_pieces, dtype):
+            raise refusal(self.name, self._not_elementwise(dtype, kept))
+        self._checked.add((dtype, frozenset(flags)))
+
+    def _train_plainly(
+        self,
+        values: Sequence[Tensor],
+        rounds: Sequence[Sequence[Tensor]],
+        options: Mapping[str, Any],
+    ) -> list[str]:
+        """Step parameters as torch does, and name what that changed in their group."""
+        parameters = [nn.Parameter(value) for value in values]
+        optimizer = self._construct([{**options, "params": parameters}])
+        before = dict(optimizer.param_groups[0])
+        for gradients in rounds:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            bare_step(optimizer)()
+        after = optimizer.param_groups[0]
+        return [key for key, value in after.items() if value is not before.get(key)]
+
+    def _train_in_pieces(
+        self,
+        values: Sequence[Tensor],
+        rounds: Sequence[Sequence[Tensor]],
+        options: Mapping[str, Any],
+    ) -> None:
+        states: list[dict[str, Any]] = [{} for _ in values]
+        for gradients in rounds:
+            for parts in zip(values, gradients, states, strict=True):
+                self._try_step(Piece(*parts), options)
+
+    def _not_elementwise(self, dtype: torch.dtype, kept: Sequence[str]) -> str:
+        found = f"a {dtype} matrix stepped in halves came out otherwise than stepped whole"
+        if kept:
+            found = f"it counts {', '.join(map(repr, kept))} in its parameter group, at every step"
+        return (
+            f"is not element-wise: given {spelled(self._options)}, {found}; tiles are stepped one "
+            "by one, so a value may depend only on its own gradient, its own state and the options"
+        )
+
+
+def bare_step(optimizer: Optimizer) -> Callable[[], object]:
+    """The optimizer's step without what torch wraps around it: profiling, and all hooks.
+
+    Only torch's own wrapper is taken off, known by its code; any other step is called as it is.
+    """
+    step = type(optimizer).step
+    if "step" in vars(optimizer) or getattr(step, "__code__", None) is not _HOOKED:
+        return optimizer.step
+    return partial(vars(step)["__wrapped__"], optimizer)

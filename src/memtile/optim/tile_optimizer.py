@@ -1,0 +1,244 @@
+"""`TileOptimizer`: any element-wise torch optimizer, stepping tiles where they live."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from memtile.errors import ArgumentError, OptimizerError
+from memtile.homes import Home, berth_of
+from memtile.optim.clipping import clip_gradients
+from memtile.optim.dense_state import load_dense_state, to_dense_state
+from memtile.optim.inner import Inner
+from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
+from memtile.optim.stepping import Stepper
+from memtile.transfer import ferries_of, step_in_backward
+
+Mode = Literal["classic", "in_backward"]
+Hook = Callable[[nn.Parameter], None]
+Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
+
+
+class TileOptimizer(Optimizer):
+    """A torch optimizer for a model whose tiles may live elsewhere.
+
+    It is a `torch.optim.Optimizer`: parameter groups, schedulers, `zero_grad`, `state_dict` work.
+    Each parameter is stepped by itself, parked ones in slabs, with moments that live in the home of
+    their tile; Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
+    stopped when `step` is called again.
+
+    In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
+    gradient is dropped: no gradient memory. `step()` is still called, once after each backward; a
+    second backward before it is refused. **`torch.nn.utils.clip_grad_norm_` sees no gradients then,
+    and returns 0.** An exception in the middle of such a backward leaves some parameters stepped.
+
+    Args:
+        model: whose parameters are optimized.
+        optimizer_class: an element-wise `torch.optim.Optimizer` class; the check is its own.
+        mode: "classic" or "in_backward".
+        params: parameters or groups of them, as torch optimizers take them; all by default.
+        masters: step 16-bit parameters in float32, kept beside the moments; False: in 16 bits.
+        **options: go to `optimizer_class`.
+
+    Raises:
+        ArgumentError: the model or the mode is none.
+        OptimizerError: the class is not element-wise, or does not take the options.
+        HomeFullError: a home has no room for moments, masters and gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer_class: type[Optimizer],
+        *,
+        mode: Mode = "classic",
+        params: Iterable[Any] | None = None,
+        masters: bool = True,
+        **options: Any,  # the contract passes them to optimizer_class
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(
+                f"the model is a {type(model).__name__}; TileOptimizer takes the model itself, and "
+                "parameters or groups of them as params=…"
+            )
+        if mode not in get_args(Mode):
+            raise ArgumentError(f"mode={mode!r} must be one of {get_args(Mode)}")
+        self.mode: Mode = mode
+        self._model = model
+        self._inner = Inner(optimizer_class, options)
+        self._stepped: set[nn.Parameter] = set()
+        self._unfinished: list[tuple[nn.Parameter, Group]] | None = None
+        self._group_of: dict[nn.Parameter, Group] = {}
+        self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
+        super().__init__(model.parameters() if params is None else params, self._inner.defaults)
+        self._stepper = Stepper(self._inner, self.state, masters)
+        self._reserve(self.param_groups)
+        weakref.finalize(self, _remove, self._hooks).atexit = False
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters with options of their own, as torch optimizers do."""
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        if self.mode == "in_backward":
+            self._hook(added["params"])
+        if hasattr(self, "_stepper"):  # later than the constructor, which reserves for all
+            self._reserve([added])
+
+    def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
+        step: weakref.WeakMethod[Hook] = weakref.WeakMethod(self._step_after_backward)
+        for parameter in filter(lambda parameter: parameter.requires_grad, parameters):
+            handle = parameter.register_post_accumulate_grad_hook(_if_alive(step))
+            self._hooks.append((weakref.ref(parameter), handle))
+            step_in_backward(parameter, True)
+
+    def _reserve(self, groups: Iterable[Group]) -> None:
+        """Make room in each home for what training will park there."""
+        needed: dict[Home, int] = {}
+        for parameter, group in _with_groups(groups):
+            berth = berth_of(parameter)
+            if berth is not None and parameter.requires_grad:
+                size = self._stepper.state_bytes(parameter, group)
+                size += berth.room if self.mode == "classic" else 0
+                needed[berth.home] = needed.get(berth.home, 0) + size
+        for home, size in needed.items():
+            home.reserve(size)
+
+    def _all(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter, _ in _with_groups(self.param_groups))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients; a step that was not finished, or a backward, is given up."""
+        self._stepped.clear()
+        self._unfinished = None
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient; in backward mode, those not stepped yet.
+
+        Raises:
+            HomeIOError: a tile could not be read or written. Call `step()` again to go on with the
+                parameters that were not stepped, or `zero_grad()` to give them up.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with uninterrupted():
+            self._step_all()
+        return loss
+
+    def _step_all(self) -> None:
+        if self._unfinished is None:
+            self._unfinished = [
+                (parameter, group)
+                for parameter, group in _with_groups(self.param_groups)
+                if parameter.grad is not None
+            ]
+        todo = self._unfinished
+        while todo:
+            parameter, group = todo[0]
+            ahead = (self._stepper.cargo(later) for later, _ in todo[1:])
+            self._stepper.step(parameter, group, filter(None, ahead))
+            del todo[0]
+            if self.mode == "in_backward":
+                parameter.grad = None
+        self._settle()
+        self._stepped.clear()
+        self._unfinished = None
+
+    def _settle(self) -> None:
+        """Wait until everything is at home; nothing that was read stays for another step."""
+        homes = {berth.home for berth in map(berth_of, self._all()) if berth is not None}
+        for home in homes:
+            if not home.works_in_place:
+                ferries_of(home).steps.settle()
+                ferries_of(home).steps.clear()
+                ferries_of(home).weights.clear()
+
+    def _step_after_backward(self, parameter: nn.Parameter) -> None:
+        """The hook of in-backward mode: the parameter's gradient is complete."""
+        if parameter.grad is None:
+            return
+        if parameter in self._stepped:
+            parameter.grad = None
+            raise OptimizerError(
+                "a second backward came before step(): in mode='in_backward' a parameter is "
+                "stepped by its first one and cannot accumulate; call step() after each backward, "
+                "or use mode='classic'"
+            )
+        uninterrupted_backward()
+        if not self._stepped:
+            self._group_of = dict(_with_groups(self.param_groups))
+        self._stepper.step(parameter, self._group_of[parameter], in_backward=True)
+        self._stepped.add(parameter)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Scale all gradients so that their norm is at most `max_norm`, tile by tile.
+
+        `torch.nn.utils.clip_grad_norm_` does the same through the mapped memory.
+
+        Returns:
+            The norm before.
+
+        Raises:
+            OptimizerError: in backward mode, where there are no gradients to clip.
+            RuntimeError: with `error_if_nonfinite`, the norm is not finite.
+        """
+        if self.mode == "in_backward":
+            raise OptimizerError(
+                "clip_grad_norm_ needs all gradients at once, and in mode='in_backward' each is "
+                "dropped as soon as its parameter is stepped; use mode='classic'"
+            )
+        with uninterrupted():
+            return clip_gradients(list(self._all()), max_norm, norm_type, error_if_nonfinite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as the plain optimizer over the dense model would give it.
+
+        Moments of tiles are joined: in the home of the tiles, so that no memory is needed for them,
+        as room of their own that is given back with the dictionary.
+
+        Raises:
+            OptimizerError: some tiles of a weight are in a group and some are not.
+            HomeFullError: there is no room.
+        """
+        return to_dense_state(self._model, super().state_dict(), self.param_groups)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a plain optimizer over the dense model, or of this class.
+
+        Raises:
+            OptimizerError: it is of another model; nothing was changed.
+        """
+        load_dense_state(self, self._model, state_dict, self._stepper.stepped_dtype)
+
+
+def _with_groups(groups: Iterable[Group]) -> Iterator[tuple[nn.Parameter, Group]]:
+    return ((parameter, group) for group in groups for parameter in group["params"])
+
+
+def _if_alive(method: "weakref.WeakMethod[Hook]") -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        step = method()
+        if step is not None:
+            assert isinstance(parameter, nn.Parameter)
+            step(parameter)
+
+    return hook
+
+
+def _remove(hooks: list[tuple["weakref.ref[nn.Parameter]", RemovableHandle]]) -> None:
+    for reference, handle in hooks:
+        handle.remove()
+        parameter = reference()
+        if parameter is not None:
+            step_in_backward(parameter, False)

@@ -1,0 +1,374 @@
+"""What every home promises, promise by promise, as tests to inherit.
+
+They need nothing but a test runner that collects classes, such as pytest.
+"""
+
+import gc
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from memtile.errors import ArgumentError, HomeError
+from memtile.homes import PAGE, Berth, Home, Traffic, aligned_buffer, berth_of, register, settle_in
+
+_DTYPES: Final = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
+# A scalar, nothing, ragged, a page exactly, a byte beyond most dtypes' pages, many pages.
+_SHAPES: Final = ((), (0,), (3, 0, 2), (1,), (7, 13), (1024,), (4097,), (129, 257))
+
+
+class HomeContract(ABC):
+    """Tests that a home keeps its promises: inherit it in a test file and give `make_home`.
+
+    Example:
+        ```python
+        class TestMyHome(HomeContract):
+            def make_home(self) -> Home:
+                return MyHome()
+        ```
+    """
+
+    @abstractmethod
+    def make_home(self) -> Home:
+        """A new, open, empty home, with room for 64 MiB at least."""
+
+    def test_every_dtype_and_shape_comes_back_as_it_was_parked(self) -> None:
+        """Values of any dtype and shape, without elements too, are bit for bit what was given."""
+        with self.make_home() as home:
+            for dtype, shape in _kinds():
+                values = _random(shape, dtype)
+
+                settled = settle_in(home, values)
+
+                assert (settled.dtype, settled.shape) == (dtype, values.shape)
+                assert _same(settled, values), (dtype, shape)
+
+    def test_a_tensor_owns_a_storage_of_exactly_its_bytes(self) -> None:
+        """torch.save writes a tensor's whole storage: it is no byte longer than the tensor."""
+        with self.make_home() as home:
+            for dtype, shape in _kinds():
+                berth = home.berth(shape, dtype)
+                tensor = berth.tensor()
+
+                assert tensor.untyped_storage().nbytes() == berth.nbytes, (dtype, shape)
+                assert tensor.storage_offset() == 0
+                assert tensor.is_contiguous()
+
+    def test_a_berth_tells_its_sizes(self) -> None:
+        """`nbytes` is the tensor's size, `room` the same in whole pages, with no page too many."""
+        with self.make_home() as home:
+            for dtype, shape in _kinds():
+                berth = home.berth(shape, dtype)
+
+                assert berth.nbytes == torch.Size(shape).numel() * dtype.itemsize
+                assert berth.room % PAGE == 0
+                assert 0 <= berth.room - berth.nbytes < PAGE
+                assert berth.home is home
+
+    def test_each_call_gives_a_new_tensor_over_the_same_bytes(self) -> None:
+        """Two tensors of a berth are two objects, at its address, and see each other's values."""
+        with self.make_home() as home:
+            berth = home.berth((5, 7), torch.float32)
+            first, second = berth.tensor(), berth.tensor()
+
+            first.fill_(3)
+
+            assert first is not second
+            assert first.data_ptr() == second.data_ptr() == berth.address
+            assert bool((second == 3).all())
+
+    def test_a_tensor_may_become_a_parameter_that_trains(self) -> None:
+        """A tensor is a leaf of its own, also one that was made in inference mode."""
+        with self.make_home() as home:
+            with torch.inference_mode():
+                made = home.berth((3, 5), torch.float32).tensor()
+            parameter = torch.nn.Parameter(made)
+            with torch.no_grad():
+                parameter.fill_(2)
+
+            (parameter * parameter).sum().backward()
+
+            assert parameter.grad is not None
+            assert bool((parameter.grad == 4).all())
+
+    def test_read_sees_what_a_tensor_wrote(self) -> None:
+        """Values written through a tensor are what `read` gives, the first time and later."""
+        with self.make_home() as home:
+            berth = home.berth((129, 257), torch.float32)
+            tensor = berth.tensor()
+            for seed in range(3):
+                tensor.copy_(_random((129, 257), torch.float32, seed))
+
+                assert _same(_read(berth), tensor)
+
+    def test_a_tensor_sees_what_write_wrote(self) -> None:
+        """Bytes written past a tensor are its values at once, whether it was read before or not."""
+        with self.make_home() as home:
+            berth = home.berth((129, 257), torch.float32)
+            tensor = berth.tensor()
+            for seed in range(3):
+                values = _random((129, 257), torch.float32, seed)
+
+                _write(berth, values)
+
+                assert _same(tensor, values)
+                assert _same(berth.tensor(), values)
+
+    def test_pieces_are_read_and_written_where_they_belong(self) -> None:
+        """A piece at `start` is that part of the room, and its neighbours are left alone."""
+        with self.make_home() as home:
+            berth = home.berth((3 * PAGE + 5,), torch.uint8)
+            values = _random((3 * PAGE + 5,), torch.uint8)
+            _write(berth, values)
+            middle = aligned_buffer(PAGE)
+
+            berth.write(middle.fill_(7), PAGE)
+            berth.read(last := aligned_buffer(2 * PAGE), 2 * PAGE)
+
+            values[PAGE : 2 * PAGE] = 7
+            assert _same(berth.tensor(), values)
+            assert _same(last[: PAGE + 5], values[2 * PAGE :])
+
+    def test_pieces_that_do_not_fit_are_refused(self) -> None:
+        """A piece past the room, off a page, of another dtype or rank raises ArgumentError."""
+        with self.make_home() as home:
+            berth = home.berth((2 * PAGE,), torch.uint8)
+            buffer = aligned_buffer(3 * PAGE)
+            one = buffer[:PAGE]
+            for piece, start in (
+                (buffer, 0),
+                (one, 2 * PAGE),
+                (one, -PAGE),
+                (one, 1),
+                (buffer[1 : PAGE + 1], 0),
+                (buffer[:7], 0),
+                (one.view(torch.int32), 0),
+                (one.view(2, -1), 0),
+            ):
+                _assert_raises(ArgumentError, partial(berth.read, piece, start))
+                _assert_raises(ArgumentError, partial(berth.write, piece, start))
+
+    def test_a_room_is_not_used_again_while_a_tensor_lies_over_it(self) -> None:
+        """A view that outlives its berth keeps its values, however much is parked after it."""
+        with self.make_home() as home:
+            views = [settle_in(home, torch.full((1000,), float(n))).view(-1)[1:] for n in range(8)]
+            gc.collect()
+
+            others = [settle_in(home, torch.full((1000,), -1.0)) for _ in range(32)]
+
+            assert all(bool((view == n).all()) for n, view in enumerate(views))
+            assert all(bool((other == -1).all()) for other in others)
+
+    def test_a_room_is_not_used_again_while_its_berth_is_alive(self) -> None:
+        """A berth keeps its bytes when every tensor over it is gone, and makes new tensors."""
+        with self.make_home() as home:
+            berths = [home.berth((1000,), torch.float32) for _ in range(8)]
+            for number, berth in enumerate(berths):
+                berth.tensor().fill_(number)
+            gc.collect()
+
+            others = [settle_in(home, torch.full((1000,), -1.0)) for _ in range(32)]
+
+            assert all(bool((b.tensor() == n).all()) for n, b in enumerate(berths))
+            assert all(bool((other == -1).all()) for other in others)
+
+    def test_parking_and_dropping_can_go_on_for_ever(self) -> None:
+        """Many times the room of the home can be parked, as long as it is dropped again."""
+        with self.make_home() as home:
+            for number in range(96):
+                settled = settle_in(home, torch.full((1 << 18,), number, dtype=torch.int32))
+
+                assert int(settled[0]) == int(settled[-1]) == number
+                del settled
+
+    def test_forget_keeps_the_contents(self) -> None:
+        """What was written through a tensor, or past it, is there after `forget`."""
+        with self.make_home() as home:
+            values = _random((129, 257), torch.float32)
+            berth = home.berth((129, 257), torch.float32)
+            tensor = berth.tensor()
+            tensor.copy_(values)
+
+            berth.forget()
+
+            assert _same(tensor, values)
+            _write(berth, values + 1)
+            berth.forget()
+            berth.forget()
+            assert _same(_read(berth), values + 1)
+            assert _same(tensor, values + 1)
+
+    def test_reserved_room_is_there(self) -> None:
+        """After `reserve`, berths whose rooms add up to it fit."""
+        with self.make_home() as home:
+            home.reserve(64 * PAGE)
+
+            berths = [home.berth((PAGE,), torch.uint8) for _ in range(64)]
+
+            assert len({berth.address for berth in berths}) == 64
+
+    def test_any_number_of_threads_may_read(self) -> None:
+        """Reads of several threads, and writes to other berths meanwhile, do not meet."""
+        with self.make_home() as home:
+            values = [_random((50_000,), torch.float32, seed) for seed in range(4)]
+            settled = [settle_in(home, value) for value in values]
+            wrong: list[int] = []
+
+            def work(number: int) -> None:
+                berth = _berth(settled[number])
+                for turn in range(8):
+                    if not _same(_read(berth), values[number]):
+                        wrong.append(number)
+                    if turn % 2:
+                        _write(berth, values[number])
+
+            _in_threads(work, 4)
+
+            assert not wrong
+
+    def test_any_number_of_threads_may_park_and_drop(self) -> None:
+        """Berths taken at the same time never overlap."""
+        with self.make_home() as home:
+            wrong: list[int] = []
+
+            def work(number: int) -> None:
+                for turn in range(40):
+                    kept = [
+                        settle_in(home, torch.full((1500,), number)) for _ in range(1 + turn % 3)
+                    ]
+                    if not all(bool((tensor == number).all()) for tensor in kept):
+                        wrong.append(number)
+
+            _in_threads(work, 4)
+
+            assert not wrong
+
+    def test_traffic_counts_what_read_and_write_moved(self) -> None:
+        """Traffic grows by the bytes of each piece; using tensors adds nothing to it."""
+        with self.make_home() as home:
+            berth = home.berth((2 * PAGE,), torch.uint8)
+            piece = aligned_buffer(PAGE)
+            berth.tensor().zero_()
+            before = home.traffic
+
+            berth.write(piece, PAGE)
+            berth.read(piece)
+            berth.read(piece)
+
+            assert before == Traffic(0, 0)
+            assert home.traffic == Traffic(read_bytes=2 * PAGE, written_bytes=PAGE)
+
+    def test_a_label_can_be_set(self) -> None:
+        """A berth has no label at first, and the one that it is given then."""
+        with self.make_home() as home:
+            berth = home.berth((1,), torch.float32)
+            assert berth.label is None
+
+            berth.label = "layers.0.weight"
+
+            assert berth.label == "layers.0.weight"
+
+    def test_a_closed_home_refuses(self) -> None:
+        """Once closed, `berth`, `reserve`, `read` and `write` raise HomeError."""
+        home = self.make_home()
+        berth, piece = home.berth((PAGE,), torch.uint8), aligned_buffer(PAGE)
+
+        home.close()
+
+        _assert_raises(HomeError, lambda: home.berth((1,), torch.float32))
+        _assert_raises(HomeError, lambda: home.reserve(PAGE))
+        _assert_raises(HomeError, lambda: berth.read(piece))
+        _assert_raises(HomeError, lambda: berth.write(piece))
+
+    def test_close_is_idempotent(self) -> None:
+        """Closing twice, and closing inside the block that closes too, is closing once."""
+        with self.make_home() as home:
+            home.close()
+            home.close()
+
+    def test_tensors_outlive_their_home(self) -> None:
+        """A tensor can be read and written after its home was closed and dropped."""
+        home = self.make_home()
+        values = _random((129, 257), torch.float32)
+        settled = settle_in(home, values)
+        home.close()
+        del home
+        gc.collect()
+
+        assert _same(settled, values)
+        settled.add_(1)
+        assert _same(settled, values + 1)
+
+    def test_a_tensor_is_found_in_its_berth_only_while_it_lies_there(self) -> None:
+        """A parameter that was registered is known until its data is moved away."""
+        with self.make_home() as home:
+            settled = settle_in(home, torch.arange(6.0).view(2, 3))
+            parameter = torch.nn.Parameter(settled)
+            register(parameter, _berth(settled))
+            assert berth_of(parameter) is berth_of(settled)
+
+            parameter.data = torch.zeros(2, 3)
+
+            assert berth_of(parameter) is None
+            assert berth_of(settled) is not None
+
+
+def _kinds() -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
+    return ((dtype, shape) for dtype in _DTYPES for shape in _SHAPES)
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    numbers = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed))
+    return (numbers % 2 == 1) if dtype == torch.bool else numbers.to(dtype)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.cpu(), other.cpu())
+
+
+def _berth(tensor: Tensor) -> Berth:
+    berth = berth_of(tensor)
+    assert berth is not None
+    return berth
+
+
+def _read(berth: Berth) -> Tensor:
+    berth.read(buffer := aligned_buffer(berth.room))
+    return buffer[: berth.nbytes].view(berth.dtype).view(berth.shape)
+
+
+def _write(berth: Berth, values: Tensor) -> None:
+    buffer = aligned_buffer(berth.room)
+    buffer[: berth.nbytes].copy_(values.reshape(-1).view(torch.uint8))
+    berth.write(buffer)
+
+
+def _assert_raises(kind: type[Exception], act: Callable[[], object]) -> None:
+    try:
+        act()
+    except kind:
+        return
+    raise AssertionError(f"it must raise {kind.__name__}")
+
+
+def _in_threads(work: Callable[[int], None], count: int) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,142 @@
+"""A state machine that does anything in any order with a home, beside a model of it in memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from memtile.homes import PAGE, Berth, Home, aligned_buffer
+
+_DTYPES: Final = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_LONGEST: Final = 3 * PAGE
+
+
+@dataclass
+class _Parked:
+    """A berth, or tensors over it, or both, and what they must hold."""
+
+    berth: Berth | None
+    truth: Tensor
+    tensors: list[Tensor] = field(default_factory=list)
+
+
+# Any: hypothesis, and so the class that is built on it, is known only inside.
+def home_state_machine(make_home: Callable[[], Home]) -> type[Any]:
+    """A hypothesis `RuleBasedStateMachine` for homes of this kind; its `TestCase` is a test.
+
+    It parks, writes through tensors and past them, reads both ways, forgets, reserves, drops
+    berths and tensors in any order, and compares with a plain model after every step.
+
+    Args:
+        make_home: gives a new, open, empty home.
+    """
+    from hypothesis import strategies as st
+    from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+    # Any: hypothesis has no type for its draws.
+    choices: Any = st.integers(min_value=0)
+    bytes_: Any = st.integers(0, 100)
+
+    class HomeMachine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.home, self.parked = make_home(), list[_Parked]()
+
+        @rule(length=st.integers(0, _LONGEST), dtype=st.sampled_from(_DTYPES), value=bytes_)
+        def park(self, length: int, dtype: torch.dtype, value: int) -> None:
+            berth = self.home.berth((length,), dtype)
+            tensor = berth.tensor().fill_(value)
+            self.parked.append(_Parked(berth, tensor.cpu().clone(), [tensor]))
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices, value=bytes_)
+        def write_through_a_tensor(self, choice: int, value: int) -> None:
+            parked = self._pick(choice)
+            if parked.tensors:
+                parked.tensors[-1][: 1 + value].fill_(value)
+                parked.truth[: 1 + value].fill_(value)
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices, value=bytes_)
+        def write_past_tensors(self, choice: int, value: int) -> None:
+            parked = self._pick(choice)
+            if parked.berth is not None:
+                parked.truth.add_(value)
+                _write(parked.berth, parked.truth)
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices)
+        def read_past_tensors(self, choice: int) -> None:
+            parked = self._pick(choice)
+            if parked.berth is not None:
+                assert torch.equal(_read(parked.berth), parked.truth)
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices)
+        def forget(self, choice: int) -> None:
+            parked = self._pick(choice)
+            if parked.berth is not None:
+                parked.berth.forget()
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices)
+        def make_another_tensor(self, choice: int) -> None:
+            parked = self._pick(choice)
+            if parked.berth is not None:
+                parked.tensors.append(parked.berth.tensor())
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices)
+        def drop_the_berth(self, choice: int) -> None:
+            parked = self._pick(choice)
+            if parked.tensors:
+                parked.berth = None
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices)
+        def drop_a_tensor(self, choice: int) -> None:
+            parked = self._pick(choice)
+            if parked.tensors:
+                parked.tensors.pop()
+            if parked.berth is None and not parked.tensors:
+                self._drop(parked)
+
+        @precondition(lambda self: self.parked)
+        @rule(choice=choices)
+        def drop_everything_of_one(self, choice: int) -> None:
+            self._drop(self._pick(choice))
+
+        @rule(pages=st.integers(0, 300))
+        def reserve(self, pages: int) -> None:
+            self.home.reserve(pages * PAGE)
+
+        @invariant()
+        def tensors_hold_what_they_must(self) -> None:
+            for parked in self.parked:
+                for tensor in parked.tensors:
+                    assert torch.equal(tensor.cpu(), parked.truth)
+
+        def teardown(self) -> None:
+            self.home.close()
+            self.tensors_hold_what_they_must()
+
+        def _pick(self, choice: int) -> _Parked:
+            return self.parked[choice % len(self.parked)]
+
+        def _drop(self, parked: _Parked) -> None:
+            self.parked = [other for other in self.parked if other is not parked]
+
+    return HomeMachine
+
+
+def _read(berth: Berth) -> Tensor:
+    berth.read(buffer := aligned_buffer(berth.room))
+    return buffer[: berth.nbytes].view(berth.dtype)
+
+
+def _write(berth: Berth, values: Tensor) -> None:
+    buffer = aligned_buffer(berth.room)
+    buffer[: berth.nbytes].copy_(values.view(torch.uint8))
+    berth.write(buffer)

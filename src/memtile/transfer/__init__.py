@@ -1,0 +1,22 @@
+"""Between homes and those who work on tiles: slabs, the itinerary, reading ahead, passes."""
+
+from memtile.transfer.ferries import ferries_of
+from memtile.transfer.ferry import Ferry, Loan
+from memtile.transfer.itinerary import Itinerary
+from memtile.transfer.parked import ParkedSource, Use, step_in_backward
+from memtile.transfer.passes import layer_call, unwatch_model, watch_model
+from memtile.transfer.slabs import Holder
+
+__all__ = [
+    "Ferry",
+    "Holder",
+    "Itinerary",
+    "Loan",
+    "ParkedSource",
+    "Use",
+    "ferries_of",
+    "layer_call",
+    "step_in_backward",
+    "unwatch_model",
+    "watch_model",
+]

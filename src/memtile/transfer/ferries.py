@@ -1,0 +1,74 @@
+"""The ferries of each home, made when they are first needed and gone with it."""
+
+import os
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+from memtile.homes import Home
+from memtile.transfer.ferry import Ferry
+
+READERS = 4  # threads a home; see slabs.PIECE_BYTES
+SLABS = 3  # the tile that is worked on, the next, and one that is written or read
+GRADIENT_SLABS = 2
+
+
+class Ferries:
+    """What moves the tensors of one home: a ring for each use, one set of reader threads.
+
+    Attributes:
+        weights: tiles that are worked on in forward and backward.
+        gradients: gradients on their way home.
+        steps: what an optimizer works on.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
+        self._process = os.getpid()
+
+    @cached_property
+    def weights(self) -> Ferry:
+        """The ring of tiles."""
+        return Ferry(self._executor, SLABS)
+
+    @cached_property
+    def gradients(self) -> Ferry:
+        """The ring of gradients."""
+        return Ferry(self._executor, GRADIENT_SLABS)
+
+    @cached_property
+    def steps(self) -> Ferry:
+        """The ring of what is stepped."""
+        return Ferry(self._executor, SLABS)
+
+    def all(self) -> Iterator[Ferry]:
+        """Those that were ever used."""
+        names = ("weights", "gradients", "steps")
+        return (self.__dict__[name] for name in names if name in self.__dict__)
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """Whether its threads run here: a fork has none of them."""
+        return self._process == os.getpid()
+
+    def close(self) -> None:
+        """End the reader threads, without waiting for them."""
+        self._executor.shutdown(wait=False)
+
+
+_ferries: "weakref.WeakKeyDictionary[Home, Ferries]" = weakref.WeakKeyDictionary()
+
+
+def ferries_of(home: Home) -> Ferries:
+    """The ferries of this home in this process."""
+    found = _ferries.get(home)
+    if found is None or not found.is_of_this_process:
+        found = _ferries[home] = Ferries()
+        home.when_closed(found.close)
+    return found
+
+
+def every_ferry() -> list[Ferry]:
+    """All ferries that are in use in this process."""
+    return [ferry for ferries in list(_ferries.values()) for ferry in ferries.all()]

@@ -1,0 +1,214 @@
+"""The ferry: a ring of slabs between one home and those who work on its tiles.
+
+A cargo is one tile, or the few tensors that are worked on together (a weight, its gradient and its
+moments). `borrow` gives a cargo in memory and starts reading what the itinerary says comes next.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from itertools import count, islice
+
+from torch import Tensor
+
+from memtile.homes import Berth
+from memtile.transfer.itinerary import Itinerary, Key, cargo_of, key_of
+from memtile.transfer.slabs import Holder, Slab
+
+Cargo = Sequence[Berth]
+
+
+class Loan:
+    """A cargo in memory, for as long as it is borrowed.
+
+    Attributes:
+        tensors: one for each berth, in its slab: not to be kept.
+    """
+
+    def __init__(self, ferry: "Ferry", slab: Slab, cargo: Cargo) -> None:
+        self._ferry, self._slab, self._cargo = ferry, slab, cargo
+        self.tensors: list[Tensor] = slab.tensors
+
+    def store(self, *numbers: int) -> None:
+        """Write the tensors home: all of them, or those with these numbers. Does not wait."""
+        chosen = numbers or range(len(self._cargo))
+        self._ferry.write_home(self._slab, [(number, self._cargo[number]) for number in chosen])
+
+
+class Ferry:
+    """A ring of slabs, and the order in which they were needed.
+
+    Args:
+        executor: runs reads and writes; shared by the ferries of one home.
+        slabs: how many there are. Each is as large as the largest cargo that it ever held.
+    """
+
+    def __init__(self, executor: Executor, slabs: int) -> None:
+        self._executor = executor
+        self._slabs = [Slab() for _ in range(slabs)]
+        self._last_use: dict[Slab, int] = dict.fromkeys(self._slabs, 0)
+        self._clock = count(1)
+        self._itinerary = Itinerary()
+        self._changed = threading.Condition()
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of memory that the slabs hold now."""
+        return sum(slab.memory.numel() for slab in self._slabs)
+
+    @property
+    def holders(self) -> list[Holder]:
+        """Who holds each slab now."""
+        with self._changed:
+            return [slab.holder for slab in self._slabs]
+
+    @contextmanager
+    def borrow(
+        self, cargo: Cargo, *, read: bool = True, ahead: Iterable[Cargo] | None = None
+    ) -> Iterator[Loan]:
+        """The cargo in memory; afterwards the slab is the ring's again, whatever happens.
+
+        Args:
+            cargo: berths of one home.
+            read: False for a cargo whose content is made now: the slab holds anything at first.
+            ahead: what will be needed next; by default what was the last time.
+
+        Raises:
+            HomeIOError: it could not be read, or no slab is free because none could be written.
+        """
+        slab = self._board(cargo, read)
+        try:
+            self._look_ahead(key_of(cargo), ahead)
+            slab.wait_until_read()
+            yield Loan(self, slab, cargo)
+        except BaseException:
+            slab.is_spoiled = not slab.is_unwritten  # its content may be half changed
+            raise
+        finally:
+            self._leave(slab)
+
+    def write_home(self, slab: Slab, berths: Sequence[tuple[int, Berth]]) -> None:
+        """Start writing these tensors of a borrowed slab home."""
+        slab.settle()
+        slab.store(berths, self._executor, self._notify)
+
+    def settle(self) -> None:
+        """Return once everything that was stored is at home.
+
+        Raises:
+            HomeIOError: something could not be written; it stays in its slab and is tried again.
+        """
+        problems = []
+        for slab in self._slabs:
+            try:
+                slab.settle()
+            except OSError as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
+
+    def start(self) -> None:
+        """A pass begins: forget what was read for another one, and look ahead from the start.
+
+        Raises:
+            HomeIOError: something of an earlier pass could still not be written.
+        """
+        self.settle()
+        with self._changed:
+            self._clear()
+            self._itinerary.start()
+            self._fetch(islice(self._itinerary.ahead(), len(self._slabs) - 1), set())
+
+    def clear(self) -> None:
+        """Forget everything that was read; what is still to be written stays."""
+        with self._changed:
+            self._clear()
+
+    def _clear(self) -> None:
+        for slab in self._slabs:
+            if slab.users:
+                slab.is_spoiled = True  # emptied when it comes back
+            elif not slab.is_unwritten:
+                slab.key = None
+
+    def _board(self, cargo: Cargo, read: bool) -> Slab:
+        key = key_of(cargo)
+        with self._changed:
+            self._itinerary.note(key)
+            slab = self._holding(key) or self._take(key, cargo, read)
+            slab.users += 1
+            self._last_use[slab] = next(self._clock)
+            return slab
+
+    def _take(self, key: Key, cargo: Cargo, read: bool) -> Slab:
+        """A slab that this cargo goes into, once one is to be had."""
+        while True:
+            slab = self._idle({key})
+            held = self._holding(key)  # another thread may have fetched it while this one waited
+            if held is not None:
+                return held
+            if slab is not None:
+                break
+            self._wait_for_a_slab()
+        if read:
+            slab.load(cargo, self._executor, self._notify)
+        else:
+            slab.claim(cargo)
+        return slab
+
+    def _wait_for_a_slab(self) -> None:
+        """Wait until a user, a reader or a writer has ended.
+
+        Raises:
+            HomeIOError: a slab is held back because it could not be written, and still cannot be.
+        """
+        failed = [slab for slab in self._slabs if slab.failed_to_write and not slab.users]
+        if failed:
+            failed[0].settle()
+        else:
+            self._changed.wait()
+
+    def _look_ahead(self, key: Key, ahead: Iterable[Cargo] | None) -> None:
+        with self._changed:
+            keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
+            self._fetch(islice(keys, len(self._slabs) - 1), {key})
+
+    def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
+        """Start reading these, as far as slabs are idle that hold none of them."""
+        wanted = list(keys)
+        protected = protected.union(wanted)
+        for key in wanted:
+            cargo = cargo_of(key)
+            if cargo is None or self._holding(key) is not None:
+                continue
+            slab = self._idle(protected)
+            if slab is None or slab.key in protected:
+                return
+            slab.load(cargo, self._executor, self._notify)
+
+    def _holding(self, key: Key) -> Slab | None:
+        for slab in self._slabs:
+            if slab.key == key and not slab.is_spoiled and not slab.failed_to_read:
+                return slab
+        return None
+
+    def _idle(self, protected: set[Key]) -> Slab | None:
+        """A slab that may be overwritten: an empty one, one not wanted soon, the oldest."""
+        free = [s for s in self._slabs if s.holder in (Holder.NOBODY, Holder.ITS_TILES)]
+
+        def cost(slab: Slab) -> tuple[bool, bool, int]:
+            return slab.key is not None, slab.key in protected, self._last_use[slab]
+
+        return min(free, key=cost, default=None)
+
+    def _leave(self, slab: Slab) -> None:
+        with self._changed:
+            slab.users -= 1
+            if slab.is_spoiled and not slab.users and not slab.is_unwritten:
+                slab.key = None
+            self._changed.notify_all()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,149 @@
+"""A parked parameter as an operation sees it: values to bring in, a gradient to send home."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from memtile.errors import ParkedError
+from memtile.homes import Berth, berth_of, register
+from memtile.transfer.ferries import ferries_of
+from memtile.transfer.passes import current_pass, enter_backward
+
+Form = Callable[[Tensor], None]  # writes the gradient into a tensor
+
+
+class Use:
+    """One node of a graph that will bring the parameter in again."""
+
+    def __init__(self, version: int) -> None:
+        self.version, self.number = version, current_pass()
+
+
+class _Trained:
+    """What is known of a parked parameter while it is trained.
+
+    Attributes:
+        uses: nodes whose backward has not run.
+        is_stepped_in_backward: a hook takes the gradient, so it need not go home.
+    """
+
+    def __init__(self) -> None:
+        self.uses: weakref.WeakSet[Use] = weakref.WeakSet()
+        self.is_stepped_in_backward = False
+
+
+_trained = WeakIdKeyDictionary()
+
+
+def _record(parameter: Tensor) -> _Trained:
+    found: _Trained | None = _trained.get(parameter)
+    if found is None:
+        found = _trained[parameter] = _Trained()
+    return found
+
+
+def step_in_backward(parameter: Tensor, yes: bool) -> None:
+    """Leave gradients in memory after the parameter's last use, for a hook that takes them."""
+    _record(parameter).is_stepped_in_backward = yes
+
+
+class ParkedSource:
+    """The values of one parked parameter, and where its gradient goes.
+
+    Args:
+        parameter: one that has a berth.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    def use(self) -> Use:
+        """Note that a graph will need the parameter again."""
+        use = Use(self.parameter._version)
+        _record(self.parameter).uses.add(use)
+        return use
+
+    def resume(self, use: Use) -> None:
+        """A node that noted its use runs backward now.
+
+        Raises:
+            ParkedError: the parameter was written to since.
+        """
+        if self.parameter._version != use.version:
+            raise ParkedError(
+                f"a parked tile of shape {tuple(self.parameter.shape)} was modified between its "
+                f"forward (version {use.version}) and its backward (version "
+                f"{self.parameter._version}): gradients would be wrong; run backward before the "
+                "optimizer steps or weights are written"
+            )
+        enter_backward(use.number)
+        _record(self.parameter).uses.discard(use)
+
+    @contextmanager
+    def values(self, device: torch.device) -> Iterator[Tensor]:
+        """The values on this device: only to be read, and not after the block."""
+        berth = berth_of(self.parameter)
+        if berth is None or berth.home.works_in_place:
+            yield self.parameter.detach().to(device)
+            return
+        with ferries_of(berth.home).weights.borrow((berth,)) as loan:
+            yield loan.tensors[0].to(device)
+
+    def deliver(self, form: Form) -> None:
+        """Put the gradient that `form` writes to the parameter's, or add it."""
+        parameter, berth = self.parameter, berth_of(self.parameter)
+        record = _record(parameter)
+        stays = record.is_stepped_in_backward and not record.uses
+        if berth is None or berth.home.works_in_place:
+            _accumulate(parameter, _formed(parameter, form))
+        elif stays:
+            _accumulate(parameter, _formed(parameter, form), home_sum_stays=True)
+        else:
+            _send_home(parameter, berth, form)
+            if parameter._post_accumulate_grad_hooks:
+                ferries_of(berth.home).gradients.settle()  # they may read it
+
+
+def _formed(parameter: nn.Parameter, form: Form) -> Tensor:
+    gradient = torch.empty_like(parameter)
+    form(gradient)
+    return gradient
+
+
+def _accumulate(parameter: nn.Parameter, new: Tensor, home_sum_stays: bool = False) -> None:
+    """Put or add a gradient in memory; a sum that was sent home before comes back to it."""
+    old = parameter.grad
+    berth = berth_of(old) if old is not None else None
+    if old is None:
+        parameter.grad = new
+    elif berth is None or not home_sum_stays:
+        old.add_(new)
+    else:
+        with ferries_of(berth.home).gradients.borrow((berth,)) as loan:
+            parameter.grad = new.add_(loan.tensors[0])
+
+
+def _send_home(parameter: nn.Parameter, berth: Berth, form: Form) -> None:
+    old = parameter.grad
+    ring = ferries_of(berth.home).gradients
+    if old is None:
+        new = berth.home.berth(parameter.shape, parameter.dtype)
+        with ring.borrow((new,), read=False) as loan:
+            form(loan.tensors[0])
+            loan.store()
+        gradient = new.tensor()
+        register(gradient, new)
+        parameter.grad = gradient
+        return
+    old_berth = berth_of(old)
+    if old_berth is None:
+        old.add_(_formed(parameter, form))
+        return
+    with ring.borrow((old_berth,)) as loan:
+        loan.tensors[0].add_(_formed(parameter, form))
+        loan.store()
+    torch.autograd.graph.increment_version(old)

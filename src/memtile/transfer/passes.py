@@ -1,0 +1,135 @@
+"""Where a pass begins and ends, so that no slab is used that could be older than its tile.
+
+Writes through `.data`, by foreign optimizers or through a mapping cannot be seen from here. So no
+slab outlives the pass that filled it: a forward, with the backward through it. A pass begins when
+the outermost module is entered that memtile knows (the model that was tiled, or else a tiled layer
+by itself), and every slab is emptied then. It ends with the last node of its backward. What is
+recomputed inside backward belongs to the pass that it is recomputed for.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from memtile.transfer.ferries import every_ferry
+
+
+class _Here(threading.local):
+    """How deep this thread is in modules that memtile knows."""
+
+    model_is_open = False
+    depth = 0
+
+
+_here = _Here()
+_numbers = count(1)
+_current = 0  # the number of the pass whose tiles the slabs hold
+_backwards: set[int] = set()  # graph tasks of the engine that have brought tiles in
+_lock = threading.RLock()
+
+
+def current_pass() -> int:
+    """The number of the running pass, for nodes of its graph to keep."""
+    return _current
+
+
+@contextmanager
+def layer_call() -> Iterator[None]:
+    """One call of a tiled layer: a pass of its own unless it is part of one."""
+    if not _here.depth and not _here.model_is_open and not in_backward():
+        _begin()
+    _here.depth += 1
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def watch_model(model: nn.Module) -> None:
+    """Let calls of this model be passes, read ahead from layer to layer."""
+    if _enter_model not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter_model)
+        model.register_forward_hook(_leave_model, always_call=True)
+
+
+def unwatch_model(model: nn.Module) -> None:
+    """Take it back."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [n for n, hook in hooks.items() if hook in (_enter_model, _leave_model)]:
+            del hooks[number]
+            model._forward_hooks_always_called.pop(number, None)
+
+
+def is_watcher(hook: object) -> bool:
+    """Whether a hook on a model is memtile's own."""
+    return hook in (_enter_model, _leave_model)
+
+
+def _enter_model(module: nn.Module, arguments: Any) -> None:  # whatever the model takes
+    if torch.compiler.is_compiling() or in_backward():
+        return
+    # Not counted: a Ctrl-C passes by the other hook, and must not leave a pass open for ever.
+    _here.model_is_open = True
+    _begin()
+
+
+def _leave_model(module: nn.Module, arguments: Any, output: Any) -> None:  # likewise
+    if torch.compiler.is_compiling() or in_backward():
+        return
+    _here.model_is_open = False
+    if not torch.is_grad_enabled():
+        _end()
+
+
+def _begin() -> None:
+    global _current
+    with _lock:
+        _current = next(_numbers)
+        for ferry in every_ferry():
+            ferry.start()
+
+
+def _end() -> None:
+    for ferry in every_ferry():
+        ferry.clear()
+
+
+def enter_backward(number: int) -> None:
+    """A node of a graph brings a tile in, or sends a gradient home.
+
+    Args:
+        number: the pass that made the node.
+    """
+    global _current
+    task = torch._C._current_graph_task_id()
+    with _lock:
+        if task in _backwards:
+            return
+        if _backwards or number != _current:  # one that failed, a nested one, or an older graph
+            _end()
+            _current = number
+        _backwards.add(task)
+    Variable._execution_engine.queue_callback(lambda: _end_backward(task))
+
+
+def _end_backward(task: int) -> None:
+    with _lock:
+        _backwards.discard(task)
+        if not any(number < task for number in _backwards):
+            _backwards.clear()  # those of tasks that failed
+    try:
+        for ferry in every_ferry():
+            ferry.settle()
+    finally:
+        _end()

@@ -1,0 +1,163 @@
+"""Homes in memory, the buffers that move tiles, and what a tensor's berth is."""
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+
+import memtile.homes
+from memtile.errors import ArgumentError, HomeFullError
+from memtile.homes import (
+    PAGE,
+    DeviceHome,
+    DiskHome,
+    HostHome,
+    aligned_buffer,
+    berth_of,
+    register,
+    resolve_home,
+    settle_in,
+)
+
+_TOO_MUCH = 1 << 60
+
+
+def test_the_exported_names_are_these():
+    """What the room's door offers is what it says, and all of it is there."""
+    assert set(memtile.homes.__all__) == {
+        "PAGE",
+        "Berth",
+        "DeviceHome",
+        "DiskHome",
+        "Home",
+        "HostHome",
+        "SealedFile",
+        "Traffic",
+        "aligned_buffer",
+        "berth_of",
+        "register",
+        "resolve_home",
+        "settle_in",
+    }
+    assert all(hasattr(memtile.homes, name) for name in memtile.homes.__all__)
+
+
+def test_testing_needs_no_test_runner():
+    """memtile.testing is imported without pytest and hypothesis."""
+    hide = "import sys; sys.modules.update(pytest=None, hypothesis=None); import memtile.testing"
+
+    subprocess.run([sys.executable, "-c", hide], check=True)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "length"), [(0, 0), (1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)]
+)
+def test_a_buffer_is_whole_pages(nbytes, length):
+    """An aligned buffer begins at a page, is rounded up to pages, and can be written."""
+    buffer = aligned_buffer(nbytes)
+
+    assert (buffer.dtype, buffer.shape) == (torch.uint8, (length,))
+    assert buffer.data_ptr() % PAGE == 0
+    assert bool((buffer.fill_(3) == 3).all())
+
+
+def test_a_buffer_is_private_and_freed_with_its_tensor():
+    """A buffer counts as this process's own data, and its memory goes back when it is dropped."""
+
+    def data() -> int:
+        gc.collect()
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmData")) * 1024
+
+    before = data()
+    buffer = aligned_buffer(64 << 20)
+    assert data() - before >= 64 << 20
+    del buffer
+
+    assert data() - before < 32 << 20
+
+
+@pytest.mark.parametrize("make_home", [DeviceHome, HostHome])
+def test_memory_that_is_not_there_is_an_error(make_home):
+    """A berth or a reservation beyond all memory is HomeFullError; the home goes on."""
+    with make_home() as home:
+        for act in (home.reserve, lambda size: home.berth((size,), torch.uint8)):
+            with pytest.raises(HomeFullError):
+                act(_TOO_MUCH)
+
+        assert settle_in(home, torch.ones(3)).sum() == 3
+
+
+@pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
+def test_settling_in_keeps_no_source_and_takes_any_layout(make_home):
+    """A transposed, expanded or requires-grad source settles as a plain contiguous tensor."""
+    with make_home() as home:
+        base = torch.arange(12.0).view(3, 4)
+        for source in (base.t(), base[:, 1], base[:1].expand(5, 4), base.clone().requires_grad_()):
+            settled = settle_in(home, source)
+
+            assert torch.equal(settled, source)
+            assert settled.is_contiguous()
+            assert not settled.requires_grad
+
+
+def test_only_disk_is_not_worked_on_in_place():
+    """Homes in memory are worked on where they lie, one on disk through a slab."""
+    assert DeviceHome.works_in_place
+    assert HostHome.works_in_place
+    assert not DiskHome.works_in_place
+
+
+@pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
+def test_a_berth_is_forgotten_when_the_tensor_lies_elsewhere(make_home):
+    """Other data, also of the same address with other strides, shape or dtype, has no berth."""
+    with make_home() as home:
+        settled = settle_in(home, torch.rand(4, 4))
+        berth = berth_of(settled)
+        for other in (settled.t(), settled.view(2, 8), settled[:2], settled.view(torch.int32)):
+            register(other, berth)
+
+            assert berth_of(other) is None
+        parameter = torch.nn.Parameter(settled)
+        assert berth_of(parameter) is None
+        register(parameter, berth)
+        assert berth_of(parameter) is berth
+        assert berth_of(copy.deepcopy(parameter)) is None
+        assert berth_of(torch.ones(2)) is None
+
+
+def test_the_registry_keeps_nothing_alive_and_marks_nothing():
+    """A registered parameter dies when it is dropped, and its berth with it; its pickle is clean."""
+    home = HostHome()
+    parameter = torch.nn.Parameter(settle_in(home, torch.rand(40)))
+    berth = home.berth((40,), torch.float32)
+    register(parameter, berth)
+    assert vars(parameter) == {}
+    assert torch.equal(pickle.loads(pickle.dumps(parameter)), parameter)
+    gone = weakref.ref(parameter), weakref.ref(berth)
+
+    del parameter, berth
+    gc.collect()
+
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_a_home_can_be_named():
+    """ "device" and "host" are homes, a home is itself."""
+    home = HostHome()
+
+    assert isinstance(resolve_home("device"), DeviceHome)
+    assert isinstance(resolve_home("host"), HostHome)
+    assert resolve_home(home) is home
+
+
+@pytest.mark.parametrize("name", ["disk", "HOST", "", None, 3])
+def test_another_name_is_refused_with_the_way_out(name):
+    """What is no home is refused; the message says how to get one on disk."""
+    with pytest.raises(ArgumentError, match=r"DiskHome\(folder\)"):
+        resolve_home(name)

@@ -1,0 +1,332 @@
+"""A piece is stepped as torch would step it as a parameter, and nothing of it is kept."""
+
+import functools
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from memtile.optim.inner import Inner, Piece
+
+STEPS = 5
+
+
+class Lion(optim.Optimizer):
+    """A user's optimizer: no `no_grad`, lazily made state, an entry replaced at each step."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)):
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p] = {"average": torch.zeros_like(p)}
+                average, (first, second) = self.state[p]["average"], group["betas"]
+                p.data.add_(average.lerp(p.grad, 1 - first).sign(), alpha=-group["lr"])
+                self.state[p]["average"] = average.lerp(p.grad, 1 - second)
+
+
+class HalfWay(optim.SGD):
+    """Fails once it has stepped, when its group says so."""
+
+    def step(self, closure=None):
+        super().step()
+        if self.param_groups[0].get("fails"):
+            raise ValueError("half-way")
+
+
+CASES: list[tuple[type[optim.Optimizer], dict[str, Any]]] = [
+    (optim.SGD, {}),
+    (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (optim.SGD, {"momentum": 0.9, "dampening": 0.1, "maximize": True}),
+    (optim.Adam, {"weight_decay": 0.1}),
+    (optim.Adam, {"lr": torch.tensor(1e-3)}),
+    (optim.AdamW, {}),
+    (optim.AdamW, {"amsgrad": True, "maximize": True}),
+    (optim.AdamW, {"fused": True, "amsgrad": True}),
+    (optim.AdamW, {"foreach": True}),
+    (optim.NAdam, {"decoupled_weight_decay": True, "weight_decay": 0.1}),
+    (optim.RAdam, {}),
+    (optim.Adagrad, {"initial_accumulator_value": 0.5, "lr_decay": 0.1}),
+    (optim.Adagrad, {"fused": True}),
+    (optim.RMSprop, {"centered": True, "momentum": 0.9}),
+    (optim.Adadelta, {}),
+    (optim.Adamax, {}),
+    (optim.ASGD, {"t0": 2}),
+    (optim.Rprop, {}),
+    (Lion, {}),
+]
+
+
+def case_id(value: object) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    return ",".join(f"{key}={v}" for key, v in value.items()) if isinstance(value, dict) else ""
+
+
+def gradients(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype) for _ in range(STEPS)]
+
+
+def lr_at(step: int, defaults: dict[str, Any]) -> Any:
+    return defaults["lr"] * (1 - 0.1 * step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=case_id)
+def test_steps_as_torch_does(optimizer_class, options, dtype):
+    """Two pieces stepped together, lr changing, come out bit for bit as two parameters of torch."""
+    inner = Inner(optimizer_class, options)
+    starts = [torch.randn(7, 5).to(dtype), torch.randn(13).to(dtype)]
+    rounds = [gradients(start.shape, dtype) for start in starts]
+    parameters = [nn.Parameter(start.clone()) for start in starts]
+    plain = [optimizer_class([parameter], **options) for parameter in parameters]
+    values, states = [start.clone() for start in starts], [{}, {}]
+
+    for step in range(STEPS):
+        lr = lr_at(step, inner.defaults)
+        for optimizer, parameter, grads in zip(plain, parameters, rounds, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            parameter.grad = grads[step].clone()
+            optimizer.step()
+        pieces = [
+            Piece(v, r[step].clone(), s) for v, r, s in zip(values, rounds, states, strict=True)
+        ]
+        inner.step(pieces, {**inner.defaults, "lr": lr})
+
+    for value, state, parameter, optimizer in zip(values, states, parameters, plain, strict=True):
+        assert torch.equal(value, parameter)
+        expected = optimizer.state[parameter]
+        assert state.keys() == expected.keys()
+        assert all(
+            torch.equal(torch.as_tensor(state[k]), torch.as_tensor(v))
+            for k, v in expected.items()
+            if v is not None
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=case_id)
+def test_fields_are_what_a_step_makes(optimizer_class, options, dtype):
+    """The layout names the tensors shaped like the piece that the first step makes, and dtypes."""
+    inner = Inner(optimizer_class, options)
+    piece = Piece(torch.ones(7, 5, dtype=dtype), torch.ones(7, 5, dtype=dtype))
+
+    layout = inner.fields(inner.defaults, dtype)
+    inner.step([piece], inner.defaults)
+
+    shaped = {k: v for k, v in piece.state.items() if isinstance(v, Tensor) and v.dim() == 2}
+    assert layout == {key: entry.dtype for key, entry in shaped.items()}
+
+
+def test_group_options_change_the_layout():
+    """amsgrad and momentum add their entries where a group asks for them, and only there."""
+    adam, sgd = Inner(optim.AdamW, {}), Inner(optim.SGD, {})
+    dtype = torch.bfloat16
+
+    moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), dtype)
+    assert adam.fields(adam.defaults, dtype) == moments
+    assert adam.fields({"amsgrad": True}, dtype) == {**moments, "max_exp_avg_sq": dtype}
+    assert sgd.fields(sgd.defaults, dtype) == {}
+    assert sgd.fields({"momentum": 0.9}, dtype) == {"momentum_buffer": dtype}
+
+
+def test_layout_knows_float32_state_of_bf16_parameters():
+    """An entry that is always float32 is said to be float32 for a bfloat16 parameter."""
+
+    class Float32Moment(optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p].setdefault("moment", torch.zeros_like(p, dtype=torch.float32))
+
+    inner = Inner(Float32Moment, {})
+
+    assert inner.fields({}, torch.bfloat16) == {"moment": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"), [case for case in CASES if case[0] is not Lion], ids=case_id
+)
+def test_state_in_foreign_memory_is_updated_in_place(optimizer_class, options):
+    """State given as views of one buffer is updated there, with the results of state of its own."""
+    inner = Inner(optimizer_class, options)
+    start, grads = torch.randn(7, 5), gradients((7, 5))
+    own, homed = Piece(start.clone(), grads[0].clone()), Piece(start.clone(), grads[0].clone())
+    names = sorted(inner.fields(inner.defaults, torch.float32))
+    inner.step([own, homed], inner.defaults)
+    home = torch.zeros(3, 35)
+    for row, name in zip(home, names, strict=False):
+        homed.state[name] = row.view(7, 5).copy_(homed.state[name])
+    views = [homed.state[name] for name in names]
+
+    for gradient in grads[1:]:
+        own.gradient, homed.gradient = gradient.clone(), gradient.clone()
+        inner.step([own, homed], inner.defaults)
+
+    assert torch.equal(own.value, homed.value)
+    for name, view, row in zip(names, views, home, strict=False):
+        assert homed.state[name] is view
+        assert torch.equal(own.state[name], row.view(7, 5))
+
+
+def test_a_replaced_entry_is_found_in_the_state():
+    """Where an optimizer puts a new tensor in the place of an entry, the caller's dict holds it."""
+    inner = Inner(Lion, {})
+    home = torch.zeros(3, 4)
+    state = {"average": home}
+
+    inner.step([Piece(torch.ones(3, 4), torch.ones(3, 4), state)], {})
+
+    assert state["average"] is not home
+    assert torch.allclose(state["average"], torch.full((3, 4), 0.01))
+
+
+def test_values_may_be_views_and_their_versions_are_bumped():
+    """A strided view of a larger tensor is updated in place, and autograd is told so."""
+    inner = Inner(optim.SGD, {"lr": 1.0})
+    dense = torch.zeros(4, 6)
+
+    inner.step([Piece(dense[1:3, 2:5], torch.ones(2, 3))], inner.defaults)
+
+    assert torch.equal(dense[1:3, 2:5], torch.full((2, 3), -1.0))
+    assert dense.sum() == -6
+    assert dense._version == 1
+
+
+def test_an_initial_state_is_the_constructors():
+    """What a constructor puts into the state is there for a piece too, from the given options."""
+    inner = Inner(optim.Adagrad, {"initial_accumulator_value": 3.0})
+    piece = Piece(torch.ones(3), torch.full((3,), 2.0))
+
+    inner.step([piece], inner.defaults)
+
+    assert torch.equal(piece.state["sum"], torch.full((3,), 7.0))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_referenced(fails):
+    """Value, gradient and state go with the piece, after a step and after an exception alike."""
+    inner = Inner(HalfWay, {"momentum": 0.9})
+    piece = Piece(torch.ones(3), torch.ones(3))
+    inner.step([piece], {})
+    references = [weakref.ref(t) for t in (piece.value, piece.gradient, *piece.state.values())]
+
+    if fails:
+        with pytest.raises(ValueError, match="half-way"):
+            inner.step([piece], {"fails": True})
+        gc.collect()  # pytest's exception info and the frames refer to one another
+    del piece
+
+    assert len(references) == 3
+    assert [reference() for reference in references] == [None] * 3
+
+
+def test_after_an_exception_it_steps_again():
+    """A step that failed leaves an inner that steps other pieces as if nothing had been."""
+    inner = Inner(HalfWay, {"lr": 1.0})
+    with pytest.raises(ValueError, match="half-way"):
+        inner.step([Piece(torch.ones(3), torch.ones(3))], {"fails": True})
+    piece = Piece(torch.ones(5), torch.ones(5))
+
+    inner.step([piece], {})
+
+    assert torch.equal(piece.value, torch.zeros(5))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("optimizer_class", [optim.AdamW, Lion])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_steps_inside_a_post_accumulate_hook(optimizer_class, create_graph):
+    """A parameter stepped in its hook, during backward, comes out as one stepped after it."""
+    inner, state = Inner(optimizer_class, {}), {}
+    weight = nn.Parameter(torch.randn(5, 7))
+    twin, x = nn.Parameter(weight.detach().clone()), torch.randn(3, 7)
+    plain = optimizer_class([twin])
+
+    def step(parameter: Tensor) -> None:
+        inner.step([Piece(parameter, parameter.grad, state)], inner.defaults)
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        (x @ weight.T).square().sum().backward(create_graph=create_graph)
+        (x @ twin.T).square().sum().backward()
+        plain.step()
+        plain.zero_grad()
+
+    assert torch.equal(weight, twin)
+    assert not any(v.requires_grad for v in state.values())
+
+
+def test_fused_sgd_steps_as_torch_does():
+    """Fused SGD with momentum, in float32, where all torches step every value."""
+    test_steps_as_torch_does(optim.SGD, {"momentum": 0.9, "fused": True}, torch.float32)
+
+
+def test_a_whole_parameter_group_is_taken():
+    """A group as torch holds it, with its parameters and their names, is a group's options."""
+    named = [("weight", nn.Parameter(torch.ones(3))), ("bias", nn.Parameter(torch.ones(2)))]
+    group = optim.Adagrad(named, lr=0.5).param_groups[0]
+    inner, piece = Inner(optim.Adagrad, {}), Piece(torch.ones(4), torch.ones(4))
+
+    inner.step([piece], group)
+
+    assert inner.fields(group, torch.float32) == {"sum": torch.float32}
+    assert torch.allclose(piece.value, torch.full((4,), 0.5))
+
+
+def test_hooks_of_all_optimizers_are_not_called_for_pieces():
+    """A hook for every optimizer's step is called neither by the construction nor by a step."""
+    called = []
+    before = register_optimizer_step_pre_hook(lambda *_: called.append("before"))
+    after = register_optimizer_step_post_hook(lambda *_: called.append("after"))
+    try:
+        inner = Inner(optim.AdamW, {})
+        inner.step([Piece(torch.ones(3), torch.ones(3))], inner.defaults)
+    finally:
+        before.remove()
+        after.remove()
+
+    assert called == []
+
+
+def test_a_step_wrapped_by_its_class_is_called_whole():
+    """A decorator that copies the attributes of torch's wrapper is not taken for it."""
+    optim.SGD([torch.ones(1)])  # torch wraps the step of a class when it first makes one of it
+
+    class Twice(optim.SGD):
+        @functools.wraps(optim.SGD.step)
+        def step(self, closure=None):
+            optim.SGD.step(self)
+            optim.SGD.step(self)
+
+    inner = Inner(Twice, {"lr": 1.0})
+    piece = Piece(torch.zeros(3), torch.ones(3))
+
+    inner.step([piece], {})
+
+    assert torch.equal(piece.value, torch.full((3,), -2.0))
+
+
+def test_a_step_that_an_instance_wears_is_called():
+    """A step put on the instance by its constructor is the one that steps pieces."""
+
+    class Doubled(optim.SGD):
+        def __init__(self, params: Any, **options: Any):
+            super().__init__(params, **options)
+            step = self.step
+            self.step = lambda: (step(), step())
+
+    piece = Piece(torch.zeros(3), torch.ones(3))
+
+    Inner(Doubled, {"lr": 1.0}).step([piece], {})
+
+    assert torch.equal(piece.value, torch.full((3,), -2.0))
