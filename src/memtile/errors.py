@@ -68,7 +68,7 @@ class ParkedError(MemtileError, RuntimeError):
     """Something that a parked tile cannot do, or that would leave its home behind."""
 
 
-class OptimizerError(MemtileError, ValueError):
+class OptimizerError(MemtileError, ValueError, RuntimeError):
     """An optimizer, or a use of one, that cannot work tile by tile."""
 
 

@@ -152,6 +152,8 @@ def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
         (["--max-tile", "plenty"], "--max-tile 'plenty' is not a size"),
         (["--max-tile", "0MiB"], "--max-tile '0MiB' is less than one byte"),
         (["--model", "nowhere"], "--model nowhere holds no config.json"),
+        (["--home", "cloud"], "--home 'cloud' is no home: give disk, disk:FOLDER, host or none"),
+        (["--home", "disk:"], "--home 'disk:' is no home"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read (No such file"),
         (["--text", "."], "--text . cannot be read (Is a directory)"),
         (["--colour", "red"], "No such option: --colour"),
@@ -238,7 +240,8 @@ def task(folder, text, logits, **changes):
         "max_tile_bytes": 1024,
         "learning_rate": 1e-3,
     }
-    wanted = {"do": "train", "tiled": False, "logits": str(logits), "settings": settings | changes}
+    tiled = changes.pop("tiled", False)
+    wanted = {"do": "train", "tiled": tiled, "logits": str(logits), "settings": settings | changes}
     return json.dumps(wanted)
 
 
@@ -376,6 +379,33 @@ def test_each_bound_is_judged_by_itself(changes, missed):
     assert not outcome.kept
 
 
+ON_DISK = replace(
+    TILED,
+    home="DiskHome('/scratch') by direct I/O",
+    read_bytes=2 << 30,
+    written_bytes=3 << 29,
+    parameters=1 << 22,
+)
+
+
+@pytest.mark.parametrize(("peak", "kept"), [(16 << 20, True), ((16 << 20) + 1, False)])
+def test_memory_is_judged_where_weights_lived_on_disk(peak, kept):
+    """A quarter of the dense peak is kept, a byte more is not."""
+    dense = replace(SIDE, parameters=1 << 22)  # 64 MiB of weights, gradients and moments
+
+    outcome = compared(dense=dense, tiled=replace(ON_DISK, peak_bytes=peak))
+
+    assert outcome.verdicts[-1].promise == "peak memory is at most a quarter of the dense run's"
+    assert [verdict.kept for verdict in outcome.verdicts] == [True] * 5 + [kept]
+
+
+def test_memory_is_not_judged_where_activations_are_most_of_it():
+    """Tiles bound weights and what belongs to them: a run with little of these proves nothing."""
+    outcome = compared(tiled=replace(ON_DISK, peak_bytes=1))
+
+    assert len(outcome.verdicts) == 5
+
+
 def test_logits_are_compared_at_the_largest_one(tmp_path):
     """The difference is max|tiled - dense| over max|dense|."""
     import torch
@@ -399,7 +429,7 @@ def test_the_tables_put_both_runs_side_by_side():
     text = printed_tables(compared())
 
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
-    assert ["2", "3.000000", "3.000009", "3.0e-06"] in rows
+    assert ["2", "3.000000", "3.000009", "3.0e-06", "1.00", "2.00"] in rows
     assert ["seconds per step", "2.000", "4.000", "2.000"] in rows
     assert ["peak memory", "64.0 MiB", "64.0 MiB", "1.000"] in rows
     assert ["largest tensor", "8.00 MiB", "1.00 MiB", "0.125"] in rows
@@ -410,6 +440,45 @@ def test_the_tables_put_both_runs_side_by_side():
     assert text.count("\nkept ") == 5
     assert "a processor, 2 logical CPUs" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_the_tables_tell_what_a_home_moves_and_wears():
+    """Bytes read and written per step, the disk and its path, and the wear in steps."""
+    text = printed_tables(compared(tiled=ON_DISK))
+
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert ["read per step", "", "2.00 GiB", ""] in rows
+    assert ["written per step", "", "1.50 GiB", ""] in rows
+    assert "DiskHome('/scratch') by direct I/O" in text
+    assert "372,529 steps" in " ".join(text.split())  # 600e12 / 1.5 GiB
+    assert "Wear" not in printed_tables(compared())
+
+
+@pytest.mark.usefixtures("quiet_streams")
+@pytest.mark.parametrize("home", ["host", "none"])
+def test_the_tiled_side_runs_in_every_home(home, tiny_model, tiny_text, tmp_path, capsys):
+    """Where tiles live changes no loss."""
+    losses, stdout = {}, sys.stdout
+    for place in ("disk", home):
+        sys.stdout = stdout  # which the worker took for its lines
+        worker_main([task(tiny_model, tiny_text, tmp_path / place, tiled=True, home=place)])
+        side = Side.from_json(json.loads(capsys.readouterr().out.splitlines()[-1])["result"])
+        losses[place] = side.losses
+
+    assert losses[home] == pytest.approx(losses["disk"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("quiet_streams")
+def test_a_folder_that_tiles_cannot_live_in_is_a_sentence(tiny_model, tiny_text, tmp_path, capsys):
+    """A missing folder is found by the worker, and said as any mistake is."""
+    nowhere = tmp_path / "nowhere"
+    code = worker_main(
+        [task(tiny_model, tiny_text, tmp_path / "l", tiled=True, home=f"disk:{nowhere}")]
+    )
+
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 2
+    assert str(nowhere) in last["mistake"]
 
 
 def test_a_missed_promise_is_shown_and_is_the_exit_code(capsys, monkeypatch):

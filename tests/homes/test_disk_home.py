@@ -132,7 +132,7 @@ def test_room_is_used_again(tmp_path):
     with DiskHome(tmp_path) as home:
         home.reserve(4 * _MIB)
         before = _file_bytes(home)
-        for turn in range(20):
+        for turn in range(8):
             kept = [settle_in(home, torch.full((n + 1, 20_000), turn)) for n in range(5)]
             del kept
 
@@ -386,7 +386,7 @@ def test_an_unknown_amount_of_memory_is_not_guessed_at(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("why", ["refused", "unreadable", "stale reads", "stale map"])
 def test_without_coherent_direct_io_the_page_cache_serves(tmp_path, monkeypatch, caplog, why):
-    """Where O_DIRECT is refused, or disagrees with the mapping, it is not used, and the log says so."""
+    """Where O_DIRECT is refused, or disagrees with the map, it is not used; the log says so."""
     monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: 0)
     real = disk_io.read_at
 

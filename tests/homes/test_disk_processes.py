@@ -10,6 +10,7 @@ import os, sys, torch
 from memtile.errors import HomeError
 from memtile.homes import DiskHome, aligned_buffer, berth_of, settle_in
 
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: the child would hang
 folder = sys.argv[1]
 homes = [DiskHome(folder), DiskHome(folder, keep=True)]
 settled = [settle_in(home, torch.arange(100_000)) for home in homes]

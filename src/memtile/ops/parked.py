@@ -39,6 +39,9 @@ class Source(Protocol):
     def deliver(self, form: Callable[[Tensor], None]) -> None:
         """Put or add the gradient that `form` writes into the tensor it is given."""
 
+    def settle(self) -> None:
+        """Return once the gradients that were delivered are where they are to go."""
+
 
 def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source) -> Tensor:
     """y (…, M), with the weight brought in for the product only.
@@ -130,7 +133,22 @@ def send_gradient(
     if parameter._backward_hooks or not parameter.is_leaf:
         return _formed(parameter, form)
     source.deliver(form)
+    _settle_before(node, source)
     return None
+
+
+def _settle_before(node: Any, source: Source) -> None:
+    """Let what else autograd has for the parameter, of an L2 term say, be added to ours at home.
+
+    It adds in place: a write of ours that is still under way would undo it.
+    """
+
+    def settle(grads: tuple[Tensor | None, ...]) -> None:
+        handle.remove()
+        if grads[0] is not None:
+            source.settle()
+
+    handle = node.register_prehook(settle)
 
 
 def _formed(parameter: Tensor, form: Callable[[Tensor], None]) -> Tensor:

@@ -241,6 +241,11 @@ def load_dense_state(
 
 
 def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
+    if not {"state", "param_groups"} <= packed.keys():
+        raise OptimizerError(
+            f"a dictionary of {sorted(map(str, packed))[:4]} is no state dict of an optimizer, "
+            "which has 'state' and 'param_groups'; give what optimizer.state_dict() gave"
+        )
     theirs = [len(group["params"]) for group in packed["param_groups"]]
     ours = [len(group) for group in members]
     if theirs != ours:

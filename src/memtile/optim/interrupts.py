@@ -2,11 +2,12 @@
 
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
-import torch
 from torch.autograd import Variable
 
 Handler = Callable[[int, FrameType | None], object]
@@ -22,20 +23,21 @@ class Deferral:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """A signal: it waits, unless one waits already or the update was given up."""
         if self._came or not self._is_under_way():
-            self._stand_down()
+            self.stand_down()
             self._before(number, frame)
         self._came = True
 
     def end(self) -> None:
         """The update is whole: what waited is raised now."""
-        self._stand_down()
+        self.stand_down()
         if self._came:
             self._came = False
             self._before(signal.SIGINT, None)
 
-    def _stand_down(self) -> None:
+    def stand_down(self) -> None:
+        """Leave the signal to whom it was left before, in the thread that may."""
         current: object = signal.getsignal(signal.SIGINT)
-        if current is self:
+        if current is self and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._before)
 
 
@@ -62,11 +64,28 @@ def uninterrupted() -> Iterator[None]:
             deferral.end()
 
 
+class _Task:
+    """What the engine holds for one backward; it is dropped with it, also where that fails."""
+
+
 def uninterrupted_backward() -> None:
     """The same from now to the end of the backward that is running.
 
-    Where that ends with an exception, the next Ctrl-C finds no backward under way and is raised.
+    A backward that ends with an exception leaves the signal to whom it was left before. Of nested
+    backwards (reentrant checkpointing) it is the one that is running now.
     """
-    deferral = _begin(lambda: torch._C._current_graph_task_id() != -1)
+    task = _Task()
+    running = weakref.ref(task)
+    deferral = _begin(lambda: running() is not None)
     if deferral is not None:
-        Variable._execution_engine.queue_callback(deferral.end)
+        weakref.finalize(task, deferral.stand_down).atexit = False
+        Variable._execution_engine.queue_callback(partial(_end_last, task, deferral))
+
+
+def _end_last(task: _Task, deferral: Deferral) -> None:
+    """After all other callbacks, since the engine leaves out those that follow an exception."""
+    Variable._execution_engine.queue_callback(partial(_end, task, deferral))
+
+
+def _end(task: _Task, deferral: Deferral) -> None:
+    deferral.end()

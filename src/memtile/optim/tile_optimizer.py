@@ -77,18 +77,29 @@ class TileOptimizer(Optimizer):
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
         self._stepper = Stepper(self._inner, self.state, masters)
         self._reserve(self.param_groups)
+        self._hook(self._all())
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters with options of their own, as torch optimizers do."""
+        """Add parameters with options of their own, as torch optimizers do.
+
+        Raises:
+            HomeFullError: a home has no room for what they need; nothing was added.
+        """
         super().add_param_group(param_group)
+        if not hasattr(self, "_stepper"):  # the constructor goes on with all groups at once
+            return
         added = self.param_groups[-1]
-        if self.mode == "in_backward":
-            self._hook(added["params"])
-        if hasattr(self, "_stepper"):  # later than the constructor, which reserves for all
+        try:
             self._reserve([added])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._hook(added["params"])
 
     def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self.mode == "classic":
+            return
         step: weakref.WeakMethod[Hook] = weakref.WeakMethod(self._step_after_backward)
         for parameter in filter(lambda parameter: parameter.requires_grad, parameters):
             handle = parameter.register_post_accumulate_grad_hook(_if_alive(step))
@@ -132,6 +143,8 @@ class TileOptimizer(Optimizer):
         return loss
 
     def _step_all(self) -> None:
+        for parameter in self._stepped:
+            parameter.grad = None  # part of one, from a second backward that was refused
         if self._unfinished is None:
             self._unfinished = [
                 (parameter, group)
@@ -190,7 +203,8 @@ class TileOptimizer(Optimizer):
 
         Raises:
             OptimizerError: in backward mode, where there are no gradients to clip.
-            RuntimeError: with `error_if_nonfinite`, the norm is not finite.
+            OptimizerError: with `error_if_nonfinite`, the norm is not finite (torch raises
+                RuntimeError); nothing was scaled.
         """
         if self.mode == "in_backward":
             raise OptimizerError(
@@ -220,6 +234,9 @@ class TileOptimizer(Optimizer):
             OptimizerError: it is of another model; nothing was changed.
         """
         load_dense_state(self, self._model, state_dict, self._stepper.stepped_dtype)
+        for parameter, group in _with_groups(self.param_groups):
+            if parameter in self.state:
+                self._stepper.drop_idle_master(parameter, group)
 
 
 def _with_groups(groups: Iterable[Group]) -> Iterator[tuple[nn.Parameter, Group]]:

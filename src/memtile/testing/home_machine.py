@@ -7,7 +7,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from memtile.homes import PAGE, Berth, Home, aligned_buffer
+from memtile.homes import PAGE, Berth, Home
+from memtile.testing.home_probes import read_whole, write_whole
 
 _DTYPES: Final = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _LONGEST: Final = 3 * PAGE
@@ -64,14 +65,14 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[Any]:
             parked = self._pick(choice)
             if parked.berth is not None:
                 parked.truth.add_(value)
-                _write(parked.berth, parked.truth)
+                write_whole(parked.berth, parked.truth)
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
         def read_past_tensors(self, choice: int) -> None:
             parked = self._pick(choice)
             if parked.berth is not None:
-                assert torch.equal(_read(parked.berth), parked.truth)
+                assert torch.equal(read_whole(parked.berth), parked.truth)
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
@@ -129,14 +130,3 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[Any]:
             self.parked = [other for other in self.parked if other is not parked]
 
     return HomeMachine
-
-
-def _read(berth: Berth) -> Tensor:
-    berth.read(buffer := aligned_buffer(berth.room))
-    return buffer[: berth.nbytes].view(berth.dtype)
-
-
-def _write(berth: Berth, values: Tensor) -> None:
-    buffer = aligned_buffer(berth.room)
-    buffer[: berth.nbytes].copy_(values.view(torch.uint8))
-    berth.write(buffer)

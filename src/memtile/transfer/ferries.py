@@ -25,12 +25,12 @@ class Ferries:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
-        self._process = os.getpid()
+        self._process, self._is_closed = os.getpid(), False
 
     @cached_property
     def weights(self) -> Ferry:
         """The ring of tiles."""
-        return Ferry(self._executor, SLABS)
+        return Ferry(self._executor, SLABS, starts_ahead=True)
 
     @cached_property
     def gradients(self) -> Ferry:
@@ -48,22 +48,30 @@ class Ferries:
         return (self.__dict__[name] for name in names if name in self.__dict__)
 
     @property
-    def is_of_this_process(self) -> bool:
-        """Whether its threads run here: a fork has none of them."""
-        return self._process == os.getpid()
+    def works(self) -> bool:
+        """Whether its threads run: not in a fork, which has none of them, nor once closed."""
+        return self._process == os.getpid() and not self._is_closed
 
     def close(self) -> None:
-        """End the reader threads, without waiting for them."""
+        """End the reader threads, without waiting for them, and let go of the slabs."""
+        self._is_closed = True
         self._executor.shutdown(wait=False)
+        for name in ("weights", "gradients", "steps"):
+            self.__dict__.pop(name, None)
 
 
 _ferries: "weakref.WeakKeyDictionary[Home, Ferries]" = weakref.WeakKeyDictionary()
 
 
 def ferries_of(home: Home) -> Ferries:
-    """The ferries of this home in this process."""
+    """The ferries of this home in this process.
+
+    Raises:
+        HomeError: the home is closed.
+    """
     found = _ferries.get(home)
-    if found is None or not found.is_of_this_process:
+    if found is None or not found.works:
+        home.check_open()
         found = _ferries[home] = Ferries()
         home.when_closed(found.close)
     return found
@@ -71,4 +79,4 @@ def ferries_of(home: Home) -> Ferries:
 
 def every_ferry() -> list[Ferry]:
     """All ferries that are in use in this process."""
-    return [ferry for ferries in list(_ferries.values()) for ferry in ferries.all()]
+    return [ferry for found in list(_ferries.values()) if found.works for ferry in found.all()]

@@ -5,9 +5,11 @@ moments). `borrow` gives a cargo in memory and starts reading what the itinerary
 """
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from functools import partial
 from itertools import count, islice
 
 from torch import Tensor
@@ -42,15 +44,20 @@ class Ferry:
     Args:
         executor: runs reads and writes; shared by the ferries of one home.
         slabs: how many there are. Each is as large as the largest cargo that it ever held.
+        starts_ahead: whether the beginning of a pass reads its first cargoes. Not where others may
+            write before they are asked for: `zero_grad` between a forward and its backward.
     """
 
-    def __init__(self, executor: Executor, slabs: int) -> None:
-        self._executor = executor
+    def __init__(self, executor: Executor, slabs: int, starts_ahead: bool = False) -> None:
+        self._executor, self._starts_ahead = executor, starts_ahead
         self._slabs = [Slab() for _ in range(slabs)]
         self._last_use: dict[Slab, int] = dict.fromkeys(self._slabs, 0)
         self._clock = count(1)
         self._itinerary = Itinerary()
+        self._delayed: list[Key] = []  # to be read as soon as a slab is idle
         self._changed = threading.Condition()
+        # No method: futures keep it, and the ferry would keep itself alive.
+        self._notify = partial(_notify, weakref.ref(self), self._changed)
 
     @property
     def slab_bytes(self) -> int:
@@ -91,7 +98,16 @@ class Ferry:
     def write_home(self, slab: Slab, berths: Sequence[tuple[int, Berth]]) -> None:
         """Start writing these tensors of a borrowed slab home."""
         slab.settle()
-        slab.store(berths, self._executor, self._notify)
+        changed = self._changed
+
+        def wrote() -> None:
+            with changed:
+                slab.forget_written()
+                changed.notify_all()
+
+        with changed:
+            slab.store(berths, self._executor, wrote)
+            slab.forget_written()  # where the writers were faster than `store`
 
     def settle(self) -> None:
         """Return once everything that was stored is at home.
@@ -109,7 +125,7 @@ class Ferry:
             raise problems[0]
 
     def start(self) -> None:
-        """A pass begins: forget what was read for another one, and look ahead from the start.
+        """A pass begins: forget what was read for another one, and look ahead where that is safe.
 
         Raises:
             HomeIOError: something of an earlier pass could still not be written.
@@ -118,7 +134,8 @@ class Ferry:
         with self._changed:
             self._clear()
             self._itinerary.start()
-            self._fetch(islice(self._itinerary.ahead(), len(self._slabs) - 1), set())
+            if self._starts_ahead:
+                self._fetch(islice(self._itinerary.ahead(), len(self._slabs) - 1), set())
 
     def clear(self) -> None:
         """Forget everything that was read; what is still to be written stays."""
@@ -126,11 +143,12 @@ class Ferry:
             self._clear()
 
     def _clear(self) -> None:
+        self._delayed = []
         for slab in self._slabs:
             if slab.users:
                 slab.is_spoiled = True  # emptied when it comes back
             elif not slab.is_unwritten:
-                slab.key = None
+                slab.let_go()
 
     def _board(self, cargo: Cargo, read: bool) -> Slab:
         key = key_of(cargo)
@@ -176,7 +194,7 @@ class Ferry:
 
     def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
         """Start reading these, as far as slabs are idle that hold none of them."""
-        wanted = list(keys)
+        wanted, self._delayed = list(keys), []
         protected = protected.union(wanted)
         for key in wanted:
             cargo = cargo_of(key)
@@ -184,8 +202,14 @@ class Ferry:
                 continue
             slab = self._idle(protected)
             if slab is None or slab.key in protected:
+                self._delayed = wanted
                 return
             slab.load(cargo, self._executor, self._notify)
+
+    def fetch_delayed(self) -> None:
+        """Start reading what there was no slab for; its lock is held."""
+        if self._delayed:
+            self._fetch(self._delayed, set())
 
     def _holding(self, key: Key) -> Slab | None:
         for slab in self._slabs:
@@ -206,9 +230,14 @@ class Ferry:
         with self._changed:
             slab.users -= 1
             if slab.is_spoiled and not slab.users and not slab.is_unwritten:
-                slab.key = None
+                slab.let_go()
             self._changed.notify_all()
 
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+
+def _notify(reference: "weakref.ref[Ferry]", changed: threading.Condition) -> None:
+    """A read or a write has ended: who waits may look again, and a slab may be idle now."""
+    with changed:
+        changed.notify_all()
+        ferry = reference()
+        if ferry is not None:
+            ferry.fetch_delayed()

@@ -14,7 +14,9 @@ Key = tuple["weakref.ref[Berth]", ...]
 
 def key_of(cargo: Sequence[Berth]) -> Key:
     """What tells a cargo from others without keeping it alive."""
-    return tuple(weakref.ref(berth) for berth in cargo)
+    key = tuple(weakref.ref(berth) for berth in cargo)
+    hash(key)  # kept by the references, which can be asked for it no more once the berths are gone
+    return key
 
 
 def cargo_of(key: Key) -> tuple[Berth, ...] | None:
@@ -24,6 +26,10 @@ def cargo_of(key: Key) -> tuple[Berth, ...] | None:
     return found if len(found) == len(berths) else None
 
 
+def _is_alive(*keys: Key | None) -> bool:
+    return all(reference() is not None for key in keys if key is not None for reference in key)
+
+
 class Itinerary:
     """The order in which cargoes were asked for, as transitions between pairs of them."""
 
@@ -31,10 +37,14 @@ class Itinerary:
         self._next: dict[tuple[Key | None, Key | None], Key] = {}
         self._before: Key | None = None
         self._last: Key | None = None
+        self._swept = 0
 
     def start(self) -> None:
         """A pass begins: what came before it tells nothing of what comes."""
         self._before = self._last = None
+        if len(self._next) > 2 * self._swept:  # gradients are new cargoes in every pass
+            self._next = {pair: key for pair, key in self._next.items() if _is_alive(*pair, key)}
+            self._swept = len(self._next)
 
     def note(self, key: Key) -> None:
         """This cargo was asked for now."""

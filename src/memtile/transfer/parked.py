@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
-from memtile.homes import Berth, berth_of, register
+from memtile.homes import Berth, berth_of, register, scratch_like
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.passes import current_pass, enter_backward
 
@@ -99,17 +99,30 @@ class ParkedSource:
         record = _record(parameter)
         stays = record.is_stepped_in_backward and not record.uses
         if berth is None or berth.home.works_in_place:
-            _accumulate(parameter, _formed(parameter, form))
+            gradient = torch.empty_like(parameter)
+            form(gradient)
+            _accumulate(parameter, gradient)
         elif stays:
             _accumulate(parameter, _formed(parameter, form), home_sum_stays=True)
         else:
             _send_home(parameter, berth, form)
             if parameter._post_accumulate_grad_hooks:
-                ferries_of(berth.home).gradients.settle()  # they may read it
+                self.settle()  # they may read it
+
+    def settle(self) -> None:
+        """Return once gradients on their way home have arrived.
+
+        Raises:
+            HomeIOError: one could not be written.
+        """
+        berth = berth_of(self.parameter)
+        if berth is not None and not berth.home.works_in_place:
+            ferries_of(berth.home).gradients.settle()
 
 
 def _formed(parameter: nn.Parameter, form: Form) -> Tensor:
-    gradient = torch.empty_like(parameter)
+    """A gradient that soon goes elsewhere."""
+    gradient = scratch_like(parameter)
     form(gradient)
     return gradient
 

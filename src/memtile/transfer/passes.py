@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+from memtile.homes import trim_heap
 from memtile.transfer.ferries import every_ferry
 
 
@@ -47,6 +48,9 @@ def layer_call() -> Iterator[None]:
     _here.depth += 1
     try:
         yield
+    except BaseException:
+        _here.model_is_open = False  # a Ctrl-C passes by the hook that leaves the model
+        raise
     finally:
         _here.depth -= 1
 
@@ -96,6 +100,7 @@ def _begin() -> None:
     global _current
     with _lock:
         _current = next(_numbers)
+        _backwards.clear()  # what is left are those that failed
         for ferry in every_ferry():
             ferry.start()
 
@@ -126,10 +131,10 @@ def enter_backward(number: int) -> None:
 def _end_backward(task: int) -> None:
     with _lock:
         _backwards.discard(task)
-        if not any(number < task for number in _backwards):
-            _backwards.clear()  # those of tasks that failed
     try:
         for ferry in every_ferry():
             ferry.settle()
     finally:
         _end()
+        if every_ferry():
+            trim_heap()  # activations were freed in the middle of what was made meanwhile

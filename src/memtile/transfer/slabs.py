@@ -54,9 +54,13 @@ class Slab:
     @property
     def is_unwritten(self) -> bool:
         """Whether it holds what its home does not have yet."""
+        self.forget_written()
+        return bool(self._unwritten)
+
+    def forget_written(self) -> None:
+        """Let go of the berths, and so of their home, where all of it is written."""
         if self._unwritten and all(_succeeded(write) for write in self._writes):
             self._unwritten, self._writes = [], []
-        return bool(self._unwritten)
 
     @property
     def failed_to_read(self) -> bool:
@@ -71,8 +75,12 @@ class Slab:
     def load(self, cargo: Sequence[Berth], executor: Executor, notify: Callable[[], None]) -> None:
         """Take a cargo in: its readers start now."""
         self.claim(cargo)
-        pieces = list(_pieces(cargo, self.memory))
-        self._reads = [_submit(executor, _read, piece, notify) for piece in pieces]
+        try:
+            for piece in _pieces(cargo, self.memory):
+                self._reads.append(_submit(executor, _read, piece, notify))
+        except BaseException:
+            self.key = None  # or it would pass for read
+            raise
 
     def claim(self, cargo: Sequence[Berth]) -> None:
         """Take a cargo in whose content is still to be made."""
@@ -92,6 +100,12 @@ class Slab:
         """Hold nothing; readers that are still at work must have ended before."""
         self.key, self.tensors, self._reads, self.is_spoiled = None, [], [], False
 
+    def let_go(self) -> None:
+        """Hold nothing; what readers are still at work on stays theirs until they have ended."""
+        self.key = None
+        # An error keeps its traceback, and so the berth and its home, alive.
+        self._reads = [read for read in self._reads if not read.done()]
+
     def wait_until_read(self) -> None:
         """Return once the content is there.
 
@@ -105,12 +119,13 @@ class Slab:
         self, berths: Sequence[tuple[int, Berth]], executor: Executor, notify: Callable[[], None]
     ) -> None:
         """Start writing home those of its tiles that are named by number."""
-        self._unwritten = [(berth, self._room(number, berth)) for number, berth in berths]
+        unwritten = [(berth, self._room(number, berth)) for number, berth in berths]
         self._writes = [
             _submit(executor, _write, (berth, room[start:stop], start), notify)
-            for berth, room in self._unwritten
+            for berth, room in unwritten
             for start, stop in _cuts(berth.room)
         ]
+        self._unwritten = unwritten
 
     def _room(self, number: int, berth: Berth) -> Tensor:
         start = self.tensors[number].data_ptr() - self.memory.data_ptr()

@@ -4,6 +4,7 @@
 prints it. torch and transformers are loaded in the workers only.
 """
 
+from memtile.cli.demo.parking import check_home
 from memtile.cli.demo.records import Outcome, Settings
 from memtile.cli.demo.sides import ensure_runnable, run_both, smollm2_folder
 from memtile.cli.demo.smollm2 import default_cache
@@ -14,6 +15,7 @@ __all__ = [
     "SHIPPED_TEXT",
     "Outcome",
     "Settings",
+    "check_home",
     "default_cache",
     "ensure_runnable",
     "read_text",

@@ -9,6 +9,10 @@ from memtile.cli.demo.records import Machine, Outcome, Settings, Side, Verdict
 
 LOGITS_BOUND: Final = 2e-5
 LOSS_BOUND: Final = 1e-5
+MEMORY_BOUND: Final = 0.25
+
+_STATE_BYTES: Final = 16  # of a parameter: weight, gradient and two moments in float32
+_WORTH_JUDGING: Final = 0.75  # of the dense run's peak: below, activations are most of it
 
 
 def compare(
@@ -25,6 +29,7 @@ def compare(
         _learning_verdict(dense, tiled),
         _tile_verdict(settings, tiled),
         _checkpoint_verdict(tiled),
+        *_memory_verdict(dense, tiled),
     ]
     return Outcome(
         settings=settings,
@@ -88,6 +93,21 @@ def _tile_verdict(settings: Settings, tiled: Side) -> Verdict:
         f"{format_byte_size(tiled.largest_tensor.nbytes)} at most",
         tiled.largest_tensor.nbytes <= settings.max_tile_bytes,
     )
+
+
+def _memory_verdict(dense: Side, tiled: Side) -> list[Verdict]:
+    """Judged where weights lived on disk and are most of what the dense run holds."""
+    movable = dense.parameters * _STATE_BYTES / max(1, dense.peak_bytes)
+    if "Disk" not in tiled.home or movable < _WORTH_JUDGING:
+        return []
+    ratio = tiled.peak_bytes / dense.peak_bytes
+    return [
+        Verdict(
+            "peak memory is at most a quarter of the dense run's",
+            f"1/{1 / ratio:.1f}",
+            ratio <= MEMORY_BOUND,
+        )
+    ]
 
 
 def _checkpoint_verdict(tiled: Side) -> Verdict:

@@ -18,6 +18,7 @@ class Settings:
         batches: Different batches; step `n` trains on batch `n % batches`.
         max_tile_bytes: The largest tile that the tiled run may make.
         learning_rate: Of `torch.optim.AdamW`, everything else at its default.
+        home: Where the tiled run's weights and moments live: "disk", "disk:FOLDER", "host", "none".
         seed: For PyTorch's generator, set before the first training step.
     """
 
@@ -28,6 +29,7 @@ class Settings:
     batches: int
     max_tile_bytes: int
     learning_rate: float
+    home: str = "disk"
     seed: int = 0
 
 
@@ -53,6 +55,9 @@ class Side:
         largest_allocation: The largest storage that any operation of the first step made.
         first_batch_loss_before: Loss on the first batch before training.
         first_batch_loss_after: The same after the last step.
+        home: Where weights and moments lived, in words, "" for memory.
+        read_bytes: Read from the home in the steps but the first, on average of a step.
+        written_bytes: Written to it, likewise.
         continuation: Greedy continuation of the text's first tokens, after training.
         checkpoint_is_dense: For the tiled run, whether the untiled model, saved, loads in plain
             transformers with every name it expects and every parameter bit-identical.
@@ -68,6 +73,9 @@ class Side:
     first_batch_loss_before: float
     first_batch_loss_after: float
     continuation: str
+    home: str = ""
+    read_bytes: int = 0
+    written_bytes: int = 0
     checkpoint_is_dense: bool | None = None
 
     @classmethod

@@ -1,6 +1,7 @@
 """One run of the demo, dense or tiled: load, train, generate, and measure all of it.
 
-Both runs are this one function; the only difference is the call of `memtile.tile`.
+Both runs are this one function; the only differences are the call of `memtile.tile`, and the
+optimizer that steps tiles where they live.
 """
 
 import math
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 import memtile
+from memtile.cli.demo.parking import describe_home, make_home
 from memtile.cli.demo.records import Piece, Settings, Side
 from memtile.cli.demo.text import cut_batches, read_text
 from memtile.cli.errors import CommandError
+from memtile.homes import Home
 from memtile.testing import LargestAllocation, PeakMemory
 
 if TYPE_CHECKING:
@@ -47,11 +50,12 @@ def run_side(settings: Settings, tiled: bool, logits_file: Path, report: StepRep
     tokenizer, batches = _prepare(settings)
     with PeakMemory() as memory:
         model = _load_model(settings.model)
+        home = make_home(settings.home) if tiled else None
         if tiled:
             _check_count(model, settings.max_tile_bytes)
-            memtile.tile(model, max_tile_bytes=settings.max_tile_bytes)
+            memtile.tile(model, max_tile_bytes=settings.max_tile_bytes, home=home)
         loss_before = _evaluate(model, batches[0], logits_file)
-        training = _train(model, batches, settings, report)
+        training = _train(model, batches, settings, home, report)
     return Side(
         losses=training.losses,
         seconds=training.seconds,
@@ -63,6 +67,9 @@ def run_side(settings: Settings, tiled: bool, logits_file: Path, report: StepRep
         first_batch_loss_before=loss_before,
         first_batch_loss_after=_evaluate(model, batches[0]),
         continuation=_continue(model, tokenizer, batches[0][:, :_PROMPT_TOKENS]),
+        home=describe_home(home),
+        read_bytes=training.read_bytes,
+        written_bytes=training.written_bytes,
         checkpoint_is_dense=_saves_dense(model) if tiled else None,
     )
 
@@ -145,17 +152,24 @@ class _Training:
     seconds: list[float]
     largest_tensor: Piece
     largest_allocation: Piece
+    read_bytes: int
+    written_bytes: int
 
 
 def _train(
-    model: "PreTrainedModel", batches: list[torch.Tensor], settings: Settings, report: StepReport
+    model: "PreTrainedModel",
+    batches: list[torch.Tensor],
+    settings: Settings,
+    home: Home | None,
+    report: StepReport,
 ) -> _Training:
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    optimizer = _optimizer(model, settings.learning_rate, home)
     torch.manual_seed(settings.seed)
     losses: list[float] = []
     seconds: list[float] = []
     probe = LargestAllocation()
+    before = traffic = (0, 0)
     for step, batch in enumerate(islice(cycle(batches), settings.steps), start=1):
         started = time.perf_counter()
         # The first step also makes the optimizer's state, so it is the one to probe: that slows it.
@@ -168,8 +182,26 @@ def _train(
             )
         losses.append(loss)
         report(step, loss)
+        traffic = _traffic(home)
+        before = traffic if step == 1 else before  # the first step also makes the moments
+    read, written = (
+        (now - then) // (settings.steps - 1) for now, then in zip(traffic, before, strict=True)
+    )
     largest = max(_tensors(model, optimizer), key=lambda piece: piece.nbytes)
-    return _Training(losses, seconds, largest, Piece(probe.nbytes, probe.op))
+    piece = Piece(probe.nbytes, probe.op)
+    return _Training(losses, seconds, largest, piece, read, written)
+
+
+def _optimizer(
+    model: "PreTrainedModel", learning_rate: float, home: Home | None
+) -> torch.optim.Optimizer:
+    if home is None:
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    return memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=learning_rate)
+
+
+def _traffic(home: Home | None) -> tuple[int, int]:
+    return (0, 0) if home is None else (home.traffic.read_bytes, home.traffic.written_bytes)
 
 
 def _step(model: "PreTrainedModel", optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> float:

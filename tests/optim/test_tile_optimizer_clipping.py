@@ -1,0 +1,155 @@
+"""Clipping in classic mode: gradients at home are scaled as dense ones are."""
+
+import math
+
+import pytest
+import torch
+from small_training import HOMES, batches, disk_of, in_home, loss_of, optimizer_for, same, small
+from torch import nn
+
+from memtile.errors import OptimizerError
+from memtile.homes import berth_of
+
+FLOAT32_ROUNDING = 1e-5  # of a norm over some hundred values, summed in another order
+
+
+@pytest.fixture(params=HOMES)
+def home(request):
+    """The name of a home."""
+    return request.param
+
+
+def _with_gradients(home):
+    model = in_home(small(), home)
+    optimizer = optimizer_for(model)
+    loss_of(model, batches(1)[0]).backward()
+    return model, optimizer
+
+
+def _dense():
+    model = small()
+    loss_of(model, batches(1)[0]).backward()
+    return model
+
+
+def _gradients(model):
+    return {n: p.grad.clone() if p.grad is not None else None for n, p in model.named_parameters()}
+
+
+def _joined(model):
+    """Gradients under dense names."""
+    names = ("embed", "up", "twice", "down")
+    found = {f"{name}.weight": getattr(model, name).weight.grad for name in names}
+    found |= {f"{name}.bias": getattr(model, name).bias.grad for name in names[1:]}
+    return {**found, "norm.weight": model.norm.weight.grad, "norm.bias": model.norm.bias.grad}
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_it_clips_as_torch_clips_dense_gradients(home, max_norm, norm_type):
+    """Norm and clipped gradients are the dense ones within rounding; a large limit changes none."""
+    (model, optimizer), dense = _with_gradients(home), _dense()
+    before = _gradients(model)
+
+    norm = optimizer.clip_grad_norm_(max_norm, norm_type)
+    expected = nn.utils.clip_grad_norm_(dense.parameters(), max_norm, norm_type)
+
+    torch.testing.assert_close(norm, expected, rtol=FLOAT32_ROUNDING, atol=0)
+    for name, ours in _joined(model).items():
+        theirs = dense.get_parameter(name).grad
+        scale = FLOAT32_ROUNDING * theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=scale)
+    assert same(_gradients(model), before) == (max_norm > 1)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_torchs_own_clipping_works_too(home, foreach):
+    """`torch.nn.utils.clip_grad_norm_` clips the gradients at home, and the step uses them."""
+    (model, optimizer), (other, others) = _with_gradients(home), _with_gradients(home)
+
+    ours = optimizer.clip_grad_norm_(0.1)
+    theirs = nn.utils.clip_grad_norm_(other.parameters(), 0.1, foreach=foreach)
+
+    torch.testing.assert_close(ours, theirs, rtol=FLOAT32_ROUNDING, atol=0)
+    for name, gradient in _gradients(model).items():
+        expected = other.get_parameter(name).grad
+        scale = FLOAT32_ROUNDING * expected.abs().max().item()
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=scale)
+    optimizer.step()
+    others.step()
+    scale = FLOAT32_ROUNDING * 1e3  # Adam's first step divides small gradients by themselves
+    for ours_p, theirs_p in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours_p, theirs_p, rtol=0, atol=scale * 0.01)
+
+
+def test_clipped_gradients_are_what_is_stepped(home):
+    """The step after clipping uses the clipped values, not what was read before."""
+    model = in_home(small(), home)
+    optimizer = optimizer_for(model, torch.optim.SGD, lr=1.0)
+    loss_of(model, batches(1)[0]).backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    optimizer.clip_grad_norm_(0.01)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    optimizer.step()
+
+    assert all(
+        torch.equal(parameter.detach(), old - gradient)
+        for parameter, old, gradient in zip(model.parameters(), before, gradients, strict=True)
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite(home, bad):
+    """By default it scales as torch does; with error_if_nonfinite it raises and scales nothing."""
+    (model, optimizer), dense = _with_gradients(home), _dense()
+    model.up.tile(1, 0).weight.grad[0, 0] = bad
+    dense.up.weight.grad[7, 0] = bad
+    before = {name: gradient.nan_to_num(7.0) for name, gradient in _gradients(model).items()}
+
+    with pytest.raises(OptimizerError, match=f"the norm of the gradients is {bad}"):
+        optimizer.clip_grad_norm_(0.1, error_if_nonfinite=True)
+
+    after = {name: gradient.nan_to_num(7.0) for name, gradient in _gradients(model).items()}
+    assert same(after, before)
+    norm = optimizer.clip_grad_norm_(0.1)
+    expected = nn.utils.clip_grad_norm_(dense.parameters(), 0.1)
+    torch.testing.assert_close(norm, expected, equal_nan=True)
+    for name, ours in _joined(model).items():
+        torch.testing.assert_close(ours, dense.get_parameter(name).grad, equal_nan=True)
+
+
+def test_without_gradients_the_norm_is_zero(home):
+    """Nothing to clip: 0, as torch says."""
+    optimizer = optimizer_for(in_home(small(), home))
+
+    assert optimizer.clip_grad_norm_(1.0) == 0
+
+
+def test_gradients_stay_at_home():
+    """Clipping leaves every gradient the tensor it was, at home, and writes it once."""
+    model, optimizer = _with_gradients("disk")
+    gradients = [parameter.grad for parameter in model.parameters()]
+    room = sum(berth.room for berth in map(berth_of, gradients) if berth)
+    before = disk_of(model).traffic
+
+    optimizer.clip_grad_norm_(0.1)
+
+    after = disk_of(model).traffic
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    assert after.written_bytes - before.written_bytes == room
+    assert after.read_bytes - before.read_bytes <= 2 * room
+
+
+def test_only_what_it_optimizes_is_clipped(home):
+    """Gradients of parameters that are none of the optimizer's count for nothing and stay."""
+    model = in_home(small(), home)
+    optimizer = optimizer_for(model, params=model.down.parameters())
+    loss_of(model, batches(1)[0]).backward()
+    before, norms = _gradients(model), [p.grad.norm() for p in model.down.parameters()]
+
+    norm = optimizer.clip_grad_norm_(0.01)
+
+    torch.testing.assert_close(norm, torch.stack(norms).norm(), rtol=FLOAT32_ROUNDING, atol=0)
+    changed = {n for n, g in _gradients(model).items() if not torch.equal(g, before[n])}
+    assert changed == {n for n in before if n.startswith("down.")}

@@ -1,0 +1,87 @@
+"""A disk that fails or waits where a test wants it to, and optimizers that say what they step."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memtile.homes import disk_io
+from memtile.transfer import Holder, ferries_of
+
+
+class FaultyDisk:
+    """Counts a disk home's reads and writes, and fails the chosen ones.
+
+    Attributes:
+        count: reads or writes so far, by "read" and "write".
+        fails: which ones fail, given the act and its number, counted from 1.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = {"read": 0, "write": 0}
+        self.fails: Callable[[str, int], bool] = lambda act, number: False
+        self._lock = threading.Lock()
+        for act in self.count:
+            real = getattr(disk_io, f"{act}_at")
+            monkeypatch.setattr(disk_io, f"{act}_at", self._failing(act, real))
+
+    def _failing(self, act: str, real: Callable[..., int]) -> Callable[..., int]:
+        def move(fd: int, buffer: memoryview, offset: int) -> int:
+            with self._lock:
+                self.count[act] += 1
+                number = self.count[act]
+            if self.fails(act, number):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(fd, buffer, offset)
+
+        return move
+
+    def fail(self, act: str, first: int, times: int | None = None) -> None:
+        """From now on, fail the act's `first` and those after it, as many as `times` or all."""
+        start = self.count[act] + first
+        stop = None if times is None else start + times
+        self.fails = lambda acted, n: acted == act and n >= start and (stop is None or n < stop)
+
+    def mend(self) -> None:
+        """Fail nothing any more."""
+        self.fails = lambda act, number: False
+
+
+class Watched(torch.optim.AdamW):
+    """AdamW that calls `before` with each parameter that it is about to step."""
+
+    before: Callable[[nn.Parameter], object] = staticmethod(lambda parameter: None)
+
+    def step(self, closure: Any = None) -> None:
+        """One step of what it has, which is one piece."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                type(self).before(parameter)
+        super().step()
+
+
+def at_step(number: int, act: Callable[[], object]) -> Callable[[nn.Parameter], None]:
+    """A `before` that acts at its call of this number, counted from 0."""
+    calls = iter(range(1 << 30))
+
+    def before(parameter: nn.Parameter) -> None:
+        if next(calls) == number:
+            act()
+
+    return before
+
+
+def slabs_are_free(home: Any) -> bool:
+    """Whether nobody holds a slab of the home, nor is one still to be written."""
+    free = (Holder.NOBODY, Holder.ITS_TILES)
+    return all(h in free for ferry in ferries_of(home).all() for h in ferry.holders)
+
+
+def nobody_works(home: Any) -> bool:
+    """Whether every slab of the home was given back; it may be being read or written still."""
+    return all(h is not Holder.WORKERS for ferry in ferries_of(home).all() for h in ferry.holders)

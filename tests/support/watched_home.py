@@ -1,0 +1,93 @@
+"""A home in memory whose reads and writes are recorded, can be held up, and can be made to fail."""
+
+import errno
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from memtile.errors import HomeIOError
+from memtile.homes import Berth, Home, HostHome
+
+PATIENCE_SECONDS = 30  # a hang becomes a failure; nothing that passes waits so long
+
+
+class WatchedHome(Home):
+    """Tiles are brought in through slabs, as from a disk.
+
+    Attributes:
+        events: ("read" or "write", label of the berth), in the order in which they began.
+        broken: acts that fail, with an I/O error.
+        before: called with (act, label) in the moving thread, before anything moves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[str, str]] = []
+        self.broken: set[str] = set()
+        self.before: Callable[[str, str], None] = lambda act, label: None
+        self._inner = HostHome()
+        self._began: dict[tuple[str, str], threading.Event] = defaultdict(threading.Event)
+
+    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> "WatchedBerth":
+        self.check_open()
+        return WatchedBerth(self, self._inner.berth(shape, dtype))
+
+    def tile(self, label: str, value: float, length: int = 3) -> "WatchedBerth":
+        """A labelled berth, filled with one value."""
+        berth = self.berth((length,), torch.float32)
+        berth.label = label
+        berth.tensor().fill_(value)
+        return berth
+
+    def tiles(self, number: int, length: int = 3) -> list["WatchedBerth"]:
+        """Berths labelled "0", "1", …, filled with their numbers."""
+        return [self.tile(str(n), n, length) for n in range(number)]
+
+    def begins(self, act: str, label: str) -> None:
+        """Return once such a move has begun, since the events were last cleared."""
+        assert self._began[act, label].wait(PATIENCE_SECONDS), (act, label, self.events)
+
+    def clear(self) -> None:
+        """Forget the events."""
+        self.events.clear()
+        self._began.clear()
+
+    def labels(self, act: str = "read") -> list[str]:
+        """What was moved, in order."""
+        return [label for done, label in list(self.events) if done == act]
+
+    def note(self, act: str, label: str) -> None:
+        """A move begins."""
+        self.events.append((act, label))
+        self._began[act, label].set()
+        self.before(act, label)
+        if act in self.broken:
+            raise HomeIOError(errno.EIO, f"{act} of {label}: the test wants it")
+
+
+class WatchedBerth(Berth):
+    """A berth of a `WatchedHome`."""
+
+    home: WatchedHome
+
+    def __init__(self, home: WatchedHome, inner: Berth) -> None:
+        super().__init__(home, inner.shape, inner.dtype)
+        self._inner = inner
+
+    @property
+    def address(self) -> int:
+        return self._inner.address
+
+    def tensor(self) -> Tensor:
+        return self._inner.tensor()
+
+    def _fill(self, into: Tensor, start: int) -> None:
+        self.home.note("read", self.label or "")
+        self._inner.read(into, start)
+
+    def _take(self, source: Tensor, start: int) -> None:
+        self.home.note("write", self.label or "")
+        self._inner.write(source, start)
