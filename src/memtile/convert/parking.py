@@ -20,12 +20,13 @@ def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> H
     Raises:
         ArgumentError: it is neither a home nor the name of one.
         HomeFullError: there is no room.
-        SealError: what it was reopened with are not this model's tiles.
+        SealError: what it was reopened with are not this model's tiles, or are damaged.
     """
     found = home_on(home, next(model.parameters(), torch.empty(0)).device)
     expected = dict(_tiles(model, choices))
     if isinstance(found, DiskHome) and found.sealed is not None:
         found.sealed.check_matches(expected)
+        found.sealed.check_sums()
     found.reserve(sum(_room(*tile) for tile in [*expected.values(), *_gradients(model, choices)]))
     return found
 

@@ -17,7 +17,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from memtile.errors import HomeError, UnsupportedPlatformError
+from memtile.errors import HomeError, SealError, UnsupportedPlatformError
 from memtile.homes import disk_io, sealing
 from memtile.homes.buffers import tensor_over
 from memtile.homes.filesystems import usable_folder
@@ -99,6 +99,8 @@ class DiskHome(Home):
             self._check_process()
             berth = _DiskBerth(self, shape, dtype)
             self._berths.add(berth)
+            if self.keep:
+                weakref.finalize(berth, _note_lost, berth.named, self._lost).atexit = False
             self._choose_path()
             return berth
 
@@ -112,6 +114,7 @@ class DiskHome(Home):
     def _start(self) -> None:
         self._owner = os.getpid()
         self._berths: weakref.WeakSet[_DiskBerth] = weakref.WeakSet()
+        self._lost: list[str] = []  # labels whose berths are gone
         self._file = LiveFile(self.folder, self.keep)
         self._segments = Segments(self._file.extend)
         self._cleanup = weakref.finalize(self, _clean_up, self._file, self._segments, self.sealed)
@@ -144,9 +147,20 @@ class DiskHome(Home):
 
     def _release(self) -> None:
         if self.keep and os.getpid() == self._owner:
+            self._check_none_lost()
             sealing.seal(self._file, self._fd, self._records(), replace=self.sealed is not None)
             self._protect_sealed()
         self._cleanup()
+
+    def _check_none_lost(self) -> None:
+        here = {record.label for record in self._records()}
+        lost = [label for label in self._lost if label not in here]
+        if lost:
+            raise SealError(
+                f"{self!r}: {len(lost)} of its tiles are gone, {lost[0]!r} first: the model was "
+                "dropped or untiled before its kept home was closed, so there is nothing whole to "
+                "seal; close the home while the model is alive"
+            )
 
     def _protect_sealed(self) -> None:
         try:
@@ -185,6 +199,7 @@ class _DiskBerth(Berth):
     home: DiskHome
 
     def __init__(self, home: DiskHome, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.named: list[str] = []  # its label, for when it is gone itself
         super().__init__(home, shape, dtype)
         self._extent: Extent | None = None
         self._view: memoryview | None = None
@@ -199,6 +214,14 @@ class _DiskBerth(Berth):
         self._view = memoryview(extent.segment.memory)[extent.start : extent.start + self.room]
         self.offset = extent.segment.offset + extent.start
         weakref.finalize(self._view, segments.giver(extent)).atexit = False
+
+    @property
+    def label(self) -> str | None:
+        return self.named[0] if self.named else None
+
+    @label.setter
+    def label(self, label: str | None) -> None:
+        self.named[:] = [] if label is None else [label]
 
     @property
     def address(self) -> int:
@@ -220,6 +243,10 @@ class _DiskBerth(Berth):
 
     def _take(self, source: Tensor, start: int) -> None:
         disk_io.drain(self.home._fd, disk_io.bytes_of(source), self.offset + start)
+
+
+def _note_lost(named: list[str], lost: list[str]) -> None:
+    lost.extend(named)
 
 
 def _checked(folder: str | os.PathLike[str] | None) -> Path:

@@ -57,6 +57,7 @@ class Home(ABC):
         self._change = threading.Condition()
         self._moving = 0
         self._closed = False
+        self._before_close: list[Callable[[], None]] = []
         self._at_close: list[Callable[[], None]] = []
         self._read_bytes = self._written_bytes = 0
 
@@ -98,17 +99,24 @@ class Home(ABC):
         Waits for reads and writes under way; later ones, and later berths, raise `HomeError`.
         Tensors that are still alive stay memory that can be read and written until they die.
         """
+        for act in list(self._before_close):
+            act()
         with self._change:
             self._change.wait_for(lambda: not self._moving)
             if not self._closed:
                 self._release()
                 self._closed = True
+        self._before_close.clear()
         while self._at_close:
             self._at_close.pop()()
 
-    def when_closed(self, act: Callable[[], None]) -> None:
-        """Calls `act` once the home is closed; not where it is merely dropped."""
-        self._at_close.append(act)
+    def when_closed(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Calls `before` ahead of closing, which it stops by raising, and `after` when it is done.
+
+        Neither is called where the home is merely dropped.
+        """
+        self._before_close.append(before)
+        self._at_close.append(after)
 
     def check_open(self) -> None:
         """Refuses a closed home.

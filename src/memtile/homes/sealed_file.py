@@ -13,7 +13,7 @@ import torch
 from memtile.errors import HomeError, SealError
 from memtile.homes import disk_io, sealing
 from memtile.homes.buffers import pieces
-from memtile.homes.home import Berth
+from memtile.homes.home import Berth, whole_pages
 from memtile.homes.sealing import Entry
 
 
@@ -74,6 +74,29 @@ class SealedFile:
             if label not in expected:
                 raise self._of_another_model(f"it has {label!r}, which the model has not")
 
+    def check_sums(self) -> None:
+        """Reads every tile and verifies its checksum, before anything is made of them.
+
+        Raises:
+            SealError: the bytes of a tile are not those that were sealed.
+            HomeIOError: reading failed.
+            HomeError: this file is closed.
+        """
+        for label, entry in self.entries.items():
+            crc = 0
+            for start, piece in pieces(whole_pages(entry.nbytes)):
+                raw = disk_io.bytes_of(piece)
+                disk_io.fill(self._open_fd(), raw, entry.offset + start)
+                crc = zlib.crc32(raw[: entry.nbytes - start], crc)
+            self._check_sum(label, crc)
+
+    def _check_sum(self, label: str, crc: int) -> None:
+        if crc != self.entries[label].crc:
+            raise SealError(
+                f"{self.path}: the bytes of {label!r} are not those that were sealed; the file is "
+                "corrupt: remove it, and load the tiles from a checkpoint"
+            )
+
     def copy_to(self, label: str, berth: Berth) -> None:
         """Copies one tile into a berth, a piece of at most 4 MiB at a time, and verifies it.
 
@@ -94,11 +117,7 @@ class SealedFile:
             disk_io.fill(self._open_fd(), raw, entry.offset + start)
             crc = zlib.crc32(raw[: entry.nbytes - start], crc)
             berth.write(piece, start)
-        if crc != entry.crc:
-            raise SealError(
-                f"{self.path}: the bytes of {label!r} are not those that were sealed; the file is "
-                "corrupt: remove it, and load the tiles from a checkpoint"
-            )
+        self._check_sum(label, crc)
 
     def check_fits(self, label: str, berth: Berth) -> None:
         """Refuses a berth of another shape or dtype than the tile.

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from memtile import ops
 from memtile.errors import ParkedCopyWarning, ParkedError
-from memtile.homes import DeviceHome, Home, berth_of, register, resolve_home
+from memtile.homes import DeviceHome, Home, berth_of, register, resolve_home, settle_in
 from memtile.layers import door
 from memtile.layers.gather import register_gatherer
 from memtile.transfer import ParkedSource, layer_call
@@ -54,7 +54,9 @@ class ParkedModule(nn.Module):
         """
         weight = self._parameters.get("weight")  # none where it is pruned or parametrized
         if weight is None or berth_of(weight) is None:
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self._park_what_was_meta(weight)
+            return self
         wanted = fn(torch.empty(0, dtype=weight.dtype)).dtype
         if wanted != weight.dtype:
             raise ParkedError(
@@ -99,7 +101,15 @@ class ParkedModule(nn.Module):
         if weight is not None and berth_of(weight) is not None:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        self._park_what_was_meta(weight)
         forget(weight)
+
+    def _park_what_was_meta(self, before: Tensor | None) -> None:
+        """A weight that got its memory just now goes home with it."""
+        weight = self._parameters.get("weight")
+        if before is not None and before.is_meta and weight is not None and not weight.is_meta:
+            settled = settle_in(self.home, weight.detach())
+            self._parameters["weight"] = parameter_of(settled, weight.requires_grad)
 
 
 class ParkedLinear(ParkedModule, nn.Linear):

@@ -9,7 +9,9 @@ from functools import cached_property
 from memtile.homes import Home
 from memtile.transfer.ferry import Ferry
 
-READERS = 4  # threads a home; see slabs.PIECE_BYTES
+# Threads a home. Four saturate an idle disk; while products keep all cores busy a thread waits for
+# its turn to ask for more, and with eight pieces under way the disk does not wait with it.
+READERS = 8
 SLABS = 3  # the tile that is worked on, the next, and one that is written or read
 GRADIENT_SLABS = 2
 
@@ -30,7 +32,7 @@ class Ferries:
     @cached_property
     def weights(self) -> Ferry:
         """The ring of tiles."""
-        return Ferry(self._executor, SLABS, starts_ahead=True)
+        return Ferry(self._executor, SLABS)
 
     @cached_property
     def gradients(self) -> Ferry:
@@ -51,6 +53,16 @@ class Ferries:
     def works(self) -> bool:
         """Whether its threads run: not in a fork, which has none of them, nor once closed."""
         return self._process == os.getpid() and not self._is_closed
+
+    def settle(self) -> None:
+        """Return once everything that was stored is at home.
+
+        Raises:
+            HomeIOError: something could not be written.
+        """
+        if self.works:
+            for ferry in self.all():
+                ferry.settle()
 
     def close(self) -> None:
         """End the reader threads, without waiting for them, and let go of the slabs."""
@@ -73,7 +85,7 @@ def ferries_of(home: Home) -> Ferries:
     if found is None or not found.works:
         home.check_open()
         found = _ferries[home] = Ferries()
-        home.when_closed(found.close)
+        home.when_closed(found.settle, found.close)
     return found
 
 

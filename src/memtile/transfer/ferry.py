@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count, islice
 
@@ -44,12 +44,10 @@ class Ferry:
     Args:
         executor: runs reads and writes; shared by the ferries of one home.
         slabs: how many there are. Each is as large as the largest cargo that it ever held.
-        starts_ahead: whether the beginning of a pass reads its first cargoes. Not where others may
-            write before they are asked for: `zero_grad` between a forward and its backward.
     """
 
-    def __init__(self, executor: Executor, slabs: int, starts_ahead: bool = False) -> None:
-        self._executor, self._starts_ahead = executor, starts_ahead
+    def __init__(self, executor: Executor, slabs: int) -> None:
+        self._executor = executor
         self._slabs = [Slab() for _ in range(slabs)]
         self._last_use: dict[Slab, int] = dict.fromkeys(self._slabs, 0)
         self._clock = count(1)
@@ -125,7 +123,9 @@ class Ferry:
             raise problems[0]
 
     def start(self) -> None:
-        """A pass begins: forget what was read for another one, and look ahead where that is safe.
+        """A pass begins: forget what was read for another one.
+
+        Nothing is read ahead of its first request: which home it will ask is not known yet.
 
         Raises:
             HomeIOError: something of an earlier pass could still not be written.
@@ -134,8 +134,6 @@ class Ferry:
         with self._changed:
             self._clear()
             self._itinerary.start()
-            if self._starts_ahead:
-                self._fetch(islice(self._itinerary.ahead(), len(self._slabs) - 1), set())
 
     def clear(self) -> None:
         """Forget everything that was read; what is still to be written stays."""
@@ -188,8 +186,9 @@ class Ferry:
             self._changed.wait()
 
     def _look_ahead(self, key: Key, ahead: Iterable[Cargo] | None) -> None:
-        with self._changed:
-            keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
+        keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
+        # No memory for a slab, say: who asks for what could not be read ahead is told then.
+        with self._changed, suppress(OSError, MemoryError):
             self._fetch(islice(keys, len(self._slabs) - 1), {key})
 
     def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
