@@ -23,6 +23,7 @@ import memtile
 from memtile.errors import ArgumentError, HomeError, HomeFullError, SealError
 from memtile.homes import DiskHome, HostHome, berth_of
 from memtile.layers import ParkedEmbedding, ParkedLinear
+from memtile.transfer import ferries_of
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 
@@ -241,3 +242,53 @@ def test_another_model_is_refused_by_name_and_unchanged(tmp_path, model, splits,
     home.keep = False
     home.close()
     assert (tmp_path / "tiles.memtile").read_bytes() == sealed
+
+
+def test_a_damaged_kept_home_is_refused_before_anything_is_replaced(tmp_path):
+    """One flipped bit of one tile: it is named, and the model keeps its dense modules."""
+    with DiskHome(tmp_path, keep=True) as home:
+        kept = memtile.tile(small_model(), out_splits=3, home=home)
+        label = max(weights_of(kept))
+    home = DiskHome.reopen(tmp_path)
+    with open(tmp_path / "tiles.memtile", "r+b") as file:
+        file.seek(home.sealed.entries[label].offset)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 4]))
+    model = small_model()
+    modules = list(model.modules())
+
+    with pytest.raises(SealError, match=label.replace(".", r"\.")):
+        memtile.tile(model, out_splits=3, home=home)
+
+    assert list(model.modules()) == modules
+    home.keep = False
+    home.close()
+
+
+def test_a_kept_home_whose_model_is_gone_is_not_sealed(tmp_path):
+    """There is nothing to seal: it says so with the first tile's name, and no file is left."""
+    home = DiskHome(tmp_path, keep=True)
+    model = memtile.tile(small_model(), out_splits=3, home=home)
+    memtile.untile(model)
+
+    with pytest.raises(SealError, match=r"tiles are gone.*close the home while the model is alive"):
+        home.close()
+
+    assert not list(tmp_path.iterdir())
+    memtile.tile(model, out_splits=3, home=home)
+    home.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["tiles.memtile"]
+
+
+def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
+    """A gradient that was still being written is at home once the home is closed, or it says so."""
+    with DiskHome(tmp_path) as home:
+        model = memtile.tile(small_model(), out_splits=3, home=home)
+        train(model)
+        settled = []
+        for ferry in ferries_of(home).all():
+            settle = ferry.settle
+            monkeypatch.setattr(ferry, "settle", lambda s=settle: settled.append(s()))
+
+    assert len(settled) >= 2
