@@ -203,8 +203,7 @@ class TileOptimizer(Optimizer):
 
         Raises:
             OptimizerError: in backward mode, where there are no gradients to clip.
-            OptimizerError: with `error_if_nonfinite`, the norm is not finite (torch raises
-                RuntimeError); nothing was scaled.
+            OptimizerError: with `error_if_nonfinite`, the norm is not finite; nothing was scaled.
         """
         if self.mode == "in_backward":
             raise OptimizerError(
