@@ -20,7 +20,7 @@ from small_models import build, inputs
 from torch import nn
 
 import memtile
-from memtile.errors import ArgumentError, HomeError, HomeFullError, SealError
+from memtile.errors import ArgumentError, CannotTileError, HomeError, HomeFullError, SealError
 from memtile.homes import DiskHome, HostHome, berth_of
 from memtile.layers import ParkedEmbedding, ParkedLinear
 from memtile.transfer import ferries_of
@@ -292,3 +292,39 @@ def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
             monkeypatch.setattr(ferry, "settle", lambda s=settle: settled.append(s()))
 
     assert len(settled) >= 2
+
+
+def test_a_reopened_home_that_got_no_tiles_leaves_the_file(tmp_path):
+    """Refused or not used, closing it does not replace what was kept with nothing."""
+    with DiskHome(tmp_path, keep=True) as home:
+        kept = memtile.tile(small_model(), out_splits=3, home=home)
+    assert weights_of(kept)
+    sealed = (tmp_path / "tiles.memtile").read_bytes()
+
+    with DiskHome.reopen(tmp_path) as home, pytest.raises(SealError):
+        memtile.tile(small_model(), out_splits=2, home=home)
+
+    assert (tmp_path / "tiles.memtile").read_bytes() == sealed
+
+
+@pytest.mark.parametrize("before", [{}, {"home": "host"}], ids=["in memory", "at home"])
+def test_a_model_that_is_tiled_already_is_refused(before):
+    """It would stay where it is: said, with the way out."""
+    model = memtile.tile(small_model(), out_splits=3, **before)
+
+    with pytest.raises(CannotTileError, match="untile"):
+        memtile.tile(model, out_splits=3, home=DiskHome())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"keep": True}, r"needs a folder of its own"),
+        ({"folder": ""}, r"folder='' is no folder"),
+        ({"folder": 3}, r"folder=3 is no folder"),
+    ],
+)
+def test_a_home_without_a_place_is_refused(arguments, sentence):
+    """No file in a shared folder by accident, none in the working directory."""
+    with pytest.raises(ArgumentError, match=sentence):
+        DiskHome(**arguments)

@@ -8,7 +8,7 @@ from torch import nn
 from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice
 from memtile.homes import PAGE, DiskHome, Home, berth_of
-from memtile.layers import home_on
+from memtile.layers import TiledModule, home_on
 from memtile.transfer import watch_model
 
 Expected = dict[str, tuple[torch.Size, torch.dtype]]
@@ -58,6 +58,11 @@ def _tiles(
 
 def _room(shape: torch.Size, dtype: torch.dtype) -> int:
     return -(-shape.numel() * dtype.itemsize // PAGE) * PAGE
+
+
+def is_parked(layer: TiledModule) -> bool:
+    """Whether a tiled layer's weight lives in a home."""
+    return any(berth_of(tile) is not None for tile in layer.tile_parameters("weight").values())
 
 
 def settle_down(model: nn.Module, home: Home) -> None:

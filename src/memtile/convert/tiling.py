@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from memtile.convert.kinds import integrations, kind_of, replace_module
-from memtile.convert.parking import home_for, settle_down
+from memtile.convert.parking import home_for, is_parked, settle_down
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.homes import Home
@@ -67,12 +67,15 @@ def tile(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place; use "
             "TiledLinear.from_linear(linear, …) or TiledEmbedding.from_embedding(embedding, …)"
         )
-    if cut.max_tile_bytes is None and not any(choice.tiled for choice in choices):
+    needs_one = cut.max_tile_bytes is None or home is not None
+    if needs_one and not any(choice.tiled for choice in choices):
         why = f"{choices[0].name}: {choices[0].reason}" if choices else "it has no linear"
         raise CannotTileError(
             f"nothing of {type(model).__name__} can be tiled ({why}); "
             "memtile.select_linears(model, …) gives the reason for each module"
         )
+    if home is not None and modules is None:
+        _refuse_tiled_before(model)
     parked = None if home is None else home_for(model, choices, home)
     done: set[str] = set()
     for choice in choices:
@@ -85,6 +88,16 @@ def tile(
     if cut.max_tile_bytes is not None and modules is None:
         _warn_of_larger(model, cut.max_tile_bytes, choices)
     return model
+
+
+def _refuse_tiled_before(model: nn.Module) -> None:
+    """Tiles that would stay where they are, while their model is thought to be at home."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, TiledModule) and not is_parked(layer):
+            raise CannotTileError(
+                f"{name} is tiled already, and its tiles would stay in memory; call "
+                "memtile.untile(model) first, then memtile.tile(model, …, home=…)"
+            )
 
 
 def _warn_of_larger(model: nn.Module, max_tile_bytes: int, choices: list[Choice]) -> None:

@@ -17,7 +17,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from memtile.errors import HomeError, SealError, UnsupportedPlatformError
+from memtile.errors import ArgumentError, HomeError, SealError, UnsupportedPlatformError
 from memtile.homes import disk_io, sealing
 from memtile.homes.buffers import tensor_over
 from memtile.homes.filesystems import usable_folder
@@ -58,6 +58,11 @@ class DiskHome(Home):
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, keep: bool = False) -> None:
         super().__init__()
+        if keep and folder is None:
+            raise ArgumentError(
+                "DiskHome(keep=True) keeps a file under a name, so it needs a folder of its own: "
+                "DiskHome(folder, keep=True)"
+            )
         self.folder, self.keep, self.sealed = _checked(folder), keep, None
         if keep and (self.folder / sealing.NAME).exists():
             raise HomeError(
@@ -146,13 +151,17 @@ class DiskHome(Home):
             )
 
     def _release(self) -> None:
-        if self.keep and os.getpid() == self._owner:
-            self._check_none_lost()
+        if self.keep and os.getpid() == self._owner and self._is_to_be_sealed():
             sealing.seal(self._file, self._fd, self._records(), replace=self.sealed is not None)
             self._protect_sealed()
         self._cleanup()
 
-    def _check_none_lost(self) -> None:
+    def _is_to_be_sealed(self) -> bool:
+        """Whether it has tiles, all that it ever had; a reopened one that got none stays as it was.
+
+        Raises:
+            SealError: some are gone.
+        """
         here = {record.label for record in self._records()}
         lost = [label for label in self._lost if label not in here]
         if lost:
@@ -161,6 +170,7 @@ class DiskHome(Home):
                 "dropped or untiled before its kept home was closed, so there is nothing whole to "
                 "seal; close the home while the model is alive"
             )
+        return bool(here) or self.sealed is None
 
     def _protect_sealed(self) -> None:
         try:

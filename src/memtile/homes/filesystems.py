@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from memtile.errors import HomeError
+from memtile.errors import ArgumentError, HomeError
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
@@ -25,14 +25,21 @@ def usable_folder(folder: str | os.PathLike[str] | None) -> Path:
             temporary files and the working directory.
 
     Raises:
+        ArgumentError: it is no path at all.
         HomeError: it is not a folder, may not be written to, or lies in memory.
     """
+    given: object = folder  # callers without types give anything
+    if given is not None and (not isinstance(given, str | os.PathLike) or not os.fspath(given)):
+        raise ArgumentError(
+            f"folder={folder!r} is no folder; give the path of one on a disk, or None for the "
+            "first usable default"
+        )
     if folder is not None:
-        given = Path(folder).absolute()
-        reason = why_unusable(given)
+        path = Path(folder).absolute()
+        reason = why_unusable(path)
         if reason:
-            raise HomeError(f"a home in {given}: {reason}; give a folder on a disk")
-        return given
+            raise HomeError(f"a home in {path}: {reason}; give a folder on a disk")
+        return path
     refused = []
     for default in _defaults():
         reason = why_unusable(default)

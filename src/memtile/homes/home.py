@@ -125,7 +125,10 @@ class Home(ABC):
             HomeError: it is closed.
         """
         if self._closed:
-            raise HomeError(f"{self!r} is closed: a closed home parks and moves nothing; open one")
+            raise HomeError(
+                f"{self!r} is closed: a closed home parks and moves nothing; keep it open for as "
+                "long as its model is used, or call memtile.untile(model) before"
+            )
 
     @contextmanager
     def moving(self) -> Iterator[None]:

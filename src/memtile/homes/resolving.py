@@ -19,5 +19,5 @@ def resolve_home(home: Home | str) -> Home:
         return HostHome()
     raise ArgumentError(
         f'home={home!r}: it must be "device", "host" or a home; for a home on disk give '
-        "memtile.homes.DiskHome(folder)"
+        "memtile.DiskHome(folder)"
     )

@@ -149,8 +149,8 @@ class SealedFile:
 
     def _of_another_model(self, difference: str) -> SealError:
         return SealError(
-            f"{self.path} is of another model: {difference}; give the folder of this model's home, "
-            "or begin in an empty one"
+            f"{self.path} is of another model, or of this one cut otherwise: {difference}; tile "
+            "with the sizes and the dtype that it was sealed with, or begin in an empty folder"
         )
 
     def __enter__(self) -> "SealedFile":

@@ -16,7 +16,7 @@ from memtile.optim.dense_state import load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.stepping import Stepper
-from memtile.transfer import ferries_of, step_in_backward
+from memtile.transfer import ferries_of, is_stepped_in_backward, step_in_backward
 
 Mode = Literal["classic", "in_backward"]
 Hook = Callable[[nn.Parameter], None]
@@ -66,7 +66,10 @@ class TileOptimizer(Optimizer):
                 "parameters or groups of them as params=…"
             )
         if mode not in get_args(Mode):
-            raise ArgumentError(f"mode={mode!r} must be one of {get_args(Mode)}")
+            raise ArgumentError(
+                f"mode={mode!r} must be 'classic' (accumulates, clips) or 'in_backward' (keeps no "
+                "gradients)"
+            )
         self.mode: Mode = mode
         self._model = model
         self._inner = Inner(optimizer_class, options)
@@ -75,10 +78,24 @@ class TileOptimizer(Optimizer):
         self._group_of: dict[nn.Parameter, Group] = {}
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
+        self._check_parameters(model)
         self._stepper = Stepper(self._inner, self.state, masters)
         self._reserve(self.param_groups)
         self._hook(self._all())
         weakref.finalize(self, _remove, self._hooks).atexit = False
+
+    def _check_parameters(self, model: nn.Module) -> None:
+        own = set(model.parameters())
+        if not all(parameter in own for parameter in self._all()):
+            raise OptimizerError(
+                f"params=… holds parameters that are not of this {type(model).__name__}; make the "
+                "optimizer after memtile.tile, with parameters of the tiled model"
+            )
+        if any(map(is_stepped_in_backward, self._all())):
+            raise OptimizerError(
+                "another TileOptimizer steps parameters of this model in its backward; drop that "
+                "one first (del optimizer)"
+            )
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters with options of their own, as torch optimizers do.

@@ -3,7 +3,12 @@
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.ferry import Ferry, Loan
 from memtile.transfer.itinerary import Itinerary
-from memtile.transfer.parked import ParkedSource, Use, step_in_backward
+from memtile.transfer.parked import (
+    ParkedSource,
+    Use,
+    is_stepped_in_backward,
+    step_in_backward,
+)
 from memtile.transfer.passes import layer_call, unwatch_model, watch_model
 from memtile.transfer.slabs import Holder
 
@@ -15,6 +20,7 @@ __all__ = [
     "ParkedSource",
     "Use",
     "ferries_of",
+    "is_stepped_in_backward",
     "layer_call",
     "step_in_backward",
     "unwatch_model",

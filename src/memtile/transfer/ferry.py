@@ -53,6 +53,7 @@ class Ferry:
         self._clock = count(1)
         self._itinerary = Itinerary()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
+        self._depth = 0  # of changes that are under way, in the thread that holds the lock
         self._changed = threading.Condition()
         # No method: futures keep it, and the ferry would keep itself alive.
         self._notify = partial(_notify, weakref.ref(self), self._changed)
@@ -65,7 +66,7 @@ class Ferry:
     @property
     def holders(self) -> list[Holder]:
         """Who holds each slab now."""
-        with self._changed:
+        with self._changing():
             return [slab.holder for slab in self._slabs]
 
     @contextmanager
@@ -95,17 +96,28 @@ class Ferry:
 
     def write_home(self, slab: Slab, berths: Sequence[tuple[int, Berth]]) -> None:
         """Start writing these tensors of a borrowed slab home."""
-        slab.settle()
-        changed = self._changed
+        slab.wait_until_written()
+        changed, reference = self._changed, weakref.ref(self)
 
         def wrote() -> None:
             with changed:
                 slab.forget_written()
-                changed.notify_all()
+                _notify(reference, changed)
 
-        with changed:
+        with self._changing():
             slab.store(berths, self._executor, wrote)
+            slab.is_spoiled = False  # it is the truth now, whatever others have begun meanwhile
+            self._drop_others(slab)
             slab.forget_written()  # where the writers were faster than `store`
+
+    def _drop_others(self, newest: Slab) -> None:
+        """Forget what other slabs hold of the same tensors: it was read before they were stored."""
+        for slab in self._slabs:
+            if slab is not newest and not set(slab.key or ()).isdisjoint(newest.key or ()):
+                if slab.users:
+                    slab.is_spoiled = True
+                elif not slab.is_unwritten:
+                    slab.let_go()
 
     def settle(self) -> None:
         """Return once everything that was stored is at home.
@@ -115,10 +127,13 @@ class Ferry:
         """
         problems = []
         for slab in self._slabs:
-            try:
-                slab.settle()
-            except OSError as error:
-                problems.append(error)
+            slab.wait_until_written()
+            with self._changing():
+                try:
+                    if slab.failed_to_write and not slab.users:
+                        slab.write_again()
+                except OSError as error:
+                    problems.append(error)
         if problems:
             raise problems[0]
 
@@ -131,26 +146,26 @@ class Ferry:
             HomeIOError: something of an earlier pass could still not be written.
         """
         self.settle()
-        with self._changed:
+        with self._changing():
             self._clear()
             self._itinerary.start()
 
     def clear(self) -> None:
         """Forget everything that was read; what is still to be written stays."""
-        with self._changed:
+        with self._changing():
             self._clear()
 
     def _clear(self) -> None:
         self._delayed = []
         for slab in self._slabs:
-            if slab.users:
-                slab.is_spoiled = True  # emptied when it comes back
+            if slab.users:  # emptied when it comes back, unless it was stored
+                slab.is_spoiled = not slab.is_unwritten
             elif not slab.is_unwritten:
                 slab.let_go()
 
     def _board(self, cargo: Cargo, read: bool) -> Slab:
         key = key_of(cargo)
-        with self._changed:
+        with self._changing():
             self._itinerary.note(key)
             slab = self._holding(key) or self._take(key, cargo, read)
             slab.users += 1
@@ -181,14 +196,14 @@ class Ferry:
         """
         failed = [slab for slab in self._slabs if slab.failed_to_write and not slab.users]
         if failed:
-            failed[0].settle()
+            failed[0].write_again()
         else:
             self._changed.wait()
 
     def _look_ahead(self, key: Key, ahead: Iterable[Cargo] | None) -> None:
         keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
         # No memory for a slab, say: who asks for what could not be read ahead is told then.
-        with self._changed, suppress(OSError, MemoryError):
+        with self._changing(), suppress(OSError, MemoryError):
             self._fetch(islice(keys, len(self._slabs) - 1), {key})
 
     def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
@@ -206,9 +221,24 @@ class Ferry:
             slab.load(cargo, self._executor, self._notify)
 
     def fetch_delayed(self) -> None:
-        """Start reading what there was no slab for; its lock is held."""
-        if self._delayed:
-            self._fetch(self._delayed, set())
+        """Start reading what there was no slab for.
+
+        Not inside another change of the ring: a future that is done already calls back at once, in
+        the thread that is just giving a slab away.
+        """
+        with self._changing():
+            if self._delayed and self._depth == 1:
+                self._fetch(self._delayed, set())
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The ring is this thread's to change."""
+        with self._changed:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def _holding(self, key: Key) -> Slab | None:
         for slab in self._slabs:
@@ -226,7 +256,7 @@ class Ferry:
         return min(free, key=cost, default=None)
 
     def _leave(self, slab: Slab) -> None:
-        with self._changed:
+        with self._changing():
             slab.users -= 1
             if slab.is_spoiled and not slab.users and not slab.is_unwritten:
                 slab.let_go()

@@ -1,5 +1,6 @@
 """A parked parameter as an operation sees it: values to bring in, a gradient to send home."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class _Trained:
 
 
 _trained = WeakIdKeyDictionary()
+_adding = threading.RLock()
 
 
 def _record(parameter: Tensor) -> _Trained:
@@ -44,6 +46,11 @@ def _record(parameter: Tensor) -> _Trained:
     if found is None:
         found = _trained[parameter] = _Trained()
     return found
+
+
+def is_stepped_in_backward(parameter: Tensor) -> bool:
+    """Whether a hook takes its gradients."""
+    return _record(parameter).is_stepped_in_backward
 
 
 def step_in_backward(parameter: Tensor, yes: bool) -> None:
@@ -95,6 +102,10 @@ class ParkedSource:
 
     def deliver(self, form: Form) -> None:
         """Put the gradient that `form` writes to the parameter's, or add it."""
+        with _adding:  # as torch's own accumulation, which threads may enter at once
+            self._deliver(form)
+
+    def _deliver(self, form: Form) -> None:
         parameter, berth = self.parameter, berth_of(self.parameter)
         record = _record(parameter)
         stays = record.is_stepped_in_backward and not record.uses

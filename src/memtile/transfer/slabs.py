@@ -132,17 +132,22 @@ class Slab:
         start = self.tensors[number].data_ptr() - self.memory.data_ptr()
         return self.memory[start : start + berth.room]
 
-    def settle(self) -> None:
-        """Return once everything is written; what failed is tried once more.
+    def wait_until_written(self) -> None:
+        """Return once its writers have ended, well or not."""
+        ended = None
+        while ended is not self._writes:  # someone else may have stored anew meanwhile
+            ended = self._writes
+            wait_for(ended)
+
+    def write_again(self) -> None:
+        """Write what writers failed to write; nobody else may work on the slab.
 
         Raises:
             HomeIOError: it failed again; the slab goes on holding what its home does not have.
         """
-        wait_for(self._writes)
-        if self.is_unwritten:
-            for berth, room in self._unwritten:
-                berth.write(room)
-            self._unwritten, self._writes = [], []
+        for berth, room in self._unwritten:
+            berth.write(room)
+        self._unwritten, self._writes = [], []
 
 
 def _succeeded(future: "Future[None]") -> bool:

@@ -1,0 +1,34 @@
+"""Optimizers that would train something else than their model, or twice."""
+
+import pytest
+import torch
+from torch import nn
+
+import memtile
+from memtile.errors import OptimizerError
+
+
+def model():
+    torch.manual_seed(0)
+    return memtile.tile(
+        nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3)), out_splits=2, home="host"
+    )
+
+
+def test_parameters_of_another_model_are_refused():
+    """Made before tiling, say: the parameters are not the tiled model's."""
+    with pytest.raises(OptimizerError, match="not of this Sequential"):
+        memtile.TileOptimizer(model(), torch.optim.SGD, params=nn.Linear(3, 3).parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("mode", ["classic", "in_backward"])
+def test_a_second_optimizer_beside_one_that_steps_in_backward_is_refused(mode):
+    """It would find no gradients, or step twice; once the first is dropped it is welcome."""
+    ours = model()
+    first = memtile.TileOptimizer(ours, torch.optim.SGD, mode="in_backward", lr=0.1)
+
+    with pytest.raises(OptimizerError, match="del optimizer"):
+        memtile.TileOptimizer(ours, torch.optim.SGD, mode=mode, lr=0.1)
+
+    del first
+    memtile.TileOptimizer(ours, torch.optim.SGD, mode=mode, lr=0.1)
