@@ -248,7 +248,7 @@ def test_optimizers_that_are_not_element_wise_are_refused(name):
 
 def test_an_unknown_mode_is_refused():
     """A mode that is none is named, and those that there are."""
-    with pytest.raises(ArgumentError, match="mode='deferred' must be 'classic' .* or 'in_b"):
+    with pytest.raises(ArgumentError, match=r"mode='deferred' must be 'classic' .* or 'in_b"):
         TileOptimizer(small(), optim.AdamW, mode="deferred")
 
 
