@@ -75,11 +75,6 @@ def unwatch_model(model: nn.Module) -> None:
             model._forward_hooks_always_called.pop(number, None)
 
 
-def is_watcher(hook: object) -> bool:
-    """Whether a hook on a model is memtile's own."""
-    return hook in (_enter_model, _leave_model)
-
-
 def _enter_model(module: nn.Module, arguments: Any) -> None:  # whatever the model takes
     if torch.compiler.is_compiling() or in_backward():
         return
