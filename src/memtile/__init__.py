@@ -1,7 +1,7 @@
 """memtile: linear layers too big for the memory of the device that runs them."""
 
 from memtile import errors
-from memtile.convert import Choice, dense_state_dict, select_linears, tile, untile
+from memtile.convert import Choice, dense_state_dict, empty_model, select_linears, tile, untile
 from memtile.geometry import partition_uniform
 from memtile.homes import DiskHome, Home, HostHome
 from memtile.integrations import register_all
@@ -23,6 +23,7 @@ __all__ = [
     "TiledLinearReturnBias",
     "__version__",
     "dense_state_dict",
+    "empty_model",
     "errors",
     "partition_uniform",
     "select_linears",

@@ -72,6 +72,18 @@ class OptimizerError(MemtileError, ValueError, RuntimeError):
     """An optimizer, or a use of one, that cannot work tile by tile."""
 
 
+class CheckpointError(MemtileError, ValueError):
+    """A checkpoint that is missing, not whole, damaged, or not of this model."""
+
+
+class CheckpointWriteError(MemtileError, OSError):
+    """A checkpoint that could not be written; what was there before is as it was."""
+
+
+class BudgetError(MemtileError, ValueError):
+    """A budget that nothing fits in; the message says how much would be needed."""
+
+
 class UnsupportedPlatformError(MemtileError, OSError):
     """Something that this operating system does not offer."""
 

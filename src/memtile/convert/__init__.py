@@ -1,6 +1,7 @@
 """Whole models: tiled in place and back, and their dense checkpoints."""
 
 from memtile.convert.dense import dense_items, dense_state_dict
+from memtile.convert.empty import empty_model
 from memtile.convert.kinds import Integration, Kind, register_integration
 from memtile.convert.select import Choice, select_linears
 from memtile.convert.tiling import tile
@@ -12,6 +13,7 @@ __all__ = [
     "Kind",
     "dense_items",
     "dense_state_dict",
+    "empty_model",
     "register_integration",
     "select_linears",
     "tile",

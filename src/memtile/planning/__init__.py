@@ -1,0 +1,1 @@
+"""How many tiles, living where: from counts and rates alone, without a tensor."""
