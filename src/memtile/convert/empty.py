@@ -90,7 +90,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = known[1]
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]  # torch has no hook here
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]  # no hook
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Homes: where tiles live while nobody works on them, in memory or on disk."""
 
-from memtile.homes.buffers import aligned_buffer
+from memtile.homes.buffers import aligned_buffer, pieces
 from memtile.homes.disk import DiskHome
 from memtile.homes.home import PAGE, Berth, Home, Traffic
 from memtile.homes.kernel import page_out, trim_heap
@@ -22,6 +22,7 @@ __all__ = [
     "aligned_buffer",
     "berth_of",
     "page_out",
+    "pieces",
     "register",
     "resolve_home",
     "scratch_like",

@@ -1,5 +1,6 @@
-"""Optimizers that step parameters where they live, one piece at a time."""
+"""Optimizers that step tiles where they live."""
 
+from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
 from memtile.optim.tile_optimizer import TileOptimizer
 
-__all__ = ["TileOptimizer"]
+__all__ = ["DenseParameter", "Part", "TileOptimizer", "dense_parameters"]

@@ -1,0 +1,156 @@
+"""Finding what a folder holds: one safetensors file, or shards that an index names."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from memtile.checkpoints.stored import StoredFile, StoredTensor
+from memtile.errors import CheckpointError
+
+SUFFIX: Final = ".safetensors"
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+PARTIAL: Final = ".partial-"
+_PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+
+class Checkpoint(Mapping[str, StoredTensor]):
+    """The tensors of a checkpoint by their names; made by `Checkpoint.open`.
+
+    Attributes:
+        path: what was opened.
+        files: the files that hold them.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[StoredTensor]) -> None:
+        self.path = path
+        self._tensors = MappingProxyType({tensor.entry.name: tensor for tensor in tensors})
+        self.files = tuple({id(t.file): t.file for t in self._tensors.values()}.values())
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @classmethod
+    def open(cls, path: "str | os.PathLike[str]", stem: str = "model") -> "Checkpoint":
+        """The checkpoint in a folder, or the one that a file is or an index names.
+
+        Args:
+            path: a folder, a `.safetensors` file or a `.safetensors.index.json`.
+            stem: what the files in a folder are called; where none is, a single other one is taken.
+
+        Raises:
+            CheckpointError: there is none, more than one, or one that is not whole. Pickles are
+                never loaded.
+        """
+        place = Path(path)
+        found = _found_in(place, stem) if place.is_dir() else place
+        if found.name.endswith(INDEX_SUFFIX):
+            return cls(place, _indexed(found))
+        _check_suffix(found)
+        file = StoredFile(found)
+        return cls(place, (StoredTensor(file, entry) for entry in file.header.entries.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.values())
+
+    def check_sums(self) -> int:
+        """Verify every tensor whose checksum is known; how many these are.
+
+        Raises:
+            CheckpointError: one is damaged.
+        """
+        return sum(tensor.check_sum() for tensor in self.values())
+
+
+def _found_in(folder: Path, stem: str) -> Path:
+    for name in (stem + SUFFIX, stem + INDEX_SUFFIX):
+        if (folder / name).exists():
+            return folder / name
+    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
+    files = sorted(folder.glob("*" + SUFFIX))
+    others = indices or files
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds {len(others)} checkpoints, {others[0].name} and {others[1].name} "
+            "among them; give the file that is meant"
+        )
+    raise CheckpointError(_why_none(folder))
+
+
+def _why_none(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    partial = [name for name in names if PARTIAL in name]
+    if partial:
+        return f"{folder} holds {partial[0]}, half-written, and no checkpoint: save it again"
+    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    if pickles:
+        return f"{folder} holds {pickles[0]} and no .safetensors: {_NO_PICKLES}"
+    return (
+        f"{folder} holds no .safetensors file; give a folder that save_pretrained or "
+        "memtile.save_checkpoint wrote"
+    )
+
+
+_NO_PICKLES: Final = (
+    "pickles can run any code, so they are never loaded; load it with the library that wrote it, "
+    "and save it as safetensors"
+)
+
+
+def _check_suffix(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a folder or a .safetensors file")
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"{path} may be a pickle: {_NO_PICKLES}")
+
+
+def _indexed(index: Path) -> Iterator[StoredTensor]:
+    places = _weight_map(index)
+    files = {name: _shard(index, name) for name in sorted(set(places.values()))}
+    for name, shard in places.items():
+        entry = files[shard].header.entries.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"{index} says that {shard} holds {name!r}, and it does not: index and shards are "
+                "not of one checkpoint; take another copy of all of them"
+            )
+        yield StoredTensor(files[shard], entry)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]
+        if not all(isinstance(word, str) for pair in places.items() for word in pair):
+            raise TypeError("its weight_map must name a file for each tensor")
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of a checkpoint ({type(error).__name__}: {error}); take another "
+            "copy of it"
+        ) from error
+    return dict(places)
+
+
+def _shard(index: Path, name: str) -> StoredFile:
+    path = index.parent / name
+    if Path(name).name != name:
+        raise CheckpointError(f"{index} names {name!r}: a shard must lie in the index's own folder")
+    if not path.exists():
+        raise CheckpointError(
+            f"{index} names {name}, which is not there: the checkpoint is not complete; copy or "
+            "download the missing shard"
+        )
+    return StoredFile(path)

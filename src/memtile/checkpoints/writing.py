@@ -1,0 +1,214 @@
+"""Writing checkpoints tensor by tensor, with shards and index as transformers names them.
+
+The old checkpoint of a folder stays whole until the new one is: new shards never take a name that
+is in use, and one rename, of the only file or of the index, turns from the old to the new.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from memtile.checkpoints import header
+from memtile.checkpoints.opening import INDEX_SUFFIX, PARTIAL, SUFFIX
+from memtile.checkpoints.publishing import new_file, rename, sole_writer, sync_folder, write_text
+from memtile.errors import ArgumentError, CheckpointError
+from memtile.homes import disk_io
+
+SHARD_BYTES: Final = 5_000_000_000  # what the Hub recommends
+
+_METADATA: Final[Mapping[str, str]] = {"format": "pt"}  # transformers asks for it
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """One tensor that is to be written.
+
+    Args:
+        name: of the tensor.
+        dtype: of the tensor.
+        shape: of the tensor.
+        pieces: gives its elements in order, in contiguous CPU tensors of its dtype; each is written
+            before the next is taken.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Outgoing":
+        """One that lies in memory as a whole."""
+        return cls(name, tensor.dtype, tensor.shape, lambda: [tensor.detach().cpu().contiguous()])
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def write_checkpoint(
+    folder: "str | os.PathLike[str]",
+    tensors: Sequence[Outgoing],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    stem: str = "model",
+) -> None:
+    """Write a checkpoint into a folder, in place of the one that is there.
+
+    Args:
+        folder: made where it is missing.
+        tensors: what to write.
+        max_shard_bytes: no file is larger, unless one tensor is.
+        stem: what the files are called.
+
+    Raises:
+        ArgumentError: `max_shard_bytes` is no size.
+        CheckpointError: a name is there twice, or a dtype has no name in safetensors.
+        CheckpointWriteError: it could not be written, or somebody else is writing there; what was
+            there is as it was.
+    """
+    if max_shard_bytes < 1:
+        raise ArgumentError(f"max_shard_bytes={max_shard_bytes} must be at least 1 byte")
+    _check_names(tensors)
+    place = Path(folder)
+    with sole_writer(place):
+        shards = _in_shards(tensors, max_shard_bytes)
+        names = _free_names(place, stem, len(shards))
+        written: list[Path] = []
+        try:
+            for name, shard in zip(names, shards, strict=True):
+                written.append(_write_partial(place / name, shard))
+            if len(names) == 1:
+                rename(written[0], place / names[0])
+            else:
+                _publish(place, stem, names, written, shards)
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+        _remove_others(place, stem, names)
+
+
+def write_file(target: Path, tensors: Sequence[Outgoing]) -> None:
+    """Write one safetensors file, in place of one that is there.
+
+    Raises:
+        CheckpointError: a name is there twice, or a dtype has no name in safetensors.
+        CheckpointWriteError: it could not be written; what was there is as it was.
+    """
+    _check_names(tensors)
+    rename(_write_partial(target, tensors), target)
+
+
+def _check_names(tensors: Iterable[Outgoing]) -> None:
+    seen: set[str] = set()
+    for tensor in tensors:
+        header.dtype_name(tensor.dtype)
+        if tensor.name in seen:
+            raise CheckpointError(
+                f"{tensor.name!r} is there twice; give each tensor a name of its own"
+            )
+        seen.add(tensor.name)
+
+
+def _in_shards(tensors: Sequence[Outgoing], max_shard_bytes: int) -> list[list[Outgoing]]:
+    shards: list[list[Outgoing]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _free_names(folder: Path, stem: str, count: int) -> list[str]:
+    """Names for the files: shards take none that is there, in case the old index names it."""
+    if count == 1:
+        return [stem + SUFFIX]
+    for mark in ("", f"-{secrets.token_hex(4)}"):
+        names = [f"{stem}{mark}-{i:05}-of-{count:05}{SUFFIX}" for i in range(1, count + 1)]
+        if not any((folder / name).exists() for name in names):
+            break
+    return names
+
+
+def _write_partial(target: Path, tensors: Sequence[Outgoing]) -> Path:
+    """One file, complete under its partial name. The header comes last: it has the checksums."""
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # each one aligned
+    shapes = [(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered]
+    offset = len(header.pack(shapes, _METADATA))
+    with new_file(target) as (fd, partial):
+        os.posix_fallocate(fd, 0, offset + sum(tensor.nbytes for tensor in ordered))
+        crcs = {}
+        for tensor in ordered:
+            crcs[tensor.name] = _write_tensor(fd, tensor, offset)
+            offset += tensor.nbytes
+        disk_io.drain(fd, memoryview(header.pack(shapes, _METADATA, crcs)), 0)
+    return partial
+
+
+def _write_tensor(fd: int, tensor: Outgoing, offset: int) -> int:
+    crc = done = 0
+    for piece in tensor.pieces():
+        raw = disk_io.bytes_of(piece)
+        disk_io.drain(fd, raw, offset + done)
+        crc = zlib.crc32(raw, crc)
+        done += len(raw)
+    if done != tensor.nbytes:
+        raise AssertionError(f"{tensor.name}: {done} bytes came, {tensor.nbytes} were announced")
+    return crc
+
+
+def _publish(
+    folder: Path, stem: str, names: list[str], partials: list[Path], shards: list[list[Outgoing]]
+) -> None:
+    """Name the shards, then turn to them by the index."""
+    places = {
+        tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+    }
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    try:
+        for partial, name in zip(partials, names, strict=True):
+            rename(partial, folder / name)
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_text(folder / (stem + INDEX_SUFFIX), text)
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _remove_others(folder: Path, stem: str, names: Sequence[str]) -> None:
+    """Remove the old checkpoint, and what a killed process left half-written."""
+    alone = len(names) == 1
+    shard = re.compile(rf"{re.escape(stem)}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
+    old = stem + (INDEX_SUFFIX if alone else SUFFIX)
+    # First the name that others look for, so that nobody finds an index without its shards.
+    with contextlib.suppress(OSError):
+        (folder / old).unlink(missing_ok=True)
+        sync_folder(folder)
+        for path in list(_leftovers(folder, stem, shard)):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+
+
+def _leftovers(folder: Path, stem: str, shard: "re.Pattern[str]") -> Iterator[Path]:
+    for path in folder.iterdir():
+        name, mark, _ = path.name.partition(PARTIAL)
+        is_ours = name in (stem + SUFFIX, stem + INDEX_SUFFIX) or shard.fullmatch(name)
+        if (mark and is_ours) or (not mark and shard.fullmatch(name)):
+            yield path

@@ -1,0 +1,175 @@
+"""The values of one dense tensor on their way between a file and the tiles that hold them.
+
+They pass a few MiB at a time, past the mapping of a parked tile where tiles are rows of the dense
+tensor, so that neither the dense tensor nor a tile is ever in memory as a whole.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from memtile.checkpoints import PIECE_BYTES, Outgoing
+from memtile.geometry import Rect, Span
+from memtile.homes import Berth, berth_of, pieces
+from memtile.optim import DenseParameter, Part
+
+Held = Callable[[Part], Tensor]  # which tensor of a part is meant: its values, a moment
+
+
+class Source(Protocol):
+    """Where the values of one dense tensor are read."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the dense tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they are kept there."""
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements of the flattened tensor."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Whole rows."""
+
+
+def values_of(part: Part) -> Tensor:
+    """The values themselves."""
+    return part.parameter.detach()
+
+
+def outgoing(dense: DenseParameter, name: str, held: Held = values_of) -> Outgoing:
+    """One dense tensor that is to be written, from what is held for each part.
+
+    Args:
+        dense: its shape and its parts.
+        name: in the file.
+        held: gives a part's tensor; all have one dtype.
+    """
+    dtype = held(dense.parts[0]).dtype
+
+    def flow() -> Iterable[Tensor]:
+        starts = [_start(dense, part) for part in dense.parts]
+        if None not in starts and starts == sorted(starts, key=lambda start: start or 0):
+            return chain.from_iterable(_flat_pieces(held(part)) for part in dense.parts)
+        return _joined_bands(dense, held, dtype)
+
+    return Outgoing(name, dtype, dense.shape, flow)
+
+
+@torch.no_grad()
+def bring_in(dense: DenseParameter, source: Source, held: Held = values_of) -> None:
+    """Write a source's values into what is held for each part, in place, converting the dtype.
+
+    Raises:
+        CheckpointError: they could not be read; some are written by then.
+        HomeIOError: a home could not be written to.
+    """
+    flat: list[tuple[Part, int]] = []
+    others: list[Part] = []
+    for part in dense.parts:
+        start = _start(dense, part)
+        if start is None:
+            others.append(part)
+        else:
+            flat.append((part, start))
+    for part, start in flat:
+        _write_flat(held(part), source, start)
+    if others:
+        _write_bands(dense, others, source, held)
+    for part in dense.parts:
+        torch.autograd.graph.increment_version(part.parameter)
+
+
+def _start(dense: DenseParameter, part: Part) -> int | None:
+    """The flat element of the dense tensor that a part begins at; None where it has gaps there."""
+    if part.rect is None:
+        return 0
+    if len(dense.shape) == 1:
+        return part.rect.out.start
+    width = dense.shape[1]
+    if part.turned or part.rect.into != Span(0, width):
+        return None
+    return part.rect.out.start * width
+
+
+def _parked(tensor: Tensor) -> Berth | None:
+    berth = berth_of(tensor)
+    return None if berth is None or berth.home.works_in_place else berth
+
+
+def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    berth = _parked(tensor)
+    if berth is None:
+        yield from tensor.detach().cpu().contiguous().reshape(-1).split(1 << 20)
+        return
+    for start, piece in pieces(berth.room):
+        berth.read(piece, start)
+        used = min(piece.numel(), berth.nbytes - start)
+        yield piece[:used].view(tensor.dtype)
+
+
+def _write_flat(tensor: Tensor, source: Source, first: int) -> None:
+    berth = _parked(tensor)
+    size = tensor.element_size()
+    if berth is not None:
+        for start, piece in pieces(berth.room):
+            used = min(piece.numel(), berth.nbytes - start)
+            values = source.elements(first + start // size, first + (start + used) // size)
+            piece[:used].view(tensor.dtype).copy_(values)
+            berth.write(piece, start)
+    elif tensor.is_contiguous():
+        flat = tensor.view(-1)
+        for start in range(0, flat.numel(), PIECE_BYTES // 8):
+            piece = flat[start : start + PIECE_BYTES // 8]
+            piece.copy_(source.elements(first + start, first + start + piece.numel()))
+    else:
+        tensor.copy_(source.elements(first, first + tensor.numel()).view(tensor.shape))
+
+
+def _joined_bands(dense: DenseParameter, held: Held, dtype: torch.dtype) -> Iterator[Tensor]:
+    for start, stop in _bands(dense.shape, dtype.itemsize):
+        band = torch.empty(stop - start, dense.shape[1], dtype=dtype)
+        for part, tensor, inside, place in _crossing(dense.parts, held, start, band):
+            matrix = band.t() if part.turned else band
+            matrix[inside.index] = tensor[place.index].to(band.device)
+            _forget(tensor)
+        yield band
+
+
+def _write_bands(dense: DenseParameter, parts: Iterable[Part], source: Source, held: Held) -> None:
+    chosen = tuple(parts)
+    for start, stop in _bands(dense.shape, source.dtype.itemsize):
+        band = source.rows(start, stop)
+        for part, tensor, inside, place in _crossing(chosen, held, start, band):
+            matrix = band.t() if part.turned else band
+            tensor[place.index] = matrix[inside.index].to(tensor)
+            _forget(tensor)
+
+
+def _bands(shape: torch.Size, itemsize: int) -> Iterator[tuple[int, int]]:
+    height = max(1, PIECE_BYTES // max(1, shape[1] * itemsize))
+    return ((start, min(start + height, shape[0])) for start in range(0, shape[0], height))
+
+
+def _crossing(
+    parts: Iterable[Part], held: Held, start: int, band: Tensor
+) -> Iterator[tuple[Part, Tensor, Rect, Rect]]:
+    """Parts that a band of dense rows crosses: what is common, counted in the band, in the part."""
+    rows, columns = Span(start, start + band.shape[0]), Span(0, band.shape[1])
+    for part in parts:
+        assert part.rect is not None
+        place = Rect(columns, rows) if part.turned else Rect(rows, columns)
+        common = part.rect.overlap(place)
+        if common is not None:
+            yield part, held(part), common.since(place), common.since(part.rect)
+
+
+def _forget(tensor: Tensor) -> None:
+    berth = berth_of(tensor)
+    if berth is not None:
+        berth.forget()
