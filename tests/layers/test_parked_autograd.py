@@ -267,3 +267,19 @@ def test_transforms_of_torch_func(grid):
     layer(x).square().sum().backward()
     for name, p in layer.named_parameters():
         assert_same(gradients[name], p.grad)
+
+
+@in_every_grid
+def test_biases_train_alone(grid):
+    """Over a frozen weight and an input without grad, as with LoRA's bias="all": the dense ones."""
+    dense, layer = parked_pair(grid)
+    for name, parameter in [*dense.named_parameters(), *layer.named_parameters()]:
+        parameter.requires_grad_(name.endswith("bias"))
+    x = batch().detach()
+
+    layer(x).square().sum().backward()
+    dense(x).square().sum().backward()
+
+    biases = [p for name, p in layer.named_parameters() if name.endswith("bias")]
+    assert_same(torch.cat([bias.grad for bias in biases]), dense.bias.grad)
+    assert all(weight.grad is None for weight in weights_of(layer).values())

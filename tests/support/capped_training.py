@@ -28,7 +28,7 @@ _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 @contextlib.contextmanager
-def memory_cgroup() -> Iterator[None]:
+def memory_cgroup(cap_bytes: int = CAP_BYTES) -> Iterator[None]:
     """Inside, what this process allocates anew, cached pages included, is at most the cap.
 
     Raises:
@@ -38,7 +38,7 @@ def memory_cgroup() -> Iterator[None]:
     group = root / f"memtile-test-{os.getpid()}"
     group.mkdir()
     try:
-        (group / limit).write_text(str(CAP_BYTES))
+        (group / limit).write_text(str(cap_bytes))
         (group / "cgroup.procs").write_text(str(os.getpid()))
         yield
     finally:

@@ -6,6 +6,8 @@ the CRC-32 of each tensor in the header's metadata, which other readers ignore.
 """
 
 import json
+import math
+import operator
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +116,9 @@ def unpack(raw: bytes, file_bytes: int, where: str) -> Header:
         crcs = json.loads(metadata.pop(CHECKSUMS, "{}"))
         start = LENGTH_BYTES + len(raw)
         entries = [_entry(name, fields, start, crcs) for name, fields in table.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{where}: its header has no meaning ({type(error).__name__}: {error}); the file is "
             "damaged or half-written: take another copy of it"
@@ -166,9 +170,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _entry(name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, str]) -> Entry:
+    if fields["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{name!r} is kept as {fields['dtype']}, which memtile cannot read; save it in one of "
+            f"{', '.join(DTYPES)} with the library that made it"
+        )
     dtype, shape = DTYPES[fields["dtype"]], torch.Size(fields["shape"])
-    first, last = fields["data_offsets"]
-    if min(shape, default=0) < 0 or last - first != shape.numel() * dtype.itemsize:
+    first, last = (operator.index(offset) for offset in fields["data_offsets"])
+    # not shape.numel(), which overflows: 2**40 × 2**40 would have no bytes
+    if min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} has {last - first} bytes, not those of {tuple(shape)} {dtype}")
     crc = crcs.get(name)
     return Entry(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from memtile.errors import CheckpointError
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 PARTIAL: Final = ".partial-"
+_SHARD: Final = re.compile(r".*-\d{5}-of-\d{5}" + re.escape(SUFFIX))
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
@@ -51,7 +53,10 @@ class Checkpoint(Mapping[str, StoredTensor]):
                 never loaded.
         """
         place = Path(path)
-        found = _found_in(place, stem) if place.is_dir() else place
+        try:
+            found = _found_in(place, stem) if place.is_dir() else place
+        except OSError as error:
+            raise CheckpointError(f"{place} cannot be read ({error.strerror})") from error
         if found.name.endswith(INDEX_SUFFIX):
             return cls(place, _indexed(found))
         _check_suffix(found)
@@ -78,6 +83,12 @@ def _found_in(folder: Path, stem: str) -> Path:
             return folder / name
     indices = sorted(folder.glob("*" + INDEX_SUFFIX))
     files = sorted(folder.glob("*" + SUFFIX))
+    lost = [path for path in files if _SHARD.fullmatch(path.name)]
+    if lost and not indices:
+        raise CheckpointError(
+            f"{folder} holds {lost[0].name}, a shard, and no index that says what belongs to it: "
+            "the checkpoint is not complete; copy or download its index, or save it again"
+        )
     others = indices or files
     if len(others) == 1:
         return others[0]
@@ -136,7 +147,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise TypeError("its weight_map must name a file for each tensor")
     except OSError as error:
         raise CheckpointError(f"{index} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{index} is no index of a checkpoint ({type(error).__name__}: {error}); take another "
             "copy of it"

@@ -8,9 +8,13 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from memtile.checkpoints.opening import PARTIAL
 from memtile.errors import CheckpointWriteError
+
+# Some network filesystems have no locks: there nobody can be kept out.
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @contextmanager
@@ -33,6 +37,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 errno.EBUSY,
                 f"another run is writing into {folder}; wait for it, or give another folder",
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise cannot_write(folder, error) from error
         yield
     finally:
         os.close(fd)
@@ -78,11 +85,13 @@ def rename(partial: Path, target: Path) -> None:
     """Give a complete file or folder its name, in place of one that has it, for good.
 
     Raises:
-        CheckpointWriteError: the system could not.
+        CheckpointWriteError: the system could not; a partial file is removed.
     """
     try:
         os.rename(partial, target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise cannot_write(target, error) from error
     sync_folder(target.parent)
 

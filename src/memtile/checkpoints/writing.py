@@ -63,6 +63,7 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = SHARD_BYTES,
     stem: str = "model",
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint into a folder, in place of the one that is there.
 
@@ -71,6 +72,8 @@ def write_checkpoint(
         tensors: what to write.
         max_shard_bytes: no file is larger, unless one tensor is.
         stem: what the files are called.
+        texts: small files beside them, by their names; each is replaced at once, all of them just
+            before the tensors are.
 
     Raises:
         ArgumentError: `max_shard_bytes` is no size.
@@ -89,6 +92,8 @@ def write_checkpoint(
         try:
             for name, shard in zip(names, shards, strict=True):
                 written.append(_write_partial(place / name, shard))
+            for name, text in (texts or {}).items():
+                write_text(place / name, text)
             if len(names) == 1:
                 rename(written[0], place / names[0])
             else:
@@ -180,15 +185,18 @@ def _publish(
         tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
     }
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    content = {"metadata": {"total_size": total}, "weight_map": places}
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    index = folder / (stem + INDEX_SUFFIX)
     try:
         for partial, name in zip(partials, names, strict=True):
             rename(partial, folder / name)
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        write_text(folder / (stem + INDEX_SUFFIX), text)
+        write_text(index, text)
     except BaseException:
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+        # A Ctrl-C may come when the index has its name already: then the new shards are the truth.
+        if not (index.exists() and index.read_text() == text):
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
         raise
 
 

@@ -41,7 +41,7 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
         if isinstance(module, TiledModule)
     }
     for name, layer in layers.items():
-        _check_stored(name, layer)
+        check_stored(name, layer)
     given = set()
     for key, value in state_dict.items():
         found = _place_of(key, layers)
@@ -55,7 +55,12 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
             yield dense_name, layer.assemble(name, _tiles_of(layer, layer_name, name, state_dict))
 
 
-def _check_stored(name: str, layer: TiledModule) -> None:
+def check_stored(name: str, layer: TiledModule) -> None:
+    """Refuses a layer whose tiles keep something else than their weight and bias.
+
+    Raises:
+        CannotTileError: a tile computes one of them.
+    """
     for own in ("weight", "bias"):
         stored = layer.stored_parameters(own)
         computed = [index for index in layer.tile_parameters(own) if index not in stored]

@@ -4,9 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
+
+
+Work = Callable[[nn.Module], Tensor | None]
+"""One step's forward: gives the loss, or None where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,23 @@ def _nothing(*modules: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
+class Naming:
+    """How names in checkpoints of a library's models may differ from the model's own.
+
+    Args:
+        prefix: of names below the base model, which a checkpoint may have or lack.
+        optional: patterns of the model's names that a checkpoint may lack.
+        ignored: patterns of a checkpoint's names that mean nothing.
+        stored: gives, from a name of the model, the one that checkpoints have in its place.
+    """
+
+    prefix: str = ""
+    optional: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    stored: Callable[[str], str] = str
+
+
+@dataclass(frozen=True)
 class Integration:
     """What another library needs when its models are tiled.
 
@@ -44,6 +66,12 @@ class Integration:
         replaced: called with (old, new) after each replacement, in both directions.
         tiled: called with a model that was tiled.
         untiled: called with a model that was turned back.
+        naming: how names differ in checkpoints of this model; None where it is not one of theirs.
+        texts: gives small files, by their names, that its checkpoint has beside the tensors.
+        empty: makes a model with nothing in memory from a config or a folder, and a dtype or None;
+            None where the source is not one of theirs.
+        work: gives what one step's forward is, from the model, the tokens, the batch and whether it
+            trains; None where the model is not one of theirs.
     """
 
     kinds: tuple[Kind, ...] = ()
@@ -51,6 +79,12 @@ class Integration:
     replaced: Callable[[nn.Module, nn.Module], None] = _nothing
     tiled: Callable[[nn.Module], None] = _nothing
     untiled: Callable[[nn.Module], None] = _nothing
+    naming: Callable[[nn.Module], Naming | None] = lambda model: None
+    texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
+    empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None
+    work: Callable[[nn.Module, int, int, bool], Work | None] = lambda model, tokens, batch, trains: (
+        None
+    )
 
 
 LINEAR = Kind(
@@ -80,6 +114,11 @@ def register_integration(integration: Integration) -> None:
 def integrations() -> tuple[Integration, ...]:
     """Every registered integration."""
     return tuple(_integrations)
+
+
+def naming_of(model: nn.Module) -> Naming:
+    """How names may differ in checkpoints of this model."""
+    return next((n for own in integrations() if (n := own.naming(model)) is not None), Naming())
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -4,6 +4,7 @@ They pass a few MiB at a time, past the mapping of a parked tile where tiles are
 tensor, so that neither the dense tensor nor a tile is ever in memory as a whole.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memtile.checkpoints import PIECE_BYTES, Outgoing
+from memtile.errors import CheckpointError
 from memtile.geometry import Rect, Span
 from memtile.homes import Berth, berth_of, pieces
 from memtile.optim import DenseParameter, Part
@@ -38,8 +40,8 @@ class Source(Protocol):
 
 
 def values_of(part: Part) -> Tensor:
-    """The values themselves."""
-    return part.parameter.detach()
+    """The values themselves: the parameter, since only that is known to be parked."""
+    return part.parameter
 
 
 def outgoing(dense: DenseParameter, name: str, held: Held = values_of) -> Outgoing:
@@ -49,16 +51,37 @@ def outgoing(dense: DenseParameter, name: str, held: Held = values_of) -> Outgoi
         dense: its shape and its parts.
         name: in the file.
         held: gives a part's tensor; all have one dtype.
+
+    Raises:
+        CheckpointError: they have not, or do not make the dense tensor.
     """
-    dtype = held(dense.parts[0]).dtype
+    dtype = _common_dtype(dense, name, held)
 
     def flow() -> Iterable[Tensor]:
-        starts = [_start(dense, part) for part in dense.parts]
+        starts = [first_element(dense, part) for part in dense.parts]
         if None not in starts and starts == sorted(starts, key=lambda start: start or 0):
             return chain.from_iterable(_flat_pieces(held(part)) for part in dense.parts)
         return _joined_bands(dense, held, dtype)
 
     return Outgoing(name, dtype, dense.shape, flow)
+
+
+def _common_dtype(dense: DenseParameter, name: str, held: Held) -> torch.dtype:
+    tensors = [held(part) for part in dense.parts]
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"the tiles of {name} are {' and '.join(dtypes)}; a dense tensor has one dtype: "
+            "convert the layer with .to(dtype) first"
+        )
+    for part, tensor in zip(dense.parts, tensors, strict=True):
+        expected = dense.shape if part.rect is None else part.rect.shape
+        if tensor.numel() != math.prod(expected):
+            raise CheckpointError(
+                f"a tile of {name} is {tuple(tensor.shape)} and should be {tuple(expected)}: it is "
+                "a shard of a parallel linear; save each rank's own state dict"
+            )
+    return tensors[0].dtype
 
 
 @torch.no_grad()
@@ -72,7 +95,7 @@ def bring_in(dense: DenseParameter, source: Source, held: Held = values_of) -> N
     flat: list[tuple[Part, int]] = []
     others: list[Part] = []
     for part in dense.parts:
-        start = _start(dense, part)
+        start = first_element(dense, part)
         if start is None:
             others.append(part)
         else:
@@ -85,7 +108,7 @@ def bring_in(dense: DenseParameter, source: Source, held: Held = values_of) -> N
         torch.autograd.graph.increment_version(part.parameter)
 
 
-def _start(dense: DenseParameter, part: Part) -> int | None:
+def first_element(dense: DenseParameter, part: Part) -> int | None:
     """The flat element of the dense tensor that a part begins at; None where it has gaps there."""
     if part.rect is None:
         return 0
@@ -105,7 +128,8 @@ def _parked(tensor: Tensor) -> Berth | None:
 def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
     berth = _parked(tensor)
     if berth is None:
-        yield from tensor.detach().cpu().contiguous().reshape(-1).split(1 << 20)
+        flat = tensor.detach().contiguous().view(-1)
+        yield from (piece.cpu() for piece in flat.split(PIECE_BYTES // tensor.element_size()))
         return
     for start, piece in pieces(berth.room):
         berth.read(piece, start)
@@ -124,8 +148,9 @@ def _write_flat(tensor: Tensor, source: Source, first: int) -> None:
             berth.write(piece, start)
     elif tensor.is_contiguous():
         flat = tensor.view(-1)
-        for start in range(0, flat.numel(), PIECE_BYTES // 8):
-            piece = flat[start : start + PIECE_BYTES // 8]
+        step = PIECE_BYTES // source.dtype.itemsize
+        for start in range(0, flat.numel(), step):
+            piece = flat[start : start + step]
             piece.copy_(source.elements(first + start, first + start + piece.numel()))
     else:
         tensor.copy_(source.elements(first, first + tensor.numel()).view(tensor.shape))
@@ -136,7 +161,7 @@ def _joined_bands(dense: DenseParameter, held: Held, dtype: torch.dtype) -> Iter
         band = torch.empty(stop - start, dense.shape[1], dtype=dtype)
         for part, tensor, inside, place in _crossing(dense.parts, held, start, band):
             matrix = band.t() if part.turned else band
-            matrix[inside.index] = tensor[place.index].to(band.device)
+            matrix[inside.index] = tensor.detach()[place.index].to(band.device)
             _forget(tensor)
         yield band
 

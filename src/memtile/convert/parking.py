@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from memtile.checkpoints import CheckpointHome
 from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice
 from memtile.homes import PAGE, DiskHome, Home, berth_of
@@ -22,7 +23,10 @@ def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> H
         HomeFullError: there is no room.
         SealError: what it was reopened with are not this model's tiles, or are damaged.
     """
-    found = home_on(home, next(model.parameters(), torch.empty(0)).device)
+    if home == "checkpoint":
+        return CheckpointHome()
+    device = next(model.parameters(), torch.empty(0)).device
+    found = home_on(home, "cpu" if device.type == "meta" else device)
     expected = dict(_tiles(model, choices))
     if isinstance(found, DiskHome) and found.sealed is not None:
         found.sealed.check_matches(expected)

@@ -1,29 +1,35 @@
 """`tile`: a model's linears and embeddings become tiles, in place."""
 
+import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from torch import nn
 
+from memtile.convert.filling import checked_for_empty, fill_or_untile
 from memtile.convert.kinds import integrations, kind_of, replace_module
 from memtile.convert.parking import home_for, is_parked, settle_down
+from memtile.convert.planned import check_alone, planned_choices, planned_home, prepare, set_checkpointing
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.homes import Home
 from memtile.layers import TiledModule
+from memtile.planning import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def tile(
     model: Model,
+    plan: Plan | None = None,
     *,
     out_splits: int | None = None,
     in_splits: int = 1,
     max_tile_bytes: int | None = None,
     modules: Collection[str] | None = None,
     home: Home | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Cut the linears and embeddings of a model into tiles, in place.
 
@@ -34,27 +40,41 @@ def tile(
 
     Args:
         model: any module that holds linears.
+        plan: what `memtile.plan` gave for this model: which layers, which grids, which home.
+            Parked layers go to its home, unless `home` is given; what it leaves resident stays
+            dense. The process then gives freed memory back at once, as the plan's numbers suppose.
         out_splits: rows of tiles for every module.
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
         modules: names to tile; all that can be by default (`select_linears` lists them).
         home: where the tiles' weights are parked: "host", a `DiskHome`, "device"; None: nowhere, as
             ever. With a home, layers that fit in one tile are parked whole, and a size is optional.
+            "checkpoint", with a checkpoint: they stay in its files, to be read and never trained.
+        checkpoint: a folder, or a file, of safetensors, for a model whose parameters are on the
+            meta device (`memtile.empty_model`): their values stream to where the tiles live, so
+            that the dense model never exists. What is not tiled is in memory afterwards.
 
     Returns:
         The same model.
 
     Raises:
-        ArgumentError: no size or a wrong one is given, or a name is no module of the model.
-        CannotTileError: the model is itself a linear, a module in `modules` cannot be tiled, or
-            out_splits and in_splits fit no module at all.
+        ArgumentError: no size or a wrong one is given, sizes beside a plan, a name is no module of
+            the model, or a checkpoint is given for a model that has values.
+        CannotTileError: the model is itself a linear, a module in `modules` cannot be tiled,
+            out_splits and in_splits fit no module at all, or the plan is of another model.
         HomeFullError: the home has no room for all tiles; the model is unchanged.
         SealError: the home was reopened and is not of this model; the model is unchanged.
+        CheckpointError: it is missing, damaged or not of this model; the model is unchanged, on the
+            meta device. So it is after an error half-way, but its parameters are new objects.
 
     Warns:
         TileSizeWarning: parameters stay above `max_tile_bytes`: experts kept as one tensor, rows of
             an embedding that are longer, layers that are tiled already.
     """
+    if plan is not None:
+        sizes = {"out_splits": out_splits, "in_splits": in_splits}
+        check_alone({**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
+        return _carry_out(model, plan, home, checkpoint)
     cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
     if not cut.is_given:
         raise ArgumentError(
@@ -76,6 +96,40 @@ def tile(
         )
     if home is not None and modules is None:
         _refuse_tiled_before(model)
+    replace_chosen(model, choices, home, checkpoint)
+    if cut.max_tile_bytes is not None and modules is None:
+        _warn_of_larger(model, cut.max_tile_bytes, choices)
+    return model
+
+
+def _carry_out(
+    model: Model, plan: Plan, home: Home | str | None, checkpoint: str | os.PathLike[str] | None
+) -> Model:
+    """Tile what a plan parks, and nothing else."""
+    choices = planned_choices(model, plan)
+    _refuse_tiled_before(model)
+    prepare(model, plan)
+    if checkpoint is not None or any(choice.tiled for choice in choices):
+        where = planned_home(plan) if home is None else home
+        replace_chosen(model, choices, where, checkpoint)
+    if plan.optimizer is not None:
+        set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
+    return model
+
+
+def replace_chosen(
+    model: nn.Module,
+    choices: Sequence[Choice],
+    home: Home | str | None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> None:
+    """Replace what was chosen, once its home has room for all of it, and its values are known."""
+    if checkpoint is None and home == "checkpoint":
+        raise ArgumentError(
+            'home="checkpoint" leaves the tiles in the files of a checkpoint: give its folder too, '
+            "as checkpoint=folder, with a model of memtile.empty_model(lambda: …)"
+        )
+    stored = None if checkpoint is None else checked_for_empty(model, checkpoint, home)
     parked = None if home is None else home_for(model, choices, home)
     done: set[str] = set()
     for choice in choices:
@@ -83,11 +137,10 @@ def tile(
             done.update(_tile_group(model, choice, parked))
     for integration in integrations():
         integration.tiled(model)
+    if stored is not None:
+        fill_or_untile(model, stored, parked)
     if parked is not None:
         settle_down(model, parked)
-    if cut.max_tile_bytes is not None and modules is None:
-        _warn_of_larger(model, cut.max_tile_bytes, choices)
-    return model
 
 
 def _refuse_tiled_before(model: nn.Module) -> None:

@@ -2,8 +2,10 @@
 
 from memtile.homes.buffers import aligned_buffer, pieces
 from memtile.homes.disk import DiskHome
+from memtile.homes.filesystems import usable_folder
+from memtile.homes.free_memory import fits_page_cache
 from memtile.homes.home import PAGE, Berth, Home, Traffic
-from memtile.homes.kernel import page_out, trim_heap
+from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import berth_of, register, settle_in
 from memtile.homes.resolving import resolve_home
@@ -21,6 +23,8 @@ __all__ = [
     "Traffic",
     "aligned_buffer",
     "berth_of",
+    "fits_page_cache",
+    "keep_freed_memory_out",
     "page_out",
     "pieces",
     "register",
@@ -28,4 +32,5 @@ __all__ = [
     "scratch_like",
     "settle_in",
     "trim_heap",
+    "usable_folder",
 ]

@@ -18,6 +18,12 @@ def free_bytes() -> int | None:
     return max(0, min(known)) if known else None
 
 
+def fits_page_cache(nbytes: int) -> bool:
+    """Whether a file of so many bytes fits into half of the free memory, as cached files."""
+    free = free_bytes()
+    return free is not None and nbytes <= free // 2
+
+
 def _available() -> Iterator[int]:
     for line in _lines(_MEMINFO):
         if line.startswith("MemAvailable:"):

@@ -49,9 +49,11 @@ class Home(ABC):
 
     Attributes:
         works_in_place: whether tensors may be worked on where they lie, without a slab.
+        is_read_only: whether nothing can be parked or written there.
     """
 
     works_in_place: ClassVar[bool] = False
+    is_read_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._change = threading.Condition()

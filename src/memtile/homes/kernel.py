@@ -11,6 +11,8 @@ from torch import Tensor
 from memtile.homes.home import PAGE
 
 _MAPS = Path("/proc/self/maps")
+_MMAP_THRESHOLD: Final = -3  # mallopt(3)
+_MAPPED_FROM: Final = 256 << 10
 _PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to stays
 
 
@@ -39,6 +41,19 @@ def trim_heap() -> None:
     library = _library()
     if library is not None:
         library.malloc_trim(0)
+
+
+@lru_cache
+def keep_freed_memory_out() -> None:
+    """From now on, give every large block back to the kernel as soon as it is freed.
+
+    glibc raises the size from which blocks are maps of their own up to 32 MiB, once blocks of that
+    size were freed; smaller ones then leave holes in the heap, and the peak of a process is more
+    than what it holds.
+    """
+    library = _library()
+    if library is not None:
+        library.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 @lru_cache

@@ -1,24 +1,129 @@
-"""PEFT: the frozen base linears become tiles, adapters stay as they are."""
+"""PEFT: the frozen base linears become tiles, adapters stay and are saved as they are."""
 
 import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from memtile.convert import Integration
+from memtile.convert import Integration, Naming, dense_items, naming_of
+from memtile.layers import TiledModule
+
+_ADAPTER = "it is part of a PEFT adapter, small and trained"
+_COPY = "it is PEFT's own copy, trained and saved with the adapter under its dense names"
+_ROWS = "PEFT trains some of its rows, and reads them from the embedding itself"
 
 
 def _keeps(model: nn.Module) -> dict[str, str]:
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None:
+    if "peft.tuners.tuners_utils" not in sys.modules:
         return {}
-    reason = "it is part of a PEFT adapter, small and trained"
     return {
         f"{name}.{child}" if name else child: reason
         for name, module in model.named_modules()
-        if isinstance(module, tuners.BaseTunerLayer)
-        for child, _ in module.named_children()
-        if child != "base_layer"
+        for child, reason in _kept_children(module)
     }
 
 
-PEFT = Integration(keeps=_keeps)
+def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The children that stay dense, with the reason."""
+    if isinstance(module, _peft("tuners.trainable_tokens.layer", "TrainableTokensLayer")):
+        yield "base_layer", _ROWS
+    if isinstance(module, _peft("tuners.tuners_utils", "BaseTunerLayer")):
+        yield from ((name, _ADAPTER) for name, _ in module.named_children() if name != "base_layer")
+    if isinstance(module, _peft("utils.other", "ModulesToSaveWrapper")):
+        yield "modules_to_save", _COPY
+
+
+def _peft(module: str, name: str) -> Any:
+    """A class of PEFT, for isinstance; of nothing where that part is not loaded."""
+    return getattr(sys.modules.get(f"peft.{module}"), name, ())
+
+
+class DenseAdapters:
+    """`save_pretrained` of a PEFT model with a tiled base: what it saves has dense names.
+
+    Adapters are modules of their own, but PEFT may save biases of the base beside them
+    (`bias="all"`, `"lora_only"`), and embeddings when it is told to (`save_embedding_layers=True`).
+    It stands on the instance, which it may not hold.
+
+    Args:
+        model: a `PeftModel` with tiled layers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DenseAdapters, (self._model(),)
+
+    def __call__(self, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+        """Write the folder; of the base's weights none comes into memory that is not written.
+
+        Args:
+            save_directory: the folder.
+            *args: passed on to PEFT.
+            **kwargs: passed on to PEFT; a `state_dict` has tile names and others.
+
+        Raises:
+            CannotTileError: a tile computes its weight, so that no dense name can say it.
+        """
+        model = self._model()
+        assert model is not None  # who calls a method holds its model
+        given = kwargs.pop("state_dict", None)
+        tiles = model.state_dict() if given is None else given
+        unsaved = _names_of_weights(model, kwargs.get("save_embedding_layers") is True)
+        dense = dict(dense_items(model, {k: v for k, v in tiles.items() if k not in unsaved}))
+        return type(model).save_pretrained(model, save_directory, *args, state_dict=dense, **kwargs)
+
+
+def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
+    """Names of the weight tiles that PEFT does not save."""
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings()) if saves_embeddings else ()
+    return {
+        f"{name}.{layer.tile_path(*index)}.weight"
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, TiledModule) and not any(layer is end for end in ends)
+        for index in layer.tile_parameters("weight")
+    }
+
+
+def _wrappers(model: nn.Module) -> list[Any]:
+    wrapper = _peft("peft_model", "PeftModel")
+    return [found for found in model.modules() if isinstance(found, wrapper)]
+
+
+def _tiled(model: nn.Module) -> None:
+    for found in _wrappers(model):
+        if any(isinstance(module, TiledModule) for module in found.modules()):
+            found.save_pretrained = DenseAdapters(found)
+
+
+def _untiled(model: nn.Module) -> None:
+    for found in _wrappers(model):
+        vars(found).pop("save_pretrained", None)
+
+
+def _naming(model: nn.Module) -> Naming | None:
+    """Checkpoints of the base have its own names, and nothing for adapters."""
+    if not isinstance(model, _peft("peft_model", "PeftModel")):
+        return None
+    wrapped: Any = model  # a PeftModel, which is not imported here
+    base = naming_of(wrapped.get_base_model())
+    adapters = rf"\.({'|'.join(sorted(_adapter_children(model)))})\."
+    return replace(base, stored=_name_in_base, optional=(*base.optional, adapters))
+
+
+def _name_in_base(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _adapter_children(model: nn.Module) -> set[str]:
+    """Names of the modules that adapters are made of."""
+    kept = (child for module in model.modules() for child, _ in _kept_children(module))
+    return {child for child in kept if child != "base_layer"}
+
+
+PEFT = Integration(keeps=_keeps, tiled=_tiled, untiled=_untiled, naming=_naming)

@@ -1,16 +1,20 @@
 """transformers: its transposed linear, its scaled embeddings, its dense checkpoints."""
 
+import copy
+import inspect
 import sys
-import weakref
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Integration, Kind, dense_items
+from memtile.convert import Integration, Kind, Naming, Work, empty_model
+from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
+from memtile.integrations.dense_pretrained import DensePretrained
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -81,66 +85,6 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
             setattr(target, name, getattr(source, name))
 
 
-class DensePretrained:
-    """`save_pretrained` of a tiled model: the dense checkpoint, for plain transformers.
-
-    It stands on the instance, where it may not hold the model: a cycle would keep all weights until
-    the garbage collector runs. Copies and pickles of a model get one of their own.
-
-    Args:
-        model: a `PreTrainedModel` with tiled layers.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DensePretrained, (self._model(),)
-
-    def __call__(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Write the folder. The dense weights exist for as long as transformers writes them.
-
-        Args:
-            save_directory: the folder.
-            is_main_process: passed on to transformers.
-            state_dict: tile names and others, as a trainer passes it; the model's own by default.
-            *args: passed on to transformers.
-            **kwargs: passed on to transformers.
-
-        Raises:
-            CannotTileError: a tile computes its weight, so that no dense checkpoint can say it.
-        """
-        model = self._model()
-        assert model is not None  # who calls a method holds its model
-        tiles = model.state_dict() if state_dict is None else state_dict
-        dense: dict[str, Any] = {}
-        known: dict[tuple[Any, ...], Any] = {}
-        for name, tensor in dense_items(model, tiles):
-            key = _tile_storages(model, name) or (id(tensor),)
-            dense[name] = known.setdefault(key, tensor)
-        save = type(model).save_pretrained
-        return save(model, save_directory, is_main_process, dense, *args, **kwargs)
-
-
-def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
-    """What tells a tied tiled weight from another: the identities of its tiles."""
-    parent, _, own = name.rpartition(".")
-    try:
-        layer = model.get_submodule(parent)
-    except AttributeError:
-        return ()
-    if not isinstance(layer, TiledModule):
-        return ()
-    return (own, layer.weight_is_transposed, *(id(p) for p in layer.tile_parameters(own).values()))
-
-
 def _loaded(module: str) -> Any:
     """A module of transformers, when something has loaded it."""
     return sys.modules.get(f"transformers.{module}")
@@ -184,11 +128,88 @@ def _untiled(model: nn.Module) -> None:
         vars(found).pop("save_pretrained", None)
 
 
+def _naming(model: nn.Module) -> Naming | None:
+    """What `from_pretrained` knows of names: the base's prefix, what may lack or is superfluous."""
+    if model not in _models(model):
+        return None
+    found: Any = model  # a PreTrainedModel, which is not imported here
+    return Naming(
+        prefix=found.base_model_prefix or "",
+        optional=tuple(found._keys_to_ignore_on_load_missing or ()),
+        ignored=tuple(found._keys_to_ignore_on_load_unexpected or ()),
+    )
+
+
+def _texts(model: nn.Module) -> dict[str, str]:
+    """`config.json` and what else `save_pretrained` writes beside the weights."""
+    if model not in _models(model):
+        return {}
+    found: Any = model  # a PreTrainedModel, which is not imported here
+    config = copy.deepcopy(found.config)  # save_pretrained sets these on the model's own
+    config.dtype = str(found.dtype).removeprefix("torch.")
+    config.architectures = [type(found).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        if found.can_generate():
+            found.generation_config.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+
+
 def _replaced(old: nn.Module, new: nn.Module) -> None:
     """Keep transformers' mark of what is initialised, so that `init_weights` draws nothing anew."""
     if getattr(old, "_is_hf_initialized", False):
         for module in new.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own mark
+
+
+def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
+    """The model of a config or a folder: a causal language model where it can be one."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    config: Any = source
+    if isinstance(source, str | Path):
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(
+                f"{str(source)!r}: transformers cannot read its config.json ({error})"
+            ) from error
+    if not isinstance(config, transformers.PretrainedConfig):
+        return None
+    kinds: Any = (transformers.AutoModelForCausalLM, transformers.AutoModel)
+    kind = kinds[0] if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else kinds[1]
+    chosen = dtype or getattr(config, "dtype", None) or torch.float32
+    return empty_model(lambda: kind.from_config(config, dtype=chosen))
+
+
+def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:
+    """A step of a language model: its loss, or the prompt's pass with a cache for what follows."""
+    found = _models(model)
+    if not found or not found[0].can_generate():
+        return None
+    config = found[0].config
+    longest = getattr(config, "max_position_embeddings", None) or tokens
+    if tokens // batch > longest:
+        raise ArgumentError(
+            f"tokens={tokens} in batch={batch}: sequences of {tokens // batch}, and "
+            f"{type(found[0]).__name__} reads {longest} at once; give fewer tokens or a larger batch"
+        )
+    vocabulary = config.get_text_config().vocab_size
+    last = "logits_to_keep" in inspect.signature(found[0].forward).parameters
+
+    def forward(twin: Any) -> Tensor | None:
+        ids = (torch.arange(tokens) * max(1, vocabulary // tokens) % vocabulary).view(batch, -1)
+        if trains:
+            loss: Tensor = twin(input_ids=ids, labels=ids, use_cache=False).loss
+            return loss
+        keep = {"logits_to_keep": 1} if last else {}
+        kept[:] = [twin(input_ids=ids, use_cache=True, **keep)]
+        return None
+
+    kept: list[Any] = []  # the cache lives on while text is generated
+    return forward
 
 
 TRANSFORMERS = Integration(
@@ -212,4 +233,8 @@ TRANSFORMERS = Integration(
     replaced=_replaced,
     tiled=_tiled,
     untiled=_untiled,
+    naming=_naming,
+    texts=_texts,
+    empty=_empty,
+    work=_work,
 )

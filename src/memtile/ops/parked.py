@@ -13,7 +13,7 @@ gradients) dW goes through autograd as anyone's does.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +81,8 @@ class _ParkedLinear(torch.autograd.Function):
         grad, needed = grads[0], ctx.needs_input_grad
         if grad is None:
             return None, None, None, None
-        ctx.source.resume(ctx.use)
+        if ctx.use is not None:  # None where only the bias is trained
+            ctx.source.resume(ctx.use)
         if torch.is_grad_enabled() or is_batched(grad):
             return *_differentiably(ctx, grad), None
         dx = dw = db = None
@@ -183,8 +184,10 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Casts are explicit: autocast's cache would serve the last tile's weight for a new slab."""
+    if tensor.is_meta:  # where torch has no autocast to turn off
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -1,6 +1,16 @@
 """Optimizers that step tiles where they live."""
 
 from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
+from memtile.optim.inner import Inner, Piece
+from memtile.optim.stepping import CHUNK_ELEMENTS
 from memtile.optim.tile_optimizer import TileOptimizer
 
-__all__ = ["DenseParameter", "Part", "TileOptimizer", "dense_parameters"]
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "DenseParameter",
+    "Inner",
+    "Part",
+    "Piece",
+    "TileOptimizer",
+    "dense_parameters",
+]

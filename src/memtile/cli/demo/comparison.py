@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Final
 
-from memtile.cli.byte_sizes import format_byte_size
 from memtile.cli.demo.records import Machine, Outcome, Settings, Side, Verdict
+from memtile.planning import format_byte_size
 
 LOGITS_BOUND: Final = 2e-5
 LOSS_BOUND: Final = 1e-5

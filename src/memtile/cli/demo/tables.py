@@ -7,8 +7,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from memtile.cli.byte_sizes import format_byte_size
 from memtile.cli.demo.records import Machine, Outcome, Piece, Settings, Side
+from memtile.planning import format_byte_size
 
 _HOW_MEASURED: Final = (
     "Seconds: median of all steps but the first. Peak memory: resident, above the imports. "

@@ -1,9 +1,9 @@
-"""Byte sizes at the door of the command line."""
+"""Byte sizes as people write them."""
 
 import pytest
 
-from memtile.cli.byte_sizes import format_byte_size, parse_byte_size
-from memtile.cli.errors import CommandError
+from memtile.errors import ArgumentError
+from memtile.planning import format_byte_size, parse_byte_size
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_sizes_mean_what_their_units_say(text, nbytes):
 )
 def test_what_is_no_size_is_refused_with_an_example(text):
     """Nothing is guessed: the option, the value and a right way to write it are in the message."""
-    with pytest.raises(CommandError, match=r"^--size .* is not a size: .* such as 1MiB") as raised:
+    with pytest.raises(ArgumentError, match=r"^--size .* is not a size: .* such as 1MiB") as raised:
         parse_byte_size(text, "--size")
     assert repr(text) in str(raised.value)
 
@@ -40,7 +40,7 @@ def test_what_is_no_size_is_refused_with_an_example(text):
 @pytest.mark.parametrize("text", ["0", "0MiB", "0.5B", "0.0001KiB"])
 def test_a_size_of_nothing_is_refused(text):
     """Less than one byte is refused, also when it comes of a fraction."""
-    with pytest.raises(CommandError, match="less than one byte"):
+    with pytest.raises(ArgumentError, match="less than one byte"):
         parse_byte_size(text, "--size")
 
 

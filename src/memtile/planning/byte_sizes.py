@@ -1,12 +1,12 @@
 """Byte sizes as people write them, read and written here and nowhere else.
 
-Inside memtile a size is a number of bytes; "1.5 GiB" exists only at this door.
+Inside memtile a size is a number of bytes; "1.5 GiB" exists only at its doors.
 """
 
 import re
 from typing import Final
 
-from memtile.cli.errors import CommandError
+from memtile.errors import ArgumentError
 
 _BINARY: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL: Final = ("B", "KB", "MB", "GB", "TB")
@@ -25,18 +25,18 @@ def parse_byte_size(text: str, option: str) -> int:
         option: The name of the option it was given to, for the message.
 
     Raises:
-        CommandError: If it is no size, or less than one byte.
+        ArgumentError: If it is no size, or less than one byte.
     """
     match = _SIZE.fullmatch(text)
     unit = (match[2].lower() or "b") if match else ""
     if match is None or unit not in _BYTES_OF_UNIT:
-        raise CommandError(
+        raise ArgumentError(
             f"{option} {text!r} is not a size: "
             "write a number and a unit, such as 1MiB, 512KiB or 2GB."
         )
     nbytes = int(float(match[1]) * _BYTES_OF_UNIT[unit])
     if nbytes < 1:
-        raise CommandError(f"{option} {text!r} is less than one byte: write a size such as 1MiB.")
+        raise ArgumentError(f"{option} {text!r} is less than one byte: write a size such as 1MiB.")
     return nbytes
 
 

@@ -1,0 +1,158 @@
+"""A home that is a checkpoint: tiles lie in its unmodified files, to be read and never written.
+
+Rows of a tensor follow one another in a safetensors file, so a row tile is a stretch of it. What
+writes to such a tile's memory gets pages of its own, in this process only: the file stays as it is,
+and reads notice those pages and take them.
+"""
+
+import ctypes
+import logging
+import mmap
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final, NoReturn
+
+import torch
+from torch import Tensor
+
+from memtile.checkpoints.copied_pages import CopiedPages
+from memtile.checkpoints.stored import StoredFile, StoredTensor
+from memtile.errors import HomeError, HomeFullError
+from memtile.homes import Berth, Home, disk_io
+from memtile.homes.buffers import tensor_over
+
+_log = logging.getLogger("memtile.checkpoints")
+
+_NORESERVE: Final = 0x4000  # MAP_NORESERVE on Linux: mmap has no name for it before 3.13
+_DONTNEED: Final = 4
+
+
+class CheckpointHome(Home):
+    """The files of a checkpoint as a home for inference, and for layers that are frozen.
+
+    `memtile.tile(model, …, checkpoint=folder, home="checkpoint")` makes it. The files must not be
+    rewritten in place while it is used: a file that is longer, shorter or newer is an error at the
+    next read, and one that was cut short may end the process. Replacing them by new files, as
+    `save_checkpoint` does, is fine.
+    """
+
+    works_in_place: ClassVar[bool] = False
+    is_read_only: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = CopiedPages()
+        self._maps: weakref.WeakKeyDictionary[StoredFile, memoryview] = weakref.WeakKeyDictionary()
+        weakref.finalize(self, self.pages.close).atexit = False
+        if not self.pages.works:
+            _log.info("the kernel does not tell of written pages: tiles are read through the map")
+
+    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> Berth:
+        """Refused: nothing new can lie in a checkpoint.
+
+        Raises:
+            HomeError: always.
+        """
+        self._refuse()
+
+    def reserve(self, nbytes: int) -> None:
+        """Refused, as it is asked for what will be written: gradients, moments.
+
+        Raises:
+            HomeError: always.
+        """
+        self._refuse()
+
+    def rows_of(self, stored: StoredTensor, start: int, shape: Sequence[int]) -> Berth | str:
+        """The stretch of a stored tensor that begins at this element; or why it cannot be one.
+
+        Raises:
+            HomeFullError: the file cannot be mapped.
+            HomeError: the home is closed.
+        """
+        self.check_open()
+        offset = stored.entry.offset + start * stored.dtype.itemsize
+        if offset % stored.dtype.itemsize:
+            return f"its file keeps it at byte {offset}, which is not aligned for {stored.dtype}"
+        return _CheckpointBerth(self, stored.file, offset, shape, stored.dtype)
+
+    def map_of(self, file: StoredFile) -> memoryview:
+        """A file's bytes, mapped once; a write makes a page this process's own."""
+        view = self._maps.get(file)
+        if view is None:
+            access = mmap.PROT_READ | mmap.PROT_WRITE
+            try:
+                # Without NORESERVE a file larger than the memory could not be mapped.
+                memory = mmap.mmap(file.fd, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=access)
+            except OSError as error:
+                raise HomeFullError(
+                    error.errno,
+                    f"{file.path} could not be mapped ({error.strerror}): raise the limit of "
+                    "address space, or give home=memtile.DiskHome(folder)",
+                ) from error
+            view = self._maps[file] = memoryview(memory)
+        return view
+
+    def _release(self) -> None:
+        self._maps.clear()
+
+    def _refuse(self) -> NoReturn:
+        self.check_open()
+        raise HomeError(
+            "tiles in a checkpoint's own files can only be read, and training writes weights, "
+            "gradients and moments: freeze them with requires_grad_(False), or tile with "
+            "home=memtile.DiskHome(folder)"
+        )
+
+
+class _CheckpointBerth(Berth):
+    home: CheckpointHome
+
+    def __init__(
+        self,
+        home: CheckpointHome,
+        file: StoredFile,
+        offset: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(home, shape, dtype)
+        self._file, self._offset = file, offset
+        self._view = home.map_of(file)[offset : offset + self.nbytes]
+        self._address = self.tensor().data_ptr()
+
+    @property
+    def address(self) -> int:
+        return self._address
+
+    def tensor(self) -> Tensor:
+        return tensor_over(self._view, self.shape, self.dtype)
+
+    def forget(self) -> None:
+        """Drops the pages that are the file's; those that were written to are kept."""
+        self._file.check_unchanged()
+        pages = self.home.pages
+        if not self.nbytes or not pages.works or self.home.closed:
+            return
+        library = _c_library()
+        for address, length in pages.kept(self._address, self.nbytes):
+            library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _DONTNEED)
+
+    def _fill(self, into: Tensor, start: int) -> None:
+        self._file.check_unchanged()
+        used = max(0, min(into.numel(), self.nbytes - start))
+        pages, address = self.home.pages, self._address + start
+        if used and (not pages.works or pages.any(address, used)):
+            into[:used].copy_(self._bytes()[start : start + used])
+        else:
+            disk_io.fill(self._file.fd, disk_io.bytes_of(into[:used]), self._offset + start)
+
+    def _take(self, source: Tensor, start: int) -> None:
+        self.home._refuse()
+
+    def _bytes(self) -> Tensor:
+        return tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
+
+
+def _c_library() -> Any:  # ctypes knows no types of what it loads
+    return ctypes.CDLL(None)

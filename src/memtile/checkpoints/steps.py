@@ -1,0 +1,168 @@
+"""A folder of training checkpoints, one folder for each saved step, the newest always whole.
+
+A new one is written under a partial name, and one rename makes it the newest; only then older ones
+go, which are renamed first too. So whatever a `kill -9` leaves behind is either whole or has a
+partial name.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from memtile.checkpoints.opening import PARTIAL
+from memtile.checkpoints.publishing import cannot_write, rename, sole_writer, sync_folder
+from memtile.errors import CheckpointWriteError
+
+RECORD: Final = "training.json"
+
+_NAME: Final = re.compile(r"step-(?P<step>\d{8,})(\.(?P<again>\d+))?")
+_held: set[tuple[int, int, int]] = set()  # this process's folders: its id, device, inode
+
+
+@dataclass(frozen=True, order=True)
+class SavedStep:
+    """One checkpoint of a folder.
+
+    Attributes:
+        step: the number of steps that were done.
+        again: how many times the same step had been saved before.
+        path: the checkpoint's folder.
+    """
+
+    step: int
+    again: int
+    path: Path
+
+
+def saved_steps(folder: Path) -> list[SavedStep]:
+    """The checkpoints that have their final names, the newest last."""
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for path in paths:
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append(SavedStep(int(match["step"]), int(match["again"] or 0), path))
+    return sorted(found)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed runs left half-written, or half-removed."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if _is_leftover(path)]
+
+
+@contextmanager
+def training_folder(folder: "str | os.PathLike[str]") -> Iterator[Path]:
+    """Nobody else saves training into the folder meanwhile; it is made where it is missing.
+
+    Inside, this process's `save_training` goes on working. Without it, each `save_training` holds
+    the folder for itself only while it writes.
+
+    Raises:
+        CheckpointWriteError: another run holds the folder, or it cannot be used.
+    """
+    place = Path(folder)
+    with sole_writer(place):
+        key = _key(place)
+        _held.add(key)
+        try:
+            yield place
+        finally:
+            _held.discard(key)
+
+
+@contextmanager
+def new_step(folder: Path, step: int, keep: int) -> Iterator[tuple[Path, Path]]:
+    """A new checkpoint: the folder to write it into, and what it is called when the block ends.
+
+    Where the block raises, nothing of it is left.
+
+    Args:
+        folder: of the checkpoints.
+        step: the number of steps that were done.
+        keep: how many steps stay, this one included.
+
+    Raises:
+        CheckpointWriteError: there is a newer step, somebody else is writing there, or it could not
+            be written; the checkpoints that were there are as they were.
+    """
+    with _sole(folder):
+        sync_folder(folder.parent)
+        for path in leftovers(folder):
+            shutil.rmtree(path, ignore_errors=True)
+        target = _target(folder, step)
+        partial = _partial_name(target)
+        try:
+            _make(partial)
+            yield partial, target
+            sync_folder(partial)
+            rename(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _remove_older(folder, keep)
+
+
+def _sole(folder: Path) -> AbstractContextManager[None]:
+    is_held = folder.is_dir() and _key(folder) in _held
+    return nullcontext() if is_held else sole_writer(folder)
+
+
+def _key(folder: Path) -> tuple[int, int, int]:
+    found = folder.stat()
+    return os.getpid(), found.st_dev, found.st_ino
+
+
+def _is_leftover(path: Path) -> bool:
+    name, mark, _ = path.name.partition(PARTIAL)
+    return bool(mark) and _NAME.fullmatch(name) is not None
+
+
+def _target(folder: Path, step: int) -> Path:
+    newest = next(reversed(saved_steps(folder)), None)
+    name = f"step-{step:08}"
+    if newest is None or newest.step < step:
+        return folder / name
+    if newest.step > step:
+        raise CheckpointWriteError(
+            errno.EEXIST,
+            f"{folder} holds step {newest.step}, newer than step {step} that was to be saved: it "
+            "is not of this run; resume from it, remove it, or give another folder",
+        )
+    return folder / f"{name}.{newest.again + 1}"
+
+
+def _make(partial: Path) -> None:
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise cannot_write(partial, error) from error
+
+
+def _remove_older(folder: Path, keep: int) -> None:
+    """Remove what is not to be kept; what cannot be removed stays for the next time."""
+    found = saved_steps(folder)
+    kept = {saved.step: saved for saved in found}  # the last of each step
+    newest = [kept[step] for step in sorted(kept)[-keep:]]
+    with contextlib.suppress(OSError):
+        for saved in found:
+            if saved not in newest and (saved.path / RECORD).exists():
+                going = _partial_name(saved.path)
+                saved.path.rename(going)
+                shutil.rmtree(going, ignore_errors=True)
+
+
+def _partial_name(target: Path) -> Path:
+    return target.with_name(f"{target.name}{PARTIAL}{secrets.token_hex(4)}")

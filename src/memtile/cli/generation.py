@@ -1,0 +1,159 @@
+"""Text from a model straight from its folder, within a budget of memory."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import memtile
+from memtile.cli import models
+from memtile.cli.errors import CommandError
+from memtile.testing import PeakMemory
+
+if TYPE_CHECKING:
+    from memtile.planning import Plan
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate.
+
+    Args:
+        model: the folder.
+        prompt: the text to go on from.
+        tokens: new ones, at most.
+        budget: bytes above the imports.
+        home: where tiles live: "checkpoint" (the folder's own files), "disk", "disk:FOLDER" or
+            "host".
+        temperature: 0: the likeliest token each time.
+        seed: of the draws.
+        chat: whether the prompt is a user's message, put into the model's chat template.
+    """
+
+    model: Path
+    prompt: str
+    tokens: int
+    budget: int
+    home: str
+    temperature: float
+    seed: int
+    chat: bool
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of it.
+
+    Attributes:
+        text: the new text.
+        token_ids: the new tokens.
+        seconds: from the first pass to the last token.
+        peak_bytes: the most memory, above the imports.
+    """
+
+    text: str
+    token_ids: list[int]
+    seconds: float
+    peak_bytes: int
+
+
+def generate(
+    request: Request, planned: Callable[["Plan"], None], say: Callable[[str], None]
+) -> Generated:
+    """Generates text, and says it as it comes.
+
+    Args:
+        request: what to generate.
+        planned: called with the plan.
+        say: called with each new stretch of text.
+
+    Raises:
+        CommandError: the folder is none that text can be generated with.
+        BudgetError: nothing fits in the budget.
+        CheckpointError: the checkpoint is damaged.
+    """
+    with PeakMemory() as memory:
+        tokenizer = models.tokenizer_of(request.model)
+        prompt = _encoded(request, tokenizer)
+        model = _loaded(request, prompt.shape[1], memory, planned)
+        torch.manual_seed(request.seed)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            found = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=request.tokens,
+                pad_token_id=_padding(tokenizer),
+                streamer=_streamer(tokenizer, say),
+                **_drawing(request.temperature),
+            )
+        seconds = time.perf_counter() - started
+        new = found[0, prompt.shape[1] :].tolist()
+        text = str(tokenizer.decode(new, skip_special_tokens=True))
+    return Generated(text, new, seconds, memory.nbytes)
+
+
+def _encoded(request: Request, tokenizer: Any) -> torch.Tensor:
+    """The prompt's token ids (1, length)."""
+    if request.chat and not getattr(tokenizer, "chat_template", None):
+        raise CommandError(
+            f"--chat: the tokenizer of {request.model} has no chat template: leave --chat out."
+        )
+    if request.chat:
+        messages = [{"role": "user", "content": request.prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer(request.prompt).input_ids
+    if not ids:
+        raise CommandError("--prompt is empty: give the beginning of a text.")
+    return torch.tensor([ids])
+
+
+def _loaded(
+    request: Request, prompt_tokens: int, memory: PeakMemory, planned: Callable[["Plan"], None]
+) -> Any:  # a transformers model, which is not imported to name its type
+    model = models.empty_of(request.model)
+    is_stored = request.home == "checkpoint"
+    plan = memtile.plan(
+        model,
+        budget=request.budget - memory.nbytes,
+        tokens=prompt_tokens + request.tokens,
+        optimizer=None,
+        home="disk" if is_stored else request.home,
+    )
+    planned(plan)
+    home = "checkpoint" if is_stored and plan.parked_layers else None
+    memtile.tile(model, plan, checkpoint=request.model, home=home)
+    return model.requires_grad_(False).eval()
+
+
+def _padding(tokenizer: Any) -> int:
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in known if token is not None))
+
+
+def _drawing(temperature: float) -> dict[str, Any]:
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature}
+
+
+def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Saying(TextStreamer):  # type: ignore[misc]  # transformers is not checked here
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            """Passes a stretch of text on."""
+            say(text)
+
+    return Saying(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def say_at_once(text: str) -> None:
+    """Prints a stretch of text without waiting for a line's end."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,158 @@
+"""What lies in a path: tensors, sizes, and whether their bytes are those that were written."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from memtile.checkpoints import Checkpoint, StoredTensor
+from memtile.checkpoints.steps import saved_steps
+from memtile.cli.errors import CommandError
+from memtile.homes import SealedFile
+from memtile.planning import format_byte_size
+
+_SEALED: Final = "tiles.memtile"
+_TRAINING: Final = "training.json"
+_RUN_PARTS: Final = ("model", "trainable", "optimizer", "random")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found.
+
+    Attributes:
+        path: that was looked at.
+        kind: what it is.
+        rows: its tensors.
+        facts: other things that it tells, by their names.
+        verified: tensors whose bytes were compared with their checksums.
+        unknown: tensors whose checksums nobody wrote down.
+    """
+
+    path: str
+    kind: str
+    rows: list[Row]
+    facts: dict[str, str] = field(default_factory=dict)
+    verified: int = 0
+    unknown: int = 0
+
+
+def inspect(path: Path, verify: bool, progress: Progress) -> Contents:
+    """Looks at a kept home, a run's checkpoint, or a safetensors checkpoint.
+
+    Raises:
+        CommandError: There is nothing at the path.
+        CheckpointError: It is no checkpoint, or a damaged one.
+        SealError: It is no kept home, or a damaged one.
+    """
+    if not path.exists():
+        raise CommandError(f"{path} does not exist: give a checkpoint or a kept home.")
+    sealed = path / _SEALED if path.is_dir() else path
+    if sealed.name.endswith(_SEALED) and sealed.exists():
+        return _kept_home(sealed, verify)
+    steps = saved_steps(path)
+    folder = steps[-1].path if steps and not any(path.glob("*.safetensors")) else path
+    if (folder / _TRAINING).is_file():
+        return _training(folder, verify, progress)
+    checkpoint = Checkpoint.open(path)
+    return _contents(path, "safetensors checkpoint", checkpoint.values(), {}, verify, progress)
+
+
+def _kept_home(path: Path, verify: bool) -> Contents:
+    with SealedFile.open(path) as sealed:
+        if verify:
+            sealed.check_sums()
+        rows = [
+            Row(label, tuple(entry.shape), _dtype(entry.dtype), entry.nbytes, path.name)
+            for label, entry in sealed.entries.items()
+        ]
+    verified = len(rows) if verify else 0
+    return Contents(str(path), "kept home", rows, {}, verified, len(rows) - verified)
+
+
+def _training(folder: Path, verify: bool, progress: Progress) -> Contents:
+    try:
+        record = json.loads((folder / _TRAINING).read_bytes())
+        facts = {name: json.dumps(record[name]) for name in ("step", "position") if name in record}
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(
+            f"{folder / _TRAINING} cannot be read ({error}): take another step's folder."
+        ) from error
+    tensors = [
+        tensor
+        for stem in _RUN_PARTS
+        if any(folder.glob(f"{stem}*.safetensors"))
+        for tensor in Checkpoint.open(folder, stem).values()
+    ]
+    return _contents(folder, "checkpoint of a run", tensors, facts, verify, progress)
+
+
+def _contents(
+    path: Path,
+    kind: str,
+    tensors: Iterable[StoredTensor],
+    facts: dict[str, str],
+    verify: bool,
+    progress: Progress,
+) -> Contents:
+    found = list(tensors)
+    rows = [
+        Row(t.entry.name, tuple(t.shape), _dtype(t.dtype), t.nbytes, t.file.path.name)
+        for t in found
+    ]
+    verified = sum(t.check_sum() for t in _tracked(found, progress)) if verify else 0
+    return Contents(str(path), kind, rows, facts, verified, len(rows) - verified)
+
+
+def _tracked(tensors: list[StoredTensor], progress: Progress) -> Iterator[StoredTensor]:
+    yield from progress.track(tensors, description="Verifying checksums")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def show(contents: Contents, console: Console) -> None:
+    """Prints the tensors, their sum, and what is known of their checksums."""
+    table = Table("tensor", "shape", "dtype", "size", title=contents.path)
+    table.columns[0].overflow = "fold"  # a name that is cut is no name
+    table.columns[3].justify = "right"
+    files = {row.file for row in contents.rows}
+    if len(files) > 1:
+        table.add_column("file", overflow="fold")
+    for row in contents.rows:
+        shape = " × ".join(map(str, row.shape)) or "one number"
+        cells = [row.name, shape, row.dtype, format_byte_size(row.nbytes), row.file]
+        table.add_row(*cells[: len(table.columns)])
+    console.print(table)
+    total = sum(row.nbytes for row in contents.rows)
+    console.print(f"{contents.kind}: {len(contents.rows)} tensors, {format_byte_size(total)}")
+    for name, value in contents.facts.items():
+        console.print(f"{name}: {value}")
+    console.print(_checksums(contents))
+
+
+def _checksums(contents: Contents) -> str:
+    parts = []
+    if contents.verified:
+        parts.append(f"checksums of {contents.verified} tensors verified")
+    if contents.unknown:
+        parts.append(f"{contents.unknown} tensors not verified (no checksum was written, or asked)")
+    return "; ".join(parts) or "no tensors"

@@ -1,0 +1,247 @@
+"""What a step would hold and do, counted operation by operation, with no weights and no memory.
+
+Parameters are on the meta device, ids are real: what depends on ids alone (masks, positions, which
+rows of which tile) is computed, and what depends on weights only has its shape. Each storage counts
+from the operation that makes it until autograd, or whoever holds it, lets it go.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# Private by name; it is what PyTorch's own docs and tools build dispatch modes on.
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from memtile.convert.kinds import Work
+from memtile.homes import berth_of
+from memtile.planning import Counted
+
+_aten = torch.ops.aten
+_META: Final = torch.device("meta")
+_FLASH: Final = 1  # torch._C._SDPBackend.FLASH_ATTENTION: what `_fused_sdp_choice` answers
+_flash = _aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home: bool) -> Counted:
+    """Count one step of a model whose parameters are on the meta device.
+
+    Args:
+        model: its parked tiles have berths of a home on the meta device.
+        work: the forward.
+        drops_gradients: each parameter's gradient is let go of as soon as it is complete.
+        goes_home: gradients of parked tiles leave memory: they are not counted here.
+    """
+    counter = _LiveBytes(model, goes_home)
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        for parameter in model.parameters()
+        if drops_gradients and parameter.requires_grad
+    ]
+    try:
+        with torch.set_grad_enabled(model.training), counter, _CpuAttention():
+            loss = work(model)
+            counter.turn()
+            if loss is not None:
+                _run_backward(loss)
+            del loss
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return counter.counted()
+
+
+def live_peak(act: Callable[[], object]) -> int:
+    """The most bytes that the tensors made inside `act` held at once."""
+    with _LiveBytes(nn.Module(), False) as counter:
+        act()
+    return counter.counted().peak_bytes
+
+
+def _run_backward(loss: Tensor) -> None:
+    """`loss.backward()`, which would put function modes aside: what is recomputed needs them."""
+    options = {"allow_unreachable": True, "accumulate_grad": True}
+    seed = (torch.ones_like(loss),)
+    Variable._execution_engine.run_backward((loss,), seed, False, False, (), **options)  # type: ignore[attr-defined]  # stubs leave it out
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are still alive."""
+
+    def __init__(self, model: nn.Module, goes_home: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._storages: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
+        parked = _parked(model) if goes_home else ()
+        self._home = {parameter.untyped_storage()._cdata for parameter in parked}
+        self._live, self._in_backward = [0, 0], False
+        self._peak, self._kept = (0, 0), 0
+        self._flops = self._touched = 0
+
+    def turn(self) -> None:
+        """Forward is over."""
+        self._kept, self._in_backward = sum(self._live), True
+
+    def counted(self) -> Counted:
+        """Everything that was counted so far."""
+        return Counted(*self._peak, self._kept, self._flops, self._touched)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # an OpOverload; torch's own base class leaves it untyped
+        types: Any,  # a tuple of tensor classes, likewise
+        args: tuple[Any, ...] = (),  # whatever the operation takes
+        kwargs: dict[str, Any] | None = None,  # whatever the operation takes
+    ) -> Any:  # whatever the operation gives
+        """Run the operation on shapes, and see what it made."""
+        kwargs = kwargs or {}
+        given = _tensors((args, kwargs))
+        for tensor in given:
+            self._know(tensor, 0)
+        result = _shaped(func, given, args, kwargs)
+        made = 0
+        for tensor in _tensors(result):
+            goes_home = func is _aten.empty_like.default and self._is_home(given[0])
+            made += self._know(tensor, 0 if goes_home else tensor.untyped_storage().nbytes())
+        self._add_work(func, given, args, kwargs, result, made)
+        return result
+
+    def _know(self, tensor: Tensor, nbytes: int) -> int:
+        """Count a storage from now on, unless it is known; gives the bytes that were added."""
+        storage = tensor.untyped_storage()
+        key, phase = storage._cdata, self._in_backward
+        if key in self._storages:
+            return 0
+        self._storages[key] = weakref.ref(storage, lambda _: self._forget(key)), nbytes, phase
+        self._live[phase] += nbytes
+        if sum(self._live) > sum(self._peak):
+            self._peak = self._live[0], self._live[1]
+        return nbytes
+
+    def _forget(self, key: int) -> None:
+        _, nbytes, phase = self._storages.pop(key)
+        self._live[phase] -= nbytes
+
+    def _is_home(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._home
+
+    def _add_work(
+        self, func: Any, given: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
+    ) -> None:
+        if func._overloadpacket in flop_registry:
+            self._flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        elif func._overloadpacket in (_flash, _flash_backward):
+            self._flops += _attention_flops(func, given)
+        elif made:  # views touch nothing
+            self._touched += made + sum(tensor.nbytes for tensor in given)
+
+
+class _CpuAttention(TorchFunctionMode):
+    """Attention by the kernel that the CPU would take: on meta it would be the plain form."""
+
+    def __torch_function__(
+        self,
+        func: Any,  # as torch gives them
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # whatever the function gives
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # stubs leave it out
+        likes = [None if t is None else _unwritten(t) for t in (query, key, value, attn_mask)]
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        choice = torch._fused_sdp_choice(*likes, dropout_p, is_causal, **options)  # type: ignore[arg-type]
+    if choice != _FLASH:
+        options["is_causal"] = is_causal
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, **options
+        )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype, device=_META)
+    result: Tensor = _flash(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+    return result
+
+
+def _unwritten(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU like this one, whose memory nobody touches: none is used."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else made
+
+
+def _attention_flops(func: Any, given: list[Tensor]) -> int:
+    """Two products of each query with each key; in backward five."""
+    first = 0 if func._overloadpacket is _flash else 1  # the gradient comes before the query
+    (batch, heads, queries, width), keys = given[first].shape, given[first + 1].shape[2]
+    products = 2 if first == 0 else 5
+    return products * 2 * batch * heads * queries * keys * width
+
+
+def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
+    """The result on the meta device where weights take part, a real one where only ids do."""
+    if not any(tensor.is_meta for tensor in given):
+        return _of_ids(func, given, args, kwargs)
+    if all(tensor.is_meta for tensor in given) and "device" not in kwargs:
+        return func(*args, **kwargs)
+    if func._schema.is_mutable and given[0] is args[0] and not given[0].is_meta:
+        return args[0]  # its values depend on weights now, and nobody may ask for them
+    args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": _META}
+    return func(*args, **kwargs)
+
+
+def _of_ids(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
+    """Positions and masks that are asked for on the device of the weights are made for real."""
+    device = kwargs.get("device")
+    if device is None or torch.device(device) != _META:
+        return func(*args, **kwargs)
+    real = {**kwargs, "device": torch.device("cpu")}
+    if given:
+        return func(*args, **(kwargs if given[0].is_floating_point() else real))
+    result = func(*args, **kwargs)
+    is_shape = isinstance(result, Tensor) and result.is_floating_point()
+    return result if is_shape else func(*args, **real)
+
+
+def _as_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _parked(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in model.parameters() if berth_of(parameter) is not None)

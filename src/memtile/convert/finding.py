@@ -1,0 +1,285 @@
+"""Which tensors of a checkpoint are which of a model: every name form, checked before any is used.
+
+A checkpoint may have dense names, or tile names of any grid; under any name of a tied tensor; with
+the name of a transformers model's base before them, or without.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from memtile.checkpoints import PIECE_BYTES, Checkpoint, StoredTensor
+from memtile.convert.dense import check_stored
+from memtile.convert.kinds import Naming, naming_of, tiled_classes
+from memtile.convert.moving import Source
+from memtile.convert.tiled_source import Index, TiledSource
+from memtile.convert.wanted import Wanted, computed_buffers, wanted_by
+from memtile.errors import CheckpointError, HomeError, MemtileError
+from memtile.homes import berth_of
+from memtile.layers import TiledModule
+from memtile.optim import DenseParameter
+
+_SHOWN = 4  # names in a message
+
+
+@dataclass(frozen=True)
+class Match:
+    """One tensor of the model and where its values are.
+
+    Args:
+        dense: the tensor, in the direction in which the source has it.
+        source: its values.
+        name: of the dense tensor.
+    """
+
+    dense: DenseParameter
+    source: Source
+    name: str
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """The tensors of the files that will be read."""
+        if isinstance(self.source, TiledSource):
+            yield from self.source.tiles.values()
+        elif isinstance(self.source, StoredTensor):
+            yield self.source
+
+
+@dataclass
+class Findings:
+    """What a checkpoint has for a model.
+
+    Attributes:
+        matches: tensors that are in both.
+        missing: names of the model that it has nothing for, though it should.
+        unexpected: its names that mean nothing to the model.
+        problems: what keeps it from being loaded, a sentence each.
+    """
+
+    matches: list[Match] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def check(self, where: object, strict: bool) -> None:
+        """Refuses what cannot be loaded.
+
+        Raises:
+            CheckpointError: there are problems; or, where it is strict, something is missing or
+                unexpected.
+        """
+        problems = list(self.problems)
+        if strict and self.missing:
+            problems.append(f"it has no {_some(self.missing)}, neither dense nor in tiles")
+        if strict and self.unexpected:
+            problems.append(f"it has {_some(self.unexpected)}, which the model has not")
+        if problems:
+            hint = "" if self.problems else "; strict=False loads what fits"
+            raise CheckpointError(
+                f"{where} is not a checkpoint of this model: {'; '.join(problems)}. Nothing was "
+                f"changed; give the checkpoint of this model, or build it with the checkpoint's "
+                f"configuration{hint}"
+            )
+
+    def check_sums(self) -> None:
+        """Verify what will be read, as far as its checksums are known.
+
+        Raises:
+            CheckpointError: something is damaged.
+        """
+        for match in self.matches:
+            for stored in match.stored():
+                stored.check_sum()
+
+
+def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
+    """What a checkpoint has for a model. Nothing but headers is read, unless ties must be compared.
+
+    Args:
+        model: tiled or not; its parameters may be on the meta device.
+        checkpoint: in any name form.
+    """
+    return _Search(wanted_by(model), checkpoint, naming_of(model), computed_buffers(model)).run()
+
+
+def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> Findings:
+    """What a checkpoint has for a model, once everything about it is known to be right.
+
+    Raises:
+        CannotTileError: a tile computes its weight.
+        HomeError: the model's tiles cannot be written to.
+        CheckpointError: it cannot be loaded, or something would stay on the meta device.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, TiledModule):
+            check_stored(name, layer)
+    for name, parameter in model.named_parameters():
+        berth = berth_of(parameter)
+        if berth is not None and berth.home.is_read_only:
+            raise HomeError(
+                f"{name} lies in a checkpoint's own files and cannot be written to; make the model "
+                "anew with memtile.tile(memtile.empty_model(lambda: …), …, checkpoint=folder)"
+            )
+    findings = find(model, checkpoint)
+    findings.check(checkpoint.path, strict)
+    _check_meta(model, findings)
+    findings.check_sums()
+    return findings
+
+
+def _check_meta(model: nn.Module, findings: Findings) -> None:
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise CheckpointError(
+                f"the buffer {name} is on the meta device, and no checkpoint says how it is "
+                "computed; build the model with memtile.empty_model(lambda: …), which keeps "
+                "buffers real"
+            )
+    found = {match.name for match in findings.matches}
+    for wanted in wanted_by(model):
+        if wanted.dense.name not in found and wanted.dense.parts[0].parameter.is_meta:
+            raise CheckpointError(
+                f"{wanted.dense.name} is on the meta device and the checkpoint has nothing for it; "
+                "give a checkpoint that holds it, or build the model with its values"
+            )
+
+
+class _Search:
+    def __init__(
+        self,
+        wanted: list[Wanted],
+        checkpoint: Checkpoint,
+        naming: Naming,
+        computed: Collection[str],
+    ) -> None:
+        self.wanted, self.checkpoint, self.naming = wanted, checkpoint, naming
+        self.computed = computed
+        self.tiles = tiles_by_layer(checkpoint)
+        self.own = {naming.stored(name) for one in wanted for name in one.names}
+        self.used: set[str] = set()
+        self.findings = Findings()
+
+    def run(self) -> Findings:
+        found = self.findings
+        for wanted in self.wanted:
+            try:
+                self._match(wanted)
+            except MemtileError as error:
+                found.problems.append(f"{wanted.dense.name}: {error}")
+        self._check_biases()
+        ignored = [re.compile(pattern) for pattern in self.naming.ignored]
+        known = {s for name in self.computed for s in self._spellings(name)}
+        found.unexpected = [
+            name
+            for name in self.checkpoint
+            if name not in self.used
+            and name not in known
+            and not any(pattern.search(name) for pattern in ignored)
+        ]
+        return found
+
+    def _match(self, wanted: Wanted) -> None:
+        sources = {name: source for name in wanted.names if (source := self._source(name))}
+        if not sources:
+            if not any(re.search(p, wanted.dense.name) for p in self.naming.optional):
+                self.findings.missing.append(wanted.dense.name)
+            return
+        (_, source), *others = sources.items()
+        dense = wanted.matrix if isinstance(source, TiledSource) else wanted.dense
+        _check_fits(dense, wanted.dtype, source)
+        for other, tied in others:
+            if not _same_values(source, tied):
+                raise CheckpointError(
+                    f"the model ties it to {other}, and the checkpoint holds other values under "
+                    "that name; untie the model, or remove one of the two"
+                )
+        self.findings.matches.append(Match(dense, source, wanted.dense.name))
+
+    def _source(self, name: str) -> Source | None:
+        """Where the checkpoint has a name, dense or in tiles."""
+        spellings = [spelling.rpartition(".") for spelling in self._spellings(name)]
+        keys = ["".join(parts) for parts in spellings if "".join(parts) in self.checkpoint]
+        tiles = [
+            keyed
+            for path, _, own in spellings
+            if (keyed := self.tiles.get((path, own))) and self.own.isdisjoint(keyed.values())
+        ]
+        if len(keys) + len(tiles) > 1:
+            found = [*keys, *(next(iter(keyed.values())) for keyed in tiles)]
+            raise CheckpointError(f"the checkpoint holds it twice, as {_some(found)}; keep one")
+        if keys:
+            self.used.add(keys[0])
+            return self.checkpoint[keys[0]]
+        if tiles:
+            self.used.update(tiles[0].values())
+            return TiledSource({place: self.checkpoint[k] for place, k in tiles[0].items()})
+        return None
+
+    def _spellings(self, name: str) -> list[str]:
+        """A name as it is; or, where it is not there, with or without the base's name before it."""
+        name = self.naming.stored(name)
+        prefix = f"{self.naming.prefix}."
+        if name in self.checkpoint or prefix == ".":
+            return [name]
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        return [name] if other in self.own else [name, other]
+
+    def _check_biases(self) -> None:
+        """Tiles of a weight and of a bias that were not cut together are of two layers."""
+        grids = {
+            match.name: match.source.grid.out_parts
+            for match in self.findings.matches
+            if isinstance(match.source, TiledSource)
+        }
+        for name, parts in grids.items():
+            path, _, own = name.rpartition(".")
+            weight = grids.get(f"{path}.weight" if path else "weight", parts)
+            if own == "bias" and weight != parts:
+                self.findings.problems.append(
+                    f"{name}: its tiles are cut at rows {parts}, those of its weight at {weight}: "
+                    "they are tiles of two layers"
+                )
+
+
+def tiles_by_layer(checkpoint: Iterable[str]) -> Mapping[tuple[str, str], dict[Index, str]]:
+    """Names of tiles by (layer, "weight" or "bias") and place."""
+    patterns = {cls.tile_pattern.pattern for cls in tiled_classes()}
+    compiled = [re.compile(rf"(?:(?P<layer>.+)\.)?{pattern}") for pattern in sorted(patterns)]
+    found: dict[tuple[str, str], dict[Index, str]] = defaultdict(dict)
+    for key in checkpoint:
+        for match in filter(None, (pattern.fullmatch(key) for pattern in compiled)):
+            row, column = int(match["row"]), int(match.groupdict().get("column") or 0)
+            place = (row, column if match["name"] == "weight" else 0)
+            found[match["layer"] or "", match["name"]][place] = key
+    return found
+
+
+def _check_fits(dense: DenseParameter, dtype: torch.dtype, source: Source) -> None:
+    if source.shape != dense.shape:
+        raise CheckpointError(
+            f"the checkpoint's is {tuple(source.shape)}, the model's {tuple(dense.shape)}"
+        )
+    if _family(source.dtype) != _family(dtype):
+        raise CheckpointError(f"the checkpoint's is {source.dtype}, the model's {dtype}")
+
+
+def _family(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "real" if dtype.is_floating_point else "whole"
+
+
+def _same_values(one: Source, other: Source) -> bool:
+    if one.shape != other.shape:
+        return False
+    size, step = one.shape.numel(), PIECE_BYTES // one.dtype.itemsize
+    spans = ((start, min(start + step, size)) for start in range(0, size, step))
+    return all(torch.equal(one.elements(*span), other.elements(*span)) for span in spans)
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

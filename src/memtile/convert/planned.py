@@ -1,0 +1,102 @@
+"""A plan carried out: its choices for one model, its home, and the settings it relies on."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from memtile.convert.select import Choice, Cut, choose
+from memtile.errors import ArgumentError, CannotTileError
+from memtile.homes import DiskHome, Home, keep_freed_memory_out
+from memtile.planning import Plan
+
+_CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
+
+
+def planned_choices(model: nn.Module, plan: Plan) -> list[Choice]:
+    """What happens to each linear and embedding of the model by this plan.
+
+    Raises:
+        CannotTileError: the plan is of another model: other names, shapes, dtypes or ties.
+    """
+    planned = {layer.name: layer for layer in plan.layers}
+    choices = choose(model, Cut(parks=True), None)
+    _check_names(model, planned.keys(), [choice.name for choice in choices])
+    found = []
+    for choice in choices:
+        layer = planned[choice.name]
+        dtype = str(model.get_submodule(choice.name).weight.dtype).removeprefix("torch.")
+        ours, theirs = (layer.shape, layer.dtype, layer.ties), (choice.shape, dtype, choice.ties)
+        if ours != theirs or (layer.grid is not None and not choice.tiled):
+            raise _other_model(
+                model, f"{choice.name} is {theirs} there ({choice.reason}) and {ours} in the plan"
+            )
+        found.append(
+            replace(choice, tiled=layer.grid is not None, reason=layer.reason, grid=layer.grid)
+        )
+    return found
+
+
+def planned_home(plan: Plan) -> Home | str | None:
+    """The home that a plan names; None where it parks nothing.
+
+    Raises:
+        HomeError: tiles cannot live in its folder.
+    """
+    if not plan.parked_layers:
+        return None
+    kind, _, folder = plan.home.partition(":")
+    return DiskHome(folder or None) if kind == "disk" else kind
+
+
+def prepare(model: nn.Module, plan: Plan) -> None:
+    """Let freed memory go back at once, as the plan's numbers suppose.
+
+    Raises:
+        CannotTileError: the plan asks for gradient checkpointing, which the model does not have.
+    """
+    if plan.checkpointing and not has_checkpointing(model):
+        raise _other_model(model, "it has no gradient checkpointing")
+    keep_freed_memory_out()
+
+
+def has_checkpointing(model: nn.Module) -> bool:
+    """Whether a model can recompute its activations, as those of transformers can."""
+    able = getattr(model, "supports_gradient_checkpointing", True)
+    return able and any(hasattr(model, f"{name}_checkpointing_enable") for name in _CHECKPOINTING)
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Let a model that can recompute its activations do so in backward, or not."""
+    act, arguments = ("enable", [{"use_reentrant": False}]) if on else ("disable", [])
+    for name in _CHECKPOINTING:
+        switch = getattr(model, f"{name}_checkpointing_{act}", None)
+        if switch is not None and has_checkpointing(model):
+            switch(*arguments)
+            return
+
+
+def check_alone(given: dict[str, object]) -> None:
+    """Refuse sizes beside a plan.
+
+    Raises:
+        ArgumentError: there are some.
+    """
+    others = [name for name, value in given.items() if value not in (None, 1)]
+    if others:
+        raise ArgumentError(
+            f"tile(model, plan, {others[0]}=…): a plan says how each layer is cut; give the plan "
+            "alone, or sizes alone"
+        )
+
+
+def _check_names(model: nn.Module, planned: object, found: list[str]) -> None:
+    odd = sorted(set(planned).symmetric_difference(found))  # type: ignore[call-overload]  # keys
+    if odd:
+        raise _other_model(model, f"{odd[0]} is only in {'the model' if odd[0] in found else 'it'}")
+
+
+def _other_model(model: nn.Module, why: str) -> CannotTileError:
+    return CannotTileError(
+        f"the plan does not fit this {type(model).__name__}: {why}; make one for it with "
+        "memtile.plan(model, …), before the model is tiled"
+    )

@@ -1,0 +1,249 @@
+"""`plan`: from a model, or what describes one, and a budget to a `Plan`."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from memtile.convert import surveying
+from memtile.convert.counting import count_step
+from memtile.convert.kinds import Work
+from memtile.convert.planned import has_checkpointing, set_checkpointing
+from memtile.convert.rates import rates_of
+from memtile.convert.select import Choice, Cut, choose
+from memtile.convert.sources import model_of
+from memtile.convert.twins import meta_twin, park_twin
+from memtile.convert.works import work_for
+from memtile.errors import ArgumentError
+from memtile.homes import PAGE, DeviceHome, DiskHome, Home, HostHome, fits_page_cache, usable_folder
+from memtile.planning import (
+    PARKED,
+    RESIDENT,
+    Budget,
+    Counted,
+    Found,
+    Layout,
+    Mode,
+    Plan,
+    PlannedLayer,
+    Rates,
+    Rings,
+    Search,
+    Setting,
+    check_tokens,
+    floors,
+    moved,
+)
+from memtile.transfer import GRADIENT_SLABS, SLABS
+
+_FAULT_BYTES = 64 << 10  # Linux maps so much around a page that is in the page cache
+
+
+def plan(
+    source: Any,  # a model, or whatever config an integration knows
+    *,
+    budget: "int | str | Budget",
+    tokens: int,
+    batch: int = 1,
+    optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW,
+    options: Mapping[str, Any] | None = None,  # what the optimizer's class takes
+    masters: bool = True,
+    home: Home | str = "disk",
+    mode: Mode = "in_backward",
+    checkpointing: bool | None = None,
+    dtype: torch.dtype | None = None,
+    work: Work | None = None,
+    rates: Rates | str | os.PathLike[str] | None = None,
+) -> Plan:
+    """The plan with the fewest tiles that fits a budget, for `memtile.tile(model, plan)`.
+
+    Nothing is loaded and the model is unchanged: a step is counted with shapes alone. Whatever can
+    stay in memory stays there; the rest is parked, in tiles as large as fit. The first call
+    on a machine measures its rates, in a few seconds.
+
+    Args:
+        source: a model, on whatever device, not tiled; a transformers config; or a folder with a
+            `config.json`.
+        budget: bytes above what the process holds when its work begins, or a size such as
+            "2GiB", or a `Budget`. Weights count, even those that the model holds already.
+        tokens: of one step: the batch's size times its length. For inference, the prompt and
+            what is generated.
+        batch: sequences of one step.
+        optimizer: the class that `TileOptimizer` will get; None: inference.
+        options: what that class takes besides parameters, where it changes what it keeps.
+        masters: as in `TileOptimizer`.
+        home: where parked tiles will live: "disk", "disk:FOLDER", "host", "device" or a home.
+        mode: of `TileOptimizer`.
+        checkpointing: whether the model recomputes activations in backward; None: what is faster.
+        dtype: of a model that a config or a folder describes, if not its own.
+        work: what a step's forward is: called with a copy of the model that holds nothing, gives
+            the loss. Needed where the model is neither of transformers nor begins with a linear
+            or an embedding.
+        rates: of another machine, or a JSON file of them; None: this machine's.
+
+    Raises:
+        BudgetError: nothing fits; the message says how much would be needed, and what to change.
+        ArgumentError: an argument has no meaning.
+        CannotTileError: the model is tiled already.
+        OptimizerError: the optimizer cannot step tile by tile.
+        HomeError: tiles cannot live in the folder.
+    """
+    check_tokens(tokens, batch)
+    _check_choice("mode", mode, get_args(Mode))
+    _check_choice("checkpointing", checkpointing, (None, True, False))
+    allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
+    trains = optimizer is not None
+    imports = trains and "torch._dynamo" not in sys.modules
+    model = model_of(source, dtype)
+    choices = choose(model, Cut(parks=True), None)
+    weights = surveying.weights_of(model, choices, trains)
+    setting = Setting(
+        tokens=tokens,
+        rest=surveying.rest_of(model, weights, trains),
+        state=surveying.state_of(model, optimizer, options or {}, masters) if optimizer else None,
+        mode=mode,
+        in_place=folder is None,
+        place="host",
+        rings=Rings(SLABS, GRADIENT_SLABS, SLABS, PAGE, _FAULT_BYTES),
+        rates=rates_of(rates, folder),
+        imports=imports,
+    )
+    count = _Count(model, choices, work or work_for(model, tokens, batch, trains), setting)
+    search = Search(setting, weights, count, _with_disk(allowed, folder), fits_page_cache)
+    found = search.best(_checkpointing(model, checkpointing, trains))
+    named = {"tokens": tokens, "batch": batch, "mode": mode, "home": word, "budget": allowed}
+    return _plan(model, choices, found, setting, optimizer, named)
+
+
+class _Count:
+    """Counts a step of a layout, on a twin of the model that holds nothing."""
+
+    def __init__(
+        self, model: nn.Module, choices: Sequence[Choice], work: Work, setting: Setting
+    ) -> None:
+        self._twin = meta_twin(model)
+        self._twin.train(setting.state is not None)
+        self._choices, self._work, self._setting = choices, work, setting
+
+    def __call__(self, layout: Layout, checkpointing: bool) -> Counted:
+        """The step of this layout."""
+        twin, parked = meta_twin(self._twin), _with_grids(self._choices, layout)
+        if any(choice.tiled for choice in parked):
+            park_twin(twin, parked)
+        set_checkpointing(twin, checkpointing)
+        setting = self._setting
+        return count_step(
+            twin,
+            self._work,
+            drops_gradients=setting.mode == "in_backward",
+            goes_home=not setting.in_place,
+        )
+
+
+def _with_grids(choices: Sequence[Choice], layout: Layout) -> list[Choice]:
+    grids = {name: layout.grid_of(weight) for weight in layout.weights for name in weight.names}
+    return [
+        replace(choice, tiled=grids[choice.name] is not None, grid=grids[choice.name])
+        for choice in choices
+    ]
+
+
+def _plan(
+    model: nn.Module,
+    choices: Sequence[Choice],
+    found: Found,
+    setting: Setting,
+    optimizer: type[torch.optim.Optimizer] | None,
+    named: Mapping[str, Any],  # fields of the plan as they were given
+) -> Plan:
+    moves = moved(setting, found.layout, found.checkpointing)
+    cached = fits_page_cache(found.bytes_of("disk"))
+    return Plan(
+        model=type(model).__name__,
+        layers=tuple(_layer(model, choice, found.layout) for choice in choices),
+        optimizer=None if optimizer is None else optimizer.__name__,
+        device="cpu",
+        checkpointing=found.checkpointing,
+        terms=found.terms,
+        read_bytes=moves.read_bytes,
+        written_bytes=moves.written_bytes,
+        floors=floors(setting, found.layout, found.counted, moves, cached=cached),
+        **named,
+    )
+
+
+def _layer(model: nn.Module, choice: Choice, layout: Layout) -> PlannedLayer:
+    weight = next(each for each in layout.weights if choice.name in each.names)
+    grid = layout.grid_of(weight)
+    if grid is not None:
+        reason = "does not fit in memory with all others" + (", tied" if weight.is_tied else "")
+    else:
+        reason = weight.obstacle or "fits in memory"
+    return PlannedLayer(
+        name=choice.name,
+        shape=choice.shape,
+        dtype=weight.dtype,
+        nbytes=weight.nbytes,
+        grid=grid,
+        place=RESIDENT if grid is None else PARKED,
+        reason=reason,
+        trainable=weight.trainable,
+        ties=choice.ties,
+    )
+
+
+def _checkpointing(model: nn.Module, given: bool | None, trains: bool) -> tuple[bool, ...]:
+    """The choices that there are.
+
+    Raises:
+        ArgumentError: it is asked for where there is none.
+    """
+    can = trains and has_checkpointing(model)
+    if given and not can:
+        raise ArgumentError(
+            f"checkpointing=True: {type(model).__name__} "
+            + ("has no gradient_checkpointing_enable" if trains else "is not trained by this plan")
+            + "; leave it out"
+        )
+    return (False, True) if given is None and can else (bool(given),)
+
+
+def _home(home: object) -> tuple[str, Path | None]:
+    """The word for a home, and the folder of one on disk.
+
+    Raises:
+        ArgumentError: it is no home.
+        HomeError: tiles cannot live in its folder.
+    """
+    if isinstance(home, DiskHome):
+        return f"disk:{home.folder}", home.folder
+    if isinstance(home, HostHome) or home == "host":
+        return "host", None
+    if isinstance(home, DeviceHome) or home == "device":
+        return "device", None
+    kind, colon, folder = home.partition(":") if isinstance(home, str) else ("", "", "")
+    if kind == "disk" and bool(colon) == bool(folder):
+        return str(home), usable_folder(folder or None)
+    raise ArgumentError(
+        f"home={home!r} must be 'disk', 'disk:FOLDER', 'host', 'device', or a DiskHome"
+    )
+
+
+def _with_disk(budget: Budget, folder: Path | None) -> Budget:
+    """The same with no more disk than is free there."""
+    if folder is None:
+        return budget
+    free = max(1, shutil.disk_usage(folder).free)
+    asked = budget.of_place("disk")
+    return replace(budget, disk=free if asked is None else min(asked, free))
+
+
+def _check_choice(name: str, value: object, known: Sequence[object]) -> None:
+    if value not in known or (isinstance(value, int) and not isinstance(value, bool)):
+        raise ArgumentError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")

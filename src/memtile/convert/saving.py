@@ -1,0 +1,86 @@
+"""`save_checkpoint`: a model's dense checkpoint, written tile by tile."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
+from memtile.convert.dense import check_stored
+from memtile.convert.kinds import integrations
+from memtile.convert.moving import outgoing
+from memtile.convert.wanted import persistent_buffers, wanted_by
+from memtile.errors import ArgumentError, CannotTileError
+from memtile.homes import berth_of
+from memtile.layers import TiledModule
+from memtile.transfer import ferries_of
+
+
+def save_checkpoint(
+    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the dense checkpoint of a model into a folder, as safetensors with index and shards.
+
+    Names, shapes and dtypes are the untiled model's; what is tied is written once, under its first
+    name. A few MiB are in memory at a time. A transformers model gets its config.json and
+    generation_config.json too, so that plain transformers loads the folder.
+
+    The checkpoint that is there already stays whole until the new one is: killed at any moment, the
+    folder holds the one or the other.
+
+    Args:
+        model: tiled or not, wherever its tiles live.
+        folder: made where it is missing.
+        max_shard_bytes: no file is larger, unless one tensor is.
+
+    Raises:
+        ArgumentError: the model is none, or `max_shard_bytes` is no size.
+        CannotTileError: a tile computes its weight, or a tensor has no values or no dense form.
+        CheckpointError: safetensors has no name for a dtype, or tiles make no dense tensor.
+        CheckpointWriteError: it could not be written, or somebody else is writing there.
+        HomeIOError: gradients or weights on their way home could not be written.
+
+        Nothing was written then; what was there is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    _check_saveable(model)
+    tensors = outgoing_tensors(model)
+    texts = {name: text for own in integrations() for name, text in own.texts(model).items()}
+    _settle(model)
+    write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes, texts=texts)
+
+
+def outgoing_tensors(model: nn.Module) -> list[Outgoing]:
+    """The dense parameters of a model and its persistent buffers, each once, in its order."""
+    return [outgoing(wanted.dense, wanted.names[0]) for wanted in wanted_by(model)]
+
+
+def _check_saveable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, TiledModule):
+            check_stored(name, module)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CannotTileError(
+                f"{name or type(module).__name__} has extra state, which safetensors cannot hold; "
+                "save it by itself with torch.save(module.get_extra_state(), …)"
+            )
+    for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
+        if type(tensor) not in (nn.Parameter, Tensor):
+            raise CannotTileError(
+                f"{name} is a {type(tensor).__name__}, which has no dense form; turn it into a "
+                "plain parameter first"
+            )
+        if tensor.is_meta or tensor.layout != torch.strided:
+            what = "on the meta device, where nothing has values" if tensor.is_meta else "sparse"
+            raise CannotTileError(
+                f"{name} is {what}; give it plain values before the model is saved"
+            )
+
+
+def _settle(model: nn.Module) -> None:
+    """Return once everything that is on its way home has arrived."""
+    homes = {berth.home for berth in map(berth_of, model.parameters()) if berth is not None}
+    for home in homes:
+        if not home.works_in_place and not home.closed:
+            ferries_of(home).settle()

@@ -1,0 +1,299 @@
+"""`save_training`, `resume_training`: a run that goes on as if it had never been interrupted."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memtile.checkpoints import Checkpoint, write_checkpoint, write_file
+from memtile.checkpoints.exact_json import from_json, to_json
+from memtile.checkpoints.opening import SUFFIX
+from memtile.checkpoints.random_state import RandomState
+from memtile.checkpoints.record import read_record, write_record
+from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
+from memtile.convert.moving import bring_in, outgoing
+from memtile.convert.optimizer_file import IncomingState, optimizer_record
+from memtile.convert.saving import save_checkpoint
+from memtile.convert.wanted import wanted_by
+from memtile.errors import ArgumentError, CheckpointError
+from memtile.homes import berth_of, trim_heap
+from memtile.optim import DenseParameter
+from memtile.transfer import ferries_of
+
+_WHOLE, _TRAINABLE = "model", "trainable"  # what the files of weights are called
+_OPTIMIZER, _RANDOM = "optimizer" + SUFFIX, "random" + SUFFIX
+
+Json = dict[str, Any]  # of the record: whatever JSON it has
+
+
+class Scheduler(Protocol):
+    """What is asked of a scheduler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go there."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        step: the number of steps that are done.
+        position: what `save_training` was given: where in the data the run is.
+        extra: what `save_training` was given besides.
+        folder: the checkpoint that was taken.
+    """
+
+    step: int
+    position: Any  # any JSON
+    extra: Any  # any JSON
+    folder: Path
+
+
+def save_training(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Scheduler | None = None,
+    *,
+    step: int,
+    position: object = None,
+    extra: object = None,
+    keep: int = 1,
+    trainable_only: bool = False,
+) -> Path:
+    """Save all that a run needs to go on bit for bit, as a folder of its own in `folder`.
+
+    Weights, persistent buffers, the optimizer's state, the scheduler, and the random state of
+    Python, numpy and torch are written tile by tile; a few MiB are in memory at a time. The
+    checkpoints before stay whole until the new one is on the disk, and only then go: killed at any
+    moment, the folder holds a whole one.
+
+    Not saved: gradients (save between `step()` and the next backward, not while gradients are being
+    accumulated), non-persistent buffers, and states of what it is not given, a GradScaler say: put
+    those into `extra`.
+
+    Args:
+        folder: of all checkpoints of the run; made where it is missing.
+        model: tiled or not, wherever its tiles live.
+        optimizer: a `TileOptimizer` or any torch optimizer, over the model or some of it.
+        scheduler: anything with a `state_dict` of numbers, texts, lists and dictionaries.
+        step: how many steps are done. A step that is there is replaced; a newer one is refused.
+        position: where in the data the run is: any such value.
+        extra: anything else to be given back: any such value.
+        keep: how many of the newest checkpoints stay.
+        trainable_only: leave out the weights that are frozen: they come from elsewhere again, as
+            the base of an adapter does.
+
+    Returns:
+        The checkpoint's folder, `step-00000010` say.
+
+    Raises:
+        ArgumentError: `step` or `keep` is no such number.
+        OptimizerError: a step is under way, or the optimizer is not of this model.
+        CannotTileError: there is no dense form of a weight.
+        CheckpointError: something is neither a tensor nor such a value.
+        CheckpointWriteError: it could not be written, another run writes there, or a newer step is
+            there. The checkpoints that were there are as they were.
+    """
+    _check_numbers(step, keep)
+    state, tensors = optimizer_record(model, optimizer)
+    random = RandomState.now()
+    record = {
+        "memtile": _version(),
+        "step": step,
+        "position": to_json(position, "position"),
+        "extra": to_json(extra, "extra"),
+        "trainable_only": trainable_only,
+        "scheduler": _scheduler_record(scheduler),
+        "optimizer": state,
+        "random": random.to_json(),
+    }
+    _settle(model)
+    with new_step(Path(folder), step, keep) as (partial, target):
+        if trainable_only:
+            held = _held_tensors(model, trainable_only)
+            weights = [outgoing(dense, name) for name, dense in held.items()]
+            write_checkpoint(partial, weights, stem=_TRAINABLE)
+        else:
+            save_checkpoint(model, partial)
+        trim_heap()
+        write_file(partial / _OPTIMIZER, tensors)
+        write_file(partial / _RANDOM, random.outgoing())
+        write_record(partial, record)
+    return target
+
+
+def has_training(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is a checkpoint that `resume_training` would take; it is not opened."""
+    return bool(saved_steps(Path(folder)))
+
+
+@torch.no_grad()
+def resume_training(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Scheduler | None = None,
+) -> Resumed:
+    """Take over the newest checkpoint that `save_training` wrote: everything in place.
+
+    All of it is verified before anything is changed. Grid and homes may be others than those that
+    it was saved from, and a `TileOptimizer` takes over from the plain optimizer of its class, and
+    the reverse. The saved options of the groups (`lr` too) replace the optimizer's own. Gradients
+    are dropped; random states are set last. Call `optimizer.zero_grad()` before the next backward
+    as ever, and go on in the data at `position`.
+
+    Args:
+        folder: given to `save_training`.
+        model: made as it was for the run that was saved.
+        optimizer: of the same class, with the same groups.
+        scheduler: of the same class; None where none was saved.
+
+    Returns:
+        The step, and what was saved with it.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is of another model, optimizer or
+            scheduler. Nothing was changed, unless a disk failed while it was read a second time.
+        HomeFullError: a home has no room for the optimizer's state; nothing was changed.
+        HomeIOError: a home could not be written to: resume again.
+    """
+    saved = _newest(Path(folder))
+    record, weights, tensors, random = _opened(saved)
+    held = _held_tensors(model, record["trainable_only"])
+    _check_weights(weights, held, model)
+    _check_scheduler(record["scheduler"], scheduler, saved.path)
+    state = IncomingState(record["optimizer"], tensors, model, optimizer)
+    _settle(model)
+    state.take()
+    for name, dense in held.items():
+        bring_in(dense, weights[name])
+        trim_heap()
+    if scheduler is not None:
+        scheduler.load_state_dict(from_json(record["scheduler"]["state"]))
+    resumed = Resumed(
+        saved.step, from_json(record["position"]), from_json(record["extra"]), saved.path
+    )
+    random.restore()
+    return resumed
+
+
+def _check_numbers(step: object, keep: object) -> None:
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ArgumentError(f"step={step!r} must be a number of steps: 0 or more, an int")
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+        raise ArgumentError(f"keep={keep!r} must be how many checkpoints stay: 1 or more, an int")
+
+
+def _version() -> str:
+    # not imported: the package imports this file
+    return str(vars(sys.modules["memtile"])["__version__"])
+
+
+def _scheduler_record(scheduler: Scheduler | None) -> Json | None:
+    if scheduler is None:
+        return None
+    state = to_json(scheduler.state_dict(), "the scheduler's state_dict()")
+    return {"class": _class_name(scheduler), "state": state}
+
+
+def _class_name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _settle(model: nn.Module) -> None:
+    """Return once everything that is on its way home has arrived."""
+    homes = {berth.home for berth in map(berth_of, model.parameters()) if berth is not None}
+    for home in homes:
+        if not home.works_in_place and not home.closed:
+            ferries_of(home).settle()
+
+
+def _held_tensors(model: nn.Module, trainable_only: bool) -> dict[str, DenseParameter]:
+    """What a checkpoint has of a model, by name: dense parameters, and persistent buffers."""
+    return {
+        wanted.names[0]: wanted.dense
+        for wanted in wanted_by(model)
+        if not trainable_only or not _is_frozen(wanted.dense)
+    }
+
+
+def _is_frozen(dense: DenseParameter) -> bool:
+    """Whether it is a parameter that training leaves alone; buffers are not."""
+    tensors: list[Tensor] = [part.parameter for part in dense.parts]
+    return not any(t.requires_grad or not isinstance(t, nn.Parameter) for t in tensors)
+
+
+def _newest(folder: Path) -> SavedStep:
+    found = saved_steps(folder)
+    if found:
+        return found[-1]
+    partial = leftovers(folder)
+    if partial:
+        raise CheckpointError(
+            f"{folder} holds {partial[0].name}, half-written, and no checkpoint: the run was "
+            "killed while it saved its first one; start it anew"
+        )
+    raise CheckpointError(
+        f"{folder} holds no training checkpoint; give the folder that save_training was given, or "
+        "start anew (memtile.has_training(folder) tells which)"
+    )
+
+
+def _opened(saved: SavedStep) -> tuple[Json, Checkpoint, Checkpoint, RandomState]:
+    """Everything of a checkpoint, verified."""
+    try:
+        record = read_record(saved.path)
+        stem = _TRAINABLE if record["trainable_only"] else _WHOLE
+        weights = Checkpoint.open(saved.path, stem)
+        tensors = Checkpoint.open(saved.path / _OPTIMIZER)
+        random = Checkpoint.open(saved.path / _RANDOM)
+        for each in (weights, tensors, random):
+            each.check_sums()
+        return record, weights, tensors, RandomState.read(record["random"], random)
+    except CheckpointError as error:
+        older = saved_steps(saved.path.parent)[:-1]
+        if not older:
+            raise
+        raise CheckpointError(
+            f"{error}; to resume from {older[-1].path.name}, which is older, remove {saved.path}"
+        ) from error
+
+
+def _check_weights(
+    weights: Checkpoint, held: Mapping[str, DenseParameter], model: nn.Module
+) -> None:
+    for name in sorted(weights.keys() ^ held.keys()):
+        whose = "the checkpoint" if name in weights else f"this {type(model).__name__}"
+        raise CheckpointError(
+            f"only {whose} has {name!r}: {weights.path} is of another model, or other weights were "
+            "frozen when it was saved; make the model as it was made for that run"
+        )
+    for name, dense in held.items():
+        ours = dense.shape, dense.parts[0].parameter.dtype
+        if ours != (weights[name].shape, weights[name].dtype):
+            raise CheckpointError(
+                f"{name} is {tuple(weights[name].shape)} {weights[name].dtype} in {weights.path}, "
+                f"and {tuple(ours[0])} {ours[1]} in this {type(model).__name__}: make the model as "
+                "it was made for the run that was saved"
+            )
+
+
+def _check_scheduler(saved: Json | None, scheduler: Scheduler | None, place: Path) -> None:
+    theirs = "no scheduler" if saved is None else saved["class"]
+    ours = "no scheduler" if scheduler is None else _class_name(scheduler)
+    if ours != theirs:
+        raise CheckpointError(
+            f"{place} was saved with {theirs}, and is to be resumed with {ours}: give "
+            "resume_training what save_training was given"
+        )

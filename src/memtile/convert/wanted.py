@@ -1,0 +1,123 @@
+"""What a model wants of a checkpoint: each dense tensor once, with all the names that it has."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memtile.convert.kinds import kind_of
+from memtile.geometry import Rect, Span
+from memtile.layers import TiledModule
+from memtile.optim import DenseParameter, Part, dense_parameters
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One dense tensor of a model.
+
+    Args:
+        names: in the dense model; more than one where it is tied.
+        dense: its shape and the parts that it is kept in.
+        is_turned: whether the dense tensor is a linear's matrix transposed, as `Conv1D` keeps it.
+    """
+
+    names: tuple[str, ...]
+    dense: DenseParameter
+    is_turned: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's tensor."""
+        return self.dense.parts[0].parameter.dtype
+
+    @property
+    def matrix(self) -> DenseParameter:
+        """The same with the shape (out, in) that tiles are cut from."""
+        if not self.is_turned:
+            return self.dense
+        inside, out = self.dense.shape
+        whole = Rect(Span(0, inside), Span(0, out))
+        parts = (
+            Part(part.parameter, whole, True)
+            if part.rect is None
+            else Part(part.parameter, part.rect)
+            for part in self.dense.parts
+        )
+        return DenseParameter(self.dense.name, torch.Size([out, inside]), tuple(parts))
+
+
+def wanted_by(model: nn.Module) -> list[Wanted]:
+    """The dense parameters of a model and its persistent buffers, each once, in its order."""
+    names, turned = _names(model)
+    wanted = []
+    for dense in dense_parameters(model):
+        key = id(dense.parts[0].parameter)
+        wanted.append(Wanted(tuple(names[key]), dense, key in turned))
+    buffers: dict[int, list[str]] = defaultdict(list)
+    for name, buffer in persistent_buffers(model):
+        buffers[id(buffer)].append(name)
+    for name, buffer in persistent_buffers(model):
+        if buffers[id(buffer)][0] == name:
+            part = Part(buffer)  # type: ignore[arg-type]  # values move alike
+            wanted.append(
+                Wanted(tuple(buffers[id(buffer)]), DenseParameter(name, buffer.shape, (part,)))
+            )
+    return wanted
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a state dict has, under every name."""
+    return ((name, buffer) for name, buffer, kept in _buffers(model) if kept)
+
+
+def computed_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that no state dict has."""
+    return {name for name, _, kept in _buffers(model) if not kept}
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own, buffer in module._buffers.items():
+            if buffer is not None:
+                yield _join(path, own), buffer, own not in module._non_persistent_buffers_set
+
+
+def _names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
+    """Names of each dense tensor by the id of its first part, and which of them are turned."""
+    names: dict[int, list[str]] = defaultdict(list)
+    turned: set[int] = set()
+    tiles: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own, parameters, is_turned in _tensors(module):
+            names[id(parameters[0])].append(_join(path, own))
+            if is_turned:
+                turned.add(id(parameters[0]))
+            if isinstance(module, TiledModule):
+                tiles.update(map(id, parameters))
+        if not isinstance(module, TiledModule):
+            for own, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in tiles:
+                    names[id(parameter)].append(_join(path, own))
+                    if own == "weight" and _is_turned(module):
+                        turned.add(id(parameter))
+    return names, turned
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], bool]]:
+    """Name, tiles and direction of what a tiled layer holds."""
+    if isinstance(module, TiledModule):
+        for own in ("weight", "bias"):
+            tiles = list(module.tile_parameters(own).values())
+            if tiles:
+                yield own, tiles, own == "weight" and module.weight_is_transposed
+
+
+def _is_turned(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.matches(module) and kind.tiled.weight_is_transposed
+
+
+def _join(path: str, own: str) -> str:
+    return f"{path}.{own}" if path else own

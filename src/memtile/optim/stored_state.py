@@ -1,0 +1,212 @@
+"""What an optimizer keeps for each dense parameter, to be stored and taken back; it knows no files.
+
+Tensors of a parameter's shape are kept in parts, one for each tile, and are to be streamed. What
+else is kept, counters of steps for the most part, must be the same for all tiles of a weight: there
+is one of it in the dense model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memtile.errors import OptimizerError
+from memtile.homes import berth_of, register
+from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
+from memtile.optim.stepping import MASTER
+from memtile.optim.tile_optimizer import TileOptimizer
+
+State = dict[str, Any]  # whatever the optimizer's class keeps
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """What is kept for one dense parameter.
+
+    Attributes:
+        dense: the parameter.
+        tensors: by their keys, the tensors to be streamed: their shape, and the parts whose states
+            hold them.
+        numbers: everything else by its key, one for all parts.
+        keys: of both, in their order.
+    """
+
+    dense: DenseParameter
+    tensors: Mapping[str, DenseParameter]
+    numbers: Mapping[str, Any]
+    keys: Sequence[str]
+
+
+def check_between_steps(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step is under way: nothing that it keeps is of one moment.
+
+    Raises:
+        OptimizerError: it is.
+    """
+    if not isinstance(optimizer, TileOptimizer):
+        return
+    if optimizer._unfinished is not None:
+        raise OptimizerError(
+            f"a step was not finished: {len(optimizer._unfinished)} parameters are still to be "
+            "stepped; call step() to go on with them before the training is saved"
+        )
+    if optimizer._stepped:
+        raise OptimizerError(
+            f"{len(optimizer._stepped)} parameters were stepped in a backward that step() has not "
+            "closed; call step() before the training is saved"
+        )
+
+
+def class_of(optimizer: Optimizer) -> str:
+    """The name of the class whose rule is applied, be it tile by tile or not."""
+    own = type(optimizer)
+    if isinstance(optimizer, TileOptimizer):
+        own = optimizer._inner._class
+    return f"{own.__module__}.{own.__qualname__}"
+
+
+def members(model: nn.Module, optimizer: Optimizer) -> list[dict[str, DenseParameter]]:
+    """The dense parameters of each group by their names.
+
+    Raises:
+        OptimizerError: one is not of the model, or only some tiles of it are in the group.
+    """
+    of = {part.parameter: dense for dense in dense_parameters(model) for part in dense.parts}
+    result = []
+    for number, group in enumerate(optimizer.param_groups):
+        held, found = set(group["params"]), dict[str, DenseParameter]()
+        for parameter in group["params"]:
+            dense = of.get(parameter)
+            if dense is None:
+                raise OptimizerError(
+                    f"group {number} of the optimizer holds a {tuple(parameter.shape)} parameter "
+                    f"that this {type(model).__name__} has not; give the model that is trained, "
+                    "and make the optimizer after memtile.tile"
+                )
+            if not all(part.parameter in held for part in dense.parts):
+                raise OptimizerError(
+                    f"group {number} holds some tiles of {dense.name} and not all, so there is no "
+                    "dense state of it; put all tiles of a weight into one group"
+                )
+            found[dense.name] = dense
+        result.append(found)
+    return result
+
+
+def check_keys(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse what an optimizer keeps for nothing that is a parameter of the model.
+
+    Raises:
+        OptimizerError: it does.
+    """
+    known = set(model.parameters())
+    keys: Iterable[object] = optimizer.state  # torch says tensors, and checks nothing
+    for key in keys:
+        if not isinstance(key, Tensor) or key not in known:
+            what = f"a {tuple(key.shape)} tensor" if isinstance(key, Tensor) else repr(key)
+            raise OptimizerError(
+                f"the optimizer keeps state for {what}, which is no parameter of this "
+                f"{type(model).__name__}; only what is kept for parameters can be saved"
+            )
+
+
+def kept_state(optimizer: Optimizer, dense: DenseParameter) -> KeptState | None:
+    """What is kept for a dense parameter; None before its first step.
+
+    Raises:
+        OptimizerError: its tiles were not stepped alike, so that there is no dense state.
+    """
+    states = [optimizer.state.get(part.parameter, {}) for part in dense.parts]
+    if not any(states):
+        return None
+    tensors, numbers = dict[str, DenseParameter](), dict[str, Any]()
+    for key in states[0] or next(filter(None, states)):
+        if not all(key in state for state in states):
+            raise _uneven(dense, key)
+        entry = states[0][key]
+        if _is_shaped(entry, dense.parts[0].parameter):
+            tensors[key] = dense
+        elif isinstance(entry, Tensor) and entry.numel() > 1:
+            tensors[key] = _of_own_shape(dense, key, entry)
+        elif all(_same(entry, state[key]) for state in states):
+            numbers[key] = entry
+        else:
+            raise _uneven(dense, key)
+    return KeptState(dense, tensors, numbers, list(states[0]))
+
+
+def stepped_dtype(optimizer: Optimizer, parameter: Tensor) -> torch.dtype:
+    """The dtype that a parameter is stepped in, and its moments have."""
+    if isinstance(optimizer, TileOptimizer):
+        return optimizer._stepper.stepped_dtype(parameter)
+    return parameter.dtype
+
+
+def keeps(optimizer: Optimizer, parameter: Tensor, key: str, stepped: torch.dtype) -> bool:
+    """Whether a stored entry is of use: the master of one that is stepped as it is, is not.
+
+    Args:
+        optimizer: that is to take it over.
+        parameter: whose entry it is.
+        key: of the entry.
+        stepped: the dtype in which the parameter was stepped when the entry was stored.
+    """
+    is_master = key == MASTER and stepped != parameter.dtype
+    return not is_master or stepped_dtype(optimizer, parameter) == stepped
+
+
+def room_for(
+    optimizer: Optimizer, parameter: Tensor, key: str, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """A tensor for an entry of a parameter's state, where the parameter lives.
+
+    It is the one that is there, where that is of this shape and dtype. What it holds is undefined.
+
+    Raises:
+        HomeFullError: there is no room.
+    """
+    found = optimizer.state.get(parameter, {}).get(key)
+    berth = berth_of(parameter)
+    is_parked = berth is not None and not berth.home.works_in_place and shape == parameter.shape
+    if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
+        own = berth_of(found)
+        if not is_parked or (own is not None and berth is not None and own.home is berth.home):
+            return found
+    if not is_parked or berth is None:
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
+    room = berth.home.berth(shape, dtype)
+    out = room.tensor()
+    register(out, room)
+    return out
+
+
+def _is_shaped(entry: object, parameter: Tensor) -> bool:
+    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
+
+
+def _of_own_shape(dense: DenseParameter, key: str, entry: Tensor) -> DenseParameter:
+    part = dense.parts[0]
+    if part.rect is not None:
+        raise OptimizerError(
+            f"{dense.name}: the optimizer keeps {key!r} of shape {tuple(entry.shape)} for a "
+            f"{tuple(part.parameter.shape)} tile, of which there is no dense form; use an "
+            "element-wise optimizer, or do not tile this layer"
+        )
+    return DenseParameter(dense.name, entry.shape, (Part(part.parameter),))
+
+
+def _same(ours: object, theirs: object) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    return type(ours) is type(theirs) and ours == theirs
+
+
+def _uneven(dense: DenseParameter, key: str) -> OptimizerError:
+    return OptimizerError(
+        f"{dense.name}: {key!r} is not the same for all of its tiles, since some were stepped more "
+        "often than others, so there is no dense state of it; give all of them a gradient before "
+        "each step"
+    )

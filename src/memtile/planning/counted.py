@@ -1,0 +1,102 @@
+"""What was counted of a model and of one step of it: the planner's whole knowledge of tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One step, counted with shapes alone.
+
+    Args:
+        forward_bytes: of what was made in forward and is held at the peak.
+        backward_bytes: of what was made in backward and is held at the peak.
+        kept_bytes: held at the end of forward, for backward.
+        flops: of all matrix products.
+        touched_bytes: read and written by everything else.
+    """
+
+    forward_bytes: int
+    backward_bytes: int
+    kept_bytes: int
+    flops: int
+    touched_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once."""
+        return self.forward_bytes + self.backward_bytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear's or an embedding's weight, with all that share it.
+
+    Args:
+        names: the modules that have it, in the model's order.
+        shape: (rows, columns).
+        dtype: such as "float32".
+        element_bytes: of one value.
+        trainable: whether it gets gradients.
+        is_looked_up: whether an embedding is among the modules.
+        rows_only: whether only rows can be cut.
+        obstacle: why it cannot be tiled; "" where it can.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    dtype: str
+    element_bytes: int
+    trainable: bool
+    is_looked_up: bool
+    rows_only: bool
+    obstacle: str
+
+    @property
+    def elements(self) -> int:
+        """Values."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.elements * self.element_bytes
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether several modules share it."""
+        return len(self.names) > 1
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Parameters that are no linear's or embedding's weight, and buffers.
+
+    Args:
+        nbytes: of the parameters.
+        trainable: how many bytes an element has → how many elements are trained.
+        buffer_bytes: of the buffers.
+        tensors: how many parameters there are.
+    """
+
+    nbytes: int
+    trainable: tuple[tuple[int, int], ...]
+    buffer_bytes: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class State:
+    """What an optimizer keeps of one element.
+
+    Args:
+        moment_bytes: for each number of bytes that an element of a weight has, bytes of its
+            moments, its master included.
+        temporary_bytes: what stepping some rows takes for the moment.
+    """
+
+    moment_bytes: tuple[tuple[int, int], ...]
+    temporary_bytes: int
+
+    def of(self, element_bytes: int) -> int:
+        """Bytes kept for an element of so many bytes."""
+        return dict(self.moment_bytes)[element_bytes]

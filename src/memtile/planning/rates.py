@@ -1,0 +1,77 @@
+"""What this machine does in a second, and what its libraries take: measured once, never assumed."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from memtile.errors import ArgumentError
+from memtile.planning.json_form import from_text, to_text
+
+_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured rates; `memtile.plan` measures them, a JSON file or a user gives others.
+
+    Args:
+        product_flops: (rows, flop/s) of float32 products with so many rows, ascending.
+        product_flops_16: the same for bfloat16.
+        touched_bytes: bytes a second that other operations read and write.
+        read_bytes: bytes a second from the disk, past the page cache.
+        written_bytes: bytes a second to it.
+        cached_bytes: bytes a second from and to the page cache.
+        stepped_elements: elements a second that AdamW steps.
+        tile_seconds: what one visit of a tile costs besides its product.
+        first_use_bytes: memory that libraries take when a step first runs: code, workspaces.
+        import_bytes: memory of what torch imports only when an optimizer first steps.
+        tile_memory: bytes of the objects of one tile, on average.
+    """
+
+    product_flops: tuple[tuple[int, float], ...]
+    product_flops_16: tuple[tuple[int, float], ...]
+    touched_bytes: float
+    read_bytes: float
+    written_bytes: float
+    cached_bytes: float
+    stepped_elements: float
+    tile_seconds: float
+    first_use_bytes: int
+    import_bytes: int
+    tile_memory: int
+
+    def __post_init__(self) -> None:
+        curves = (self.product_flops, self.product_flops_16)
+        flat = [number for curve in curves for point in curve for number in point]
+        for value in (*flat, *(v for v in vars(self).values() if not isinstance(v, tuple))):
+            if not math.isfinite(value) or value < 0:
+                raise ArgumentError(
+                    f"rates hold {value!r}: every rate is a finite number of 0 or more; leave "
+                    "rates out, and they are measured"
+                )
+        if not all(curves):
+            raise ArgumentError("rates hold no product_flops: give (rows, flop/s) at least once")
+
+    def flops(self, rows: int, element_bytes: int) -> float:
+        """Flop/s of products with so many rows, between the points that were measured."""
+        curve = self.product_flops if element_bytes > 2 else self.product_flops_16
+        below = [point for point in curve if point[0] <= rows]
+        above = [point for point in curve if point[0] > rows]
+        if not below or not above:
+            return (below[-1:] or above[:1])[0][1]
+        (low, slow), (high, fast) = below[-1], above[0]
+        part = math.log(rows / low) / math.log(high / low)
+        return slow + part * (fast - slow)
+
+    def to_json(self) -> str:
+        """The rates as JSON text."""
+        return to_text(self, _VERSION)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Rates":
+        """The rates that `to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is none.
+        """
+        return from_text(cls, text, _VERSION)

@@ -1,0 +1,84 @@
+"""The time of a step, as floors: what the machine cannot do faster, by the rates it was measured at.
+
+Products take flops / (flop/s); everything else that computes moves bytes through memory; AdamW
+steps elements. One processor does these one after another, so they add up. A disk works beside it:
+the step takes the longer of the two.
+"""
+
+from dataclasses import dataclass
+
+from memtile.planning.counted import Counted
+from memtile.planning.layout import Layout
+from memtile.planning.memory_model import Setting
+from memtile.planning.plan import Floor
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that a step moves between the home and memory.
+
+    Args:
+        read_bytes: from the home.
+        written_bytes: to the home.
+        visits: of tiles, one for each product or step.
+    """
+
+    read_bytes: int
+    written_bytes: int
+    visits: int
+
+
+def moved(setting: Setting, layout: Layout, checkpointing: bool) -> Moved:
+    """What a step moves: each weight once for each pass over it, and its state both ways."""
+    read = written = visits = 0
+    trains = setting.state is not None
+    passes = (3 if checkpointing else 2) if trains else 1
+    for weight in layout.parked:
+        tiles = sum(1 for _ in layout.tile_elements(weight))
+        stepped = trains and weight.trainable
+        visits += tiles * (passes + (2 if stepped else 0))
+        if setting.in_place:
+            continue
+        uses = sum(1 for _ in weight.names) - (1 if weight.is_looked_up else 0)
+        state = weight.elements * setting.state_bytes(weight)
+        read += weight.nbytes * passes * uses
+        if stepped:
+            sent = weight.nbytes if setting.sends_gradient(weight) else 0
+            again = weight.nbytes if setting.mode == "classic" or not uses else 0
+            read += state + sent + again
+            written += weight.nbytes + state + sent
+    return Moved(read, written, visits)
+
+
+def floors(
+    setting: Setting, layout: Layout, counted: Counted, moves: Moved, *, cached: bool
+) -> tuple[Floor, ...]:
+    """The floors of a step.
+
+    Args:
+        setting: what does not depend on the layout.
+        layout: what is parked.
+        counted: the step.
+        moves: between home and memory.
+        cached: whether they go through the page cache, which the processor copies.
+    """
+    rates, elements = setting.rates, 0
+    widest = max((weight.element_bytes for weight in layout.weights), default=4)
+    if setting.state is not None:
+        elements = sum(weight.elements for weight in layout.weights if weight.trainable)
+        elements += sum(count for _, count in setting.rest.trainable)
+    work = [
+        ("products", counted.flops / max(1.0, rates.flops(setting.tokens, widest))),
+        ("other operations", counted.touched_bytes / max(1.0, rates.touched_bytes)),
+        ("optimizer", elements / max(1.0, rates.stepped_elements)),
+        ("visits of tiles", moves.visits * rates.tile_seconds),
+    ]
+    disk = moves.read_bytes / max(1.0, rates.read_bytes)
+    disk += moves.written_bytes / max(1.0, rates.written_bytes)
+    if cached:
+        copied = moves.read_bytes + moves.written_bytes
+        work.append(("copies from and to the page cache", copied / max(1.0, rates.cached_bytes)))
+        disk = 0.0
+    computing = ", ".join(name for name, seconds in work if seconds)
+    found = [Floor(f"computing ({computing})", sum(seconds for _, seconds in work))]
+    return (*found, Floor("the disk", disk)) if disk else tuple(found)

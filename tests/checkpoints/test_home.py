@@ -1,0 +1,134 @@
+"""A checkpoint's files as a home: read past the map, written to by nobody."""
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors_files import entry, outgoing_of, raw_file
+from torch import Tensor
+
+from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
+from memtile.checkpoints.copied_pages import CopiedPages
+from memtile.errors import CheckpointError
+from memtile.homes import Berth, aligned_buffer
+from memtile.testing import ReadOnlyHomeContract
+
+
+def berths_over(folder, tensors):
+    """A checkpoint of the tensors, and where each lies in it."""
+    named = {f"{number:03}": tensor for number, tensor in enumerate(tensors)}
+    write_checkpoint(folder, outgoing_of(named))
+    checkpoint, home = Checkpoint.open(folder), CheckpointHome()
+    return [home.rows_of(checkpoint[name], 0, named[name].shape) for name in named]
+
+
+class TestCheckpointHome(ReadOnlyHomeContract):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path):
+        self.folder = tmp_path
+
+    def make_berths(self, tensors: list[Tensor]) -> list[Berth]:
+        return berths_over(self.folder, tensors)
+
+
+class TestWithoutPagemap(TestCheckpointHome):
+    """The same where the kernel does not tell of written pages."""
+
+    @pytest.fixture(autouse=True)
+    def _no_pagemap(self, monkeypatch):
+        monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
+
+
+def test_the_kernel_tells_of_written_pages():
+    """Here it does, so the tests above went both ways."""
+    assert CopiedPages().works
+
+
+def test_writes_never_reach_the_file(tmp_path):
+    """The bytes of the checkpoint are the same, whatever is done to its tensors."""
+    (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
+    path = tmp_path / "model.safetensors"
+    before = path.read_bytes()
+
+    berth.tensor().fill_(7)
+    berth.forget()
+    berth.home.close()
+
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_changes_is_noticed_at_the_next_read(tmp_path):
+    """Both reading and forgetting say so: nothing of a file that was rewritten is used."""
+    (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
+    berth.read(piece := aligned_buffer(4096))
+
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+
+    with pytest.raises(CheckpointError, match="was written to while it was in use"):
+        berth.read(piece)
+    with pytest.raises(CheckpointError, match="was written to while it was in use"):
+        berth.forget()
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
+    """A new checkpoint in the same folder is another file."""
+    (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
+
+    write_checkpoint(tmp_path, outgoing_of({"000": torch.zeros(5000)}))
+
+    assert torch.equal(berth.tensor(), torch.arange(5000.0))
+
+
+def test_a_stretch_is_rows_of_its_tensor(tmp_path):
+    """It begins at the element that is asked for."""
+    tensor = torch.arange(60.0).view(12, 5)
+    write_checkpoint(tmp_path, outgoing_of({"a": torch.ones(3), "m": tensor}))
+
+    berth = CheckpointHome().rows_of(Checkpoint.open(tmp_path)["m"], 35, (3, 5))
+
+    assert torch.equal(berth.tensor(), tensor[7:10])
+
+
+def test_a_misaligned_tensor_has_no_stretch(tmp_path):
+    """The reason is said."""
+    header = {"a": entry("U8", [3], 0, 3), "m": entry("F32", [2], 3, 11)}
+    path = raw_file(tmp_path / "model.safetensors", header, bytes(11))
+
+    reason = CheckpointHome().rows_of(Checkpoint.open(path)["m"], 0, (2,))
+
+    assert "not aligned for torch.float32" in reason
+
+
+def test_a_fork_sees_its_own_pages(tmp_path):
+    """A child that writes to a tile reads what it wrote, and the parent does not."""
+    (berth,) = berths_over(tmp_path, [torch.zeros(5000)])
+    berth.read(piece := aligned_buffer(4096))
+
+    child = os.fork()
+    if not child:
+        berth.tensor()[:8].fill_(5)
+        berth.read(piece)
+        os._exit(0 if bool((piece.view(torch.float32)[:8] == 5).all()) else 1)
+    status = os.waitpid(child, 0)[1]
+
+    berth.read(piece)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert not piece.any()
+
+
+def test_pages_of_a_stretch_are_dropped(tmp_path):
+    """After `forget`, what was read through the map is no longer in this process's memory."""
+    (berth,) = berths_over(tmp_path, [torch.zeros(8 << 20)])
+    berth.tensor().sum()
+    before = shared_pages()
+
+    berth.forget()
+
+    assert before - shared_pages() > (30 << 20) // mmap.PAGESIZE
+
+
+def shared_pages():
+    """Pages of files in this process's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[2])

@@ -1,0 +1,178 @@
+"""What a folder holds is found, or it is said why not."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from safetensors_files import ragged_tensors, same_tensors
+
+from memtile.checkpoints import Checkpoint
+from memtile.errors import CheckpointError
+
+
+def sharded(folder):
+    """Two shards and their index."""
+    tensors = ragged_tensors()
+    names = sorted(tensors)
+    parts = {"s-1.safetensors": names[:5], "s-2.safetensors": names[5:]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    places = {name: file for file, held in parts.items() for name in held}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return tensors, index
+
+
+def values(checkpoint):
+    """All tensors of a checkpoint."""
+    return {name: stored.read() for name, stored in checkpoint.items()}
+
+
+def test_a_folder_a_file_and_an_index_are_opened(tmp_path):
+    """Shards are found through their index, whether the folder or the index is given."""
+    tensors, index = sharded(tmp_path)
+
+    assert same_tensors(values(Checkpoint.open(tmp_path)), tensors)
+    assert same_tensors(values(Checkpoint.open(str(index))), tensors)
+    assert set(values(Checkpoint.open(tmp_path / "s-1.safetensors"))) < set(tensors)
+    assert Checkpoint.open(tmp_path).nbytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_parts_of_a_tensor_are_read(tmp_path):
+    """Elements, rows and bands are those of the tensor."""
+    tensors = {"m": torch.randn(1000, 1500), "v": torch.randn(7), "scalar": torch.tensor(3.0)}
+    save_file(tensors, tmp_path / "other.safetensors")
+
+    found = Checkpoint.open(tmp_path)
+
+    assert torch.equal(found["m"].elements(1499, 1502), tensors["m"].view(-1)[1499:1502])
+    assert torch.equal(found["m"].rows(3, 5), tensors["m"][3:5])
+    for name, tensor in tensors.items():
+        bands = list(found[name].bands())
+        assert torch.equal(torch.cat([band.view(-1) for _, band in bands]), tensor.view(-1))
+    assert len(list(found["m"].bands())) == 2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "why"),
+    [
+        (lambda folder: None, "no .safetensors file; give a folder"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "never loaded"),
+        (
+            lambda folder: (folder / "model.safetensors.partial-12ab34cd").write_bytes(b""),
+            "half-written",
+        ),
+        (
+            lambda folder: [(folder / f"{n}.safetensors").write_bytes(b"") for n in "ab"],
+            "holds 2 checkpoints, a.safetensors",
+        ),
+        (
+            lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b""),
+            "a shard, and no index",
+        ),
+    ],
+)
+def test_a_folder_without_one_whole_checkpoint_is_refused(tmp_path, prepare, why):
+    """Nothing, pickles, partial files, several files, shards without their index: said by name."""
+    prepare(tmp_path)
+
+    with pytest.raises(CheckpointError, match=why):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_missing_path_is_refused(tmp_path):
+    """Neither a folder nor a file is there."""
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Checkpoint.open(tmp_path / "nowhere")
+
+
+def test_a_pickle_is_never_loaded(tmp_path):
+    """A file that runs code when it is unpickled is refused and runs none."""
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    (tmp_path / "model.bin").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+
+    with pytest.raises(CheckpointError, match="may be a pickle"):
+        Checkpoint.open(tmp_path / "model.bin")
+    with pytest.raises(CheckpointError, match=r"no safetensors file|not whole"):
+        Checkpoint.open(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(tmp_path):
+    """The shard is named."""
+    _, index = sharded(tmp_path)
+    (tmp_path / "s-2.safetensors").unlink()
+
+    with pytest.raises(CheckpointError, match=r"names s-2\.safetensors, which is not there"):
+        Checkpoint.open(index)
+
+
+def test_an_index_of_other_shards_is_refused(tmp_path):
+    """A tensor that its shard does not hold is named."""
+    _, index = sharded(tmp_path)
+    places = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**places, "stranger": "s-1.safetensors"}}))
+
+    with pytest.raises(CheckpointError, match="'stranger', and it does not"):
+        Checkpoint.open(index)
+
+
+@pytest.mark.parametrize(
+    "name", ["../s-1.safetensors", "/etc/passwd", "sub/s-1.safetensors", "..", ".", ""]
+)
+def test_an_index_cannot_lead_elsewhere(tmp_path, name):
+    """A shard outside the index's own folder is refused and not opened."""
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "s-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+
+    with pytest.raises(CheckpointError):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000]
+)
+def test_an_index_without_meaning_is_refused(tmp_path, text):
+    """Nonsense is said to be no index."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+
+    with pytest.raises(CheckpointError, match="is no index of a checkpoint"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_file_that_is_written_to_is_noticed(tmp_path):
+    """What was opened knows that its file has another time or length."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    (file,) = Checkpoint.open(path).files
+    file.check_unchanged()
+
+    with path.open("ab") as end:
+        end.write(b"x")
+
+    with pytest.raises(CheckpointError, match="was written to while it was in use"):
+        file.check_unchanged()
+
+
+def test_a_file_that_was_replaced_is_read_as_it_was(tmp_path):
+    """A new file under the same name is another file: what was opened stays whole."""
+    path, new = tmp_path / "model.safetensors", tmp_path / "new"
+    save_file({"a": torch.ones(2)}, path)
+    found = Checkpoint.open(path)
+    save_file({"a": torch.zeros(2)}, new)
+
+    new.rename(path)
+
+    found.files[0].check_unchanged()
+    assert torch.equal(found["a"].read(), torch.ones(2))

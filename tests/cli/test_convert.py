@@ -1,0 +1,109 @@
+"""`memtile convert`: dense names to tile names and back, bit for bit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import memtile
+from memtile.cli import main
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(11, 5),
+            "up": nn.Linear(5, 13),
+            "down": nn.Linear(13, 5, bias=False),
+        }
+    )
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """Gives a folder with a dense checkpoint and a text beside it."""
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    save_file(dict(model().state_dict()), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def tensors(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_linears_become_tiles_that_the_layer_loads(dense, tmp_path, capsys):
+    """Tile names and spans are those of a tiled linear, whose strict load takes them."""
+    out = tmp_path / "tiles"
+
+    code = main(
+        ["convert", str(dense), str(out), "--modules", "*p", "--out-splits", "3", "--in-splits=2"]
+    )
+
+    found = tensors(out)
+    layer = memtile.TiledLinear(5, 13, in_splits=2, out_splits=3)
+    layer.load_state_dict(
+        {k.removeprefix("up."): v for k, v in found.items() if k.startswith("up.")}
+    )
+    assert code == 0
+    assert "1 linears cut" in capsys.readouterr().out
+    assert {"up.linears.0.0.weight", "up.linears.2.1.bias", "down.weight"} <= found.keys()
+    assert torch.equal(layer.to_linear().weight, model()["up"].weight)
+    assert torch.equal(layer.to_linear().bias, model()["up"].bias)
+    assert (out / "config.json").read_text() == "{}"
+
+
+def test_tiles_of_any_grid_become_dense_and_tiles_of_another(dense, tmp_path):
+    """Dense, to tiles, to tiles of another grid, to dense: the bytes that it began with."""
+    one, two, back = (tmp_path / name for name in ("one", "two", "back"))
+
+    codes = [
+        main(["convert", str(dense), str(one), "--modules=up", "--modules=down", "--in-splits=3"]),
+        main(["convert", str(one), str(two), "--modules", "*", "--max-tile", "60B"]),
+        main(["convert", str(two), str(back), "--max-shard", "300B"]),
+    ]
+
+    expected, found = model().state_dict(), tensors(back)
+    assert codes == [0, 0, 0]
+    assert "embed.linears.0.0.weight" in tensors(two)  # what the pattern names is cut
+    assert (back / "model.safetensors.index.json").exists()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--out-splits", "2"], "--modules is missing"),
+        (["--modules", "up"], "needs a size"),
+        (["--modules", "up", "--max-tile", "1MiB", "--in-splits", "2"], "needs a size"),
+        (["--modules", "nothing", "--in-splits", "2"], "no linear called 'nothing'"),
+        (["--modules", "up", "--out-splits", "99"], "99"),
+        (["--modules", "up", "--max-tile", "large"], "not a size"),
+        (["--max-shard", "0"], "less than one byte"),
+    ],
+)
+def test_a_mistake_is_one_sentence(dense, tmp_path, capsys, options, sentence):
+    """Options that make no sense end with exit code 2 and write nothing."""
+    assert main(["convert", str(dense), str(tmp_path / "out"), *options]) == 2
+
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_tiles_that_make_no_linear_are_refused(dense, tmp_path, capsys):
+    """A missing tile is named, and so is a checkpoint onto itself."""
+    state = memtile.TiledLinear(5, 7, out_splits=3).state_dict()
+    del state["linears.1.0.weight"]
+    folder = tmp_path / "torn"
+    folder.mkdir()
+    save_file({f"x.{name}": tensor for name, tensor in state.items()}, folder / "a.safetensors")
+
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 2
+    assert "(1, 0)" in capsys.readouterr().err
+    assert main(["convert", str(dense), str(dense)]) == 2
+    assert "another folder" in capsys.readouterr().err

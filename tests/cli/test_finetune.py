@@ -1,0 +1,209 @@
+"""`memtile finetune`: trains, stops, goes on bit for bit, and names mistakes in one sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memtile.cli import main
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Gives a text of 400 known words."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    order = torch.randint(97, (400,), generator=torch.Generator().manual_seed(3))
+    file.write_text("\n".join(f"word{number}" for number in order.tolist()))
+    return file
+
+
+def arguments(model, text, out, *more):
+    options = ["--budget", "400MiB", "--steps", STEPS, "--tokens", 16, "--lr", 1e-2]
+    return [str(word) for word in ["finetune", model, text, "--out", out, *options, *more]]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, text, tmp_path_factory):
+    """Gives the folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(arguments(tiny_model, text, out)) == 0
+    return out
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_the_folder_is_a_plain_checkpoint(finished, tiny_model):
+    """Plain transformers loads model and tokenizer, nothing missing, and the weights have moved."""
+    model, report = AutoModelForCausalLM.from_pretrained(finished, output_loading_info=True)
+
+    assert not any(report.values())
+    assert AutoTokenizer.from_pretrained(finished)("word3").input_ids
+    assert not same(weights(finished), weights(tiny_model))
+    assert model.config.model_type == "llama"
+
+
+def test_each_step_is_logged_and_drawn(finished):
+    """The log has one JSON object a step, the losses fall, and the picture is a PNG."""
+    entries = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    assert all(entry["peak_bytes"] > 0 and entry["tokens_per_second"] > 0 for entry in entries)
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(finished, tiny_model, text, tmp_path, number):
+    """Ctrl-C and SIGTERM save and say how to go on; `kill -9` leaves the last checkpoint."""
+    out = tmp_path / "run"
+    words = arguments(tiny_model, text, out, "--save-every", 2)
+    command = [sys.executable, "-m", "memtile.cli", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        for line in run.stdout:
+            if line.startswith("step 3 "):
+                os.kill(run.pid, number)
+                break
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == {15: 143, 2: 130}.get(number, -number)
+    assert number == signal.SIGKILL or "--resume" in said
+
+    assert main([*words, "--resume"]) == 0
+    assert same(weights(out), weights(finished))
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_folder_with_a_run_is_not_written_over(finished, tiny_model, text, tmp_path, capsys):
+    """A second run into it is refused, other settings are refused by name; so is a file."""
+    file = tmp_path / "file"
+    file.write_text("")
+
+    assert main(arguments(tiny_model, text, finished)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(arguments(tiny_model, text, finished, "--resume", "--seed", 5)) == 2
+    assert "--seed 0, and this is 5" in capsys.readouterr().err
+    assert main(arguments(tiny_model, text, tmp_path, "--resume")) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert main(arguments(tiny_model, text, tmp_path)) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(arguments(tiny_model, text, file)) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_two_runs_into_one_folder(tiny_model, text, tmp_path):
+    """The second is refused while the first one runs, and the first ends well."""
+    out = tmp_path / "run"
+    words = arguments(tiny_model, text, out)
+    command = [sys.executable, "-m", "memtile.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as first:
+        while not (out / "finetune.json").exists() and first.poll() is None:
+            time.sleep(0.01)
+        os.kill(first.pid, signal.SIGSTOP)
+        second = subprocess.run(
+            [*command, "--resume"], capture_output=True, text=True, check=False, timeout=120
+        )
+        os.kill(first.pid, signal.SIGCONT)
+        first.communicate(timeout=120)
+
+    assert second.returncode == 2
+    assert "another run is writing" in second.stderr
+    assert first.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--steps", "0"], "--steps 0"),
+        (["--tokens", "1"], "--tokens 1"),
+        (["--tokens", "5000"], "more than all texts have"),
+        (["--lr", "nan"], "no learning rate"),
+        (["--lr", "0"], "no learning rate"),
+        (["--lora", "0"], "--lora 0"),
+        (["--save-every", "0"], "--save-every 0"),
+        (["--budget", "plenty"], "not a size"),
+        (["--budget", "0"], "less than one byte"),
+        (["--budget", "-1GiB"], "not a size"),
+        (["--budget", "1MiB"], "would be needed"),
+        (["--home", "cloud"], "no home"),
+        (["--home", "disk:/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_wrong_numbers_are_one_sentence(tiny_model, text, tmp_path, capsys, options, sentence):
+    """Each mistake ends with exit code 2 and one line; no run is begun."""
+    out = tmp_path / "out"
+
+    assert main(arguments(tiny_model, text, out, *options)) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not (out / "finetune.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"\xff\xfe\x00binary", "not UTF-8"),
+        (b"word1\0word2", "zero bytes"),
+        (b"word1 word2", "more than all texts have, 2"),
+        (None, "No such file"),
+    ],
+)
+def test_wrong_texts_are_one_sentence(tiny_model, tmp_path, capsys, content, sentence):
+    """Empty, binary, missing and too short texts are refused with the reason."""
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+
+    assert main(arguments(tiny_model, file, tmp_path / "out")) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_model, text, tmp_path, capsys):
+    """It says so and keeps the last good state, from which another run can begin."""
+    out = tmp_path / "out"
+
+    code = main(arguments(tiny_model, text, out, "--lr", "1e30", "--save-every", "1"))
+
+    printed = capsys.readouterr()
+    assert code == 2
+    assert "The loss is" in printed.err
+    assert "the last good state is in" in printed.err
+    assert list((out / "training").glob("step-*"))
+    assert not (out / "model.safetensors").exists()
+
+
+def test_adapters_are_trained_beside_frozen_weights(tiny_model, text, tmp_path):
+    """`--lora` writes adapters that plain peft loads, and goes on after a stop bit for bit."""
+    from peft import PeftModel
+
+    out, again = tmp_path / "lora", tmp_path / "again"
+
+    assert main(arguments(tiny_model, text, out, "--lora", "3")) == 0
+    assert main(arguments(tiny_model, text, again, "--lora", "3")) == 0
+    found = load_file(out / "adapter_model.safetensors")
+    assert same(found, load_file(again / "adapter_model.safetensors"))
+    assert any(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    loaded = PeftModel.from_pretrained(base, out).merge_and_unload()
+    assert loaded(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
