@@ -130,6 +130,25 @@ def test_it_trains(tmp_path):
     assert same_tensors(*results)
 
 
+@pytest.mark.parametrize("budget", ["44 MiB", "1 GiB"])
+def test_a_plan_is_carried_out_from_a_checkpoint(budget, tmp_path):
+    """What a plan parks is streamed home, and what it leaves resident is loaded into memory."""
+    sizes = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2000}
+    config = transformers.LlamaConfig(**sizes, **heads)
+    torch.manual_seed(0)
+    whole = transformers.LlamaForCausalLM(config)
+    memtile.save_checkpoint(whole, tmp_path / "saved")
+    model = memtile.empty_model(lambda: transformers.LlamaForCausalLM(config))
+    plan = memtile.plan(model, budget=budget, tokens=8, optimizer=None, home=f"disk:{tmp_path}")
+
+    memtile.tile(model, plan, checkpoint=tmp_path / "saved")
+
+    assert bool(plan.parked_layers) == (budget == "44 MiB")
+    assert everything_is_real(model)
+    assert same_tensors(dense_values(model), dense_values(whole))
+
+
 def shape_of(model):
     """Names, kinds, devices: what a model is, its values apart."""
     modules = [(name, type(module)) for name, module in model.named_modules()]

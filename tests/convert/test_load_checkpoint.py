@@ -250,7 +250,7 @@ def test_a_tile_that_computes_its_weight_is_refused(tmp_path):
     model = memtile.tile(net(), out_splits=3)
     prune.l1_unstructured(model[2].linears[0][0], "weight", amount=0.5)
 
-    with pytest.raises(CannotTileError, match="2: tile .* computes its weight"):
+    with pytest.raises(CannotTileError, match=r"2: tile .* computes its weight"):
         memtile.load_checkpoint(model, write(dense_values(net()), tmp_path / "m.safetensors"))
 
 

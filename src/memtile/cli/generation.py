@@ -120,7 +120,7 @@ def _loaded(
     is_stored = request.home == "checkpoint"
     plan = memtile.plan(
         model,
-        budget=request.budget - memory.nbytes,
+        budget=models.left_of(request.budget, memory.nbytes),
         tokens=prompt_tokens + request.tokens,
         optimizer=None,
         home="disk" if is_stored else request.home,

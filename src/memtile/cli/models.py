@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtile.cli.errors import CommandError
+from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +61,20 @@ def _architectures(folder: Path) -> list[str]:
         raise CommandError(
             f"MODEL {folder}: its config.json cannot be read ({error}): take another copy of it."
         ) from error
+
+
+def left_of(budget: int, used: int) -> int:
+    """What is left of a budget for the model itself.
+
+    Raises:
+        CommandError: Nothing.
+    """
+    if used >= budget:
+        raise CommandError(
+            f"--budget {format_byte_size(budget)} is too small: tokenizer and texts alone took "
+            f"{format_byte_size(used)}."
+        )
+    return budget - used
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":

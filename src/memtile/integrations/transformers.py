@@ -129,7 +129,7 @@ def _untiled(model: nn.Module) -> None:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """What `from_pretrained` knows of names: the base's prefix, what may lack or is superfluous."""
+    """What `from_pretrained` knows of names: the base's prefix, what may be missing or extra."""
     if model not in _models(model):
         return None
     found: Any = model  # a PreTrainedModel, which is not imported here

@@ -9,11 +9,13 @@ from memtile.testing.allocations import peak_allocated_bytes
 from memtile.testing.home_contract import HomeContract
 from memtile.testing.home_machine import home_state_machine
 from memtile.testing.memory import LargestAllocation, PeakMemory
+from memtile.testing.read_only_contract import ReadOnlyHomeContract
 
 __all__ = [
     "HomeContract",
     "LargestAllocation",
     "PeakMemory",
+    "ReadOnlyHomeContract",
     "assert_as_accurate",
     "error_ratio",
     "home_state_machine",

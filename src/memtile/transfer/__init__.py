@@ -1,6 +1,6 @@
 """Between homes and those who work on tiles: slabs, the itinerary, reading ahead, passes."""
 
-from memtile.transfer.ferries import ferries_of
+from memtile.transfer.ferries import GRADIENT_SLABS, SLABS, ferries_of
 from memtile.transfer.ferry import Ferry, Loan
 from memtile.transfer.itinerary import Itinerary
 from memtile.transfer.parked import (
@@ -13,6 +13,8 @@ from memtile.transfer.passes import layer_call, unwatch_model, watch_model
 from memtile.transfer.slabs import Holder
 
 __all__ = [
+    "GRADIENT_SLABS",
+    "SLABS",
     "Ferry",
     "Holder",
     "Itinerary",

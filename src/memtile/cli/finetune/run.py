@@ -126,7 +126,7 @@ def _prepared(
         model = with_adapters(model, settings.lora)
     plan = memtile.plan(
         model,
-        budget=options.budget - memory.nbytes,
+        budget=models.left_of(options.budget, memory.nbytes),
         tokens=settings.tokens,
         optimizer=torch.optim.AdamW,
         home=options.home,
