@@ -1,33 +1,55 @@
-"""The documentation's own code, run as it stands."""
+"""The documentation's own code and commands, run as they stand."""
 
 import re
+import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from memtile.cli import main
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(?P<kind>python|console)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\$ ", re.MULTILINE)
+ANYTHING = "…"  # in what a command prints: numbers of this machine
 NOT_RUN = re.compile(r"# not run:[ \t]*(?P<reason>.*)")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A python block of a page, with the line that its first line of code stands on."""
+    """A block of a page, with the line that its first line of code stands on."""
 
+    kind: str
     code: str
     line: int
 
 
 def blocks_of(text: str) -> list[Block]:
     return [
-        Block(found["code"], text.count("\n", 0, found.start("code")) + 1)
+        Block(found["kind"], found["code"], text.count("\n", 0, found.start("code")) + 1)
         for found in BLOCK.finditer(text)
     ]
 
 
-def run_blocks(text: str, name: str) -> int:
+def run_commands(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs each `$ memtile …` and compares what it prints with what stands below it."""
+    starts = [found.start() for found in COMMAND.finditer(code)]
+    for start, stop in pairwise([*starts, len(code)]):
+        command, _, expected = code[start + 2 : stop].replace("\\\n", " ").partition("\n")
+        program, *words = shlex.split(command)
+        capsys.readouterr()
+        assert program == "memtile"
+        main(words)
+        printed = capsys.readouterr()
+        said = " ".join((printed.out + printed.err).split())
+        pattern = ".*".join(re.escape(" ".join(p.split())) for p in expected.split(ANYTHING))
+        assert re.search(pattern.replace(r"\ ", r"\s*"), said, re.DOTALL), (command, said)
+
+
+def run_blocks(text: str, name: str, capsys: pytest.CaptureFixture[str] | None = None) -> int:
     """Runs the blocks in order in one namespace and gives how many were run."""
     names: dict[str, object] = {"__name__": "docs"}
     run = 0
@@ -36,6 +58,11 @@ def run_blocks(text: str, name: str) -> int:
         if skipped:
             assert skipped["reason"], f"{name}:{block.line}: a block that is not run says why"
             continue
+        if block.kind == "console":
+            assert capsys is not None
+            run_commands(block.code, capsys)
+            run += 1
+            continue
         code = "\n" * (block.line - 1) + block.code  # so that a traceback shows the page's line
         exec(compile(code, name, "exec"), names)
         run += 1
@@ -43,13 +70,14 @@ def run_blocks(text: str, name: str) -> int:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
-    """Each python block runs as printed, after those above it on the page."""
+def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    """Each block runs as printed, after those above it; commands print what stands below them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
     text = page.read_text(encoding="utf-8")
     to_run = [block for block in blocks_of(text) if not NOT_RUN.match(block.code)]
 
-    assert run_blocks(text, str(page)) == len(to_run)
+    assert run_blocks(text, str(page), capsys) == len(to_run)
 
 
 def test_the_readme_shows_code_that_runs():
@@ -82,3 +110,12 @@ def test_a_block_may_say_why_it_is_not_run():
 
     with pytest.raises(AssertionError, match=r"page\.md:2: a block that is not run says why"):
         run_blocks("```python\n# not run:\n1 / 0\n```\n", "page.md")
+
+
+def test_a_command_that_prints_something_else_is_reported(capsys):
+    """The text below a command must be in what it prints, where … stands for anything."""
+    right = "```console\n$ memtile --version\nmemtile …\n```\n"
+
+    assert run_blocks(right, "page.md", capsys) == 1
+    with pytest.raises(AssertionError, match="another"):
+        run_blocks(right.replace("memtile …", "another …"), "page.md", capsys)
