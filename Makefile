@@ -15,10 +15,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-$(subst =,,$(TORCH))$(if $(WHEEL),-wheel)
 SOURCE := $(or $(WHEEL),-e .)
 
-.PHONY: help demo test lint types ladder check clean
+.PHONY: help demo model test lint types ladder check clean
 
 help:
 	@echo "make demo   train a real model, dense and tiled, side by side (STEPS=20 ARGS=)"
+	@echo "make model  unpack the demo's model and print its folder"
 	@echo "make test   run all tests with coverage (ARGS=)"
 	@echo "make lint   check style and format"
 	@echo "make types  check types"
@@ -29,6 +30,9 @@ help:
 
 demo: $(VENV)/.model
 	$(BIN)/memtile demo --steps $(STEPS) $(ARGS)
+
+model: $(VENV)/.model
+	@$(BIN)/memtile demo --model-only $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)

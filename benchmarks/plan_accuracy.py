@@ -116,7 +116,7 @@ def infer(model: nn.Module, ids: torch.Tensor) -> None:
 
 def budgets_of(cell: dict[str, Any]) -> dict[str, int]:
     """From the least that a plan fits in to all that it can use."""
-    most = planned(cell, "64GiB").peak_bytes * 17 // 16
+    most = int(planned(cell, "64GiB").peak_bytes * 1.07)
     try:
         planned(cell, 1 << 20)
     except BudgetError as error:

@@ -19,24 +19,25 @@ from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.optim import dense_parameters
 
 SIZES = {
-    "small": dict(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        vocab_size=32000,
-    ),
-    "large": dict(  # the shape of Llama 3.2 3B: 3.2 billion parameters
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
+    "small": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "large": {  # the shape of Llama 3.2 3B: 3.2 billion parameters
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
 }
 CAPS = {"small": 256 << 20, "large": 1536 << 20}
+BUDGETS = {size: cap * 7 // 8 for size, cap in CAPS.items()}
 SHARDS = {"small": 50_000_000, "large": 1_500_000_000}
 TOKENS, STEPS, TRAINED_LAYERS = 64, 2, 1
 
@@ -121,7 +122,7 @@ def main(size, folder, cap):
             model = empty(size)
             plan = memtile.plan(
                 model,
-                budget=CAPS[size] * 7 // 8,
+                budget=BUDGETS[size],
                 tokens=TOKENS,
                 optimizer=torch.optim.AdamW,
                 home=f"disk:{folder}",

@@ -44,7 +44,7 @@ def load_transformers(folder: Path) -> None:
         from transformers.utils import logging
     except ImportError as error:
         raise CommandError(
-            "This command needs transformers: pip install 'memtile[transformers]'"
+            "This command needs transformers: pip install 'memtile[finetune]'"
         ) from error
     warnings.simplefilter("ignore")  # a command's output is not the place to learn of deprecations
     logging.disable_progress_bar()

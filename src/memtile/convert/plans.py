@@ -21,7 +21,7 @@ from memtile.convert.sources import model_of
 from memtile.convert.twins import meta_twin, park_twin
 from memtile.convert.works import work_for
 from memtile.errors import ArgumentError
-from memtile.homes import PAGE, DeviceHome, DiskHome, Home, HostHome, fits_page_cache, usable_folder
+from memtile.homes import PAGE, DeviceHome, DiskHome, Home, HostHome, fits_page_cache, trim_heap, usable_folder
 from memtile.planning import (
     PARKED,
     RESIDENT,
@@ -117,6 +117,7 @@ def plan(
     count = _Count(model, choices, work or work_for(model, tokens, batch, trains), setting)
     search = Search(setting, weights, count, _with_disk(allowed, folder), fits_page_cache)
     found = search.best(_checkpointing(model, checkpointing, trains))
+    trim_heap()  # of the twins' objects, which lay between others
     named = {"tokens": tokens, "batch": batch, "mode": mode, "home": word, "budget": allowed}
     return _plan(model, choices, found, setting, optimizer, named)
 

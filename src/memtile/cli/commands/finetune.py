@@ -90,5 +90,6 @@ def _show(result: "Result", out: Path, allowed: int, console: Console) -> None:
             f"{result.seconds:.0f} s; peak memory {format_byte_size(result.peak_bytes)} of "
             f"{format_byte_size(allowed)}"
         )
-    files = [name for name in (LOG, PICTURE) if (out / name).is_file()]
-    console.print(f"the fine-tuned model is in {out}; see {', '.join(files)}")
+    has_picture = (out / PICTURE).is_file()
+    files = f"{LOG}, {PICTURE}" if has_picture else f"{LOG} ({PICTURE} needs matplotlib)"
+    console.print(f"the fine-tuned model is in {out}; see {files}")

@@ -22,7 +22,7 @@ def with_adapters(
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
-        raise CommandError("--lora needs peft: pip install 'memtile[peft]'") from error
+        raise CommandError("--lora needs peft: pip install 'memtile[finetune]'") from error
     settings = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -1,0 +1,79 @@
+"""Plans and rates as JSON."""
+
+import json
+
+import pytest
+from given_rates import RATES
+from torch import nn
+
+import memtile
+from memtile.errors import ArgumentError
+
+
+def a_plan() -> memtile.Plan:
+    model = nn.Sequential(nn.Linear(70, 900), nn.Linear(900, 301))
+    return memtile.plan(model, budget="5MiB", tokens=9, rates=RATES)
+
+
+def test_a_plan_comes_back_as_it_was():
+    """Every field survives, grids and budget too."""
+    plan = a_plan()
+
+    assert memtile.Plan.from_json(plan.to_json()) == plan
+    assert str(memtile.Plan.from_json(plan.to_json())) == str(plan)
+
+
+def test_rates_come_back_as_they_were():
+    """Every rate survives."""
+    assert memtile.Rates.from_json(RATES.to_json()) == RATES
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "{", '{"memtile": "Rates"}', "7"])
+def test_what_is_no_plan_is_refused(text):
+    """Nonsense is a clear error, never a half-made plan."""
+    with pytest.raises(ArgumentError, match="Plan"):
+        memtile.Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", "many"),
+        ("tokens", -1),
+        ("tokens", True),
+        ("mode", "fast"),
+        ("layers", {}),
+        ("layers", [{"name": "x"}]),
+        ("terms", [["a", 1, "host"]]),
+        ("budget", {"host": 1}),
+        ("checkpointing", 1),
+        ("version", 99),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_by_name(field, value):
+    """The message names the field."""
+    document = {**json.loads(a_plan().to_json()), field: value}
+
+    with pytest.raises(ArgumentError, match=field):
+        memtile.Plan.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("grid", [[[0, 5], [1, 3]], [[0, 5, 5], [0, 3]], [[0], [0, 3]], "4×1", [1]])
+def test_a_grid_that_is_none_is_refused(grid):
+    """Bounds begin at 0 and rise."""
+    document = json.loads(a_plan().to_json())
+    document["layers"][0]["grid"] = grid
+
+    with pytest.raises(ArgumentError, match=r"layers\[0\]\.grid"):
+        memtile.Plan.from_json(json.dumps(document))
+
+
+def test_missing_and_unknown_fields_are_refused():
+    """Nothing is guessed and nothing is ignored."""
+    document = json.loads(a_plan().to_json())
+    less = {key: value for key, value in document.items() if key != "home"}
+
+    with pytest.raises(ArgumentError, match="lacks 'home'"):
+        memtile.Plan.from_json(json.dumps(less))
+    with pytest.raises(ArgumentError, match="unknown 'cellar'"):
+        memtile.Plan.from_json(json.dumps({**document, "cellar": 1}))

@@ -1,0 +1,248 @@
+"""Plans: what fits, what is refused, and that tiling follows them."""
+
+import pytest
+import torch
+from given_rates import RATES
+from torch import nn
+
+import memtile
+from memtile.errors import ArgumentError, BudgetError, CannotTileError
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+def stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(70, 500), nn.ReLU(), nn.Linear(500, 301), nn.ReLU(), nn.Linear(301, 7)
+    )
+
+
+def planned(budget: object, model: object = None, **options: object) -> memtile.Plan:
+    given = {"tokens": 33, "rates": RATES, **options}
+    return memtile.plan(stack() if model is None else model, budget=budget, **given)
+
+
+def test_with_room_for_all_nothing_is_parked():
+    """A budget that holds the model, its moments and a step leaves every layer dense."""
+    plan = planned("1GiB")
+
+    assert (plan.tiles, plan.parked_layers) == (0, ())
+    assert {layer.place for layer in plan.layers} == {"resident"}
+
+
+@pytest.mark.parametrize("work", [{}, {"optimizer": None}, {"mode": "classic"}])
+def test_more_budget_never_means_more_tiles(work):
+    """From the least that fits to all that is needed, tiles only become fewer."""
+    tiles = []
+    for kib in range(200, 6000, 150):
+        try:
+            tiles.append(planned(kib * KIB, **work).tiles)
+        except BudgetError:
+            assert not tiles, "a larger budget must not be refused"
+
+    assert tiles == sorted(tiles, reverse=True)
+    assert tiles[0] > tiles[-1] == 0
+
+
+def test_no_plan_predicts_more_than_its_budget():
+    """The peak stays below the budget, by its margin."""
+    for kib in (3200, 3600, 4000):
+        plan = planned(kib * KIB)
+
+        assert plan.peak_bytes <= kib * KIB * 15 // 16
+
+
+def test_the_terms_add_up_to_the_peak():
+    """The peak of a place is the sum of its terms, and nothing else."""
+    plan = planned(3300 * KIB)
+
+    assert plan.peak_bytes == sum(term.nbytes for term in plan.terms if term.place == "host")
+    assert plan.bytes_of("disk") == sum(t.nbytes for t in plan.terms if t.place == "disk")
+
+
+def test_a_resident_model_takes_what_its_parameters_and_moments_take():
+    """Weights once, AdamW's moments twice, biases likewise: to the byte."""
+    model = stack()
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+
+    terms = {term.name: term.nbytes for term in planned("1GiB", model).terms}
+
+    assert terms["resident weights"] + terms["norms, biases and other parameters"] == parameters
+    assert terms["optimizer state of what is resident"] == 2 * parameters
+
+
+def test_slabs_are_as_the_ferries_make_them(tmp_path):
+    """The predicted slabs are those that a run has after its steps."""
+    from memtile.transfer import ferries_of
+
+    model, home = stack(), memtile.DiskHome(tmp_path)
+    plan = planned(3300 * KIB, model, home=home)
+    memtile.tile(model, plan, home=home)
+    optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
+    for _ in range(3):
+        model(torch.randn(33, 70)).square().mean().backward()
+        optimizer.step()
+    terms = {term.name: term.nbytes for term in plan.terms}
+    ferries = ferries_of(home)
+
+    assert ferries.weights.slab_bytes == terms["slabs of tiles"]
+    assert ferries.steps.slab_bytes == terms["slabs of optimizer steps"]
+
+
+def test_what_is_moved_is_what_the_home_counts(tmp_path):
+    """Bytes read and written in a step are those of the plan, up to what slabs still held."""
+    model, home = stack(), memtile.DiskHome(tmp_path)
+    plan = planned(3300 * KIB, model, home=home)
+    memtile.tile(model, plan, home=home)
+    optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
+    moved = []
+    for _ in range(3):
+        before = home.traffic
+        model(torch.randn(33, 70)).square().mean().backward()
+        optimizer.step()
+        moved.append(
+            (
+                home.traffic.read_bytes - before.read_bytes,
+                home.traffic.written_bytes - before.written_bytes,
+            )
+        )
+    pages = 4096 * plan.tiles * 4
+
+    assert plan.written_bytes <= moved[-1][1] <= plan.written_bytes + pages
+    assert moved[-1][0] <= plan.read_bytes + pages
+
+
+def test_tiling_by_a_plan_follows_it():
+    """Parked layers get their grids and the plan's home, the others stay as they are."""
+    model = stack()
+    plan = planned(3300 * KIB, model)
+    assert plan.parked_layers
+
+    memtile.tile(model, plan)
+
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        is_tiled = isinstance(module, memtile.TiledLinear)
+        assert is_tiled == (layer.grid is not None)
+        assert not is_tiled or module.grid == layer.grid
+
+
+def test_a_planned_model_computes_what_the_dense_one_does():
+    """Tiling by a plan changes no value."""
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(1))
+    dense, tiled = stack(), stack()
+
+    memtile.tile(tiled, planned(3300 * KIB, tiled))
+
+    assert torch.allclose(dense(x), tiled(x), rtol=1e-5)
+
+
+def test_a_plan_of_another_model_is_refused():
+    """Other shapes or names: nothing is tiled by a plan that was made for something else."""
+    plan = planned(3300 * KIB)
+    others = [
+        nn.Sequential(nn.Linear(70, 501), nn.ReLU(), nn.Linear(501, 301)),
+        stack().double(),
+        nn.Sequential(*stack(), nn.Linear(7, 7)),
+    ]
+
+    for other in others:
+        with pytest.raises(CannotTileError, match="the plan does not fit"):
+            memtile.tile(other, plan)
+        assert not any(isinstance(m, memtile.TiledLinear) for m in other.modules())
+
+
+def test_sizes_beside_a_plan_are_refused():
+    """A plan says how each layer is cut."""
+    with pytest.raises(ArgumentError, match="max_tile_bytes=…"):
+        memtile.tile(stack(), planned("1GiB"), max_tile_bytes=100)
+
+
+@pytest.mark.parametrize("budget", [0, -1, "0MiB", "plenty", True, 1.5, None, [1], ""])
+def test_a_budget_of_nothing_is_refused(budget):
+    """Zero, negative and nonsense are refused with the way out."""
+    with pytest.raises(ArgumentError, match="budget"):
+        planned(budget)
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 1.5, "many", True, None])
+def test_nonsense_tokens_are_refused(tokens):
+    """Tokens are a whole number of at least 1."""
+    with pytest.raises(ArgumentError, match="tokens="):
+        planned("1GiB", tokens=tokens)
+
+
+def test_tokens_that_no_batch_makes_are_refused():
+    """Tokens are batch times length."""
+    with pytest.raises(ArgumentError, match="batch=2"):
+        planned("1GiB", batch=2)
+
+
+@pytest.mark.parametrize("option", [{"home": "attic"}, {"home": "disk:"}, {"mode": "fast"}])
+def test_unknown_homes_and_modes_are_refused(option):
+    """The message lists what there is."""
+    with pytest.raises(ArgumentError, match="must be"):
+        planned("1GiB", **option)
+
+
+def test_checkpointing_is_refused_where_there_is_none():
+    """A model without it, asked to recompute, is refused."""
+    with pytest.raises(ArgumentError, match="gradient_checkpointing_enable"):
+        planned("1GiB", checkpointing=True)
+
+
+def test_where_nothing_fits_the_need_is_said_and_true():
+    """The budget that the message asks for is enough, and the message says what else to change."""
+    with pytest.raises(BudgetError, match="need at least host .* fewer tokens") as raised:
+        planned(100 * KIB)
+    words = str(raised.value).split("need at least host ")[1].split(",")[0].split(";")[0]
+    needed = memtile.planning.parse_byte_size(words, "need")
+
+    assert planned(int(needed * 1.01)).tiles > 0
+
+
+def test_memory_homes_are_told_of_disks():
+    """Parking in memory saves no memory: the message names the disk."""
+    with pytest.raises(BudgetError, match="home='disk:FOLDER'"):
+        planned(100 * KIB, home="host")
+
+
+def test_room_on_the_disk_is_a_budget_too():
+    """Tiles that do not fit on the disk are no plan."""
+    fits = planned(memtile.Budget(host=3300 * KIB))
+
+    with pytest.raises(BudgetError, match="disk"):
+        planned(memtile.Budget(host=3300 * KIB, disk=fits.bytes_of("disk") // 4))
+
+
+def test_a_frozen_weight_has_no_moments():
+    """What is not trained takes its weight and nothing else."""
+    model = stack().requires_grad_(False)
+    model[4].requires_grad_(True)
+    terms = {term.name: term.nbytes for term in planned("1GiB", model).terms}
+
+    trained = sum(parameter.nbytes for parameter in model[4].parameters())
+    assert terms["optimizer state of what is resident"] == 2 * trained
+
+
+def test_a_tiled_model_is_refused():
+    """A plan is made before tiling."""
+    model = memtile.tile(stack(), out_splits=2)
+
+    with pytest.raises(CannotTileError, match="is tiled already"):
+        planned("1GiB", model)
+
+
+def test_a_plan_leaves_the_model_as_it_was():
+    """Planning reads shapes alone: parameters, gradients and modes stay."""
+    model = stack().eval()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    planned(3300 * KIB, model)
+
+    assert not model.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None

@@ -1,0 +1,17 @@
+"""Rates as a machine could have them: tests of plans measure none."""
+
+from memtile.planning import Rates
+
+RATES = Rates(
+    product_flops=((16, 1e10), (1024, 5e10)),
+    product_flops_16=((16, 1e10), (1024, 1e11)),
+    touched_bytes=3e9,
+    read_bytes=1e9,
+    written_bytes=1e9,
+    cached_bytes=5e9,
+    stepped_elements=1e8,
+    tile_seconds=1e-4,
+    first_use_bytes=0,
+    import_bytes=0,
+    tile_memory=1000,
+)
