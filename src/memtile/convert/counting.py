@@ -65,14 +65,15 @@ def live_peak(act: Callable[[], object]) -> int:
     """The most bytes that the tensors made inside `act` held at once."""
     with _LiveBytes(nn.Module(), False) as counter:
         act()
-    return counter.counted().peak_bytes
+    peak: int = counter.counted().peak_bytes
+    return peak
 
 
 def _run_backward(loss: Tensor) -> None:
     """`loss.backward()`, which would put function modes aside: what is recomputed needs them."""
     options = {"allow_unreachable": True, "accumulate_grad": True}
     seed = (torch.ones_like(loss),)
-    Variable._execution_engine.run_backward((loss,), seed, False, False, (), **options)  # type: ignore[attr-defined]  # stubs leave it out
+    Variable._execution_engine.run_backward((loss,), seed, False, False, (), **options)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -175,10 +176,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # stubs leave it out
-        likes = [None if t is None else _unwritten(t) for t in (query, key, value, attn_mask)]
-        options = {"scale": scale, "enable_gqa": enable_gqa}
-        choice = torch._fused_sdp_choice(*likes, dropout_p, is_causal, **options)  # type: ignore[arg-type]
+    options: Any = {"scale": scale, "enable_gqa": enable_gqa}  # the stubs know no such keywords
+    with torch._C._DisableTorchDispatch():
+        likes: Any = [None if t is None else _unwritten(t) for t in (query, key, value, attn_mask)]
+        choose: Any = torch._fused_sdp_choice  # likewise
+        choice = choose(*likes, dropout_p, is_causal, **options)
     if choice != _FLASH:
         options["is_causal"] = is_causal
         return functional.scaled_dot_product_attention(

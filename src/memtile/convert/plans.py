@@ -21,7 +21,16 @@ from memtile.convert.sources import model_of
 from memtile.convert.twins import meta_twin, park_twin
 from memtile.convert.works import work_for
 from memtile.errors import ArgumentError
-from memtile.homes import PAGE, DeviceHome, DiskHome, Home, HostHome, fits_page_cache, trim_heap, usable_folder
+from memtile.homes import (
+    PAGE,
+    DeviceHome,
+    DiskHome,
+    Home,
+    HostHome,
+    fits_page_cache,
+    trim_heap,
+    usable_folder,
+)
 from memtile.planning import (
     PARKED,
     RESIDENT,

@@ -10,7 +10,13 @@ from torch import nn
 from memtile.convert.filling import checked_for_empty, fill_or_untile
 from memtile.convert.kinds import integrations, kind_of, replace_module
 from memtile.convert.parking import home_for, is_parked, settle_down
-from memtile.convert.planned import check_alone, planned_choices, planned_home, prepare, set_checkpointing
+from memtile.convert.planned import (
+    check_alone,
+    planned_choices,
+    planned_home,
+    prepare,
+    set_checkpointing,
+)
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.homes import Home

@@ -181,7 +181,8 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
     kinds: Any = (transformers.AutoModelForCausalLM, transformers.AutoModel)
     kind = kinds[0] if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else kinds[1]
     chosen = dtype or getattr(config, "dtype", None) or torch.float32
-    return empty_model(lambda: kind.from_config(config, dtype=chosen))
+    model: nn.Module = empty_model(lambda: kind.from_config(config, dtype=chosen))
+    return model
 
 
 def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:

@@ -96,9 +96,7 @@ def _parked(setting: Setting, layout: Layout) -> Iterator[Term]:
     yield Term("slabs of gradients", _slabs(setting, layout, sent, rings.gradients), "host")
     yield Term("gradient of one tile", _slabs(setting, layout, trained, 1), "host")
     looked_up = [weight for weight in layout.parked if weight.is_looked_up]
-    pages = min(
-        setting.tokens * rings.fault_bytes, _slabs(setting, layout, looked_up, 1)
-    )
+    pages = min(setting.tokens * rings.fault_bytes, _slabs(setting, layout, looked_up, 1))
     yield Term("pages of looked-up rows", pages, "host")
 
 

@@ -112,7 +112,9 @@ class Search:
         """
         found = list(self._all_cuts())
         nothing = Counted(0, 0, 0, 0, 0)
-        sizes = [self._memory(terms(self._setting, self._layout(grids), nothing)) for grids in found]
+        sizes = [
+            self._memory(terms(self._setting, self._layout(grids), nothing)) for grids in found
+        ]
         return found[: sizes.index(min(sizes)) + 1] if found else []
 
     def _all_cuts(self) -> Iterator[dict[str, Grid]]:

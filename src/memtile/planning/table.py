@@ -1,6 +1,6 @@
 """A plan as a table that people read."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from memtile.planning.budget import MARGIN
@@ -19,26 +19,58 @@ def of(plan: "Plan") -> str:
 
 def summary(plan: "Plan") -> str:
     """What a plan comes to, in one line."""
-    work = f"{plan.optimizer}, {plan.mode}" if plan.optimizer else "inference"
+    work = f"{plan.optimizer} {plan.mode}" if plan.optimizer else "inference"
     parked = len(plan.parked_layers)
-    where = f"{plan.tiles} tiles of {parked} layers in {plan.home}" if parked else "nothing parked"
+    where = f"{plan.tiles} tiles of {parked} layers {_at(plan.home)}" if parked else "all in memory"
     again = ", gradient checkpointing" if plan.checkpointing else ""
     return (
         f"{plan.model}, {plan.tokens} tokens, {work}: {where}{again}; "
-        f"{format_byte_size(plan.peak_bytes)} of {plan.budget}, "
-        f"about {plan.seconds:.2g} s a step"
+        f"predicted peak {format_byte_size(plan.peak_bytes)}, about {plan.seconds:.2g} s a step"
     )
 
 
+def _at(home: str) -> str:
+    kind, _, folder = home.partition(":")
+    words = {"disk": "on disk", "host": "in host memory", "device": "on the device"}
+    return f"{words.get(kind, f'in {home}')}{f' in {folder}' if folder else ''}"
+
+
 def _layers(plan: "Plan") -> Iterator[str]:
-    rows = [("layer", "shape", "dtype", "bytes", "tiles", "where", "why")]
-    rows += [_row(layer) for layer in plan.layers]
+    """Layers that differ in one number of their name alone share a line."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for layer in plan.layers:
+        head, number, tail = _split(layer.name)
+        alike.setdefault((head, tail, *_cells(layer)), []).append(number)
+    rows: list[tuple[str, ...]] = [("layer", "shape", "dtype", "bytes", "tiles", "where", "why")]
+    for (head, tail, *cells), numbers in alike.items():
+        rows.append((f"{head}{_ranges(numbers)}{tail}", *cells))
     return _aligned(rows)
 
 
-def _row(layer: "PlannedLayer") -> tuple[str, ...]:
+def _split(name: str) -> tuple[str, str, str]:
+    """A name around its first number: before, the number, after."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    tail = parts[at + 1 :]
+    head = ".".join([*parts[:at], ""]) if at < len(parts) else name
+    return head, "".join(parts[at : at + 1]), "".join(f".{part}" for part in tail)
+
+
+def _ranges(numbers: list[str]) -> str:
+    """Numbers with runs of them shortened, such as "0-3,7"."""
+    if numbers == [""]:
+        return ""
+    runs: list[list[int]] = []
+    for number in map(int, numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _cells(layer: "PlannedLayer") -> tuple[str, ...]:
     return (
-        layer.name,
         f"{layer.shape[0]}×{layer.shape[1]}",
         layer.dtype,
         format_byte_size(layer.nbytes),
@@ -56,7 +88,9 @@ def _places(plan: "Plan") -> Iterator[str]:
 
 
 def _place(plan: "Plan", place: "Place") -> list[tuple[str, ...]]:
-    rows = [(term.name, format_byte_size(term.nbytes)) for term in plan.terms if term.place == place]
+    rows: list[tuple[str, ...]] = [
+        (term.name, format_byte_size(term.nbytes)) for term in plan.terms if term.place == place
+    ]
     total, size = plan.bytes_of(place), plan.budget.of_place(place)
     rows = [(_TITLES[place], ""), *rows, ("predicted peak", format_byte_size(total))]
     if size is None:
@@ -73,12 +107,15 @@ def _times(plan: "Plan") -> Iterator[str]:
     rows = [("floors of a step", "seconds")]
     rows += [(floor.name, f"{floor.seconds:.3g}") for floor in plan.floors]
     yield from _aligned(rows, right={1})
-    yield f"decided by {plan.decided_by}: predicted {plan.seconds:.3g} s a step"
+    decisive = plan.decided_by.partition(" (")[0]
+    yield f"decided by {decisive}: predicted {plan.seconds:.3g} s a step"
     moved = format_byte_size(plan.read_bytes), format_byte_size(plan.written_bytes)
     yield f"read from the home in a step {moved[0]}, written to it {moved[1]}"
 
 
-def _aligned(rows: list[tuple[str, ...]], right: frozenset[int] | set[int] = frozenset()) -> Iterator[str]:
+def _aligned(
+    rows: Sequence[tuple[str, ...]], right: Collection[int] = frozenset()
+) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (
