@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,6 +108,35 @@ def test_a_folder_with_a_run_is_not_written_over(finished, tiny_model, text, tmp
     assert "is a file" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_its_own_text_and_model_only(tiny_model, text, tmp_path, capsys):
+    """A text that was edited since, under the same name, is refused; nothing is trained."""
+    mine, out = tmp_path / "mine.txt", tmp_path / "run"
+    mine.write_text(text.read_text())
+    assert main(arguments(tiny_model, mine, out)) == 0
+    mine.write_text(text.read_text().replace("word1", "word2"))
+    before = weights(out)
+
+    assert main(arguments(tiny_model, mine, out, "--resume")) == 2
+    assert "not those that the run" in capsys.readouterr().err
+    assert same(weights(out), before)
+
+
+def test_ids_beyond_the_model_are_refused(tiny_model, tmp_path, capsys):
+    """A tokenizer of another model is named before training, not by an index error in it."""
+    folder, file = tmp_path / "model", tmp_path / "text.txt"
+    config = json.loads((tiny_model / "config.json").read_text())
+    torch.manual_seed(0)
+    small = AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**{**config, "vocab_size": 50})
+    )
+    small.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    file.write_text("word90 " * 40)
+
+    assert main(arguments(folder, file, tmp_path / "out")) == 2
+    assert "the id 92, and the model has 50 rows" in capsys.readouterr().err
+
+
 def test_two_runs_into_one_folder(tiny_model, text, tmp_path):
     """The second is refused while the first one runs, and the first ends well."""
     out = tmp_path / "run"
@@ -136,6 +166,7 @@ def test_two_runs_into_one_folder(tiny_model, text, tmp_path):
         (["--lr", "nan"], "no learning rate"),
         (["--lr", "0"], "no learning rate"),
         (["--lora", "0"], "--lora 0"),
+        (["--seed", "99999999999999999999"], "is too large"),
         (["--save-every", "0"], "--save-every 0"),
         (["--budget", "plenty"], "not a size"),
         (["--budget", "0"], "less than one byte"),

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as interruption:
         return _refuse(str(interruption), interruption.code)
     except MemtileError as error:
-        return _refuse(str(error), 2)
+        # not str: a system's number would stand before the sentence
+        return _refuse(getattr(error, "strerror", None) or str(error), 2)
     except _UsageError as error:
         return _refuse(f"{error.format_message().rstrip('.')}; see: memtile --help", 2)
 

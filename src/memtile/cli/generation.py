@@ -118,13 +118,14 @@ def _loaded(
 ) -> Any:  # a transformers model, which is not imported to name its type
     model = models.empty_of(request.model)
     is_stored = request.home == "checkpoint"
-    plan = memtile.plan(
-        model,
-        budget=models.left_of(request.budget, memory.nbytes),
-        tokens=prompt_tokens + request.tokens,
-        optimizer=None,
-        home="disk" if is_stored else request.home,
-    )
+    with models.within(request.budget, memory.nbytes) as left:
+        plan = memtile.plan(
+            model,
+            budget=left,
+            tokens=prompt_tokens + request.tokens,
+            optimizer=None,
+            home="disk" if is_stored else request.home,
+        )
     planned(plan)
     home = "checkpoint" if is_stored and plan.parked_layers else None
     memtile.tile(model, plan, checkpoint=request.model, home=home)

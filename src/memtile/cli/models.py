@@ -5,10 +5,13 @@ Nothing is downloaded and no code of a checkpoint is run.
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtile.cli.errors import CommandError
+from memtile.errors import BudgetError
 from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
@@ -25,6 +28,11 @@ def check_folder(folder: Path) -> None:
         raise CommandError(
             f"MODEL {folder} is no folder: give one that save_pretrained wrote or that was "
             "downloaded from the Hub."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise CommandError(
+            f"MODEL {folder} holds adapters, not a model: merge them into their base with peft "
+            "(merge_and_unload, save_pretrained) and give that folder."
         )
     if not (folder / "config.json").is_file():
         raise CommandError(
@@ -63,18 +71,24 @@ def _architectures(folder: Path) -> list[str]:
         ) from error
 
 
-def left_of(budget: int, used: int) -> int:
-    """What is left of a budget for the model itself.
+@contextmanager
+def within(budget: int, used: int) -> Iterator[int]:
+    """What is left of a budget for the model itself, once other things took some of it.
 
     Raises:
         CommandError: Nothing.
+        BudgetError: A plan made inside does not fit in it.
     """
+    before = (
+        f"--budget {format_byte_size(budget)}, of which tokenizer, texts and adapters took "
+        f"{format_byte_size(used)}"
+    )
     if used >= budget:
-        raise CommandError(
-            f"--budget {format_byte_size(budget)} is too small: tokenizer and texts alone took "
-            f"{format_byte_size(used)}."
-        )
-    return budget - used
+        raise CommandError(f"{before}: nothing is left for the model; give more.")
+    try:
+        yield budget - used
+    except BudgetError as error:
+        raise BudgetError(f"{before}: {error}") from error
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":

@@ -9,7 +9,7 @@ from rich.console import Console
 from memtile.cli import models
 from memtile.cli.console import interruptible
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune import LOG, PICTURE, Settings, check_texts, holds_run
+from memtile.cli.finetune import LOG, PICTURE, Settings, check_texts, digests, holds_run
 from memtile.cli.finetune.display import Display
 from memtile.cli.homes import check_home
 from memtile.planning import format_byte_size, parse_byte_size
@@ -50,8 +50,9 @@ def run_finetune(
         raise CommandError(f"--save-every {save_every} is too few: give 1 or more.")
     models.check_folder(model)
     paths = tuple(str(text.resolve()) for text in texts)
-    settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora)
     check_texts(texts)
+    found = digests(model, texts)
+    settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora, found)
     _check_out(out, settings, resume)
     console = Console(highlight=False)
     with interruptible():
@@ -84,12 +85,15 @@ def _check_out(out: Path, settings: Settings, resume: bool) -> None:
 
 
 def _show(result: "Result", out: Path, allowed: int, console: Console) -> None:
-    if result.losses:
+    losses = result.losses
+    if losses:
+        count = "1 step" if len(losses) == 1 else f"{len(losses)} steps"
+        peak, budget = format_byte_size(result.peak_bytes), format_byte_size(allowed)
         console.print(
-            f"loss {result.losses[0]:.3f} → {result.losses[-1]:.3f} in {len(result.losses)} steps, "
-            f"{result.seconds:.0f} s; peak memory {format_byte_size(result.peak_bytes)} of "
-            f"{format_byte_size(allowed)}"
+            f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {count}, {result.seconds:.0f} s; "
+            f"peak memory {peak} of {budget}",
+            soft_wrap=True,
         )
     has_picture = (out / PICTURE).is_file()
     files = f"{LOG}, {PICTURE}" if has_picture else f"{LOG} ({PICTURE} needs matplotlib)"
-    console.print(f"the fine-tuned model is in {out}; see {files}")
+    console.print(f"the fine-tuned model is in {out}; see {files}", soft_wrap=True)

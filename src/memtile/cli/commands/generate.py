@@ -52,7 +52,9 @@ def run_generate(
         console = Console(stderr=True, highlight=False)
         found = generation.generate(
             request,
-            lambda plan: None if as_json else console.print(plan.summary, style="dim"),
+            lambda plan: (
+                None if as_json else console.print(plan.summary, style="dim", soft_wrap=True)
+            ),
             (lambda text: None) if as_json else generation.say_at_once,
         )
     if as_json:
@@ -63,5 +65,6 @@ def run_generate(
         f"{len(found.token_ids)} tokens in {found.seconds:.1f} s, peak memory "
         f"{format_byte_size(found.peak_bytes)} of {format_byte_size(allowed)}",
         style="dim",
+        soft_wrap=True,
     )
     return 0

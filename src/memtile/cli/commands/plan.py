@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from memtile.cli import models
 from memtile.cli.console import interruptible
@@ -22,7 +23,10 @@ def run_plan(
         str, typer.Option(help="A class of torch.optim, such as AdamW; none: inference.")
     ] = "AdamW",
     home: Annotated[
-        str, typer.Option(help="Where parked tiles live: disk, disk:FOLDER or host.")
+        str,
+        typer.Option(
+            help="Where parked tiles live: disk, disk:FOLDER, host, or checkpoint (no training)."
+        ),
     ] = "disk",
     mode: Annotated[
         Literal["in_backward", "classic"],
@@ -35,21 +39,25 @@ def run_plan(
 ) -> int:
     """Show which layers are tiled for a budget, where they live, and what a step will take."""
     parse_byte_size(budget, "--budget")
-    check_home(home)
+    if check_home(home, "checkpoint") == "checkpoint":
+        if optimizer != "none":
+            raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
+        home = "disk"  # what is in memory is the same
     models.check_folder(model)
     with interruptible():
         models.load_transformers(model)
         import memtile
 
-        plan = memtile.plan(
-            models.empty_of(model),
-            budget=budget,
-            tokens=tokens,
-            optimizer=_optimizer(optimizer),
-            home=home,
-            mode=mode,
-            rates=rates,
-        )
+        with Console(stderr=True).status("counting a step, measuring the machine once"):
+            plan = memtile.plan(
+                models.empty_of(model),
+                budget=budget,
+                tokens=tokens,
+                optimizer=_optimizer(optimizer),
+                home=home,
+                mode=mode,
+                rates=rates,
+            )
     print(plan.to_json() if as_json else plan)
     return 0
 

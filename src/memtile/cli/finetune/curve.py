@@ -24,8 +24,7 @@ def main(arguments: list[str]) -> int:
     losses = [entry["loss"] for entry in entries]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
-    smooth = accumulate(losses, lambda mean, loss: _SMOOTHED * mean + (1 - _SMOOTHED) * loss)
-    axes.plot(steps, list(smooth), color="C0", label="smoothed")
+    axes.plot(steps, _smoothed(losses), color="C0", label="smoothed")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()
@@ -34,6 +33,14 @@ def main(arguments: list[str]) -> int:
     figure.savefig(partial, format="png", dpi=120)
     partial.replace(picture)
     return 0
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """Means that weigh each loss less the longer ago it was."""
+    sums = accumulate(losses, lambda total, loss: _SMOOTHED * total + loss)
+    weights = accumulate(losses, lambda total, _: _SMOOTHED * total + 1, initial=0.0)
+    next(weights)
+    return [total / weight for total, weight in zip(sums, weights, strict=True)]
 
 
 if __name__ == "__main__":

@@ -55,11 +55,13 @@ class Display:
 
     def planned(self, plan: "Plan") -> None:
         """Print what the plan comes to."""
-        self._console.print(plan.summary)
+        self._console.print(plan.summary, soft_wrap=True)
 
     def started(self, done: int) -> None:
         """Begin the bar where the run begins."""
-        if done:
+        if done == self._steps:
+            self._console.print("all steps are done already")
+        elif done:
             self._console.print(f"going on after step {done}")
         self._bar.start()
         self._task = self._bar.add_task("", total=self._steps, completed=done)
@@ -69,6 +71,6 @@ class Display:
         used = f"{format_byte_size(entry.peak_bytes)} of {format_byte_size(self._budget)}"
         words = f"loss {entry.loss:.3f}, {entry.tokens_per_second:.0f} tokens/s, {used}"
         if not self._console.is_terminal:
-            self._console.print(f"step {entry.step} of {self._steps}: {words}")
+            self._console.print(f"step {entry.step} of {self._steps}: {words}", soft_wrap=True)
         elif self._task is not None:
             self._bar.update(self._task, completed=entry.step, description=words)

@@ -124,20 +124,31 @@ def _prepared(
     model = models.empty_of(folder)
     if settings.lora is not None:
         model = with_adapters(model, settings.lora)
-    plan = memtile.plan(
-        model,
-        budget=models.left_of(options.budget, memory.nbytes),
-        tokens=settings.tokens,
-        optimizer=torch.optim.AdamW,
-        home=options.home,
-        mode="in_backward",
-    )
+    _check_vocabulary(model, sequences)
+    with models.within(options.budget, memory.nbytes) as left:
+        plan = memtile.plan(
+            model,
+            budget=left,
+            tokens=settings.tokens,
+            optimizer=torch.optim.AdamW,
+            home=options.home,
+            mode="in_backward",
+        )
     planned(plan)
     memtile.tile(model, plan, checkpoint=folder)
     model.train()
     optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=settings.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     return _Run(settings, options, model, tokenizer, optimizer, scheduler, sequences, memory)
+
+
+def _check_vocabulary(model: Any, sequences: Sequences) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if sequences.largest_id >= rows:
+        raise CommandError(
+            f"The tokenizer gives the id {sequences.largest_id}, and the model has {rows} rows for "
+            "tokens: give the tokenizer that the model was trained with."
+        )
 
 
 def _resume(run: _Run) -> None:

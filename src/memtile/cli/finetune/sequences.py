@@ -30,6 +30,11 @@ class Sequences:
     def __len__(self) -> int:
         return self._ids.numel() // self._tokens
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token."""
+        return int(self._ids.max())
+
     def at(self, step: int) -> "Tensor":
         """The int64 tensor (1, tokens) of a step, counted from 0."""
         epoch, place = divmod(step, len(self))

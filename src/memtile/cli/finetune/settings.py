@@ -1,7 +1,9 @@
 """What one run is: written into its folder at the start, and compared when it is continued."""
 
+import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,7 @@ class Settings:
         lr: learning rate of the first step; it falls to 0 along a cosine.
         seed: of the order of sequences and of dropout.
         lora: rank of the adapters; None: all weights are trained.
+        digests: of each text, and of what tells the model from another.
 
     Raises:
         CommandError: a number that makes no sense.
@@ -36,12 +39,15 @@ class Settings:
     lr: float
     seed: int
     lora: int | None = None
+    digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("tokens", 2), ("seed", 0), ("lora", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise CommandError(f"--{name} {value} is too few: give {least} or more.")
+        if self.seed >= 1 << 63:
+            raise CommandError(f"--seed {self.seed} is too large: give one below 2^63.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise CommandError(
                 f"--lr {self.lr} is no learning rate: give one above 0, such as 1e-5."
@@ -60,9 +66,15 @@ class Settings:
         theirs = _read(out)
         for field in fields(self):
             ours, old = getattr(self, field.name), getattr(theirs, field.name)
+            if ours != old and field.name == "digests":
+                raise CommandError(
+                    f"the texts or the model are not those that the run in {out} was begun with: "
+                    "restore them, or begin in another --out."
+                )
             if ours != old:
                 raise CommandError(
-                    f"{out} holds a run with {_option(field.name)} {old}, and this is {ours}: give "
+                    f"{out} holds a run with {_option(field.name)} {_or_none(old)}, and this is "
+                    f"{_or_none(ours)}: give "
                     "what it was begun with, or another --out."
                 )
 
@@ -75,7 +87,8 @@ def holds_run(out: Path) -> bool:
 def _read(out: Path) -> Settings:
     try:
         found: dict[str, Any] = json.loads((out / _NAME).read_bytes())  # JSON
-        return Settings(**{**found, "texts": tuple(found["texts"])})
+        lists = {name: tuple(found[name]) for name in ("texts", "digests")}
+        return Settings(**{**found, **lists})
     except FileNotFoundError as error:
         raise CommandError(
             f"--resume: {out} holds no run; begin one without --resume, or give its --out."
@@ -84,6 +97,18 @@ def _read(out: Path) -> Settings:
         raise CommandError(
             f"{out / _NAME} cannot be read ({error}): restore it, or begin in another --out."
         ) from error
+
+
+def digests(model: Path, texts: Sequence[Path]) -> tuple[str, ...]:
+    """What tells these files from others: whole texts, and of the model its config and sizes."""
+    weights = sorted((path.name, path.stat().st_size) for path in model.glob("*.safetensors"))
+    known = (model / "config.json").read_bytes() + repr(weights).encode()
+    contents = (known, *(text.read_bytes() for text in texts))
+    return tuple(hashlib.sha256(content).hexdigest() for content in contents)
+
+
+def _or_none(value: object) -> str:
+    return "none" if value is None else str(value)
 
 
 def _option(name: str) -> str:
