@@ -188,7 +188,9 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         cell = {"model": name, "work": work, "tokens": tokens, "home": home}
                         for size, nbytes in budgets_of(cell).items():
                             if size in arguments.budgets:
-                                found.append(measure({**cell, "budget_bytes": nbytes}, Path(folder)))
+                                found.append(
+                                    measure({**cell, "budget_bytes": nbytes}, Path(folder))
+                                )
                                 print(*row(found[-1]), sep="  ", flush=True)
                                 save(found, arguments.output)
     return found

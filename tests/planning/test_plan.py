@@ -195,7 +195,7 @@ def test_checkpointing_is_refused_where_there_is_none():
 
 def test_where_nothing_fits_the_need_is_said_and_true():
     """The budget that the message asks for is enough, and the message says what else to change."""
-    with pytest.raises(BudgetError, match="need at least host .* fewer tokens") as raised:
+    with pytest.raises(BudgetError, match=r"need at least host .* fewer tokens") as raised:
         planned(100 * KIB)
     words = str(raised.value).split("need at least host ")[1].split(",")[0].split(";")[0]
     needed = memtile.planning.parse_byte_size(words, "need")

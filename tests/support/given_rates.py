@@ -11,7 +11,9 @@ RATES = Rates(
     cached_bytes=5e9,
     stepped_elements=1e8,
     tile_seconds=1e-4,
+    inference_use_bytes=0,
     first_use_bytes=0,
     import_bytes=0,
     tile_memory=1000,
+    trained_tile_memory=1000,
 )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
-
 Work = Callable[[nn.Module], Tensor | None]
 """One step's forward: gives the loss, or None where nothing is trained."""
 
@@ -82,9 +81,7 @@ class Integration:
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
     texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None
-    work: Callable[[nn.Module, int, int, bool], Work | None] = lambda model, tokens, batch, trains: (
-        None
-    )
+    work: Callable[[nn.Module, int, int, bool], Work | None] = lambda model, tokens, batch, t: None
 
 
 LINEAR = Kind(

@@ -89,16 +89,17 @@ def _memory(folder: str | None) -> dict[str, float]:
 
     imported = _resident_bytes()
     with DiskHome(folder) if folder else HostHome() as home:
-        _train_everything(home)
-    used = _resident_bytes()
+        inferred = _use_everything(home, trains=False)
     with DiskHome(folder) if folder else HostHome() as home:
-        tile_memory, tile_seconds, stepped = _train_tiles(home)
+        used = _use_everything(home, trains=True)
+    with DiskHome(folder) if folder else HostHome() as home:
+        tiles = _train_tiles(home)
     return {
         "import_bytes": max(0, imported - before),
+        "inference_use_bytes": max(0, inferred - imported),
         "first_use_bytes": max(0, used - imported),
-        "tile_memory": tile_memory,
-        "tile_seconds": tile_seconds,
-        "stepped_elements": stepped,
+        **tiles,
+        "stepped_elements": _stepped_elements(),
     }
 
 
@@ -126,25 +127,39 @@ class _Everything(nn.Module):
         return functional.cross_entropy(logits.view(-1, 512), ids.view(-1))
 
 
-def _train_everything(home: Home) -> None:
-    model, ids = _Everything(), torch.arange(128).view(1, -1)
-    count_step(meta_twin(model), lambda twin: twin(ids), drops_gradients=True, goes_home=True)
+def _use_everything(home: Home, *, trains: bool) -> int:
+    """Plan and run a little model as a run does; gives the memory of the process afterwards."""
+    model, ids = _Everything().train(trains), torch.arange(128).view(1, -1)
+
+    def work(twin: nn.Module) -> Tensor | None:
+        loss: Tensor = twin(ids)
+        return loss if trains else None
+
+    count_step(meta_twin(model), work, drops_gradients=True, goes_home=True)
     tile(model, max_tile_bytes=16 << 10, home=home)
-    optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
+    if trains:
+        optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
     for _ in range(3):
-        model(ids).backward()
-        optimizer.step()
+        with torch.set_grad_enabled(trains):
+            loss = work(model)
+        if loss is not None:
+            loss.backward()
+            optimizer.step()
     for dtype in (torch.float32, torch.bfloat16):
         _product_flops(_ROWS[-1], dtype)
+    return _resident_bytes()
 
 
-def _train_tiles(home: Home) -> tuple[int, float, float]:
-    """Bytes of objects a tile, seconds a visit, and elements that AdamW steps in a second."""
+def _train_tiles(home: Home) -> dict[str, float]:
+    """Bytes of the objects of a tile, and seconds of a visit."""
     before = _resident_bytes()
     model = nn.Sequential(nn.Linear(16, 16 * _TILES, bias=False))
     tile(model, out_splits=_TILES, home=home)
-    optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
     x = torch.randn(4, 16)
+    with torch.no_grad():
+        model(x)
+    inferred = _resident_bytes()
+    optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
 
     def step() -> None:
         model(x).sum().backward()
@@ -152,12 +167,19 @@ def _train_tiles(home: Home) -> tuple[int, float, float]:
 
     step()
     seconds = _least_seconds(step)
-    held = max(0, _resident_bytes() - before) // _TILES
+    return {
+        "tile_memory": max(0, inferred - before) // _TILES,
+        "trained_tile_memory": max(0, _resident_bytes() - before) // _TILES,
+        "tile_seconds": seconds / (4 * _TILES),
+    }
+
+
+def _stepped_elements() -> float:
+    """Elements that AdamW steps in a second."""
     weight = nn.Parameter(torch.zeros(_SIDE, 2 * _SIDE))
     weight.grad = torch.ones_like(weight)
     adamw = TileOptimizer(nn.ParameterList([weight]), torch.optim.AdamW, lr=1e-3)
-    adamw.step()
-    return held, seconds / (4 * _TILES), weight.numel() / _least_seconds(adamw.step)
+    return weight.numel() / _least_seconds(adamw.step)
 
 
 def _product_flops(rows: int, dtype: torch.dtype) -> float:

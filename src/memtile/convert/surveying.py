@@ -76,8 +76,8 @@ def state_of(
     for dtype in dtypes:
         wide = masters and dtype.itemsize == _SIXTEEN_BITS
         stepped = torch.float32 if wide else dtype
-        moments = sum(each.itemsize for each in inner.fields(inner.defaults, stepped).values())
-        kept[dtype.itemsize] = moments + (stepped.itemsize if wide else 0)
+        moments = [each.itemsize for each in inner.fields(inner.defaults, stepped).values()]
+        kept[dtype.itemsize] = (*moments, *([stepped.itemsize] if wide else []))
     return State(tuple(sorted(kept.items())), _stepping(inner, model))
 
 

@@ -12,7 +12,7 @@ from memtile.homes.home import PAGE
 
 _MAPS = Path("/proc/self/maps")
 _MMAP_THRESHOLD: Final = -3  # mallopt(3)
-_MAPPED_FROM: Final = 256 << 10
+_MAPPED_FROM: Final = 64 << 10
 _PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to stays
 
 

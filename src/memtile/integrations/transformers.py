@@ -195,7 +195,7 @@ def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | Non
     if tokens // batch > longest:
         raise ArgumentError(
             f"tokens={tokens} in batch={batch}: sequences of {tokens // batch}, and "
-            f"{type(found[0]).__name__} reads {longest} at once; give fewer tokens or a larger batch"
+            f"{type(found[0]).__name__} reads {longest} at once; give fewer tokens or more batch"
         )
     vocabulary = config.get_text_config().vocab_size
     last = "logits_to_keep" in inspect.signature(found[0].forward).parameters

@@ -89,14 +89,14 @@ class State:
     """What an optimizer keeps of one element.
 
     Args:
-        moment_bytes: for each number of bytes that an element of a weight has, bytes of its
-            moments, its master included.
+        entries: for each number of bytes that an element of a weight has, those of each tensor that
+            is kept beside it: moments, and the master where there is one.
         temporary_bytes: what stepping some rows takes for the moment.
     """
 
-    moment_bytes: tuple[tuple[int, int], ...]
+    entries: tuple[tuple[int, tuple[int, ...]], ...]
     temporary_bytes: int
 
-    def of(self, element_bytes: int) -> int:
-        """Bytes kept for an element of so many bytes."""
-        return dict(self.moment_bytes)[element_bytes]
+    def of(self, element_bytes: int) -> tuple[int, ...]:
+        """Bytes of each tensor that is kept, for an element of so many bytes."""
+        return dict(self.entries)[element_bytes]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from itertools import pairwise
 from typing import Any, TypeVar  # JSON holds anything until it is checked
 
 from memtile.errors import ArgumentError, MemtileError
@@ -110,7 +111,7 @@ def _grid(value: Any, path: str) -> Grid:
     bounds = tuple[tuple[int, ...], tuple[int, ...]]
     out_parts, in_parts = _read(bounds, value, path)
     for parts in (out_parts, in_parts):
-        rising = all(low < high for low, high in zip(parts, parts[1:], strict=False))
+        rising = all(low < high for low, high in pairwise(parts))
         _check(len(parts) > 1 and parts[0] == 0 and rising, path, "rising bounds from 0", value)
     try:
         return Grid(out_parts, in_parts)

@@ -40,16 +40,20 @@ class Setting:
     rates: Rates
     imports: bool
 
-    def state_bytes(self, weight: Weight) -> int:
-        """What is kept for one element of it."""
+    def entries(self, weight: Weight) -> tuple[int, ...]:
+        """Bytes of each tensor that is kept for one element of it."""
         if self.state is None or not weight.trainable:
-            return 0
+            return ()
         return self.state.of(weight.element_bytes)
 
-    def home_bytes(self, weight: Weight) -> int:
-        """What is parked for one element of it: value, state, and a gradient that goes home."""
-        gradient = weight.element_bytes if self.sends_gradient(weight) else 0
-        return weight.element_bytes + self.state_bytes(weight) + gradient
+    def state_bytes(self, weight: Weight) -> int:
+        """All of them."""
+        return sum(self.entries(weight))
+
+    def parked_entries(self, weight: Weight) -> tuple[int, ...]:
+        """The same of what is parked: value, state, and a gradient that goes home."""
+        gradient = (weight.element_bytes,) if self.sends_gradient(weight) else ()
+        return (weight.element_bytes, *self.entries(weight), *gradient)
 
     def sends_gradient(self, weight: Weight) -> bool:
         """Whether its gradient lives at home: of a tie, it waits there for the tie's other uses."""
@@ -74,7 +78,7 @@ def _kept(setting: Setting, layout: Layout) -> Iterator[Term]:
     weights = sum(weight.nbytes for weight in layout.resident)
     state = sum(weight.elements * setting.state_bytes(weight) for weight in layout.resident)
     if setting.state is not None:
-        state += sum(count * setting.state.of(size) for size, count in rest.trainable)
+        state += sum(count * sum(setting.state.of(size)) for size, count in rest.trainable)
     yield Term("resident weights", weights, setting.place)
     yield Term("norms, biases and other parameters", rest.nbytes, setting.place)
     yield Term("buffers", rest.buffer_bytes, setting.place)
@@ -101,13 +105,12 @@ def _parked(setting: Setting, layout: Layout) -> Iterator[Term]:
 
 
 def _home(setting: Setting, layout: Layout) -> int:
-    rooms = 0
-    for weight in layout.parked:
-        state = setting.home_bytes(weight) - weight.element_bytes
-        for elements in layout.tile_elements(weight):
-            rooms += setting.rings.room(elements * weight.element_bytes)
-            rooms += setting.rings.room(elements * state)
-    return rooms
+    return sum(
+        setting.rings.room(elements * entry)
+        for weight in layout.parked
+        for elements in layout.tile_elements(weight)
+        for entry in setting.parked_entries(weight)
+    )
 
 
 def _slabs(setting: Setting, layout: Layout, weights: Iterable[Weight], number: int) -> int:
@@ -119,14 +122,12 @@ def _slabs(setting: Setting, layout: Layout, weights: Iterable[Weight], number: 
 
 def _step_slabs(setting: Setting, layout: Layout, trained: list[Weight]) -> int:
     """In backward mode the value is in a slab of the tiles and the gradient in memory."""
-    classic = setting.mode == "classic"
-    cargoes = (
-        setting.rings.room(
-            layout.largest_tile(w)
-            * (setting.state_bytes(w) + (2 * w.element_bytes if classic else 0))
-        )
-        for w in trained
-    )
+    cargoes = []
+    for weight in trained:
+        both = (weight.element_bytes,) * 2 if setting.mode == "classic" else ()
+        elements = layout.largest_tile(weight)
+        entries = (*setting.entries(weight), *both)
+        cargoes.append(sum(setting.rings.room(elements * entry) for entry in entries))
     return _times(layout, trained, setting.rings.steps) * max(cargoes, default=0)
 
 
@@ -146,8 +147,11 @@ def _step(setting: Setting, counted: Counted) -> Iterator[Term]:
 
 def _process(setting: Setting, layout: Layout) -> Iterator[Term]:
     rates = setting.rates
-    yield Term("libraries, at first use", rates.first_use_bytes, "host")
+    trains = setting.state is not None
+    used = rates.first_use_bytes if trains else rates.inference_use_bytes
+    yield Term("libraries, at first use", used, "host")
     if setting.imports:
         yield Term("imports of the optimizer", rates.import_bytes, "host")
+    each = rates.trained_tile_memory if trains else rates.tile_memory
     objects = layout.tiles + setting.rest.tensors + len(layout.resident)
-    yield Term("objects of tiles and layers", objects * rates.tile_memory, "host")
+    yield Term("objects of tiles and layers", objects * each, "host")

@@ -23,9 +23,11 @@ class Rates:
         cached_bytes: bytes a second from and to the page cache.
         stepped_elements: elements a second that AdamW steps.
         tile_seconds: what one visit of a tile costs besides its product.
-        first_use_bytes: memory that libraries take when a step first runs: code, workspaces.
+        inference_use_bytes: memory that libraries take when a forward first runs: code, workspaces.
+        first_use_bytes: the same of a step that trains.
         import_bytes: memory of what torch imports only when an optimizer first steps.
         tile_memory: bytes of the objects of one tile, on average.
+        trained_tile_memory: the same where an optimizer steps it.
     """
 
     product_flops: tuple[tuple[int, float], ...]
@@ -36,9 +38,11 @@ class Rates:
     cached_bytes: float
     stepped_elements: float
     tile_seconds: float
+    inference_use_bytes: int
     first_use_bytes: int
     import_bytes: int
     tile_memory: int
+    trained_tile_memory: int
 
     def __post_init__(self) -> None:
         curves = (self.product_flops, self.product_flops_16)

@@ -1,4 +1,4 @@
-"""The time of a step, as floors: what the machine cannot do faster, by the rates it was measured at.
+"""The time of a step, as floors: what this machine cannot do faster, by its measured rates.
 
 Products take flops / (flop/s); everything else that computes moves bytes through memory; AdamW
 steps elements. One processor does these one after another, so they add up. A disk works beside it:

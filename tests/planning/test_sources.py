@@ -1,0 +1,127 @@
+"""Plans of what only describes a model: a config, or a folder with `config.json` alone."""
+
+import pytest
+import torch
+from given_rates import RATES
+
+import memtile
+from memtile.errors import ArgumentError, BudgetError
+
+transformers = pytest.importorskip("transformers")
+
+
+def config(**options: object) -> object:
+    sizes = {
+        "vocab_size": 1003,
+        "hidden_size": 64,
+        "intermediate_size": 150,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    return transformers.LlamaConfig(**{**sizes, **options})
+
+
+def planned(source: object, **options: object) -> memtile.Plan:
+    given = {"tokens": 96, "budget": "1GiB", "rates": RATES, **options}
+    return memtile.plan(source, **given)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_config_a_folder_and_the_model_get_one_plan(tmp_path, tied):
+    """The plan depends on shapes alone."""
+    described = config(tie_word_embeddings=tied)
+    described.save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM(described)
+
+    assert planned(described) == planned(tmp_path) == planned(str(tmp_path)) == planned(model)
+
+
+def test_the_dtype_of_a_folder_is_its_own_or_the_one_asked_for(tmp_path):
+    """A bfloat16 folder is planned as such, unless another dtype is given."""
+    config(dtype="bfloat16").save_pretrained(tmp_path)
+
+    assert {layer.dtype for layer in planned(tmp_path).layers} == {"bfloat16"}
+    assert {layer.dtype for layer in planned(tmp_path, dtype=torch.float32).layers} == {"float32"}
+
+
+def test_sixteen_bits_keep_masters_and_moments_in_float32():
+    """Twelve bytes an element beside a bfloat16 weight; four where there are no masters."""
+    for masters, entry in ((True, 12), (False, 4)):
+        plan = planned(config(dtype="bfloat16"), masters=masters)
+        terms = {term.name: term.nbytes for term in plan.terms}
+        parameters = terms["resident weights"] + terms["norms, biases and other parameters"]
+
+        assert terms["optimizer state of what is resident"] == parameters // 2 * entry
+
+
+def test_a_plan_of_a_folder_fits_the_model_that_is_made_of_it(tmp_path):
+    """Planned from `config.json` alone, tiled later."""
+    described = config(tie_word_embeddings=True)
+    described.save_pretrained(tmp_path)
+    plan = planned(tmp_path, budget="4500KiB")
+    model = transformers.LlamaForCausalLM(described)
+    ids = torch.arange(9).view(1, -1)
+    with torch.no_grad():
+        dense = model(ids).logits
+
+    memtile.tile(model, plan)
+
+    assert plan.tiles > 0
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, dense, atol=1e-5)
+
+
+def test_recomputing_activations_takes_less_memory_and_more_work():
+    """Checkpointing is counted, both ways."""
+    both = {on: planned(config(), tokens=512, checkpointing=on) for on in (False, True)}
+
+    assert both[True].checkpointing
+    assert both[True].peak_bytes < both[False].peak_bytes
+    assert both[True].seconds > both[False].seconds
+
+
+def test_more_tokens_take_more_memory():
+    """Activations grow with the step; weights do not."""
+    peaks = [planned(config(), tokens=tokens).peak_bytes for tokens in (32, 96, 512)]
+
+    assert peaks == sorted(peaks)
+
+
+def test_inference_keeps_no_moments_but_a_cache():
+    """Without an optimizer there is the weights' memory and the cache of keys and values."""
+    terms = {term.name: term.nbytes for term in planned(config(), optimizer=None).terms}
+    cache = 2 * 3 * 96 * 2 * 16 * 4  # keys and values, layers, tokens, heads, width, bytes
+
+    assert "optimizer state of what is resident" not in terms
+    assert terms["KV cache and result"] >= cache
+
+
+def test_more_tokens_than_positions_are_refused():
+    """A sequence longer than the model reads is no plan."""
+    with pytest.raises(ArgumentError, match="reads 512 at once"):
+        planned(config(), tokens=1024)
+
+    assert planned(config(), tokens=1024, batch=2).batch == 2
+
+
+@pytest.mark.parametrize("source", [7, None, "nowhere", object()])
+def test_what_describes_no_model_is_refused(source):
+    """The message says what can be given."""
+    with pytest.raises(ArgumentError, match=r"config\.json|folder|nn\.Module"):
+        planned(source)
+
+
+def test_a_broken_config_is_refused(tmp_path):
+    """A `config.json` that cannot be read is a clear error."""
+    (tmp_path / "config.json").write_text("{")
+
+    with pytest.raises(ArgumentError, match=r"config\.json"):
+        planned(tmp_path)
+
+
+def test_classic_mode_is_told_of_the_other():
+    """Where gradients take the memory, the message says how to keep none."""
+    with pytest.raises(BudgetError, match="mode='in_backward'"):
+        planned(config(), budget="1MiB", mode="classic")
