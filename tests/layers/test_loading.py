@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from checkpoints import State, assert_holds, assert_unchanged, dense_linear, snapshot, tiles_of
+from layer_states import State, assert_holds, assert_unchanged, dense_linear, snapshot, tiles_of
 from torch import nn
 from walks import GRIDS, grid_id, pair, shuffled
 

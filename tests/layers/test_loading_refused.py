@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import State, assert_unchanged, dense_linear, snapshot, tiles_of
+from layer_states import State, assert_unchanged, dense_linear, snapshot, tiles_of
 from torch import nn
 from walks import pair
 

@@ -81,7 +81,7 @@ class Integration:
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
     texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None
-    work: Callable[[nn.Module, int, int, bool], Work | None] = lambda model, tokens, batch, t: None
+    work: Callable[[nn.Module, int, int, bool], Work | None] = lambda *given: None
 
 
 LINEAR = Kind(
