@@ -121,7 +121,7 @@ def budgets_of(cell: dict[str, Any]) -> dict[str, int]:
         planned(cell, 1 << 20)
     except BudgetError as error:
         words = str(error).split("need at least host ")[1].split(",")[0].split(";")[0]
-        least = int(parse_byte_size(words, "need") * 1.01)
+        least = int(parse_byte_size(words, "need") * 1.03)
     middle = (least + most) // 2
     return dict(zip(BUDGETS, (least, middle, most), strict=True))
 

@@ -85,7 +85,7 @@ def report() -> None:
 def _memory(folder: str | None) -> dict[str, float]:
     """Memory that is taken at first, in the order in which a run takes it."""
     before = _resident_bytes()
-    import torch._dynamo  # noqa: F401  # torch's optimizers import it when they first step
+    import torch._dynamo  # torch's optimizers import it when they first step
 
     imported = _resident_bytes()
     with DiskHome(folder) if folder else HostHome() as home:
