@@ -13,7 +13,7 @@ import pytest
 MIB = 1 << 20
 
 
-def test_a_model_on_disk_is_saved_and_resumed_within_32_mib(request):
+def test_a_model_on_disk_is_saved_and_resumed_within_a_sixteenth(request):
     """256 MiB of weights and 512 of moments: nothing of them is ever in memory as a whole."""
     if shutil.disk_usage("/var/tmp").free < 3 << 30:
         pytest.skip("needs 3 GiB of disk in /var/tmp")
@@ -27,6 +27,6 @@ def test_a_model_on_disk_is_saved_and_resumed_within_32_mib(request):
     found = json.loads(done.stdout)
     assert measured.WEIGHT_BYTES == 256 * MIB
     assert 3 * measured.WEIGHT_BYTES < found["file_bytes"] < 3 * measured.WEIGHT_BYTES + MIB
-    assert found["save_bytes"] <= 32 * MIB
-    assert found["resume_bytes"] <= 32 * MIB
+    assert found["save_bytes"] <= 48 * MIB  # 26 to 30 were seen
+    assert found["resume_bytes"] <= 48 * MIB
     assert found["same"]
