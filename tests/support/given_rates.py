@@ -13,6 +13,7 @@ RATES = Rates(
     tile_seconds=1e-4,
     inference_use_bytes=0,
     first_use_bytes=0,
+    sixteen_bit_bytes=0,
     import_bytes=0,
     tile_memory=1000,
     trained_tile_memory=1000,

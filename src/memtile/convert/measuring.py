@@ -85,19 +85,22 @@ def report() -> None:
 def _memory(folder: str | None) -> dict[str, float]:
     """Memory that is taken at first, in the order in which a run takes it."""
     before = _resident_bytes()
-    import torch._dynamo  # noqa: F401  # torch's optimizers import it when they first step
+    import torch._dynamo  # torch's optimizers import it when they first step
 
     imported = _resident_bytes()
     with DiskHome(folder) if folder else HostHome() as home:
         inferred = _use_everything(home, trains=False)
     with DiskHome(folder) if folder else HostHome() as home:
         used = _use_everything(home, trains=True)
+    _product_flops(_ROWS[-1], torch.bfloat16)
+    sixteen = _resident_bytes()
     with DiskHome(folder) if folder else HostHome() as home:
         tiles = _train_tiles(home)
     return {
         "import_bytes": max(0, imported - before),
         "inference_use_bytes": max(0, inferred - imported),
         "first_use_bytes": max(0, used - imported),
+        "sixteen_bit_bytes": max(0, sixteen - used),
         **tiles,
         "stepped_elements": _stepped_elements(),
     }
@@ -145,8 +148,7 @@ def _use_everything(home: Home, *, trains: bool) -> int:
         if loss is not None:
             loss.backward()
             optimizer.step()
-    for dtype in (torch.float32, torch.bfloat16):
-        _product_flops(_ROWS[-1], dtype)
+    _product_flops(_ROWS[-1], torch.float32)
     return _resident_bytes()
 
 

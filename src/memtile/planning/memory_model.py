@@ -149,6 +149,8 @@ def _process(setting: Setting, layout: Layout) -> Iterator[Term]:
     rates = setting.rates
     trains = setting.state is not None
     used = rates.first_use_bytes if trains else rates.inference_use_bytes
+    if any(weight.element_bytes == 2 for weight in layout.weights):
+        used += rates.sixteen_bit_bytes
     yield Term("libraries, at first use", used, "host")
     if setting.imports:
         yield Term("imports of the optimizer", rates.import_bytes, "host")

@@ -25,6 +25,7 @@ class Rates:
         tile_seconds: what one visit of a tile costs besides its product.
         inference_use_bytes: memory that libraries take when a forward first runs: code, workspaces.
         first_use_bytes: the same of a step that trains.
+        sixteen_bit_bytes: what products in 16 bits take on top, at first use.
         import_bytes: memory of what torch imports only when an optimizer first steps.
         tile_memory: bytes of the objects of one tile, on average.
         trained_tile_memory: the same where an optimizer steps it.
@@ -40,6 +41,7 @@ class Rates:
     tile_seconds: float
     inference_use_bytes: int
     first_use_bytes: int
+    sixteen_bit_bytes: int
     import_bytes: int
     tile_memory: int
     trained_tile_memory: int
