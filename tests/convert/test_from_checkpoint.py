@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from faulty_disk import FaultyDisk
+from given_rates import RATES
 from safetensors_files import same_tensors
 from small_models import KINDS, build, inputs
 from stored_models import as_dtype, dense_values, net, write
@@ -130,7 +131,7 @@ def test_it_trains(tmp_path):
     assert same_tensors(*results)
 
 
-@pytest.mark.parametrize("budget", ["44 MiB", "1 GiB"])
+@pytest.mark.parametrize("budget", ["12 MiB", "1 GiB"])
 def test_a_plan_is_carried_out_from_a_checkpoint(budget, tmp_path):
     """What a plan parks is streamed home, and what it leaves resident is loaded into memory."""
     sizes = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 4}
@@ -140,11 +141,13 @@ def test_a_plan_is_carried_out_from_a_checkpoint(budget, tmp_path):
     whole = transformers.LlamaForCausalLM(config)
     memtile.save_checkpoint(whole, tmp_path / "saved")
     model = memtile.empty_model(lambda: transformers.LlamaForCausalLM(config))
-    plan = memtile.plan(model, budget=budget, tokens=8, optimizer=None, home=f"disk:{tmp_path}")
+    plan = memtile.plan(
+        model, budget=budget, tokens=8, optimizer=None, home=f"disk:{tmp_path}", rates=RATES
+    )
 
     memtile.tile(model, plan, checkpoint=tmp_path / "saved")
 
-    assert bool(plan.parked_layers) == (budget == "44 MiB")
+    assert bool(plan.parked_layers) == (budget == "12 MiB")
     assert everything_is_real(model)
     assert same_tensors(dense_values(model), dense_values(whole))
 

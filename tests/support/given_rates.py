@@ -13,8 +13,12 @@ RATES = Rates(
     tile_seconds=1e-4,
     inference_use_bytes=0,
     first_use_bytes=0,
+    workspace_bytes=0,
     sixteen_bit_bytes=0,
+    sixteen_bit_kind_bytes=0,
     import_bytes=0,
+    layer_memory=1000,
     tile_memory=1000,
+    trained_layer_memory=1000,
     trained_tile_memory=1000,
 )

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from memtile.convert.kinds import Work
 from memtile.homes import berth_of
-from memtile.planning import Counted
+from memtile.planning import Counted, Products
 
 _aten = torch.ops.aten
 _META: Final = torch.device("meta")
@@ -91,6 +91,8 @@ class _LiveBytes(TorchDispatchMode):
         self._live, self._in_backward = [0, 0], False
         self._peak, self._kept = (0, 0), 0
         self._flops = self._touched = 0
+        self._rows = self._columns = 0
+        self._kinds_16: set[object] = set()
 
     def turn(self) -> None:
         """Forward is over."""
@@ -98,7 +100,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def counted(self) -> Counted:
         """Everything that was counted so far."""
-        return Counted(*self._peak, self._kept, self._flops, self._touched)
+        products = Products(self._rows, self._columns, len(self._kinds_16))
+        return Counted(*self._peak, self._kept, self._flops, self._touched, products)
 
     def __torch_dispatch__(
         self,
@@ -144,10 +147,20 @@ class _LiveBytes(TorchDispatchMode):
     ) -> None:
         if func._overloadpacket in flop_registry:
             self._flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+            self._see_product(func, given, result)
         elif func._overloadpacket in (_flash, _flash_backward):
             self._flops += _attention_flops(func, given)
         elif made:  # views touch nothing
             self._touched += made + sum(tensor.nbytes for tensor in given)
+
+    def _see_product(self, func: Any, given: list[Tensor], result: Any) -> None:
+        if not isinstance(result, Tensor) or result.dim() < 2:
+            return
+        if result.dtype.itemsize == 2:
+            self._kinds_16.add((func, *((tensor.shape, tensor.stride()) for tensor in given)))
+        else:
+            self._rows = max(self._rows, result.shape[-2])
+            self._columns = max(self._columns, result.shape[-1])
 
 
 class _CpuAttention(TorchFunctionMode):

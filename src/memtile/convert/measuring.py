@@ -20,14 +20,23 @@ from torch.nn import functional
 from memtile.convert.counting import count_step
 from memtile.convert.tiling import tile
 from memtile.convert.twins import meta_twin
+from memtile.convert.workspaces import take_workspace
 from memtile.errors import MemtileError
-from memtile.homes import DiskHome, Home, HostHome, aligned_buffer, keep_freed_memory_out
+from memtile.homes import (
+    DeviceHome,
+    DiskHome,
+    Home,
+    HostHome,
+    aligned_buffer,
+    keep_freed_memory_out,
+)
 from memtile.optim import TileOptimizer
-from memtile.planning import Rates
+from memtile.planning import LARGEST_WORKSPACE, Rates
 
 _ROWS: Final = (16, 64, 256, 1024)
 _SIDE: Final = 1024
 _WIDTH: Final = 64
+_LAYERS: Final = 256
 _TILES: Final = 512
 _DISK_BYTES: Final = 128 << 20
 _PIECE: Final = 1 << 20
@@ -88,22 +97,40 @@ def _memory(folder: str | None) -> dict[str, float]:
     import torch._dynamo  # torch's optimizers import it when they first step
 
     imported = _resident_bytes()
+    widest = _workspace_bytes()
     with DiskHome(folder) if folder else HostHome() as home:
         inferred = _use_everything(home, trains=False)
     with DiskHome(folder) if folder else HostHome() as home:
         used = _use_everything(home, trains=True)
-    _product_flops(_ROWS[-1], torch.bfloat16)
-    sixteen = _resident_bytes()
+    sixteen = [_product_bytes(rows, torch.bfloat16) for rows in _ROWS]
     with DiskHome(folder) if folder else HostHome() as home:
-        tiles = _train_tiles(home)
+        objects = _objects(home)
     return {
         "import_bytes": max(0, imported - before),
-        "inference_use_bytes": max(0, inferred - imported),
-        "first_use_bytes": max(0, used - imported),
-        "sixteen_bit_bytes": max(0, sixteen - used),
-        **tiles,
+        "inference_use_bytes": max(0, inferred - imported - widest),
+        "first_use_bytes": max(0, used - imported - widest),
+        "workspace_bytes": widest,
+        "sixteen_bit_bytes": sixteen[0],
+        "sixteen_bit_kind_bytes": sum(sixteen[1:]) // len(sixteen[1:]),
+        **objects,
         "stepped_elements": _stepped_elements(),
     }
+
+
+def _workspace_bytes() -> int:
+    """Of the largest product; a small one goes before it, for the code that all of them use."""
+    _product_bytes(1, torch.float32)
+    before = _resident_bytes()
+    take_workspace(LARGEST_WORKSPACE)
+    return max(0, _resident_bytes() - before)
+
+
+def _product_bytes(rows: int, dtype: torch.dtype) -> int:
+    """Of memory that one product leaves behind."""
+    x, weight = torch.ones(rows, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
+    before = _resident_bytes()
+    torch.mm(x, weight)
+    return max(0, _resident_bytes() - before)
 
 
 class _Everything(nn.Module):
@@ -148,32 +175,73 @@ def _use_everything(home: Home, *, trains: bool) -> int:
         if loss is not None:
             loss.backward()
             optimizer.step()
-    _product_flops(_ROWS[-1], torch.float32)
     return _resident_bytes()
 
 
-def _train_tiles(home: Home) -> dict[str, float]:
-    """Bytes of the objects of a tile, and seconds of a visit."""
-    before = _resident_bytes()
-    model = nn.Sequential(nn.Linear(16, 16 * _TILES, bias=False))
-    tile(model, out_splits=_TILES, home=home)
-    x = torch.randn(4, 16)
-    with torch.no_grad():
-        model(x)
-    inferred = _resident_bytes()
-    optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
-
-    def step() -> None:
-        model(x).sum().backward()
-        optimizer.step()
-
-    step()
-    seconds = _least_seconds(step)
+def _objects(home: Home) -> dict[str, float]:
+    """Bytes of the objects of a layer and of a tile, with what planning them left, and its time."""
+    layers, tiles = _Lined(_LAYERS, 2, home), _Lined(1, _TILES, home)
+    inferred = layers.infer(), tiles.infer()
+    trained = inferred[0] + layers.train(), inferred[1] + tiles.train()
     return {
-        "tile_memory": max(0, inferred - before) // _TILES,
-        "trained_tile_memory": max(0, _resident_bytes() - before) // _TILES,
-        "tile_seconds": seconds / (4 * _TILES),
+        **_each("", *inferred),
+        **_each("trained_", *trained),
+        "tile_seconds": _least_seconds(tiles.step) / (4 * _TILES),
     }
+
+
+def _each(word: str, layers: int, tiles: int) -> dict[str, float]:
+    """Bytes of one: the tiles were of one layer, the layers of two tiles each."""
+    tile_bytes = tiles // _TILES
+    layer_bytes = layers // _LAYERS - 2 * tile_bytes
+    return {f"{word}tile_memory": tile_bytes, f"{word}layer_memory": max(0, layer_bytes)}
+
+
+class _Lined:
+    """Linears in a row, planned and tiled as a model is: how much memory each stage takes."""
+
+    def __init__(self, layers: int, splits: int, home: Home) -> None:
+        self._layers, self._splits, self._home = layers, splits, home
+        self._ids = torch.ones(4, 16)
+
+    def infer(self) -> int:
+        before = _resident_bytes()
+        self._plan(trains=False)
+        self._model = self._tiled(self._made(), self._home)
+        with torch.no_grad():
+            self._loss(self._model)
+        return max(0, _resident_bytes() - before)
+
+    def train(self) -> int:
+        before = _resident_bytes()
+        self._plan(trains=True)
+        adamw = torch.optim.AdamW
+        self._optimizer = TileOptimizer(self._model, adamw, mode="in_backward", lr=1e-3)
+        self.step()
+        return max(0, _resident_bytes() - before)
+
+    def step(self) -> None:
+        self._loss(self._model).backward()
+        self._optimizer.step()
+
+    def _plan(self, *, trains: bool) -> None:
+        twin = self._tiled(meta_twin(self._made()), DeviceHome("meta")).train(trains)
+        work = self._loss if trains else self._result
+        count_step(twin, work, drops_gradients=True, goes_home=True)
+
+    def _made(self) -> nn.Sequential:
+        width = 16 * (self._splits if self._layers == 1 else 1)
+        return nn.Sequential(*(nn.Linear(16, width, bias=False) for _ in range(self._layers)))
+
+    def _tiled(self, model: nn.Module, home: Home) -> nn.Module:
+        return tile(model, out_splits=self._splits, home=home)
+
+    def _loss(self, model: nn.Module) -> Tensor:
+        loss: Tensor = model(self._ids).sum()
+        return loss
+
+    def _result(self, model: nn.Module) -> None:
+        self._loss(model)
 
 
 def _stepped_elements() -> float:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from memtile.convert.select import Choice, Cut, choose
+from memtile.convert.workspaces import take_workspace
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import DiskHome, Home, keep_freed_memory_out
 from memtile.planning import Plan
@@ -49,7 +50,7 @@ def planned_home(plan: Plan) -> Home | str | None:
 
 
 def prepare(model: nn.Module, plan: Plan) -> None:
-    """Let freed memory go back at once, as the plan's numbers suppose.
+    """Let freed memory go back at once and take one workspace, as the plan's numbers suppose.
 
     Raises:
         CannotTileError: the plan asks for gradient checkpointing, which the model does not have.
@@ -57,6 +58,7 @@ def prepare(model: nn.Module, plan: Plan) -> None:
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
     keep_freed_memory_out()
+    take_workspace(plan.products)
 
 
 def has_checkpointing(model: nn.Module) -> bool:

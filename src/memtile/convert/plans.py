@@ -28,6 +28,7 @@ from memtile.homes import (
     Home,
     HostHome,
     fits_page_cache,
+    keep_freed_memory_out,
     trim_heap,
     usable_folder,
 )
@@ -107,6 +108,7 @@ def plan(
     _check_choice("mode", mode, get_args(Mode))
     _check_choice("checkpointing", checkpointing, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
+    keep_freed_memory_out()
     trains = optimizer is not None
     imports = trains and "torch._dynamo" not in sys.modules
     model = model_of(source, dtype)
@@ -137,13 +139,13 @@ class _Count:
     def __init__(
         self, model: nn.Module, choices: Sequence[Choice], work: Work, setting: Setting
     ) -> None:
-        self._twin = meta_twin(model)
-        self._twin.train(setting.state is not None)
+        self._model = model
         self._choices, self._work, self._setting = choices, work, setting
 
     def __call__(self, layout: Layout, checkpointing: bool) -> Counted:
         """The step of this layout."""
-        twin, parked = meta_twin(self._twin), _with_grids(self._choices, layout)
+        twin, parked = meta_twin(self._model), _with_grids(self._choices, layout)
+        twin.train(self._setting.state is not None)
         if any(choice.tiled for choice in parked):
             park_twin(twin, parked)
         set_checkpointing(twin, checkpointing)
@@ -184,6 +186,7 @@ def _plan(
         read_bytes=moves.read_bytes,
         written_bytes=moves.written_bytes,
         floors=floors(setting, found.layout, found.counted, moves, cached=cached),
+        products=found.counted.products,
         **named,
     )
 

@@ -2,7 +2,14 @@
 
 from memtile.planning.budget import Budget
 from memtile.planning.byte_sizes import format_byte_size, parse_byte_size
-from memtile.planning.counted import Counted, Rest, State, Weight
+from memtile.planning.counted import (
+    LARGEST_WORKSPACE,
+    Counted,
+    Products,
+    Rest,
+    State,
+    Weight,
+)
 from memtile.planning.layout import Layout, Rings
 from memtile.planning.memory_model import Setting, terms
 from memtile.planning.plan import PARKED, RESIDENT, Floor, Mode, Plan, PlannedLayer, Term
@@ -11,6 +18,7 @@ from memtile.planning.search import Found, Search, check_tokens
 from memtile.planning.time_model import floors, moved
 
 __all__ = [
+    "LARGEST_WORKSPACE",
     "PARKED",
     "RESIDENT",
     "Budget",
@@ -21,6 +29,7 @@ __all__ = [
     "Mode",
     "Plan",
     "PlannedLayer",
+    "Products",
     "Rates",
     "Rest",
     "Rings",

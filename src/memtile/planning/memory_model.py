@@ -8,7 +8,14 @@ it. For the step itself: what was counted. For the process: what was measured on
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from memtile.planning.counted import Counted, Rest, State, Weight
+from memtile.planning.counted import (
+    LARGEST_WORKSPACE,
+    Counted,
+    Products,
+    Rest,
+    State,
+    Weight,
+)
 from memtile.planning.layout import Layout, Rings
 from memtile.planning.plan import Mode, Place, Term
 from memtile.planning.rates import Rates
@@ -67,7 +74,7 @@ def terms(setting: Setting, layout: Layout, counted: Counted) -> tuple[Term, ...
         *_kept(setting, layout),
         *_parked(setting, layout),
         *_step(setting, counted),
-        *_process(setting, layout),
+        *_process(setting, layout, counted),
     ]
     some = [term for term in found if term.nbytes]
     return tuple(sorted(some, key=lambda term: (term.place, -term.nbytes)))
@@ -145,15 +152,24 @@ def _step(setting: Setting, counted: Counted) -> Iterator[Term]:
         yield Term("temporary tensors of the optimizer", setting.state.temporary_bytes, "host")
 
 
-def _process(setting: Setting, layout: Layout) -> Iterator[Term]:
+def _process(setting: Setting, layout: Layout, counted: Counted) -> Iterator[Term]:
     rates = setting.rates
     trains = setting.state is not None
     used = rates.first_use_bytes if trains else rates.inference_use_bytes
-    if any(weight.element_bytes == 2 for weight in layout.weights):
-        used += rates.sixteen_bit_bytes
     yield Term("libraries, at first use", used, "host")
+    yield Term("workspaces of products", _workspaces(rates, counted.products), "host")
     if setting.imports:
         yield Term("imports of the optimizer", rates.import_bytes, "host")
-    each = rates.trained_tile_memory if trains else rates.tile_memory
-    objects = layout.tiles + setting.rest.tensors + len(layout.resident)
-    yield Term("objects of tiles and layers", objects * each, "host")
+    tile = rates.trained_tile_memory if trains else rates.tile_memory
+    layer = rates.trained_layer_memory if trains else rates.layer_memory
+    layers = len(layout.weights) + setting.rest.tensors
+    yield Term("objects of tiles and layers", layout.tiles * tile + layers * layer, "host")
+
+
+def _workspaces(rates: Rates, products: Products) -> int:
+    """In float32 one, whose panels are as wide as the widest product; in 16 bits one of each."""
+    widest = LARGEST_WORKSPACE.columns
+    wide = rates.workspace_bytes * min(products.columns, widest) // widest
+    if not products.kinds_16:
+        return wide
+    return wide + rates.sixteen_bit_bytes + (products.kinds_16 - 1) * rates.sixteen_bit_kind_bytes

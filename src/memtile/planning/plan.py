@@ -6,6 +6,7 @@ from typing import Final, Literal
 from memtile.geometry import Grid
 from memtile.planning import table
 from memtile.planning.budget import Budget
+from memtile.planning.counted import Products
 from memtile.planning.json_form import from_text, to_text
 
 Place = Literal["device", "host", "disk"]
@@ -96,6 +97,7 @@ class Plan:
         read_bytes: read from the home in a step.
         written_bytes: written to it.
         floors: what bounds the time of a step from below.
+        products: the matrix products of a step, whose workspaces are taken at the start.
     """
 
     model: str
@@ -112,6 +114,7 @@ class Plan:
     read_bytes: int
     written_bytes: int
     floors: tuple[Floor, ...]
+    products: Products
 
     @property
     def place(self) -> Place:

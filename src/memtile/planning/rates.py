@@ -25,10 +25,14 @@ class Rates:
         tile_seconds: what one visit of a tile costs besides its product.
         inference_use_bytes: memory that libraries take when a forward first runs: code, workspaces.
         first_use_bytes: the same of a step that trains.
-        sixteen_bit_bytes: what products in 16 bits take on top, at first use.
+        workspace_bytes: what the library keeps for the largest of float32 products.
+        sixteen_bit_bytes: what the first product in 16 bits takes.
+        sixteen_bit_kind_bytes: what each further kind of them takes.
         import_bytes: memory of what torch imports only when an optimizer first steps.
-        tile_memory: bytes of the objects of one tile, on average.
-        trained_tile_memory: the same where an optimizer steps it.
+        layer_memory: bytes of the objects of one layer, with what planning it left behind.
+        tile_memory: the same of each of its tiles.
+        trained_layer_memory: of a layer that an optimizer steps.
+        trained_tile_memory: of such a tile.
     """
 
     product_flops: tuple[tuple[int, float], ...]
@@ -41,9 +45,13 @@ class Rates:
     tile_seconds: float
     inference_use_bytes: int
     first_use_bytes: int
+    workspace_bytes: int
     sixteen_bit_bytes: int
+    sixteen_bit_kind_bytes: int
     import_bytes: int
+    layer_memory: int
     tile_memory: int
+    trained_layer_memory: int
     trained_tile_memory: int
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
 from memtile.planning.budget import MARGIN, Budget, usable
 from memtile.planning.byte_sizes import format_byte_size
-from memtile.planning.counted import Counted, Weight
+from memtile.planning.counted import Counted, Products, Weight
 from memtile.planning.layout import Layout
 from memtile.planning.memory_model import Setting, terms
 from memtile.planning.plan import Place, Term
@@ -111,7 +111,7 @@ class Search:
         Beyond some size the objects of more tiles take more than smaller slabs save.
         """
         found = list(self._all_cuts())
-        nothing = Counted(0, 0, 0, 0, 0)
+        nothing = Counted(0, 0, 0, 0, 0, Products(0, 0, 0))
         sizes = [
             self._memory(terms(self._setting, self._layout(grids), nothing)) for grids in found
         ]
