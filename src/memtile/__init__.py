@@ -12,7 +12,6 @@ from memtile.convert import (
     empty_model,
     has_training,
     load_checkpoint,
-    plan,
     resume_training,
     save_checkpoint,
     save_training,
@@ -26,6 +25,7 @@ from memtile.integrations import register_all
 from memtile.layers import ParkedLinear, TiledEmbedding, TiledLinear, TiledLinearReturnBias
 from memtile.ops import split_tensor_along_last_dim
 from memtile.optim import TileOptimizer
+from memtile.planner import plan
 from memtile.planning import Budget, Plan, Rates
 
 __version__ = "0.1.0"

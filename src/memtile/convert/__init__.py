@@ -7,20 +7,24 @@ from memtile.convert.kinds import (
     Kind,
     Naming,
     Work,
+    integrations,
+    kind_of,
     naming_of,
     register_integration,
 )
 from memtile.convert.loading_checkpoints import Loaded, load_checkpoint
-from memtile.convert.plans import plan
+from memtile.convert.planned import has_checkpointing, set_checkpointing
 from memtile.convert.recutting import Recut, convert_checkpoint
 from memtile.convert.saving import save_checkpoint
-from memtile.convert.select import Choice, select_linears
-from memtile.convert.tiling import tile
+from memtile.convert.select import Choice, Cut, choose, select_linears
+from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
+from memtile.convert.workspaces import take_workspace
 
 __all__ = [
     "Choice",
+    "Cut",
     "Integration",
     "Kind",
     "Loaded",
@@ -28,19 +32,25 @@ __all__ = [
     "Recut",
     "Resumed",
     "Work",
+    "choose",
     "convert_checkpoint",
     "dense_items",
     "dense_state_dict",
     "empty_model",
+    "has_checkpointing",
     "has_training",
+    "integrations",
+    "kind_of",
     "load_checkpoint",
     "naming_of",
-    "plan",
     "register_integration",
+    "replace_chosen",
     "resume_training",
     "save_checkpoint",
     "save_training",
     "select_linears",
+    "set_checkpointing",
+    "take_workspace",
     "tile",
     "untile",
 ]

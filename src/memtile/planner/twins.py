@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from memtile.convert.select import Choice
-from memtile.convert.tiling import replace_chosen
+from memtile.convert import Choice, replace_chosen
 from memtile.homes import DeviceHome, berth_of, register
 from memtile.layers import ParkedModule
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from memtile.convert.kinds import Work, integrations, kind_of
+from memtile.convert import Work, integrations, kind_of
 from memtile.errors import ArgumentError
 
 

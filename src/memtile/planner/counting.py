@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from memtile.convert.kinds import Work
+from memtile.convert import Work
 from memtile.homes import berth_of
 from memtile.planning import Counted, Products
 

@@ -17,10 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memtile.convert.counting import count_step
-from memtile.convert.tiling import tile
-from memtile.convert.twins import meta_twin
-from memtile.convert.workspaces import take_workspace
+from memtile.convert import take_workspace, tile
 from memtile.errors import MemtileError
 from memtile.homes import (
     DeviceHome,
@@ -31,6 +28,8 @@ from memtile.homes import (
     keep_freed_memory_out,
 )
 from memtile.optim import TileOptimizer
+from memtile.planner.counting import count_step
+from memtile.planner.twins import meta_twin
 from memtile.planning import LARGEST_WORKSPACE, Rates
 
 _ROWS: Final = (16, 64, 256, 1024)
@@ -58,7 +57,7 @@ def measured(folder: Path | None) -> Rates:
     Raises:
         MeasuringError: it failed.
     """
-    code = "import memtile.convert.measuring as measuring; measuring.report()"
+    code = "import memtile.planner.measuring as measuring; measuring.report()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", code, *([str(folder)] if folder else [])],

@@ -11,15 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from memtile.convert import surveying
-from memtile.convert.counting import count_step
-from memtile.convert.kinds import Work
-from memtile.convert.planned import has_checkpointing, set_checkpointing
-from memtile.convert.rates import rates_of
-from memtile.convert.select import Choice, Cut, choose
-from memtile.convert.sources import model_of
-from memtile.convert.twins import meta_twin, park_twin
-from memtile.convert.works import work_for
+from memtile.convert import Choice, Cut, Work, choose, has_checkpointing, set_checkpointing
 from memtile.errors import ArgumentError
 from memtile.homes import (
     PAGE,
@@ -32,6 +24,12 @@ from memtile.homes import (
     trim_heap,
     usable_folder,
 )
+from memtile.planner import surveying
+from memtile.planner.counting import count_step
+from memtile.planner.rates import rates_of
+from memtile.planner.sources import model_of
+from memtile.planner.twins import meta_twin, park_twin
+from memtile.planner.works import work_for
 from memtile.planning import (
     PARKED,
     RESIDENT,

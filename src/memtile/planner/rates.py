@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from memtile.convert import measuring
 from memtile.errors import ArgumentError
+from memtile.planner import measuring
 from memtile.planning import Rates
 
 

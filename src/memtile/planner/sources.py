@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from memtile.convert.kinds import integrations
+from memtile.convert import integrations
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import TiledModule
 

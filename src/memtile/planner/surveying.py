@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtile.convert.counting import live_peak
-from memtile.convert.kinds import kind_of
-from memtile.convert.select import Choice
+from memtile.convert import Choice, kind_of
 from memtile.optim import CHUNK_ELEMENTS, Inner, Piece
+from memtile.planner.counting import live_peak
 from memtile.planning import Rest, State, Weight
 
 _SIXTEEN_BITS = 2
