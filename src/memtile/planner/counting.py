@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 # Private by name; it is what PyTorch's own docs and tools build dispatch modes on.
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from memtile.convert import Work
@@ -255,7 +255,14 @@ def _as_meta(tensor: Tensor) -> Tensor:
 
 
 def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Those of an operation's arguments or results: they nest in lists, tuples and dicts alone."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for branch in tree for tensor in _tensors(branch)]
 
 
 def _parked(model: nn.Module) -> Iterator[nn.Parameter]:

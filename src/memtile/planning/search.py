@@ -95,14 +95,25 @@ class Search:
         if not self._cuts or self._excess(self.evaluate(self._cuts[-1], checkpointing)) > 0:
             return None
         least = self.evaluate(self._cuts[-1], checkpointing).counted
-        for grids in self._cuts:
-            parked = self._parked_by(grids, least)
-            if parked is None or (best and self._layout(parked).tiles >= best.layout.tiles):
-                continue
+        for tiles, grids in self._least_tiles(least):
+            if best is not None and best.layout.tiles <= tiles:
+                break
             fit = self._most_resident(grids, least, checkpointing)
             if fit is not None and (best is None or fit.layout.tiles < best.layout.tiles):
                 best = fit
         return best
+
+    def _least_tiles(self, guess: Counted) -> list[tuple[int, dict[str, Grid]]]:
+        """Each size of tile with the tiles that it would take if a step held the least: ascending.
+
+        No layout with tiles of this size has fewer, so most sizes need no counting.
+        """
+        found = (
+            (self._layout(parked).tiles, grids)
+            for grids in self._cuts
+            if (parked := self._parked_by(grids, guess)) is not None
+        )
+        return sorted(found, key=lambda each: each[0])
 
     @cached_property
     def _cuts(self) -> list[dict[str, Grid]]:

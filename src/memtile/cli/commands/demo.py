@@ -50,7 +50,7 @@ def run_demo(
     demo.check_home(home)
     if model is not None:
         _check_model(model)
-    demo.read_text(text or demo.SHIPPED_TEXT)
+    demo.text_of(text or demo.SHIPPED_TEXT)
     with interruptible(), progress() as bars:
         demo.ensure_runnable()
         settings = demo.Settings(

@@ -9,7 +9,7 @@ from memtile.cli.demo.records import Outcome, Settings
 from memtile.cli.demo.sides import ensure_runnable, run_both, smollm2_folder
 from memtile.cli.demo.smollm2 import default_cache
 from memtile.cli.demo.tables import show
-from memtile.cli.demo.text import SHIPPED_TEXT, read_text
+from memtile.cli.demo.text import SHIPPED_TEXT, text_of
 
 __all__ = [
     "SHIPPED_TEXT",
@@ -18,8 +18,8 @@ __all__ = [
     "check_home",
     "default_cache",
     "ensure_runnable",
-    "read_text",
     "run_both",
     "show",
     "smollm2_folder",
+    "text_of",
 ]

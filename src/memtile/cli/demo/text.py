@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from memtile.cli.errors import CommandError
+from memtile.cli.texts import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -11,23 +12,15 @@ if TYPE_CHECKING:
 SHIPPED_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
 
 
-def read_text(file: Path) -> str:
+def text_of(file: Path) -> str:
     """The text of `file`; in the shipped one, without the lines on top that name its source.
 
     Raises:
         CommandError: If it cannot be read as UTF-8 text.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CommandError(
-            f"--text {file} cannot be read ({reason}): give a plain text file."
-        ) from error
+    text = read_text(file, "--text")
     if file == SHIPPED_TEXT:
         text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-    if not text.strip():
-        raise CommandError(f"--text {file} is empty: give a text file.")
     return text.strip()
 
 

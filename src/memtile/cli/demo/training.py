@@ -19,7 +19,7 @@ import torch
 import memtile
 from memtile.cli.demo.parking import describe_home, make_home
 from memtile.cli.demo.records import Piece, Settings, Side
-from memtile.cli.demo.text import cut_batches, read_text
+from memtile.cli.demo.text import cut_batches, text_of
 from memtile.cli.errors import CommandError
 from memtile.homes import Home
 from memtile.testing import LargestAllocation, PeakMemory
@@ -91,7 +91,7 @@ def _prepare(settings: Settings) -> tuple["PreTrainedTokenizerBase", list[torch.
     except (OSError, ValueError) as error:
         raise _cannot_load(settings.model, "tokenizer", error) from error
     _check_length(settings.tokens, config)
-    text = read_text(Path(settings.text))
+    text = text_of(Path(settings.text))
     return tokenizer, cut_batches(text, tokenizer, settings.batches, settings.tokens)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from memtile.cli.errors import CommandError
+from memtile.cli.texts import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,7 @@ def read_sequences(files: Sequence[Path], tokenizer: Any, tokens: int, seed: int
 
     pieces = [torch.empty(0, dtype=torch.int32)]
     for file in files:
-        ids = [id for chunk in _chunks(_read(file)) for id in _encode(tokenizer, chunk)]
+        ids = [id for chunk in _chunks(read_text(file, "TEXT")) for id in _encode(tokenizer, chunk)]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         pieces.append(torch.tensor(ids + end, dtype=torch.int32))
     token_ids = torch.cat(pieces)
@@ -87,21 +88,6 @@ def read_sequences(files: Sequence[Path], tokenizer: Any, tokens: int, seed: int
 def _encode(tokenizer: Any, chunk: str) -> list[int]:
     ids: list[int] = tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids
     return ids
-
-
-def _read(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CommandError(
-            f"TEXT {file} cannot be read ({reason}): give plain text files."
-        ) from error
-    if "\0" in text:
-        raise CommandError(f"TEXT {file} holds zero bytes, as binary files do: give plain text.")
-    if not text.strip():
-        raise CommandError(f"TEXT {file} is empty: give a text file.")
-    return text
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -122,4 +108,4 @@ def check_texts(files: Iterable[Path]) -> None:
         CommandError: see `read_sequences`.
     """
     for file in files:
-        _read(file)
+        read_text(file, "TEXT")
