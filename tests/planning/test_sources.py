@@ -5,7 +5,7 @@ import torch
 from given_rates import RATES
 
 import memtile
-from memtile.errors import ArgumentError, BudgetError
+from memtile.errors import ArgumentError, BudgetError, CannotTileError
 
 transformers = pytest.importorskip("transformers")
 
@@ -80,6 +80,41 @@ def test_recomputing_activations_takes_less_memory_and_more_work():
     assert both[True].checkpointing
     assert both[True].peak_bytes < both[False].peak_bytes
     assert both[True].seconds > both[False].seconds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, None])
+def test_products_of_experts_are_counted(dtype, optimizer):
+    """A mixture of experts is planned in each dtype, and its activations are more than none."""
+    experts = transformers.MixtralConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=90,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+
+    plan = planned(experts, dtype=dtype, optimizer=optimizer)
+    terms = {term.name: term.nbytes for term in plan.terms}
+
+    assert terms["temporary tensors and gradients"] > 96 * 90 * dtype.itemsize
+    assert plan.products.kinds_16 if dtype is torch.bfloat16 else plan.products.columns >= 500
+
+
+def test_a_step_that_asks_for_values_is_refused():
+    """What cannot be counted is one error that says why, and the ways out."""
+
+    class Asking(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result = super().forward(x)
+            return result if result.sum().item() > 0 else -result
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), Asking(8, 8))
+
+    with pytest.raises(CannotTileError, match=r"cannot be counted.*without a plan"):
+        planned(model)
 
 
 def test_more_tokens_take_more_memory():

@@ -29,6 +29,7 @@ _META: Final = torch.device("meta")
 _FLASH: Final = 1  # torch._C._SDPBackend.FLASH_ATTENTION: what `_fused_sdp_choice` answers
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_grouped = _aten._grouped_mm
 
 
 def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home: bool) -> Counted:
@@ -150,6 +151,8 @@ class _LiveBytes(TorchDispatchMode):
             self._see_product(func, given, result)
         elif func._overloadpacket in (_flash, _flash_backward):
             self._flops += _attention_flops(func, given)
+        elif func._overloadpacket is _grouped:
+            self._flops += 2 * given[0].numel() * given[1].shape[-1]
         elif made:  # views touch nothing
             self._touched += made + sum(tensor.nbytes for tensor in given)
 
@@ -223,6 +226,8 @@ def _attention_flops(func: Any, given: list[Tensor]) -> int:
 
 def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
     """The result on the meta device where weights take part, a real one where only ids do."""
+    if func._overloadpacket is _grouped:
+        return _grouped_result(*given)
     if not any(tensor.is_meta for tensor in given):
         return _of_ids(func, given, args, kwargs)
     if all(tensor.is_meta for tensor in given) and "device" not in kwargs:
@@ -233,6 +238,14 @@ def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": _META}
     return func(*args, **kwargs)
+
+
+def _grouped_result(left: Tensor, right: Tensor, *ends: Tensor) -> Tensor:
+    """What experts' products give: torch knows its shape on the meta device in bfloat16 alone."""
+    shape: tuple[int, ...] = (left.shape[-2], right.shape[-1])
+    if left.dim() == right.dim():
+        shape = (ends[0].numel() if left.dim() == 2 else left.shape[0], *shape)
+    return left.new_empty(shape, device=_META)
 
 
 def _of_ids(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from memtile.convert import Choice, Cut, Work, choose, has_checkpointing, set_checkpointing
-from memtile.errors import ArgumentError
+from memtile.errors import ArgumentError, CannotTileError, MemtileError
 from memtile.homes import (
     PAGE,
     DeviceHome,
@@ -98,7 +98,7 @@ def plan(
     Raises:
         BudgetError: nothing fits; the message says how much would be needed, and what to change.
         ArgumentError: an argument has no meaning.
-        CannotTileError: the model is tiled already.
+        CannotTileError: the model is tiled already, or its step asks for values.
         OptimizerError: the optimizer cannot step tile by tile.
         HomeError: tiles cannot live in the folder.
     """
@@ -148,12 +148,21 @@ class _Count:
             park_twin(twin, parked)
         set_checkpointing(twin, checkpointing)
         setting = self._setting
-        return count_step(
-            twin,
-            self._work,
-            drops_gradients=setting.mode == "in_backward",
-            goes_home=not setting.in_place,
-        )
+        try:
+            return count_step(
+                twin,
+                self._work,
+                drops_gradients=setting.mode == "in_backward",
+                goes_home=not setting.in_place,
+            )
+        except MemtileError:
+            raise
+        except Exception as error:  # the model's own code, which may do anything
+            raise CannotTileError(
+                f"a step of {type(self._model).__name__} cannot be counted with shapes alone "
+                f"({type(error).__name__}: {error}); give work=…, a forward that needs no values, "
+                "or tile it without a plan, with memtile.tile(model, max_tile_bytes=…, home=…)"
+            ) from error
 
 
 def _with_grids(choices: Sequence[Choice], layout: Layout) -> list[Choice]:
