@@ -32,3 +32,22 @@ def test_a_second_optimizer_beside_one_that_steps_in_backward_is_refused(mode):
 
     del first
     memtile.TileOptimizer(ours, torch.optim.SGD, mode=mode, lr=0.1)
+
+
+def test_an_optimizer_of_parameters_that_were_replaced_refuses_to_step():
+    """Made before tiling, or kept after untiling, it would train nothing, in silence."""
+    ours = nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3))
+    early = memtile.TileOptimizer(ours, torch.optim.SGD, lr=0.1)
+    memtile.tile(ours, out_splits=2, home="host")
+    ours(torch.ones(2, 11)).sum().backward()
+
+    with pytest.raises(OptimizerError, match=r"after memtile\.tile"):
+        early.step()
+
+
+def test_parameters_without_values_are_refused():
+    """A model on the meta device has nothing to step: its checkpoint was forgotten."""
+    empty = memtile.empty_model(lambda: nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3)))
+
+    with pytest.raises(OptimizerError, match="load_checkpoint"):
+        memtile.TileOptimizer(empty, torch.optim.SGD, lr=0.1)

@@ -28,7 +28,9 @@ def test_rates_come_back_as_they_were():
     assert memtile.Rates.from_json(RATES.to_json()) == RATES
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "{", '{"memtile": "Rates"}', "7"])
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", "{", "[" * 100_000, '{"memtile": "Rates"}', "7"]
+)
 def test_what_is_no_plan_is_refused(text):
     """Nonsense is a clear error, never a half-made plan."""
     with pytest.raises(ArgumentError, match="Plan"):
@@ -55,6 +57,53 @@ def test_a_field_of_another_kind_is_refused_by_name(field, value):
     document = {**json.loads(a_plan().to_json()), field: value}
 
     with pytest.raises(ArgumentError, match=field):
+        memtile.Plan.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", 0),
+        ("batch", 4),
+        ("device", "cuda"),
+        ("home", "disk:"),
+        ("home", "moon"),
+        ("home", "host:/tmp"),
+    ],
+)
+def test_a_field_that_contradicts_the_rest_is_refused(field, value):
+    """A plan that was edited by hand is either one that could have been made, or none."""
+    document = {**json.loads(a_plan().to_json()), field: value}
+
+    with pytest.raises(ArgumentError, match=field):
+        memtile.Plan.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"grid": [[0, 100], [0, 70]], "place": "parked"},
+        {"grid": [[0, 900], [0, 71]], "place": "parked"},
+        {"grid": None, "place": "parked"},
+        {"grid": [[0, 900], [0, 70]], "place": "resident"},
+        {"place": "moon"},
+    ],
+)
+def test_a_layer_that_contradicts_itself_is_refused_by_name(edit):
+    """Grids end where the weight does, and what is cut is parked: nothing is lost in silence."""
+    document = json.loads(a_plan().to_json())
+    document["layers"][0].update(edit)
+
+    with pytest.raises(ArgumentError, match="0: "):
+        memtile.Plan.from_json(json.dumps(document))
+
+
+def test_a_layer_that_is_named_twice_is_refused():
+    """One module has one place."""
+    document = json.loads(a_plan().to_json())
+    document["layers"].append(document["layers"][0])
+
+    with pytest.raises(ArgumentError, match="twice"):
         memtile.Plan.from_json(json.dumps(document))
 
 

@@ -1,12 +1,14 @@
 """Plans: what fits, what is refused, and that tiling follows them."""
 
+import dataclasses
+
 import pytest
 import torch
 from given_rates import RATES
 from torch import nn
 
 import memtile
-from memtile.errors import ArgumentError, BudgetError, CannotTileError
+from memtile.errors import ArgumentError, BudgetError, CannotTileError, HomeError
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -44,6 +46,58 @@ def test_more_budget_never_means_more_tiles(work):
 
     assert tiles == sorted(tiles, reverse=True)
     assert tiles[0] > tiles[-1] == 0
+
+
+@pytest.mark.parametrize("rates", [{"workspace_bytes": 11 * MIB}, {"layer_memory": 30 * KIB}])
+def test_every_budget_above_the_least_is_planned(rates):
+    """Where the memory of products or of objects depends on the layout, too."""
+    given = dataclasses.replace(RATES, **rates)
+    tiles = []
+    for kib in range(200, 20_000, 400):
+        try:
+            tiles.append(planned(kib * KIB, optimizer=None, rates=given).tiles)
+        except BudgetError:
+            assert not tiles, "a larger budget must not be refused"
+
+    assert tiles == sorted(tiles, reverse=True)
+
+
+def test_what_trains_is_not_run_by_a_plan_of_what_is_frozen():
+    """Its gradients and moments were not planned; the other way round there is room."""
+    frozen = stack().requires_grad_(False)
+    frozen[4].requires_grad_(True)
+    plan = planned("1GiB", frozen)
+
+    with pytest.raises(CannotTileError, match="frozen in the plan"):
+        memtile.tile(stack(), plan)
+
+    memtile.tile(stack().requires_grad_(False), planned("1GiB"))
+
+
+def test_a_plan_that_is_none_is_refused():
+    """A number or a text where the plan belongs is a mistake with a way out."""
+    for given in (4096, "plan.json"):
+        with pytest.raises(ArgumentError, match="out_splits"):
+            memtile.tile(stack(), given)
+
+
+@pytest.mark.parametrize("option", [{"work": 3}, {"options": 3}, {"rates": 3}])
+def test_arguments_of_another_kind_are_refused_by_name(option):
+    """The message begins with what was given."""
+    with pytest.raises(ArgumentError, match=f"{next(iter(option))}=3"):
+        planned("1GiB", **option)
+
+
+def test_a_budget_beyond_all_machines_is_refused():
+    """It is a slip of the keyboard, not a size."""
+    with pytest.raises(ArgumentError, match="any machine"):
+        planned("9" * 400 + "GiB")
+
+
+def test_a_home_that_holds_no_files_is_refused():
+    """The kernel's own folders look writable."""
+    with pytest.raises(HomeError, match="no files"):
+        planned("1GiB", home="disk:/proc")
 
 
 def test_no_plan_predicts_more_than_its_budget():

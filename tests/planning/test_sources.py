@@ -103,6 +103,29 @@ def test_products_of_experts_are_counted(dtype, optimizer):
     assert plan.products.kinds_16 if dtype is torch.bfloat16 else plan.products.columns >= 500
 
 
+def test_the_class_that_a_config_names_is_planned(tmp_path):
+    """An encoder-decoder, from its folder, with the work that its class takes."""
+    sizes = {"vocab_size": 90, "d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, d_kv=8, decoder_start_token_id=0)
+    )
+    model.save_pretrained(tmp_path)
+    ids = torch.ones(1, 8, dtype=torch.long)
+
+    plan = planned(tmp_path, tokens=8, work=lambda twin: twin(input_ids=ids, labels=ids).loss)
+
+    assert plan.model == "T5ForConditionalGeneration"
+
+
+def test_for_inference_work_may_give_its_result():
+    """What is not trained has no backward."""
+    ids = torch.ones(1, 96, dtype=torch.long)
+
+    plan = planned(config(), optimizer=None, work=lambda twin: twin(input_ids=ids).logits)
+
+    assert plan.optimizer is None
+
+
 def test_a_step_that_asks_for_values_is_refused():
     """What cannot be counted is one error that says why, and the ways out."""
 

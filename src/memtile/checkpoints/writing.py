@@ -81,8 +81,10 @@ def write_checkpoint(
         CheckpointWriteError: it could not be written, or somebody else is writing there; what was
             there is as it was.
     """
-    if max_shard_bytes < 1:
-        raise ArgumentError(f"max_shard_bytes={max_shard_bytes} must be at least 1 byte")
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise ArgumentError(
+            f"max_shard_bytes={max_shard_bytes!r} must be a whole number of bytes, at least 1"
+        )
     _check_names(tensors)
     place = Path(folder)
     with sole_writer(place):

@@ -42,6 +42,11 @@ def empty_model(factory: Callable[[], Model]) -> Model:
         CannotTileError: a buffer could not be kept real, since it is computed from parameters or
             written into memory that was left empty; the message names it.
     """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ArgumentError(
+            f"the factory is a {type(factory).__name__}; it must be a function that makes the "
+            "model, such as memtile.empty_model(lambda: MyModel(config))"
+        )
     with _parameters_on_meta(), _Makers():
         model = factory()
     if not isinstance(model, nn.Module):

@@ -77,12 +77,21 @@ class Findings:
         if strict and self.unexpected:
             problems.append(f"it has {_some(self.unexpected)}, which the model has not")
         if problems:
-            hint = "" if self.problems else "; strict=False loads what fits"
             raise CheckpointError(
                 f"{where} is not a checkpoint of this model: {'; '.join(problems)}. Nothing was "
                 f"changed; give the checkpoint of this model, or build it with the checkpoint's "
-                f"configuration{hint}"
+                f"configuration{self._ways_out(strict)}"
             )
+
+    def _ways_out(self, strict: bool) -> str:
+        if self.problems or not strict:
+            return ""
+        renamed = (
+            "; where transformers renames tensors on loading, load it with from_pretrained and "
+            "write it anew with memtile.save_checkpoint(model, folder)"
+        )
+        relaxed = "; memtile.load_checkpoint(model, path, strict=False) loads what fits"
+        return relaxed + (renamed if self.missing and self.unexpected else "")
 
     def check_sums(self) -> None:
         """Verify what will be read, as far as its checksums are known.

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 from torch import nn
 
+from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice, Cut, choose
 from memtile.convert.workspaces import take_workspace
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import DiskHome, Home, keep_freed_memory_out
-from memtile.planning import Plan
+from memtile.planning import Plan, PlannedLayer
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
@@ -31,10 +32,24 @@ def planned_choices(model: nn.Module, plan: Plan) -> list[Choice]:
             raise _other_model(
                 model, f"{choice.name} is {theirs} there ({choice.reason}) and {ours} in the plan"
             )
+        _check_layer(model, layer, plan)
         found.append(
             replace(choice, tiled=layer.grid is not None, reason=layer.reason, grid=layer.grid)
         )
     return found
+
+
+def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan) -> None:
+    """Refuse a cut that no embedding has, and what trains though it was planned as frozen."""
+    modules = [model.get_submodule(name) for name in layer.ties or (layer.name,)]
+    rows_only = any((kind := kind_of(m)) is not None and kind.rows_only for m in modules)
+    if layer.grid is not None and layer.grid.in_splits > 1 and rows_only:
+        raise _other_model(model, f"{layer.name} is looked up by rows, which the plan cuts")
+    weight = modules[0]._parameters["weight"]
+    if plan.optimizer and not layer.trainable and weight is not None and weight.requires_grad:
+        raise _other_model(
+            model, f"{layer.name} is frozen in the plan and trains here, which takes more memory"
+        )
 
 
 def planned_home(plan: Plan) -> Home | str | None:

@@ -55,7 +55,9 @@ class Recut:
                 f"modules={self.modules!r} must be patterns of names, such as ['*.mlp.*']: a "
                 "checkpoint does not tell linears from embeddings"
             )
-        if is_split == (self.max_tile_bytes is not None) or (self.max_tile_bytes or 1) < 1:
+        size = self.max_tile_bytes
+        is_size = type(size) is int and size >= 1
+        if is_split == (size is not None) or not (is_size or size is None):
             raise ArgumentError(
                 "a cut needs a size: out_splits and in_splits, or max_tile_bytes, in bytes, alone"
             )
@@ -89,12 +91,17 @@ def convert_checkpoint(
         The names of the linears that were cut, or of those whose tiles were joined.
 
     Raises:
-        ArgumentError: source and target are one.
+        ArgumentError: source and target are one, or the cut is none.
         CheckpointError: there is no checkpoint, tiles of it make no linear, or no linear of it has
             one of the names.
         SplitsError: a linear cannot be cut so.
         CheckpointWriteError: it could not be written; what was there is as it was.
     """
+    if cut is not None and not isinstance(cut, Recut):
+        raise ArgumentError(
+            f"the cut is a {type(cut).__name__}; give memtile.Recut(['*.mlp.*'], out_splits=4), or "
+            "None for a dense checkpoint"
+        )
     place, out = Path(source), Path(target)
     if out.resolve() in (place.resolve(), place.resolve().parent if place.is_file() else None):
         raise ArgumentError(f"{out} is where the checkpoint is; give another folder")

@@ -78,6 +78,11 @@ def tile(
             an embedding that are longer, layers that are tiled already.
     """
     if plan is not None:
+        if not isinstance(plan, Plan):
+            raise ArgumentError(
+                f"the plan is a {type(plan).__name__}; give what memtile.plan(model, …) gave "
+                "(Plan.from_json reads its text), or a size as out_splits=… or max_tile_bytes=…"
+            )
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         check_alone({**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
         return _carry_out(model, plan, home, checkpoint)

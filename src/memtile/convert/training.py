@@ -163,11 +163,18 @@ def resume_training(
         The step, and what was saved with it.
 
     Raises:
+        ArgumentError: the model or the optimizer is none.
         CheckpointError: there is none, it is damaged, or it is of another model, optimizer or
             scheduler. Nothing was changed, unless a disk failed while it was read a second time.
         HomeFullError: a home has no room for the optimizer's state; nothing was changed.
         HomeIOError: a home could not be written to: resume again.
     """
+    given: tuple[object, object] = (model, optimizer)  # callers without types give anything
+    if not isinstance(given[0], nn.Module) or not isinstance(given[1], Optimizer):
+        raise ArgumentError(
+            f"resume_training(folder, model, optimizer) got a {type(model).__name__} and a "
+            f"{type(optimizer).__name__}; give the model, and an optimizer that was made for it"
+        )
     saved = _newest(Path(folder))
     record, weights, tensors, random = _opened(saved)
     held = _held_tensors(model, record["trainable_only"])

@@ -9,6 +9,7 @@ from memtile.errors import ArgumentError, HomeError
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+_OF_THE_KERNEL: Final = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "debugfs", "securityfs"})
 
 
 class _Mount(NamedTuple):
@@ -61,6 +62,8 @@ def why_unusable(folder: Path) -> str | None:
     if not os.access(folder, os.W_OK | os.X_OK):
         return "it may not be written to"
     kind = filesystem_of(folder)
+    if kind in _OF_THE_KERNEL:
+        return f"it is {kind}, which holds no files of ours"
     if kind in _IN_MEMORY:
         return f"it is {kind}, which is memory: tiles there would fill what they should spare"
     return None

@@ -4,6 +4,7 @@ import copy
 import inspect
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -178,11 +179,27 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
             ) from error
     if not isinstance(config, transformers.PretrainedConfig):
         return None
-    kinds: Any = (transformers.AutoModelForCausalLM, transformers.AutoModel)
-    kind = kinds[0] if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else kinds[1]
     chosen = dtype or getattr(config, "dtype", None) or torch.float32
-    model: nn.Module = empty_model(lambda: kind.from_config(config, dtype=chosen))
+    try:
+        model: nn.Module = empty_model(_factory(config, chosen))
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ArgumentError(f"no model can be made of {type(config).__name__}: {error}") from error
     return model
+
+
+def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """What makes the class that the config names, or a causal language model where it can be."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    named = getattr(transformers, str(names[0]), None) if names else None
+    # What `AutoModel.from_config` calls has no public name.
+    make: Any = getattr(named, "_from_config", None)
+    if make is not None:
+        return lambda: make(config, dtype=dtype)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    return lambda: kind.from_config(config, dtype=dtype)
 
 
 def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:

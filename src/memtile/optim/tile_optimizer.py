@@ -91,6 +91,12 @@ class TileOptimizer(Optimizer):
                 f"params=… holds parameters that are not of this {type(model).__name__}; make the "
                 "optimizer after memtile.tile, with parameters of the tiled model"
             )
+        if any(parameter.is_meta for parameter in self._all()):
+            raise OptimizerError(
+                f"parameters of this {type(model).__name__} are on the meta device, where nothing "
+                "has values; give it some first, with memtile.tile(model, …, checkpoint=folder) or "
+                "memtile.load_checkpoint(model, folder)"
+            )
         if any(map(is_stepped_in_backward, self._all())):
             raise OptimizerError(
                 "another TileOptimizer steps parameters of this model in its backward; drop that "
@@ -148,6 +154,7 @@ class TileOptimizer(Optimizer):
         """Step every parameter that has a gradient; in backward mode, those not stepped yet.
 
         Raises:
+            OptimizerError: the model has other parameters by now: it was tiled or untiled.
             HomeIOError: a tile could not be read or written. Call `step()` again to go on with the
                 parameters that were not stepped, or `zero_grad()` to give them up.
         """
@@ -155,9 +162,19 @@ class TileOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_parameters_remain()
         with uninterrupted():
             self._step_all()
         return loss
+
+    def _check_parameters_remain(self) -> None:
+        own = set(self._model.parameters())
+        if not all(parameter in own for parameter in self._all()):
+            raise OptimizerError(
+                f"parameters of this {type(self._model).__name__} are others than when this "
+                "optimizer was made, so they would not be stepped; make it after memtile.tile "
+                "(and anew after memtile.untile)"
+            )
 
     def _step_all(self) -> None:
         for parameter in self._stepped:

@@ -51,7 +51,7 @@ def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home
         with torch.set_grad_enabled(model.training), counter, _CpuAttention():
             loss = work(model)
             counter.turn()
-            if loss is not None:
+            if loss is not None and model.training:
                 _run_backward(loss)
             del loss
     finally:

@@ -91,8 +91,8 @@ def plan(
         checkpointing: whether the model recomputes activations in backward; None: what is faster.
         dtype: of a model that a config or a folder describes, if not its own.
         work: what a step's forward is: called with a copy of the model that holds nothing, gives
-            the loss. Needed where the model is neither of transformers nor begins with a linear
-            or an embedding.
+            the loss; for inference, whatever it makes. Needed where the model is neither of
+            transformers nor begins with a linear or an embedding.
         rates: of another machine, or a JSON file of them; None: this machine's.
 
     Raises:
@@ -103,6 +103,12 @@ def plan(
         HomeError: tiles cannot live in the folder.
     """
     check_tokens(tokens, batch)
+    if work is not None and not callable(work):
+        raise ArgumentError(
+            f"work={work!r} must be a function of the model; leave it out, or give one"
+        )
+    if options is not None and not isinstance(options, Mapping):
+        raise ArgumentError(f"options={options!r} must be what the optimizer takes, by name")
     _check_choice("mode", mode, get_args(Mode))
     _check_choice("checkpointing", checkpointing, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)

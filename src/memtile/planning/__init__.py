@@ -9,12 +9,13 @@ from memtile.planning.counted import (
     Rest,
     State,
     Weight,
+    check_tokens,
 )
 from memtile.planning.layout import Layout, Rings
 from memtile.planning.memory_model import Setting, terms
 from memtile.planning.plan import PARKED, RESIDENT, Floor, Mode, Plan, PlannedLayer, Term
 from memtile.planning.rates import Rates
-from memtile.planning.search import Found, Search, check_tokens
+from memtile.planning.search import Found, Search
 from memtile.planning.time_model import floors, moved
 
 __all__ = [

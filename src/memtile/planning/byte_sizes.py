@@ -14,6 +14,7 @@ _BYTES_OF_UNIT: Final = {
     **{unit.lower(): 1000**power for power, unit in enumerate(_DECIMAL)},
     **{unit.lower(): 1024**power for power, unit in enumerate(_BINARY)},
 }
+_NO_MACHINE: Final = 2.0**63
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
@@ -34,7 +35,12 @@ def parse_byte_size(text: str, option: str) -> int:
             f"{option} {text!r} is not a size: "
             "write a number and a unit, such as 1MiB, 512KiB or 2GB."
         )
-    nbytes = int(float(match[1]) * _BYTES_OF_UNIT[unit])
+    size = float(match[1]) * _BYTES_OF_UNIT[unit]
+    if not size < _NO_MACHINE:
+        raise ArgumentError(
+            f"{option} {text[:40]!r} is more than any machine has: write 2GiB, say."
+        )
+    nbytes = int(size)
     if nbytes < 1:
         raise ArgumentError(f"{option} {text!r} is less than one byte: write a size such as 1MiB.")
     return nbytes

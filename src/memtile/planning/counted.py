@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
+from memtile.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class Products:
@@ -17,6 +19,14 @@ class Products:
     rows: int
     columns: int
     kinds_16: int
+
+    def at_least(self, other: "Products") -> "Products":
+        """The larger of each."""
+        return Products(
+            max(self.rows, other.rows),
+            max(self.columns, other.columns),
+            max(self.kinds_16, other.kinds_16),
+        )
 
 
 LARGEST_WORKSPACE: Final = Products(1024, 8192, 0)
@@ -47,6 +57,17 @@ class Counted:
     def peak_bytes(self) -> int:
         """The most that is held at once."""
         return self.forward_bytes + self.backward_bytes
+
+    def at_least(self, other: "Counted") -> "Counted":
+        """The larger of each."""
+        return Counted(
+            max(self.forward_bytes, other.forward_bytes),
+            max(self.backward_bytes, other.backward_bytes),
+            max(self.kept_bytes, other.kept_bytes),
+            max(self.flops, other.flops),
+            max(self.touched_bytes, other.touched_bytes),
+            self.products.at_least(other.products),
+        )
 
 
 @dataclass(frozen=True)
@@ -122,3 +143,23 @@ class State:
     def of(self, element_bytes: int) -> tuple[int, ...]:
         """Bytes of each tensor that is kept, for an element of so many bytes."""
         return dict(self.entries)[element_bytes]
+
+
+def check_tokens(tokens: object, batch: object) -> None:
+    """Refuse what is no number of tokens.
+
+    Raises:
+        ArgumentError: it is none, or the batch does not divide it.
+    """
+    for name, value, example in (("tokens", tokens, 512), ("batch", batch, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(
+                f"{name}={value!r} must be a whole number of at least 1, such as {name}={example}"
+            )
+    assert isinstance(tokens, int)
+    assert isinstance(batch, int)
+    if tokens % batch:
+        raise ArgumentError(
+            f"tokens={tokens} are not a whole number of sequences for batch={batch}: tokens are "
+            "those of the whole step, batch times length"
+        )

@@ -28,7 +28,7 @@ def from_text(cls: type[Record], text: str, version: int) -> Record:
     name = cls.__name__
     try:
         document = json.loads(text)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ArgumentError(
             f"this is no {name} as JSON ({error}); give the text that to_json() wrote"
         ) from error

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.planning import table
 from memtile.planning.budget import Budget
-from memtile.planning.counted import Products
+from memtile.planning.counted import Products, check_tokens
 from memtile.planning.json_form import from_text, to_text
 
 Place = Literal["device", "host", "disk"]
@@ -41,6 +42,20 @@ class PlannedLayer:
     reason: str
     trainable: bool = True
     ties: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        grid = self.grid
+        if grid is not None and (grid.out_features, grid.in_features) != self.shape:
+            raise ArgumentError(
+                f"{self.name}: a grid of {grid.out_features} × {grid.in_features} cuts no weight "
+                f"of {self.shape}; its bounds must end where the weight does"
+            )
+        if self.place != (RESIDENT if grid is None else PARKED):
+            raise ArgumentError(
+                f"{self.name}: place={self.place!r} is wrong for a layer "
+                f"{'without' if grid is None else 'with'} a grid: what is cut is {PARKED!r}, what "
+                f"is not is {RESIDENT!r}"
+            )
 
     @property
     def tiles(self) -> int:
@@ -90,7 +105,7 @@ class Plan:
         optimizer: the class's name; None: inference.
         mode: of `TileOptimizer`.
         home: where parked tiles live: "disk", "disk:FOLDER", "host" or "device".
-        device: what does the work, "cpu" or "cuda".
+        device: what does the work: "cpu".
         checkpointing: whether the model recomputes activations in backward.
         budget: what was allowed.
         terms: the predicted peak, term by term.
@@ -115,6 +130,21 @@ class Plan:
     written_bytes: int
     floors: tuple[Floor, ...]
     products: Products
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens, self.batch)
+        names = [layer.name for layer in self.layers]
+        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if twice is not None:
+            raise ArgumentError(f"the plan names {twice!r} twice; make it anew")
+        kind, colon, folder = self.home.partition(":")
+        known = kind in ("disk", "host", "device") and (not colon or (kind == "disk" and folder))
+        for name, value, fits in (
+            ("home", self.home, known),
+            ("device", self.device, self.device == "cpu"),
+        ):
+            if not fits:
+                raise ArgumentError(f"the plan's {name}={value!r} means nothing here; make it anew")
 
     @property
     def place(self) -> Place:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from memtile.errors import ArgumentError, BudgetError
+from memtile.errors import BudgetError
 from memtile.geometry import Grid
 from memtile.planning.budget import MARGIN, Budget, usable
 from memtile.planning.byte_sizes import format_byte_size
@@ -101,7 +101,7 @@ class Search:
             fit = self._most_resident(grids, least, checkpointing)
             if fit is not None and (best is None or fit.layout.tiles < best.layout.tiles):
                 best = fit
-        return best
+        return best or self.evaluate(self._cuts[-1], checkpointing)
 
     def _least_tiles(self, guess: Counted) -> list[tuple[int, dict[str, Grid]]]:
         """Each size of tile with the tiles that it would take if a step held the least: ascending.
@@ -162,9 +162,7 @@ class Search:
             fit = self.evaluate(parked, checkpointing)
             if self._excess(fit) <= 0:
                 return fit
-            if fit.counted.peak_bytes <= guess.peak_bytes:
-                return None
-            guess = fit.counted
+            guess = guess.at_least(fit.counted)
         return None
 
     def _parked_by(self, grids: Mapping[str, Grid], guess: Counted) -> dict[str, Grid] | None:
@@ -240,26 +238,6 @@ class Search:
         if least.bytes_of("disk") > _limit("disk", self._budget.of_place("disk") or 1 << 62):
             ways.append("another folder, on a disk with more room")
         return ", or ".join(ways)
-
-
-def check_tokens(tokens: object, batch: object) -> None:
-    """Refuse what is no number of tokens.
-
-    Raises:
-        ArgumentError: it is none, or the batch does not divide it.
-    """
-    for name, value in (("tokens", tokens), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(
-                f"{name}={value!r} must be a whole number of at least 1, such as tokens=512"
-            )
-    assert isinstance(tokens, int)
-    assert isinstance(batch, int)
-    if tokens % batch:
-        raise ArgumentError(
-            f"tokens={tokens} are not a whole number of sequences for batch={batch}: tokens are "
-            "those of the whole step, batch times length"
-        )
 
 
 def _grid(weight: Weight, tile_bytes: int) -> Grid:
