@@ -224,8 +224,11 @@ class _Lined:
         self._optimizer.step()
 
     def _plan(self, *, trains: bool) -> None:
-        twin = self._tiled(meta_twin(self._made()), DeviceHome("meta")).train(trains)
+        """As a search does: with nothing parked, and with everything."""
         work = self._loss if trains else self._result
+        dense = meta_twin(self._made()).train(trains)
+        count_step(dense, work, drops_gradients=True, goes_home=True)
+        twin = self._tiled(meta_twin(dense), DeviceHome("meta"))
         count_step(twin, work, drops_gradients=True, goes_home=True)
 
     def _made(self) -> nn.Sequential:

@@ -8,11 +8,9 @@ from memtile.planning.byte_sizes import format_byte_size, parse_byte_size
 
 Size = int | str
 
-MARGIN: Final = 16
-"""The part of a budget that is left free: one in so many bytes.
-
-A policy, not a measurement: an allocator rounds up, and no count sees all of it.
-"""
+_PART: Final = 16
+_LEAST: Final = 12 << 20
+_SMALLEST: Final = 24 << 20  # what libraries take alone: no run is smaller
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,24 @@ class Budget:
         return ", ".join(words) or "none"
 
 
+def margin(nbytes: int) -> int:
+    """What is left free of a budget: a sixteenth, and at least 12 MiB of one that a run fits in.
+
+    A policy, not a measurement: an allocator rounds up, an interpreter leaves holes, and no count
+    sees all of it.
+    """
+    return max(nbytes // _PART, min(_LEAST, nbytes - _SMALLEST))
+
+
 def usable(nbytes: int) -> int:
     """What a plan may use of a budget: all but its margin."""
-    return nbytes - nbytes // MARGIN
+    return nbytes - margin(nbytes)
+
+
+def needed(nbytes: int) -> int:
+    """The least budget of which so much may be used."""
+    in_part = nbytes * _PART // (_PART - 1) + 1
+    return in_part if nbytes <= _SMALLEST else max(in_part, nbytes + _LEAST)
 
 
 def checked_size(given: object, option: str) -> int | None:

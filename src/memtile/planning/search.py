@@ -14,7 +14,7 @@ from typing import Final
 
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
-from memtile.planning.budget import MARGIN, Budget, usable
+from memtile.planning.budget import Budget, needed, usable
 from memtile.planning.byte_sizes import format_byte_size
 from memtile.planning.counted import Counted, Products, Weight
 from memtile.planning.layout import Layout
@@ -255,7 +255,7 @@ def _limit(place: str, size: int) -> int:
 
 def _asked(place: str, nbytes: int) -> int:
     """The budget that so many bytes fit in."""
-    return nbytes if place == "disk" else nbytes * MARGIN // (MARGIN - 1) + 1
+    return nbytes if place == "disk" else needed(nbytes)
 
 
 def _largest(found: Found) -> str:

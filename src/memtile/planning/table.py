@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from memtile.planning.budget import MARGIN
+from memtile.planning.budget import margin
 from memtile.planning.byte_sizes import format_byte_size
 
 if TYPE_CHECKING:
@@ -96,9 +96,8 @@ def _place(plan: "Plan", place: "Place") -> list[tuple[str, ...]]:
     if size is None:
         return rows
     if place != "disk":
-        margin = size // MARGIN
-        rows.append((f"margin, a {MARGIN}th of the budget", format_byte_size(margin)))
-        total += margin
+        rows.append(("margin, left free of the budget", format_byte_size(margin(size))))
+        total += margin(size)
     rows.append(("left", format_byte_size(max(0, size - total))))
     return [*rows, ("budget", format_byte_size(size))]
 
