@@ -85,8 +85,7 @@ class TileOptimizer(Optimizer):
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def _check_parameters(self, model: nn.Module) -> None:
-        own = set(model.parameters())
-        if not all(parameter in own for parameter in self._all()):
+        if not self._are_of_the_model():
             raise OptimizerError(
                 f"params=… holds parameters that are not of this {type(model).__name__}; make the "
                 "optimizer after memtile.tile, with parameters of the tiled model"
@@ -167,9 +166,12 @@ class TileOptimizer(Optimizer):
             self._step_all()
         return loss
 
-    def _check_parameters_remain(self) -> None:
+    def _are_of_the_model(self) -> bool:
         own = set(self._model.parameters())
-        if not all(parameter in own for parameter in self._all()):
+        return all(parameter in own for parameter in self._all())
+
+    def _check_parameters_remain(self) -> None:
+        if not self._are_of_the_model():
             raise OptimizerError(
                 f"parameters of this {type(self._model).__name__} are others than when this "
                 "optimizer was made, so they would not be stepped; make it after memtile.tile "

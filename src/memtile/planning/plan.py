@@ -1,5 +1,6 @@
 """`Plan`: which layers are tiled, living where, and what that is predicted to take."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -133,10 +134,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens, self.batch)
-        names = [layer.name for layer in self.layers]
-        twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
-        if twice is not None:
-            raise ArgumentError(f"the plan names {twice!r} twice; make it anew")
+        names = Counter(layer.name for layer in self.layers)
+        twice = [name for name, times in names.items() if times > 1]
+        if twice:
+            raise ArgumentError(f"the plan names {twice[0]!r} twice; make it anew")
         kind, colon, folder = self.home.partition(":")
         known = kind in ("disk", "host", "device") and (not colon or (kind == "disk" and folder))
         for name, value, fits in (
