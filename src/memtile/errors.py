@@ -84,6 +84,10 @@ class BudgetError(MemtileError, ValueError):
     """A budget that nothing fits in; the message says how much would be needed."""
 
 
+class EngineError(MemtileError, RuntimeError):
+    """A distributed engine that is missing, set up in a way that cannot work, or in the way."""
+
+
 class UnsupportedPlatformError(MemtileError, OSError):
     """Something that this operating system does not offer."""
 

@@ -1,0 +1,110 @@
+"""FSDP2 holds the tiles: real processes over gloo against the dense model in one process."""
+
+import pytest
+import torch.distributed as dist
+from fsdp2_worker import CASES, Case, Net, spawn, train
+
+import memtile
+from memtile.engines.torch_fsdp2 import shard
+from memtile.errors import ArgumentError, EngineError, ParkedError
+
+
+_WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
+
+
+@pytest.fixture(scope="module", params=_WORLDS)
+def outcome(request):
+    return spawn(request.param)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """The dense parameters of each case, trained in this process."""
+    found = {}
+    for name, case in CASES.items():
+        model = Net(case)
+        train(model, case)
+        found[name] = model.state_dict()
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
+    """After ten steps of AdamW the shards hold the dense run's parameters, in float64."""
+    tiled = memtile.tile(Net(CASES[name]), **_splits(CASES[name]))
+    tiled.load_state_dict(outcome.states[name])
+    found = dict(memtile.dense_state_dict(tiled))
+
+    for key, expected in dense[name].items():
+        assert (found[key] - expected).norm() <= 1e-9 * expected.norm(), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
+    """Forward and backward, ids as input, after evaluation, recomputed: the one and the next."""
+    assert all(rank["live"][name] <= 2 for rank in outcome.ranks)
+
+
+def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):
+    """All of them raise before anything is sharded; none waits for another."""
+    if len(outcome.ranks) == 1:
+        pytest.skip("one rank agrees with itself")
+    assert all("make the same model" in rank["refused"] for rank in outcome.ranks)
+
+
+def test_a_sharded_model_loads_what_another_one_gives(outcome):
+    """`get_model_state_dict` and `set_model_state_dict` work, with the names of tiles."""
+    assert all(rank["loads"] for rank in outcome.ranks)
+
+
+def test_a_shard_is_never_read_as_a_tile(outcome):
+    """`.weight` of a sharded layer is refused with the way to its values."""
+    assert all("get_model_state_dict" in rank["weight"] for rank in outcome.ranks)
+
+
+@pytest.mark.parametrize("options", [{"unit_bytes": -1}, {"prefetch": True}, {"prefetch": 1.5}])
+def test_numbers_that_mean_nothing_are_refused(alone, options):
+    """What is no number of bytes or of units."""
+    with pytest.raises(ArgumentError, match="whole number"):
+        shard(memtile.tile(Net(Case()), out_splits=2), **options)
+
+
+def test_a_model_without_tiles_is_refused(alone):
+    """There is nothing to do that torch's own function does not do."""
+    with pytest.raises(ArgumentError, match="nothing of Net is tiled"):
+        shard(Net(Case()))
+
+
+def test_parked_tiles_are_refused(alone, tmp_path):
+    """A tile has one place to live."""
+    with memtile.DiskHome(tmp_path) as home:
+        model = memtile.tile(Net(Case()), out_splits=2, home=home)
+
+        with pytest.raises(ParkedError, match="offload_policy"):
+            shard(model)
+
+
+def test_a_model_is_sharded_once(alone):
+    """Twice would hook every tile twice."""
+    model = shard(memtile.tile(Net(Case()), out_splits=2))
+
+    with pytest.raises(EngineError, match="sharded already"):
+        shard(model)
+
+
+def test_without_a_process_group_the_way_to_one_is_said():
+    """The script was started as one process."""
+    with pytest.raises(EngineError, match="torchrun"):
+        shard(memtile.tile(Net(Case()), out_splits=2))
+
+
+def _splits(case):
+    return {"out_splits": case.grid[0], "in_splits": case.grid[1]}

@@ -1,0 +1,229 @@
+"""What each process of the FSDP2 tests does: every case in one group of processes."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.utils.checkpoint import checkpoint
+
+import memtile
+from memtile.engines.torch_fsdp2 import shard
+from memtile.errors import EngineError
+
+STEPS = 10
+BATCH = 4
+
+
+class Net(nn.Module):
+    """An embedding, tied with its head or not, and linears between them."""
+
+    def __init__(self, case: "Case") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.again = case.again
+        self.embedding = nn.Embedding(23, 12)
+        self.up, self.down = nn.Linear(12, 31, bias=case.bias), nn.Linear(31, 12, bias=case.bias)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23, bias=False)
+        if case.tied:
+            self.head.weight = self.embedding.weight
+        self.up.requires_grad_(not case.frozen)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The mean square of the logits."""
+        x = self.embedding(ids)
+        between = checkpoint(self._between, x, use_reentrant=False) if self.again else None
+        x = x + (self._between(x) if between is None else between)
+        loss: Tensor = self.head(self.norm(x)).square().mean()
+        return loss
+
+    def _between(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(torch.tanh(self.up(x)))
+        return result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train, compared with the dense model in one process."""
+
+    grid: tuple[int, int] = (4, 1)
+    bias: bool = True
+    tied: bool = True
+    frozen: bool = False
+    offload: bool = False
+    unit_bytes: int = 0
+    clip: float | None = None
+    parts: int = 1
+    evaluates: bool = False
+    again: bool = False
+    hybrid: bool = False
+
+
+CASES = {
+    "one tile": Case(grid=(1, 1)),
+    "columns": Case(grid=(1, 4)),
+    "rows": Case(grid=(4, 1)),
+    "ragged": Case(grid=(3, 5)),
+    "without bias, not tied": Case(grid=(3, 5), bias=False, tied=False),
+    "not tied": Case(tied=False),
+    "frozen tiles": Case(grid=(3, 5), frozen=True),
+    "clipped": Case(clip=0.05),
+    "offloaded": Case(offload=True),
+    "neighbours together": Case(grid=(3, 5), unit_bytes=600),
+    "accumulated": Case(parts=2),
+    "after evaluation": Case(evaluates=True),
+    "recomputed": Case(again=True),
+    "hybrid": Case(hybrid=True),
+}
+
+
+def batches() -> Tensor:
+    """Ids of every step, of shape (steps, batch, 6)."""
+    return torch.randint(23, (STEPS, BATCH, 6), generator=torch.Generator().manual_seed(1))
+
+
+def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> None:
+    """Steps of AdamW on this rank's part of each batch, in one or more pieces."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in batches():
+        optimizer.zero_grad()
+        for part in batch.chunk(case.parts):
+            share = part.chunk(world)[rank] if len(part) >= world else part
+            (model(share) / case.parts).backward()
+        if case.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+        optimizer.step()
+        if case.evaluates:
+            with torch.no_grad():
+                model(batch)
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """The most units of tiles that were gathered at the same time."""
+    cls: Any = param_group.FSDPParamGroup  # private: only the test looks inside
+    unshard, to_sharded = cls.unshard, cls._to_sharded
+    live: set[int] = set()
+    most = [0]
+
+    def gather(group: Any, *arguments: Any) -> None:
+        unshard(group, *arguments)
+        if not any(isinstance(module, Net) for module in group.modules):
+            live.add(id(group))
+            most[0] = max(most[0], len(live))
+
+    def let_go(group: Any) -> None:
+        to_sharded(group)
+        live.discard(id(group))
+
+    cls.unshard, cls._to_sharded = gather, let_go
+    try:
+        yield most
+    finally:
+        cls.unshard, cls._to_sharded = unshard, to_sharded
+
+
+def run_case(case: Case, rank: int, world: int) -> tuple[int, dict[str, Tensor]]:
+    """Train a sharded model; gives the most live tiles, and its parameters."""
+    model = memtile.tile(Net(case), out_splits=case.grid[0], in_splits=case.grid[1])
+    options: dict[str, Any] = {"unit_bytes": case.unit_bytes}
+    if case.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if case.hybrid and world == 4:
+        options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    shard(model, **options)
+    with watched() as most:
+        train(model, case, rank, world)
+    return most[0], whole_state(model)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tiles' values, on every rank."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def loads_what_it_gives() -> bool:
+    """Whether a sharded model takes the state of another one, and gives the same."""
+    tiled = [memtile.tile(Net(Case()), out_splits=4) for _ in range(2)]
+    with torch.no_grad():
+        for number, parameter in enumerate(tiled[0].parameters()):
+            parameter.add_(number)
+    first, second = (shard(model) for model in tiled)
+    given = whole_state(first)
+    set_model_state_dict(second, dict(given), options=StateDictOptions(full_state_dict=True))
+    found = whole_state(second)
+    return all(torch.equal(found[name], value) for name, value in given.items())
+
+
+def asked_for_a_weight() -> str:
+    """What someone is told who reads the weight of a sharded layer."""
+    model = shard(memtile.tile(Net(Case()), out_splits=4))
+    try:
+        model.up.weight.sum()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def other_grids(rank: int) -> str:
+    """What a rank is told when the ranks have other grids."""
+    model = memtile.tile(Net(Case()), out_splits=2 + rank)
+    try:
+        shard(model)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def run(rank: int, world: int, folder: str) -> None:
+    """Every case, one after the other."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    found = {}
+    for name, case in CASES.items():
+        found[name], state = run_case(case, rank, world)
+        if rank == 0:
+            torch.save(state, Path(folder) / f"{name}.pt")
+    others = {
+        "refused": other_grids(rank) if world > 1 else "",
+        "loads": loads_what_it_gives(),
+        "weight": asked_for_a_weight(),
+    }
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"live": found, **others}))
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks found."""
+
+    ranks: list[dict[str, Any]]
+    states: dict[str, dict[str, Tensor]]
+
+
+def spawn(world: int) -> Outcome:
+    """Run every case with so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        ranks = [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(world)]
+        states = {name: torch.load(Path(folder) / f"{name}.pt") for name in CASES}
+    return Outcome(ranks, states)
