@@ -8,7 +8,6 @@ import memtile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import ArgumentError, EngineError, ParkedError
 
-
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
 

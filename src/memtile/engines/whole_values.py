@@ -20,7 +20,8 @@ def _cut(
     prefix: str,
     *_: object,  # what else torch passes
 ) -> None:
-    for name, parameter in tile._parameters.items():
+    parameters: dict[str, Any] = tile._parameters  # a DTensor is a Parameter by its metaclass only
+    for name, parameter in parameters.items():
         value = state_dict.get(prefix + name)
         if isinstance(parameter, DTensor) and isinstance(value, Tensor):
             state_dict[prefix + name] = _shards_like(value, parameter)
