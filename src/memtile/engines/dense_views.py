@@ -1,0 +1,206 @@
+"""Dense tensors over tiles and shards that lie elsewhere: what a distributed checkpoint sees.
+
+Source: `torch.distributed.checkpoint` asks a tensor for its pieces (`_Checkpointable`), so a tensor
+without data of its own can be saved and loaded.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import (  # private: DTensor says nowhere else what it holds
+    compute_local_shape_and_global_offset,
+)
+
+from memtile.convert.dense import check_stored
+from memtile.convert.moving import Held, values_of
+from memtile.convert.saving import settle
+from memtile.convert.wanted import wanted_by
+from memtile.errors import ArgumentError, CannotTileError, CheckpointError
+from memtile.layers import TiledModule
+from memtile.optim import DenseParameter, Part
+
+Offset = tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A rectangle of a dense tensor that this rank holds.
+
+    Attributes:
+        offset: its corner in the dense tensor.
+        values: shares memory with the tile or shard.
+    """
+
+    offset: Offset
+    values: Tensor
+
+
+class DenseView(Tensor):
+    """A dense tensor as the pieces that this rank holds; nothing else can be done with it."""
+
+    _pieces: dict[Offset, Tensor]
+    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl  # torch types none
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], pieces: Sequence[Piece], like: Tensor) -> "DenseView":
+        """A view of this shape, with dtype and device of a tensor."""
+        view: DenseView = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=like.device
+        )
+        view._pieces = dict(pieces)
+        return view
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: object) -> Any:  # torch types no operation
+        """Refuse every operation: there are no values here.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(
+            f"{func} on a dense view, which holds no values: give it to dcp.save or dcp.load, and "
+            "read values from the model, or from memtile.dense_state_dict(model)"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes
+        return f"DenseView({tuple(self.shape)}, {self.dtype}, {len(self._pieces)} pieces here)"
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        """What this rank can write; a piece that several hold is written by one of them."""
+        return [
+            WriteItem(
+                MetadataIndex(fqn, torch.Size(offset)),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    _chunk(offset, values), TensorProperties.create_from_tensor(values), self.size()
+                ),
+            )
+            for offset, values in self._pieces.items()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """What this rank wants to read."""
+        return [_chunk(offset, values) for offset, values in self._pieces.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        """The piece at a place, to be written or to be read into."""
+        assert index.offset is not None
+        return self._pieces[tuple(index.offset)]
+
+
+def _chunk(offset: Offset, values: Tensor) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(offset), values.size())
+
+
+def dense_view(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the untiled model, for `dcp.save` and `dcp.load`, with no values copied.
+
+    Each rank writes and reads only the pieces that it holds, in place. What is tied comes under
+    every name that it has. Make it anew for each save and load.
+
+    Args:
+        model: tiled or not, over ranks or not.
+
+    Raises:
+        ArgumentError: the model is none.
+        CannotTileError: a tile computes its weight, or a module has extra state.
+        CheckpointError: a tensor has no values yet, or tiles make no dense tensor.
+    """
+    let_go(model)
+    return {
+        name: view_of(wanted.dense, values_of)
+        for wanted in wanted_by(model)
+        for name in wanted.names
+    }
+
+
+def let_go(model: nn.Module) -> None:
+    """Have each value at its place: as shards, or at home; refuse what has no dense form.
+
+    Raises:
+        ArgumentError: the model is none.
+        CannotTileError: a tile computes its weight, or a module has extra state.
+    """
+    given: object = model  # callers without types give anything
+    if not isinstance(given, nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, TiledModule):
+            check_stored(name, module)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CannotTileError(
+                f"{name or type(module).__name__} has extra state, which is no tensor; save what "
+                "module.get_extra_state() gives beside the checkpoint"
+            )
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the root stays gathered after a forward without gradients
+    settle(model)
+
+
+def view_of(dense: DenseParameter, held: Held) -> Tensor:
+    """The dense tensor over what is held for each of its parts; itself where it has one part.
+
+    Raises:
+        CheckpointError: they have no values, or do not make the dense tensor.
+    """
+    tensors = [held(part).detach() for part in dense.parts]
+    if any(tensor.is_meta for tensor in tensors):
+        raise CheckpointError(
+            f"{dense.name} is on the meta device, where nothing has values; call "
+            "model.to_empty(device=…) first"
+        )
+    if dense.parts[0].rect is None:
+        return tensors[0]
+    _check(dense, tensors)
+    pieces = [
+        piece
+        for part, tensor in zip(dense.parts, tensors, strict=True)
+        for piece in _pieces(dense, part, tensor)
+    ]
+    return DenseView(dense.shape, pieces, tensors[0])
+
+
+def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"the tiles of {dense.name} are {' and '.join(dtypes)}; a dense tensor has one dtype: "
+            "convert the layer with .to(dtype) first"
+        )
+    for part, tensor in zip(dense.parts, tensors, strict=True):
+        assert part.rect is not None
+        if tuple(tensor.shape) != part.rect.shape[: tensor.dim()]:
+            raise CheckpointError(
+                f"a tile of {dense.name} is {tuple(tensor.shape)} where its place in the dense "
+                f"tensor is {part.rect.shape}: it is a shard of a parallel linear, which has no "
+                "dense form here; save model.state_dict()"
+            )
+
+
+def _pieces(dense: DenseParameter, part: Part, tensor: Tensor) -> Iterator[Piece]:
+    """What this rank holds of one part; nothing where a shard is empty."""
+    assert part.rect is not None
+    corner = (part.rect.out.start, part.rect.into.start)
+    for offset, values in _local(tensor):
+        if values.numel():
+            place = tuple(start + along for start, along in zip(corner, offset, strict=False))
+            yield Piece(place[::-1], values.t()) if part.turned else Piece(place, values)
+
+
+def _local(tensor: Tensor) -> Iterator[Piece]:
+    if not isinstance(tensor, DTensor):
+        yield Piece((0,) * tensor.dim(), tensor)
+    elif tensor.device_mesh.get_coordinate() is not None:
+        _, offset = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        yield Piece(tuple(offset), tensor.to_local())
