@@ -28,6 +28,7 @@ from memtile.checkpoints.steps import SavedStep, new_step, saved_steps
 from memtile.convert.training import Resumed, check_numbers
 from memtile.engines.dense_views import dense_view
 from memtile.engines.optimizer_views import KEY, IncomingState, outgoing_state
+from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
 from memtile.errors import CheckpointError, CheckpointWriteError, EngineError
 
@@ -184,7 +185,7 @@ def _write(ranks: Ranks, state: dict[str, Any], partial: Path) -> None:
 
 
 def _read(ranks: Ranks, state: dict[str, Any], place: Path) -> None:
-    reader = FileSystemReader(place)
+    reader = PieceReader(place)
     try:
         with ranks.answering(), _silent(ranks):
             state_dict_loader.load(
