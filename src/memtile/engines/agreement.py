@@ -1,4 +1,4 @@
-"""Whether all ranks are about to do the same, asked before anything is changed."""
+"""Whether all ranks are about to do the same, asked before one waits for the others."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from memtile.errors import EngineError
+from memtile.layers import whole_shape
 
 
 def check_process_group() -> None:
@@ -24,16 +26,14 @@ def check_process_group() -> None:
 
 
 def check_agreement(
-    model: nn.Module,
-    options: object,
-    groups: Sequence[dist.ProcessGroup | None],
+    model: nn.Module, options: object, groups: Sequence[ProcessGroup | None] = (None,)
 ) -> None:
     """Compare models and options over ranks: those that differ would wait for each other forever.
 
     Args:
         model: its parameters' names, shapes, dtypes and requires_grad are compared.
-        options: whatever has one `repr` for one meaning.
-        groups: one after the other, they reach all ranks; None is the default group.
+        options: whatever else must be the same, by its `repr`.
+        groups: which together reach every rank; None: all ranks.
 
     Raises:
         EngineError: on every rank.
@@ -53,7 +53,7 @@ def check_agreement(
 
 def _digest(model: nn.Module, options: object) -> str:
     parameters = [
-        (name, tuple(parameter.shape), str(parameter.dtype), parameter.requires_grad)
+        (name, whole_shape(parameter), str(parameter.dtype), parameter.requires_grad)
         for name, parameter in model.named_parameters()
     ]
     return hashlib.sha256(repr((parameters, options)).encode()).hexdigest()
