@@ -72,10 +72,29 @@ class Ranks:
         except MemtileError:
             raise
         except RuntimeError as error:
-            raise EngineError(
-                f"rank {self.number} waits for another one that was killed, or did not answer "
-                f"within the process group's timeout ({error}); start all ranks again"
-            ) from error
+            raise self._gone(error) from error
+
+    @contextmanager
+    def missing_none(self) -> Iterator[None]:
+        """As `answering`, for code that does more than wait: only what a collective raises.
+
+        Raises:
+            EngineError: another rank is gone.
+        """
+        try:
+            yield
+        except MemtileError:
+            raise
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise self._gone(error) from error
+            raise
+
+    def _gone(self, error: RuntimeError) -> EngineError:
+        return EngineError(
+            f"rank {self.number} waits for another one that was killed, or did not answer "
+            f"within the process group's timeout ({error}); start all ranks again"
+        )
 
     def _attempt(self, act: Callable[[], T]) -> tuple[tuple[T] | None, MemtileError | None]:
         try:
