@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from dcp_worker import (
     CASES,
@@ -116,6 +117,11 @@ def test_no_rank_holds_a_dense_layer(outcome):
     assert all(peak < layer_bytes // 4 for rank in outcome.ranks for peak in rank["peaks"])
 
 
+def test_tied_tiles_take_what_rank_0_broadcasts(outcome):
+    """`set_model_state_dict` with `broadcast_from_rank0` sends a tied tile under one name."""
+    assert all(rank["broadcast"] for rank in outcome.ranks)
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -178,8 +184,7 @@ def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path):
     assert found == ["step-00000001", "step-00000003", "step-00000004"]
 
 
-@pytest.mark.filterwarnings(_ALONE)
-def test_a_view_has_no_values(tmp_path):
+def test_a_view_has_no_values():
     """What is computed from it is refused, and its repr says what it is."""
     view = dense_view(memtile.tile(nn.Sequential(nn.Linear(5, 7)), out_splits=2))["0.weight"]
 
@@ -189,7 +194,25 @@ def test_a_view_has_no_values(tmp_path):
         view + 1
 
 
-def test_what_has_no_dense_form_is_refused(tmp_path):
+@pytest.mark.filterwarnings(_ALONE)
+def test_a_view_is_copied_by_a_save_in_the_background(tmp_path):
+    """`dcp.async_save` writes the values of the moment at which it was called."""
+    model = memtile.tile(nn.Sequential(nn.Linear(5, 7)), out_splits=2, in_splits=3)
+    before, again = dict(memtile.dense_state_dict(model)), nn.Sequential(nn.Linear(5, 7))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        writing = dcp.async_save(dense_view(model), checkpoint_id=tmp_path / "background")
+        with torch.no_grad():
+            model[0].tile(0, 0).weight.fill_(7.0)
+        writing.result()
+    finally:
+        dist.destroy_process_group()
+    dcp.load(again.state_dict(), checkpoint_id=tmp_path / "background")
+
+    assert_same(again.state_dict(), before)
+
+
+def test_what_has_no_dense_form_is_refused():
     """A model that is none, extra state, values that are not there, two dtypes."""
     mixed = memtile.tile(nn.Sequential(nn.Linear(5, 7)), out_splits=2)
     mixed[0].tile(0, 0).double()

@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+)
 from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +29,7 @@ from memtile.errors import MemtileError
 from memtile.testing import peak_allocated_bytes
 
 HALF, STEPS, BATCH = 5, 10, 4
-WIDTH = 512  # of the layer whose allocations are watched
+WIDTH = 1024  # of the layer whose allocations are watched
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,20 @@ def peaks(folder: Path) -> list[int]:
     ]
 
 
+def broadcasts(rank: int) -> bool:
+    """Whether a sharded model with tied tiles takes what rank 0 alone has."""
+    (first, _), (second, _) = (tiled(Case((3, 5), (3, 5)), (3, 5)) for _ in range(2))
+    ruined(second)
+    given = get_model_state_dict(first, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(
+        second,
+        dict(given) if rank == 0 else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    found = get_model_state_dict(second, options=StateDictOptions(full_state_dict=True))
+    return all(torch.equal(found[name], value) for name, value in given.items())
+
+
 def message_of(act: Callable[[], Any]) -> str:
     """What is raised, with its class."""
     try:
@@ -208,7 +227,7 @@ def run(rank: int, world: int, folder: str) -> None:
     begin(rank, world, folder)
     for name in CASES:
         run_case(name, rank, world, place)
-    found = {"peaks": peaks(place), "told": refusals(rank, place)}
+    found = {"peaks": peaks(place), "told": refusals(rank, place), "broadcast": broadcasts(rank)}
     (place / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -51,21 +51,34 @@ class DenseView(Tensor):
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl  # torch types none
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], pieces: Sequence[Piece], like: Tensor) -> "DenseView":
-        """A view of this shape, with dtype and device of a tensor."""
-        view: DenseView = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=like.dtype, device=like.device
-        )
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "DenseView":
+        """A view of a dense tensor of this shape, dtype and device."""
+        view: DenseView = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         view._pieces = dict(pieces)
         return view
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: object) -> Any:  # torch types no operation
-        """Refuse every operation: there are no values here.
+    def __torch_dispatch__(  # type: ignore[override]  # as torch calls it, not as it is typed
+        cls,
+        func: Any,  # torch types no operation
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        """Refuse every operation but the one by which `async_save` begins a copy on the CPU.
 
         Raises:
-            CheckpointError: always.
+            CheckpointError: it is another.
         """
+        if func is torch.ops.aten.new_empty.default:
+            view, size = args
+            return cls(size, [], view.dtype, torch.device(kwargs.get("device", view.device)))
         raise CheckpointError(
             f"{func} on a dense view, which holds no values: give it to dcp.save or dcp.load, and "
             "read values from the model, or from memtile.dense_state_dict(model)"
@@ -102,10 +115,10 @@ def _chunk(offset: Offset, values: Tensor) -> ChunkStorageMetadata:
 
 
 def dense_view(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the untiled model, for `dcp.save` and `dcp.load`, with no values copied.
+    """The state dict of the untiled model, for `dcp.save`, `dcp.async_save` and `dcp.load`.
 
-    Each rank writes and reads only the pieces that it holds, in place. What is tied comes under
-    every name that it has. Make it anew for each save and load.
+    No values are copied: each rank writes and reads the pieces that it holds, in place. What is
+    tied comes under every name that it has. Make it anew for each save and load.
 
     Args:
         model: tiled or not, over ranks or not.
@@ -166,7 +179,7 @@ def view_of(dense: DenseParameter, held: Held) -> Tensor:
         for part, tensor in zip(dense.parts, tensors, strict=True)
         for piece in _pieces(dense, part, tensor)
     ]
-    return DenseView(dense.shape, pieces, tensors[0])
+    return DenseView(dense.shape, pieces, tensors[0].dtype, tensors[0].device)
 
 
 def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:

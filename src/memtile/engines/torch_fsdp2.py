@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from memtile.engines.ahead import bring_ahead
 from memtile.engines.release import release_in_backward
 from memtile.engines.ties import SharedTile, share_tied_tiles
-from memtile.engines.whole_values import take_whole_values
+from memtile.engines.whole_values import take_ties_once, take_whole_values
 from memtile.errors import ArgumentError, EngineError, ParkedError
 from memtile.homes import berth_of
 from memtile.layers import TiledModule, register_gatherer
@@ -79,6 +79,7 @@ def shard(
     for tile in (tile for unit in units for tile in unit):
         release_in_backward(tile)
         take_whole_values(tile)
+    take_ties_once(model)
     bring_ahead(_order(model, units), units, prefetch)
     return model
 
