@@ -1,5 +1,7 @@
 """FSDP2 holds the tiles: real processes over gloo against the dense model in one process."""
 
+from statistics import fmean
+
 import pytest
 import torch.distributed as dist
 from fsdp2_worker import CASES, Case, Net, spawn, train
@@ -26,12 +28,12 @@ def alone():
 
 @pytest.fixture(scope="module")
 def dense():
-    """The dense parameters of each case, trained in this process."""
+    """The dense losses and parameters of each case, trained in this process."""
     found = {}
     for name, case in CASES.items():
         model = Net(case)
-        train(model, case)
-        found[name] = model.state_dict()
+        losses = train(model, case)
+        found[name] = losses, model.state_dict()
     return found
 
 
@@ -42,8 +44,16 @@ def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     tiled.load_state_dict(outcome.states[name])
     found = dict(memtile.dense_state_dict(tiled))
 
-    for key, expected in dense[name].items():
+    for key, expected in dense[name][1].items():
         assert (found[key] - expected).norm() <= 1e-9 * expected.norm(), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_the_dense_model(outcome, dense, name):
+    """Each rank's loss is of its part of the batch; their mean is the dense one."""
+    means = [fmean(losses) for losses in zip(*_losses(outcome, name), strict=True)]
+
+    assert means == pytest.approx(dense[name][0], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,6 +72,11 @@ def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):
 def test_a_sharded_model_loads_what_another_one_gives(outcome):
     """`get_model_state_dict` and `set_model_state_dict` work, with the names of tiles."""
     assert all(rank["loads"] for rank in outcome.ranks)
+
+
+def test_a_bias_that_is_returned_outlives_its_tile(outcome):
+    """It is added after its tile was let go of, and its gradient finds the way back."""
+    assert all(rank["returned_bias"] <= 1e-12 for rank in outcome.ranks)
 
 
 def test_a_shard_is_never_read_as_a_tile(outcome):
@@ -107,3 +122,7 @@ def test_without_a_process_group_the_way_to_one_is_said():
 
 def _splits(case):
     return {"out_splits": case.grid[0], "in_splits": case.grid[1]}
+
+
+def _losses(outcome, name):
+    return [rank["losses"][name] for rank in outcome.ranks]

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,20 +99,25 @@ def batches() -> Tensor:
     return torch.randint(23, (STEPS, BATCH, 6), generator=torch.Generator().manual_seed(1))
 
 
-def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> None:
-    """Steps of AdamW on this rank's part of each batch, in one or more pieces."""
+def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> list[float]:
+    """Steps of AdamW on this rank's part of each batch, in one or more pieces; gives its losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
     for batch in batches():
         optimizer.zero_grad()
+        losses.append(0.0)
         for part in batch.chunk(case.parts):
             share = part.chunk(world)[rank] if len(part) >= world else part
-            (model(share) / case.parts).backward()
+            loss = model(share) / case.parts
+            loss.backward()
+            losses[-1] += loss.item()
         if case.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), case.clip)
         optimizer.step()
         if case.evaluates:
             with torch.no_grad():
                 model(batch)
+    return losses
 
 
 @contextmanager
@@ -139,8 +145,8 @@ def watched() -> Iterator[list[int]]:
         cls.unshard, cls._to_sharded = unshard, to_sharded
 
 
-def run_case(case: Case, rank: int, world: int) -> tuple[int, dict[str, Tensor]]:
-    """Train a sharded model; gives the most live tiles, and its parameters."""
+def run_case(case: Case, rank: int, world: int) -> tuple[int, list[float], dict[str, Tensor]]:
+    """Train a sharded model; gives the most live tiles, its losses, and its parameters."""
     model = memtile.tile(Net(case), out_splits=case.grid[0], in_splits=case.grid[1])
     options: dict[str, Any] = {"unit_bytes": case.unit_bytes}
     if case.offload:
@@ -149,8 +155,8 @@ def run_case(case: Case, rank: int, world: int) -> tuple[int, dict[str, Tensor]]
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     shard(model, **options)
     with watched() as most:
-        train(model, case, rank, world)
-    return most[0], whole_state(model)
+        losses = train(model, case, rank, world)
+    return most[0], losses, whole_state(model)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -181,6 +187,31 @@ def asked_for_a_weight() -> str:
     return ""
 
 
+class ReturnsBias(nn.Linear):
+    """Megatron's `skip_bias_add`: the bias comes beside the output."""
+
+    def forward(self, input: Tensor) -> Any:
+        """The product, and the bias."""
+        return nn.functional.linear(input, self.weight), self.bias
+
+
+def returned_bias() -> float:
+    """How far the gradients of a layer that returns its bias are from the dense ones, at most."""
+    torch.manual_seed(0)
+    dense, x = nn.Linear(12, 31).double(), torch.randn(4, 12, dtype=torch.float64)
+    layer = memtile.TiledLinearReturnBias(12, 31, out_splits=4, linear_cls=ReturnsBias).double()
+    layer.copy_params_from(dense)
+    for model in (dense, shard(nn.Sequential(layer))):
+        result = model(x)
+        output, bias = result if isinstance(result, tuple) else (result, 0)
+        (output + bias).square().sum().backward()
+    tiles = [tile for _, tile in layer.tiles()]
+    found = torch.cat([tile.bias.grad.full_tensor() for tile in tiles])
+    weights = torch.cat([tile.weight.grad.full_tensor() for tile in tiles])
+    differences = found - dense.bias.grad, weights - dense.weight.grad
+    return max(difference.abs().max().item() for difference in differences)
+
+
 def other_grids(rank: int) -> str:
     """What a rank is told when the ranks have other grids."""
     model = memtile.tile(Net(Case()), out_splits=2 + rank)
@@ -193,22 +224,26 @@ def other_grids(rank: int) -> str:
 
 def run(rank: int, world: int, folder: str) -> None:
     """Every case, one after the other."""
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    found = {}
+    live, losses = {}, {}
     for name, case in CASES.items():
-        found[name], state = run_case(case, rank, world)
+        live[name], losses[name], state = run_case(case, rank, world)
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     others = {
         "refused": other_grids(rank) if world > 1 else "",
         "loads": loads_what_it_gives(),
         "weight": asked_for_a_weight(),
+        "returned_bias": returned_bias(),
+        "live": live,
+        "losses": losses,
     }
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"live": found, **others}))
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(others))
     dist.destroy_process_group()
 
 

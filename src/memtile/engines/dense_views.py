@@ -203,13 +203,14 @@ def _pieces(dense: DenseParameter, part: Part, tensor: Tensor) -> Iterator[Piece
     """What this rank holds of one part; nothing where a shard is empty."""
     assert part.rect is not None
     corner = (part.rect.out.start, part.rect.into.start)
-    for offset, values in _local(tensor):
+    for offset, values in local_pieces(tensor):
         if values.numel():
             place = tuple(start + along for start, along in zip(corner, offset, strict=False))
             yield Piece(place[::-1], values.t()) if part.turned else Piece(place, values)
 
 
-def _local(tensor: Tensor) -> Iterator[Piece]:
+def local_pieces(tensor: Tensor) -> Iterator[Piece]:
+    """What this rank holds of a tensor, which shares memory with it: all of it, or a shard."""
     if not isinstance(tensor, DTensor):
         yield Piece((0,) * tensor.dim(), tensor)
     elif tensor.device_mesh.get_coordinate() is not None:

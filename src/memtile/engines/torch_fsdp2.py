@@ -5,7 +5,6 @@ tiles are gathered along the layer's order, one ahead in both directions (`ahead
 of in backward whatever the input is (`release`); a tied tile is one unit with two uses (`ties`).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -23,6 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.engines.ahead import bring_ahead
 from memtile.engines.release import release_in_backward
 from memtile.engines.ties import SharedTile, share_tied_tiles
@@ -66,7 +66,8 @@ def shard(
     """
     _check(model, unit_bytes, prefetch)
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
-    _check_agreement(model, mesh, (unit_bytes, prefetch))
+    groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    check_agreement(model, (unit_bytes, prefetch), groups)
     options: dict[str, Any] = {  # two keywords of fully_shard
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
@@ -129,11 +130,7 @@ def _order(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> list[nn.Mo
 
 
 def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
-    if not dist.is_initialized():
-        raise EngineError(
-            "there is no process group to shard over: start the script with torchrun, and call "
-            "torch.distributed.init_process_group() first"
-        )
+    check_process_group()
     numbers: dict[str, object] = {"unit_bytes": unit_bytes, "prefetch": prefetch}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -153,28 +150,6 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
                     f"{layer.full_name()} is parked in a home, and shards have no other: tile the "
                     "model without home=…, and give offload_policy=CPUOffloadPolicy() instead"
                 )
-
-
-def _check_agreement(model: nn.Module, mesh: DeviceMesh, options: object) -> None:
-    """Compare what is about to be sharded: ranks that differ would wait for each other forever.
-
-    Raises:
-        EngineError: on every rank.
-    """
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    mine = hashlib.sha256(repr((shapes, options)).encode()).hexdigest()
-    known = {dist.get_rank(): mine}
-    for dimension in range(mesh.ndim):
-        group = mesh.get_group(dimension)
-        heard: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(heard, known, group=group)
-        known = {rank: digest for each in heard for rank, digest in each.items()}
-    odd = sorted(rank for rank, digest in known.items() if digest != known[min(known)])
-    if odd:
-        raise EngineError(
-            f"ranks {odd} have another model, other tiles or other arguments than rank "
-            f"{min(known)}: make the same model with the same grids on each rank"
-        )
 
 
 def _layers(model: nn.Module) -> list[TiledModule]:

@@ -15,7 +15,7 @@ from memtile.cli.homes import check_home
 from memtile.planning import format_byte_size, parse_byte_size
 
 if TYPE_CHECKING:
-    from memtile.cli.finetune.run import Result
+    from memtile.cli.finetune.loop import Result
 
 
 def run_finetune(
