@@ -55,11 +55,13 @@ class DenseView(Tensor):
         cls,
         shape: Sequence[int],
         pieces: Sequence[Piece],
-        dtype: torch.dtype,
-        device: torch.device,
+        like: Tensor,
+        device: torch.device | None = None,
     ) -> "DenseView":
-        """A view of a dense tensor of this shape, dtype and device."""
-        view: DenseView = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        """A view of a dense tensor of this shape, with the dtype and the device of another."""
+        view: DenseView = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=device or like.device
+        )
         view._pieces = dict(pieces)
         return view
 
@@ -78,7 +80,7 @@ class DenseView(Tensor):
         """
         if func is torch.ops.aten.new_empty.default:
             view, size = args
-            return cls(size, [], view.dtype, torch.device(kwargs.get("device", view.device)))
+            return cls(size, [], view, kwargs.get("device"))
         raise CheckpointError(
             f"{func} on a dense view, which holds no values: give it to dcp.save or dcp.load, and "
             "read values from the model, or from memtile.dense_state_dict(model)"
@@ -179,7 +181,7 @@ def view_of(dense: DenseParameter, held: Held) -> Tensor:
         for part, tensor in zip(dense.parts, tensors, strict=True)
         for piece in _pieces(dense, part, tensor)
     ]
-    return DenseView(dense.shape, pieces, tensors[0].dtype, tensors[0].device)
+    return DenseView(dense.shape, pieces, tensors[0])
 
 
 def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
