@@ -7,6 +7,7 @@ import torch.distributed.checkpoint as dcp
 from dcp_worker import (
     CASES,
     HALF,
+    STEPS,
     WIDTH,
     Net,
     optimizer_of,
@@ -150,10 +151,12 @@ def test_a_rank_killed_in_a_save_leaves_the_last_checkpoint(world, doomed, dense
     model, optimizer = tiled(CASES["rows into a ragged grid"], (3, 5), sharded=False)
     resumed = load(tmp_path / "run", model, optimizer)
     train(model, optimizer, HALF)
+    saved = save(tmp_path / "run", model, optimizer, step=STEPS)
 
     assert all(text.startswith("EngineError") and "was killed" in text for text in told)
     assert resumed.step == HALF
     assert_close(dict(memtile.dense_state_dict(model)), dense["rows into a ragged grid"])
+    assert list((tmp_path / "run").iterdir()) == [saved]  # nothing half-written is left either
 
 
 def test_parked_tiles_are_saved_and_loaded_where_they_live(tmp_path):
@@ -171,6 +174,21 @@ def test_parked_tiles_are_saved_and_loaded_where_they_live(tmp_path):
         train(again, optimizers[1], HALF)
 
         assert_close(dict(memtile.dense_state_dict(again)), dict(memtile.dense_state_dict(model)))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_whatever_an_optimizer_keeps_comes_back(tmp_path, momentum):
+    """Nothing, or no tensor; and nothing of what it kept before stays."""
+    model = memtile.tile(Net(), out_splits=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=momentum)
+    save(tmp_path, model, optimizer, step=0)
+    train(model, optimizer, 0)
+    optimizer.param_groups[0]["lr"] = 0.1
+    load(tmp_path, model, optimizer)
+
+    assert dict(optimizer.state) == {}
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path):
@@ -227,6 +245,47 @@ def test_what_has_no_dense_form_is_refused():
         dense_view(mixed)
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2)])
+def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path, grid):
+    """A file of values that ends too early, then one that says what is where that is missing."""
+    model = memtile.tile(Net(), out_splits=grid[0], in_splits=grid[1])
+    place = save(tmp_path, Net(), step=1)
+    values = place / "__0_0.distcp"
+    values.write_bytes(values.read_bytes()[: values.stat().st_size // 2])
+
+    with pytest.raises(CheckpointError, match="could not be read by rank 0"):
+        load(tmp_path, model)
+    (place / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="no distributed checkpoint"):
+        load(tmp_path, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_was_saved_with_strides_of_its_own_is_read(tmp_path, dtype):
+    """A transposed tensor, as torch writes it; dtypes are converted as torch does."""
+    model = memtile.tile(nn.Sequential(nn.Linear(5, 7, bias=False, dtype=dtype)), out_splits=3)
+    weight = torch.rand(5, 7).t()
+    plain = nn.Sequential(nn.Linear(5, 7, bias=False))
+    plain[0].weight = nn.Parameter(weight)
+    save(tmp_path, plain, step=1)
+    load(tmp_path, model)
+
+    assert not plain[0].weight.is_contiguous()
+    assert_same(dict(memtile.dense_state_dict(model)), {"0.weight": weight.to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fn, torch.int64])
+def test_buffers_of_any_dtype_are_read(tmp_path, dtype):
+    """Also those whose form in a file only torch knows."""
+    model, again = nn.Linear(3, 2), nn.Linear(3, 2)
+    model.register_buffer("kept", torch.arange(6).view(2, 3).to(dtype))
+    again.register_buffer("kept", torch.zeros(2, 3).to(dtype))
+    save(tmp_path, model, step=1)
+    load(tmp_path, again)
+
+    assert torch.equal(again.kept.float(), torch.arange(6.0).view(2, 3))
+
+
 @pytest.mark.parametrize("options", [{"step": -1}, {"step": 1, "keep": 0}])
 def test_numbers_that_mean_nothing_are_refused(tmp_path, options):
     """What is no number of steps or of checkpoints."""
@@ -248,6 +307,8 @@ def test_another_optimizer_is_refused(tmp_path):
         load(tmp_path, model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(OptimizerError, match="make the optimizer after"):
         load(tmp_path, model, optimizer_of(Net()))
+    with pytest.raises(ArgumentError, match=r"must be a torch\.optim\.Optimizer"):
+        save(tmp_path, model, model.parameters(), step=6)
 
 
 class WithExtraState(nn.Linear):

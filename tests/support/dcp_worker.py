@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
@@ -39,11 +40,12 @@ class Case:
     saved: tuple[int, int]
     loaded: tuple[int, int]
     frozen: bool = False
+    hybrid: bool = False  # with four ranks: two hold the same shards
 
 
 CASES = {
     "one tile into rows": Case((1, 1), (4, 1)),
-    "rows into a ragged grid": Case((4, 1), (3, 5)),
+    "rows into a ragged grid": Case((4, 1), (3, 5), hybrid=True),
     "a ragged grid into columns": Case((3, 5), (1, 4), frozen=True),
 }
 
@@ -95,7 +97,10 @@ def tiled(case: Case, grid: tuple[int, int], sharded: bool = True) -> tuple[nn.M
     """A model in tiles with its optimizer."""
     model = memtile.tile(Net(case.frozen), out_splits=grid[0], in_splits=grid[1])
     if sharded:
-        shard(model, unit_bytes=0)
+        mesh = None
+        if case.hybrid and dist.get_world_size() == 4:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        shard(model, mesh, unit_bytes=0)
     return model, optimizer_of(model)
 
 
