@@ -4,7 +4,8 @@ from statistics import fmean
 
 import pytest
 import torch.distributed as dist
-from fsdp2_worker import CASES, Case, Net, spawn, train
+from fsdp2_worker import CASES, Case, Net, spawn, tiled, train
+from torch.distributed.fsdp import FSDPModule
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard
@@ -40,9 +41,9 @@ def dense():
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     """After ten steps of AdamW the shards hold the dense run's parameters, in float64."""
-    tiled = memtile.tile(Net(CASES[name]), **_splits(CASES[name]))
-    tiled.load_state_dict(outcome.states[name])
-    found = dict(memtile.dense_state_dict(tiled))
+    model = tiled(CASES[name])
+    model.load_state_dict(outcome.states[name])
+    found = dict(memtile.dense_state_dict(model))
 
     for key, expected in dense[name][1].items():
         assert (found[key] - expected).norm() <= 1e-9 * expected.norm(), key
@@ -97,6 +98,15 @@ def test_a_model_without_tiles_is_refused(alone):
         shard(Net(Case()))
 
 
+def test_layers_without_tiles_are_units_of_their_own(alone):
+    """Of the size that was asked for; what is smaller, or tied, is in the one of the rest."""
+    model = memtile.tile(Net(Case()), out_splits=2, modules=["up"])
+    shard(model, unit_bytes=600)
+
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    assert units == ["", "up.linears.0.0", "up.linears.1.0", "down"]
+
+
 def test_parked_tiles_are_refused(alone, tmp_path):
     """A tile has one place to live."""
     with memtile.DiskHome(tmp_path) as home:
@@ -118,10 +128,6 @@ def test_without_a_process_group_the_way_to_one_is_said():
     """The script was started as one process."""
     with pytest.raises(EngineError, match="torchrun"):
         shard(memtile.tile(Net(Case()), out_splits=2))
-
-
-def _splits(case):
-    return {"out_splits": case.grid[0], "in_splits": case.grid[1]}
 
 
 def _losses(outcome, name):

@@ -41,6 +41,8 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(23, 12)
         self.up, self.down = nn.Linear(12, 31, bias=case.bias), nn.Linear(31, 12, bias=case.bias)
         self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23, bias=False)
+        if case.backwards:
+            self._modules = dict(reversed(self._modules.items()))
         if case.tied:
             self.head.weight = self.embedding.weight
         self.up.requires_grad_(not case.frozen)
@@ -74,6 +76,8 @@ class Case:
     evaluates: bool = False
     again: bool = False
     hybrid: bool = False
+    whole: tuple[str, ...] = ()
+    backwards: bool = False
 
 
 CASES = {
@@ -90,7 +94,10 @@ CASES = {
     "accumulated": Case(parts=2),
     "after evaluation": Case(evaluates=True),
     "recomputed": Case(again=True),
+    "recomputed after evaluation": Case(again=True, evaluates=True),
     "hybrid": Case(hybrid=True),
+    "registered backwards": Case(backwards=True, tied=False),
+    "some layers not tiled": Case(whole=("down", "head"), tied=False, unit_bytes=600),
 }
 
 
@@ -145,9 +152,16 @@ def watched() -> Iterator[list[int]]:
         cls.unshard, cls._to_sharded = unshard, to_sharded
 
 
+def tiled(case: Case) -> nn.Module:
+    """The net in tiles, all of it or some."""
+    net, splits = Net(case), {"out_splits": case.grid[0], "in_splits": case.grid[1]}
+    chosen = [name for name in ("embedding", "up", "down", "head") if name not in case.whole]
+    return memtile.tile(net, modules=chosen if case.whole else None, **splits)
+
+
 def run_case(case: Case, rank: int, world: int) -> tuple[int, list[float], dict[str, Tensor]]:
     """Train a sharded model; gives the most live tiles, its losses, and its parameters."""
-    model = memtile.tile(Net(case), out_splits=case.grid[0], in_splits=case.grid[1])
+    model = tiled(case)
     options: dict[str, Any] = {"unit_bytes": case.unit_bytes}
     if case.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
@@ -155,6 +169,9 @@ def run_case(case: Case, rank: int, world: int) -> tuple[int, list[float], dict[
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     shard(model, **options)
     with watched() as most:
+        if case.again and case.evaluates:
+            with torch.no_grad():  # the order of use is known before the first backward
+                model(batches()[0])
         losses = train(model, case, rank, world)
     return most[0], losses, whole_state(model)
 
