@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from dcp_worker import (
     CASES,
     HALF,
+    STEPS,
     WIDTH,
     Net,
     optimizer_of,
@@ -116,6 +118,11 @@ def test_no_rank_holds_a_dense_layer(outcome):
     assert all(peak < layer_bytes // 4 for rank in outcome.ranks for peak in rank["peaks"])
 
 
+def test_tied_tiles_take_what_rank_0_broadcasts(outcome):
+    """`set_model_state_dict` with `broadcast_from_rank0` sends a tied tile under one name."""
+    assert all(rank["broadcast"] for rank in outcome.ranks)
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -144,10 +151,12 @@ def test_a_rank_killed_in_a_save_leaves_the_last_checkpoint(world, doomed, dense
     model, optimizer = tiled(CASES["rows into a ragged grid"], (3, 5), sharded=False)
     resumed = load(tmp_path / "run", model, optimizer)
     train(model, optimizer, HALF)
+    saved = save(tmp_path / "run", model, optimizer, step=STEPS)
 
     assert all(text.startswith("EngineError") and "was killed" in text for text in told)
     assert resumed.step == HALF
     assert_close(dict(memtile.dense_state_dict(model)), dense["rows into a ragged grid"])
+    assert list((tmp_path / "run").iterdir()) == [saved]  # nothing half-written is left either
 
 
 def test_parked_tiles_are_saved_and_loaded_where_they_live(tmp_path):
@@ -167,6 +176,21 @@ def test_parked_tiles_are_saved_and_loaded_where_they_live(tmp_path):
         assert_close(dict(memtile.dense_state_dict(again)), dict(memtile.dense_state_dict(model)))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_whatever_an_optimizer_keeps_comes_back(tmp_path, momentum):
+    """Nothing, or no tensor; and nothing of what it kept before stays."""
+    model = memtile.tile(Net(), out_splits=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=momentum)
+    save(tmp_path, model, optimizer, step=0)
+    train(model, optimizer, 0)
+    optimizer.param_groups[0]["lr"] = 0.1
+    load(tmp_path, model, optimizer)
+
+    assert dict(optimizer.state) == {}
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path):
     """`keep` of them stay, and what is not of this kind."""
     model = nn.Linear(3, 2)
@@ -178,8 +202,7 @@ def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path):
     assert found == ["step-00000001", "step-00000003", "step-00000004"]
 
 
-@pytest.mark.filterwarnings(_ALONE)
-def test_a_view_has_no_values(tmp_path):
+def test_a_view_has_no_values():
     """What is computed from it is refused, and its repr says what it is."""
     view = dense_view(memtile.tile(nn.Sequential(nn.Linear(5, 7)), out_splits=2))["0.weight"]
 
@@ -189,7 +212,25 @@ def test_a_view_has_no_values(tmp_path):
         view + 1
 
 
-def test_what_has_no_dense_form_is_refused(tmp_path):
+@pytest.mark.filterwarnings(_ALONE)
+def test_a_view_is_copied_by_a_save_in_the_background(tmp_path):
+    """`dcp.async_save` writes the values of the moment at which it was called."""
+    model = memtile.tile(nn.Sequential(nn.Linear(5, 7)), out_splits=2, in_splits=3)
+    before, again = dict(memtile.dense_state_dict(model)), nn.Sequential(nn.Linear(5, 7))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        writing = dcp.async_save(dense_view(model), checkpoint_id=tmp_path / "background")
+        with torch.no_grad():
+            model[0].tile(0, 0).weight.fill_(7.0)
+        writing.result()
+    finally:
+        dist.destroy_process_group()
+    dcp.load(again.state_dict(), checkpoint_id=tmp_path / "background")
+
+    assert_same(again.state_dict(), before)
+
+
+def test_what_has_no_dense_form_is_refused():
     """A model that is none, extra state, values that are not there, two dtypes."""
     mixed = memtile.tile(nn.Sequential(nn.Linear(5, 7)), out_splits=2)
     mixed[0].tile(0, 0).double()
@@ -202,6 +243,47 @@ def test_what_has_no_dense_form_is_refused(tmp_path):
         dense_view(memtile.tile(nn.Sequential(nn.Linear(5, 7, device="meta")), out_splits=2))
     with pytest.raises(CheckpointError, match="one dtype"):
         dense_view(mixed)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2)])
+def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path, grid):
+    """A file of values that ends too early, then one that says what is where that is missing."""
+    model = memtile.tile(Net(), out_splits=grid[0], in_splits=grid[1])
+    place = save(tmp_path, Net(), step=1)
+    values = place / "__0_0.distcp"
+    values.write_bytes(values.read_bytes()[: values.stat().st_size // 2])
+
+    with pytest.raises(CheckpointError, match="could not be read by rank 0"):
+        load(tmp_path, model)
+    (place / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="no distributed checkpoint"):
+        load(tmp_path, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_was_saved_with_strides_of_its_own_is_read(tmp_path, dtype):
+    """A transposed tensor, as torch writes it; dtypes are converted as torch does."""
+    model = memtile.tile(nn.Sequential(nn.Linear(5, 7, bias=False, dtype=dtype)), out_splits=3)
+    weight = torch.rand(5, 7).t()
+    plain = nn.Sequential(nn.Linear(5, 7, bias=False))
+    plain[0].weight = nn.Parameter(weight)
+    save(tmp_path, plain, step=1)
+    load(tmp_path, model)
+
+    assert not plain[0].weight.is_contiguous()
+    assert_same(dict(memtile.dense_state_dict(model)), {"0.weight": weight.to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fn, torch.int64])
+def test_buffers_of_any_dtype_are_read(tmp_path, dtype):
+    """Also those whose form in a file only torch knows."""
+    model, again = nn.Linear(3, 2), nn.Linear(3, 2)
+    model.register_buffer("kept", torch.arange(6).view(2, 3).to(dtype))
+    again.register_buffer("kept", torch.zeros(2, 3).to(dtype))
+    save(tmp_path, model, step=1)
+    load(tmp_path, again)
+
+    assert torch.equal(again.kept.float(), torch.arange(6.0).view(2, 3))
 
 
 @pytest.mark.parametrize("options", [{"step": -1}, {"step": 1, "keep": 0}])
@@ -225,6 +307,8 @@ def test_another_optimizer_is_refused(tmp_path):
         load(tmp_path, model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(OptimizerError, match="make the optimizer after"):
         load(tmp_path, model, optimizer_of(Net()))
+    with pytest.raises(ArgumentError, match=r"must be a torch\.optim\.Optimizer"):
+        save(tmp_path, model, model.parameters(), step=6)
 
 
 class WithExtraState(nn.Linear):

@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +30,7 @@ from memtile.errors import MemtileError
 from memtile.testing import peak_allocated_bytes
 
 HALF, STEPS, BATCH = 5, 10, 4
-WIDTH = 512  # of the layer whose allocations are watched
+WIDTH = 1024  # of the layer whose allocations are watched
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,12 @@ class Case:
     saved: tuple[int, int]
     loaded: tuple[int, int]
     frozen: bool = False
+    hybrid: bool = False  # with four ranks: two hold the same shards
 
 
 CASES = {
     "one tile into rows": Case((1, 1), (4, 1)),
-    "rows into a ragged grid": Case((4, 1), (3, 5)),
+    "rows into a ragged grid": Case((4, 1), (3, 5), hybrid=True),
     "a ragged grid into columns": Case((3, 5), (1, 4), frozen=True),
 }
 
@@ -90,7 +97,10 @@ def tiled(case: Case, grid: tuple[int, int], sharded: bool = True) -> tuple[nn.M
     """A model in tiles with its optimizer."""
     model = memtile.tile(Net(case.frozen), out_splits=grid[0], in_splits=grid[1])
     if sharded:
-        shard(model, unit_bytes=0)
+        mesh = None
+        if case.hybrid and dist.get_world_size() == 4:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        shard(model, mesh, unit_bytes=0)
     return model, optimizer_of(model)
 
 
@@ -141,6 +151,20 @@ def peaks(folder: Path) -> list[int]:
         peak_allocated_bytes(lambda: load(folder / "large", other)),
         peak_allocated_bytes(lambda: load(folder / "large alone", other)),
     ]
+
+
+def broadcasts(rank: int) -> bool:
+    """Whether a sharded model with tied tiles takes what rank 0 alone has."""
+    (first, _), (second, _) = (tiled(Case((3, 5), (3, 5)), (3, 5)) for _ in range(2))
+    ruined(second)
+    given = get_model_state_dict(first, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(
+        second,
+        dict(given) if rank == 0 else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    found = get_model_state_dict(second, options=StateDictOptions(full_state_dict=True))
+    return all(torch.equal(found[name], value) for name, value in given.items())
 
 
 def message_of(act: Callable[[], Any]) -> str:
@@ -208,7 +232,7 @@ def run(rank: int, world: int, folder: str) -> None:
     begin(rank, world, folder)
     for name in CASES:
         run_case(name, rank, world, place)
-    found = {"peaks": peaks(place), "told": refusals(rank, place)}
+    found = {"peaks": peaks(place), "told": refusals(rank, place), "broadcast": broadcasts(rank)}
     (place / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

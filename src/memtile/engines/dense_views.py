@@ -5,7 +5,7 @@ without data of its own can be saved and loaded.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,56 +16,60 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import (  # private: DTensor says nowhere else what it holds
-    compute_local_shape_and_global_offset,
-)
 
 from memtile.convert.dense import check_stored
 from memtile.convert.moving import Held, values_of
 from memtile.convert.saving import settle
 from memtile.convert.wanted import wanted_by
-from memtile.errors import ArgumentError, CannotTileError, CheckpointError
-from memtile.layers import TiledModule
-from memtile.optim import DenseParameter, Part
-
-Offset = tuple[int, ...]
-
-
-class Piece(NamedTuple):
-    """A rectangle of a dense tensor that this rank holds.
-
-    Attributes:
-        offset: its corner in the dense tensor.
-        values: shares memory with the tile or shard.
-    """
-
-    offset: Offset
-    values: Tensor
+from memtile.engines.pieces import Offset, Piece, local_pieces
+from memtile.engines.zero3_values import is_partitioned
+from memtile.errors import ArgumentError, CannotTileError, CheckpointError, EngineError
+from memtile.layers import TiledModule, whole_shape
+from memtile.optim import DenseParameter
 
 
 class DenseView(Tensor):
-    """A dense tensor as the pieces that this rank holds; nothing else can be done with it."""
+    """A dense tensor as the pieces that this rank holds; nothing else can be done with it.
 
+    Attributes:
+        takes: whether values may be read into it.
+    """
+
+    takes: bool = True
     _pieces: dict[Offset, Tensor]
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl  # torch types none
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], pieces: Sequence[Piece], like: Tensor) -> "DenseView":
-        """A view of this shape, with dtype and device of a tensor."""
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        like: Tensor,
+        device: torch.device | None = None,
+    ) -> "DenseView":
+        """A view of a dense tensor of this shape, with the dtype and the device of another."""
         view: DenseView = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=like.dtype, device=like.device
+            cls, shape, dtype=like.dtype, device=device or like.device
         )
         view._pieces = dict(pieces)
         return view
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: object) -> Any:  # torch types no operation
-        """Refuse every operation: there are no values here.
+    def __torch_dispatch__(  # type: ignore[override]  # as torch calls it, not as it is typed
+        cls,
+        func: Any,  # torch types no operation
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        """Refuse every operation but the one by which `async_save` begins a copy on the CPU.
 
         Raises:
-            CheckpointError: always.
+            CheckpointError: it is another.
         """
+        if func is torch.ops.aten.new_empty.default:
+            view, size = args
+            return cls(size, [], view, kwargs.get("device"))
         raise CheckpointError(
             f"{func} on a dense view, which holds no values: give it to dcp.save or dcp.load, and "
             "read values from the model, or from memtile.dense_state_dict(model)"
@@ -88,7 +92,16 @@ class DenseView(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank wants to read."""
+        """What this rank wants to read.
+
+        Raises:
+            EngineError: what is read would be lost.
+        """
+        if not self.takes:
+            raise EngineError(  # no ValueError: DCP puts a message of its own in its place
+                "the optimizer's masters would undo what dcp.load reads into partitions of ZeRO-3: "
+                "load with memtile's distributed_checkpoints.load, which writes them too"
+            )
         return [_chunk(offset, values) for offset, values in self._pieces.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
@@ -102,10 +115,10 @@ def _chunk(offset: Offset, values: Tensor) -> ChunkStorageMetadata:
 
 
 def dense_view(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the untiled model, for `dcp.save` and `dcp.load`, with no values copied.
+    """The state dict of the untiled model, for `dcp.save`, `dcp.async_save` and `dcp.load`.
 
-    Each rank writes and reads only the pieces that it holds, in place. What is tied comes under
-    every name that it has. Make it anew for each save and load.
+    No values are copied: each rank writes and reads the pieces that it holds, in place. What is
+    tied comes under every name that it has. Make it anew for each save and load.
 
     Args:
         model: tiled or not, over ranks or not.
@@ -152,21 +165,22 @@ def view_of(dense: DenseParameter, held: Held) -> Tensor:
     Raises:
         CheckpointError: they have no values, or do not make the dense tensor.
     """
-    tensors = [held(part).detach() for part in dense.parts]
+    tensors = [held(part) for part in dense.parts]
     if any(tensor.is_meta for tensor in tensors):
         raise CheckpointError(
             f"{dense.name} is on the meta device, where nothing has values; call "
             "model.to_empty(device=…) first"
         )
-    if dense.parts[0].rect is None:
-        return tensors[0]
-    _check(dense, tensors)
-    pieces = [
-        piece
-        for part, tensor in zip(dense.parts, tensors, strict=True)
-        for piece in _pieces(dense, part, tensor)
-    ]
-    return DenseView(dense.shape, pieces, tensors[0])
+    partitioned = any(map(is_partitioned, tensors))
+    if dense.parts[0].rect is not None:
+        _check(dense, tensors)
+        view = DenseView(dense.shape, list(_pieces(dense, tensors)), tensors[0])
+    elif partitioned:
+        view = DenseView(whole_shape(tensors[0]), list(local_pieces(tensors[0])), tensors[0])
+    else:
+        return tensors[0].detach()
+    view.takes = not partitioned
+    return view
 
 
 def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
@@ -178,30 +192,21 @@ def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
         )
     for part, tensor in zip(dense.parts, tensors, strict=True):
         assert part.rect is not None
-        if tuple(tensor.shape) != part.rect.shape[: tensor.dim()]:
+        shape = whole_shape(tensor)
+        if shape != part.rect.shape[: len(shape)]:
             raise CheckpointError(
-                f"a tile of {dense.name} is {tuple(tensor.shape)} where its place in the dense "
+                f"a tile of {dense.name} is {shape} where its place in the dense "
                 f"tensor is {part.rect.shape}: it is a shard of a parallel linear, which has no "
                 "dense form here; save model.state_dict()"
             )
 
 
-def _pieces(dense: DenseParameter, part: Part, tensor: Tensor) -> Iterator[Piece]:
-    """What this rank holds of one part; nothing where a shard is empty."""
-    assert part.rect is not None
-    corner = (part.rect.out.start, part.rect.into.start)
-    for offset, values in local_pieces(tensor):
-        if values.numel():
-            place = tuple(start + along for start, along in zip(corner, offset, strict=False))
-            yield Piece(place[::-1], values.t()) if part.turned else Piece(place, values)
-
-
-def local_pieces(tensor: Tensor) -> Iterator[Piece]:
-    """What this rank holds of a tensor, which shares memory with it: all of it, or a shard."""
-    if not isinstance(tensor, DTensor):
-        yield Piece((0,) * tensor.dim(), tensor)
-    elif tensor.device_mesh.get_coordinate() is not None:
-        _, offset = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-        yield Piece(tuple(offset), tensor.to_local())
+def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[Piece]:
+    """What this rank holds of each part; nothing where a shard is empty."""
+    for part, tensor in zip(dense.parts, tensors, strict=True):
+        assert part.rect is not None
+        corner = (part.rect.out.start, part.rect.into.start)
+        for offset, values in local_pieces(tensor):
+            if values.numel():
+                place = tuple(start + along for start, along in zip(corner, offset, strict=False))
+                yield Piece(place[::-1], values.t()) if part.turned else Piece(place, values)

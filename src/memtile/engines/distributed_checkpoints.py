@@ -26,11 +26,12 @@ from torch.optim import Optimizer
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.steps import SavedStep, new_step, saved_steps
 from memtile.convert.training import Resumed, check_numbers
-from memtile.engines.dense_views import dense_view
+from memtile.engines.dense_views import DenseView, dense_view
 from memtile.engines.optimizer_views import KEY, IncomingState, outgoing_state
 from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
-from memtile.errors import CheckpointError, CheckpointWriteError, EngineError
+from memtile.engines.zero3_values import write_masters
+from memtile.errors import ArgumentError, CheckpointError, CheckpointWriteError, EngineError
 
 __all__ = ["dense_view", "load", "save"]
 
@@ -62,7 +63,7 @@ def save(
     Args:
         folder: of all checkpoints of the run, the same on each rank, on a filesystem that all of
             them see; made where it is missing.
-        model: tiled or not, over ranks or not.
+        model: tiled or not, over ranks or not: as FSDP2 and ZeRO-3 shard it.
         optimizer: torch's, over the model or some of it.
         step: how many steps are done. A step that is there is replaced; a newer one is refused.
         position: where in the data the run is: numbers, texts, lists, dictionaries.
@@ -75,7 +76,7 @@ def save(
         names of the untiled one, and the optimizer under "optimizer".
 
     Raises:
-        ArgumentError: `step` or `keep` is no such number.
+        ArgumentError: `step` or `keep` is no such number, or the optimizer none.
         OptimizerError: there is no dense form of what the optimizer keeps.
         CannotTileError: there is none of a weight.
         CheckpointError: something is neither a tensor nor such a value.
@@ -129,6 +130,7 @@ def load(
         found = ranks.each(lambda: _incoming(record, metadata, model, optimizer, saved.path))
         incoming, state[KEY] = found, found.state
     _read(ranks, state, saved.path)
+    ranks.each(lambda: write_masters(model))
     if incoming is not None:
         incoming.take()
     return Resumed(
@@ -143,6 +145,7 @@ def _outgoing(
     state: dict[str, Any] = {_MODEL: dense_view(model)}
     record: Json = {name: to_json(value, name) for name, value in given.items()}
     if optimizer is not None:
+        _check_optimizer(optimizer)
         state[KEY], record[KEY] = outgoing_state(model, optimizer)
     return {**state, _RECORD: json.dumps(record, allow_nan=False)}
 
@@ -238,6 +241,9 @@ def _opened(place: Path) -> tuple[Metadata, Json]:
 def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tensor]:
     """The model's tensors, once the checkpoint is found to have the same."""
     wanted = dense_view(model)
+    for view in wanted.values():
+        if isinstance(view, DenseView):
+            view.takes = True  # masters are written afterwards
     stored = {
         path[1]: metadata.state_dict_metadata[flat]
         for flat, path in (metadata.planner_data or {}).items()
@@ -260,9 +266,18 @@ def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tens
     return wanted
 
 
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ArgumentError(
+            f"the optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer: "
+            "of DeepSpeed's, save the state with engine.save_checkpoint"
+        )
+
+
 def _incoming(
     record: Json, metadata: Metadata, model: nn.Module, optimizer: Optimizer, place: Path
 ) -> IncomingState:
+    _check_optimizer(optimizer)
     if KEY not in record:
         raise CheckpointError(
             f"{place} was saved without an optimizer: load the model only, and start the optimizer "

@@ -26,7 +26,7 @@ from memtile.engines.ahead import bring_ahead
 from memtile.engines.release import release_in_backward
 from memtile.engines.ties import share_tied_tiles
 from memtile.engines.units import tiled_layers, units_of
-from memtile.engines.whole_values import take_whole_values
+from memtile.engines.whole_values import take_ties_once, take_whole_values
 from memtile.errors import ArgumentError, EngineError, ParkedError
 from memtile.homes import berth_of
 from memtile.layers import register_gatherer
@@ -85,6 +85,7 @@ def shard(
         if module in tiles or isinstance(module, nn.Linear | nn.Embedding):  # of one input
             release_in_backward(module)
         take_whole_values(module)
+    take_ties_once(model)
     bring_ahead(model, units, prefetch)
     return model
 

@@ -33,6 +33,18 @@ def whole_numel(tensor: Tensor) -> int:
     return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
+def write_masters(model: nn.Module) -> None:
+    """Give the optimizer this rank's partitions, which were written; what is gathered is let go."""
+    for parameter in model.parameters():
+        found: Any = parameter  # with DeepSpeed's attributes
+        if is_partitioned(found) and hasattr(found, "_z3_optimizer"):
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(found, found.ds_tensor.detach().float())
+        if is_partitioned(found) and found.ds_status.name == "AVAILABLE":
+            found.partition()
+
+
 def _whole_shape(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(tensor.ds_shape) if is_partitioned(tensor) else None  # type: ignore[attr-defined]
 
