@@ -4,12 +4,20 @@ import pytest
 from rank_worker import CASES, planned, spawn
 
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
-_WHOLE = ("untiled, gathered", "unit at work", "units on their way", "buffer of the all-gather")
+_WHOLE = (
+    "untiled, gathered",
+    "unit at work",
+    "unit that waits",
+    "units on their way",
+    "buffer of the all-gather",
+)
 _LEAVING = (
     "gradients of the untiled",
     "gradient of a unit, whole",
     "buffer of the reduce-scatter",
 )
+_UNEVEN = ("whole layers", "recomputed")
+"""Here the largest unit is beside a smaller one: the plan supposes two that are as large."""
 
 
 @pytest.fixture(scope="module", params=_WORLDS)
@@ -45,21 +53,24 @@ def test_each_rank_sends_the_planned_bytes(measured, name):
 def test_no_more_is_gathered_at_once_than_planned(measured, name):
     """Units, those on their way and their buffers: to the byte where the largest are neighbours."""
     plan = planned(CASES[name], len(measured))
-    predicted = max(_sum(plan, moment, _WHOLE) for moment in ("the start of forward", "forward"))
-    neighbour = CASES[name].max_tile_bytes is None and len(measured) > 1
+    moments = {"forward", "backward", "the recomputation"} & {m.name for m in plan.moments}
+    predicted = max(_sum(plan, moment, _WHOLE) for moment in moments)
 
     for rank in measured:
-        assert rank[name].gathered + (_difference(plan) if neighbour else 0) == predicted
+        if name in _UNEVEN:
+            assert rank[name].gathered <= predicted <= 1.05 * rank[name].gathered
+        else:
+            assert rank[name].gathered == predicted
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_more_gradients_are_whole_at_once_than_planned(measured, name):
-    """A unit's gradient and its buffer; one of another unit may be a row of a tile smaller."""
+    """A unit's gradient and its buffer; beside it, one of another unit may be a row smaller."""
     plan = planned(CASES[name], len(measured))
     predicted = _sum(plan, "backward", _LEAVING)
 
     for rank in measured:
-        assert rank[name].reduced <= predicted <= 1.1 * rank[name].reduced
+        assert rank[name].reduced <= predicted <= 1.05 * rank[name].reduced
 
 
 def _sum(plan, name, terms):

@@ -2,11 +2,13 @@
 
 import json
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,14 +189,30 @@ class Probe:
 
     def see(self) -> None:
         """Count what is alive now."""
-        found, whole, gradients = self.measured, 0, sum(each.nbytes for each in self._leaving)
-        for parameter in self._parameters:
-            whole += sum(each.untyped_storage().nbytes() for each in parameter.all_gather_outputs)
-            unsharded = getattr(parameter, "_unsharded_param", None)
-            if unsharded is not None and unsharded.grad is not None:
-                gradients += unsharded.grad.nbytes
-        found.gathered = max(found.gathered, whole + _alive(self._gathering))
-        found.reduced = max(found.reduced, gradients + _alive(self._reducing))
+        found = self.measured
+        found.gathered = _settled(self._gathered, found.gathered)
+        found.reduced = _settled(self._reduced, found.reduced)
+
+    def _gathered(self) -> int:
+        outputs = (output for each in self._parameters for output in each.all_gather_outputs)
+        return sum(o.untyped_storage().nbytes() for o in outputs) + _alive(self._gathering)
+
+    def _reduced(self) -> int:
+        unsharded = (getattr(each, "_unsharded_param", None) for each in self._parameters)
+        grads = [each.grad for each in unsharded if each is not None and each.grad is not None]
+        return sum(each.nbytes for each in (*grads, *self._leaving)) + _alive(self._reducing)
+
+
+def _settled(count: Callable[[], int], known: int) -> int:
+    """The larger of two counts, the new one once gloo's threads let go of what they sent.
+
+    They do so a moment after their work is said to be done.
+    """
+    for _ in range(20):
+        if count() <= known:
+            return known
+        time.sleep(0.002)
+    return count()
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -215,6 +233,7 @@ def _sharded_by(module: nn.Module) -> list[Any]:
     return [each for group in state._fsdp_param_groups for each in group.fsdp_params]
 
 
+@cache
 def planned(case: Case, world: int) -> memtile.RankPlan:
     """What is predicted of a case."""
     return memtile.plan_ranks(

@@ -56,7 +56,7 @@ def plan_ranks(
     work: Work | None = None,
     speeds: Speeds | None = None,
 ) -> RankPlan:
-    """What one rank of a cluster holds and moves, with the fewest tiles that its device has room for.
+    """What one rank of a cluster holds and moves, in the fewest tiles that its device has room for.
 
     Nothing is loaded, no process is started and the model is unchanged. What can be a tile is one,
     also where it is not cut: then it is gathered and let go of by itself.

@@ -4,8 +4,8 @@ The moments of a step are its forward, its backward, and the optimizer's step; e
 own, and the largest of them stands beside what is kept all the time. A unit is what is gathered
 together: U bytes of the largest one, R bytes of what stays whole.
 
-FSDP2, forward: R + U at work + the buffer that it came in + one for each that is on its way (at least
-one: the last buffer is let go of after the next unit arrived). Backward: R + U at work + a
+FSDP2, forward: R + U at work + the buffer that it came in + one for each that is on its way, at
+least one: the last buffer is let go of after the next unit arrived. Backward: R + U at work + a
 buffer for each on its way + the gradients of R + the gradient of U + the buffer that the gradient
 before it leaves in. With one rank there is nothing on its way. What is tied gets one gradient, the
 sum of its uses': autograd keeps the later ones', whole, until it comes to the first.
@@ -156,6 +156,9 @@ def _moments(
     if trains:
         whole = _gathered(setting, sharding, units, forward=False)
         yield "backward", [*whole, *activations, *_gradients(sharding, units)]
+    if fsdp2 and any(uses.again for _, _, uses in units.tiles):
+        found = _recomputed(sharding, units)
+        yield "the recomputation", [*found, *activations]
     if trains and fsdp2:
         yield "the end of backward", _root_gradients(sharding, units)
     if trains and setting.offload == "none":
@@ -179,6 +182,18 @@ def _gathered(
         yield Term("buffer of the all-gather", largest if keeps else 0, "device")
     if setting.offload != "none":
         yield Term("shard of a unit, from the host", largest // sharding.world, "device")
+
+
+def _recomputed(sharding: Sharding, units: Units) -> Iterator[Term]:
+    """One unit waits for its backward, while those of its block are gathered again one by one."""
+    largest = _largest(sharding, units, False)
+    yield Term("untiled, gathered", sharding.whole(units.resident), "device")
+    yield Term("unit that waits", largest, "device")
+    yield Term("unit at work", largest, "device")
+    if sharding.world > 1:
+        yield Term("buffer of the all-gather", largest, "device")
+    yield Term("gradients of the untiled", _nbytes(trained_of(units.resident)), "device")
+    yield Term("buffer of the reduce-scatter", _largest(sharding, units, True), "device")
 
 
 def _started(sharding: Sharding, units: Units) -> Iterator[Term]:

@@ -87,8 +87,8 @@ def _used(
 ) -> Iterator[tuple[Unit, int, _Times]]:
     """Each unit, how many there are like it, and how often it is gathered and reduced.
 
-    What is tied is reduced once: its gradient is complete only after its first use. FSDP2 lets go of
-    the root after its backward alone; ZeRO-3 gathers what is persistent when it was stepped.
+    What is tied is reduced once: its gradient is complete only after its first use. FSDP2 lets go
+    of the root after its backward alone; ZeRO-3 gathers what is persistent when it was stepped.
     """
     fsdp2, once = sharding.engine == "fsdp2", int(setting.state is not None)
     for unit, times, uses in units.tiles:
