@@ -26,8 +26,8 @@ from memtile.integrations import register_all
 from memtile.layers import ParkedLinear, TiledEmbedding, TiledLinear, TiledLinearReturnBias
 from memtile.ops import split_tensor_along_last_dim
 from memtile.optim import TileOptimizer
-from memtile.planner import plan
-from memtile.planning import Budget, Plan, Rates
+from memtile.planner import plan, plan_ranks
+from memtile.planning import Budget, Plan, RankPlan, Rates, Speeds
 
 __version__ = "0.1.0"
 
@@ -40,9 +40,11 @@ __all__ = [
     "Loaded",
     "ParkedLinear",
     "Plan",
+    "RankPlan",
     "Rates",
     "Recut",
     "Resumed",
+    "Speeds",
     "TileOptimizer",
     "TiledEmbedding",
     "TiledLinear",
@@ -56,6 +58,7 @@ __all__ = [
     "load_checkpoint",
     "partition_uniform",
     "plan",
+    "plan_ranks",
     "resume_training",
     "save_checkpoint",
     "save_training",

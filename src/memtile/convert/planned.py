@@ -9,12 +9,12 @@ from memtile.convert.select import Choice, Cut, choose
 from memtile.convert.workspaces import take_workspace
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import DiskHome, Home, keep_freed_memory_out
-from memtile.planning import Plan, PlannedLayer
+from memtile.planning import Plan, PlannedLayer, RankPlan
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
 
-def planned_choices(model: nn.Module, plan: Plan) -> list[Choice]:
+def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[Choice]:
     """What happens to each linear and embedding of the model by this plan.
 
     Raises:
@@ -39,7 +39,7 @@ def planned_choices(model: nn.Module, plan: Plan) -> list[Choice]:
     return found
 
 
-def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan) -> None:
+def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan | RankPlan) -> None:
     """Refuse a cut that no embedding has, and what trains though it was planned as frozen."""
     modules = [model.get_submodule(name) for name in layer.ties or (layer.name,)]
     rows_only = any((kind := kind_of(m)) is not None and kind.rows_only for m in modules)

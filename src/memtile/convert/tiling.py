@@ -21,14 +21,14 @@ from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.homes import Home
 from memtile.layers import TiledModule
-from memtile.planning import Plan
+from memtile.planning import Plan, RankPlan
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def tile(
     model: Model,
-    plan: Plan | None = None,
+    plan: Plan | RankPlan | None = None,
     *,
     out_splits: int | None = None,
     in_splits: int = 1,
@@ -49,6 +49,7 @@ def tile(
         plan: what `memtile.plan` gave for this model: which layers, which grids, which home.
             Parked layers go to its home, unless `home` is given; what it leaves resident stays
             dense. The process then gives freed memory back at once, as the plan's numbers suppose.
+            Or what `memtile.plan_ranks` gave: tiles for an engine, which have no home.
         out_splits: rows of tiles for every module.
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
@@ -78,7 +79,7 @@ def tile(
             an embedding that are longer, layers that are tiled already.
     """
     if plan is not None:
-        if not isinstance(plan, Plan):
+        if not isinstance(plan, Plan | RankPlan):
             raise ArgumentError(
                 f"the plan is a {type(plan).__name__}; give what memtile.plan(model, …) gave "
                 "(Plan.from_json reads its text), or a size as out_splits=… or max_tile_bytes=…"
@@ -114,18 +115,33 @@ def tile(
 
 
 def _carry_out(
-    model: Model, plan: Plan, home: Home | str | None, checkpoint: str | os.PathLike[str] | None
+    model: Model,
+    plan: Plan | RankPlan,
+    home: Home | str | None,
+    checkpoint: str | os.PathLike[str] | None,
 ) -> Model:
     """Tile what a plan parks, and nothing else."""
     choices = planned_choices(model, plan)
     _refuse_tiled_before(model)
-    prepare(model, plan)
+    if isinstance(plan, RankPlan):
+        _refuse_home(home)
+    else:
+        prepare(model, plan)
     if checkpoint is not None or any(choice.tiled for choice in choices):
-        where = planned_home(plan) if home is None else home
+        where = planned_home(plan) if isinstance(plan, Plan) and home is None else home
         replace_chosen(model, choices, where, checkpoint)
     if plan.optimizer is not None:
         set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
     return model
+
+
+def _refuse_home(home: object) -> None:
+    """A tile has one place to live: a home, or an engine's shards."""
+    if home is not None:
+        raise ArgumentError(
+            f"home={home!r} beside a plan for ranks: its tiles live as shards of the engine; leave "
+            "home out, or plan for one process with memtile.plan"
+        )
 
 
 def replace_chosen(

@@ -11,8 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from memtile.convert import Choice, Cut, Work, choose, has_checkpointing, set_checkpointing
-from memtile.errors import ArgumentError, CannotTileError, MemtileError
+from memtile.convert import Choice, Cut, Work, choose, has_checkpointing
+from memtile.errors import ArgumentError
 from memtile.homes import (
     PAGE,
     DeviceHome,
@@ -25,16 +25,14 @@ from memtile.homes import (
     usable_folder,
 )
 from memtile.planner import surveying
-from memtile.planner.counting import count_step
 from memtile.planner.rates import rates_of
 from memtile.planner.sources import model_of
-from memtile.planner.twins import meta_twin, park_twin
+from memtile.planner.steps import StepCount
 from memtile.planner.works import work_for
 from memtile.planning import (
     PARKED,
     RESIDENT,
     Budget,
-    Counted,
     Found,
     Layout,
     Mode,
@@ -109,8 +107,8 @@ def plan(
         )
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentError(f"options={options!r} must be what the optimizer takes, by name")
-    _check_choice("mode", mode, get_args(Mode))
-    _check_choice("checkpointing", checkpointing, (None, True, False))
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("checkpointing", checkpointing, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
     keep_freed_memory_out()
     trains = optimizer is not None
@@ -129,54 +127,19 @@ def plan(
         rates=rates_of(rates, folder),
         imports=imports,
     )
-    count = _Count(model, choices, work or work_for(model, tokens, batch, trains), setting)
+    count = StepCount(
+        model,
+        choices,
+        work or work_for(model, tokens, batch, trains),
+        trains=trains,
+        drops_gradients=mode == "in_backward",
+        goes_home=folder is not None,
+    )
     search = Search(setting, weights, count, _with_disk(allowed, folder), fits_page_cache)
-    found = search.best(_checkpointing(model, checkpointing, trains))
+    found = search.best(checkpointing_choices(model, checkpointing, trains))
     trim_heap()  # of the twins' objects, which lay between others
     named = {"tokens": tokens, "batch": batch, "mode": mode, "home": word, "budget": allowed}
     return _plan(model, choices, found, setting, optimizer, named)
-
-
-class _Count:
-    """Counts a step of a layout, on a twin of the model that holds nothing."""
-
-    def __init__(
-        self, model: nn.Module, choices: Sequence[Choice], work: Work, setting: Setting
-    ) -> None:
-        self._model = model
-        self._choices, self._work, self._setting = choices, work, setting
-
-    def __call__(self, layout: Layout, checkpointing: bool) -> Counted:
-        """The step of this layout."""
-        twin, parked = meta_twin(self._model), _with_grids(self._choices, layout)
-        twin.train(self._setting.state is not None)
-        if any(choice.tiled for choice in parked):
-            park_twin(twin, parked)
-        set_checkpointing(twin, checkpointing)
-        setting = self._setting
-        try:
-            return count_step(
-                twin,
-                self._work,
-                drops_gradients=setting.mode == "in_backward",
-                goes_home=not setting.in_place,
-            )
-        except MemtileError:
-            raise
-        except Exception as error:  # the model's own code, which may do anything
-            raise CannotTileError(
-                f"a step of {type(self._model).__name__} cannot be counted with shapes alone "
-                f"({type(error).__name__}: {error}); give work=…, a forward that needs no values, "
-                "or tile it without a plan, with memtile.tile(model, max_tile_bytes=…, home=…)"
-            ) from error
-
-
-def _with_grids(choices: Sequence[Choice], layout: Layout) -> list[Choice]:
-    grids = {name: layout.grid_of(weight) for weight in layout.weights for name in weight.names}
-    return [
-        replace(choice, tiled=grids[choice.name] is not None, grid=grids[choice.name])
-        for choice in choices
-    ]
 
 
 def _plan(
@@ -224,7 +187,7 @@ def _layer(model: nn.Module, choice: Choice, layout: Layout) -> PlannedLayer:
     )
 
 
-def _checkpointing(model: nn.Module, given: bool | None, trains: bool) -> tuple[bool, ...]:
+def checkpointing_choices(model: nn.Module, given: bool | None, trains: bool) -> tuple[bool, ...]:
     """The choices that there are.
 
     Raises:
@@ -270,6 +233,11 @@ def _with_disk(budget: Budget, folder: Path | None) -> Budget:
     return replace(budget, disk=free if asked is None else min(asked, free))
 
 
-def _check_choice(name: str, value: object, known: Sequence[object]) -> None:
+def check_choice(name: str, value: object, known: Sequence[object]) -> None:
+    """Refuse what is none of the known values.
+
+    Raises:
+        ArgumentError: it is not.
+    """
     if value not in known or (isinstance(value, int) and not isinstance(value, bool)):
         raise ArgumentError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")

@@ -9,7 +9,7 @@ from torch import nn
 from memtile.convert import Choice, kind_of
 from memtile.optim import CHUNK_ELEMENTS, Inner, Piece
 from memtile.planner.counting import live_peak
-from memtile.planning import Rest, State, Weight
+from memtile.planning import Parameter, Rest, ShardedLayer, State, Uses, Weight
 
 _SIXTEEN_BITS = 2
 
@@ -56,6 +56,38 @@ def rest_of(model: nn.Module, weights: Sequence[Weight], trains: bool) -> Rest:
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         tensors=len(others),
     )
+
+
+def sharded_of(
+    model: nn.Module, weights: Sequence[Weight], trains: bool
+) -> tuple[list[ShardedLayer], list[Parameter]]:
+    """The layers that can be tiled, as engines see them, and all other parameters.
+
+    How often a step uses a layer is not known here: never.
+    """
+    layers, known = [], set()
+    for weight in (each for each in weights if not each.obstacle):
+        modules = [model.get_submodule(name) for name in weight.names]
+        biases = {id(b): b for m in modules if (b := m._parameters.get("bias")) is not None}
+        known.update({id(modules[0].weight), *biases})
+        layers.append(
+            ShardedLayer(
+                name=weight.names[0],
+                weight=Parameter(*weight.shape, weight.element_bytes, weight.trainable),
+                biases=tuple(_parameter(bias, trains) for bias in biases.values()),
+                rows_only=weight.rows_only,
+                shared=weight.is_tied,
+                uses=Uses(0, 0, 0),
+            )
+        )
+    others = [p for p in model.parameters() if id(p) not in known and p.numel()]
+    return layers, [_parameter(parameter, trains) for parameter in others]
+
+
+def _parameter(parameter: torch.Tensor, trains: bool) -> Parameter:
+    rows = parameter.shape[0] if parameter.dim() else 1
+    trained = trains and parameter.requires_grad
+    return Parameter(rows, parameter.numel() // rows, parameter.element_size(), trained)
 
 
 def state_of(

@@ -46,6 +46,29 @@ def parse_byte_size(text: str, option: str) -> int:
     return nbytes
 
 
+def parse_speed(text: str, option: str, unit: str = "B") -> float:
+    """What is done in a second, such as "50GB/s" in bytes or "400TFLOP/s" in operations.
+
+    Args:
+        text: A number and a unit, with "/s" behind it or not.
+        option: The name of the option it was given to, for the message.
+        unit: "B", or "FLOP" where operations are meant.
+
+    Raises:
+        ArgumentError: If it is none, or nothing in a second.
+    """
+    size = re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE)
+    if unit != "B":
+        size = re.sub(rf"{unit}s?\s*$", "B", size, flags=re.IGNORECASE)
+    try:
+        return float(parse_byte_size(size, option))
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"{option} {text[:40]!r} is no speed: write what is done in a second, such as "
+            f"{'50GB/s' if unit == 'B' else f'400T{unit}/s'}."
+        ) from error
+
+
 def format_byte_size(nbytes: int) -> str:
     """`nbytes` with three or four digits and a binary unit, such as "1.50 MiB"."""
     power = 0

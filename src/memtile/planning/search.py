@@ -133,7 +133,7 @@ class Search:
         largest = max((weight.nbytes for weight in movable), default=0)
         seen: set[tuple[Grid, ...]] = set()
         while largest:
-            grids = {weight.names[0]: _grid(weight, largest) for weight in movable}
+            grids = {weight.names[0]: tile_grid(weight, largest) for weight in movable}
             if tuple(grids.values()) not in seen:
                 seen.add(tuple(grids.values()))
                 yield grids
@@ -240,7 +240,8 @@ class Search:
         return ", or ".join(ways)
 
 
-def _grid(weight: Weight, tile_bytes: int) -> Grid:
+def tile_grid(weight: Weight, tile_bytes: int) -> Grid:
+    """The fewest tiles of a weight that have so many bytes or fewer, where rows can be cut so."""
     rows, columns = weight.shape
     elements = max(1, tile_bytes // weight.element_bytes)
     if weight.rows_only:

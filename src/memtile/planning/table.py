@@ -14,7 +14,9 @@ _TITLES = {"device": "memory of the device", "host": "memory", "disk": "disk"}
 
 def of(plan: "Plan") -> str:
     """Every layer, every term and every floor, as lines."""
-    return "\n".join([summary(plan), "", *_layers(plan), "", *_places(plan), *_times(plan)])
+    return "\n".join(
+        [summary(plan), "", *layer_lines(plan.layers), "", *_places(plan), *_times(plan)]
+    )
 
 
 def summary(plan: "Plan") -> str:
@@ -35,16 +37,16 @@ def _at(home: str) -> str:
     return f"{words.get(kind, f'in {home}')}{f' in {folder}' if folder else ''}"
 
 
-def _layers(plan: "Plan") -> Iterator[str]:
+def layer_lines(layers: "Sequence[PlannedLayer]") -> Iterator[str]:
     """Layers that differ in one number of their name alone share a line."""
     alike: dict[tuple[str, ...], list[str]] = {}
-    for layer in plan.layers:
+    for layer in layers:
         head, number, tail = _split(layer.name)
         alike.setdefault((head, tail, *_cells(layer)), []).append(number)
     rows: list[tuple[str, ...]] = [("layer", "shape", "dtype", "bytes", "tiles", "where", "why")]
     for (head, tail, *cells), numbers in alike.items():
         rows.append((f"{head}{_ranges(numbers)}{tail}", *cells))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -83,7 +85,7 @@ def _cells(layer: "PlannedLayer") -> tuple[str, ...]:
 def _places(plan: "Plan") -> Iterator[str]:
     for place in ("device", "host", "disk"):
         if plan.bytes_of(place):
-            yield from _aligned(_place(plan, place), right={1})
+            yield from aligned(_place(plan, place), right={1})
             yield ""
 
 
@@ -105,16 +107,15 @@ def _place(plan: "Plan", place: "Place") -> list[tuple[str, ...]]:
 def _times(plan: "Plan") -> Iterator[str]:
     rows = [("floors of a step", "seconds")]
     rows += [(floor.name, f"{floor.seconds:.3g}") for floor in plan.floors]
-    yield from _aligned(rows, right={1})
+    yield from aligned(rows, right={1})
     decisive = plan.decided_by.partition(" (")[0]
     yield f"decided by {decisive}: predicted {plan.seconds:.3g} s a step"
     moved = format_byte_size(plan.read_bytes), format_byte_size(plan.written_bytes)
     yield f"read from the home in a step {moved[0]}, written to it {moved[1]}"
 
 
-def _aligned(
-    rows: Sequence[tuple[str, ...]], right: Collection[int] = frozenset()
-) -> Iterator[str]:
+def aligned(rows: Sequence[tuple[str, ...]], right: Collection[int] = frozenset()) -> Iterator[str]:
+    """Rows of equal length as lines, the columns that are named to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (

@@ -1,0 +1,120 @@
+"""What one rank moves in a step, and the least time that takes.
+
+A ring's all-gather of n ranks sends n - 1 shards over each rank's link, as does its reduce-scatter:
+(n - 1)/n of a parameter's bytes each. A unit of tiles is gathered for each use in forward, once
+more for its backward, and again where activations are recomputed; what is tied is gathered for each
+of its uses. What is frozen is reduced nowhere.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from memtile.errors import ArgumentError
+from memtile.planning.plan import Floor
+from memtile.planning.rank_memory import FLOAT32, RankSetting, Shards, shards
+from memtile.planning.shards import Sharding, Unit, Units, trained_of
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one rank that a step moves.
+
+    Args:
+        name: what moves them.
+        link: over what: "ranks", "host" (between host and device) or "disk".
+        nbytes: how many.
+    """
+
+    name: str
+    link: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a rank does in a second; None: not known, so that it bounds nothing.
+
+    Args:
+        flops: of products.
+        link: bytes to other ranks, one way.
+        host: bytes between host and device.
+        disk: bytes from and to the disk.
+    """
+
+    flops: float | None = None
+    link: float | None = None
+    host: float | None = None
+    disk: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < float("inf")):
+                raise ArgumentError(
+                    f"{field.name}={value!r} must be a number above 0, of bytes or operations in a "
+                    "second, such as 50e9; leave it out where it is not known"
+                )
+
+
+def traffic(setting: RankSetting, sharding: Sharding, units: Units) -> tuple[Traffic, ...]:
+    """What the fullest rank moves in one step; nothing that is 0."""
+    own = shards(setting, sharding, units)
+    gathered = reduced = 0
+    for unit, times, uses in _used(setting, sharding, units):
+        trained = trained_of(unit)
+        gathered += sharding.whole(unit) // sharding.world * times * uses.gathers
+        reduced += sharding.whole(trained) // sharding.world * times * uses.reductions
+    for unit, times in units.kept:
+        gathered -= sharding.whole(unit) // sharding.world * times
+    others = sharding.world - 1
+    found = [
+        Traffic("all-gather", "ranks", gathered * others),
+        Traffic("reduce-scatter", "ranks", reduced * others),
+        *_offloaded(setting, own, gathered),
+    ]
+    return tuple(each for each in found if each.nbytes)
+
+
+@dataclass(frozen=True)
+class _Times:
+    gathers: int
+    reductions: int
+
+
+def _used(
+    setting: RankSetting, sharding: Sharding, units: Units
+) -> Iterator[tuple[Unit, int, _Times]]:
+    """Each unit, how many there are like it, and how often it is gathered and reduced.
+
+    What is tied is reduced once: its gradient is complete only after its first use. FSDP2 lets go
+    of the root after its backward alone; ZeRO-3 gathers what is persistent when it was stepped.
+    """
+    fsdp2, once = sharding.engine == "fsdp2", int(setting.state is not None)
+    for unit, times, uses in units.tiles:
+        yield unit, times, _Times(uses.gathers, min(uses.backward, 1))
+    resident = units.resident
+    yield resident if fsdp2 else trained_of(resident), 1, _Times(once, once)
+
+
+def _offloaded(setting: RankSetting, own: Shards, fetched: int) -> Iterator[Traffic]:
+    """Shards to the device for each use, gradients back; from and to a disk, with the moments."""
+    if setting.offload == "none":
+        return
+    yield Traffic("shards to the device", "host", fetched)
+    yield Traffic("gradients to the host", "host", own.gradients)
+    if setting.offload == "nvme":
+        stepped = own.state + own.trained * FLOAT32
+        written = own.parameters if own.trained else 0
+        yield Traffic("shards and moments read", "disk", fetched + stepped)
+        yield Traffic("shards and moments written", "disk", written + stepped)
+
+
+def rank_floors(flops: int, moved: tuple[Traffic, ...], speeds: Speeds) -> tuple[Floor, ...]:
+    """Seconds that a step of one rank takes at least, for each speed that is known."""
+    work = [("products", flops, speeds.flops)]
+    names = {"ranks": "link between ranks", "host": "link to the host", "disk": "disk"}
+    for link, speed in (("ranks", speeds.link), ("host", speeds.host), ("disk", speeds.disk)):
+        nbytes = sum(each.nbytes for each in moved if each.link == link)
+        work.append((names[link], nbytes, speed))
+    return tuple(Floor(name, amount / speed) for name, amount, speed in work if speed and amount)

@@ -1,0 +1,243 @@
+"""What engines make of a model on several ranks: units that are gathered, and one rank's shards.
+
+FSDP2 cuts each parameter along its first dimension, in pieces of as many rows as the largest share
+has: a tile with fewer rows than ranks is padded to one row for each. What is not tiled is one unit,
+the root's, which is whole from the start of a forward to the end of its backward.
+
+ZeRO-3 cuts each parameter's elements, padded to a multiple of the ranks, and gathers parameter by
+parameter. Those of one dimension are persistent: whole on every rank, and sharded besides.
+
+Source: torch 2.13 (`FSDPParam`), DeepSpeed 0.19 (`Init._partition_param`).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+from memtile.geometry import Grid
+
+Engine = Literal["fsdp2", "zero3"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter before it is sharded.
+
+    Args:
+        rows: its first dimension.
+        columns: elements of each.
+        element_bytes: of one value.
+        trainable: whether it gets gradients.
+    """
+
+    rows: int
+    columns: int
+    element_bytes: int
+    trainable: bool
+
+    @property
+    def elements(self) -> int:
+        """Values."""
+        return self.rows * self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.elements * self.element_bytes
+
+
+@dataclass(frozen=True)
+class Uses:
+    """How often a step runs a layer.
+
+    Args:
+        forward: in forward.
+        again: in backward, where activations are recomputed.
+        backward: how often a gradient comes back through it.
+        cut_short: how often a recomputation ended inside it, since nothing after it is needed.
+    """
+
+    forward: int
+    again: int
+    backward: int
+    cut_short: int = 0
+
+    @property
+    def gathers(self) -> int:
+        """Times that a unit which is let go of after each use is gathered."""
+        return self.forward + self.again + self.backward
+
+
+@dataclass(frozen=True)
+class ShardedLayer:
+    """A linear or an embedding whose tiles are units, with all layers that share its weight.
+
+    Args:
+        name: of the first module that has it.
+        weight: its weight, whole.
+        biases: of those modules.
+        rows_only: whether only rows can be cut.
+        shared: whether several modules have it: its tiles are never grouped.
+        uses: of all of them.
+    """
+
+    name: str
+    weight: Parameter
+    biases: tuple[Parameter, ...]
+    rows_only: bool
+    shared: bool
+    uses: Uses
+
+    def used(self, uses: Uses) -> "ShardedLayer":
+        """The same with other uses."""
+        return replace(self, uses=uses)
+
+
+Unit = tuple[Parameter, ...]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Everything that ranks share, as an engine groups it.
+
+    Args:
+        tiles: (unit, how many such, uses of each), gathered and let go of one after the other.
+        resident: what stays whole: FSDP2's root during a pass, ZeRO-3's persistent ones always.
+        kept: (unit, times): those that a recomputation ended in, and that are still whole when
+            their backward comes.
+    """
+
+    tiles: tuple[tuple[Unit, int, Uses], ...]
+    resident: Unit
+    kept: tuple[tuple[Unit, int], ...] = ()
+
+    @property
+    def parameters(self) -> Counter[Parameter]:
+        """Every parameter, and how often there is one like it."""
+        found = Counter(self.resident)
+        for unit, times, _ in self.tiles:
+            for parameter in unit:
+                found[parameter] += times
+        return found
+
+    @property
+    def number(self) -> int:
+        """How many units there are, beside what stays whole."""
+        return sum(times for _, times, _ in self.tiles)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How an engine cuts parameters for so many ranks.
+
+    Args:
+        engine: "fsdp2" or "zero3".
+        world: ranks.
+        unit_bytes: FSDP2 gathers neighbouring tiles of a layer together up to this size.
+    """
+
+    engine: Engine
+    world: int
+    unit_bytes: int
+
+    def shard(self, parameter: Parameter) -> int:
+        """Elements of the fullest rank's shard, padding included."""
+        if self.engine == "fsdp2":
+            return -(-parameter.rows // self.world) * parameter.columns
+        return -(-parameter.elements // self.world)
+
+    def whole(self, unit: Iterable[Parameter]) -> int:
+        """Bytes of a unit that is gathered, padding included."""
+        return sum(self.shard(each) * each.element_bytes for each in unit) * self.world
+
+    def units(
+        self,
+        layers: Sequence[ShardedLayer],
+        grids: Mapping[str, Grid],
+        loose: Iterable[Parameter],
+    ) -> Units:
+        """What is gathered together.
+
+        Args:
+            layers: those that are cut into tiles, or are one tile.
+            grids: of each of them, by its name.
+            loose: all other parameters.
+        """
+        if self.engine == "fsdp2":
+            return _fsdp2(layers, grids, tuple(loose), self.unit_bytes)
+        return _zero3(layers, grids, tuple(loose))
+
+
+def trained_of(unit: Unit) -> Unit:
+    """The parameters of a unit that get gradients."""
+    return tuple(parameter for parameter in unit if parameter.trainable)
+
+
+def _fsdp2(
+    layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Unit, unit_bytes: int
+) -> Units:
+    found: list[tuple[Unit, int, Uses]] = []
+    kept: list[tuple[Unit, int]] = []
+    for layer in layers:
+        bias = layer.biases[0] if layer.biases else None
+        most = 0 if layer.shared else unit_bytes
+        units = _grouped(layer.weight, bias, grids[layer.name], most)
+        found += [(unit, times, layer.uses) for unit, times in units]
+        if layer.uses.cut_short:
+            kept.append((units[-1][0], layer.uses.cut_short))
+    further = [bias for layer in layers for bias in layer.biases[1:]]
+    return Units(tuple(found), (*loose, *further), tuple(kept))
+
+
+def _zero3(layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Unit) -> Units:
+    found: list[tuple[Unit, int, Uses]] = []
+    persistent = [parameter for parameter in loose if parameter.columns == 1]
+    for layer in layers:
+        tiles = Counter(tile[:1] for tile in _tiles(layer.weight, None, grids[layer.name]))
+        found += [(unit, times, layer.uses) for unit, times in tiles.items()]
+        persistent += [
+            replace(bias, rows=rows)
+            for bias in layer.biases
+            for rows in _sizes(grids[layer.name].out_parts)
+        ]
+    trains = any(layer.uses.backward for layer in layers)
+    once = Uses(1, 0, int(trains))
+    found += [((parameter,), 1, once) for parameter in loose if parameter.columns > 1]
+    return Units(tuple(found), tuple(persistent))
+
+
+@lru_cache(maxsize=1024)  # a model's blocks are alike
+def _grouped(
+    weight: Parameter, bias: Parameter | None, grid: Grid, unit_bytes: int
+) -> tuple[tuple[Unit, int], ...]:
+    """Neighbours together while they fit, as `memtile.engines.torch_fsdp2.shard` has them.
+
+    Of units that are alike, how many there are; the one like the last comes last.
+    """
+    units: list[Unit] = []
+    unit: Unit = ()
+    for tile in _tiles(weight, bias, grid):
+        if unit and sum(each.nbytes for each in (*unit, *tile)) > unit_bytes:
+            units.append(unit)
+            unit = ()
+        unit = (*unit, *tile)
+    found = Counter([*units, unit])
+    times = found.pop(unit)
+    return (*found.items(), (unit, times))
+
+
+def _tiles(weight: Parameter, bias: Parameter | None, grid: Grid) -> Iterator[Unit]:
+    """The parameters of each tile, row by row; a bias belongs to the last column."""
+    rows, columns = _sizes(grid.out_parts), _sizes(grid.in_parts)
+    for height in rows:
+        for number, width in enumerate(columns):
+            tile = Parameter(height, width, weight.element_bytes, weight.trainable)
+            last = number == len(columns) - 1
+            yield (tile, replace(bias, rows=height)) if bias and last else (tile,)
+
+
+def _sizes(parts: tuple[int, ...]) -> list[int]:
+    return [stop - start for start, stop in pairwise(parts)]

@@ -1,0 +1,78 @@
+"""Plans for ranks against real ones: what FSDP2 holds and sends over gloo is what was predicted."""
+
+import pytest
+from rank_worker import CASES, planned, spawn
+
+_WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
+_WHOLE = (
+    "untiled, gathered",
+    "unit at work",
+    "unit that waits",
+    "units on their way",
+    "buffer of the all-gather",
+)
+_LEAVING = (
+    "gradients of the untiled",
+    "gradient of a unit, whole",
+    "buffer of the reduce-scatter",
+)
+_UNEVEN = ("whole layers", "recomputed")
+"""Here the largest unit is beside a smaller one: the plan supposes two that are as large."""
+
+
+@pytest.fixture(scope="module", params=_WORLDS)
+def measured(request):
+    """What each rank measured of each case."""
+    return spawn(request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fullest_rank_holds_the_planned_shards(measured, name):
+    """Parameters, gradients and moments of ragged tiles, to the byte; no rank holds more."""
+    plan = planned(CASES[name], len(measured))
+
+    for kind, term in (
+        ("parameters", "shards of parameters"),
+        ("gradients", "gradients of shards"),
+        ("state", "optimizer's state of shards"),
+    ):
+        assert max(getattr(rank[name], kind) for rank in measured) == plan.term(term), kind
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_rank_sends_the_planned_bytes(measured, name):
+    """Forward, backward and recomputation, tied and frozen: to the byte, on every rank."""
+    plan = planned(CASES[name], len(measured))
+
+    for rank in measured:
+        for kind in ("all-gather", "reduce-scatter"):
+            assert rank[name].sent.get(kind, 0) == plan.moved(kind), kind
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_more_is_gathered_at_once_than_planned(measured, name):
+    """Units, those on their way and their buffers: to the byte where the largest are neighbours."""
+    plan = planned(CASES[name], len(measured))
+    moments = {"forward", "backward", "the recomputation"} & {m.name for m in plan.moments}
+    predicted = max(_sum(plan, moment, _WHOLE) for moment in moments)
+
+    for rank in measured:
+        if name in _UNEVEN:
+            assert rank[name].gathered <= predicted <= 1.05 * rank[name].gathered
+        else:
+            assert rank[name].gathered == predicted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_more_gradients_are_whole_at_once_than_planned(measured, name):
+    """A unit's gradient and its buffer; beside it, one of another unit may be a row smaller."""
+    plan = planned(CASES[name], len(measured))
+    predicted = _sum(plan, "backward", _LEAVING)
+
+    for rank in measured:
+        assert rank[name].reduced <= predicted <= 1.05 * rank[name].reduced
+
+
+def _sum(plan, name, terms):
+    moment = next(moment for moment in plan.moments if moment.name == name)
+    return sum(term.nbytes for term in moment.terms if term.name in terms)
