@@ -2,7 +2,8 @@
 
 import pytest
 import torch.distributed as dist
-from fsdp2_worker import CASES, Case, Net, spawn, train
+from engine_cases import Case, Net, splits, train
+from fsdp2_worker import CASES, spawn
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard
@@ -38,7 +39,7 @@ def dense():
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     """After ten steps of AdamW the shards hold the dense run's parameters, in float64."""
-    tiled = memtile.tile(Net(CASES[name]), **_splits(CASES[name]))
+    tiled = memtile.tile(Net(CASES[name]), **splits(CASES[name]))
     tiled.load_state_dict(outcome.states[name])
     found = dict(memtile.dense_state_dict(tiled))
 
@@ -103,7 +104,3 @@ def test_without_a_process_group_the_way_to_one_is_said():
     """The script was started as one process."""
     with pytest.raises(EngineError, match="torchrun"):
         shard(memtile.tile(Net(Case()), out_splits=2))
-
-
-def _splits(case):
-    return {"out_splits": case.grid[0], "in_splits": case.grid[1]}

@@ -58,6 +58,8 @@ def _gather(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[bool]:
         return
     from deepspeed import zero
 
+    if any(parameter.ds_status.name == "INFLIGHT" for parameter in closed):
+        closed[0]._z3_optimizer.empty_partition_cache()  # after a forward that had no backward
     group = closed[0].ds_process_group
     with zero.GatheredParameters(closed, modifier_rank=0 if write else None):
         if not write:
