@@ -1,15 +1,17 @@
 """ZeRO-3 holds the tiles: real processes over gloo against the dense model in one process."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import pytest
 import torch
 from engine_cases import CASES, Net, train
 from torch import Tensor
-
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed here")
 from zero3_worker import spawn
 
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
+)
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
 
@@ -61,3 +63,47 @@ def test_deepspeed_by_itself_keeps_every_tile(outcome):
     """Without the config and without `hold` the tiling saves nothing."""
     for rank in outcome.ranks:
         assert rank["defaults"]["tiles"] == rank["defaults"]["all"]
+
+
+def test_layers_made_inside_init_have_rank_0s_values(outcome):
+    """From a linear on rank 0 only, a partitioned one, tiles of another grid, or drawn."""
+    for rank in outcome.ranks:
+        assert all(rank["inside"].values()), rank["inside"]
+
+
+def test_one_tile_is_gathered_at_a_time(outcome):
+    """While tiles are copied into others, loaded and read, of either layer."""
+    assert all(rank["most"] == 1 for rank in outcome.ranks)
+
+
+def test_a_copy_reaches_the_masters(outcome):
+    """After `deepspeed.initialize`, steps leave what was copied: of odd sizes, in 16 bits."""
+    for rank in outcome.ranks:
+        assert all(rank["masters"].values()), rank["masters"]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("no values", ["where nothing has values", "its own error says why"]),
+        ("another shape", ["both must agree", "its own error says why"]),
+        ("gathered", ["leave that context out"]),
+        ("grids", ["make the same model"]),
+        ("no engine", ["takes the engine"]),
+        ("twice", ["held already"]),
+    ],
+)
+def test_what_cannot_work_is_refused_on_every_rank(outcome, case, words):
+    """None waits for another one."""
+    if len(outcome.ranks) == 1 and case in ("grids", "another shape"):
+        pytest.skip("one rank agrees with itself")
+    for rank in outcome.ranks:
+        said = rank["refusals"][case]
+        assert any(each in said for each in words), said
+
+
+def test_a_config_that_keeps_tiles_is_said(outcome):
+    """`hold` warns of each value of DeepSpeed's defaults that defeats the tiling."""
+    for rank in outcome.ranks:
+        assert any("stage3_max_reuse_distance" in each for each in rank["warned"])
+        assert len(rank["warned"]) == 6

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from engine_cases import CASES, Case, Net, batches, share_of, splits
 from torch import Tensor, nn
+from zero3_values import all_values
 
 import memtile
 from memtile.engines.deepspeed_zero3 import config, hold
@@ -127,6 +128,7 @@ def run(rank: int, world: int, folder: str) -> None:
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     report = {"cases": found, "defaults": under_defaults(rank, world)}
+    report |= all_values(started, rank, world)
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

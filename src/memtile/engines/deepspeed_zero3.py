@@ -66,7 +66,7 @@ def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
 
 
 class _Leftovers:
-    """Tiles that are gathered, or on their way, when nothing uses them: an evaluation has no backward.
+    """Tiles that are gathered, or on their way, and nothing uses: an evaluation has no backward.
 
     DeepSpeed counts what is live from nothing in each forward, so they would come on top: 3 tiles
     for 2. And it refuses to read what is on its way.

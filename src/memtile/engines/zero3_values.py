@@ -86,8 +86,8 @@ def _told_to_all(group: Any) -> Iterator[None]:  # DeepSpeed's groups are torch'
         dist.all_reduce(others, group=group)
     if others.item():
         raise EngineError(
-            "another rank could not write a tile, and says why; rank 0 has the values, and layers "
-            "must agree on every rank"
+            "another rank could not write a tile, and its own error says why: each rank takes part "
+            "with layers of the same shapes, and rank 0's must have values"
         )
 
 
