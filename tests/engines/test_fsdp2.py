@@ -4,7 +4,8 @@ from statistics import fmean
 
 import pytest
 import torch.distributed as dist
-from fsdp2_worker import CASES, Case, Net, spawn, tiled, train
+from engine_cases import Case, Net, tiled, train
+from fsdp2_worker import CASES, spawn
 from torch.distributed.fsdp import FSDPModule
 
 import memtile

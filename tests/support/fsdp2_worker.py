@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+from engine_cases import CASES as COMMON
+from engine_cases import Case, Net, batches, tiled, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,110 +23,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.utils.checkpoint import checkpoint
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import EngineError
 
-STEPS = 10
-BATCH = 4
-
-
-class Net(nn.Module):
-    """An embedding, tied with its head or not, and linears between them."""
-
-    def __init__(self, case: "Case") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.again = case.again
-        self.embedding = nn.Embedding(23, 12)
-        self.up, self.down = nn.Linear(12, 31, bias=case.bias), nn.Linear(31, 12, bias=case.bias)
-        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23, bias=False)
-        if case.backwards:
-            self._modules = dict(reversed(self._modules.items()))
-        if case.tied:
-            self.head.weight = self.embedding.weight
-        self.up.requires_grad_(not case.frozen)
-        self.double()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The mean square of the logits."""
-        x = self.embedding(ids)
-        between = checkpoint(self._between, x, use_reentrant=False) if self.again else None
-        x = x + (self._between(x) if between is None else between)
-        loss: Tensor = self.head(self.norm(x)).square().mean()
-        return loss
-
-    def _between(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(torch.tanh(self.up(x)))
-        return result
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to train, compared with the dense model in one process."""
-
-    grid: tuple[int, int] = (4, 1)
-    bias: bool = True
-    tied: bool = True
-    frozen: bool = False
-    offload: bool = False
-    unit_bytes: int = 0
-    clip: float | None = None
-    parts: int = 1
-    evaluates: bool = False
-    again: bool = False
-    hybrid: bool = False
-    whole: tuple[str, ...] = ()
-    backwards: bool = False
-
-
 CASES = {
-    "one tile": Case(grid=(1, 1)),
-    "columns": Case(grid=(1, 4)),
-    "rows": Case(grid=(4, 1)),
-    "ragged": Case(grid=(3, 5)),
-    "without bias, not tied": Case(grid=(3, 5), bias=False, tied=False),
-    "not tied": Case(tied=False),
-    "frozen tiles": Case(grid=(3, 5), frozen=True),
-    "clipped": Case(clip=0.05),
-    "offloaded": Case(offload=True),
+    **COMMON,
     "neighbours together": Case(grid=(3, 5), unit_bytes=600),
-    "accumulated": Case(parts=2),
-    "after evaluation": Case(evaluates=True),
-    "recomputed": Case(again=True),
-    "recomputed after evaluation": Case(again=True, evaluates=True),
     "hybrid": Case(hybrid=True),
     "registered backwards": Case(backwards=True, tied=False),
     "some layers not tiled": Case(whole=("down", "head"), tied=False, unit_bytes=600),
 }
-
-
-def batches() -> Tensor:
-    """Ids of every step, of shape (steps, batch, 6)."""
-    return torch.randint(23, (STEPS, BATCH, 6), generator=torch.Generator().manual_seed(1))
-
-
-def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> list[float]:
-    """Steps of AdamW on this rank's part of each batch, in one or more pieces; gives its losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for batch in batches():
-        optimizer.zero_grad()
-        losses.append(0.0)
-        for part in batch.chunk(case.parts):
-            share = part.chunk(world)[rank] if len(part) >= world else part
-            loss = model(share) / case.parts
-            loss.backward()
-            losses[-1] += loss.item()
-        if case.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), case.clip)
-        optimizer.step()
-        if case.evaluates:
-            with torch.no_grad():
-                model(batch)
-    return losses
 
 
 @contextmanager
@@ -150,13 +60,6 @@ def watched() -> Iterator[list[int]]:
         yield most
     finally:
         cls.unshard, cls._to_sharded = unshard, to_sharded
-
-
-def tiled(case: Case) -> nn.Module:
-    """The net in tiles, all of it or some."""
-    net, splits = Net(case), {"out_splits": case.grid[0], "in_splits": case.grid[1]}
-    chosen = [name for name in ("embedding", "up", "down", "head") if name not in case.whole]
-    return memtile.tile(net, modules=chosen if case.whole else None, **splits)
 
 
 def run_case(case: Case, rank: int, world: int) -> tuple[int, list[float], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fsdp2_worker import Case, Net, batches
+from engine_cases import Case, Net, batches
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from memtile.engines.release import release_in_backward
@@ -59,24 +60,34 @@ def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
     setattr(model, _HELD, True)
     for tile in tiles:
         release_in_backward(tile)
-    model.register_forward_pre_hook(_Leftovers(parameters), prepend=True)
+    _Leftovers(model, tiles)
     _warn(getattr(engine, "config", None), model, prefetch)
     return engine
 
 
 class _Leftovers:
-    """Tiles that are gathered when a forward begins: an evaluation had no backward to use them.
+    """Tiles that are gathered, or on their way, and nothing uses: an evaluation has no backward.
 
     DeepSpeed counts what is live from nothing in each forward, so they would come on top: 3 tiles
-    for 2.
+    for 2. And it refuses to read what is on its way.
     """
 
-    def __init__(self, parameters: list[Any]) -> None:  # with DeepSpeed's attributes
-        self._parameters = parameters
+    def __init__(self, model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpeed's attributes
+        self._parameters: list[Any] = [p for tile in tiles for p in tile.parameters()]
+        self._on_the_way = model.ds_inflight_param_registry
+        model.register_forward_pre_hook(self._let_go, prepend=True)
+        model.register_forward_hook(self._let_go_unless_trained)
 
-    def __call__(self, *_: object) -> None:
+    def _let_go_unless_trained(self, *_: object) -> None:
+        if not torch.is_grad_enabled():
+            self._let_go()
+
+    @torch.no_grad()
+    def _let_go(self, *_: object) -> None:
         for parameter in self._parameters:
-            gathered = parameter.ds_status.name == "AVAILABLE"  # what is on its way, it lets go of
+            if parameter in self._on_the_way:
+                self._on_the_way.pop(parameter).wait()
+            gathered = parameter.ds_status.name == "AVAILABLE"
             if gathered and not parameter.ds_persist and not parameter.ds_active_sub_modules:
                 parameter.partition()
 

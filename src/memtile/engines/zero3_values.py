@@ -70,6 +70,8 @@ def _gather(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[bool]:
         return
     from deepspeed import zero
 
+    if any(parameter.ds_status.name == "INFLIGHT" for parameter in closed):
+        closed[0]._z3_optimizer.empty_partition_cache()  # after a forward that had no backward
     group = closed[0].ds_process_group
     with zero.GatheredParameters(closed, modifier_rank=0 if write else None):
         if not write:
@@ -96,8 +98,8 @@ def _told_to_all(group: Any) -> Iterator[None]:  # DeepSpeed's groups are torch'
         dist.all_reduce(others, group=group)
     if others.item():
         raise EngineError(
-            "another rank could not write a tile, and says why; rank 0 has the values, and layers "
-            "must agree on every rank"
+            "another rank could not write a tile, and its own error says why: each rank takes part "
+            "with layers of the same shapes, and rank 0's must have values"
         )
 
 
