@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
@@ -28,6 +28,7 @@ from memtile.convert.moving import bring_in
 from memtile.convert.wanted import wanted_by
 from memtile.engines.dense_views import DenseView, dense_view, let_go
 from memtile.engines.pieces import Piece, local_pieces
+from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
 from memtile.geometry import Rect, Span
 from memtile.optim import DenseParameter, Part
@@ -202,8 +203,7 @@ def _outgoing(
 
 
 def _read(between: Path, name: str, into: Tensor) -> Tensor:
-    reader = FileSystemReader(between)
-    state_dict_loader.load({name: into}, storage_reader=reader, no_dist=True)
+    state_dict_loader.load({name: into}, storage_reader=PieceReader(between), no_dist=True)
     return into
 
 
