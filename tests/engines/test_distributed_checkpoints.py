@@ -18,6 +18,7 @@ from dcp_worker import (
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 import memtile
 from memtile.engines.distributed_checkpoints import dense_view, load, save
@@ -212,19 +213,36 @@ def test_a_view_has_no_values():
         view + 1
 
 
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_wrapped_model_has_the_names_of_the_plain_one(alone, tmp_path):
+    """`DistributedDataParallel`, which puts "module." before each name, is looked through."""
+    wrapped = DistributedDataParallel(memtile.tile(Net(), out_splits=2))
+    optimizer, (plain, ours) = optimizer_of(wrapped), ruined_plain("one tile into rows")
+    train(wrapped, optimizer, 0)
+    save(tmp_path, wrapped, optimizer, step=HALF)
+    load(tmp_path, plain, ours)
+
+    assert_same(plain.state_dict(), dict(memtile.dense_state_dict(wrapped.module)))
+    assert dense_view(wrapped).keys() == plain.state_dict().keys()
+    assert len(ours.state) == len(list(plain.parameters()))
+
+
 @pytest.mark.filterwarnings(_ALONE)
-def test_a_view_is_copied_by_a_save_in_the_background(tmp_path):
+def test_a_view_is_copied_by_a_save_in_the_background(alone, tmp_path):
     """`dcp.async_save` writes the values of the moment at which it was called."""
     model = memtile.tile(nn.Sequential(nn.Linear(5, 7)), out_splits=2, in_splits=3)
     before, again = dict(memtile.dense_state_dict(model)), nn.Sequential(nn.Linear(5, 7))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        writing = dcp.async_save(dense_view(model), checkpoint_id=tmp_path / "background")
-        with torch.no_grad():
-            model[0].tile(0, 0).weight.fill_(7.0)
-        writing.result()
-    finally:
-        dist.destroy_process_group()
+    writing = dcp.async_save(dense_view(model), checkpoint_id=tmp_path / "background")
+    with torch.no_grad():
+        model[0].tile(0, 0).weight.fill_(7.0)
+    writing.result()
     dcp.load(again.state_dict(), checkpoint_id=tmp_path / "background")
 
     assert_same(again.state_dict(), before)

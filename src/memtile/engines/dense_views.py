@@ -5,7 +5,7 @@ without data of its own can be saved and loaded.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from memtile.convert.dense import check_stored
 from memtile.convert.moving import Held, values_of
@@ -121,19 +122,26 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
     tied comes under every name that it has. Make it anew for each save and load.
 
     Args:
-        model: tiled or not, over ranks or not.
+        model: tiled or not, over ranks or not, in `DistributedDataParallel` or not.
 
     Raises:
         ArgumentError: the model is none.
         CannotTileError: a tile computes its weight, or a module has extra state.
         CheckpointError: a tensor has no values yet, or tiles make no dense tensor.
     """
+    model = unwrapped(model)
     let_go(model)
     return {
         name: view_of(wanted.dense, values_of)
         for wanted in wanted_by(model)
         for name in wanted.names
     }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that DistributedDataParallel wraps, whose names are the untiled model's; or it."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return cast(nn.Module, inner)
 
 
 def let_go(model: nn.Module) -> None:

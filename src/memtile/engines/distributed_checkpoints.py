@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.steps import SavedStep, new_step, saved_steps
 from memtile.convert.training import Resumed, check_numbers
-from memtile.engines.dense_views import DenseView, dense_view
+from memtile.engines.dense_views import DenseView, dense_view, unwrapped
 from memtile.engines.optimizer_views import KEY, IncomingState, outgoing_state
 from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
@@ -85,7 +85,7 @@ def save(
 
         Each of them on every rank.
     """
-    ranks = Ranks(process_group)
+    ranks, model = Ranks(process_group), unwrapped(model)
     given = {"step": step, "position": position, "extra": extra}
     state = ranks.each(lambda: _outgoing(model, optimizer, given, keep))
     with _whole(ranks, Path(folder), step, keep) as (partial, target):
@@ -120,7 +120,7 @@ def load(
 
         Each of them on every rank.
     """
-    ranks = Ranks(process_group)
+    ranks, model = Ranks(process_group), unwrapped(model)
     saved = ranks.first(lambda: _newest(Path(folder)))
     metadata, record = ranks.each(lambda: _opened(saved.path))
     wanted = ranks.each(lambda: _wanted(model, metadata, saved.path))
