@@ -27,8 +27,8 @@ from memtile.convert.finding import Findings, checked, find
 from memtile.convert.moving import bring_in
 from memtile.convert.wanted import wanted_by
 from memtile.engines.dense_views import DenseView, dense_view, let_go
-from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.piece_reader import PieceReader
+from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.ranks import Ranks
 from memtile.geometry import Rect, Span
 from memtile.optim import DenseParameter, Part
