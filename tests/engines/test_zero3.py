@@ -1,7 +1,13 @@
 """ZeRO-3 holds the tiles: real processes over gloo against the dense model in one process."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +113,24 @@ def test_a_config_that_keeps_tiles_is_said(outcome):
     for rank in outcome.ranks:
         assert any("stage3_max_reuse_distance" in each for each in rank["warned"])
         assert len(rank["warned"]) == 6
+
+
+def test_the_code_of_the_documentation_runs():
+    """In a process of its own, of which DeepSpeed changes torch's functions."""
+    page = Path(__file__).parents[2] / "docs" / "engines.md"
+    (code,) = re.findall(r"```python\n(# not run[^`]*)```", page.read_text(encoding="utf-8"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **ranks, **address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ran.returncode == 0, ran.stderr
+    assert "stage3_max_reuse_distance is 1000000000" in ran.stdout
