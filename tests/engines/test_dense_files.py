@@ -1,8 +1,10 @@
 """Dense safetensors into shards and out of them."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
-from dense_files_worker import PIECE, Net, filled, spawn
+from dense_files_worker import PIECE, TILE, Net, filled, spawn
 from safetensors.torch import load_file
 
 import memtile
@@ -14,7 +16,7 @@ def found(request):
     files = {}
 
     def read(folder):
-        for name in ("in", "out", "half"):
+        for name in (path.name for path in folder.iterdir() if path.is_dir()):
             files[name] = load_file(folder / name / "model.safetensors")
         net = Net()
         memtile.load_checkpoint(net, folder / "out")
@@ -37,6 +39,15 @@ def test_the_file_is_one_that_the_dense_model_loads(found):
     _, files = found
 
     assert all(torch.equal(files["net"][n], value) for n, value in filled().state_dict().items())
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed here")
+def test_partitions_of_zero3_are_read_and_written_too(found):
+    """Stretches of flattened tiles, a convolution and a buffer among them."""
+    _, files = found
+
+    assert files["zero3"].keys() == files["in"].keys()
+    assert all(torch.equal(files["zero3"][name], value) for name, value in files["in"].items())
 
 
 def test_it_may_be_written_in_another_dtype(found):
@@ -63,7 +74,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(found):
 
 
 def test_no_rank_holds_a_dense_layer(found):
-    """Nothing is larger than a piece, while the layers have 276 and 372 elements."""
+    """Nothing is larger than a piece or a tile, while the layers have 276 and 372 elements."""
     ranks, _ = found
 
-    assert all(numel <= PIECE for numel, _ in ranks)
+    assert all(numel <= max(PIECE, TILE) for numel, _ in ranks)

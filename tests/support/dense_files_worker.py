@@ -1,8 +1,11 @@
 """What each process of the tests of dense files does: safetensors into shards and out again."""
 
+import logging
+import os
 import tempfile
 import warnings
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from memtile.errors import CheckpointError
 
 PIECE = 70
 """Elements that are read at once here, in place of millions."""
+TILE = 8 * 12
+"""Elements of the largest tile, which ZeRO-3 wants whole for a moment, to partition it."""
 
 
 class Net(nn.Module):
@@ -48,6 +53,18 @@ def sharded(grid: tuple[int, int]) -> nn.Module:
     """One in tiles and shards, without values."""
     model = memtile.empty_model(Net)
     return shard(memtile.tile(model, out_splits=grid[0], in_splits=grid[1]), unit_bytes=0)
+
+
+def partitioned(path: Path) -> nn.Module:
+    """One in partitions of ZeRO-3, read from a file."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
+    logging.disable(logging.WARNING)
+    ranks = {"LOCAL_RANK": dist.get_rank(), "LOCAL_WORLD_SIZE": dist.get_world_size()}
+    os.environ |= {"DS_ACCELERATOR": "cpu", **{name: str(value) for name, value in ranks.items()}}
+    from memtile.engines.deepspeed_zero3 import config, from_checkpoint
+
+    model = memtile.tile(memtile.empty_model(Net), out_splits=3, in_splits=2)
+    return from_checkpoint(model, path, config(model))
 
 
 class Largest(TorchDispatchMode):
@@ -85,6 +102,8 @@ def run(rank: int, world: int, folder: str) -> None:
         load_checkpoint(model, here / "in")
         save_checkpoint(model, here / "out")
         save_checkpoint(model, here / "half", dtype=torch.bfloat16)
+        if find_spec("deepspeed") is not None:
+            save_checkpoint(partitioned(here / "in"), here / "zero3")
     torch.save((largest.numel, refused(here)), here / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -16,11 +16,12 @@ from torch import nn
 from memtile.engines.release import release_in_backward
 from memtile.engines.zero3_check import Finding, check
 from memtile.engines.zero3_config import check_installed, config
+from memtile.engines.zero3_empty import from_checkpoint
 from memtile.engines.zero3_sizes import tiles_of
 from memtile.engines.zero3_values import is_partitioned
 from memtile.errors import EngineConfigWarning, EngineError
 
-__all__ = ["Finding", "check", "config", "hold"]
+__all__ = ["Finding", "check", "config", "from_checkpoint", "hold"]
 
 Engine = TypeVar("Engine")  # DeepSpeed's, which is untyped
 _HELD = "_memtile_holds_tiles"

@@ -4,11 +4,12 @@ In: each rank reads the rows that it holds. Out: the shards go through a distrib
 the first rank reads it back a few MiB at a time, in the order in which safetensors want elements.
 """
 
+import math
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +24,16 @@ from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.convert import integrations
-from memtile.convert.finding import Findings, checked, find
-from memtile.convert.moving import bring_in
+from memtile.convert.finding import Findings, Match, checked, find
+from memtile.convert.moving import Source, bring_in
 from memtile.convert.wanted import wanted_by
 from memtile.engines.dense_views import DenseView, dense_view, let_go
 from memtile.engines.piece_reader import PieceReader
 from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.ranks import Ranks
+from memtile.engines.zero3_values import is_partitioned
 from memtile.geometry import Rect, Span
+from memtile.layers import whole_shape
 from memtile.optim import DenseParameter, Part
 
 BAND_BYTES: Final = 32 << 20
@@ -50,7 +53,8 @@ def load_checkpoint(
     Every form that `memtile.load_checkpoint` reads is read, and all of the model must be there.
 
     Args:
-        model: sharded; shards on the meta device get memory.
+        model: sharded by FSDP2; shards on the meta device get memory. For ZeRO-3 see
+            `deepspeed_zero3.from_checkpoint`.
         path: a folder, a `.safetensors` file or a `.safetensors.index.json`, seen by all ranks.
         device: of shards that are on the meta device; None: that of their mesh. With an offload
             policy, "cpu".
@@ -64,17 +68,12 @@ def load_checkpoint(
         Each of them on every rank.
     """
     ranks = Ranks(process_group)
-    findings = ranks.each(lambda: _found(model, path, verifies=ranks.number == 0))
+    findings = ranks.each(lambda: found_for(model, path, verifies=ranks.number == 0))
     if any(parameter.is_meta for parameter in model.parameters()):
         _give_memory(model, device)
         findings = find(model, Checkpoint.open(path))
     let_go(model)
-
-    def read() -> None:
-        for match in findings.matches:
-            bring_in(_local(match.dense), match.source)
-
-    ranks.each(read)
+    ranks.each(lambda: read_into_shards(findings.matches))
 
 
 def save_checkpoint(
@@ -110,10 +109,15 @@ def save_checkpoint(
             process_group=ranks.group,
             no_dist=ranks.is_alone,
         )
-        ranks.first(lambda: _write(model, Path(folder), between, dtype))
+        ranks.first(lambda: _write(model, view, Path(folder), between, dtype))
 
 
-def _found(model: nn.Module, path: str | os.PathLike[str], verifies: bool) -> Findings:
+def found_for(model: nn.Module, path: str | os.PathLike[str], verifies: bool) -> Findings:
+    """What a checkpoint has for a model, all of it; with its checksums verified, or without.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another model.
+    """
     checkpoint = Checkpoint.open(path)
     if verifies:
         return checked(model, checkpoint, strict=True)
@@ -132,30 +136,60 @@ def _give_memory(model: nn.Module, device: torch.device | str | None) -> None:
     model._apply(real)
 
 
+def read_into_shards(matches: Iterable[Match]) -> None:
+    """Each rank reads what it holds of each tensor."""
+    for match in matches:
+        source = match.source if len(match.dense.shape) <= 2 else _Matrix(match.source)
+        bring_in(_local(match.dense), source)
+
+
 def _local(dense: DenseParameter) -> DenseParameter:
     """What this rank holds of a dense tensor, as parts of it; of more dimensions, as a matrix."""
-    parts = [own for part in dense.parts for own in _own(dense, part)]
-    if not any(isinstance(part.parameter, DTensor) for part in dense.parts):
+    if not any(map(_is_sharded, (part.parameter for part in dense.parts))):
         return dense
-    shape = dense.shape if len(dense.shape) <= 2 else torch.Size([dense.shape[0], -1])
-    return replace(dense, shape=shape, parts=tuple(parts))
+    shape = dense.shape
+    if len(shape) > 2:
+        shape = torch.Size([shape[0], math.prod(shape[1:])])
+    parts = tuple(own for part in dense.parts for own in _own(dense, part))
+    return replace(dense, shape=shape, parts=parts)
 
 
 def _own(dense: DenseParameter, part: Part) -> Iterator[Part]:
-    tensor: Any = part.parameter  # a DTensor is a Parameter by its metaclass only
-    if not isinstance(tensor, DTensor):
+    if not _is_sharded(part.parameter):
         yield part
         return
     rect = part.rect or _whole(dense.shape)
-    for offset, values in local_pieces(tensor.detach()):
+    inner = whole_shape(part.parameter)[1:]
+    for offset, values in local_pieces(part.parameter):
         if values.numel():
+            column = sum(at * math.prod(inner[n + 1 :]) for n, at in enumerate(offset[1:]))
             rows = Span(rect.out.start + offset[0], rect.out.start + offset[0] + values.shape[0])
-            yield Part(values, Rect(rows, rect.into), part.turned)  # type: ignore[arg-type]  # values move alike
+            start = rect.into.start + column
+            columns = Span(start, start + math.prod(values.shape[1:]))
+            matrix: Any = values if values.dim() < 2 else values.view(values.shape[0], -1)
+            yield Part(matrix, Rect(rows, columns), part.turned)
+
+
+class _Matrix:
+    """A source of more dimensions as (first, all others)."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.shape = torch.Size([source.shape[0], math.prod(source.shape[1:])])
+        self.dtype = source.dtype
+        self.elements = source.elements
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Whole rows."""
+        return self._source.rows(start, stop).view(stop - start, -1)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
 
 
 def _whole(shape: Sequence[int]) -> Rect:
-    rows, width = shape[0], shape[1] if len(shape) > 1 else 1
-    return Rect(Span(0, rows), Span(0, width))
+    return Rect(Span(0, shape[0]), Span(0, math.prod(shape[1:])))
 
 
 @contextmanager
@@ -174,18 +208,21 @@ def _between(ranks: Ranks, folder: Path) -> Iterator[Path]:
             shutil.rmtree(between, ignore_errors=True)
 
 
-def _write(model: nn.Module, folder: Path, between: Path, dtype: torch.dtype | None) -> None:
-    tensors = [
-        _outgoing(wanted.names[0], wanted.dense.shape, wanted.dtype, between, dtype)
-        for wanted in wanted_by(model)
-    ]
+def _write(
+    model: nn.Module,
+    view: Mapping[str, Tensor],
+    folder: Path,
+    between: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    names = [wanted.names[0] for wanted in wanted_by(model)]
+    tensors = [_outgoing(name, view[name], between, dtype) for name in names]
     texts = {name: text for own in integrations() for name, text in own.texts(model).items()}
     write_checkpoint(folder, tensors, texts=texts)
 
 
-def _outgoing(
-    name: str, shape: torch.Size, kept: torch.dtype, between: Path, dtype: torch.dtype | None
-) -> Outgoing:
+def _outgoing(name: str, like: Tensor, between: Path, dtype: torch.dtype | None) -> Outgoing:
+    shape, kept = like.shape, like.dtype
     written = dtype if dtype is not None and kept.is_floating_point else kept
 
     def flow() -> Iterator[Tensor]:
