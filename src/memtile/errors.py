@@ -98,3 +98,7 @@ class ParkedCopyWarning(UserWarning):
 
 class TileSizeWarning(UserWarning):
     """Parameters that stay larger than the tile that was asked for."""
+
+
+class EngineConfigWarning(UserWarning):
+    """A value of an engine's config that keeps tiles in memory."""

@@ -1,8 +1,12 @@
 """FSDP2 holds the tiles: real processes over gloo against the dense model in one process."""
 
+from statistics import fmean
+
 import pytest
 import torch.distributed as dist
-from fsdp2_worker import CASES, Case, Net, spawn, train
+from engine_cases import Case, Net, tiled, train
+from fsdp2_worker import CASES, spawn
+from torch.distributed.fsdp import FSDPModule
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard
@@ -26,24 +30,32 @@ def alone():
 
 @pytest.fixture(scope="module")
 def dense():
-    """The dense parameters of each case, trained in this process."""
+    """The dense losses and parameters of each case, trained in this process."""
     found = {}
     for name, case in CASES.items():
         model = Net(case)
-        train(model, case)
-        found[name] = model.state_dict()
+        losses = train(model, case)
+        found[name] = losses, model.state_dict()
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     """After ten steps of AdamW the shards hold the dense run's parameters, in float64."""
-    tiled = memtile.tile(Net(CASES[name]), **_splits(CASES[name]))
-    tiled.load_state_dict(outcome.states[name])
-    found = dict(memtile.dense_state_dict(tiled))
+    model = tiled(CASES[name])
+    model.load_state_dict(outcome.states[name])
+    found = dict(memtile.dense_state_dict(model))
 
-    for key, expected in dense[name].items():
+    for key, expected in dense[name][1].items():
         assert (found[key] - expected).norm() <= 1e-9 * expected.norm(), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_the_dense_model(outcome, dense, name):
+    """Each rank's loss is of its part of the batch; their mean is the dense one."""
+    means = [fmean(losses) for losses in zip(*_losses(outcome, name), strict=True)]
+
+    assert means == pytest.approx(dense[name][0], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,6 +76,11 @@ def test_a_sharded_model_loads_what_another_one_gives(outcome):
     assert all(rank["loads"] for rank in outcome.ranks)
 
 
+def test_a_bias_that_is_returned_outlives_its_tile(outcome):
+    """It is added after its tile was let go of, and its gradient finds the way back."""
+    assert all(rank["returned_bias"] <= 1e-12 for rank in outcome.ranks)
+
+
 def test_a_shard_is_never_read_as_a_tile(outcome):
     """`.weight` of a sharded layer is refused with the way to its values."""
     assert all("get_model_state_dict" in rank["weight"] for rank in outcome.ranks)
@@ -80,6 +97,15 @@ def test_a_model_without_tiles_is_refused(alone):
     """There is nothing to do that torch's own function does not do."""
     with pytest.raises(ArgumentError, match="nothing of Net is tiled"):
         shard(Net(Case()))
+
+
+def test_layers_without_tiles_are_units_of_their_own(alone):
+    """Of the size that was asked for; what is smaller, or tied, is in the one of the rest."""
+    model = memtile.tile(Net(Case()), out_splits=2, modules=["up"])
+    shard(model, unit_bytes=600)
+
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    assert units == ["", "up.linears.0.0", "up.linears.1.0", "down"]
 
 
 def test_parked_tiles_are_refused(alone, tmp_path):
@@ -105,5 +131,5 @@ def test_without_a_process_group_the_way_to_one_is_said():
         shard(memtile.tile(Net(Case()), out_splits=2))
 
 
-def _splits(case):
-    return {"out_splits": case.grid[0], "in_splits": case.grid[1]}
+def _losses(outcome, name):
+    return [rank["losses"][name] for rank in outcome.ranks]

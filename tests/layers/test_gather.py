@@ -31,6 +31,10 @@ class Engine:
             self.open[parameter] = 0
             parameter.data = torch.empty(0)
 
+    def shape_of(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """Its own parameters' whole shapes."""
+        return tuple(self.values[tensor].shape) if tensor in self.values else None
+
     @contextmanager
     def gather(self, parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
         """Make them whole inside; keep what was written when asked to."""
@@ -58,7 +62,7 @@ class Engine:
 def engine() -> Iterator[Engine]:
     """An engine that is asked wherever memtile touches whole values."""
     engine = Engine()
-    unregister = register_gatherer(engine.gather)
+    unregister = register_gatherer(engine.gather, engine.shape_of)
     yield engine
     unregister()
     engine.assert_all_sharded()

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+from engine_cases import CASES as COMMON
+from engine_cases import Case, Net, batches, tiled, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,98 +23,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.utils.checkpoint import checkpoint
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import EngineError
 
-STEPS = 10
-BATCH = 4
-
-
-class Net(nn.Module):
-    """An embedding, tied with its head or not, and linears between them."""
-
-    def __init__(self, case: "Case") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.again = case.again
-        self.embedding = nn.Embedding(23, 12)
-        self.up, self.down = nn.Linear(12, 31, bias=case.bias), nn.Linear(31, 12, bias=case.bias)
-        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23, bias=False)
-        if case.tied:
-            self.head.weight = self.embedding.weight
-        self.up.requires_grad_(not case.frozen)
-        self.double()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The mean square of the logits."""
-        x = self.embedding(ids)
-        between = checkpoint(self._between, x, use_reentrant=False) if self.again else None
-        x = x + (self._between(x) if between is None else between)
-        loss: Tensor = self.head(self.norm(x)).square().mean()
-        return loss
-
-    def _between(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(torch.tanh(self.up(x)))
-        return result
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to train, compared with the dense model in one process."""
-
-    grid: tuple[int, int] = (4, 1)
-    bias: bool = True
-    tied: bool = True
-    frozen: bool = False
-    offload: bool = False
-    unit_bytes: int = 0
-    clip: float | None = None
-    parts: int = 1
-    evaluates: bool = False
-    again: bool = False
-    hybrid: bool = False
-
-
 CASES = {
-    "one tile": Case(grid=(1, 1)),
-    "columns": Case(grid=(1, 4)),
-    "rows": Case(grid=(4, 1)),
-    "ragged": Case(grid=(3, 5)),
-    "without bias, not tied": Case(grid=(3, 5), bias=False, tied=False),
-    "not tied": Case(tied=False),
-    "frozen tiles": Case(grid=(3, 5), frozen=True),
-    "clipped": Case(clip=0.05),
-    "offloaded": Case(offload=True),
+    **COMMON,
     "neighbours together": Case(grid=(3, 5), unit_bytes=600),
-    "accumulated": Case(parts=2),
-    "after evaluation": Case(evaluates=True),
-    "recomputed": Case(again=True),
     "hybrid": Case(hybrid=True),
+    "registered backwards": Case(backwards=True, tied=False),
+    "some layers not tiled": Case(whole=("down", "head"), tied=False, unit_bytes=600),
 }
-
-
-def batches() -> Tensor:
-    """Ids of every step, of shape (steps, batch, 6)."""
-    return torch.randint(23, (STEPS, BATCH, 6), generator=torch.Generator().manual_seed(1))
-
-
-def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> None:
-    """Steps of AdamW on this rank's part of each batch, in one or more pieces."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for batch in batches():
-        optimizer.zero_grad()
-        for part in batch.chunk(case.parts):
-            share = part.chunk(world)[rank] if len(part) >= world else part
-            (model(share) / case.parts).backward()
-        if case.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), case.clip)
-        optimizer.step()
-        if case.evaluates:
-            with torch.no_grad():
-                model(batch)
 
 
 @contextmanager
@@ -139,9 +62,9 @@ def watched() -> Iterator[list[int]]:
         cls.unshard, cls._to_sharded = unshard, to_sharded
 
 
-def run_case(case: Case, rank: int, world: int) -> tuple[int, dict[str, Tensor]]:
-    """Train a sharded model; gives the most live tiles, and its parameters."""
-    model = memtile.tile(Net(case), out_splits=case.grid[0], in_splits=case.grid[1])
+def run_case(case: Case, rank: int, world: int) -> tuple[int, list[float], dict[str, Tensor]]:
+    """Train a sharded model; gives the most live tiles, its losses, and its parameters."""
+    model = tiled(case)
     options: dict[str, Any] = {"unit_bytes": case.unit_bytes}
     if case.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
@@ -149,8 +72,11 @@ def run_case(case: Case, rank: int, world: int) -> tuple[int, dict[str, Tensor]]
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     shard(model, **options)
     with watched() as most:
-        train(model, case, rank, world)
-    return most[0], whole_state(model)
+        if case.again and case.evaluates:
+            with torch.no_grad():  # the order of use is known before the first backward
+                model(batches()[0])
+        losses = train(model, case, rank, world)
+    return most[0], losses, whole_state(model)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -181,6 +107,31 @@ def asked_for_a_weight() -> str:
     return ""
 
 
+class ReturnsBias(nn.Linear):
+    """Megatron's `skip_bias_add`: the bias comes beside the output."""
+
+    def forward(self, input: Tensor) -> Any:
+        """The product, and the bias."""
+        return nn.functional.linear(input, self.weight), self.bias
+
+
+def returned_bias() -> float:
+    """How far the gradients of a layer that returns its bias are from the dense ones, at most."""
+    torch.manual_seed(0)
+    dense, x = nn.Linear(12, 31).double(), torch.randn(4, 12, dtype=torch.float64)
+    layer = memtile.TiledLinearReturnBias(12, 31, out_splits=4, linear_cls=ReturnsBias).double()
+    layer.copy_params_from(dense)
+    for model in (dense, shard(nn.Sequential(layer))):
+        result = model(x)
+        output, bias = result if isinstance(result, tuple) else (result, 0)
+        (output + bias).square().sum().backward()
+    tiles = [tile for _, tile in layer.tiles()]
+    found = torch.cat([tile.bias.grad.full_tensor() for tile in tiles])
+    weights = torch.cat([tile.weight.grad.full_tensor() for tile in tiles])
+    differences = found - dense.bias.grad, weights - dense.weight.grad
+    return max(difference.abs().max().item() for difference in differences)
+
+
 def other_grids(rank: int) -> str:
     """What a rank is told when the ranks have other grids."""
     model = memtile.tile(Net(Case()), out_splits=2 + rank)
@@ -193,22 +144,26 @@ def other_grids(rank: int) -> str:
 
 def run(rank: int, world: int, folder: str) -> None:
     """Every case, one after the other."""
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    found = {}
+    live, losses = {}, {}
     for name, case in CASES.items():
-        found[name], state = run_case(case, rank, world)
+        live[name], losses[name], state = run_case(case, rank, world)
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     others = {
         "refused": other_grids(rank) if world > 1 else "",
         "loads": loads_what_it_gives(),
         "weight": asked_for_a_weight(),
+        "returned_bias": returned_bias(),
+        "live": live,
+        "losses": losses,
     }
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"live": found, **others}))
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(others))
     dist.destroy_process_group()
 
 

@@ -84,7 +84,9 @@ def training_folder(folder: "str | os.PathLike[str]") -> Iterator[Path]:
 
 
 @contextmanager
-def new_step(folder: Path, step: int, keep: int) -> Iterator[tuple[Path, Path]]:
+def new_step(
+    folder: Path, step: int, keep: int, record: str = RECORD
+) -> Iterator[tuple[Path, Path]]:
     """A new checkpoint: the folder to write it into, and what it is called when the block ends.
 
     Where the block raises, nothing of it is left.
@@ -93,6 +95,7 @@ def new_step(folder: Path, step: int, keep: int) -> Iterator[tuple[Path, Path]]:
         folder: of the checkpoints.
         step: the number of steps that were done.
         keep: how many steps stay, this one included.
+        record: the file by which a checkpoint of this kind is known; others are never removed.
 
     Raises:
         CheckpointWriteError: there is a newer step, somebody else is writing there, or it could not
@@ -112,7 +115,7 @@ def new_step(folder: Path, step: int, keep: int) -> Iterator[tuple[Path, Path]]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _remove_older(folder, keep)
+        _remove_older(folder, keep, record)
 
 
 def _sole(folder: Path) -> AbstractContextManager[None]:
@@ -151,14 +154,14 @@ def _make(partial: Path) -> None:
         raise cannot_write(partial, error) from error
 
 
-def _remove_older(folder: Path, keep: int) -> None:
+def _remove_older(folder: Path, keep: int, record: str) -> None:
     """Remove what is not to be kept; what cannot be removed stays for the next time."""
     found = saved_steps(folder)
     kept = {saved.step: saved for saved in found}  # the last of each step
     newest = [kept[step] for step in sorted(kept)[-keep:]]
     with contextlib.suppress(OSError):
         for saved in found:
-            if saved not in newest and (saved.path / RECORD).exists():
+            if saved not in newest and (saved.path / record).exists():
                 going = _partial_name(saved.path)
                 saved.path.rename(going)
                 shutil.rmtree(going, ignore_errors=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import CannotTileError
-from memtile.layers import TiledModule
+from memtile.layers import TiledModule, gathered
 
 
 def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -15,12 +15,13 @@ def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     An iterator that never holds more than one assembled tensor: write each before you take the
     next. Tensors of untiled modules are the model's own, not copies. Tied tensors come under every
-    name that they have.
+    name that they have. Where an engine gathers parameters, each rank walks through all of it, and
+    one tile at a time is gathered.
 
     Args:
         model: a model with tiled layers, or a tiled layer.
     """
-    return dense_items(model, model.state_dict())
+    return dense_items(model, model.state_dict(keep_vars=True))
 
 
 @torch.no_grad()
@@ -46,7 +47,8 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
     for key, value in state_dict.items():
         found = _place_of(key, layers)
         if found is None:
-            yield key, value
+            with gathered([value] if isinstance(value, nn.Parameter) else []):
+                yield key, value.detach() if isinstance(value, Tensor) else value
         elif found not in given:
             given.add(found)
             layer_name, name = found

@@ -18,7 +18,7 @@ from memtile.optim.stored_state import KeptState
 
 Json = dict[str, Any]  # of the record: whatever JSON it has
 
-_OWN_OPTIONS = frozenset({"params", "param_names"})  # names of tiles, which depend on the grid
+OWN_OPTIONS = frozenset({"params", "param_names"})  # names of tiles, which depend on the grid
 
 
 def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list[Outgoing]]:
@@ -37,7 +37,7 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
         options = {
             key: to_json(value, f"the optimizer's param_groups[{number}][{key!r}]")
             for key, value in group.items()
-            if key not in _OWN_OPTIONS
+            if key not in OWN_OPTIONS
         }
         groups.append({"options": options, "names": list(found)})
         for name, dense in found.items():
@@ -67,7 +67,7 @@ def _entries(optimizer: Optimizer, kept: KeptState) -> Json:
 
 def _tensors(optimizer: Optimizer, kept: KeptState) -> list[Outgoing]:
     return [
-        outgoing(dense, _name(key, kept.dense), _entry_of(optimizer.state, key))
+        outgoing(dense, _name(key, kept.dense), entry_of(optimizer.state, key))
         for key, dense in kept.tensors.items()
     ]
 
@@ -76,7 +76,9 @@ def _name(key: str, dense: DenseParameter) -> str:
     return f"{key}/{dense.name}"
 
 
-def _entry_of(states: Mapping[Tensor, Mapping[str, Any]], key: str) -> Held:
+def entry_of(states: Mapping[Tensor, Mapping[str, Any]], key: str) -> Held:
+    """What is kept under a key for each part."""
+
     def held(part: Part) -> Tensor:
         tensor = states[part.parameter][key]
         assert isinstance(tensor, Tensor)
@@ -196,11 +198,11 @@ class IncomingState:
         """
         self._optimizer.zero_grad()
         for target, stored, key in self._flows:
-            bring_in(target, stored, _entry_of(self._states, key))
+            bring_in(target, stored, entry_of(self._states, key))
             trim_heap()  # holes that the pieces left grew the peak from 16 to 50 MiB, measured
         for own, saved in zip(self._optimizer.param_groups, self._record["groups"], strict=True):
             for key, value in from_json(saved["options"]).items():
-                own[key] = _beside(own.get(key), value)
+                own[key] = beside(own.get(key), value)
         begun = dict(self._optimizer.state)
         self._optimizer.state.clear()
         self._optimizer.state.update({p: state for p, state in begun.items() if _is_new(state)})
@@ -219,6 +221,6 @@ def _number(entry: Json, parameter: Tensor, group: Mapping[str, Any]) -> Any:
     return value.to(parameter.device) if isinstance(value, Tensor) and wanted else value
 
 
-def _beside(old: object, new: object) -> object:
+def beside(old: object, new: object) -> object:
     """An option, on the device of the one that it replaces."""
     return new.to(old.device) if isinstance(old, Tensor) and isinstance(new, Tensor) else new

@@ -47,7 +47,7 @@ def save_checkpoint(
     _check_saveable(model)
     tensors = outgoing_tensors(model)
     texts = {name: text for own in integrations() for name, text in own.texts(model).items()}
-    _settle(model)
+    settle(model)
     write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes, texts=texts)
 
 
@@ -78,7 +78,7 @@ def _check_saveable(model: nn.Module) -> None:
             )
 
 
-def _settle(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
     """Return once everything that is on its way home has arrived."""
     homes = {berth.home for berth in map(berth_of, model.parameters()) if berth is not None}
     for home in homes:

@@ -19,12 +19,11 @@ from memtile.checkpoints.record import read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
 from memtile.convert.moving import bring_in, outgoing
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
-from memtile.convert.saving import save_checkpoint
+from memtile.convert.saving import save_checkpoint, settle
 from memtile.convert.wanted import wanted_by
 from memtile.errors import ArgumentError, CheckpointError
-from memtile.homes import berth_of, trim_heap
+from memtile.homes import trim_heap
 from memtile.optim import DenseParameter
-from memtile.transfer import ferries_of
 
 _WHOLE, _TRAINABLE = "model", "trainable"  # what the files of weights are called
 _OPTIMIZER, _RANDOM = "optimizer" + SUFFIX, "random" + SUFFIX
@@ -105,7 +104,7 @@ def save_training(
         CheckpointWriteError: it could not be written, another run writes there, or a newer step is
             there. The checkpoints that were there are as they were.
     """
-    _check_numbers(step, keep)
+    check_numbers(step, keep)
     state, tensors = optimizer_record(model, optimizer)
     random = RandomState.now()
     record = {
@@ -118,7 +117,7 @@ def save_training(
         "optimizer": state,
         "random": random.to_json(),
     }
-    _settle(model)
+    settle(model)
     with new_step(Path(folder), step, keep) as (partial, target):
         if trainable_only:
             held = _held_tensors(model, trainable_only)
@@ -181,7 +180,7 @@ def resume_training(
     _check_weights(weights, held, model)
     _check_scheduler(record["scheduler"], scheduler, saved.path)
     state = IncomingState(record["optimizer"], tensors, model, optimizer)
-    _settle(model)
+    settle(model)
     state.take()
     for name, dense in held.items():
         bring_in(dense, weights[name])
@@ -195,7 +194,12 @@ def resume_training(
     return resumed
 
 
-def _check_numbers(step: object, keep: object) -> None:
+def check_numbers(step: object, keep: object) -> None:
+    """Refuse numbers of steps and of checkpoints that are none.
+
+    Raises:
+        ArgumentError: one is.
+    """
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ArgumentError(f"step={step!r} must be a number of steps: 0 or more, an int")
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
@@ -216,14 +220,6 @@ def _scheduler_record(scheduler: Scheduler | None) -> Json | None:
 
 def _class_name(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
-
-
-def _settle(model: nn.Module) -> None:
-    """Return once everything that is on its way home has arrived."""
-    homes = {berth.home for berth in map(berth_of, model.parameters()) if berth is not None}
-    for home in homes:
-        if not home.works_in_place and not home.closed:
-            ferries_of(home).settle()
 
 
 def _held_tensors(model: nn.Module, trainable_only: bool) -> dict[str, DenseParameter]:

@@ -14,32 +14,46 @@ class _Attach(Function):
     """The result as it is; in backward a zero for the token, which is all that it is there for."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, token: Tensor) -> Tensor:  # torch types no context
-        """The result."""
-        ctx.zero = token.detach()
-        return result.view_as(result)
+    def forward(ctx: Any, result: Tensor, token: Tensor | None) -> Tensor:  # torch types no context
+        """The result, which is no view of anything: what is done to it in place is safe."""
+        ctx.zero = None if token is None else token.detach()
+        return result.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # torch types no context
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:  # as above
         """The gradient, and a zero."""
-        return gradients[0], torch.zeros_like(ctx.zero)
+        return gradients[0], None if ctx.zero is None else torch.zeros_like(ctx.zero)
 
 
 def release_in_backward(tile: nn.Module) -> None:
     """Give a tile a token that requires grad beside each input that does not.
 
     Call it after the engine has hooked the tile: the token must be there before its hooks look.
+    Results that are views (a linear's with a bias, of an input of three dimensions) become results
+    of their own, without a copy: FSDP2 warns of views, whose hooks are lost when they are written.
     """
     plain = tile.forward
 
     def forward(input_: Any, token: Tensor | None = None) -> Any:  # whatever the tile takes, gives
         result = plain(input_)
-        if token is None:
-            return result
-        return _Attach.apply(result, token)  # type: ignore[no-untyped-call]  # torch's own
+        if not isinstance(result, tuple):
+            return _attached(result, token)
+        return (_attached(result[0], token), *map(_outliving, result[1:]))
 
     tile.forward = forward
     tile.register_forward_pre_hook(_with_token, prepend=True)
+
+
+def _attached(result: Tensor, token: Tensor | None) -> Tensor:
+    if token is None and result._base is None:
+        return result
+    attached: Tensor = _Attach.apply(result, token)  # type: ignore[no-untyped-call]  # torch's own
+    return attached
+
+
+def _outliving(result: Any) -> Any:  # a bias or None, mostly
+    """A bias that is returned is used when its tile is gone: a copy."""
+    return result.clone() if isinstance(result, Tensor) else result
 
 
 def _with_token(tile: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

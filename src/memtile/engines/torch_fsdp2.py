@@ -5,10 +5,8 @@ tiles are gathered along the layer's order, one ahead in both directions (`ahead
 of in backward whatever the input is (`release`); a tied tile is one unit with two uses (`ties`).
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, Final, TypeVar
 
 import torch
@@ -23,13 +21,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.engines.ahead import bring_ahead
 from memtile.engines.release import release_in_backward
-from memtile.engines.ties import SharedTile, share_tied_tiles
-from memtile.engines.whole_values import take_whole_values
+from memtile.engines.ties import share_tied_tiles
+from memtile.engines.units import tiled_layers, units_of
+from memtile.engines.whole_values import take_ties_once, take_whole_values
 from memtile.errors import ArgumentError, EngineError, ParkedError
 from memtile.homes import berth_of
-from memtile.layers import TiledModule, register_gatherer
+from memtile.layers import register_gatherer
 
 Model = TypeVar("Model", bound=nn.Module)
 SMALLEST_UNIT: Final = 1 << 20
@@ -46,7 +46,10 @@ def shard(
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
 ) -> Model:
-    """Shard a tiled model over ranks, tile by tile; whatever is not tiled is one more unit.
+    """Shard a tiled model over ranks, tile by tile.
+
+    A layer without tiles is gathered by itself too where it has `unit_bytes` of its own; whatever
+    is smaller is one more unit, which is there from the first layer to the last.
 
     Make the optimizer afterwards: the parameters are new ones (`DTensor`s).
 
@@ -66,20 +69,24 @@ def shard(
     """
     _check(model, unit_bytes, prefetch)
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
-    _check_agreement(model, mesh, (unit_bytes, prefetch))
+    groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    check_agreement(model, (unit_bytes, prefetch), groups)
     options: dict[str, Any] = {  # two keywords of fully_shard
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
     }
     share_tied_tiles(model)
-    units = list(_units(model, unit_bytes))
+    units = units_of(model, unit_bytes)
     for unit in units:
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
-    for tile in (tile for unit in units for tile in unit):
-        release_in_backward(tile)
-        take_whole_values(tile)
-    bring_ahead(_order(model, units), units, prefetch)
+    tiles = {tile for layer in tiled_layers(model) for _, tile in layer.tiles()}
+    for module in (module for unit in units for module in unit):
+        if module in tiles or isinstance(module, nn.Linear | nn.Embedding):  # of one input
+            release_in_backward(module)
+        take_whole_values(module)
+    take_ties_once(model)
+    bring_ahead(model, units, prefetch)
     return model
 
 
@@ -102,48 +109,18 @@ def _refuse_shards(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[
 register_gatherer(_refuse_shards)
 
 
-def _units(model: nn.Module, unit_bytes: int) -> Iterator[list[nn.Module]]:
-    """Tiles that are gathered together: neighbours of one layer, as many as fit; ties alone."""
-    seen: set[nn.Module] = set()
-    for layer in _layers(model):
-        unit: list[nn.Module] = []
-        for tile in (tile for _, tile in layer.tiles() if tile not in seen):
-            seen.add(tile)
-            if isinstance(tile, SharedTile):
-                yield [tile]
-                continue
-            if unit and _nbytes([*unit, tile]) > unit_bytes:
-                yield unit
-                unit = []
-            unit = [*unit, tile]
-        if unit:
-            yield unit
-
-
-def _order(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> list[nn.Module]:
-    """The first tile of each unit in the order of use; a tied one as often as it is used."""
-    first = {tile: unit[0] for unit in units for tile in unit}
-    uses = [first[tile] for layer in _layers(model) for _, tile in layer.tiles()]
-    return [unit for unit, _ in groupby(uses)]
-
-
 def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
-    if not dist.is_initialized():
-        raise EngineError(
-            "there is no process group to shard over: start the script with torchrun, and call "
-            "torch.distributed.init_process_group() first"
-        )
+    check_process_group()
     numbers: dict[str, object] = {"unit_bytes": unit_bytes, "prefetch": prefetch}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ArgumentError(f"{name}={value!r} must be a whole number of at least 0")
-    layers = _layers(model)
-    if not layers:
+    if not units_of(model, unit_bytes):
         raise ArgumentError(
-            f"nothing of {type(model).__name__} is tiled: call memtile.tile(model, …) first, or "
-            "torch's own fully_shard for what needs no tiles"
+            f"nothing of {type(model).__name__} is tiled, or as large as unit_bytes={unit_bytes}: "
+            "call memtile.tile(model, …) first, or torch's own fully_shard for what needs no tiles"
         )
-    for layer in layers:
+    for layer in tiled_layers(model):
         for _, tile in layer.tiles():
             if isinstance(tile, FSDPModule):
                 raise EngineError(f"{layer.full_name()} is sharded already: shard a model once")
@@ -152,36 +129,6 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
                     f"{layer.full_name()} is parked in a home, and shards have no other: tile the "
                     "model without home=…, and give offload_policy=CPUOffloadPolicy() instead"
                 )
-
-
-def _check_agreement(model: nn.Module, mesh: DeviceMesh, options: object) -> None:
-    """Compare what is about to be sharded: ranks that differ would wait for each other forever.
-
-    Raises:
-        EngineError: on every rank.
-    """
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    mine = hashlib.sha256(repr((shapes, options)).encode()).hexdigest()
-    known = {dist.get_rank(): mine}
-    for dimension in range(mesh.ndim):
-        group = mesh.get_group(dimension)
-        heard: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(heard, known, group=group)
-        known = {rank: digest for each in heard for rank, digest in each.items()}
-    odd = sorted(rank for rank, digest in known.items() if digest != known[min(known)])
-    if odd:
-        raise EngineError(
-            f"ranks {odd} have another model, other tiles or other arguments than rank "
-            f"{min(known)}: make the same model with the same grids on each rank"
-        )
-
-
-def _layers(model: nn.Module) -> list[TiledModule]:
-    return [module for module in model.modules() if isinstance(module, TiledModule)]
-
-
-def _nbytes(tiles: Sequence[nn.Module]) -> int:
-    return sum(parameter.nbytes for tile in tiles for parameter in tile.parameters())
 
 
 def _device_type(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
 from memtile.layers.door import is_plain
-from memtile.layers.gather import gathered, register_gatherer
+from memtile.layers.gather import gathered, register_gatherer, whole_shape
 from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule, home_on
 from memtile.layers.return_bias import TiledLinearReturnBias
@@ -22,4 +22,5 @@ __all__ = [
     "home_on",
     "is_plain",
     "register_gatherer",
+    "whole_shape",
 ]

@@ -209,6 +209,6 @@ class _Found:
         rect = self.layer.tile_rect(name, index)
         if assign or parameter.is_meta:
             return values.copy_of(rect, parameter)
-        with torch.no_grad(), gathered([parameter], write=True):
-            values.write_to(parameter, rect)
+        with torch.no_grad(), gathered([parameter], write=True) as kept:
+            values.write_to(parameter, rect, kept=kept)
         return parameter

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.layers.gather import gathered
+from memtile.layers.gather import gathered, whole_shape
 from memtile.layers.making import (
     LinearClass,
     draw_like_whole_linear,
@@ -22,7 +22,7 @@ from memtile.layers.making import (
     with_home,
 )
 from memtile.layers.tiled_module import DENSE_NAMES, TiledModule
-from memtile.layers.values import Values
+from memtile.layers.values import Index, Values
 from memtile.layers.walks import WalkedLinear
 
 Self = TypeVar("Self", bound="TiledLinear")
@@ -140,7 +140,8 @@ class TiledLinear(WalkedLinear):
 
         Args:
             other: has `weight` (out_features, in_features) and, as this layer, `bias` or None. A
-                tiled layer of any grid will do.
+                tiled layer of any grid will do. Where an engine keeps this layer's tiles, each
+                rank calls this, and only rank 0's `other` needs values (the rest: meta device).
 
         Raises:
             TileShapeError: a shape differs, or only one of the two has a bias.
@@ -149,41 +150,44 @@ class TiledLinear(WalkedLinear):
 
         Nothing is copied then.
         """
-        with gathered(list(other.parameters())):
-            self._copy_whole(other)
+        own = {name: self.writable_parameters(name) for name in DENSE_NAMES}
+        with gathered(list(own["weight"].values())[:1], write=True) as kept:  # told to all ranks
+            self._check_source(other, own, must_have_values=kept)
+        for name in filter(own.get, DENSE_NAMES):
+            source = getattr(other, name)
+            if isinstance(other, TiledModule) and self._lies_like(other):
+                self.copy_values(name, Values.tiles(other.tile_parameters(name)))
+            elif isinstance(other, TiledModule):
+                self._copy_dense(name, other.dense_tensor(name))
+            else:
+                with gathered([source]):
+                    self._copy_dense(name, source)
 
-    def _copy_whole(self, other: nn.Module) -> None:
-        sources = {name: getattr(other, name, None) for name in DENSE_NAMES}
-        for name, source in sources.items():
-            own = self.writable_parameters(name)
-            mine = self.dense_shape(name) if own else None
-            theirs = None if source is None else tuple(source.shape)
+    def _check_source(
+        self, other: nn.Module, own: dict[str, dict[Index, nn.Parameter]], must_have_values: bool
+    ) -> None:
+        for name in DENSE_NAMES:
+            source = getattr(other, name, None)
+            mine = self.dense_shape(name) if own[name] else None
+            theirs = None if source is None else whole_shape(source)
             if mine != theirs:
                 raise TileShapeError(
                     f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is "
                     f"{theirs or 'missing'}, this layer's {mine or 'missing'}; both must agree"
                 )
-            if source is not None and source.is_meta and not all(p.is_meta for p in own.values()):
+            empty = source is not None and source.is_meta
+            if empty and must_have_values and not all(p.is_meta for p in own[name].values()):
                 raise TileDeviceError(
                     f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is "
                     "on the meta device, where nothing has values; load or initialise it first"
                 )
-        values = {
-            name: self._values_of(other, name, source)
-            for name, source in sources.items()
-            if source is not None
-        }
-        for name, found in values.items():
-            self.copy_values(name, found)
 
-    def _values_of(self, other: nn.Module, name: str, source: Tensor) -> Values:
-        if isinstance(other, TiledModule):
-            if other.weight_is_transposed == self.weight_is_transposed:
-                return Values.tiles(other.tile_parameters(name))
-            source = other.dense_tensor(name)
-        return Values.dense(
-            source.t() if name == "weight" and self.weight_is_transposed else source
-        )
+    def _lies_like(self, other: TiledModule) -> bool:
+        return other.weight_is_transposed == self.weight_is_transposed
+
+    def _copy_dense(self, name: str, dense: Tensor) -> None:
+        turned = name == "weight" and self.weight_is_transposed
+        self.copy_values(name, Values.dense(dense.t() if turned else dense))
 
     @classmethod
     def from_linear(

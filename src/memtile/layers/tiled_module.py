@@ -184,8 +184,8 @@ class TiledModule(nn.Module):
     def copy_values(self, name: str, values: Values) -> None:
         """Copy values of any grid into the tiles, one tile after the other."""
         for index, parameter in self.writable_parameters(name).items():
-            with gathered([parameter], write=True):
-                values.write_to(parameter, self.tile_rect(name, index))
+            with gathered([parameter], write=True) as kept:
+                values.write_to(parameter, self.tile_rect(name, index), kept=kept)
 
     @torch.no_grad()
     def adopt(self, name: str, dense: Tensor) -> None:

@@ -3,7 +3,7 @@
 A bias (out_features,) is treated as a weight with one column, so that both are read by rectangles.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memtile.errors import StateDictError, TileShapeError
 from memtile.geometry import Grid, Rect, Span
-from memtile.layers.gather import gathered
+from memtile.layers.gather import gathered, whole_shape
 
 Index = tuple[int, int]
 ONE_COLUMN = (0, 1)
@@ -23,7 +23,7 @@ class Values:
 
     Args:
         grid: how the tensors make the whole.
-        tensors: one matrix for each place of the grid.
+        tensors: one matrix, or one bias, for each place of the grid; gathered when it is read.
     """
 
     grid: Grid
@@ -32,7 +32,7 @@ class Values:
     @classmethod
     def dense(cls, tensor: Tensor) -> "Values":
         """The values of one dense weight (out, in) or bias (out,)."""
-        matrix = as_matrix(tensor)
+        matrix = as_matrix(tensor.detach())
         return cls(Grid((0, matrix.shape[0]), (0, matrix.shape[1])), {(0, 0): matrix})
 
     @classmethod
@@ -43,14 +43,14 @@ class Values:
             TileShapeError: they do not make a grid.
             StateDictError: their dtypes differ.
         """
-        matrices = {index: as_matrix(tensor) for index, tensor in tensors.items()}
-        dtypes = sorted({str(matrix.dtype) for matrix in matrices.values()})
+        dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
         if len(dtypes) > 1:
             raise StateDictError(
                 f"the tiles have different dtypes ({', '.join(dtypes)}); save them in one"
             )
+        shapes = {index: (*whole_shape(tensor), 1) for index, tensor in tensors.items()}
         return cls(
-            Grid.of_shapes({i: (m.shape[0], m.shape[1]) for i, m in matrices.items()}), matrices
+            Grid.of_shapes({i: (shape[0], shape[1]) for i, shape in shapes.items()}), tensors
         )
 
     @property
@@ -58,13 +58,23 @@ class Values:
         """(rows, columns) of the whole."""
         return self.grid.out_features, self.grid.in_features
 
-    def write_to(self, target: Tensor, rect: Rect) -> None:
-        """Copy the values inside `rect` into `target`, in place, converting dtype and device."""
+    def write_to(self, target: Tensor, rect: Rect, *, kept: bool = True) -> None:
+        """Copy the values inside `rect` into `target`, in place, converting dtype and device.
+
+        Without `kept` they are gathered as on the other ranks, and nothing is written.
+        """
         matrix = as_matrix(target)
+        for place, part in self._pieces(rect):
+            if kept:
+                matrix[place.index].copy_(part)
+
+    def _pieces(self, rect: Rect) -> Iterator[tuple[Rect, Tensor]]:
+        """What each tensor has inside `rect`, and where there: one is gathered at a time."""
         for index, shared in self.grid.overlapping(rect):
             tensor = self.tensors[index]
-            part = tensor.detach()[shared.since(self.grid.rect(*index)).index]
-            matrix[shared.since(rect).index].copy_(part)
+            with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
+                part = as_matrix(tensor.detach())[shared.since(self.grid.rect(*index)).index]
+                yield shared.since(rect), part
 
     def copy_of(self, rect: Rect, like: Tensor) -> Tensor:
         """A new tensor with the values inside `rect`, in the source's dtype and on its device."""
@@ -96,19 +106,19 @@ def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...])
     """
     if torch.compiler.is_compiling():  # which can trace neither engines nor the writes below
         return _cat(parameters)
-    with gathered(list(parameters.values())):
-        values = Values.tiles(parameters)
-        if values.shape != (shape if len(shape) == 2 else (*shape, 1)):
-            raise TileShapeError(
-                f"the tiles hold {values.shape}, not the whole {shape}: they are shards of a "
-                "parallel linear; read each tile's own weight instead"
-            )
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values()):
+    values = Values.tiles(parameters)
+    if values.shape != (shape if len(shape) == 2 else (*shape, 1)):
+        raise TileShapeError(
+            f"the tiles hold {values.shape}, not the whole {shape}: they are shards of a "
+            "parallel linear; read each tile's own weight instead"
+        )
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values()):
+        with gathered(list(parameters.values())):
             return _cat(parameters)
-        first = next(iter(parameters.values()))
-        out = torch.empty(shape, dtype=first.dtype, device=first.device)
-        values.write_to(out, Rect(Span(0, values.shape[0]), Span(0, values.shape[1])))
-        return out
+    first = next(iter(parameters.values()))
+    out = torch.empty(shape, dtype=first.dtype, device=first.device)
+    values.write_to(out, Rect(Span(0, values.shape[0]), Span(0, values.shape[1])))
+    return out
 
 
 def _cat(parameters: Mapping[Index, Tensor]) -> Tensor:

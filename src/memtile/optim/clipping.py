@@ -1,6 +1,7 @@
 """Clipping of gradients that live in homes: norms and scales tile by tile."""
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ def clip_gradients(
 
 def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     norms = []
+    dtype = reduce(torch.promote_types, {each.dtype for each in gradients}, torch.float32)
     for number, gradient in enumerate(gradients):
         berth = _parked(gradient)
         if berth is None:
@@ -46,7 +48,7 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
             ahead = _cargoes(gradients[number + 1 :])
             with ferries_of(berth.home).steps.borrow((berth,), ahead=ahead) as loan:
                 norm = torch.linalg.vector_norm(loan.tensors[0], norm_type)
-        norms.append(norm.to(gradients[0].device, torch.float32))
+        norms.append(norm.to(gradients[0].device, dtype))
     return norms
 
 

@@ -11,11 +11,12 @@ from memtile.cli.console import interruptible
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune import LOG, PICTURE, Settings, check_texts, digests, holds_run
 from memtile.cli.finetune.display import Display
+from memtile.cli.finetune.launching import ENGINES, check_launched, is_first_rank
 from memtile.cli.homes import check_home
 from memtile.planning import format_byte_size, parse_byte_size
 
 if TYPE_CHECKING:
-    from memtile.cli.finetune.run import Result
+    from memtile.cli.finetune.loop import Result
 
 
 def run_finetune(
@@ -23,52 +24,124 @@ def run_finetune(
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
     out: Annotated[Path, typer.Option(help="The folder of the run and of what comes of it.")],
     budget: Annotated[
-        str, typer.Option(help="Memory to use above the imports, such as 2GiB.")
-    ] = "2GiB",
+        str | None,
+        typer.Option(help="Memory to use above the imports; 2GiB where nothing is given."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     tokens: Annotated[int, typer.Option(help="Tokens in a step, one sequence.")] = 128,
     lr: Annotated[
         float, typer.Option(help="Learning rate of AdamW; it falls to 0 along a cosine.")
     ] = 1e-5,
     home: Annotated[
-        str, typer.Option(help="Where tiles live: disk, disk:FOLDER or host.")
-    ] = "disk",
+        str | None,
+        typer.Option(help="Where tiles live: disk, disk:FOLDER or host; disk if nothing is given."),
+    ] = None,
     lora: Annotated[
         int | None, typer.Option(metavar="RANK", help="Train adapters only; needs peft.")
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the order of sequences, and of dropout.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="fsdp2: tiles are shards over the ranks that torchrun started."),
+    ] = None,
+    tile: Annotated[
+        str | None, typer.Option(help="With --engine: the most that a tile has; 16MiB.")
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="With --engine: shards live in host memory.")
+    ] = False,
 ) -> int:
     """Fine-tune a model that need not fit in memory, on plain text.
 
-    Ctrl-C saves and stops; the same command with --resume goes on, bit for bit.
+    Ctrl-C saves and stops; the same command with --resume goes on, bit for bit. With --engine, each
+    rank trains on a sequence of its own in each step.
     """
-    allowed = parse_byte_size(budget, "--budget")
-    check_home(home)
+    _check_options(engine, {"--budget": budget, "--home": home}, tile, offload, lora)
+    allowed = parse_byte_size(budget or "2GiB", "--budget")
+    tile_bytes = parse_byte_size(tile or "16MiB", "--tile")
+    check_home(home or "disk")
+    if engine is not None:
+        check_launched()
     if save_every < 1:
         raise CommandError(f"--save-every {save_every} is too few: give 1 or more.")
     models.check_folder(model)
     paths = tuple(str(text.resolve()) for text in texts)
     check_texts(texts)
     found = digests(model, texts)
-    settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora, found)
+    settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine)
     _check_out(out, settings, resume)
-    console = Console(highlight=False)
     with interruptible():
         models.load_transformers(model)
-        from memtile.cli.finetune.run import Options, finetune
-
-        with Display(console, steps, allowed) as display:
-            result = finetune(
-                settings,
-                Options(out, allowed, home, save_every, resume),
-                display.planned,
-                display.started,
-                display.report,
-            )
-    _show(result, out, allowed, console)
+        if engine is None:
+            _train(settings, out, allowed, home or "disk", save_every, resume)
+        else:
+            _train_over_ranks(settings, out, engine, tile_bytes, offload, save_every, resume)
     return 0
+
+
+def _check_options(
+    engine: str | None,
+    alone: dict[str, str | None],
+    tile: str | None,
+    offload: bool,
+    lora: int | None,
+) -> None:
+    given = [option for option, value in alone.items() if value is not None]
+    if engine is None and (tile or offload):
+        raise CommandError("--tile and --offload go with --engine: in one process give --budget.")
+    if engine is None:
+        return
+    if engine not in ENGINES:
+        raise CommandError(f"--engine {engine!r} is none: give {' or '.join(ENGINES)}.")
+    if given:
+        raise CommandError(
+            f"{given[0]} plans one process; with --engine, tiles are shards over ranks: give "
+            "--tile and --offload instead."
+        )
+    if lora is not None:
+        raise CommandError("--lora is not there over ranks: leave out --engine, or --lora.")
+
+
+def _train(
+    settings: Settings, out: Path, budget: int, home: str, save_every: int, resume: bool
+) -> None:
+    from memtile.cli.finetune.run import Options, finetune
+
+    console = Console(highlight=False)
+    with Display(console, settings.steps, budget) as display:
+        result = finetune(
+            settings,
+            Options(out, budget, home, save_every, resume),
+            lambda plan: display.planned(plan.summary),
+            display.started,
+            display.report,
+        )
+    _show(result, out, f" of {format_byte_size(budget)}", console)
+
+
+def _train_over_ranks(
+    settings: Settings,
+    out: Path,
+    engine: str,
+    tile_bytes: int,
+    offload: bool,
+    save_every: int,
+    resume: bool,
+) -> None:
+    from memtile.cli.finetune.over_ranks import RankOptions, finetune_over_ranks
+
+    console = Console(highlight=False, quiet=not is_first_rank())
+    with Display(console, settings.steps) as display:
+        result = finetune_over_ranks(
+            settings,
+            RankOptions(out, engine, tile_bytes, offload, save_every, resume),
+            display.planned,
+            display.started,
+            display.report,
+        )
+    _show(result, out, " a rank", console)
 
 
 def _check_out(out: Path, settings: Settings, resume: bool) -> None:
@@ -84,14 +157,13 @@ def _check_out(out: Path, settings: Settings, resume: bool) -> None:
         raise CommandError(f"--out {out} is not empty: give a new folder.")
 
 
-def _show(result: "Result", out: Path, allowed: int, console: Console) -> None:
+def _show(result: "Result", out: Path, limit: str, console: Console) -> None:
     losses = result.losses
     if losses:
         count = "1 step" if len(losses) == 1 else f"{len(losses)} steps"
-        peak, budget = format_byte_size(result.peak_bytes), format_byte_size(allowed)
         console.print(
             f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {count}, {result.seconds:.0f} s; "
-            f"peak memory {peak} of {budget}",
+            f"peak memory {format_byte_size(result.peak_bytes)}{limit}",
             soft_wrap=True,
         )
     has_picture = (out / PICTURE).is_file()

@@ -1,7 +1,6 @@
 """What a person sees of a run: the plan's summary, and a bar or a line for each step."""
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -16,9 +15,6 @@ from rich.progress import (
 from memtile.cli.finetune.log import Entry
 from memtile.planning import format_byte_size
 
-if TYPE_CHECKING:
-    from memtile.planning import Plan
-
 
 class Display:
     """Shows a run as it goes; on a terminal one bar, in a log one line a step.
@@ -26,10 +22,10 @@ class Display:
     Args:
         console: where to.
         steps: in all.
-        budget: in bytes.
+        budget: in bytes; None: there is none.
     """
 
-    def __init__(self, console: Console, steps: int, budget: int) -> None:
+    def __init__(self, console: Console, steps: int, budget: int | None = None) -> None:
         self._console, self._steps, self._budget = console, steps, budget
         self._bar = Progress(
             TextColumn("step"),
@@ -38,7 +34,7 @@ class Display:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
         self._task: TaskID | None = None
 
@@ -53,9 +49,9 @@ class Display:
     ) -> None:
         self._bar.stop()
 
-    def planned(self, plan: "Plan") -> None:
+    def planned(self, summary: str) -> None:
         """Print what the plan comes to."""
-        self._console.print(plan.summary, soft_wrap=True)
+        self._console.print(summary, soft_wrap=True)
 
     def started(self, done: int) -> None:
         """Begin the bar where the run begins."""
@@ -68,7 +64,8 @@ class Display:
 
     def report(self, entry: Entry) -> None:
         """Show a step."""
-        used = f"{format_byte_size(entry.peak_bytes)} of {format_byte_size(self._budget)}"
+        limit = "a rank" if self._budget is None else f"of {format_byte_size(self._budget)}"
+        used = f"{format_byte_size(entry.peak_bytes)} {limit}"
         words = f"loss {entry.loss:.3f}, {entry.tokens_per_second:.0f} tokens/s, {used}"
         if not self._console.is_terminal:
             self._console.print(f"step {entry.step} of {self._steps}: {words}", soft_wrap=True)

@@ -27,6 +27,7 @@ class Settings:
         seed: of the order of sequences and of dropout.
         lora: rank of the adapters; None: all weights are trained.
         digests: of each text, and of what tells the model from another.
+        engine: that holds shards; None: one process by itself.
 
     Raises:
         CommandError: a number that makes no sense.
@@ -40,6 +41,7 @@ class Settings:
     seed: int
     lora: int | None = None
     digests: tuple[str, ...] = ()
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("tokens", 2), ("seed", 0), ("lora", 1)):

@@ -1,0 +1,159 @@
+"""The loop of a run: a step, a line for it, checkpoints, and an end in good order when one asks."""
+
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from memtile.cli.errors import CommandError, Interrupted
+from memtile.cli.finetune.log import Entry, Log
+from memtile.cli.finetune.settings import Settings
+from memtile.testing import PeakMemory
+
+TRAINING: Final = "training"
+"""The folder, inside that of the run, from which it can go on."""
+
+Report = Callable[[Entry], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        losses: of the steps that were done now.
+        peak_bytes: the most memory, above the imports.
+        seconds: they took.
+    """
+
+    losses: list[float]
+    peak_bytes: int
+    seconds: float
+
+
+class Run(ABC):
+    """What the loop works with: a model that is trained in this process, or over ranks.
+
+    Args:
+        settings: what to train.
+        out: the run's folder.
+        save_every: steps between checkpoints.
+        memory: of this process.
+
+    Attributes:
+        done: steps so far.
+        writes: whether this process is the one that logs and draws.
+    """
+
+    writes = True
+
+    def __init__(self, settings: Settings, out: Path, save_every: int, memory: PeakMemory) -> None:
+        self.settings, self.out, self.save_every, self.memory = settings, out, save_every, memory
+        self.done = 0
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Go on from the last checkpoint; a run that was killed before its first begins anew."""
+
+    @abstractmethod
+    def step(self) -> Entry:
+        """One step more.
+
+        Raises:
+            CommandError: the loss is not finite; the weights are as they were.
+        """
+
+    @abstractmethod
+    def save(self) -> None:
+        """Leave a checkpoint from which the run can go on."""
+
+    @abstractmethod
+    def write_folder(self) -> None:
+        """Leave the fine-tuned model as other libraries read it."""
+
+    @abstractmethod
+    def has_saved(self) -> bool:
+        """Whether there is a checkpoint."""
+
+    def is_to_stop(self, asked: bool) -> bool:
+        """Whether the run ends after this step, where this process was asked to or not."""
+        return asked
+
+    def check_finite(self, loss: float) -> None:
+        """Refuse to train on a loss that is no number.
+
+        Raises:
+            CommandError: it is none.
+        """
+        if math.isfinite(loss):
+            return
+        kept = f"the last good state is in {self.out / TRAINING}"
+        if not self.has_saved():
+            kept = "nothing was saved before"
+        raise CommandError(
+            f"The loss is {loss} at step {self.done + 1}; {kept}: begin again in another --out "
+            f"with an --lr below {self.settings.lr:g}."
+        )
+
+
+def train(run: Run, report: Report) -> Result:
+    """Step until the end, or until somebody asks to stop.
+
+    Raises:
+        Interrupted: somebody did; the run is saved.
+    """
+    log = Log(run.out, run.done) if run.writes else None
+    losses: list[float] = []
+    begun = time.perf_counter()
+    try:
+        with _stopping() as came:
+            while run.done < run.settings.steps:
+                entry = run.step()
+                losses.append(entry.loss)
+                if log is not None:
+                    log.add(entry)
+                    report(entry)
+                ended = run.done == run.settings.steps
+                stops = run.is_to_stop(bool(came))
+                if stops or ended or run.done % run.save_every == 0:
+                    run.save()
+                if stops and not ended:
+                    raise Interrupted(_stopped(run), 128 + (came or [signal.SIGTERM])[0])
+    finally:
+        if log is not None:
+            log.close()
+    return Result(losses, run.memory.nbytes, time.perf_counter() - begun)
+
+
+def _stopped(run: Run) -> str:
+    return (
+        f"Stopped and saved after step {run.done} of {run.settings.steps}; to go on, give the same "
+        "command with --resume."
+    )
+
+
+@contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """A list that gets the number of the first Ctrl-C or SIGTERM; another one stops at once."""
+    came: list[int] = []
+    before: dict[int, Any] = {}  # handlers as the signal module has them
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        restore()
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        before[each] = signal.signal(each, note)
+    try:
+        yield came
+    finally:
+        restore()

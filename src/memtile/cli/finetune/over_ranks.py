@@ -1,0 +1,171 @@
+"""A run over ranks: each process holds a shard of every tile and trains on sequences of its own."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from memtile.checkpoints.steps import saved_steps
+from memtile.cli import models
+from memtile.cli.finetune.log import Entry
+from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
+from memtile.cli.finetune.run import check_vocabulary, texts_of
+from memtile.cli.finetune.settings import Settings
+from memtile.cli.finetune.sharding import Sharded, sharded
+from memtile.engines import dense_files, distributed_checkpoints
+from memtile.engines.ranks import Ranks
+from memtile.testing import PeakMemory
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How a run over ranks is carried out.
+
+    Args:
+        out: its folder, which all ranks see.
+        engine: "fsdp2".
+        tile_bytes: the most that a tile has.
+        offload: keep shards, gradients and moments in host memory.
+        save_every: steps between checkpoints.
+        resume: go on from the last one.
+    """
+
+    out: Path
+    engine: str
+    tile_bytes: int
+    offload: bool
+    save_every: int
+    resume: bool
+
+
+def finetune_over_ranks(
+    settings: Settings,
+    options: RankOptions,
+    planned: Callable[[str], None],
+    started: Callable[[int], None],
+    report: Report,
+) -> Result:
+    """Trains, saves, and writes the fine-tuned folder at the end; each rank calls it.
+
+    Args:
+        settings: what to train.
+        options: how.
+        planned: called with a sentence on what each rank holds.
+        started: called with the number of steps that were done before.
+        report: called after each step, on the first rank.
+
+    Raises:
+        CommandError: something given cannot be trained on or with, or the loss is not finite.
+        EngineError: a rank is gone, or ranks differ.
+        CheckpointError: the model's or the run's checkpoint is damaged.
+        Interrupted: a signal came to one of the ranks; the run is saved.
+    """
+    with PeakMemory() as memory, _process_group() as ranks, ranks.missing_none():
+        run = _ShardedRun(settings, options, memory)
+        planned(run.summary)
+        if options.resume:
+            run.resume()
+        else:
+            ranks.first(lambda: _begin(settings, options.out))
+        started(run.done)
+        result = train(run, report)
+        run.write_folder()
+    return result
+
+
+def _begin(settings: Settings, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    settings.write(out)
+
+
+@contextmanager
+def _process_group() -> Iterator[Ranks]:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    yield Ranks()
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+class _ShardedRun(Run):
+    """A model whose tiles are shards, and one sequence for each rank in each step."""
+
+    def __init__(self, settings: Settings, options: RankOptions, memory: PeakMemory) -> None:
+        super().__init__(settings, options.out, options.save_every, memory)
+        torch.manual_seed(settings.seed)
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self.writes = self._rank == 0
+        self._tokenizer, self._sequences = texts_of(settings)
+        model = models.empty_of(Path(settings.model))
+        check_vocabulary(model, self._sequences)
+        self._sharded: Sharded = sharded(
+            model, settings, options.tile_bytes, offload=options.offload
+        )
+        self._seen = 0  # sequences that all ranks have trained on
+        self._stops = False
+        self.summary = f"{options.engine}, {self._ranks} ranks; {self._sharded.summary}"
+
+    def resume(self) -> None:
+        if not self.has_saved():
+            return
+        found = distributed_checkpoints.load(
+            self.out / TRAINING, self._sharded.model, self._sharded.optimizer
+        )
+        self.done, self._seen = found.step, found.position["sequences"]
+        self._sharded.scheduler.load_state_dict(found.extra)
+
+    def has_saved(self) -> bool:
+        return bool(saved_steps(self.out / TRAINING))
+
+    def step(self) -> Entry:
+        started, lr = time.perf_counter(), float(self._sharded.scheduler.get_last_lr()[0])
+        ids = self._sequences.at(self._seen + self._rank).to(self._sharded.device)
+        self._sharded.optimizer.zero_grad()
+        loss = self._sharded.model(input_ids=ids, labels=ids, use_cache=False).loss
+        mean = self._mean(float(loss.detach()))
+        self.check_finite(mean)
+        loss.backward()
+        self._sharded.optimizer.step()
+        self._sharded.scheduler.step()
+        self.done += 1
+        self._seen += self._ranks
+        seconds = time.perf_counter() - started
+        speed = self.settings.tokens * self._ranks / seconds
+        return Entry(self.done, mean, lr, seconds, speed, self._largest(self.memory.nbytes))
+
+    def is_to_stop(self, asked: bool) -> bool:
+        """Whether any rank was asked to: a checkpoint takes them all."""
+        return self._largest(int(asked)) > 0
+
+    def save(self) -> None:
+        distributed_checkpoints.save(
+            self.out / TRAINING,
+            self._sharded.model,
+            self._sharded.optimizer,
+            step=self.done,
+            position={"sequences": self._seen},
+            extra=self._sharded.scheduler.state_dict(),
+        )
+
+    def write_folder(self) -> None:
+        self._sharded.model.eval()
+        dense_files.save_checkpoint(self._sharded.model, self.out, dtype=self._sharded.saved_dtype)
+        if self.writes:
+            self._tokenizer.save_pretrained(self.out)
+
+    def _mean(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / self._ranks
+
+    def _largest(self, value: int) -> int:
+        most = torch.tensor(value)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)

@@ -1,0 +1,109 @@
+"""The same model on each rank, its tiles parked in each rank's own home; gradients are averaged.
+
+`DistributedDataParallel` suits resident tiles. Parked ones it would broadcast at once, collect in
+buckets as large as themselves, and reduce when a step in backward has used them already. Here each
+parameter's gradient is averaged by itself, in its home, as soon as it is whole and before any
+optimizer sees it: one reduction for each parameter in each backward.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from memtile.engines.agreement import check_agreement, check_process_group
+from memtile.errors import EngineError, OptimizerError
+from memtile.homes import berth_of
+from memtile.transfer import ferries_of, is_stepped_in_backward
+
+
+class Averaging:
+    """Averages each gradient of a model over ranks, before hooks that are registered later.
+
+    Make it before the optimizer. Rank 0's values and buffers are sent to all ranks first. Each rank
+    must use the same parameters in the same order, as with any collective.
+
+    Args:
+        model: the same on each rank.
+        group: its ranks; None: all.
+
+    Raises:
+        EngineError: there is no process group, ranks have other models, or an engine holds shards.
+        OptimizerError: a `TileOptimizer` steps in backward already, so it would come first.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        _check(model, group)
+        self._group, self._on = group, True
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._send(tensor)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._average)
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        ]
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, gradients are only added up; the next backward outside averages the sums."""
+        before, self._on = self._on, False
+        try:
+            yield
+        finally:
+            self._on = before
+
+    def remove(self) -> None:
+        """Average no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _send(self, tensor: Tensor) -> None:
+        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        with _at_home(tensor, "steps") as values:
+            dist.broadcast(values, source, group=self._group)
+
+    def _average(self, parameter: Tensor) -> None:
+        if not self._on or parameter.grad is None:
+            return
+        with torch.no_grad(), _at_home(parameter.grad, "gradients") as gradient:
+            gradient.div_(dist.get_world_size(self._group))
+            dist.all_reduce(gradient, group=self._group)
+
+
+@contextmanager
+def _at_home(tensor: Tensor, ring: str) -> Iterator[Tensor]:
+    """The values of a tensor to be changed: its own, or in a slab that is written home."""
+    berth = berth_of(tensor)
+    if berth is None or berth.home.works_in_place:
+        yield tensor.detach()
+        return
+    ferry = getattr(ferries_of(berth.home), ring)
+    with ferry.borrow((berth,)) as loan:
+        yield loan.tensors[0]
+        loan.store()
+    ferry.settle()  # whoever comes next may read it through the mapping
+    torch.autograd.graph.increment_version(tensor)
+
+
+def _check(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    check_process_group()
+    parameters = list(model.parameters())
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise EngineError(
+            f"parameters of this {type(model).__name__} are shards, whose gradients their engine "
+            "reduces; Averaging is for a whole model on each rank"
+        )
+    if any(parameter.is_meta for parameter in parameters):
+        raise EngineError(
+            f"parameters of this {type(model).__name__} are on the meta device, where nothing has "
+            "values; load it first"
+        )
+    if any(map(is_stepped_in_backward, parameters)):
+        raise OptimizerError(
+            "a TileOptimizer steps this model in backward already, before gradients could be "
+            "averaged; make the Averaging first"
+        )
+    check_agreement(model, (), [group])

@@ -1,0 +1,179 @@
+"""A ZeRO-3 config under which tiles are gathered one at a time, and the next one meanwhile.
+
+What was seen without a value (16 tiles, two ranks, DeepSpeed 0.19.8) stands beside it.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from memtile.engines.agreement import check_agreement
+from memtile.engines.zero3_sizes import Sizes, sizes_of
+from memtile.errors import ArgumentError, EngineError
+
+OLDEST: Final = (0, 19)
+"""The first release with what `hold` needs: older ones keep what they recompute in backward."""
+SWAPPED_BYTES: Final = 1 << 20
+"""What DeepSpeed swaps to a disk at the least, of one rank's part of a parameter."""
+Place: TypeAlias = str | os.PathLike[str]
+Json: TypeAlias = dict[str, Any]  # a config is whatever JSON can hold
+
+_SIXTEEN_BITS: Final[Mapping[torch.dtype, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def config(
+    model: nn.Module,
+    *,
+    micro_batch: int = 1,
+    accumulation: int = 1,
+    clip: float | None = None,
+    prefetch: int = 1,
+    offload_param: Place | None = None,
+    offload_optimizer: Place | None = None,
+    dtype: torch.dtype | None = None,
+    world_size: int | None = None,
+) -> Json:
+    """A config for `deepspeed.initialize`: ZeRO-3 with one tile at work and `prefetch` on the way.
+
+    Under DeepSpeed's own defaults every tile of a model stays gathered. Add what else you want
+    (`{**config(model), "optimizer": …}`), and ask `check` about what you change. Where there is a
+    process group, each rank calls this: ranks whose models differ are told so.
+
+    Args:
+        model: tiled; on the meta device, made inside `deepspeed.zero.Init`, or ordinary.
+        micro_batch: samples of one forward on one rank.
+        accumulation: backward passes of one step.
+        clip: the norm that gradients are clipped to; None: not at all.
+        prefetch: tiles that are gathered ahead of the one that works.
+        offload_param: where parts of parameters live: None with the rank's device, "cpu", or a
+            folder on a disk.
+        offload_optimizer: the same for masters and moments.
+        dtype: to train in, with float32 masters; None: the model's own.
+        world_size: ranks; None: those of the process group or of the launcher, or one.
+
+    Raises:
+        ArgumentError: nothing is tiled, a number is out of its range, or tiles are too small for a
+            disk.
+        EngineError: DeepSpeed is missing or too old, ranks have other models, or a disk is asked
+            for and libaio is missing. On every rank.
+    """
+    check_installed()
+    numbers = {"micro_batch": micro_batch, "accumulation": accumulation, "prefetch": prefetch}
+    _check_numbers(numbers | {"world_size": 1 if world_size is None else world_size})
+    dtype = dtype or next(model.parameters()).dtype
+    offloads = {"offload_param": offload_param, "offload_optimizer": offload_optimizer}
+    if dist.is_initialized():
+        kinds = [None if place is None else _is_folder(place) for place in offloads.values()]
+        check_agreement(model, (numbers, clip, kinds, dtype))
+    sizes = sizes_of(model)
+    zero = _tiled(sizes, prefetch)
+    for key, place in offloads.items():
+        if place is not None:
+            zero[key] = _offload(place)
+    _fit_to_disk(zero, sizes, prefetch, world_size or ranks_of_launcher(), dtype)
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip or 0.0,  # stated: DeepSpeed clips to 1.0 where it is not
+        "zero_force_ds_cpu_optimizer": False,  # else offloading takes no optimizer but DeepSpeed's
+        "zero_optimization": zero,
+        **({_SIXTEEN_BITS[dtype]: {"enabled": True}} if dtype in _SIXTEEN_BITS else {}),
+    }
+
+
+def _tiled(sizes: Sizes, prefetch: int) -> Json:
+    threshold = sizes.persistent_up_to
+    return {
+        "stage": 3,
+        # A prefetch takes a whole parameter: more than one element would take several.
+        "stage3_prefetch_bucket_size": 1 if prefetch else 0,
+        # What holds the depth: modules without parameters prefetch too. 2T to 3T: 3 tiles live.
+        "stage3_max_live_parameters": sizes.live(prefetch, threshold),
+        # What is used again within so many elements is kept: 8T: 4 tiles, the default: all.
+        "stage3_max_reuse_distance": 0,
+        # Biases stay gathered, tiles do not: one gathered with its bias is copied once more.
+        "stage3_param_persistence_threshold": threshold,
+        # Allocated at once: the default takes 2 GB in float32, however small the tiles are.
+        "reduce_bucket_size": sizes.largest,
+    }
+
+
+def part_of(numel: int, ranks: int) -> int:
+    """Elements of one rank's part of a parameter, padding included."""
+    return -(-numel // ranks)
+
+
+def ranks_of_launcher() -> int:
+    """How many ranks there are, or will be when the launcher's script makes its group."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _offload(place: Place) -> Json:
+    pinned = {"pin_memory": torch.cuda.is_available()}
+    if not _is_folder(place):
+        return {"device": "cpu", **pinned}
+    _check_libaio(place)
+    return {"device": "nvme", "nvme_path": str(Path(place)), **pinned}
+
+
+def _is_folder(place: Place) -> bool:
+    return place != "cpu"
+
+
+def _fit_to_disk(zero: Json, sizes: Sizes, prefetch: int, ranks: int, dtype: torch.dtype) -> None:
+    """Buffers that hold a tile, and one tile's masters and moments in memory at a time."""
+    part = part_of(sizes.largest, ranks)
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        if part * dtype.itemsize < SWAPPED_BYTES:
+            raise ArgumentError(
+                f"offload_param={zero['offload_param']['nvme_path']!r}: a rank's part of the "
+                f"largest tile has {part * dtype.itemsize} bytes, and DeepSpeed swaps no less than "
+                f"{SWAPPED_BYTES}: cut tiles of at least {SWAPPED_BYTES // dtype.itemsize * ranks} "
+                'elements, or give offload_param="cpu"'
+            )
+        largest = max(sizes.largest, *sizes.others, 0)
+        zero["offload_param"]["buffer_size"] = part_of(largest, ranks)
+        # Those that are gathered keep theirs, as many are being read, and one is written.
+        zero["offload_param"]["buffer_count"] = 2 * max(prefetch + 1, sizes.most_at_once) + 1
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        zero["sub_group_size"] = part
+
+
+def check_installed() -> None:
+    """Refuses to go on without a DeepSpeed that is recent enough; imports nothing.
+
+    Raises:
+        EngineError: it is missing, or older.
+    """
+    needed = ".".join(map(str, OLDEST))
+    way_out = f'pip install "memtile[deepspeed]", which takes deepspeed>={needed}'
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        raise EngineError(f"DeepSpeed is not installed here: {way_out}") from None
+    if tuple(int(number) for number in found.split("+")[0].split(".")[:2]) < OLDEST:
+        raise EngineError(f"DeepSpeed {found} is installed, which is too old: {way_out}")
+
+
+def _check_libaio(place: Place) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise EngineError(
+            f"offloading to the folder {str(place)!r} takes libaio, which is not installed here "
+            "with its headers (Debian: libaio-dev, Fedora: libaio-devel); install it on every "
+            'host, or offload to "cpu"'
+        )
+
+
+def _check_numbers(numbers: Mapping[str, object]) -> None:
+    for name, value in numbers.items():
+        least = 0 if name == "prefetch" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")

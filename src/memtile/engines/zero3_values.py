@@ -1,0 +1,127 @@
+"""Whole values of what DeepSpeed's ZeRO-3 has partitioned: how memtile reads and writes them.
+
+A parameter that is partitioned is empty, and its shape, its number of elements and what gathers it
+are attributes that begin with `ds_`. Nothing of DeepSpeed is imported before one is met.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from memtile.errors import EngineError
+from memtile.layers import register_gatherer
+
+_OPEN = "_ds_z3_gathered_param_context_depth"  # DeepSpeed's count of contexts around a parameter
+
+
+def register_zero3_gatherer() -> None:
+    """Let memtile's layers read and write partitioned tiles."""
+    register_gatherer(_gather, _whole_shape)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 has the tensor, gathered at the moment or not."""
+    return "ds_id" in getattr(tensor, "__dict__", ())
+
+
+def whole_numel(tensor: Tensor) -> int:
+    """Elements of a parameter, also while it is partitioned."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
+
+
+def write_masters(model: nn.Module) -> None:
+    """Give the optimizer this rank's partitions, which were written; what is gathered is let go."""
+    for parameter in model.parameters():
+        found: Any = parameter  # with DeepSpeed's attributes
+        if is_partitioned(found) and hasattr(found, "_z3_optimizer"):
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(found, found.ds_tensor.detach().float())
+        if is_partitioned(found) and found.ds_status.name == "AVAILABLE":
+            found.partition()
+
+
+def _whole_shape(tensor: Tensor) -> tuple[int, ...] | None:
+    return tuple(tensor.ds_shape) if is_partitioned(tensor) else None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _gather(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[bool]:
+    """The gatherer: what rank 0 writes reaches all ranks, and the optimizer's masters.
+
+    Raises:
+        EngineError: somebody gathered them to read and they are to be written, or writing failed
+            on another rank.
+    """
+    mine = [parameter for parameter in parameters if is_partitioned(parameter)]
+    held = [parameter for parameter in mine if getattr(parameter, _OPEN, 0)]
+    if write and held:
+        raise EngineError(
+            "tiles are written inside deepspeed.zero.GatheredParameters of the same tiles, which "
+            "would undo it: leave that context out, memtile gathers one tile after the other"
+        )
+    closed: list[Any] = [parameter for parameter in mine if parameter not in set(held)]
+    if not closed:
+        yield True
+        return
+    from deepspeed import zero
+
+    if any(parameter.ds_status.name == "INFLIGHT" for parameter in closed):
+        closed[0]._z3_optimizer.empty_partition_cache()  # after a forward that had no backward
+    group = closed[0].ds_process_group
+    with zero.GatheredParameters(closed, modifier_rank=0 if write else None):
+        if not write:
+            yield True
+            return
+        with _told_to_all(group):
+            yield dist.get_rank(group) == 0
+    for parameter in closed:
+        _write_master(parameter)
+
+
+@contextmanager
+def _told_to_all(group: Any) -> Iterator[None]:  # DeepSpeed's groups are torch's, or its own
+    """End on every rank when one fails: the others would wait for it at the next tile."""
+    failed = torch.zeros(1, dtype=torch.int32)  # named: inside zero.Init the default is 16 bits
+    try:
+        yield
+    except BaseException:
+        failed.fill_(1)
+        raise
+    finally:
+        failed = failed.to(_device())
+        others = failed.clone()
+        dist.all_reduce(others, group=group)
+    if others.item():
+        raise EngineError(
+            "another rank could not write a tile, and its own error says why: each rank takes part "
+            "with layers of the same shapes, and rank 0's must have values"
+        )
+
+
+def _write_master(parameter: Any) -> None:  # an nn.Parameter, with DeepSpeed's attributes
+    """Write this rank's part into the optimizer's master, which the next step starts from.
+
+    DeepSpeed's own setter of a whole one fails where the size cannot be divided by the ranks.
+    """
+    if not hasattr(parameter, "_z3_optimizer") or not parameter.requires_grad:
+        return
+    from deepspeed import zero
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    with zero.GatheredParameters([parameter]):
+        part = torch.zeros(parameter.ds_tensor.ds_numel, device=parameter.device)
+        start = part.numel() * dist.get_rank(parameter.ds_process_group)
+        mine = parameter.detach().flatten()[start : start + part.numel()]
+        part[: mine.numel()].copy_(mine)
+        safe_set_local_fp32_param(parameter, part)
+
+
+def _device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())

@@ -1,0 +1,126 @@
+"""`memtile finetune --engine`: the same training over processes that torchrun starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memtile.cli import main
+from memtile.cli.finetune.sequences import read_sequences
+
+STEPS, TOKENS, LR = 5, 16, 1e-2
+
+
+def words(model, text, out, *more):
+    options = ["--engine", "fsdp2", "--tile", "1KiB", "--steps", STEPS, "--tokens", TOKENS]
+    return [str(w) for w in ["finetune", model, text, "--out", out, "--lr", LR, *options, *more]]
+
+
+def launch(ranks, arguments):
+    """Starts the command with so many processes, each with one thread."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "memtile.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def trained_alone(folder, text):
+    """The weights after the same steps of plain transformers, two sequences in each."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    sequences = read_sequences([text], AutoTokenizer.from_pretrained(folder), TOKENS, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        ids = torch.cat([sequences.at(2 * step), sequences.at(2 * step + 1)])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return model.state_dict()
+
+
+def test_two_ranks_train_as_one_process_does(tiny_model, tiny_text, tmp_path):
+    """Stopped by SIGTERM after some steps, resumed, and loaded by plain transformers at the end."""
+    arguments = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 2)
+    with launch(2, arguments) as run:
+        for line in run.stdout:
+            if line.startswith("step 3 "):
+                run.send_signal(signal.SIGTERM)
+                break
+        _, said = run.communicate(timeout=120)
+    assert "--resume" in said, said
+    with launch(2, [*arguments, "--resume"]) as run:
+        shown, said = run.communicate(timeout=120)
+
+    assert run.returncode == 0, said
+    assert "going on after step" in shown
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = trained_alone(tiny_model, tiny_text)
+    for name, value in found.items():
+        assert (value - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_was_killed_goes_on_with_fewer_ranks(tiny_model, tiny_text, tmp_path):
+    """The others end with a sentence, the last checkpoint is whole, and one rank takes it up."""
+    arguments = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 1)
+    with launch(2, arguments) as run:
+        for line in run.stdout:
+            if line.startswith("step 3 "):
+                _kill_a_rank(run.pid)
+                break
+        _, said = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "waits for another one that was killed" in said or "Signal 9" in said, said
+
+    with launch(1, [*arguments, "--resume"]) as run:
+        shown, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert "going on after step" in shown
+
+
+def _kill_a_rank(launcher):
+    children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True)
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ([], "start it with torchrun"),
+        (["--budget", "1GiB"], "--budget plans one process"),
+        (["--home", "host"], "--home plans one process"),
+        (["--lora", "4"], "--lora is not there over ranks"),
+        (["--engine", "ddp"], "--engine 'ddp' is none: give fsdp2"),
+        (["--tile", "much"], "--tile"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_begins(
+    tiny_model, tiny_text, tmp_path, capsys, more, sentence
+):
+    """One sentence, and no folder."""
+    assert main(words(tiny_model, tiny_text, tmp_path / "out", *more)) == 2
+
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_engines_need_one(tiny_model, tiny_text, tmp_path, capsys):
+    """They would be ignored."""
+    command = ["finetune", str(tiny_model), str(tiny_text), "--out", str(tmp_path / "out")]
+
+    assert main([*command, "--tile", "1MiB"]) == 2
+    assert "go with --engine" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""Dense safetensors into shards and out of them."""
+
+import pytest
+import torch
+from dense_files_worker import PIECE, Net, filled, spawn
+from safetensors.torch import load_file
+
+import memtile
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def found(request):
+    """What the ranks found, and the files that were written."""
+    files = {}
+
+    def read(folder):
+        for name in ("in", "out", "half"):
+            files[name] = load_file(folder / name / "model.safetensors")
+        net = Net()
+        memtile.load_checkpoint(net, folder / "out")
+        files["net"] = net.state_dict()
+        files["left"] = sorted(path.name for path in (folder / "out").iterdir())
+
+    return spawn(request.param, read), files
+
+
+def test_what_is_written_is_what_was_read(found):
+    """Through shards of another grid, to the bit, ties once, under the same names."""
+    _, files = found
+
+    assert files["out"].keys() == files["in"].keys()
+    assert all(torch.equal(files["out"][name], value) for name, value in files["in"].items())
+
+
+def test_the_file_is_one_that_the_dense_model_loads(found):
+    """With the function of the single process."""
+    _, files = found
+
+    assert all(torch.equal(files["net"][n], value) for n, value in filled().state_dict().items())
+
+
+def test_it_may_be_written_in_another_dtype(found):
+    """As weights are that were trained in float32 for a checkpoint of 16 bits."""
+    _, files = found
+
+    assert all(
+        torch.equal(value, files["in"][name].bfloat16()) for name, value in files["half"].items()
+    )
+
+
+def test_nothing_but_the_checkpoint_stays_in_the_folder(found):
+    """The shards that it went through are gone."""
+    _, files = found
+
+    assert files["left"] == ["model.safetensors"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_on_every_rank(found):
+    """With the names, before anything is read; none waits for another."""
+    ranks, _ = found
+
+    assert all("is not a checkpoint of this model" in refused for _, refused in ranks)
+
+
+def test_no_rank_holds_a_dense_layer(found):
+    """Nothing is larger than a piece, while the layers have 276 and 372 elements."""
+    ranks, _ = found
+
+    assert all(numel <= PIECE for numel, _ in ranks)

@@ -1,0 +1,58 @@
+"""What a rank holds of a tensor: rectangles that together are its shard."""
+
+import pytest
+import torch
+from dcp_worker import Net
+from dcp_zero3_worker import spawn_zero3
+from torch import nn
+
+from memtile.engines.distributed_checkpoints import load, save
+from memtile.engines.pieces import boxes
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5), (5, 1), (2, 3, 4), (1, 4, 1, 3)])
+def test_the_boxes_of_a_stretch_are_its_elements_in_order(shape):
+    """Of every stretch of the flattened tensor, whatever its ends; at most 2·dimensions - 1."""
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start in range(whole.numel()):
+        for stop in range(start, whole.numel() + 1):
+            found = list(boxes(shape, start, stop))
+            parts = [whole[inside(*box)].flatten() for box in found]
+
+            assert torch.cat([torch.arange(0), *parts]).tolist() == list(range(start, stop))
+            assert len(found) <= 2 * len(shape) - 1
+
+
+def test_a_number_is_one_box():
+    """A tensor of no dimensions has one element."""
+    assert list(boxes((), 0, 1)) == [((), ())]
+    assert list(boxes((), 1, 1)) == []
+
+
+@pytest.mark.slow
+def test_zero_3_saves_and_loads_dense_names(tmp_path):
+    """What its ranks save a plain model loads; what they load survives the optimizer's step."""
+    pytest.importorskip("deepspeed")
+    plain, trained = Net().float(), Net().float()
+    with torch.no_grad():
+        for number, parameter in enumerate(trained.parameters()):
+            parameter.add_(number)
+    save(tmp_path / "alone", trained, step=1)
+    states, told = spawn_zero3(tmp_path)
+    load(tmp_path / "run", plain)
+
+    for rank in states:
+        assert_same(plain, rank["saved"])
+        assert_same(trained, rank["loaded"])
+        assert_same(trained, rank["stepped"])
+    assert all("engine.save_checkpoint" in refused for refused, _ in told)
+    assert all("distributed_checkpoints.load" in undone for _, undone in told)
+
+
+def inside(offset, sizes):
+    return tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))
+
+
+def assert_same(model: nn.Module, found: dict[str, torch.Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, found[name]), name

@@ -1,0 +1,69 @@
+"""The token that lets an engine release a tile in backward: it changes nothing else."""
+
+import pytest
+import torch
+from torch import nn
+
+from memtile.engines.release import release_in_backward
+
+
+@pytest.fixture
+def tile():
+    torch.manual_seed(0)
+    found = nn.Linear(5, 3)
+    release_in_backward(found)
+    return found
+
+
+def test_a_tile_whose_input_needs_no_gradient_gets_an_input_that_does(tile):
+    """Engines look for one among what the tile is called with."""
+    seen = []
+    tile.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    tile(torch.ones(2, 5))
+
+    assert [each.requires_grad for each in seen] == [False, True]
+
+
+def test_gradients_are_those_of_the_plain_tile(tile):
+    """Bit for bit; the token takes no part."""
+    plain = nn.Linear(5, 3)
+    plain.load_state_dict(tile.state_dict())
+    x = torch.randn(4, 5)
+    tile(x).square().sum().backward()
+    plain(x).square().sum().backward()
+
+    assert torch.equal(tile.weight.grad, plain.weight.grad)
+    assert torch.equal(tile.bias.grad, plain.bias.grad)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_has_an_input_with_gradient_or_does_not_train_is_left_alone(tile, trains):
+    """No token where the engine sees an input by itself, or where there is no backward."""
+    tile.requires_grad_(trains)
+    seen = []
+    tile.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    tile(torch.ones(2, 5, requires_grad=trains))
+
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_the_result_may_be_changed_in_place(tile, requires_grad):
+    """It is no view, as a linear's of three dimensions is: FSDP2's hooks would be lost."""
+    result = tile(torch.ones(1, 2, 5, requires_grad=requires_grad))
+
+    assert not result._is_view()
+    result += 1
+    result.sum().backward()
+    assert torch.equal(tile.bias.grad, torch.full((3,), 2.0))
+
+
+def test_a_result_that_backward_needs_is_guarded_still():
+    """A tile that ends in a tanh keeps its result: writing into it is noticed by torch."""
+    tile = nn.Sequential(nn.Linear(5, 3), nn.Tanh())
+    release_in_backward(tile)
+    result = tile(torch.ones(2, 5))
+    result += 1
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()

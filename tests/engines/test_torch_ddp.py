@@ -1,0 +1,82 @@
+"""Parked tiles on several ranks: gradients are averaged in each rank's own home."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from averaging_worker import CASES, Net, spawn, train
+
+import memtile
+from memtile.engines.torch_ddp import Averaging
+from memtile.errors import EngineError, OptimizerError
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return spawn()
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_train_as_one_process_does(ranks, name):
+    """Both end with the parameters of the dense run over whole batches, rank 0's at the start."""
+    dense = Net()
+    train(dense, CASES[name])
+
+    for found, _ in ranks:
+        for key, value in dense.state_dict().items():
+            assert (found[name][0][key] - value).norm() <= 1e-11 * value.norm(), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_gradient_is_reduced_once_for_each_averaged_backward(ranks, name):
+    """Also of a tied tile, which is used twice."""
+    case = CASES[name]
+    backwards = 1 if case.syncs_once else case.parts
+
+    assert all(found[name][1] == backwards for found, _ in ranks)
+
+
+def test_other_grids_on_other_ranks_are_refused_on_both(ranks):
+    """Before anything is sent."""
+    assert all("make the same model" in refused for _, refused in ranks)
+
+
+def test_without_a_process_group_the_way_to_one_is_said():
+    """The script was started as one process."""
+    with pytest.raises(EngineError, match="torchrun"):
+        Averaging(Net())
+
+
+def test_an_optimizer_that_would_step_first_is_refused(alone):
+    """Steps in backward come in the order in which hooks were registered."""
+    model = memtile.tile(Net(), out_splits=2)
+    optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward")
+
+    with pytest.raises(OptimizerError, match="make the Averaging first"):
+        Averaging(model)
+    del optimizer
+
+
+def test_a_model_without_values_is_refused(alone):
+    """There is nothing to send."""
+    with pytest.raises(EngineError, match="meta"):
+        Averaging(Net().to("meta"))
+
+
+def test_it_can_be_taken_away(alone):
+    """Then gradients are this rank's own."""
+    model, calls = Net(), []
+    averaging = Averaging(model)
+    averaging._average = calls.append
+    averaging.remove()
+    model(torch.tensor([[1, 2]])).backward()
+
+    assert model.up.weight.grad is not None
+    assert not model.up.weight._post_accumulate_grad_hooks

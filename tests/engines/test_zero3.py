@@ -1,0 +1,136 @@
+"""ZeRO-3 holds the tiles: real processes over gloo against the dense model in one process."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import CASES, Net, train
+from torch import Tensor
+from zero3_worker import spawn
+
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
+)
+_WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
+
+
+@pytest.fixture(scope="module", params=_WORLDS)
+def outcome(request):
+    return spawn(request.param)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """Parameters and losses of each case, in float64 and in float32, trained in this process."""
+    found = {}
+    for name, case in CASES.items():
+        for dtype in (torch.float64, torch.float32):
+            model = Net(case, dtype)
+            losses = train(model, case)
+            found[name, dtype] = {**model.state_dict(), "losses": torch.tensor(losses)}
+    return found
+
+
+def distance(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """The norm of all differences between two sets of tensors."""
+    return sum((found[key] - truth[key]).norm().item() ** 2 for key in truth) ** 0.5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
+    """After ten steps of AdamW tiles are as near to the float64 run as dense float32 is, times 4.
+
+    Losses are those of the dense run too, step by step.
+    """
+    truth, rounded = dense[name, torch.float64], dense[name, torch.float32]
+    losses = torch.tensor([rank["cases"][name]["losses"] for rank in outcome.ranks]).mean(0)
+
+    assert distance({**outcome.states[name], "losses": losses}, truth) <= 4 * distance(
+        rounded, truth
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
+    """Forward and backward, ids as input, after evaluation, recomputed: the one and the next."""
+    for rank in outcome.ranks:
+        seen = rank["cases"][name]
+        assert seen["elements"] <= 2 * seen["largest"]
+
+
+def test_deepspeed_by_itself_keeps_every_tile(outcome):
+    """Without the config and without `hold` the tiling saves nothing."""
+    for rank in outcome.ranks:
+        assert rank["defaults"]["tiles"] == rank["defaults"]["all"]
+
+
+def test_layers_made_inside_init_have_rank_0s_values(outcome):
+    """From a linear on rank 0 only, a partitioned one, tiles of another grid, or drawn."""
+    for rank in outcome.ranks:
+        assert all(rank["inside"].values()), rank["inside"]
+
+
+def test_one_tile_is_gathered_at_a_time(outcome):
+    """While tiles are copied into others, loaded and read, of either layer."""
+    assert all(rank["most"] == 1 for rank in outcome.ranks)
+
+
+def test_a_copy_reaches_the_masters(outcome):
+    """After `deepspeed.initialize`, steps leave what was copied: of odd sizes, in 16 bits."""
+    for rank in outcome.ranks:
+        assert all(rank["masters"].values()), rank["masters"]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("no values", ["where nothing has values", "its own error says why"]),
+        ("another shape", ["both must agree", "its own error says why"]),
+        ("gathered", ["leave that context out"]),
+        ("grids", ["make the same model"]),
+        ("no engine", ["takes the engine"]),
+        ("twice", ["held already"]),
+    ],
+)
+def test_what_cannot_work_is_refused_on_every_rank(outcome, case, words):
+    """None waits for another one."""
+    if len(outcome.ranks) == 1 and case in ("grids", "another shape"):
+        pytest.skip("one rank agrees with itself")
+    for rank in outcome.ranks:
+        said = rank["refusals"][case]
+        assert any(each in said for each in words), said
+
+
+def test_a_config_that_keeps_tiles_is_said(outcome):
+    """`hold` warns of each value of DeepSpeed's defaults that defeats the tiling."""
+    for rank in outcome.ranks:
+        assert any("stage3_max_reuse_distance" in each for each in rank["warned"])
+        assert len(rank["warned"]) == 6
+
+
+def test_the_code_of_the_documentation_runs():
+    """In a process of its own, of which DeepSpeed changes torch's functions."""
+    page = Path(__file__).parents[2] / "docs" / "engines.md"
+    (code,) = re.findall(r"```python\n(# not run[^`]*)```", page.read_text(encoding="utf-8"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **ranks, **address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ran.returncode == 0, ran.stderr
+    assert "stage3_max_reuse_distance is 1000000000" in ran.stdout

@@ -1,0 +1,222 @@
+"""ZeRO-3 configs for tiles, and what others do against them: without processes."""
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import memtile
+from memtile.engines import zero3_config
+from memtile.engines.deepspeed_zero3 import Finding, check, config, hold
+from memtile.errors import ArgumentError, EngineError
+
+ZERO = "zero_optimization"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """A DeepSpeed that is recent enough, whether there is one or not."""
+    monkeypatch.setattr(zero3_config, "version", lambda name: "0.19.8")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def model(bias=True, device="meta", splits=4):
+    linears = [nn.Linear(64, 128, bias, device=device), nn.Linear(128, 64, bias, device=device)]
+    return memtile.tile(nn.Sequential(*linears, nn.LayerNorm(64, device=device)), out_splits=splits)
+
+
+def large():
+    """Tiles of a mebibyte of elements."""
+    return memtile.tile(nn.Sequential(nn.Linear(1024, 4096, device="meta")), out_splits=4)
+
+
+def keys(findings):
+    return [finding.key.removeprefix(f"{ZERO}.") for finding in findings]
+
+
+def test_every_key_comes_from_the_tiles():
+    """Tiles of 2048 elements, biases of 32 and 16, and a norm of 64 and 64."""
+    found = config(model(), micro_batch=3, accumulation=2)
+
+    assert found == {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0,
+        "zero_force_ds_cpu_optimizer": False,
+        ZERO: {
+            "stage": 3,
+            "stage3_prefetch_bucket_size": 1,
+            "stage3_max_live_parameters": 2048 + 4 * 32 + 4 * 16 + 1,
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 32,
+            "reduce_bucket_size": 2048,
+        },
+    }
+
+
+@pytest.mark.parametrize("given", [{}, {"prefetch": 2}, {"prefetch": 0}, {"clip": 0.5}])
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("splits", [1, 3, 4])
+def test_what_config_gives_is_found_to_be_right(given, offload, bias, splits):
+    """`check` has nothing to say about it."""
+    tiled = model(bias, splits=splits)
+    found = config(tiled, offload_param=offload, offload_optimizer=offload, **given)
+
+    assert check(found, tiled, prefetch=given.get("prefetch", 1)) == []
+
+
+def test_tiles_on_a_disk_fit_their_buffers(tmp_path, monkeypatch):
+    """A rank's part of a tile is read into one buffer, and one tile's masters are in memory."""
+    monkeypatch.setattr(zero3_config, "_check_libaio", lambda place: None)
+    found = config(large(), offload_param=tmp_path, offload_optimizer=tmp_path, world_size=3)
+    zero, part = found[ZERO], -(-(1 << 20) // 3)
+
+    assert zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "nvme"
+    assert zero["offload_param"]["nvme_path"] == str(tmp_path)
+    assert zero["offload_param"]["buffer_size"] == zero["sub_group_size"] == part
+    assert zero["offload_param"]["buffer_count"] == 5
+    assert check(found, large(), world_size=3) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, None)]
+)
+def test_the_dtype_is_the_models_own(dtype, key):
+    """16 bits are trained with float32 masters."""
+    found = config(model().to(dtype))
+
+    assert {name for name in ("bf16", "fp16") if name in found} == ({key} if key else set())
+    assert config(model(), dtype=dtype).get(key or "bf16") == ({"enabled": True} if key else None)
+
+
+def test_every_default_of_deepspeeds_is_found():
+    """A user's first config: stage 3, and nothing else."""
+    findings = check({ZERO: {"stage": 3}}, model())
+
+    assert keys(findings) == [
+        "stage3_max_reuse_distance",
+        "stage3_max_live_parameters",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "reduce_bucket_size",
+        "gradient_clipping",
+    ]
+    assert all(finding.is_default for finding in findings)
+
+
+def test_a_finding_is_a_sentence():
+    """The key, its value, whose it is, what it does, what would do instead."""
+    first, *_ = check({ZERO: {"stage": 3}}, model())
+
+    assert str(first) == (
+        "zero_optimization.stage3_max_reuse_distance is 1000000000 (DeepSpeed's default): a tile "
+        "that is used again within so many elements, in backward say, is kept; 0 would do"
+    )
+    assert first == Finding(first.key, 1000000000, True, first.reason, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", 2),
+        ("stage3_max_reuse_distance", 2 * 2048 + 1),
+        ("stage3_max_live_parameters", 2 * 2048 + 1),
+        ("stage3_prefetch_bucket_size", 2049),
+        ("stage3_param_persistence_threshold", 2048),
+        ("stage3_param_persistence_threshold", 31),
+        ("reduce_bucket_size", 2049),
+        ("stage3_prefetch_bucket_size", "auto"),
+        ("stage3_param_persistence_threshold", "auto"),
+        ("reduce_bucket_size", "auto"),
+    ],
+)
+def test_the_first_value_that_is_wrong_is_found(key, value):
+    """One more than what is right, and what accelerate fills in."""
+    given = config(model())
+    given[ZERO][key] = value
+
+    (found,) = check(given, model())
+    assert (found.key, found.value, found.is_default) == (f"{ZERO}.{key}", value, False)
+    assert ("accelerate" in str(found)) == (value == "auto")
+    given[ZERO][key] = found.instead
+    assert check(given, model()) == []
+
+
+def test_a_disk_that_tiles_do_not_fit_is_found(tmp_path):
+    """A buffer smaller than a part of a tile, and parts that are never swapped."""
+    offload = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 2047}
+    given = config(model())
+    given[ZERO]["offload_param"] = offload
+
+    assert keys(check(given, model())) == ["offload_param.buffer_size", "offload_param.device"]
+    offload["buffer_size"] = 2048
+    assert keys(check(given, model())) == ["offload_param.device"]
+
+
+def test_a_file_is_read(tmp_path):
+    """The file that the launcher gets."""
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps(config(model())))
+
+    assert check(path, model()) == []
+    path.write_text("[]")
+    with pytest.raises(ArgumentError, match="a JSON object"):
+        check(path, model())
+    with pytest.raises(ArgumentError, match="no DeepSpeed config"):
+        check(tmp_path / "other.json", model())
+
+
+@pytest.mark.parametrize("given", [{"micro_batch": 0}, {"prefetch": -1}, {"accumulation": True}])
+def test_numbers_that_mean_nothing_are_refused(given):
+    """What is no number of samples or of tiles."""
+    with pytest.raises(ArgumentError, match="whole number"):
+        config(model(), **given)
+
+
+def test_a_model_without_tiles_is_refused():
+    """There is nothing to say that DeepSpeed does not know."""
+    with pytest.raises(ArgumentError, match="nothing of Linear is tiled"):
+        config(nn.Linear(2, 2))
+
+
+def test_tiles_that_are_too_small_for_a_disk_are_refused(tmp_path, monkeypatch):
+    """DeepSpeed would keep them in memory without a word."""
+    monkeypatch.setattr(zero3_config, "_check_libaio", lambda place: None)
+
+    with pytest.raises(ArgumentError, match="at least 262144 elements"):
+        config(model(), offload_param=tmp_path)
+
+
+def test_a_missing_deepspeed_is_said(monkeypatch):
+    """With the command that installs it, before anything is allocated."""
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(zero3_config, "version", missing)
+    for act in (config, hold):
+        with pytest.raises(EngineError, match=r"pip install .memtile\[deepspeed\]"):
+            act(model())
+
+
+def test_an_old_deepspeed_is_said(monkeypatch):
+    """With the release that is needed."""
+    monkeypatch.setattr(zero3_config, "version", lambda name: "0.9.5+abc")
+
+    with pytest.raises(EngineError, match=r"0\.9\.5.* is installed, which is too old"):
+        config(model())
+
+
+def test_a_missing_libaio_is_said(monkeypatch, tmp_path):
+    """With the package that has it."""
+    builder = SimpleNamespace(is_compatible=lambda verbose: False)
+    builders = SimpleNamespace(AsyncIOBuilder=lambda: builder)
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", builders)
+
+    with pytest.raises(EngineError, match="libaio-dev"):
+        config(large(), offload_param=tmp_path)

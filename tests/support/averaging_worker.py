@@ -1,0 +1,112 @@
+"""What each process of the averaging tests does: parked tiles, a home for each rank."""
+
+import tempfile
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ddp_worker import Net
+from torch import Tensor, nn
+
+import memtile
+from memtile.engines.torch_ddp import Averaging
+from memtile.errors import EngineError
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train."""
+
+    mode: Any = "classic"
+    parts: int = 1
+    syncs_once: bool = False
+    clip: float | None = None
+    home: str = "disk"
+
+
+CASES = {
+    "classic": Case(),
+    "in backward": Case(mode="in_backward"),
+    "accumulated": Case(parts=2),
+    "accumulated, averaged once": Case(parts=2, syncs_once=True),
+    "clipped": Case(clip=0.05),
+    "host": Case(home="host", mode="in_backward"),
+}
+
+
+def batches() -> Tensor:
+    """Ids (steps, batch, length)."""
+    return torch.randint(23, (STEPS, 4, 5), generator=torch.Generator().manual_seed(1))
+
+
+def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> None:
+    """Steps of AdamW on this rank's share of each part of each batch."""
+    averaging = Averaging(model) if world > 1 else None
+    optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode=case.mode, lr=1e-2)
+    for batch in batches():
+        optimizer.zero_grad()
+        for number, part in enumerate(batch.chunk(case.parts)):
+            waits = case.syncs_once and averaging is not None and number + 1 < case.parts
+            with averaging.no_sync() if waits else nullcontext():
+                (model(part.chunk(world)[rank]) / case.parts).backward()
+        if case.clip is not None:
+            optimizer.clip_grad_norm_(case.clip)
+        optimizer.step()
+
+
+def run_case(case: Case, rank: int, folder: Path) -> tuple[dict[str, Tensor], int]:
+    """The dense parameters after training, and the reductions of a backward for each parameter."""
+    with memtile.DiskHome(folder) if case.home == "disk" else memtile.HostHome() as home:
+        model = memtile.tile(Net(), out_splits=3, in_splits=2, home=home)
+        with torch.no_grad():
+            model.up.tile(0, 0).weight.add_(rank)  # rank 0's values are to reach all
+        calls, plain = [0], dist.all_reduce
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            return plain(*arguments, **options)
+
+        dist.all_reduce = counted
+        try:
+            train(model, case, rank, 2)
+        finally:
+            dist.all_reduce = plain
+        each = calls[0] / STEPS / len(list(model.parameters()))
+        return {k: v.clone() for k, v in memtile.dense_state_dict(model)}, each
+
+
+def refused(rank: int) -> str:
+    """What a rank is told whose grid is another."""
+    try:
+        Averaging(memtile.tile(Net(), out_splits=2 + rank))
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def run(rank: int, folder: str) -> None:
+    """Every case, one after the other."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), 2)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    home = Path(folder) / f"home{rank}"
+    home.mkdir()
+    found = {name: run_case(case, rank, home) for name, case in CASES.items()}
+    torch.save((found, refused(rank)), Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def spawn() -> list[Any]:
+    """What the two ranks found: of each case the parameters and reductions; what was refused."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        torch.multiprocessing.spawn(run, (folder,), nprocs=2)
+        return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]

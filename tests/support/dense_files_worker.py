@@ -1,0 +1,99 @@
+"""What each process of the tests of dense files does: safetensors into shards and out again."""
+
+import tempfile
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import memtile
+from memtile.convert import moving
+from memtile.engines import dense_files
+from memtile.engines.dense_files import load_checkpoint, save_checkpoint
+from memtile.engines.torch_fsdp2 import shard
+from memtile.errors import CheckpointError
+
+PIECE = 70
+"""Elements that are read at once here, in place of millions."""
+
+
+class Net(nn.Module):
+    """A tied embedding, linears, and what is never tiled: a convolution, a norm, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(23, 12), nn.Linear(12, 23, bias=False)
+        self.up, self.down = nn.Linear(12, 31), nn.Linear(31, 12)
+        self.conv, self.norm = nn.Conv1d(5, 3, 2), nn.LayerNorm(12)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("counts", torch.arange(4.0))
+
+
+def filled() -> Net:
+    """One with values that tell every element from the others."""
+    net = Net()
+    with torch.no_grad():
+        for number, parameter in enumerate(net.parameters()):
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) + number / 16)
+    return net
+
+
+def sharded(grid: tuple[int, int]) -> nn.Module:
+    """One in tiles and shards, without values."""
+    model = memtile.empty_model(Net)
+    return shard(memtile.tile(model, out_splits=grid[0], in_splits=grid[1]), unit_bytes=0)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor of any operation had in memory; messages are no tensors."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if type(result) is Tensor and not result.is_meta and result.is_floating_point():
+            self.numel = max(self.numel, result.untyped_storage().nbytes() // result.itemsize)
+        return result
+
+
+def refused(folder: Path) -> str:
+    """What is said of a checkpoint that lacks a layer."""
+    try:
+        load_checkpoint(sharded((2, 1)), folder / "other")
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def run(rank: int, world: int, folder: str) -> None:
+    """Load the dense file, look at the shards, write it again."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    here = Path(folder)
+    store = dist.FileStore(str(here / "store"), world)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    model = sharded((3, 2))
+    dense_files.BAND_BYTES = moving.PIECE_BYTES = 4 * PIECE
+    with Largest() as largest:
+        load_checkpoint(model, here / "in")
+        save_checkpoint(model, here / "out")
+        save_checkpoint(model, here / "half", dtype=torch.bfloat16)
+    torch.save((largest.numel, refused(here)), here / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def spawn(world: int, check: Any) -> list[tuple[int, str]]:
+    """What each rank found; `check` is called with the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        memtile.save_checkpoint(filled(), Path(folder) / "in")
+        memtile.save_checkpoint(nn.Linear(3, 2), Path(folder) / "other")
+        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        check(Path(folder))
+        return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(world)]

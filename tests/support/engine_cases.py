@@ -1,0 +1,118 @@
+"""Models and ways to train them that every engine's tests share, and their dense run."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import memtile
+
+STEPS = 10
+BATCH = 4
+
+
+class Net(nn.Module):
+    """An embedding, tied with its head or not, and linears between them."""
+
+    def __init__(self, case: "Case", dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.again = case.again
+        self.embedding = nn.Embedding(23, 12)
+        self.up, self.down = nn.Linear(12, 31, bias=case.bias), nn.Linear(31, 12, bias=case.bias)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23, bias=False)
+        if case.backwards:
+            self._modules = dict(reversed(self._modules.items()))
+        if case.tied:
+            self.head.weight = self.embedding.weight
+        self.up.requires_grad_(not case.frozen)
+        self.to(dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The mean square of the logits."""
+        x = self.embedding(ids)
+        between = checkpoint(self._between, x, use_reentrant=False) if self.again else None
+        x = x + (self._between(x) if between is None else between)
+        loss: Tensor = self.head(self.norm(x)).square().mean()
+        return loss
+
+    def _between(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(torch.tanh(self.up(x)))
+        return result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train, compared with the dense model in one process."""
+
+    grid: tuple[int, int] = (4, 1)
+    bias: bool = True
+    tied: bool = True
+    frozen: bool = False
+    offload: bool = False
+    unit_bytes: int = 0
+    clip: float | None = None
+    parts: int = 1
+    evaluates: bool = False
+    again: bool = False
+    hybrid: bool = False
+    whole: tuple[str, ...] = ()
+    backwards: bool = False
+
+
+CASES = {
+    "one tile": Case(grid=(1, 1)),
+    "columns": Case(grid=(1, 4)),
+    "rows": Case(grid=(4, 1)),
+    "ragged": Case(grid=(3, 5)),
+    "without bias, not tied": Case(grid=(3, 5), bias=False, tied=False),
+    "not tied": Case(tied=False),
+    "frozen tiles": Case(grid=(3, 5), frozen=True),
+    "clipped": Case(clip=0.05),
+    "offloaded": Case(offload=True),
+    "accumulated": Case(parts=2),
+    "after evaluation": Case(evaluates=True),
+    "recomputed": Case(again=True),
+    "recomputed after evaluation": Case(again=True, evaluates=True),
+}
+
+
+def batches() -> Tensor:
+    """Ids of every step, of shape (steps, batch, 6)."""
+    return torch.randint(23, (STEPS, BATCH, 6), generator=torch.Generator().manual_seed(1))
+
+
+def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> list[float]:
+    """Steps of AdamW on this rank's part of each batch, in pieces; gives each one's loss."""
+    losses = []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in batches():
+        optimizer.zero_grad()
+        for part in batch.chunk(case.parts):
+            loss = model(share_of(part, rank, world)) / case.parts
+            loss.backward()
+            losses.append(loss.item() * case.parts)
+        if case.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+        optimizer.step()
+        if case.evaluates:
+            with torch.no_grad():
+                model(batch)
+    return losses
+
+
+def share_of(part: Tensor, rank: int, world: int) -> Tensor:
+    """This rank's samples; all of them where there are fewer than ranks."""
+    return part.chunk(world)[rank] if len(part) >= world else part
+
+
+def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The net in tiles, all of it or some."""
+    chosen = [name for name in ("embedding", "up", "down", "head") if name not in case.whole]
+    return memtile.tile(
+        Net(case, dtype),
+        modules=chosen if case.whole else None,
+        out_splits=case.grid[0],
+        in_splits=case.grid[1],
+    )

@@ -1,0 +1,51 @@
+"""Two ranks, one of which is killed in the middle of a step."""
+
+import os
+import signal
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from engine_cases import Case, Net, batches
+
+import memtile
+from memtile.engines.torch_fsdp2 import shard
+
+TIMEOUT_SECONDS = 20
+
+
+def run(rank: int, folder: str) -> None:
+    """Steps without end; rank 1 kills itself between two tiles of the second one's forward."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), 2)
+    limit = timedelta(seconds=TIMEOUT_SECONDS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    model = shard(memtile.tile(Net(Case()), out_splits=4), unit_bytes=0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    try:
+        for step, ids in enumerate(batches()):
+            if (rank, step) == (1, 1):
+                model.up.tile(2, 0).register_forward_pre_hook(_die)
+            model(ids).backward()
+            optimizer.step()
+    except RuntimeError as error:
+        (Path(folder) / f"error{rank}").write_text(str(error))
+        os._exit(7)  # without the group, whose end would wait for the dead
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed() -> tuple[list[int | None], str]:
+    """How both ranks ended, and what the one that was left was told."""
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=run, args=(rank, folder)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(3 * TIMEOUT_SECONDS)
+        return [rank.exitcode for rank in ranks], (Path(folder) / "error0").read_text()

@@ -1,0 +1,150 @@
+"""What each process of the ZeRO-3 tests does: every case in one group of processes."""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engine_cases import CASES, Case, batches, share_of, tiled
+from torch import Tensor, nn
+from zero3_values import all_values
+
+import memtile
+from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.zero3_values import whole_numel
+
+
+def run_case(case: Case, rank: int, world: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train under ZeRO-3; gives losses and the most live tiles, and the dense parameters."""
+    model = tiled(case, torch.float32)
+    offload = "cpu" if case.offload else None
+    given = config(
+        model,
+        accumulation=case.parts,
+        clip=case.clip,
+        offload_param=offload,
+        offload_optimizer=offload,
+    )
+    engine = hold(started(model, given))
+    with watched(model) as seen:
+        losses = train(engine, case, rank, world)
+    state = {name: tensor.clone() for name, tensor in memtile.dense_state_dict(model)}
+    engine.destroy()
+    return {"losses": losses, **seen}, state
+
+
+def started(model: nn.Module, given: dict[str, Any], **options: float) -> Any:
+    """The engine with torch's AdamW."""
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.pop("lr", 1e-2), **options)
+    return deepspeed.initialize(model=model, config=given, optimizer=optimizer)[0]
+
+
+def train(engine: Any, case: Case, rank: int, world: int) -> list[float]:
+    """Steps on this rank's part of each batch; gives each piece's loss."""
+    losses = []
+    for batch in batches():
+        for part in batch.chunk(case.parts):
+            loss = engine(share_of(part, rank, world))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        if case.evaluates:
+            with torch.no_grad():
+                engine(batch)
+    return losses
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[dict[str, int]]:
+    """The most tiles, and elements of tiles, that were gathered at the same time."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    coordinator: Any = PartitionedParameterCoordinator  # private: only the test looks inside
+    fetch = coordinator.fetch_sub_module
+    weights: Sequence[Any] = tile_weights(model)
+    seen = {"tiles": 0, "elements": 0, "largest": max(map(whole_numel, weights))}
+
+    def look(self: Any, *arguments: Any, **options: Any) -> None:
+        fetch(self, *arguments, **options)
+        live = [weight.ds_numel for weight in weights if weight.ds_status.name != "NOT_AVAILABLE"]
+        seen["tiles"] = max(seen["tiles"], len(live))
+        seen["elements"] = max(seen["elements"], sum(live))
+
+    coordinator.fetch_sub_module = look
+    try:
+        yield seen
+    finally:
+        coordinator.fetch_sub_module = fetch
+
+
+def tile_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Each tile's weight once."""
+    layers = [module for module in model.modules() if hasattr(module, "tiles")]
+    tiles = (tile for layer in layers for _, tile in layer.tiles())  # type: ignore[operator]
+    return list(dict.fromkeys(tile.weight for tile in tiles))
+
+
+def under_defaults(rank: int, world: int) -> dict[str, int]:
+    """What is live when DeepSpeed is told nothing about tiles."""
+    model = tiled(Case(), torch.float32)
+    engine = started(
+        model, {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    )
+    with watched(model) as seen:
+        train(engine, Case(), rank, world)
+    engine.destroy()
+    return {**seen, "all": len(tile_weights(model))}
+
+
+def run(rank: int, world: int, folder: str) -> None:
+    """Every case, one after the other."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_WORLD_SIZE": str(world)}
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    found = {}
+    for name, case in CASES.items():
+        found[name], state = run_case(case, rank, world)
+        if rank == 0:
+            torch.save(state, Path(folder) / f"{name}.pt")
+    report = {"cases": found, "defaults": under_defaults(rank, world)}
+    report |= all_values(started, rank, world)
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks found."""
+
+    ranks: list[dict[str, Any]]
+    states: dict[str, dict[str, Tensor]]
+
+
+def spawn(world: int) -> Outcome:
+    """Run every case with so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        ranks = [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(world)]
+        states = {name: torch.load(Path(folder) / f"{name}.pt") for name in CASES}
+    return Outcome(ranks, states)

@@ -1,0 +1,34 @@
+"""The examples run as their first lines say, with two processes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*/*.py"))
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.parent.name)
+def test_an_example_learns_something(script):
+    """Its last loss is below its first, and nothing is said on the way but losses."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    assert run.returncode == 0, run.stderr
+    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", run.stdout)]
+    assert len(losses) >= 5
+    assert losses[-1] < losses[0]
+
+
+def test_there_are_examples():
+    """One of each engine."""
+    assert {script.parent.name for script in EXAMPLES} >= {"fsdp2"}
