@@ -7,7 +7,7 @@ from torch import nn
 import memtile
 from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
-from memtile.planning import Parameter, ShardedLayer, Sharding, Uses
+from memtile.planning import LooseModule, Parameter, ShardedLayer, Sharding, Uses
 
 MIB = 1 << 20
 TRAINED = Uses(1, 0, 1)
@@ -56,12 +56,24 @@ def test_neighbours_are_gathered_together_up_to_a_size():
     assert sizes == [[(3, 4), (3, 3), (3, 1)], [(2, 4), (2, 3), (2, 1)]]
 
 
+@pytest.mark.parametrize(("unit_bytes", "root"), [(0, 0), (72, 0), (73, 2)])
+def test_a_module_without_tiles_is_a_unit_where_it_is_as_large_as_one(unit_bytes, root):
+    """What is smaller is whole for all of a step, in the root's unit."""
+    own = Parameter(9, 1, 4, True), Parameter(9, 1, 4, True)
+    units = Sharding("fsdp2", 2, unit_bytes).units(
+        [], {}, [LooseModule("norm", own, True, TRAINED)]
+    )
+
+    assert (len(units.resident), units.number) == (root, 0 if root else 1)
+
+
 def test_zero3_keeps_parameters_of_one_dimension_whole():
     """Biases of tiles and norms are persistent; every weight is a unit of its own."""
     layer = ShardedLayer(
         "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
     )
-    loose = [Parameter(9, 1, 4, True), Parameter(9, 2, 4, True)]
+    own = Parameter(9, 1, 4, True), Parameter(9, 2, 4, True)
+    loose = [LooseModule("norm", own, True, TRAINED)]
     units = Sharding("zero3", 2, 100).units([layer], {"up": Grid.uniform(5, 7)}, loose)
 
     assert [parameter.rows for parameter in units.resident] == [9, 5]
