@@ -2,8 +2,8 @@
 
 FSDP2 cuts each parameter along its first dimension, in pieces of as many rows as the largest share
 has: a tile with fewer rows than ranks is padded to one row for each. A module without tiles is a
-unit where it is as large as one; all that is smaller is the root's, which is whole from the start of
-a forward to the end of its backward.
+unit where it is as large as one; all that is smaller is the root's, which is whole from the start
+of a forward to the end of its backward.
 
 ZeRO-3 cuts each parameter's elements, padded to a multiple of the ranks, and gathers parameter by
 parameter. Those of one dimension are persistent: whole on every rank, and sharded besides.
