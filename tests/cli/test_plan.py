@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from memtile.cli import main
-from memtile.planning import Plan
+from memtile.planning import Plan, RankPlan
 
 
 @pytest.fixture
@@ -35,6 +35,29 @@ def test_json_is_a_plan(config, capsys):
     assert (plan.tokens, plan.optimizer, plan.home) == (32, None, "host")
 
 
+def test_a_cluster_is_planned(config, capsys):
+    """Bytes of a rank and of its link, seconds, and the smallest world are shown."""
+    speeds = ["--link", "50GB/s", "--disk", "7GB/s", "--flops", "400TFLOP/s"]
+    cluster = ["--world-size", "64", "--engine", "zero3", "--device-memory", "80GiB"]
+    code = main(["plan", str(config), "--tokens", "32", *cluster, "--offload", "nvme", *speeds])
+
+    printed = capsys.readouterr().out
+    assert code == 0
+    for word in ["64 ranks of ZeRO-3", "all-gather", "between ranks", "disk", "smallest world"]:
+        assert word in printed
+
+
+def test_json_is_a_plan_for_ranks(config, capsys):
+    """`--json` prints what `RankPlan.from_json` reads, with the options that were given."""
+    cluster = ["--world-size", "8", "--engine", "fsdp2", "--offload", "cpu", "--link", "50GB/s"]
+    code = main(["plan", str(config), "--tokens", "32", "--json", *cluster])
+
+    plan = RankPlan.from_json(capsys.readouterr().out)
+    assert code == 0
+    assert (plan.world, plan.engine, plan.offload) == (8, "fsdp2", "cpu")
+    assert (plan.speeds.link, plan.smallest_world) == (50e9, None)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -47,6 +70,20 @@ def test_json_is_a_plan(config, capsys):
         (["--budget", "1GiB", "--home", "cloud"], "no home"),
         (["--budget", "1GiB", "--mode", "fast"], "fast"),
         (["--budget", "1GiB", "--rates", "/nowhere.json"], "/nowhere.json"),
+        ([], "--budget"),
+        (["--budget", "1GiB", "--link", "1GB/s"], "--link is of a cluster: give --world-size"),
+        (["--engine", "fsdp2"], "--engine is of a cluster"),
+        (["--world-size", "2"], "--world-size needs --engine"),
+        (["--world-size", "2", "--engine", "fsdp2", "--budget", "1GiB"], "--device-memory"),
+        (["--world-size", "2", "--engine", "fsdp2", "--home", "host"], "--home plans one process"),
+        (["--world-size", "0", "--engine", "fsdp2"], "world_size=0"),
+        (["--world-size", "2", "--engine", "fsdp2", "--link", "quick"], "no speed"),
+        (["--world-size", "2", "--engine", "fsdp2", "--flops", "5GiBs"], "no speed"),
+        (["--world-size", "2", "--engine", "fsdp2", "--offload", "nvme"], "zero3"),
+        (
+            ["--world-size", "2", "--engine", "fsdp2", "--tokens", "9", "--device-memory", "9KiB"],
+            "2 ranks need",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(config, capsys, options, sentence):

@@ -1,21 +1,9 @@
 """Plans for ranks against real ones: what FSDP2 holds and sends over gloo is what was predicted."""
 
 import pytest
-from rank_worker import CASES, planned, spawn
+from rank_worker import CASES, gathered_at_most, planned, reduced_at_most, spawn
 
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
-_WHOLE = (
-    "untiled, gathered",
-    "unit at work",
-    "unit that waits",
-    "units on their way",
-    "buffer of the all-gather",
-)
-_LEAVING = (
-    "gradients of the untiled",
-    "gradient of a unit, whole",
-    "buffer of the reduce-scatter",
-)
 _UNEVEN = ("whole layers", "recomputed")
 """Here the largest unit is beside a smaller one: the plan supposes two that are as large."""
 
@@ -52,9 +40,7 @@ def test_each_rank_sends_the_planned_bytes(measured, name):
 @pytest.mark.parametrize("name", CASES)
 def test_no_more_is_gathered_at_once_than_planned(measured, name):
     """Units, those on their way and their buffers: to the byte where the largest are neighbours."""
-    plan = planned(CASES[name], len(measured))
-    moments = {"forward", "backward", "the recomputation"} & {m.name for m in plan.moments}
-    predicted = max(_sum(plan, moment, _WHOLE) for moment in moments)
+    predicted = gathered_at_most(planned(CASES[name], len(measured)))
 
     for rank in measured:
         if name in _UNEVEN:
@@ -66,13 +52,7 @@ def test_no_more_is_gathered_at_once_than_planned(measured, name):
 @pytest.mark.parametrize("name", CASES)
 def test_no_more_gradients_are_whole_at_once_than_planned(measured, name):
     """A unit's gradient and its buffer; beside it, one of another unit may be a row smaller."""
-    plan = planned(CASES[name], len(measured))
-    predicted = _sum(plan, "backward", _LEAVING)
+    predicted = reduced_at_most(planned(CASES[name], len(measured)))
 
     for rank in measured:
         assert rank[name].reduced <= predicted <= 1.05 * rank[name].reduced
-
-
-def _sum(plan, name, terms):
-    moment = next(moment for moment in plan.moments if moment.name == name)
-    return sum(term.nbytes for term in moment.terms if term.name in terms)

@@ -3,7 +3,7 @@
 import pytest
 
 from memtile.errors import ArgumentError
-from memtile.planning import format_byte_size, parse_byte_size
+from memtile.planning import format_byte_size, parse_byte_size, parse_speed
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,26 @@ def test_a_size_of_nothing_is_refused(text):
 def test_sizes_are_shown_with_three_digits(nbytes, text):
     """A size is shown in the largest unit that leaves one digit or more before the point."""
     assert format_byte_size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "speed"),
+    [
+        ("50GB/s", "B", 50e9),
+        ("50 gb / s", "B", 50e9),
+        ("7GiB", "B", 7 * 2**30),
+        ("400TFLOP/s", "FLOP", 400e12),
+        ("1.5 Tflops", "FLOP", 1.5e12),
+        ("312T", "B", None),
+        ("GB/s", "B", None),
+        ("0GB/s", "B", None),
+        ("5TB/s", "FLOP", None),
+    ],
+)
+def test_speeds_are_sizes_in_a_second(text, unit, speed):
+    """Bytes or operations; what is none is refused with an example."""
+    if speed is None:
+        with pytest.raises(ArgumentError, match=r"no speed: write what is done in a second"):
+            parse_speed(text, "--link", unit)
+    else:
+        assert parse_speed(text, "--link", unit) == speed

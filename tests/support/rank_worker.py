@@ -23,9 +23,22 @@ from torch.utils.checkpoint import checkpoint
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard
+from memtile.planning import Moment
 
 Wrap = Callable[[Any], Any]  # around a function of torch's, which is private and untyped
 TOKENS = 12
+_WHOLE = (
+    "untiled, gathered",
+    "unit at work",
+    "unit that waits",
+    "units on their way",
+    "buffer of the all-gather",
+)
+_LEAVING = (
+    "gradients of the untiled",
+    "gradient of a unit, whole",
+    "buffer of the reduce-scatter",
+)
 WARMED = 2  # steps before the one that is measured: what is prefetched is learnt in the first
 
 
@@ -248,6 +261,21 @@ def planned(case: Case, world: int) -> memtile.RankPlan:
         checkpointing=case.recomputes,
         work=forward,
     )
+
+
+def gathered_at_most(plan: memtile.RankPlan) -> int:
+    """The most that is predicted to be whole at once, with the buffers it comes in."""
+    moments = {"forward", "backward", "the recomputation"}
+    return max(_sum(m, _WHOLE) for m in plan.moments if m.name in moments)
+
+
+def reduced_at_most(plan: memtile.RankPlan) -> int:
+    """The same of gradients, with the buffers they leave in."""
+    return max(_sum(moment, _LEAVING) for moment in plan.moments if moment.name == "backward")
+
+
+def _sum(moment: Moment, names: tuple[str, ...]) -> int:
+    return sum(term.nbytes for term in moment.terms if term.name in names)
 
 
 def forward(model: nn.Module) -> Tensor:

@@ -103,7 +103,9 @@ def plan_ranks(
     state = surveying.state_of(model, optimizer, options or {}, masters) if optimizer else None
     setting = RankSetting(offload, prefetch, state)
     layers, loose = surveying.sharded_of(model, weights, trains)
-    count = _Count(model, choices, weights, work or work_for(model, tokens, batch, trains), trains)
+    watched = {weight.names[0]: weight.names for weight in weights}
+    watched |= {module.name: (module.name,) for module in loose}
+    count = _Count(model, choices, watched, work or work_for(model, tokens, batch, trains), trains)
     search = RankSearch(setting, weights, layers, loose, count, memory)
     agains = checkpointing_choices(model, checkpointing, trains)
     sharding = Sharding(engine, world_size, unit_bytes)
@@ -147,11 +149,11 @@ class _Count:
         self,
         model: nn.Module,
         choices: Sequence[Choice],
-        weights: Sequence[Weight],
+        watched: Mapping[str, Sequence[str]],
         work: Work,
         trains: bool,
     ) -> None:
-        self._weights, self._uses = weights, dict[str, _Uses]()
+        self._watched, self._uses = watched, dict[str, _Uses]()
         self._step = StepCount(
             model,
             choices,
@@ -163,17 +165,16 @@ class _Count:
         )
 
     def __call__(self, layout: Layout, checkpointing: bool) -> tuple[Counted, Mapping[str, Uses]]:
-        """The step, and the uses of each weight by the name of its first module."""
-        self._uses = {weight.names[0]: _Uses() for weight in self._weights}
+        """The step, and the uses of all modules that are counted under a name."""
+        self._uses = {name: _Uses() for name in self._watched}
         counted = self._step(layout, checkpointing)
         return counted, {name: found.counted() for name, found in self._uses.items()}
 
     def _watch(self, twin: nn.Module) -> None:
-        for weight in self._weights:
-            uses = self._uses[weight.names[0]]
-            for name in weight.names:
-                twin.get_submodule(name).register_forward_pre_hook(uses.begin)
-                twin.get_submodule(name).register_forward_hook(uses.end)
+        for name, modules in self._watched.items():
+            for module in map(twin.get_submodule, modules):
+                module.register_forward_pre_hook(self._uses[name].begin)
+                module.register_forward_hook(self._uses[name].end)
 
 
 class _Uses:

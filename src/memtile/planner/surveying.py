@@ -1,6 +1,7 @@
 """A model as the planner sees it: its weights, what else it holds, what an optimizer keeps."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from memtile.convert import Choice, kind_of
 from memtile.optim import CHUNK_ELEMENTS, Inner, Piece
 from memtile.planner.counting import live_peak
-from memtile.planning import Parameter, Rest, ShardedLayer, State, Uses, Weight
+from memtile.planning import LooseModule, Parameter, Rest, ShardedLayer, State, Uses, Weight
 
 _SIXTEEN_BITS = 2
 
@@ -60,12 +61,12 @@ def rest_of(model: nn.Module, weights: Sequence[Weight], trains: bool) -> Rest:
 
 def sharded_of(
     model: nn.Module, weights: Sequence[Weight], trains: bool
-) -> tuple[list[ShardedLayer], list[Parameter]]:
-    """The layers that can be tiled, as engines see them, and all other parameters.
+) -> tuple[list[ShardedLayer], list[LooseModule]]:
+    """The layers that can be tiled, as engines see them, and the modules of all other parameters.
 
-    How often a step uses a layer is not known here: never.
+    How often a step uses them is not known here: never.
     """
-    layers, known = [], set()
+    layers, known = [], set[int]()
     for weight in (each for each in weights if not each.obstacle):
         modules = [model.get_submodule(name) for name in weight.names]
         biases = {id(b): b for m in modules if (b := m._parameters.get("bias")) is not None}
@@ -80,8 +81,24 @@ def sharded_of(
                 uses=Uses(0, 0, 0),
             )
         )
-    others = [p for p in model.parameters() if id(p) not in known and p.numel()]
-    return layers, [_parameter(parameter, trains) for parameter in others]
+    return layers, list(_loose(model, known, trains))
+
+
+def _loose(model: nn.Module, known: set[int], trains: bool) -> Iterator[LooseModule]:
+    places = Counter(id(p) for module in model.modules() for p in _own(module))
+    seen = set(known)
+    for name, module in model.named_modules():
+        new = [p for p in _own(module) if id(p) not in seen]
+        seen.update(map(id, new))
+        shares = any(places[id(parameter)] > 1 for parameter in new)
+        alone = bool(name) and not shares and not list(module.children())
+        if new:
+            parameters = tuple(_parameter(parameter, trains) for parameter in new)
+            yield LooseModule(name, parameters, alone, Uses(0, 0, 0))
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module._parameters.values() if p is not None and p.numel()]
 
 
 def _parameter(parameter: torch.Tensor, trains: bool) -> Parameter:

@@ -20,7 +20,16 @@ from memtile.planning.rank_traffic import Speeds, Traffic, rank_floors, traffic
 from memtile.planning.ranks import RankPlan
 from memtile.planning.rates import Rates
 from memtile.planning.search import Found, Search
-from memtile.planning.shards import Engine, Parameter, ShardedLayer, Sharding, Unit, Units, Uses
+from memtile.planning.shards import (
+    Engine,
+    LooseModule,
+    Parameter,
+    ShardedLayer,
+    Sharding,
+    Unit,
+    Units,
+    Uses,
+)
 from memtile.planning.time_model import floors, moved
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "Floor",
     "Found",
     "Layout",
+    "LooseModule",
     "Mode",
     "Moment",
     "Offload",

@@ -59,6 +59,7 @@ def parse_speed(text: str, option: str, unit: str = "B") -> float:
     """
     size = re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE)
     if unit != "B":
+        size = re.sub(r"b\s*$", "?", size, flags=re.IGNORECASE)  # bytes are no operations
         size = re.sub(rf"{unit}s?\s*$", "B", size, flags=re.IGNORECASE)
     try:
         return float(parse_byte_size(size, option))

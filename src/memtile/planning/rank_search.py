@@ -18,7 +18,7 @@ from memtile.planning.layout import Layout
 from memtile.planning.plan import Term
 from memtile.planning.rank_memory import Moment, RankSetting, kept_terms, moments
 from memtile.planning.search import SMALLEST_TILE, tile_grid
-from memtile.planning.shards import Parameter, ShardedLayer, Sharding, Units, Uses
+from memtile.planning.shards import LooseModule, ShardedLayer, Sharding, Units, Uses
 
 LARGEST_WORLD: Final = 1 << 20
 
@@ -66,7 +66,7 @@ class RankSearch:
         setting: what depends on neither.
         weights: of the model, in its order.
         layers: the same of those that can be tiled, as shards, with uses that are not yet known.
-        loose: all other parameters.
+        loose: the modules of all other parameters, likewise.
         count: counts a step of a layout, and the uses of its layers.
         memory: bytes of a device.
     """
@@ -76,7 +76,7 @@ class RankSearch:
         setting: RankSetting,
         weights: Sequence[Weight],
         layers: Sequence[ShardedLayer],
-        loose: Sequence[Parameter],
+        loose: Sequence[LooseModule],
         count: Count,
         memory: int | None,
     ) -> None:
@@ -163,7 +163,8 @@ class RankSearch:
         again: bool,
     ) -> RankFound:
         layers = [each.used(uses[each.name]) for each in self._layers]
-        units = sharding.units(layers, grids, self._loose)
+        loose = [each.used(uses[each.name]) for each in self._loose]
+        units = sharding.units(layers, grids, loose)
         kept = kept_terms(self._setting, sharding, units)
         found = moments(self._setting, sharding, units, counted)
         return RankFound(grids, sharding, again, counted, units, kept, found)

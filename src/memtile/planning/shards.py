@@ -1,8 +1,9 @@
 """What engines make of a model on several ranks: units that are gathered, and one rank's shards.
 
 FSDP2 cuts each parameter along its first dimension, in pieces of as many rows as the largest share
-has: a tile with fewer rows than ranks is padded to one row for each. What is not tiled is one unit,
-the root's, which is whole from the start of a forward to the end of its backward.
+has: a tile with fewer rows than ranks is padded to one row for each. A module without tiles is a
+unit where it is as large as one; all that is smaller is the root's, which is whole from the start
+of a forward to the end of its backward.
 
 ZeRO-3 cuts each parameter's elements, padded to a multiple of the ranks, and gathers parameter by
 parameter. Those of one dimension are persistent: whole on every rank, and sharded besides.
@@ -100,6 +101,27 @@ Unit = tuple[Parameter, ...]
 
 
 @dataclass(frozen=True)
+class LooseModule:
+    """A module's own parameters that are no tiles.
+
+    Args:
+        name: the module's.
+        parameters: those that no module before it has.
+        alone: whether it can be a unit: it holds no module, and shares no parameter.
+        uses: of it.
+    """
+
+    name: str
+    parameters: Unit
+    alone: bool
+    uses: Uses
+
+    def used(self, uses: Uses) -> "LooseModule":
+        """The same with other uses."""
+        return replace(self, uses=uses)
+
+
+@dataclass(frozen=True)
 class Units:
     """Everything that ranks share, as an engine groups it.
 
@@ -157,18 +179,18 @@ class Sharding:
         self,
         layers: Sequence[ShardedLayer],
         grids: Mapping[str, Grid],
-        loose: Iterable[Parameter],
+        loose: Sequence[LooseModule],
     ) -> Units:
         """What is gathered together.
 
         Args:
             layers: those that are cut into tiles, or are one tile.
             grids: of each of them, by its name.
-            loose: all other parameters.
+            loose: the modules of all other parameters.
         """
         if self.engine == "fsdp2":
-            return _fsdp2(layers, grids, tuple(loose), self.unit_bytes)
-        return _zero3(layers, grids, tuple(loose))
+            return _fsdp2(layers, grids, loose, self.unit_bytes)
+        return _zero3(layers, grids, loose)
 
 
 def trained_of(unit: Unit) -> Unit:
@@ -177,7 +199,10 @@ def trained_of(unit: Unit) -> Unit:
 
 
 def _fsdp2(
-    layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Unit, unit_bytes: int
+    layers: Sequence[ShardedLayer],
+    grids: Mapping[str, Grid],
+    loose: Sequence[LooseModule],
+    unit_bytes: int,
 ) -> Units:
     found: list[tuple[Unit, int, Uses]] = []
     kept: list[tuple[Unit, int]] = []
@@ -188,13 +213,24 @@ def _fsdp2(
         found += [(unit, times, layer.uses) for unit, times in units]
         if layer.uses.cut_short:
             kept.append((units[-1][0], layer.uses.cut_short))
-    further = [bias for layer in layers for bias in layer.biases[1:]]
-    return Units(tuple(found), (*loose, *further), tuple(kept))
+    root = [bias for layer in layers for bias in layer.biases[1:]]
+    for module in loose:
+        nbytes = sum(each.nbytes for each in module.parameters)
+        if module.alone and nbytes >= max(unit_bytes, 1):
+            found.append((module.parameters, 1, module.uses))
+        else:
+            root += module.parameters
+    return Units(tuple(found), tuple(root), tuple(kept))
 
 
-def _zero3(layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Unit) -> Units:
+def _zero3(
+    layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Sequence[LooseModule]
+) -> Units:
     found: list[tuple[Unit, int, Uses]] = []
-    persistent = [parameter for parameter in loose if parameter.columns == 1]
+    persistent: list[Parameter] = []
+    for module in loose:
+        persistent += [each for each in module.parameters if each.columns == 1]
+        found += [((each,), 1, module.uses) for each in module.parameters if each.columns > 1]
     for layer in layers:
         tiles = Counter(tile[:1] for tile in _tiles(layer.weight, None, grids[layer.name]))
         found += [(unit, times, layer.uses) for unit, times in tiles.items()]
@@ -203,9 +239,6 @@ def _zero3(layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Uni
             for bias in layer.biases
             for rows in _sizes(grids[layer.name].out_parts)
         ]
-    trains = any(layer.uses.backward for layer in layers)
-    once = Uses(1, 0, int(trains))
-    found += [((parameter,), 1, once) for parameter in loose if parameter.columns > 1]
     return Units(tuple(found), tuple(persistent))
 
 

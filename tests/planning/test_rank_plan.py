@@ -1,0 +1,255 @@
+"""Plans for ranks: the arithmetic of shards, what is refused, and that tiling follows them."""
+
+import pytest
+import torch
+from torch import nn
+
+import memtile
+from memtile.errors import ArgumentError, BudgetError
+from memtile.geometry import Grid
+from memtile.planning import LooseModule, Parameter, ShardedLayer, Sharding, Uses
+
+MIB = 1 << 20
+TRAINED = Uses(1, 0, 1)
+
+
+def stack(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Linear(70, 5001), nn.ReLU(), nn.Linear(5001, 301), nn.ReLU(), nn.Linear(301, 7)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def planned(world: int, engine: str = "fsdp2", dtype=torch.float32, **options) -> memtile.RankPlan:
+    def work(model: nn.Module) -> torch.Tensor:
+        return model(torch.empty(tokens, 70, dtype=dtype, device="meta")).float().sum()
+
+    tokens = options.get("tokens", 33)
+    given = {"tokens": tokens, "work": work, **options}
+    return memtile.plan_ranks(stack(dtype), world_size=world, engine=engine, **given)
+
+
+@pytest.mark.parametrize(
+    ("engine", "world", "elements"),
+    [
+        ("fsdp2", 1, 7 * 10),
+        ("fsdp2", 2, 4 * 10),  # rows 0-3, and 4-6 padded
+        ("fsdp2", 64, 10),  # a row for each of 64 ranks, of 7 that there are
+        ("zero3", 2, 35),
+        ("zero3", 64, 2),  # 70 elements padded to 128
+    ],
+)
+def test_shards_are_as_large_as_the_fullest_ranks(engine, world, elements):
+    """FSDP2 cuts rows in equal pieces, ZeRO-3 elements."""
+    sharding = Sharding(engine, world, 0)
+
+    assert sharding.shard(Parameter(7, 10, 4, True)) == elements
+
+
+def test_neighbours_are_gathered_together_up_to_a_size():
+    """Tiles of 3×4, 3×3, 2×4 and 2×3 elements with biases, in units of at most 100 bytes."""
+    layer = ShardedLayer(
+        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
+    )
+    units = Sharding("fsdp2", 2, 100).units([layer], {"up": Grid.uniform(5, 7, 2, 2)}, [])
+
+    sizes = [[(p.rows, p.columns) for p in unit] for unit, _, _ in units.tiles]
+    assert sizes == [[(3, 4), (3, 3), (3, 1)], [(2, 4), (2, 3), (2, 1)]]
+
+
+@pytest.mark.parametrize(("unit_bytes", "root"), [(0, 0), (72, 0), (73, 2)])
+def test_a_module_without_tiles_is_a_unit_where_it_is_as_large_as_one(unit_bytes, root):
+    """What is smaller is whole for all of a step, in the root's unit."""
+    own = Parameter(9, 1, 4, True), Parameter(9, 1, 4, True)
+    units = Sharding("fsdp2", 2, unit_bytes).units(
+        [], {}, [LooseModule("norm", own, True, TRAINED)]
+    )
+
+    assert (len(units.resident), units.number) == (root, 0 if root else 1)
+
+
+def test_zero3_keeps_parameters_of_one_dimension_whole():
+    """Biases of tiles and norms are persistent; every weight is a unit of its own."""
+    layer = ShardedLayer(
+        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
+    )
+    own = Parameter(9, 1, 4, True), Parameter(9, 2, 4, True)
+    loose = [LooseModule("norm", own, True, TRAINED)]
+    units = Sharding("zero3", 2, 100).units([layer], {"up": Grid.uniform(5, 7)}, loose)
+
+    assert [parameter.rows for parameter in units.resident] == [9, 5]
+    assert sorted(p.elements for unit, _, _ in units.tiles for p in unit) == [18, 35]
+
+
+def test_zero3_keeps_masters_of_16_bits_and_of_what_is_offloaded():
+    """AdamW: 12 bytes an element beside 16 bits, 8 beside float32, and 12 once it is offloaded."""
+    elements = sum(p.numel() for p in stack().parameters())
+    found = {
+        (dtype, offload): planned(1, "zero3", dtype, offload=offload).term(
+            "optimizer's state of shards"
+        )
+        for dtype, offload in (
+            (torch.bfloat16, "none"),
+            (torch.float32, "none"),
+            (torch.float32, "cpu"),
+        )
+    }
+
+    assert [nbytes // elements for nbytes in found.values()] == [12, 8, 12]
+
+
+def test_zero3_gathers_one_unit_ahead_and_reduces_through_one_bucket():
+    """Backward: the largest weight at work, the one ahead, its gradient; the bucket is there."""
+    plan = planned(2, "zero3")
+    largest = 5002 * 301 * 4 - 301 * 4  # 5001 × 301, which two ranks pad by one element
+    largest += largest // 4 % 2 * 4
+
+    for name in ("unit at work", "units on their way", "bucket of gradients"):
+        assert plan.term(name) == largest, name
+    assert plan.term("gradient of a unit, whole") == 5001 * 301 * 4
+
+
+def test_a_link_carries_all_but_a_ranks_own_share():
+    """Forward and backward gather, gradients are reduced: (n - 1)/n of the padded bytes each."""
+    plan = planned(4, "zero3")
+    weights = sum(-(-p.numel() // 4) * 4 * 4 for p in stack().parameters() if p.dim() == 2)
+    biases = sum(-(-p.numel() // 4) * 4 * 4 for p in stack().parameters() if p.dim() == 1)
+
+    assert plan.moved("all-gather") == (2 * weights + biases) * 3 // 4
+    assert plan.moved("reduce-scatter") == (weights + biases) * 3 // 4
+
+
+def test_floors_are_bytes_and_operations_over_speeds():
+    """The step takes the longest of them; without a speed there is none."""
+    speeds = memtile.Speeds(flops=1e12, link=50e9, disk=7e9)
+    plan = planned(4, "zero3", offload="nvme", speeds=speeds)
+
+    found = {floor.name: floor.seconds for floor in plan.floors}
+    sent = plan.moved("all-gather") + plan.moved("reduce-scatter")
+    disk = plan.moved("shards and moments read") + plan.moved("shards and moments written")
+    assert found == {
+        "products": plan.flops / 1e12,
+        "link between ranks": sent / 50e9,
+        "disk": disk / 7e9,
+    }
+    assert plan.seconds == max(found.values())
+    assert planned(4, "zero3").seconds is None
+
+
+def test_offloading_moves_shards_gradients_and_moments_away():
+    """What the device kept is in host memory, and on the disk but for gradients."""
+    names = ("shards of parameters", "gradients of shards", "optimizer's state of shards")
+    places = {
+        offload: [
+            next(
+                term.place for term in planned(2, "zero3", offload=offload).terms if term.name == n
+            )
+            for n in names
+        ]
+        for offload in ("none", "cpu", "nvme")
+    }
+
+    assert places["none"] == ["device"] * 3
+    assert places["cpu"] == ["host"] * 3
+    assert places["nvme"] == ["disk", "host", "disk"]
+
+
+def test_a_smaller_device_gets_smaller_tiles():
+    """Whole layers where they fit, and no more tiles than needed where they do not."""
+    tiles = [planned(2, device_memory=f"{size}MiB").tiles for size in (200, 40, 30)]
+
+    assert tiles[0] == 3
+    assert tiles == sorted(tiles)
+    assert tiles[-1] > 3
+
+
+def test_the_smallest_world_is_the_first_that_fits():
+    """Half of it is refused, and the message names it."""
+    size = "27MiB"
+    world = planned(64, device_memory=size).smallest_world
+
+    assert world is not None
+    assert world > 1
+    assert planned(world, device_memory=size).peak_bytes <= 27 * MIB
+    with pytest.raises(BudgetError, match=f"take {world} ranks"):
+        planned(world // 2, device_memory=size)
+
+
+def test_what_no_number_of_ranks_holds_is_said():
+    """Activations are not shared among ranks."""
+    with pytest.raises(BudgetError, match="no number of ranks"):
+        planned(4, device_memory="25MiB", tokens=3000)
+
+
+def test_tied_weights_keep_a_whole_gradient():
+    """Autograd adds up the uses' gradients before any of it can be reduced."""
+    tied = nn.Sequential(nn.Embedding(61, 20), nn.Linear(20, 61, bias=False))
+    tied[1].weight = tied[0].weight
+    plan = memtile.plan_ranks(tied, world_size=2, engine="fsdp2", tokens=5)
+
+    backward = next(moment for moment in plan.moments if moment.name == "backward")
+    found = {term.name: term.nbytes for term in backward.terms}
+    assert found["gradients of what is tied, until its first use"] == 61 * 20 * 4
+
+
+def test_inference_holds_shards_alone():
+    """No gradients, no moments, one gather of each unit."""
+    plan = planned(2, optimizer=None, engine="zero3")
+
+    assert plan.term("gradients of shards") == plan.term("optimizer's state of shards") == 0
+    assert [each.name for each in plan.traffic] == ["all-gather"]
+
+
+def test_a_plan_for_ranks_comes_back_as_it_was():
+    """Every field survives, grids, moments and speeds too."""
+    speeds = memtile.Speeds(link=50e9)
+    plan = planned(2, device_memory="30MiB", speeds=speeds)
+
+    assert memtile.RankPlan.from_json(plan.to_json()) == plan
+    assert str(memtile.RankPlan.from_json(plan.to_json())) == str(plan)
+
+
+def test_a_model_is_tiled_as_planned_for_ranks():
+    """What can be tiled is, whole layers too, and in memory: an engine shards it."""
+    plan = planned(2, device_memory="30MiB")
+    model = memtile.tile(stack(), plan)
+
+    assert [str(model[i].grid) for i in (0, 2, 4)] == [str(layer.grid) for layer in plan.layers]
+    assert not any(isinstance(module, memtile.ParkedLinear) for module in model.modules())
+    with pytest.raises(ArgumentError, match="leave home out"):
+        memtile.tile(stack(), plan, home="host")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"world_size": 0}, "world_size=0"),
+        ({"world_size": True}, "world_size=True"),
+        ({"engine": "ddp"}, "engine='ddp'"),
+        ({"offload": "nvme"}, "engine='zero3'"),
+        ({"offload": "tape"}, "offload='tape'"),
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"device_memory": "much"}, "not a size"),
+        ({"device_memory": MIB, "max_tile_bytes": MIB}, "give it alone"),
+        ({"checkpointing": True}, "gradient_checkpointing_enable"),
+    ],
+)
+def test_what_no_cluster_is_is_refused_by_name(options, words):
+    """Before anything is counted."""
+    given = {"world_size": 2, "engine": "fsdp2", "tokens": 9, **options}
+
+    with pytest.raises(ArgumentError, match=words):
+        memtile.plan_ranks(stack(), **given)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "fast"])
+def test_what_is_no_speed_is_refused(value):
+    """Each must be a number above 0."""
+    with pytest.raises(ArgumentError, match="link="):
+        memtile.Speeds(link=value)
+
+
+def test_the_default_unit_is_the_engines():
+    """A plan groups what `shard` groups."""
+    from memtile.engines.torch_fsdp2 import SMALLEST_UNIT
+
+    assert planned(2).unit_bytes == SMALLEST_UNIT
