@@ -44,7 +44,7 @@ def run_finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="fsdp2: tiles are shards over the ranks that torchrun started."),
+        typer.Option(help="fsdp2 or zero3: tiles are shards over the ranks of torchrun."),
     ] = None,
     tile: Annotated[
         str | None, typer.Option(help="With --engine: the most that a tile has; 16MiB.")
@@ -77,7 +77,7 @@ def run_finetune(
         if engine is None:
             _train(settings, out, allowed, home or "disk", save_every, resume)
         else:
-            _train_over_ranks(settings, out, engine, tile_bytes, offload, save_every, resume)
+            _train_over_ranks(settings, out, tile_bytes, offload, save_every, resume)
     return 0
 
 
@@ -124,7 +124,6 @@ def _train(
 def _train_over_ranks(
     settings: Settings,
     out: Path,
-    engine: str,
     tile_bytes: int,
     offload: bool,
     save_every: int,
@@ -136,7 +135,7 @@ def _train_over_ranks(
     with Display(console, settings.steps) as display:
         result = finetune_over_ranks(
             settings,
-            RankOptions(out, engine, tile_bytes, offload, save_every, resume),
+            RankOptions(out, tile_bytes, offload, save_every, resume),
             display.planned,
             display.started,
             display.report,

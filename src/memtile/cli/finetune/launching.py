@@ -5,7 +5,7 @@ from typing import Final
 
 from memtile.cli.errors import CommandError
 
-ENGINES: Final = ("fsdp2",)
+ENGINES: Final = ("fsdp2", "zero3")
 
 
 def check_launched() -> None:

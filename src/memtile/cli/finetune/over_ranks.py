@@ -16,9 +16,10 @@ from memtile.cli.finetune.log import Entry
 from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
 from memtile.cli.finetune.run import check_vocabulary, texts_of
 from memtile.cli.finetune.settings import Settings
-from memtile.cli.finetune.sharding import Sharded, sharded
+from memtile.cli.finetune.sharding import load_engine, sharded
 from memtile.engines import dense_files, distributed_checkpoints
 from memtile.engines.ranks import Ranks
+from memtile.planning import format_byte_size
 from memtile.testing import PeakMemory
 
 
@@ -28,7 +29,6 @@ class RankOptions:
 
     Args:
         out: its folder, which all ranks see.
-        engine: "fsdp2".
         tile_bytes: the most that a tile has.
         offload: keep shards, gradients and moments in host memory.
         save_every: steps between checkpoints.
@@ -36,7 +36,6 @@ class RankOptions:
     """
 
     out: Path
-    engine: str
     tile_bytes: int
     offload: bool
     save_every: int
@@ -65,6 +64,7 @@ def finetune_over_ranks(
         CheckpointError: the model's or the run's checkpoint is damaged.
         Interrupted: a signal came to one of the ranks; the run is saved.
     """
+    load_engine(settings.engine or "")
     with PeakMemory() as memory, _process_group() as ranks, ranks.missing_none():
         run = _ShardedRun(settings, options, memory)
         planned(run.summary)
@@ -105,12 +105,14 @@ class _ShardedRun(Run):
         self._tokenizer, self._sequences = texts_of(settings)
         model = models.empty_of(Path(settings.model))
         check_vocabulary(model, self._sequences)
-        self._sharded: Sharded = sharded(
-            model, settings, options.tile_bytes, offload=options.offload
-        )
+        nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+        self._sharded = sharded(model, settings, options.tile_bytes, offload=options.offload)
         self._seen = 0  # sequences that all ranks have trained on
-        self._stops = False
-        self.summary = f"{options.engine}, {self._ranks} ranks; {self._sharded.summary}"
+        self.summary = (
+            f"{settings.engine}, {self._ranks} ranks, tiles of at most "
+            f"{format_byte_size(options.tile_bytes)}; weights, gradients and moments in float32: "
+            f"{format_byte_size(4 * nbytes // self._ranks)} a rank"
+        )
 
     def resume(self) -> None:
         if not self.has_saved():
@@ -127,13 +129,10 @@ class _ShardedRun(Run):
     def step(self) -> Entry:
         started, lr = time.perf_counter(), float(self._sharded.scheduler.get_last_lr()[0])
         ids = self._sequences.at(self._seen + self._rank).to(self._sharded.device)
-        self._sharded.optimizer.zero_grad()
-        loss = self._sharded.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = self._sharded.loss(ids)
         mean = self._mean(float(loss.detach()))
         self.check_finite(mean)
-        loss.backward()
-        self._sharded.optimizer.step()
-        self._sharded.scheduler.step()
+        self._sharded.update(loss)
         self.done += 1
         self._seen += self._ranks
         seconds = time.perf_counter() - started

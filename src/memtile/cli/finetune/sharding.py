@@ -1,72 +1,152 @@
-"""A model in tiles and shards, with its optimizer, for a run over ranks."""
+"""A model in tiles that an engine holds as shards, with its optimizer, for a run over ranks."""
 
-from dataclasses import dataclass
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import memtile
 from memtile.cli.finetune.settings import Settings
 from memtile.engines.dense_files import load_checkpoint
 from memtile.engines.torch_fsdp2 import shard
-from memtile.layers import TiledModule
-from memtile.planning import format_byte_size
+from memtile.engines.zero3_config import check_installed
 
 
-@dataclass(frozen=True)
-class Sharded:
+class Sharded(ABC):
     """What a rank trains.
 
     Args:
-        model: sharded, with values.
-        optimizer: AdamW, in float32.
+        model: of transformers, in tiles, its parameters on the meta device.
+
+    Attributes:
+        model: with values, in shards.
+        optimizer: AdamW; what steps the shards.
         scheduler: down to 0 along a cosine.
         device: that the rank works on.
         saved_dtype: that the model's checkpoint had.
-        summary: what is in tiles.
     """
 
-    model: Any  # transformers'
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    device: torch.device
-    saved_dtype: torch.dtype
-    summary: str
+    scheduler: CosineAnnealingLR
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.saved_dtype: torch.dtype = next(model.parameters()).dtype
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.optimizer: Any = None  # torch's, or DeepSpeed's around it
+
+    @abstractmethod
+    def loss(self, ids: Tensor) -> Tensor:
+        """Of the sequences (batch, tokens), which are their own labels."""
+
+    @abstractmethod
+    def update(self, loss: Tensor) -> None:
+        """One step along the mean of all ranks' losses."""
 
 
-def sharded(model: Any, settings: Settings, tile_bytes: int, *, offload: bool) -> Sharded:
+class Fsdp2(Sharded):
+    """Under PyTorch's FSDP2: weights, gradients and moments are float32.
+
+    What has 16 bits in the checkpoint is worked on in 16 bits.
+    """
+
+    def __init__(self, model: Any, settings: Settings, *, offload: bool) -> None:
+        super().__init__(model.float())
+        dtype: torch.dtype = model.config.dtype or torch.float32
+        self.saved_dtype = dtype
+        mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
+        pinned = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        shard(model, mp_policy=mixed, offload_policy=pinned if offload else OffloadPolicy())
+        load_checkpoint(model, Path(settings.model), device="cpu" if offload else self.device)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+        self.scheduler = CosineAnnealingLR(self.optimizer, settings.steps)
+        model.train()
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Of the model itself."""
+        self.optimizer.zero_grad()
+        loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+    def update(self, loss: Tensor) -> None:
+        """Backward and step, as of any model."""
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+class Zero3(Sharded):
+    """Under DeepSpeed's ZeRO-3: in the checkpoint's dtype, with float32 masters of 16 bits."""
+
+    def __init__(self, model: Any, settings: Settings, *, offload: bool) -> None:
+        super().__init__(model)
+        import deepspeed
+
+        from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
+
+        place = "cpu" if offload else None
+        given = config(model, offload_param=place, offload_optimizer=place)
+        from_checkpoint(model, Path(settings.model), given)
+        adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+        model.train()
+        self._engine = hold(deepspeed.initialize(model=model, optimizer=adamw, config=given)[0])
+        self.optimizer = self._engine.optimizer
+        self.scheduler = CosineAnnealingLR(adamw, settings.steps)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Of the engine, which prepares its backward."""
+        loss: Tensor = self._engine(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+    def update(self, loss: Tensor) -> None:
+        """Backward and step of the engine."""
+        self._engine.backward(loss)
+        self._engine.step()
+        self.scheduler.step()
+
+
+def sharded(
+    model: Any,  # of transformers, which is not imported to name its type
+    settings: Settings,
+    tile_bytes: int,
+    *,
+    offload: bool,
+) -> Sharded:
     """Tile, shard and load a model that has no values yet.
 
-    Weights, gradients and moments are float32, whatever the checkpoint has; a checkpoint of 16 bits
-    is worked on in 16 bits.
-
     Args:
-        model: of transformers, its parameters on the meta device.
-        settings: of the run.
+        model: its parameters on the meta device.
+        settings: of the run; its engine too.
         tile_bytes: the most that a tile has.
-        offload: keep shards in host memory.
+        offload: keep shards, gradients and moments in host memory.
+
+    Raises:
+        EngineError: the engine is missing, or ranks differ.
+        CheckpointError: the model's files are damaged, or of another model.
     """
-    dtype = next(model.parameters()).dtype
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = memtile.tile(model.float(), max_tile_bytes=tile_bytes)
-    mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
-    pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    shard(model, mp_policy=mixed, offload_policy=pinned if offload else OffloadPolicy())
-    load_checkpoint(model, Path(settings.model), device="cpu" if offload else device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    model.train()
-    return Sharded(model, optimizer, scheduler, device, dtype, _summary(model, tile_bytes))
+    memtile.tile(model, max_tile_bytes=tile_bytes)
+    if settings.engine == "zero3":
+        return Zero3(model, settings, offload=offload)
+    return Fsdp2(model, settings, offload=offload)
 
 
-def _summary(model: torch.nn.Module, tile_bytes: int) -> str:
-    layers = [each for each in model.modules() if isinstance(each, TiledModule)]
-    tiles = sum(layer.grid.out_splits * layer.grid.in_splits for layer in layers)
-    each = sum(parameter.nbytes for parameter in model.parameters()) // dist.get_world_size()
-    return (
-        f"{len(layers)} layers in {tiles} tiles of at most {format_byte_size(tile_bytes)}; "
-        f"weights, gradients and moments {format_byte_size(4 * each)} a rank"
-    )
+def load_engine(name: str) -> None:
+    """Import an engine, and have it print nothing but warnings.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    if name != "zero3":
+        return
+    check_installed()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # its use of torch
+    import deepspeed  # noqa: F401  # before memory is measured
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
