@@ -19,6 +19,7 @@ from memtile.cli.finetune.settings import Settings
 from memtile.cli.finetune.sharding import load_engine, sharded
 from memtile.engines import dense_files, distributed_checkpoints
 from memtile.engines.ranks import Ranks
+from memtile.homes import keep_freed_memory_out
 from memtile.planning import format_byte_size
 from memtile.testing import PeakMemory
 
@@ -65,6 +66,7 @@ def finetune_over_ranks(
         Interrupted: a signal came to one of the ranks; the run is saved.
     """
     load_engine(settings.engine or "")
+    keep_freed_memory_out()
     with PeakMemory() as memory, _process_group() as ranks, ranks.missing_none():
         run = _ShardedRun(settings, options, memory)
         planned(run.summary)
