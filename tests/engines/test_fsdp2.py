@@ -3,6 +3,7 @@
 from statistics import fmean
 
 import pytest
+import torch
 import torch.distributed as dist
 from engine_cases import Case, Net, tiled, train
 from fsdp2_worker import CASES, spawn
@@ -123,6 +124,14 @@ def test_a_model_is_sharded_once(alone):
 
     with pytest.raises(EngineError, match="sharded already"):
         shard(model)
+
+
+def test_a_torch_that_is_too_old_is_refused(alone, monkeypatch):
+    """2.6 would fail in the middle of the first forward."""
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+
+    with pytest.raises(EngineError, match="install a newer one"):
+        shard(memtile.tile(Net(Case()), out_splits=2))
 
 
 def test_without_a_process_group_the_way_to_one_is_said():

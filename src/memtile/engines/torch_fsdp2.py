@@ -111,6 +111,10 @@ register_gatherer(_refuse_shards)
 
 def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
     check_process_group()
+    if torch.__version__.startswith("2.6.") and _device_type(model) == "cpu":
+        raise EngineError(
+            f"torch {torch.__version__} cannot run its FSDP2 on the CPU: install a newer one"
+        )
     numbers: dict[str, object] = {"unit_bytes": unit_bytes, "prefetch": prefetch}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

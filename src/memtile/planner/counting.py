@@ -29,7 +29,7 @@ _META: Final = torch.device("meta")
 _FLASH: Final = 1  # torch._C._SDPBackend.FLASH_ATTENTION: what `_fused_sdp_choice` answers
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-_grouped = _aten._grouped_mm
+_grouped = getattr(_aten, "_grouped_mm", None)  # not in torch 2.6
 
 
 def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home: bool) -> Counted:
