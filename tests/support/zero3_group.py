@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def join(rank: int, world: int, folder: str, seconds: int = 60) -> None:
-    """Make the group that DeepSpeed finds; `folder` is the same on each rank, and empty at first."""
+    """Make the group that DeepSpeed finds; `folder` is the same on each rank."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
