@@ -54,7 +54,7 @@ def test_the_consolidated_weights_are_read_by_any_grid(saved, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_universal_checkpoint_resumes_at_another_world_size(elsewhere, name):
-    """As near to the float64 run as dense float32 is, times 4; what is frozen is not in it."""
+    """As near to the float64 run as dense float32 is, times 4; frozen tiles are there already."""
     found, _ = elsewhere
     states = {}
     for dtype in (torch.float64, torch.float32):
