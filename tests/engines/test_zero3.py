@@ -5,14 +5,12 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import CASES, Net, train
-from torch import Tensor
+from engine_cases import CASES, Net, distance, train
 from zero3_worker import spawn
 
 pytestmark = pytest.mark.skipif(
@@ -36,11 +34,6 @@ def dense():
             losses = train(model, case)
             found[name, dtype] = {**model.state_dict(), "losses": torch.tensor(losses)}
     return found
-
-
-def distance(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """The norm of all differences between two sets of tensors."""
-    return sum((found[key] - truth[key]).norm().item() ** 2 for key in truth) ** 0.5
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -71,15 +71,17 @@ def test_what_config_gives_is_found_to_be_right(given, offload, bias, splits):
 
 
 def test_tiles_on_a_disk_fit_their_buffers(tmp_path, monkeypatch):
-    """A rank's part of a tile is read into one buffer, and one tile's masters are in memory."""
+    """A rank's part of a tile is read into one buffer, and one parameter's masters at a time."""
     monkeypatch.setattr(zero3_config, "_check_libaio", lambda place: None)
     found = config(large(), offload_param=tmp_path, offload_optimizer=tmp_path, world_size=3)
     zero, part = found[ZERO], -(-(1 << 20) // 3)
 
     assert zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "nvme"
     assert zero["offload_param"]["nvme_path"] == str(tmp_path)
-    assert zero["offload_param"]["buffer_size"] == zero["sub_group_size"] == part
+    assert zero["offload_param"]["buffer_size"] == part
+    assert zero["sub_group_size"] == 1
     assert zero["offload_param"]["buffer_count"] == 5
+    assert zero["offload_param"]["max_in_cpu"] == 0
     assert check(found, large(), world_size=3) == []
 
 
@@ -149,13 +151,34 @@ def test_the_first_value_that_is_wrong_is_found(key, value):
 
 def test_a_disk_that_tiles_do_not_fit_is_found(tmp_path):
     """A buffer smaller than a part of a tile, and parts that are never swapped."""
-    offload = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 2047}
+    offload = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 2047, "max_in_cpu": 0}
     given = config(model())
     given[ZERO]["offload_param"] = offload
 
     assert keys(check(given, model())) == ["offload_param.buffer_size", "offload_param.device"]
     offload["buffer_size"] = 2048
     assert keys(check(given, model())) == ["offload_param.device"]
+
+
+def test_parts_that_stay_in_memory_are_found(tmp_path):
+    """DeepSpeed's default keeps a milliard elements there, of what is offloaded to a disk."""
+    given = config(large())
+    given[ZERO]["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path)}
+
+    (found,) = check(given, large())
+    assert (found.key, found.instead) == (f"{ZERO}.offload_param.max_in_cpu", 0)
+
+
+def test_groups_of_parameters_on_a_disk_are_found(tmp_path):
+    """DeepSpeed's default puts all of them into one; the smallest part alone is no group."""
+    given = config(model())
+    given[ZERO]["offload_optimizer"] = {"device": "nvme", "nvme_path": str(tmp_path)}
+
+    assert keys(check(given, model())) == ["sub_group_size"]
+    given[ZERO]["sub_group_size"] = 17
+    assert keys(check(given, model())) == ["sub_group_size"]
+    given[ZERO]["sub_group_size"] = 16
+    assert check(given, model()) == []
 
 
 def test_a_file_is_read(tmp_path):

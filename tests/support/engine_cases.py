@@ -1,5 +1,6 @@
 """Models and ways to train them that every engine's tests share, and their dense run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -116,3 +117,8 @@ def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
         out_splits=case.grid[0],
         in_splits=case.grid[1],
     )
+
+
+def distance(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """The norm of all differences between two sets of tensors."""
+    return float(sum((found[key] - truth[key]).norm().item() ** 2 for key in truth) ** 0.5)

@@ -1,14 +1,10 @@
 """What each process of the ZeRO-3 tests does: every case in one group of processes."""
 
 import json
-import logging
-import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import torch
 import torch.distributed as dist
 from engine_cases import CASES, Case, batches, share_of, tiled
 from torch import Tensor, nn
+from zero3_group import join
 from zero3_values import all_values
 
 import memtile
@@ -110,18 +107,7 @@ def under_defaults(rank: int, world: int) -> dict[str, int]:
 
 def run(rank: int, world: int, folder: str) -> None:
     """Every case, one after the other."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_WORLD_SIZE": str(world)}
-    store = dist.FileStore(str(Path(folder) / "store"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
+    join(rank, world, folder)
     found = {}
     for name, case in CASES.items():
         found[name], state = run_case(case, rank, world)

@@ -6,7 +6,7 @@ against tiles, `hold` does what no key can.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
         The engine.
 
     Raises:
-        EngineError: it is none of ZeRO-3, or held already.
+        EngineError: it is none of ZeRO-3, or held already, or its parts on a disk are rounded.
         ArgumentError: nothing of its model is tiled.
 
     Warns:
@@ -56,14 +56,46 @@ def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
             f"hold({type(engine).__name__}) takes the engine that deepspeed.initialize gives with "
             "ZeRO stage 3: engine, *_ = deepspeed.initialize(model=model, config=config(model), …)"
         )
+    _check_files(model)
     if hasattr(model, _HELD):
         raise EngineError("the engine's tiles are held already: call hold(engine) once")
     setattr(model, _HELD, True)
     for tile in tiles:
         release_in_backward(tile)
     _Leftovers(model, tiles)
+    _read_once(model)
     _warn(getattr(engine, "config", None), model, prefetch)
     return engine
+
+
+def _check_files(model: nn.Module) -> None:
+    """Refuse parts on a disk that are rounded: DeepSpeed 0.19 takes bfloat16 on most CPUs."""
+    for name, parameter in model.named_parameters():
+        files = getattr(parameter, "nvme_swapper", None)
+        if files is not None and files.dtype != parameter.dtype:
+            raise EngineError(
+                f"parts of {name}, of {parameter.dtype}, are on the disk as {files.dtype}: "
+                "DeepSpeed takes that for the dtype of what is handed to deepspeed.initialize on "
+                "this device; before it, partition the model by the same config: "
+                "deepspeed.zero.Init(module=model, config_dict_or_path=config(model, …))"
+            )
+
+
+def _read_once(model: nn.Module) -> None:
+    """Ask for a tile on a disk once where forward's last and backward's first are the same.
+
+    DeepSpeed 0.19 reads ahead along both, and fails: "param … already assigned swap buffer".
+    """
+    found = [getattr(parameter, "nvme_swapper", None) for parameter in model.parameters()]
+    for files in {id(each): each for each in found if each is not None}.values():
+        files.swap_in = _once(files.swap_in)
+
+
+def _once(read: Callable[..., None]) -> Callable[..., None]:
+    def swap_in(params: Sequence[nn.Parameter], *arguments: Any, **options: Any) -> None:  # its own
+        read(list(dict.fromkeys(params)), *arguments, **options)
+
+    return swap_in
 
 
 class _Leftovers:

@@ -24,6 +24,8 @@ _DEFAULTS: Final[Mapping[str, float]] = {  # of DeepSpeed 0.19
     "stage3_param_persistence_threshold": 1e5,
     "reduce_bucket_size": 5e8,
     "buffer_size": 1e8,
+    "max_in_cpu": 1e9,
+    "sub_group_size": 1e9,
 }
 
 
@@ -74,7 +76,8 @@ def check(
     zero = _Section("zero_optimization", given.get("zero_optimization", {}))
     found = [*_of_gathering(zero, sizes, prefetch), *_of_persistence(zero, sizes)]
     found += _of_reducing(zero, sizes)
-    found += _of_disk(zero, sizes, world_size or ranks_of_launcher(), itemsize)
+    ranks = world_size or ranks_of_launcher()
+    found += [*_of_disk(zero, sizes, ranks, itemsize), *_of_groups(zero, sizes, ranks)]
     return found + _of_clipping(given)
 
 
@@ -149,6 +152,11 @@ def _of_disk(zero: _Section, sizes: Sizes, ranks: int, itemsize: int) -> Iterato
     if section.value("buffer_size") < largest:
         reason = f"a rank's part of a tile has {largest} elements and is read into one buffer"
         yield section.finding("buffer_size", reason, largest)
+    if section.value("max_in_cpu") > 0:
+        reason = (
+            "so many elements of a rank's parts stay in memory, before any is on the disk alone"
+        )
+        yield section.finding("max_in_cpu", reason, 0)
     if smallest * itemsize < SWAPPED_BYTES:
         reason = (
             f"a rank's part of the smallest tile has {smallest * itemsize} bytes, and parts below "
@@ -156,6 +164,15 @@ def _of_disk(zero: _Section, sizes: Sizes, ranks: int, itemsize: int) -> Iterato
         )
         least = SWAPPED_BYTES // itemsize * ranks
         yield section.finding("device", reason, f'"cpu", or tiles of {least} elements,')
+
+
+def _of_groups(zero: _Section, sizes: Sizes, ranks: int) -> Iterator[Finding]:
+    if (zero.given.get("offload_optimizer") or {}).get("device") != "nvme":
+        return
+    numels = (sizes.smallest, sizes.beside, *sizes.others)
+    if zero.value("sub_group_size") > min(part_of(numel, ranks) for numel in numels if numel):
+        reason = "gradients of parameters that share a group may come back from the disk wrong"
+        yield zero.finding("sub_group_size", reason, 1)
 
 
 def _of_clipping(given: Given) -> list[Finding]:
