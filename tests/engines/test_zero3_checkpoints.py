@@ -85,6 +85,13 @@ def test_masters_and_moments_come_back_to_the_bit(outcome):
     assert any((half.state_dict()[key] != value).any() for key, value in rounded.items())
 
 
+def test_masters_of_a_tile_optimizer_are_taken_over(outcome):
+    """In place of the model's rounded values."""
+    model, _ = read(outcome.folder / "16 bits taken")
+
+    assert_same(torch.load(outcome.folder / "masters.pt"), dict(model.named_parameters()))
+
+
 @pytest.mark.parametrize(("source", "steps"), [("scaled new", 3), ("scaled alone", 6)])
 def test_the_smallest_parameter_and_no_state_come_back(outcome, source, steps):
     """A parameter of one element, of which other ranks have none; state before the first step."""

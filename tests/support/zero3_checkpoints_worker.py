@@ -137,6 +137,8 @@ def run_sixteen(rank: int, world: int, folder: Path) -> dict[str, Tensor]:
         half = values(model)
         train_engine(engine, HALF, rank, world)
         save(folder / "16 bits whole", model, engine.optimizer, step=STEPS)
+        load(folder / "16 bits of tiles", model, engine.optimizer)
+        save(folder / "16 bits taken", model, engine.optimizer, step=STEPS)
         engine.destroy()
         gone_on(SIXTEEN, SIXTEEN.grid, folder / "16 bits", rank, world)
     return half
@@ -223,6 +225,7 @@ def run_alone(folder: Path) -> None:
         optimizer = optimizer_of(model, frozen=True)
         train(model, optimizer, 0)
         save(folder / f"{name} alone", model, optimizer, step=HALF)
+    save_sixteen(folder)
     scaled = Scaled()
     stepped = AdamW(scaled.parameters(), lr=1e-2)
     train_scaled(scaled, stepped)
@@ -232,6 +235,17 @@ def run_alone(folder: Path) -> None:
     train(uneven, optimizer, 0)
     optimizer.state[uneven.up.weight]["step"] += 1
     save(folder / "uneven", uneven, optimizer, step=HALF)
+
+
+def save_sixteen(folder: Path) -> None:
+    """What an optimizer with masters of its own saves, and the masters by themselves."""
+    model = Net(SIXTEEN.case, SIXTEEN.dtype)
+    groups = optimizer_of(model).param_groups
+    optimizer = memtile.TileOptimizer(model, AdamW, params=groups)
+    train(model, optimizer, 0)
+    save(folder / "16 bits of tiles", model, optimizer, step=HALF)
+    masters = {name: optimizer.state[p]["master"] for name, p in model.named_parameters()}
+    torch.save(masters, folder / "masters.pt")
 
 
 def run(rank: int, world: int, folder: str) -> None:

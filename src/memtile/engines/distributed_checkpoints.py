@@ -1,8 +1,9 @@
 """Distributed checkpoints with dense names: saved under one world size and grid, loaded by another.
 
 Source: `torch.distributed.checkpoint` (DCP) writes and reads. Done here: the names of the untiled
-model (`dense_views`), an optimizer's state (`optimizer_views`), and that a checkpoint is whole or
-not there. The format has pickles in it, as DCP's always has: load only what you trust.
+model (`dense_views`), an optimizer's state (`optimizer_views`; `zero3_state` under ZeRO-3), and
+that a checkpoint is whole or not there. The format has pickles in it, as DCP's always has: load
+only what you trust.
 """
 
 import errno
@@ -65,7 +66,8 @@ def save(
     Args:
         folder: of all checkpoints of the run, the same on each rank, on a filesystem that all of
             them see; made where it is missing.
-        model: tiled or not, over ranks or not: as FSDP2 and ZeRO-3 shard it.
+        model: tiled or not, over ranks or not: as FSDP2 and ZeRO-3 shard it. Of ZeRO-3's masters
+            the float32 values are saved, where the model itself has 16 bits.
         optimizer: torch's, over the model or some of it; under ZeRO-3 `engine.optimizer`.
         step: how many steps are done. A step that is there is replaced; a newer one is refused.
         position: where in the data the run is: numbers, texts, lists, dictionaries.
@@ -112,12 +114,13 @@ def load(
     Args:
         folder: given to `save`.
         model: tiled or not, over ranks or not.
-        optimizer: of the same class, with the same groups; None: its state is left out.
+        optimizer: of the same class, with the same groups; None: its state is left out. Frozen
+            parameters may be in its groups or not.
         process_group: None: all ranks.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another model or optimizer.
-        OptimizerError: the optimizer is not of this model.
+        OptimizerError: the optimizer is not of this model, or ZeRO-3 cannot keep the state.
         EngineError: a rank is gone.
 
         Each of them on every rank.
