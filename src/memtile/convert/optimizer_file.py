@@ -32,7 +32,7 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
     stored_state.check_keys(model, optimizer)
     tensors: list[Outgoing] = []
     groups, states = [], {}
-    named = stored_state.members(model, optimizer)
+    named = stored_state.members(model, optimizer.param_groups)
     for number, (group, found) in enumerate(zip(optimizer.param_groups, named, strict=True)):
         options = {
             key: to_json(value, f"the optimizer's param_groups[{number}][{key!r}]")
@@ -41,7 +41,7 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
         }
         groups.append({"options": options, "names": list(found)})
         for name, dense in found.items():
-            kept = stored_state.kept_state(optimizer, dense)
+            kept = stored_state.kept_state(optimizer.state, dense)
             if kept is not None:
                 states[name] = _entries(optimizer, kept)
                 tensors.extend(_tensors(optimizer, kept))
@@ -106,7 +106,7 @@ class IncomingState:
         self, record: Json, tensors: Checkpoint, model: nn.Module, optimizer: Optimizer
     ) -> None:
         self._record, self._tensors, self._optimizer = record, tensors, optimizer
-        self._members = stored_state.members(model, optimizer)
+        self._members = stored_state.members(model, optimizer.param_groups)
         self._check_class()
         self._check_groups()
         self._flows: list[tuple[DenseParameter, StoredTensor, str]] = []

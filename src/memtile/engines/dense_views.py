@@ -23,7 +23,7 @@ from memtile.convert.moving import Held, values_of
 from memtile.convert.saving import settle
 from memtile.convert.wanted import wanted_by
 from memtile.engines.pieces import Offset, Piece, local_pieces
-from memtile.engines.zero3_values import is_partitioned
+from memtile.engines.zero3_values import flat_part, is_partitioned
 from memtile.errors import ArgumentError, CannotTileError, CheckpointError, EngineError
 from memtile.layers import TiledModule, whole_shape
 from memtile.optim import DenseParameter
@@ -131,11 +131,13 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
     """
     model = unwrapped(model)
     let_go(model)
-    return {
-        name: view_of(wanted.dense, values_of)
-        for wanted in wanted_by(model)
-        for name in wanted.names
-    }
+    views: dict[str, Tensor] = {}
+    for wanted in wanted_by(model):
+        view = view_of(wanted.dense, values_of)
+        if isinstance(view, DenseView):
+            view.takes = not any(is_partitioned(part.parameter) for part in wanted.dense.parts)
+        views |= dict.fromkeys(wanted.names, view)
+    return views
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -179,20 +181,22 @@ def view_of(dense: DenseParameter, held: Held) -> Tensor:
             f"{dense.name} is on the meta device, where nothing has values; call "
             "model.to_empty(device=…) first"
         )
-    partitioned = any(map(is_partitioned, tensors))
     if dense.parts[0].rect is not None:
         _check(dense, tensors)
-        view = DenseView(dense.shape, list(_pieces(dense, tensors)), tensors[0])
-    elif partitioned:
-        view = DenseView(whole_shape(tensors[0]), list(local_pieces(tensors[0])), tensors[0])
-    else:
-        return tensors[0].detach()
-    view.takes = not partitioned
-    return view
+        return DenseView(dense.shape, list(_pieces(dense, tensors)), _held(tensors[0]))
+    if is_partitioned(tensors[0]):
+        pieces = list(local_pieces(tensors[0]))
+        return DenseView(whole_shape(tensors[0]), pieces, _held(tensors[0]))
+    return tensors[0].detach()
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """What has the dtype of its pieces."""
+    return flat_part(tensor) if is_partitioned(tensor) else tensor
 
 
 def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
-    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
+    dtypes = sorted({str(_held(tensor).dtype) for tensor in tensors})
     if len(dtypes) > 1:
         raise CheckpointError(
             f"the tiles of {dense.name} are {' and '.join(dtypes)}; a dense tensor has one dtype: "

@@ -1,8 +1,9 @@
 """Distributed checkpoints with dense names: saved under one world size and grid, loaded by another.
 
 Source: `torch.distributed.checkpoint` (DCP) writes and reads. Done here: the names of the untiled
-model (`dense_views`), an optimizer's state (`optimizer_views`), and that a checkpoint is whole or
-not there. The format has pickles in it, as DCP's always has: load only what you trust.
+model (`dense_views`), an optimizer's state (`optimizer_views`; `zero3_state` under ZeRO-3), and
+that a checkpoint is whole or not there. The format has pickles in it, as DCP's always has: load
+only what you trust.
 """
 
 import errno
@@ -27,10 +28,12 @@ from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.steps import SavedStep, new_step, saved_steps
 from memtile.convert.training import Resumed, check_numbers
 from memtile.engines.dense_views import DenseView, dense_view, unwrapped
+from memtile.engines.optimizer_state import OptimizerState
 from memtile.engines.optimizer_views import KEY, IncomingState, outgoing_state
 from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
-from memtile.engines.zero3_values import write_masters
+from memtile.engines.zero3_state import PartitionedState, is_of_zero3
+from memtile.engines.zero3_values import is_partitioned, write_masters
 from memtile.errors import ArgumentError, CheckpointError, CheckpointWriteError, EngineError
 
 __all__ = ["dense_view", "load", "save"]
@@ -46,7 +49,7 @@ Json = dict[str, Any]  # of the record: whatever JSON it has
 def save(
     folder: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Any = None,  # torch's, or DeepSpeed's, which has no types
     *,
     step: int,
     position: object = None,
@@ -63,8 +66,9 @@ def save(
     Args:
         folder: of all checkpoints of the run, the same on each rank, on a filesystem that all of
             them see; made where it is missing.
-        model: tiled or not, over ranks or not: as FSDP2 and ZeRO-3 shard it.
-        optimizer: torch's, over the model or some of it.
+        model: tiled or not, over ranks or not: as FSDP2 and ZeRO-3 shard it. Of ZeRO-3's masters
+            the float32 values are saved, where the model itself has 16 bits.
+        optimizer: torch's, over the model or some of it; under ZeRO-3 `engine.optimizer`.
         step: how many steps are done. A step that is there is replaced; a newer one is refused.
         position: where in the data the run is: numbers, texts, lists, dictionaries.
         extra: anything else of this kind, `scheduler.state_dict()` say.
@@ -97,7 +101,7 @@ def save(
 def load(
     folder: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Any = None,  # torch's, or DeepSpeed's, which has no types
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> Resumed:
@@ -110,12 +114,13 @@ def load(
     Args:
         folder: given to `save`.
         model: tiled or not, over ranks or not.
-        optimizer: of the same class, with the same groups; None: its state is left out.
+        optimizer: of the same class, with the same groups; None: its state is left out. Frozen
+            parameters may be in its groups or not.
         process_group: None: all ranks.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another model or optimizer.
-        OptimizerError: the optimizer is not of this model.
+        OptimizerError: the optimizer is not of this model, or ZeRO-3 cannot keep the state.
         EngineError: a rank is gone.
 
         Each of them on every rank.
@@ -139,14 +144,13 @@ def load(
 
 
 def _outgoing(
-    model: nn.Module, optimizer: Optimizer | None, given: Mapping[str, Any], keep: int
+    model: nn.Module, optimizer: object, given: Mapping[str, Any], keep: int
 ) -> dict[str, Any]:  # what DCP takes
     check_numbers(given["step"], keep)
     state: dict[str, Any] = {_MODEL: dense_view(model)}
     record: Json = {name: to_json(value, name) for name, value in given.items()}
     if optimizer is not None:
-        _check_optimizer(optimizer)
-        state[KEY], record[KEY] = outgoing_state(model, optimizer)
+        state[KEY], record[KEY] = outgoing_state(_state_of(model, optimizer))
     return {**state, _RECORD: json.dumps(record, allow_nan=False)}
 
 
@@ -225,9 +229,7 @@ def _opened(place: Path) -> tuple[Metadata, Json]:
     alone: dict[str, Any] = {_RECORD: ""}
     try:
         metadata = FileSystemReader(place).read_metadata()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state_dict_loader.load(alone, storage_reader=FileSystemReader(place), no_dist=True)
+        _read_here(alone, place)
         record: Json = json.loads(alone[_RECORD])
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
@@ -236,6 +238,13 @@ def _opened(place: Path) -> tuple[Metadata, Json]:
             "what memtile.save_training wrote"
         ) from error
     return metadata, record
+
+
+def _read_here(state: dict[str, Any], place: Path) -> None:
+    """Fill what is small, on this rank alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state_dict_loader.load(state, storage_reader=FileSystemReader(place), no_dist=True)
 
 
 def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tensor]:
@@ -266,21 +275,35 @@ def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tens
     return wanted
 
 
-def _check_optimizer(optimizer: object) -> None:
+def _state_of(model: nn.Module, optimizer: object) -> OptimizerState:
+    if is_of_zero3(optimizer):
+        return PartitionedState(model, optimizer)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(
-            f"the optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer: "
-            "of DeepSpeed's, save the state with engine.save_checkpoint"
+            f"the optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, "
+            "or engine.optimizer under DeepSpeed's ZeRO-3: under its other stages save the state "
+            "with engine.save_checkpoint"
         )
+    if any(map(is_partitioned, model.parameters())):
+        raise ArgumentError(
+            f"ZeRO-3 has the model's parameters, and the optimizer is a {type(optimizer).__name__} "
+            "of which DeepSpeed has taken them: give engine.optimizer"
+        )
+    return OptimizerState(model, optimizer)
 
 
 def _incoming(
-    record: Json, metadata: Metadata, model: nn.Module, optimizer: Optimizer, place: Path
+    record: Json, metadata: Metadata, model: nn.Module, optimizer: object, place: Path
 ) -> IncomingState:
-    _check_optimizer(optimizer)
+    kept_by = _state_of(model, optimizer)
     if KEY not in record:
         raise CheckpointError(
             f"{place} was saved without an optimizer: load the model only, and start the optimizer "
             "anew"
         )
-    return IncomingState(record[KEY], metadata, model, optimizer)
+    incoming = IncomingState(record[KEY], metadata, model, kept_by)
+    if isinstance(kept_by, PartitionedState):
+        numbers = incoming.numbers()
+        _read_here({KEY: {"state": numbers}}, place)
+        kept_by.check_numbers(numbers)
+    return incoming

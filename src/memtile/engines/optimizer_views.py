@@ -5,7 +5,7 @@ untiled model's script reads it with torch's own functions.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,35 +16,31 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     TensorStorageMetadata,
 )
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.header import DTYPES, dtype_name
 from memtile.convert.optimizer_file import OWN_OPTIONS, beside, entry_of
 from memtile.engines.dense_views import view_of
+from memtile.engines.optimizer_state import OptimizerState, State
 from memtile.errors import CheckpointError
-from memtile.optim import DenseParameter, Part, stored_state
+from memtile.optim import DenseParameter, Part, dense_parameters
 
 Json = dict[str, Any]  # of the record: whatever JSON it has
-State = dict[str, Any]  # of an optimizer: whatever its class keeps
 
 KEY = "optimizer"
 
 
-def outgoing_state(model: nn.Module, optimizer: Optimizer) -> tuple[State, Json]:
+def outgoing_state(kept_by: OptimizerState) -> tuple[State, Json]:
     """What is to be saved of an optimizer: its state in torch's layout, and a record to check by.
 
     Raises:
         OptimizerError: it is in the middle of a step, or there is no dense form of what it keeps.
         CheckpointError: an option of a group is neither a tensor of one element nor JSON.
     """
-    stored_state.check_between_steps(optimizer)
-    stored_state.check_keys(model, optimizer)
+    kept_by.check_savable()
     state: State = {"state": {}, "param_groups": []}
-    record: Json = {"class": stored_state.class_of(optimizer), "groups": [], "stepped": {}}
-    named = stored_state.members(model, optimizer)
-    for number, (group, found) in enumerate(zip(optimizer.param_groups, named, strict=True)):
+    record: Json = {"class": kept_by.class_name, "groups": [], "stepped": {}}
+    for number, (group, found) in enumerate(zip(kept_by.groups, kept_by.members, strict=True)):
         options = {key: value for key, value in group.items() if key not in OWN_OPTIONS}
         state["param_groups"].append({"params": list(found), **options})
         written = {
@@ -53,15 +49,16 @@ def outgoing_state(model: nn.Module, optimizer: Optimizer) -> tuple[State, Json]
         }
         record["groups"].append({"names": list(found), "options": written})
         for name, dense in found.items():
-            kept = stored_state.kept_state(optimizer, dense)
+            kept = kept_by.kept(dense)
             if kept is not None:
                 state["state"][name] = {
                     **{
-                        k: view_of(d, entry_of(optimizer.state, k)) for k, d in kept.tensors.items()
+                        key: view_of(of, entry_of(kept_by.by_parameter, key))
+                        for key, of in kept.tensors.items()
                     },
                     **kept.numbers,
                 }
-                stepped = stored_state.stepped_dtype(optimizer, dense.parts[0].parameter)
+                stepped = kept_by.stepped_dtype(dense.parts[0].parameter)
                 record["stepped"][name] = dtype_name(stepped)
     return state, record
 
@@ -82,30 +79,32 @@ class IncomingState:
     record: Json
     metadata: Metadata
     model: nn.Module
-    optimizer: Optimizer
+    kept_by: OptimizerState
     state: State = field(init=False, default_factory=lambda: {"state": {}})
 
     def __post_init__(self) -> None:
         self._states: dict[Any, State] = {}  # by parameters
         self._alike: list[tuple[DenseParameter, str]] = []
-        members = stored_state.members(self.model, self.optimizer)
         self._check_class()
-        self._check_groups([set(found) for found in members])
         stored = self._stored()
-        for found in members:
+        self._check_groups(stored.keys())
+        for found in self.kept_by.members:
             for name, dense in found.items():
                 for key, entry in stored.get(name, {}).items():
                     self._prepare(dense, key, entry)
 
     def _check_class(self) -> None:
-        ours, theirs = stored_state.class_of(self.optimizer), self.record["class"]
+        ours, theirs = self.kept_by.class_name, self.record["class"]
         if ours != theirs:
             raise CheckpointError(
                 f"the checkpoint was trained with {theirs}, and this optimizer is {ours}: its "
                 f"state means something else; load with {theirs}, or load the model only"
             )
 
-    def _check_groups(self, ours: list[set[str]]) -> None:
+    def _check_groups(self, stepped: Set[str]) -> None:
+        """Refuse groups of other parameters; frozen ones that were never stepped do not count."""
+        frozen = {dense.name for dense in dense_parameters(self.model) if _is_frozen(dense)}
+        ours = [set(found) for found in self.kept_by.members]
         theirs = [set(group["names"]) for group in self.record["groups"]]
         if len(theirs) != len(ours):
             raise CheckpointError(
@@ -113,7 +112,7 @@ class IncomingState:
                 "make the groups as they were made for the run that saved it"
             )
         for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            for name in sorted(one ^ other):
+            for name in sorted((one ^ other) - (frozen - stepped)):
                 whose = "the optimizer" if name in one else "the checkpoint"
                 raise CheckpointError(
                     f"only {whose} has {name!r} in group {number}: make the groups as they were "
@@ -133,7 +132,7 @@ class IncomingState:
     ) -> None:
         """Make room for one entry, in each part's new state and for DCP."""
         stepped = DTYPES[self.record["stepped"][dense.name]]
-        if not stored_state.keeps(self.optimizer, dense.parts[0].parameter, key, stepped):
+        if not self.kept_by.keeps(dense.parts[0].parameter, key, stepped):
             return
         entries = self.state["state"].setdefault(dense.name, {})
         if isinstance(entry, BytesStorageMetadata):
@@ -145,10 +144,10 @@ class IncomingState:
         else:
             dtype = entry.properties.dtype
             if dtype == stepped:
-                dtype = stored_state.stepped_dtype(self.optimizer, dense.parts[0].parameter)
+                dtype = self.kept_by.stepped_dtype(dense.parts[0].parameter)
             self._check_shape(dense, key, entry.size)
             for part in dense.parts:
-                room = self._room(part, key, entry.size, dtype)
+                room = self.kept_by.room(part, key, entry.size, dtype)
                 self._states.setdefault(part.parameter, {})[key] = room
             entries[key] = view_of(dense, entry_of(self._states, key))
 
@@ -159,27 +158,34 @@ class IncomingState:
                 f"{tuple(dense.shape)}: it cannot be cut along tiles; load with this layer untiled"
             )
 
-    def _room(self, part: Part, key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        parameter: Tensor = part.parameter
-        shape = size if part.rect is None else parameter.shape
-        if isinstance(parameter, DTensor) and shape == parameter.shape:
-            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        return stored_state.room_for(self.optimizer, parameter, key, shape, dtype)
+    def numbers(self) -> State:
+        """What is one number for a whole parameter, by dense names: to be read as DCP does."""
+        numbers: State = {}
+        for dense, key in self._alike:
+            numbers.setdefault(dense.name, {})[key] = self.state["state"][dense.name][key]
+        return numbers
 
     def take(self) -> None:
         """Put what DCP has read into the optimizer, options of groups too; drop gradients."""
-        self.optimizer.zero_grad()
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        self.kept_by.zero_grad()
+        groups = {
+            name: group
+            for group, found in zip(self.kept_by.groups, self.kept_by.members, strict=True)
+            for name in found
+        }
         for dense, key in self._alike:
             value = self.state["state"][dense.name][key]
             for part in dense.parts:
-                group = groups[id(part.parameter)]
-                self._states.setdefault(part.parameter, {})[key] = _own(value, part, group)
-        for own, saved in zip(self.optimizer.param_groups, self.record["groups"], strict=True):
+                own = _own(value, part, groups[dense.name])
+                self._states.setdefault(part.parameter, {})[key] = own
+        for group, saved in zip(self.kept_by.groups, self.record["groups"], strict=True):
             for option, value in from_json(saved["options"]).items():
-                own[option] = beside(own.get(option), value)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self._states)
+                group[option] = beside(group.get(option), value)
+        self.kept_by.put(self._states)
+
+
+def _is_frozen(dense: DenseParameter) -> bool:
+    return not any(part.parameter.requires_grad for part in dense.parts)
 
 
 def _own(value: object, part: Part, group: Mapping[str, Any]) -> object:

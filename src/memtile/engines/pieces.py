@@ -11,8 +11,7 @@ from torch.distributed.tensor._utils import (  # private: DTensor says nowhere e
     compute_local_shape_and_global_offset,
 )
 
-from memtile.engines.zero3_values import is_partitioned
-from memtile.errors import CheckpointError
+from memtile.engines.zero3_values import flat_part, is_partitioned
 
 Offset = tuple[int, ...]
 
@@ -48,17 +47,12 @@ def local_pieces(tensor: Tensor) -> Iterator[Piece]:
 
 def _of_partition(parameter: Any) -> Iterator[Piece]:  # with DeepSpeed's attributes
     """ZeRO-3 keeps a stretch of the flattened tensor, which is a few rectangles of it."""
-    part = parameter.ds_tensor
-    if part.numel() < part.ds_numel:
-        raise CheckpointError(
-            f"a {tuple(parameter.ds_shape)} parameter is on NVMe: use DeepSpeed's own "
-            "engine.save_checkpoint and engine.load_checkpoint"
-        )
-    start = part.ds_numel * dist.get_rank(parameter.ds_process_group)
-    stop = min(start + part.ds_numel, parameter.ds_numel)
+    part = flat_part(parameter)
+    start = part.numel() * dist.get_rank(parameter.ds_process_group)
+    stop = min(start + part.numel(), parameter.ds_numel)
     for offset, sizes in boxes(tuple(parameter.ds_shape), start, stop):
         count = math.prod(sizes)
-        yield Piece(offset, part.detach()[:count].view(sizes))
+        yield Piece(offset, part[:count].view(sizes))
         part = part[count:]
 
 

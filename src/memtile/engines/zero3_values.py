@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from memtile.errors import EngineError
+from memtile.errors import CheckpointError, EngineError
 from memtile.layers import register_gatherer
 
 _OPEN = "_ds_z3_gathered_param_context_depth"  # DeepSpeed's count of contexts around a parameter
@@ -33,14 +33,59 @@ def whole_numel(tensor: Tensor) -> int:
     return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
+def master_of(parameter: Any) -> Tensor | None:  # an nn.Parameter, with DeepSpeed's attributes
+    """This rank's part of what the optimizer steps; None where it steps none that is in memory."""
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    if optimizer is None or not parameter.requires_grad:
+        return None
+    group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    flat: Tensor = optimizer.fp32_partitioned_groups_flat[group]
+    return flat.detach()[start : start + count] if flat.numel() else None
+
+
+def flat_part(partitioned: Any) -> Tensor:  # with DeepSpeed's attributes
+    """This rank's part of a partitioned tensor, padding too: of the master where there is one.
+
+    Raises:
+        CheckpointError: it is not in memory.
+    """
+    part: Any = partitioned.ds_tensor
+    if part.numel() < part.ds_numel:
+        raise CheckpointError(
+            f"a {tuple(partitioned.ds_shape)} parameter is on NVMe: use DeepSpeed's own "
+            "engine.save_checkpoint and engine.load_checkpoint"
+        )
+    master = master_of(partitioned)
+    found: Tensor = part.detach() if master is None else master
+    return found
+
+
+def partition_like(parameter: Any, part: Tensor) -> Tensor:  # with DeepSpeed's attributes
+    """A partitioned tensor of a parameter's shape, of which this rank holds this part."""
+    found: Any = torch.empty(0, dtype=part.dtype)
+    for name in ("ds_id", "ds_shape", "ds_numel", "ds_process_group"):
+        setattr(found, name, getattr(parameter, name))
+    found.ds_tensor = part
+    found.ds_tensor.ds_numel = part.numel()
+    whole: Tensor = found
+    return whole
+
+
 def write_masters(model: nn.Module) -> None:
-    """Give the optimizer this rank's partitions, which were written; what is gathered is let go."""
+    """Have partitions and the optimizer's masters agree, of which one was written.
+
+    That is the master where it is in memory. What is gathered is let go.
+    """
     for parameter in model.parameters():
         found: Any = parameter  # with DeepSpeed's attributes
         if is_partitioned(found) and hasattr(found, "_z3_optimizer"):
             from deepspeed.utils import safe_set_local_fp32_param
 
-            safe_set_local_fp32_param(found, found.ds_tensor.detach().float())
+            master = master_of(found)
+            if master is None:
+                safe_set_local_fp32_param(found, found.ds_tensor.detach().float())
+            else:
+                found.ds_tensor.detach().copy_(master)
         if is_partitioned(found) and found.ds_status.name == "AVAILABLE":
             found.partition()
 

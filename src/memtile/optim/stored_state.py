@@ -5,7 +5,7 @@ else is kept, counters of steps for the most part, must be the same for all tile
 is one of it in the dense model.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,15 +68,17 @@ def class_of(optimizer: Optimizer) -> str:
     return f"{own.__module__}.{own.__qualname__}"
 
 
-def members(model: nn.Module, optimizer: Optimizer) -> list[dict[str, DenseParameter]]:
-    """The dense parameters of each group by their names.
+def members(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, DenseParameter]]:
+    """The dense parameters of each of an optimizer's groups by their names.
 
     Raises:
         OptimizerError: one is not of the model, or only some tiles of it are in the group.
     """
     of = {part.parameter: dense for dense in dense_parameters(model) for part in dense.parts}
     result = []
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(groups):
         held, found = set(group["params"]), dict[str, DenseParameter]()
         for parameter in group["params"]:
             dense = of.get(parameter)
@@ -113,13 +115,27 @@ def check_keys(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
-def kept_state(optimizer: Optimizer, dense: DenseParameter) -> KeptState | None:
+def is_shaped(entry: object, parameter: Tensor) -> bool:
+    """Whether an entry of a parameter's state has an element for each of the parameter's."""
+    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
+
+
+def kept_state(
+    kept: Mapping[Any, State],
+    dense: DenseParameter,
+    is_shaped: Callable[[object, Tensor], bool] = is_shaped,
+) -> KeptState | None:
     """What is kept for a dense parameter; None before its first step.
+
+    Args:
+        kept: the state of an optimizer, by parameters.
+        dense: one of the model.
+        is_shaped: whether an entry has an element for each of a parameter's.
 
     Raises:
         OptimizerError: its tiles were not stepped alike, so that there is no dense state.
     """
-    states = [optimizer.state.get(part.parameter, {}) for part in dense.parts]
+    states = [kept.get(part.parameter, {}) for part in dense.parts]
     if not any(states):
         return None
     tensors, numbers = dict[str, DenseParameter](), dict[str, Any]()
@@ -127,7 +143,7 @@ def kept_state(optimizer: Optimizer, dense: DenseParameter) -> KeptState | None:
         if not all(key in state for state in states):
             raise _uneven(dense, key)
         entry = states[0][key]
-        if _is_shaped(entry, dense.parts[0].parameter):
+        if is_shaped(entry, dense.parts[0].parameter):
             tensors[key] = dense
         elif isinstance(entry, Tensor) and entry.numel() > 1:
             tensors[key] = _of_own_shape(dense, key, entry)
@@ -181,10 +197,6 @@ def room_for(
     out = room.tensor()
     register(out, room)
     return out
-
-
-def _is_shaped(entry: object, parameter: Tensor) -> bool:
-    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
 
 
 def _of_own_shape(dense: DenseParameter, key: str, entry: Tensor) -> DenseParameter:

@@ -1,0 +1,236 @@
+"""What torch's optimizer keeps under ZeRO-3, parameter by parameter.
+
+DeepSpeed hands the optimizer one flat tensor for many parameters: this rank's parts of them, end to
+end. A moment is as long, and the count of steps is one for all of them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memtile.engines.optimizer_state import OptimizerState, State
+from memtile.engines.zero3_values import master_of, partition_like, write_masters
+from memtile.errors import CheckpointError, OptimizerError
+from memtile.layers import whole_shape
+from memtile.optim import DenseParameter, Part, stored_state
+from memtile.optim.stepping import MASTER
+
+_WAY_OUT = "save and load it with engine.save_checkpoint and engine.load_checkpoint"
+
+
+def is_of_zero3(optimizer: object) -> bool:
+    """Whether it is the optimizer that DeepSpeed's engine has under ZeRO-3."""
+    return hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+class _Stretch(NamedTuple):
+    """Where a parameter's part lies: in which flat tensor, and from where to where."""
+
+    flat: int
+    start: int
+    numel: int
+
+
+class PartitionedState(OptimizerState):
+    """The state of torch's optimizer in DeepSpeed's.
+
+    Args:
+        model: the engine's.
+        optimizer: the engine's, of ZeRO-3.
+
+    Raises:
+        OptimizerError: what it keeps is not all in memory, or not of torch's making.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:  # DeepSpeed's, without types
+        _check_kind(optimizer)
+        self._model, self._outer, self._inner = model, optimizer, optimizer.optimizer
+        self._flats: list[Tensor] = optimizer.fp32_partitioned_groups_flat
+        self._made: dict[tuple[int, str], Tensor] = {}
+        self.groups = self._inner.param_groups
+        own: list[dict[str, list[nn.Parameter]]] = [{"params": []} for _ in self.groups]
+        for number, parameters in enumerate(optimizer.fp16_groups):
+            own[optimizer.sub_group_to_group_id[number]]["params"] += parameters
+        self.members = [
+            {name: _whole(dense) for name, dense in found.items()}
+            for found in stored_state.members(model, own)
+        ]
+        self.by_parameter = {
+            part.parameter: dict(self._entries(part.parameter))
+            for found in self.members
+            for dense in found.values()
+            for part in dense.parts
+        }
+
+    @property
+    def class_name(self) -> str:
+        """Of torch's optimizer."""
+        return stored_state.class_of(self._inner)
+
+    def check_savable(self) -> None:
+        """Nothing more: it was checked when this was made."""
+
+    def kept(self, dense: DenseParameter) -> stored_state.KeptState | None:
+        """What is kept for a dense parameter; None before its first step.
+
+        Raises:
+            OptimizerError: there is no dense form of it.
+        """
+        return stored_state.kept_state(self.by_parameter, dense, _is_partitioned)
+
+    def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
+        """The dtype of the master."""
+        return self._flats[self._place(parameter).flat].dtype
+
+    def keeps(self, parameter: Tensor, key: str, stepped: torch.dtype) -> bool:
+        """Everything is of use: there is a master for each parameter."""
+        return True
+
+    def room(self, part: Part, key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """This rank's part of an entry, to be read into; in place where there is one.
+
+        Raises:
+            CheckpointError: it has no element for each of the parameter's.
+        """
+        shape = whole_shape(part.parameter)
+        if part.rect is None and size != shape:
+            raise CheckpointError(
+                f"{key!r} of the checkpoint is {tuple(size)}, the parameter {shape}: ZeRO-3 cuts "
+                "it like the parameter; load under another engine"
+            )
+        place = self._place(part.parameter)
+        made = (place.flat, key)
+        if made not in self._made:
+            flat = self._flats[place.flat]
+            found = self._inner.state.get(flat, {}).get(key)
+            is_there = isinstance(found, Tensor) and (found.shape, found.dtype) == (
+                flat.shape,
+                dtype,
+            )
+            self._made[made] = found if is_there else torch.zeros_like(flat, dtype=dtype)
+        return self._part(part.parameter, self._made[made])
+
+    def check_numbers(self, numbers: Mapping[str, State]) -> None:
+        """Refuse saved numbers that are not the same for all that is stepped as one.
+
+        Raises:
+            OptimizerError: they are not.
+        """
+        first: dict[tuple[int, str], tuple[str, object]] = {}
+        for name, dense in self._dense().items():
+            for key, value in numbers.get(name, {}).items():
+                flats = {self._place(part.parameter).flat for part in dense.parts}
+                found = [first.setdefault((flat, key), (name, value)) for flat in flats]
+                for other, known in found:
+                    if value == known:
+                        continue
+                    raise OptimizerError(
+                        f"{key!r} of {name} is {value} in the checkpoint, and {known} of {other}: "
+                        "DeepSpeed counts the steps of both as one; go on under the engine that "
+                        "saved it, or load the model only"
+                    )
+
+    def zero_grad(self) -> None:
+        """Drop gradients."""
+        self._outer.zero_grad()
+
+    def put(self, states: Mapping[Any, State]) -> None:
+        """Let these states of parameters be all that is kept; masters go where masters are.
+
+        A parameter without a state among others that have one gets zeros, as DeepSpeed itself gives
+        to one without a gradient.
+        """
+        found: list[State] = [{} for _ in self._flats]
+        for parameter in self.by_parameter:
+            state = dict(states.get(parameter, {}))
+            master = state.pop(MASTER, None)
+            if master is not None:
+                _master(parameter).copy_(master.ds_tensor)
+            for key, value in state.items():
+                place = self._place(parameter)
+                found[place.flat][key] = self._made.get((place.flat, key), value)
+        self._clear_missing(states)
+        for flat, state in zip(self._flats, found, strict=True):
+            self._inner.state.pop(flat, None)
+            if state:
+                self._inner.state[flat] = state
+        write_masters(self._model)
+
+    def _clear_missing(self, states: Mapping[Any, State]) -> None:
+        for (flat, key), made in self._made.items():
+            for parameter in self._outer.fp16_groups[flat]:
+                if key not in states.get(parameter, {}):
+                    self._slice(parameter, made).zero_()
+
+    def _dense(self) -> dict[str, DenseParameter]:
+        return {name: dense for found in self.members for name, dense in found.items()}
+
+    def _entries(self, parameter: nn.Parameter) -> Iterator[tuple[str, Any]]:
+        """What is kept for one parameter.
+
+        Raises:
+            OptimizerError: something has neither one element nor one for each of the parameter's.
+        """
+        flat = self._flats[self._place(parameter).flat]
+        for key, entry in self._inner.state.get(flat, {}).items():
+            if isinstance(entry, Tensor) and entry.dim() and entry.shape == flat.shape:
+                yield key, self._part(parameter, entry)
+            elif isinstance(entry, Tensor) and entry.numel() > 1:
+                raise OptimizerError(
+                    f"{self.class_name} keeps {key!r} of shape {tuple(entry.shape)} for all that "
+                    f"ZeRO-3 has flattened into {flat.numel()} elements, of which there is no "
+                    f"dense form; {_WAY_OUT}"
+                )
+            else:
+                yield key, entry
+
+    def _place(self, parameter: Any) -> _Stretch:  # an nn.Parameter, with DeepSpeed's attributes
+        return _Stretch(*self._outer.grad_position[self._outer.get_param_id(parameter)])
+
+    def _slice(self, parameter: Tensor, flat: Tensor) -> Tensor:
+        place = self._place(parameter)
+        return flat.detach()[place.start : place.start + place.numel]
+
+    def _part(self, parameter: nn.Parameter, flat: Tensor) -> Tensor:
+        return partition_like(parameter, self._slice(parameter, flat))
+
+
+def _check_kind(optimizer: Any) -> None:  # DeepSpeed's, without types
+    """Refuse what is not all in memory, and what is not of torch's making."""
+    inner = type(optimizer.optimizer)
+    if inner.__module__.split(".")[0] == "deepspeed":
+        raise OptimizerError(
+            f"under ZeRO-3 the state of torch's optimizers can be saved under dense names, and "
+            f"this is DeepSpeed's own {inner.__name__}; {_WAY_OUT}"
+        )
+    kinds = {
+        "on NVMe": getattr(optimizer, "swap_optimizer", False),
+        "in two optimizers, for two devices": hasattr(optimizer, "backup_optimizer"),
+        "in ZenFlow's parts": getattr(optimizer, "zenflow", False),
+        "offloaded for the time being": bool(getattr(optimizer, "offloaded_states", ())),
+    }
+    for kind, is_so in kinds.items():
+        if is_so:
+            raise OptimizerError(
+                f"the optimizer's state is {kind}, where it has no dense form; {_WAY_OUT}"
+            )
+
+
+def _whole(dense: DenseParameter) -> DenseParameter:
+    """With the shape of what is gathered."""
+    if dense.parts[0].rect is not None:
+        return dense
+    return replace(dense, shape=torch.Size(whole_shape(dense.parts[0].parameter)))
+
+
+def _is_partitioned(entry: object, _: Tensor) -> bool:
+    return hasattr(entry, "ds_id")
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    master = master_of(parameter)
+    assert master is not None  # checked with its kind
+    return master
