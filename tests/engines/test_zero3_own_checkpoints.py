@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from engine_cases import Net, distance, train
-from zero3_checkpoint_worker import CASES, ELSEWHERE, spawn, spawn_elsewhere
+from zero3_own_checkpoints_worker import CASES, ELSEWHERE, spawn, spawn_elsewhere
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
