@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,8 +18,14 @@ from memtile.cli.finetune.sequences import read_sequences
 STEPS, TOKENS, LR = 5, 16, 1e-2
 
 
-def words(model, text, out, *more):
-    options = ["--engine", "fsdp2", "--tile", "1KiB", "--steps", STEPS, "--tokens", TOKENS]
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
+)
+ENGINES = ["fsdp2", pytest.param("zero3", marks=[pytest.mark.slow, NEEDS_DEEPSPEED])]
+
+
+def words(model, text, out, *more, engine="fsdp2"):
+    options = ["--engine", engine, "--tile", "1KiB", "--steps", STEPS, "--tokens", TOKENS]
     return [str(w) for w in ["finetune", model, text, "--out", out, "--lr", LR, *options, *more]]
 
 
@@ -49,9 +56,10 @@ def trained_alone(folder, text):
     return model.state_dict()
 
 
-def test_two_ranks_train_as_one_process_does(tiny_model, tiny_text, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one_process_does(tiny_model, tiny_text, tmp_path, engine):
     """Stopped by SIGTERM after some steps, resumed, and loaded by plain transformers at the end."""
-    arguments = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 2)
+    arguments = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 2, engine=engine)
     with launch(2, arguments) as run:
         for line in run.stdout:
             if line.startswith("step 3 "):
@@ -74,10 +82,14 @@ def test_two_ranks_train_as_one_process_does(tiny_model, tiny_text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_rank_was_killed_goes_on_with_fewer_ranks(tiny_model, tiny_text, tmp_path):
-    """The others end with a sentence, the last checkpoint is whole, and one rank takes it up."""
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
+def test_a_run_whose_rank_was_killed_goes_on_with_fewer_ranks(
+    tiny_model, tiny_text, tmp_path, engine
+):
+    """The others end with a sentence, the last checkpoint is whole, one rank of FSDP2 goes on."""
     arguments = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 1)
-    with launch(2, arguments) as run:
+    before = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 1, engine=engine)
+    with launch(2, before) as run:
         for line in run.stdout:
             if line.startswith("step 3 "):
                 _kill_a_rank(run.pid)
@@ -104,7 +116,7 @@ def _kill_a_rank(launcher):
         (["--budget", "1GiB"], "--budget plans one process"),
         (["--home", "host"], "--home plans one process"),
         (["--lora", "4"], "--lora is not there over ranks"),
-        (["--engine", "ddp"], "--engine 'ddp' is none: give fsdp2"),
+        (["--engine", "ddp"], "--engine 'ddp' is none: give fsdp2 or zero3"),
         (["--tile", "much"], "--tile"),
     ],
 )
