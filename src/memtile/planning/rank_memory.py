@@ -181,6 +181,10 @@ def _gathered(
     if not alone or (not fsdp2 and setting.offload != "none"):
         yield Term("units on their way", ahead * largest, "device")
         yield Term("buffer of the all-gather", largest if keeps else 0, "device")
+        several = [
+            sharding.whole(unit) for unit, _, _ in units.tiles if len(unit) > 1 and not fsdp2
+        ]
+        yield Term("copy of what is gathered with others", max(several, default=0), "device")
         waits = not forward and any(len(turn.kept(0)) > ahead for turn in units.turns)
         yield Term("unit that waits", largest if waits else 0, "device")
     if setting.offload != "none":
