@@ -67,21 +67,41 @@ def test_a_module_without_tiles_is_a_unit_where_it_is_as_large_as_one(unit_bytes
     assert (len(units.resident), units.number) == (root, 0 if root else 1)
 
 
-def test_zero3_keeps_parameters_of_one_dimension_whole():
-    """Biases of tiles and norms are persistent; every weight is a unit of its own."""
+def test_zero3_keeps_whole_what_is_no_larger_than_a_tiles_bias():
+    """Biases of tiles and small norms are persistent; every larger parameter is gathered."""
     layer = ShardedLayer(
         "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
     )
-    own = Parameter(9, 1, 4, True), Parameter(9, 2, 4, True)
+    own = Parameter(4, 1, 4, True), Parameter(9, 1, 4, True), Parameter(9, 2, 4, True)
     loose = [LooseModule("norm", own, True, TRAINED)]
     units = Sharding("zero3", 2, 100).units([layer], {"up": Grid.uniform(5, 7)}, loose)
 
-    assert [parameter.rows for parameter in units.resident] == [9, 5]
-    assert sorted(p.elements for unit, _, _ in units.tiles for p in unit) == [18, 35]
+    assert [parameter.rows for parameter in units.resident] == [4, 5]
+    assert sorted(p.elements for unit, _, _ in units.tiles for p in unit) == [9, 18, 35]
 
 
-def test_zero3_keeps_masters_of_16_bits_and_of_what_is_offloaded():
-    """AdamW: 12 bytes an element beside 16 bits, 8 beside float32, and 12 once it is offloaded."""
+def test_zero3_gathers_a_bias_that_is_as_large_as_a_tile_with_its_weight():
+    """The smallest tile has 10 elements, so that a bias of 30 is not persistent."""
+    layers = [
+        ShardedLayer(
+            name,
+            Parameter(rows, 10, 4, True),
+            (Parameter(rows, 1, 4, True),),
+            False,
+            False,
+            TRAINED,
+        )
+        for name, rows in (("up", 30), ("down", 1))
+    ]
+    grids = {"up": Grid.uniform(30, 10), "down": Grid.uniform(1, 10)}
+    units = Sharding("zero3", 2, 100).units(layers, grids, [])
+
+    assert [[p.elements for p in unit] for unit, _, _ in units.tiles] == [[300, 30], [10]]
+    assert [parameter.elements for parameter in units.resident] == [1]
+
+
+def test_zero3_keeps_masters_of_everything():
+    """AdamW: 12 bytes an element, also beside float32, offloaded or not."""
     elements = sum(p.numel() for p in stack().parameters())
     found = {
         (dtype, offload): planned(1, "zero3", dtype, offload=offload).term(
@@ -94,7 +114,7 @@ def test_zero3_keeps_masters_of_16_bits_and_of_what_is_offloaded():
         )
     }
 
-    assert [nbytes // elements for nbytes in found.values()] == [12, 8, 12]
+    assert [nbytes // elements for nbytes in found.values()] == [12, 12, 12]
 
 
 def test_zero3_gathers_one_unit_ahead_and_reduces_through_one_bucket():
@@ -103,19 +123,26 @@ def test_zero3_gathers_one_unit_ahead_and_reduces_through_one_bucket():
     largest = 5002 * 301 * 4 - 301 * 4  # 5001 × 301, which two ranks pad by one element
     largest += largest // 4 % 2 * 4
 
-    for name in ("unit at work", "units on their way", "bucket of gradients"):
+    for name in ("unit at work", "units on their way"):
         assert plan.term(name) == largest, name
+    assert plan.term("bucket of gradients") == 5001 * 301 * 4
     assert plan.term("gradient of a unit, whole") == 5001 * 301 * 4
 
 
 def test_a_link_carries_all_but_a_ranks_own_share():
     """Forward and backward gather, gradients are reduced: (n - 1)/n of the padded bytes each."""
     plan = planned(4, "zero3")
-    weights = sum(-(-p.numel() // 4) * 4 * 4 for p in stack().parameters() if p.dim() == 2)
-    biases = sum(-(-p.numel() // 4) * 4 * 4 for p in stack().parameters() if p.dim() == 1)
+    weights = sum(padded(p.numel()) for p in stack().parameters() if p.dim() == 2)
+    biases = sum(padded(p.numel()) for p in stack().parameters() if p.dim() == 1)
 
-    assert plan.moved("all-gather") == (2 * weights + biases) * 3 // 4
+    again = padded(5001) - padded(7 * 301)  # no persistent bias; and the last tile, whole anyway
+    assert plan.moved("all-gather") == (2 * weights + biases + again) * 3 // 4
     assert plan.moved("reduce-scatter") == (weights + biases) * 3 // 4
+
+
+def padded(elements: int) -> int:
+    """Bytes in float32, of elements that four ranks share."""
+    return -(-elements // 4) * 4 * 4
 
 
 def test_floors_are_bytes_and_operations_over_speeds():

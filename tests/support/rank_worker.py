@@ -150,7 +150,7 @@ class Probe:
                 (param_group.FSDPParamGroup, "post_backward", self._ending),
                 (param_group, "foreach_reduce", self._leaving_with),
             ):
-                stack.callback(setattr, owner, name, _attribute(owner, name))
+                stack.callback(setattr, owner, name, attribute(owner, name))
                 setattr(owner, name, wrap(getattr(owner, name)))
             yield
 
@@ -203,8 +203,8 @@ class Probe:
     def see(self) -> None:
         """Count what is alive now."""
         found = self.measured
-        found.gathered = _settled(self._gathered, found.gathered)
-        found.reduced = _settled(self._reduced, found.reduced)
+        found.gathered = settled(self._gathered, found.gathered)
+        found.reduced = settled(self._reduced, found.reduced)
 
     def _gathered(self) -> int:
         outputs = (output for each in self._parameters for output in each.all_gather_outputs)
@@ -216,7 +216,7 @@ class Probe:
         return sum(each.nbytes for each in (*grads, *self._leaving)) + _alive(self._reducing)
 
 
-def _settled(count: Callable[[], int], known: int) -> int:
+def settled(count: Callable[[], int], known: int) -> int:
     """The larger of two counts, the new one once gloo's threads let go of what they sent.
 
     They do so a moment after their work is said to be done.
@@ -228,7 +228,7 @@ def _settled(count: Callable[[], int], known: int) -> int:
     return count()
 
 
-def _attribute(owner: Any, name: str) -> Any:
+def attribute(owner: Any, name: str) -> Any:
     """What a class or a module holds itself: `getattr` of a class in C gives what that wraps."""
     held = [vars(each) for each in getattr(owner, "__mro__", (owner,)) if name in vars(each)]
     return held[0][name]

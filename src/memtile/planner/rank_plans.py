@@ -1,6 +1,7 @@
 """`plan_ranks`: from a model, or what describes one, and a number of ranks to a `RankPlan`."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -166,7 +167,8 @@ class _Count:
 
     def __call__(self, layout: Layout, checkpointing: bool) -> tuple[Counted, Mapping[str, Uses]]:
         """The step, and the uses of all modules that are counted under a name."""
-        self._uses = {name: _Uses() for name in self._watched}
+        begun = itertools.count(1)
+        self._uses = {name: _Uses(begun) for name in self._watched}
         counted = self._step(layout, checkpointing)
         return counted, {name: found.counted() for name, found in self._uses.items()}
 
@@ -180,11 +182,14 @@ class _Count:
 class _Uses:
     """Hooks that count how often layers which share a weight begin and end."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: Iterator[int]) -> None:
         self._begun, self._ended, self._back = [0, 0], [0, 0], 0
+        self._order, self._last = order, 0
 
     def begin(self, *_: object) -> None:
         self._begun[_in_backward()] += 1
+        if not _in_backward():
+            self._last = next(self._order)
 
     def end(self, module: nn.Module, inputs: object, result: object) -> None:
         self._ended[_in_backward()] += 1
@@ -193,7 +198,7 @@ class _Uses:
 
     def counted(self) -> Uses:
         (forward, again), ended = self._begun, self._ended[True]
-        return Uses(forward, again, self._back, again - ended)
+        return Uses(forward, again, self._back, again - ended, self._last)
 
 
 def _in_backward() -> bool:

@@ -10,8 +10,8 @@ buffer for each on its way + the gradients of R + the gradient of U + the buffer
 before it leaves in. With one rank there is nothing on its way. What is tied gets one gradient, the
 sum of its uses': autograd keeps the later ones', whole, until it comes to the first.
 
-ZeRO-3 gathers into the parameter itself, and gradients leave through a bucket that is allocated
-once and as large as the largest unit.
+ZeRO-3 gathers into the parameter itself; one rank uses its own. Gradients leave through a bucket
+that is allocated once and as large as the largest tile. What is in it is copied, padded, to leave.
 """
 
 from collections.abc import Iterable, Iterator
@@ -49,9 +49,9 @@ class RankSetting:
         if self.state is None or not parameter.trainable:
             return 0
         kept = sum(self.state.of(parameter.element_bytes))
-        # DeepSpeed copies its masters to where they are offloaded, also those of float32.
-        copied = engine == "zero3" and self.offload != "none"
-        return kept + (FLOAT32 if copied and parameter.element_bytes == FLOAT32 else 0)
+        # DeepSpeed would step float32 in place, but compares a device with its name: never equal.
+        copied = engine == "zero3" and parameter.element_bytes == FLOAT32
+        return kept + (FLOAT32 if copied else 0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _kept(setting: RankSetting, sharding: Sharding, units: Units, own: Shards) -
     if sharding.engine == "zero3":
         yield Term("persistent parameters, whole", _nbytes(units.resident), "device")
         if own.trained:
-            yield Term("bucket of gradients", _largest(sharding, units, True), "device")
+            yield Term("bucket of gradients", units.bucket, "device")
     if place != "device" and sharding.engine == "zero3":
         yield Term("float32 gradients of shards", own.trained * FLOAT32, place)
     if on_disk:
@@ -176,10 +176,17 @@ def _gathered(
     ahead = min(max(setting.prefetch, int(keeps)), max(0, units.number - 1))
     if fsdp2:
         yield Term("untiled, gathered", sharding.whole(units.resident), "device")
-    yield Term("unit at work", largest, "device")
-    if not (fsdp2 and alone):
+    if fsdp2 or not alone or setting.offload != "none":
+        yield Term("unit at work", largest, "device")
+    if not alone or (not fsdp2 and setting.offload != "none"):
         yield Term("units on their way", ahead * largest, "device")
         yield Term("buffer of the all-gather", largest if keeps else 0, "device")
+        several = [
+            sharding.whole(unit) for unit, _, _ in units.tiles if len(unit) > 1 and not fsdp2
+        ]
+        yield Term("copy of what is gathered with others", max(several, default=0), "device")
+        waits = not forward and any(len(turn.kept(0)) > ahead for turn in units.turns)
+        yield Term("unit that waits", largest if waits else 0, "device")
     if setting.offload != "none":
         yield Term("shard of a unit, from the host", largest // sharding.world, "device")
 
@@ -221,6 +228,8 @@ def _gradients(sharding: Sharding, units: Units) -> Iterator[Term]:
     if sharding.engine == "fsdp2":
         yield Term("gradients of the untiled", _nbytes(trained_of(units.resident)), "device")
         yield Term("buffer of the reduce-scatter", largest, "device")
+    else:
+        yield Term("padded copy of the bucket", _leaving(sharding, units), "device")
     trained = [trained_of(unit) for unit, _, _ in units.tiles]
     gradient = max((_nbytes(unit) for unit in trained), default=0)
     yield Term("gradient of a unit, whole", gradient, "device")
@@ -228,6 +237,17 @@ def _gradients(sharding: Sharding, units: Units) -> Iterator[Term]:
         _nbytes(trained_of(unit)) * times for unit, times, uses in units.tiles if uses.backward > 1
     )
     yield Term("gradients of what is tied, until its first use", tied, "device")
+
+
+def _leaving(sharding: Sharding, units: Units) -> int:
+    """A full bucket, of the parameters that take most padding: at most so many bytes leave it."""
+    room, padding = units.bucket, 0
+    trained = [(p, times) for p, times in units.parameters.items() if p.trainable]
+    for each, times in sorted(trained, key=lambda found: found[0].nbytes):
+        fit = min(times, room // each.nbytes)
+        room -= fit * each.nbytes
+        padding += fit * (sharding.whole((each,)) - each.nbytes)
+    return max(units.bucket + padding, _largest(sharding, units, True)) if trained else 0
 
 
 def _host_step(

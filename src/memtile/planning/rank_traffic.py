@@ -65,7 +65,7 @@ def traffic(setting: RankSetting, sharding: Sharding, units: Units) -> tuple[Tra
         trained = trained_of(unit)
         gathered += sharding.whole(unit) // sharding.world * times * uses.gathers
         reduced += sharding.whole(trained) // sharding.world * times * uses.reductions
-    for unit, times in units.kept:
+    for unit, times in _kept(setting, units):
         gathered -= sharding.whole(unit) // sharding.world * times
     others = sharding.world - 1
     found = [
@@ -88,13 +88,21 @@ def _used(
     """Each unit, how many there are like it, and how often it is gathered and reduced.
 
     What is tied is reduced once: its gradient is complete only after its first use. FSDP2 lets go
-    of the root after its backward alone; ZeRO-3 gathers what is persistent when it was stepped.
+    of the root after its backward alone; ZeRO-3 gathers what is persistent, also what is frozen of
+    it, after each step of the optimizer.
     """
-    fsdp2, once = sharding.engine == "fsdp2", int(setting.state is not None)
+    once = int(setting.state is not None)
     for unit, times, uses in units.tiles:
         yield unit, times, _Times(uses.gathers, min(uses.backward, 1))
-    resident = units.resident
-    yield resident if fsdp2 else trained_of(resident), 1, _Times(once, once)
+    yield units.resident, 1, _Times(once, once)
+
+
+def _kept(setting: RankSetting, units: Units) -> Iterator[tuple[Unit, int]]:
+    """Units that are still whole when their backward comes, and how often."""
+    yield from units.kept
+    if setting.state is not None:
+        for turn in units.turns:
+            yield from ((unit, turn.times) for unit in turn.kept(setting.prefetch))
 
 
 def _offloaded(setting: RankSetting, own: Shards, fetched: int) -> Iterator[Traffic]:

@@ -5,8 +5,9 @@ has: a tile with fewer rows than ranks is padded to one row for each. A module w
 unit where it is as large as one; all that is smaller is the root's, which is whole from the start
 of a forward to the end of its backward.
 
-ZeRO-3 cuts each parameter's elements, padded to a multiple of the ranks, and gathers parameter by
-parameter. Those of one dimension are persistent: whole on every rank, and sharded besides.
+ZeRO-3 cuts each parameter's elements, padded to a multiple of the ranks, and gathers a module's own
+parameters together. Small ones are persistent: whole on every rank, and sharded besides. They are
+those up to the threshold of `memtile.engines.deepspeed_zero3.config`: a tile's bias, but no tile.
 
 Source: torch 2.13 (`FSDPParam`), DeepSpeed 0.19 (`Init._partition_param`).
 """
@@ -59,12 +60,14 @@ class Uses:
         again: in backward, where activations are recomputed.
         backward: how often a gradient comes back through it.
         cut_short: how often a recomputation ended inside it, since nothing after it is needed.
+        last: how many layers forward had begun when it began this one for the last time.
     """
 
     forward: int
     again: int
     backward: int
     cut_short: int = 0
+    last: int = 0
 
     @property
     def gathers(self) -> int:
@@ -122,6 +125,25 @@ class LooseModule:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Where a backward begins; as many units as are gathered ahead are still whole then.
+
+    Args:
+        units: those before, the last one first.
+        times: how often it comes in a step.
+        least: how many are whole even where none is gathered ahead.
+    """
+
+    units: tuple[Unit, ...]
+    times: int
+    least: int
+
+    def kept(self, prefetch: int) -> tuple[Unit, ...]:
+        """Those that are still whole."""
+        return self.units[: max(prefetch, self.least)]
+
+
+@dataclass(frozen=True)
 class Units:
     """Everything that ranks share, as an engine groups it.
 
@@ -130,11 +152,15 @@ class Units:
         resident: what stays whole: FSDP2's root during a pass, ZeRO-3's persistent ones always.
         kept: (unit, times): those that a recomputation ended in, and that are still whole when
             their backward comes.
+        turns: what ZeRO-3 keeps in the same way.
+        bucket: bytes of the buffer that ZeRO-3's gradients leave through: its largest tile's.
     """
 
     tiles: tuple[tuple[Unit, int, Uses], ...]
     resident: Unit
     kept: tuple[tuple[Unit, int], ...] = ()
+    turns: tuple[Turn, ...] = ()
+    bucket: int = 0
 
     @property
     def parameters(self) -> Counter[Parameter]:
@@ -226,20 +252,51 @@ def _fsdp2(
 def _zero3(
     layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Sequence[LooseModule]
 ) -> Units:
-    found: list[tuple[Unit, int, Uses]] = []
-    persistent: list[Parameter] = []
-    for module in loose:
-        persistent += [each for each in module.parameters if each.columns == 1]
-        found += [((each,), 1, module.uses) for each in module.parameters if each.columns > 1]
-    for layer in layers:
-        tiles = Counter(tile[:1] for tile in _tiles(layer.weight, None, grids[layer.name]))
-        found += [(unit, times, layer.uses) for unit, times in tiles.items()]
-        persistent += [
-            replace(bias, rows=rows)
-            for bias in layer.biases
-            for rows in _sizes(grids[layer.name].out_parts)
-        ]
-    return Units(tuple(found), tuple(persistent))
+    cut = [(layer, _cut(layer, grids[layer.name])) for layer in layers]
+    own: list[tuple[Uses, tuple[Unit, ...]]] = [(each.uses, (each.parameters,)) for each in loose]
+    own += [(layer.uses, units) for layer, units in cut]
+    tiles = [unit for _, units in cut for unit in units]
+    threshold = _persistent_up_to(tiles)
+    persistent = [p for _, units in own for unit in units for p in unit if p.elements <= threshold]
+    gathered = [
+        (uses, [unit for whole in units if (unit := _larger(whole, threshold))])
+        for uses, units in own
+    ]
+    found = [
+        (unit, times, uses) for uses, units in gathered for unit, times in Counter(units).items()
+    ]
+    bucket = max((tile[0].nbytes for tile in tiles), default=0)
+    return Units(tuple(found), tuple(persistent), turns=tuple(_turns(gathered)), bucket=bucket)
+
+
+def _persistent_up_to(tiles: Sequence[Unit]) -> int:
+    """As `Sizes.persistent_up_to` of the engine: the largest bias of a tile, but no tile."""
+    beside = max((bias.elements for _, *biases in tiles for bias in biases), default=0)
+    return min(beside, min((weight.elements for weight, *_ in tiles), default=1) - 1)
+
+
+def _larger(unit: Unit, threshold: int) -> Unit:
+    return tuple(parameter for parameter in unit if parameter.elements > threshold)
+
+
+def _turns(gathered: Sequence[tuple[Uses, Sequence[Unit]]]) -> Iterator[Turn]:
+    """The ends of recomputations, which let go of nothing, and that of forward."""
+    trained = [(uses, tuple(reversed(units))) for uses, units in gathered if units]
+    for uses, units in trained:
+        if uses.cut_short:
+            yield Turn(units, uses.cut_short, 1)
+    if trained:
+        _, units = max(trained, key=lambda each: each[0].last)
+        yield Turn(units, 1, 0)
+
+
+def _cut(layer: ShardedLayer, grid: Grid) -> tuple[Unit, ...]:
+    """A layer's tiles, each with its bias; biases of other layers that share them come with it."""
+    units = list(_tiles(layer.weight, layer.biases[0] if layer.biases else None, grid))
+    for bias in layer.biases[1:]:
+        rows = _sizes(grid.out_parts)
+        units[-1] = (*units[-1], *(replace(bias, rows=height) for height in rows))
+    return tuple(units)
 
 
 @lru_cache(maxsize=1024)  # a model's blocks are alike
