@@ -96,7 +96,7 @@ def run(rank: int, folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=300)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     home = Path(folder) / f"home{rank}"
     home.mkdir()

@@ -94,7 +94,7 @@ def run(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     here = Path(folder)
     store = dist.FileStore(str(here / "store"), world)
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=300)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     model = sharded((3, 2))
     dense_files.BAND_BYTES = moving.PIECE_BYTES = 4 * PIECE

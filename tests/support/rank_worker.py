@@ -327,7 +327,7 @@ def run(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     found = {name: asdict(run_case(case, world)) for name, case in CASES.items()}
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
