@@ -5,7 +5,7 @@ from statistics import fmean
 import pytest
 import torch
 import torch.distributed as dist
-from engine_cases import Case, Net, tiled, train
+from engine_cases import Case, Net, batches, tiled, train
 from fsdp2_worker import CASES, spawn
 from torch.distributed.fsdp import FSDPModule
 
@@ -107,6 +107,16 @@ def test_layers_without_tiles_are_units_of_their_own(alone):
 
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     assert units == ["", "up.linears.0.0", "up.linears.1.0", "down"]
+
+
+def test_a_part_that_is_called_before_the_model_is_refused(alone):
+    """FSDP2 would gather everything, and the model could not be used any more."""
+    model = shard(memtile.tile(Net(Case()), out_splits=4), unit_bytes=0)
+
+    with pytest.raises(EngineError, match="called before the model itself"):
+        model.embedding(batches()[0])
+    model(batches()[0])
+    model.embedding(batches()[0])
 
 
 def test_parked_tiles_are_refused(alone, tmp_path):

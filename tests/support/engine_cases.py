@@ -28,18 +28,27 @@ class Net(nn.Module):
         if case.tied:
             self.head.weight = self.embedding.weight
         self.up.requires_grad_(not case.frozen)
+        for name in case.frozen_too:
+            self.get_submodule(name).requires_grad_(False)
+        self.skips, self.stumbles, self.calls = case.skips, case.stumbles, 0
         self.to(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The mean square of the logits."""
         x = self.embedding(ids)
-        between = checkpoint(self._between, x, use_reentrant=False) if self.again else None
-        x = x + (self._between(x) if between is None else between)
+        self.calls += 1
+        if self.again:
+            x = x + checkpoint(self._between, x, use_reentrant=False)
+        elif not (self.skips and self.calls % 2):
+            x = x + self._between(x)
         loss: Tensor = self.head(self.norm(x)).square().mean()
         return loss
 
     def _between(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(torch.tanh(self.up(x)))
+        x = self.up(x)
+        if self.stumbles and self.calls == 3:
+            raise ZeroDivisionError
+        result: Tensor = self.down(torch.tanh(x))
         return result
 
 
@@ -60,6 +69,9 @@ class Case:
     hybrid: bool = False
     whole: tuple[str, ...] = ()
     backwards: bool = False
+    frozen_too: tuple[str, ...] = ()
+    skips: bool = False
+    stumbles: bool = False
 
 
 CASES = {
@@ -91,7 +103,11 @@ def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> list[f
     for batch in batches():
         optimizer.zero_grad()
         for part in batch.chunk(case.parts):
-            loss = model(share_of(part, rank, world)) / case.parts
+            share = share_of(part, rank, world)
+            try:
+                loss = model(share) / case.parts
+            except ZeroDivisionError:  # as who tries again after too little memory
+                loss = model(share) / case.parts
             loss.backward()
             losses.append(loss.item() * case.parts)
         if case.clip is not None:

@@ -32,6 +32,10 @@ CASES = {
     **COMMON,
     "neighbours together": Case(grid=(3, 5), unit_bytes=600),
     "hybrid": Case(hybrid=True),
+    "half of it frozen": Case(frozen=True, frozen_too=("embedding",), tied=False),
+    "another way in each step": Case(skips=True, tied=False),
+    "another way, tied": Case(skips=True),
+    "after a forward that raised": Case(stumbles=True, tied=False),
     "registered backwards": Case(backwards=True, tied=False),
     "some layers not tiled": Case(whole=("down", "head"), tied=False, unit_bytes=600),
 }
@@ -45,8 +49,8 @@ def watched() -> Iterator[list[int]]:
     live: set[int] = set()
     most = [0]
 
-    def gather(group: Any, *arguments: Any) -> None:
-        unshard(group, *arguments)
+    def gather(group: Any, *arguments: Any, **options: Any) -> None:
+        unshard(group, *arguments, **options)
         if not any(isinstance(module, Net) for module in group.modules):
             live.add(id(group))
             most[0] = max(most[0], len(live))

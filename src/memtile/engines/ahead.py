@@ -1,20 +1,24 @@
 """Which unit of FSDP2 is gathered ahead: the next one in forward, the one before in backward.
 
-The order is that of the last forward, whatever the order in which modules were registered.
+Forward goes by the order of the last forward, backward by that of its own. What was brought ahead
+and is not used after all, because a step took another way, is let go of as soon as that is seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-Units = list[Any]  # FSDPModules, which are no nn.Module
+from memtile.errors import EngineError
+
+Unit = Any  # the first FSDPModule of those that are gathered together; it is no nn.Module to mypy
+_NONE: Final[list[Unit]] = []
 
 
 def bring_ahead(model: nn.Module, units: Sequence[Sequence[nn.Module]], ahead: int) -> None:
-    """Gather units ahead of their use, where all uses of a unit have the same ones beside them.
+    """Gather units ahead of their use.
 
     Args:
         model: the root, sharded already.
@@ -27,40 +31,71 @@ def bring_ahead(model: nn.Module, units: Sequence[Sequence[nn.Module]], ahead: i
 
 
 class _Order:
-    """What the last forward used, one unit after the other, and so what is beside each of them.
-
-    Attributes:
-        following: each unit in forward.
-        before: each unit, the nearest first.
-    """
+    """The units that a forward uses, one after the other, and what is beside each of them."""
 
     def __init__(self, model: nn.Module, ahead: int) -> None:
+        self._root: Unit = model
         self._ahead = ahead
-        self._used: list[nn.Module] = []
-        self.following: dict[nn.Module, Units] = {}
-        self.before: dict[nn.Module, Units] = {}
-        model.register_forward_pre_hook(self._begin)
+        self._has_begun, self._has_ended = False, True
+        self._used: list[Unit] = []
+        self._with_backward: set[Unit] = set()  # of this forward
+        self._before: dict[Unit, list[Unit]] = {}  # likewise
+        self._waiting: set[Unit] = set()  # brought ahead, and not used yet
+        self._following: dict[Unit, list[Unit]] = {}
+        model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end)
 
-    def use(self, unit: nn.Module) -> None:
-        """A unit works now, the first module of which is this."""
+    def use(self, unit: Unit) -> tuple[list[Unit], list[Unit]]:
+        """A unit works now; gives what follows it, and what was before, the nearest first.
+
+        Raises:
+            EngineError: the model itself was never called, so FSDP2 knows no root.
+        """
+        if not self._has_begun:
+            raise EngineError(
+                f"a layer inside the {type(self._root).__name__} was called before the model "
+                "itself: FSDP2 finds its root in the model's first forward; call model(…) once, "
+                "then its parts"
+            )
+        following = self._following.get(unit, _NONE)
+        self._waiting.discard(unit)
+        self._let_go_of(self._waiting.difference(following))
+        self._waiting.update(following)
+        earlier = (each for each in reversed(self._used) if each in self._with_backward)
+        before = [each for each, _ in groupby(earlier) if each is not unit][: self._ahead]
+        if self._before.setdefault(unit, before) != before:  # a second use, after other units
+            before = _NONE
         self._used.append(unit)
+        return following, before
+
+    def will_have_backward(self, unit: Unit) -> None:
+        """A result of the unit requires grad."""
+        self._with_backward.add(unit)
 
     def _begin(self, *_: object) -> None:
-        self._used = []
+        self._has_begun = True
+        for unit in [] if self._has_ended else self._used:  # the forward before raised
+            unit.reshard()
+        self._let_go_of(self._waiting)
+        self._has_ended = False
+        self._used, self._with_backward, self._before = [], set(), {}
 
     def _end(self, *_: object) -> None:
-        if _in_backward():
-            return
+        self._has_ended = True
+        self._let_go_of(self._waiting)
         used, ahead = [unit for unit, _ in groupby(self._used)], self._ahead
-        for unit in set(used):
-            places = [place for place, each in enumerate(used) if each is unit]
-            self.following[unit] = _only({tuple(used[p + 1 : p + 1 + ahead]) for p in places})
-            self.before[unit] = _only({tuple(used[max(0, p - ahead) : p][::-1]) for p in places})
+        places: dict[Unit, set[tuple[Unit, ...]]] = {}
+        for place, unit in enumerate(used):
+            places.setdefault(unit, set()).add(tuple(used[place + 1 : place + 1 + ahead]))
+        self._following = {
+            unit: list(found.pop()) if len(found) == 1 else _NONE for unit, found in places.items()
+        }
 
-
-def _only(found: set[tuple[nn.Module, ...]]) -> Units:
-    return list(found.pop()) if len(found) == 1 else []
+    def _let_go_of(self, units: Iterable[Unit]) -> None:
+        for unit in list(units):
+            self._waiting.discard(unit)
+            unit.unshard()  # what is on its way has to arrive first
+            unit.reshard()
 
 
 class _Ahead:
@@ -76,27 +111,35 @@ class _Ahead:
     """
 
     def __init__(self, unit: Sequence[nn.Module], order: _Order) -> None:
-        self._key, self._order = unit[0], order
-        self._first: Any = unit[0]  # an FSDPModule, which is no nn.Module
+        self._first: Unit = unit[0]
+        self._order = order
         self._recomputed, self._trained = False, False
+        self._before: list[Unit] | None = None
         unit[0].register_forward_pre_hook(self._choose, prepend=True)
+        for module in unit:
+            module.register_forward_hook(self._note)
         unit[-1].register_forward_hook(self._let_go)
 
     def _choose(self, *_: object) -> None:
-        following: Units = []
-        before: Units = []
+        following, before = _NONE, _NONE
         if _in_backward():
             self._recomputed = True
         else:
-            self._order.use(self._key)
-            following = self._order.following.get(self._key, [])
-            if self._trained and not self._recomputed:
-                before = self._order.before.get(self._key, [])
-            self._trained = self._trained or torch.is_grad_enabled()
+            following, before = self._order.use(self._first)
         self._first.set_modules_to_forward_prefetch(following)
+        if torch.is_grad_enabled():
+            self._choose_before(before if self._trained and not self._recomputed else _NONE)
+            self._trained = True
+
+    def _choose_before(self, before: list[Unit]) -> None:
         # A unit that is there already is none: an empty list would be the engine's own guess, which
         # left a third unit gathered where a tied one has other units before each of its uses.
         self._first.set_modules_to_backward_prefetch(before or [self._first])
+
+    def _note(self, module: nn.Module, inputs: object, result: object) -> None:
+        results = result if isinstance(result, tuple) else (result,)
+        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in results):
+            self._order.will_have_backward(self._first)
 
     def _let_go(self, *_: object) -> None:
         if _in_backward():
