@@ -130,6 +130,16 @@ def test_what_cannot_be_is_said_before_anything_begins(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_layers_below_the_tile_is_told_so(tiny_model, tiny_text, tmp_path):
+    """With the option that helps."""
+    arguments = words(tiny_model, tiny_text, tmp_path / "out")
+    arguments[arguments.index("1KiB")] = "1GiB"
+    with launch(1, arguments) as run:
+        _, said = run.communicate(timeout=120)
+
+    assert "memtile: --tile 1.00 GiB: no layer of the model is larger" in said
+
+
 def test_options_of_engines_need_one(tiny_model, tiny_text, tmp_path, capsys):
     """They would be ignored."""
     command = ["finetune", str(tiny_model), str(tiny_text), "--out", str(tmp_path / "out")]

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import memtile
 from memtile.engines.torch_fsdp2 import shard
-from memtile.errors import ArgumentError, EngineError, ParkedError
+from memtile.errors import ArgumentError, CannotTileError, EngineError, ParkedError
 
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
@@ -92,6 +92,25 @@ def test_numbers_that_mean_nothing_are_refused(alone, options):
     """What is no number of bytes or of units."""
     with pytest.raises(ArgumentError, match="whole number"):
         shard(memtile.tile(Net(Case()), out_splits=2), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mesh": 2}, {"mp_policy": torch.bfloat16}, {"offload_policy": "cpu"}]
+)
+def test_what_is_no_mesh_or_policy_is_refused(alone, options):
+    """torch would ignore some of them, and fail much later with others."""
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        shard(memtile.tile(Net(Case()), out_splits=2), **options)
+
+
+def test_what_is_sharded_is_not_tiled_or_saved_as_if_it_were_whole(alone, tmp_path):
+    """Both say what to do in their place."""
+    model = shard(memtile.tile(Net(Case()), out_splits=2), unit_bytes=0)
+
+    with pytest.raises(CannotTileError, match="tile the model first"):
+        memtile.tile(model, out_splits=3)
+    with pytest.raises(CannotTileError, match=r"dense_files\.save_checkpoint"):
+        memtile.save_checkpoint(model, tmp_path)
 
 
 def test_a_model_without_tiles_is_refused(alone):

@@ -80,3 +80,14 @@ def test_it_can_be_taken_away(alone):
 
     assert model.up.weight.grad is not None
     assert not model.up.weight._post_accumulate_grad_hooks
+
+
+def test_gradients_are_averaged_once(alone):
+    """A second time is refused, until the first is taken away."""
+    model = Net()
+    averaging = Averaging(model)
+
+    with pytest.raises(EngineError, match="averaged already"):
+        Averaging(model)
+    averaging.remove()
+    Averaging(model)

@@ -19,7 +19,7 @@ from memtile.convert import moving
 from memtile.engines import dense_files
 from memtile.engines.dense_files import load_checkpoint, save_checkpoint
 from memtile.engines.torch_fsdp2 import shard
-from memtile.errors import CheckpointError
+from memtile.errors import CheckpointError, EngineError
 
 PIECE = 70
 """Elements that are read at once here, in place of millions."""
@@ -88,6 +88,15 @@ def refused(folder: Path) -> str:
     return ""
 
 
+def other_folders(model: nn.Module, folder: Path) -> str:
+    """What is said where each rank was given a folder of its own."""
+    try:
+        save_checkpoint(model, folder / f"out{dist.get_rank()}")
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
 def run(rank: int, world: int, folder: str) -> None:
     """Load the dense file, look at the shards, write it again."""
     warnings.simplefilter("error")
@@ -104,11 +113,12 @@ def run(rank: int, world: int, folder: str) -> None:
         save_checkpoint(model, here / "half", dtype=torch.bfloat16)
         if find_spec("deepspeed") is not None:
             save_checkpoint(partitioned(here / "in"), here / "zero3")
-    torch.save((largest.numel, refused(here)), here / f"rank{rank}.pt")
+    said = other_folders(model, here)
+    torch.save((largest.numel, refused(here), said), here / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def spawn(world: int, check: Any) -> list[tuple[int, str]]:
+def spawn(world: int, check: Any) -> list[tuple[int, str, str]]:
     """What each rank found; `check` is called with the folder."""
     with tempfile.TemporaryDirectory() as folder:
         memtile.save_checkpoint(filled(), Path(folder) / "in")

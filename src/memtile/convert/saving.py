@@ -12,7 +12,7 @@ from memtile.convert.moving import outgoing
 from memtile.convert.wanted import persistent_buffers, wanted_by
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import berth_of
-from memtile.layers import TiledModule
+from memtile.layers import TiledModule, is_shard
 from memtile.transfer import ferries_of
 
 
@@ -66,6 +66,11 @@ def _check_saveable(model: nn.Module) -> None:
                 "save it by itself with torch.save(module.get_extra_state(), …)"
             )
     for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
+        if is_shard(tensor):
+            raise CannotTileError(
+                f"{name} is a shard over ranks; memtile.engines.dense_files.save_checkpoint writes "
+                "the dense checkpoint of those, called by each rank"
+            )
         if type(tensor) not in (nn.Parameter, Tensor):
             raise CannotTileError(
                 f"{name} is a {type(tensor).__name__}, which has no dense form; turn it into a "

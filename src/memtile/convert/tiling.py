@@ -20,7 +20,7 @@ from memtile.convert.planned import (
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.homes import Home
-from memtile.layers import TiledModule
+from memtile.layers import TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,8 +67,9 @@ def tile(
     Raises:
         ArgumentError: no size or a wrong one is given, sizes beside a plan, a name is no module of
             the model, or a checkpoint is given for a model that has values.
-        CannotTileError: the model is itself a linear, a module in `modules` cannot be tiled,
-            out_splits and in_splits fit no module at all, or the plan is of another model.
+        CannotTileError: an engine has sharded the model, it is itself a linear, a module in
+            `modules` cannot be tiled, out_splits and in_splits fit no module at all, or the plan is
+            of another model.
         HomeFullError: the home has no room for all tiles; the model is unchanged.
         SealError: the home was reopened and is not of this model; the model is unchanged.
         CheckpointError: it is missing, damaged or not of this model; the model is unchanged, on the
@@ -78,6 +79,7 @@ def tile(
         TileSizeWarning: parameters stay above `max_tile_bytes`: experts kept as one tensor, rows of
             an embedding that are longer, layers that are tiled already.
     """
+    _refuse_shards(model)
     if plan is not None:
         if not isinstance(plan, Plan | RankPlan):
             raise ArgumentError(
@@ -112,6 +114,15 @@ def tile(
     if cut.max_tile_bytes is not None and modules is None:
         _warn_of_larger(model, cut.max_tile_bytes, choices)
     return model
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_shard(parameter):
+            raise CannotTileError(
+                f"{name} is a shard over ranks already: tile the model first, then give it to the "
+                "engine"
+            )
 
 
 def _carry_out(

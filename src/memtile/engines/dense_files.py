@@ -27,7 +27,7 @@ from memtile.convert import integrations
 from memtile.convert.finding import Findings, Match, checked, find
 from memtile.convert.moving import Source, bring_in
 from memtile.convert.wanted import wanted_by
-from memtile.engines.dense_views import DenseView, dense_view, let_go
+from memtile.engines.dense_views import DenseView, dense_view, let_go, unwrapped
 from memtile.engines.piece_reader import PieceReader
 from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.ranks import Ranks
@@ -100,7 +100,8 @@ def save_checkpoint(
 
         Each of them on every rank.
     """
-    ranks = Ranks(process_group)
+    ranks, model = Ranks(process_group), unwrapped(model)
+    ranks.check_same("the folder", folder)
     view = ranks.each(lambda: dense_view(model))
     with _between(ranks, Path(folder)) as between, ranks.answering(), _silent():
         state_dict_saver.save(

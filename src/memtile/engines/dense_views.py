@@ -141,8 +141,9 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that DistributedDataParallel wraps, whose names are the untiled model's; or it."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside DDP's or DeepSpeed's, whose names are the untiled model's; or the model."""
+    engine = type(model).__module__.startswith("deepspeed.")
+    inner = model.module if isinstance(model, DistributedDataParallel) or engine else model
     return cast(nn.Module, inner)
 
 

@@ -90,6 +90,7 @@ def save(
         Each of them on every rank.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
+    ranks.check_same("the folder and step", f"{folder}, {step}")
     given = {"step": step, "position": position, "extra": extra}
     state = ranks.each(lambda: _outgoing(model, optimizer, given, keep))
     with _whole(ranks, Path(folder), step, keep) as (partial, target):
@@ -126,6 +127,7 @@ def load(
         Each of them on every rank.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
+    ranks.check_same("the folder", folder)
     saved = ranks.first(lambda: _newest(Path(folder)))
     metadata, record = ranks.each(lambda: _opened(saved.path))
     wanted = ranks.each(lambda: _wanted(model, metadata, saved.path))

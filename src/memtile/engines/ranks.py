@@ -42,6 +42,23 @@ class Ranks:
         assert result is not None
         return result[0]
 
+    def check_same(self, what: str, value: object) -> None:
+        """Refuse to go on where ranks were given different things.
+
+        Raises:
+            EngineError: they were; on each rank.
+        """
+        theirs = self.first(lambda: str(value))
+
+        def compare() -> None:
+            if str(value) != theirs:
+                raise EngineError(
+                    f"rank {self.number} was given {what} {value}, and rank 0 {theirs}: give the "
+                    "same on each rank"
+                )
+
+        self.each(compare)
+
     def first(self, act: Callable[[], T]) -> T:
         """What `act` gives on the first rank, on all of them.
 

@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.errors import EngineError, OptimizerError
 from memtile.homes import berth_of
 from memtile.transfer import ferries_of, is_stepped_in_backward
+
+_averaged = WeakIdKeyDictionary()
 
 
 class Averaging:
@@ -31,13 +34,15 @@ class Averaging:
         group: its ranks; None: all.
 
     Raises:
-        EngineError: there is no process group, ranks have other models, or an engine holds shards.
+        EngineError: there is no process group, ranks have other models, an engine holds shards, or
+            gradients are averaged already.
         OptimizerError: a `TileOptimizer` steps in backward already, so it would come first.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         _check(model, group)
-        self._group, self._on = group, True
+        _averaged.update(dict.fromkeys(model.parameters()))
+        self._group, self._on, self._parameters = group, True, list(model.parameters())
         for tensor in (*model.parameters(), *model.buffers()):
             self._send(tensor)
         self._hooks = [
@@ -59,6 +64,8 @@ class Averaging:
         """Average no more."""
         for hook in self._hooks:
             hook.remove()
+        for parameter in self._parameters:
+            _averaged.pop(parameter, None)
 
     def _send(self, tensor: Tensor) -> None:
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
@@ -100,6 +107,11 @@ def _check(model: nn.Module, group: dist.ProcessGroup | None) -> None:
         raise EngineError(
             f"parameters of this {type(model).__name__} are on the meta device, where nothing has "
             "values; load it first"
+        )
+    if any(parameter in _averaged for parameter in parameters):
+        raise EngineError(
+            "gradients of this model are averaged already, and twice would send them twice; call "
+            "remove() of the Averaging before"
         )
     if any(map(is_stepped_in_backward, parameters)):
         raise OptimizerError(

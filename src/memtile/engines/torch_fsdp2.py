@@ -5,7 +5,7 @@ tiles are gathered along the layer's order, one ahead in both directions (`ahead
 of in backward whatever the input is (`release`); a tied tile is one unit with two uses (`ties`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
@@ -67,10 +67,17 @@ def shard(
         ArgumentError: nothing is tiled, or a number is out of its range.
         ParkedError: tiles live in a home already.
     """
+    kinds = {
+        "model": (model, nn.Module),
+        "mesh": (mesh, DeviceMesh),
+        "mp_policy": (mp_policy, MixedPrecisionPolicy),
+        "offload_policy": (offload_policy, OffloadPolicy),
+    }
+    _check_kinds(kinds)
     _check(model, unit_bytes, prefetch)
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
-    check_agreement(model, (unit_bytes, prefetch), groups)
+    check_agreement(model, (unit_bytes, prefetch, mp_policy, offload_policy), groups)
     options: dict[str, Any] = {  # two keywords of fully_shard
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
@@ -107,6 +114,12 @@ def _refuse_shards(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[
 
 
 register_gatherer(_refuse_shards)
+
+
+def _check_kinds(given: Mapping[str, tuple[object, type]]) -> None:
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind) and not (value is None and name != "model"):
+            raise ArgumentError(f"{name}={value!r} must be a {kind.__name__}")
 
 
 def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:

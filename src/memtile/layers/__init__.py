@@ -1,7 +1,7 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
 from memtile.layers.door import is_plain
-from memtile.layers.gather import gathered, register_gatherer, whole_shape
+from memtile.layers.gather import gathered, is_shard, register_gatherer, whole_shape
 from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule, home_on
 from memtile.layers.return_bias import TiledLinearReturnBias
@@ -21,6 +21,7 @@ __all__ = [
     "gathered",
     "home_on",
     "is_plain",
+    "is_shard",
     "register_gatherer",
     "whole_shape",
 ]

@@ -42,6 +42,11 @@ def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iter
         yield False not in answers
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process has a part of the tensor only: torch's `DTensor`, or an engine's own."""
+    return hasattr(tensor, "device_mesh") or whole_shape(tensor) != tuple(tensor.shape)
+
+
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape that a tensor has when it is gathered."""
     for _, shape_of in _gatherers:

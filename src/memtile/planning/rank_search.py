@@ -180,11 +180,11 @@ class RankSearch:
         largest = sorted(least.device_terms, key=lambda term: -term.nbytes)[:3]
         parts = ", ".join(f"{term.name} ({format_byte_size(term.nbytes)})" for term in largest)
         world = self.smallest_world(sharding, checkpointing)
-        way = "no number of ranks is enough" if world is None else f"take {world} ranks"
+        enough = f"{world} ranks would do" if world else "no number of ranks would do"
         return BudgetError(
             f"{format_byte_size(self._memory)} a device: {sharding.world} ranks need at least "
             f"{format_byte_size(needed(least.device_bytes))} each; the largest parts are {parts}; "
-            f"{way}, or fewer tokens, or {_way_out(self._setting, sharding)}"
+            f"{enough}; take fewer tokens, or {_way_out(self._setting, sharding)}"
         )
 
 
@@ -194,5 +194,5 @@ def _on(sharding: Sharding, world: int) -> Sharding:
 
 def _way_out(setting: RankSetting, sharding: Sharding) -> str:
     if setting.offload == "none":
-        return "offload='cpu', which keeps shards, gradients and moments in host memory"
+        return "offload to cpu, which keeps shards, gradients and moments in host memory"
     return "a model with gradient checkpointing"

@@ -18,6 +18,7 @@ from memtile.cli.finetune.run import check_vocabulary, texts_of
 from memtile.cli.finetune.settings import Settings
 from memtile.cli.finetune.sharding import load_engine, sharded
 from memtile.engines import dense_files, distributed_checkpoints
+from memtile.engines.agreement import check_agreement
 from memtile.engines.ranks import Ranks
 from memtile.homes import keep_freed_memory_out
 from memtile.planning import format_byte_size
@@ -108,6 +109,7 @@ class _ShardedRun(Run):
         model = models.empty_of(Path(settings.model))
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+        check_agreement(model, (settings, options))
         self._sharded = sharded(model, settings, options.tile_bytes, offload=options.offload)
         self._seen = 0  # sequences that all ranks have trained on
         self.summary = (

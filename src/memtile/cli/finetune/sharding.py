@@ -13,10 +13,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import memtile
+from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Settings
 from memtile.engines.dense_files import load_checkpoint
 from memtile.engines.torch_fsdp2 import shard
 from memtile.engines.zero3_config import check_installed
+from memtile.errors import ArgumentError
+from memtile.planning import format_byte_size
 
 
 class Sharded(ABC):
@@ -128,12 +131,19 @@ def sharded(
 
     Raises:
         EngineError: the engine is missing, or ranks differ.
+        CommandError: nothing is larger than a tile.
         CheckpointError: the model's files are damaged, or of another model.
     """
     memtile.tile(model, max_tile_bytes=tile_bytes)
-    if settings.engine == "zero3":
-        return Zero3(model, settings, offload=offload)
-    return Fsdp2(model, settings, offload=offload)
+    try:
+        if settings.engine == "zero3":
+            return Zero3(model, settings, offload=offload)
+        return Fsdp2(model, settings, offload=offload)
+    except ArgumentError as error:
+        raise CommandError(
+            f"--tile {format_byte_size(tile_bytes)}: no layer of the model is larger, so nothing "
+            "is tiled: give less."
+        ) from error
 
 
 def load_engine(name: str) -> None:
