@@ -8,17 +8,16 @@ import pytest
 import torch
 from compiled_ops import state_of
 from engine_cases import distance
-from zero3_disk_worker import PLACES, SPLITS, dense, spawn
+from zero3_disk_worker import PLACES, dense, spawn, splits_for
 
 pytestmark = pytest.mark.slow
-_TILES = 2 * SPLITS
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def outcome(request, tmp_path_factory):
     if (state := state_of("AsyncIOBuilder")) != "compiled":
         pytest.skip(f"DeepSpeed's async_io is not compiled here, which is {state}")
-    return spawn(tmp_path_factory.mktemp("disk"))
+    return spawn(tmp_path_factory.mktemp("disk"), request.param)
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -35,14 +34,15 @@ def test_tiles_are_in_files_meanwhile(outcome, name):
     """Each tile's part, of each rank; masters and both moments where the optimizer is there too."""
     ranks, _ = outcome
     param, optimizer = PLACES[name]
+    tiles = 2 * splits_for(len(ranks))
     for rank, seen in enumerate(outcome[0]):
         files = ranks[rank][name]["files"]
         parts = [size for path, size in files.items() if f"float32params/rank{rank}" in path]
         states = [size for path, size in files.items() if f"optimizer/rank{rank}" in path]
-        assert len(parts) == (_TILES if param == "disk" else 0)
-        assert len(states) >= (3 * _TILES if optimizer == "disk" else 0)
+        assert len(parts) == (tiles if param == "disk" else 0)
+        assert len(states) >= (3 * tiles if optimizer == "disk" else 0)
         assert all(size >= 1 << 20 for size in [*parts, *states])
-        assert seen[name]["in memory"] == (0 if param == "disk" else _TILES)
+        assert seen[name]["in memory"] == (0 if param == "disk" else tiles)
 
 
 @pytest.mark.parametrize("name", PLACES)

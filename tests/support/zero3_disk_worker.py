@@ -1,4 +1,4 @@
-"""What two processes under ZeRO-3 do with parts of tiles in files on a disk."""
+"""What processes under ZeRO-3 do with parts of tiles in files on a disk."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,18 @@ import memtile
 from memtile.engines.deepspeed_zero3 import check, config, hold
 from memtile.errors import EngineError
 
-WORLD, STEPS, SPLITS = 2, 6, 4
+STEPS = 6
 PLACES: dict[str, tuple[str | None, str | None]] = {
     "parameters": ("disk", None),
     "the optimizer": (None, "disk"),
     "both": ("disk", "disk"),
     "parameters, and the optimizer on the CPU": ("disk", "cpu"),
 }
+
+
+def splits_for(world: int) -> int:
+    """Rows of tiles, so that each rank's part of one has a mebibyte."""
+    return 8 // world
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -51,7 +56,8 @@ def trained(
     """What was live and on the disk meanwhile, and the dense parameters."""
     import deepspeed
 
-    model = memtile.tile(net(), out_splits=SPLITS)
+    world = dist.get_world_size()
+    model = memtile.tile(net(), out_splits=splits_for(world))
     param, optimizer = (folder if place == "disk" else place for place in places)
     given = config(model, offload_param=param, offload_optimizer=optimizer)
     seen: dict[str, Any] = {"findings": [str(each) for each in check(given, model)]}
@@ -59,7 +65,7 @@ def trained(
     engine = hold(started(model, given, lr=1e-3))
     with watched(model) as live:
         for x in batches():
-            engine.backward(engine(x.chunk(WORLD)[rank]).square().mean())
+            engine.backward(engine(x.chunk(world)[rank]).square().mean())
             engine.step()
     seen |= {**live, "files": _files(folder), "in memory": _in_memory(model)}
     state = {name: tensor.clone() for name, tensor in memtile.dense_state_dict(model)}
@@ -82,7 +88,7 @@ def _stays(model: Any, engine: Any) -> bool:  # both with attributes that have n
 
 def _rounded(folder: Path) -> str:
     """What `hold` says of parts that are on the disk in another dtype, or nothing."""
-    model = memtile.tile(net(), out_splits=SPLITS)
+    model = memtile.tile(net(), out_splits=splits_for(dist.get_world_size()))
     engine = started(model, config(model, offload_param=folder / "rounded"))
     files = next(model.parameters()).nvme_swapper  # type: ignore[attr-defined]
     try:
@@ -125,8 +131,8 @@ def run(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def spawn(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
+def spawn(folder: Path, world: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """What each rank saw, and the parameters that each place left."""
-    torch.multiprocessing.spawn(run, (WORLD, str(folder)), nprocs=WORLD)
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
+    torch.multiprocessing.spawn(run, (world, str(folder)), nprocs=world)
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     return ranks, {name: torch.load(folder / f"{name}.pt") for name in PLACES}
