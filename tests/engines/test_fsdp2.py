@@ -5,7 +5,7 @@ from statistics import fmean
 import pytest
 import torch
 import torch.distributed as dist
-from engine_cases import Case, Net, batches, tiled, train
+from engine_cases import Case, Net, ParallelNet, batches, parallel_losses, plain_step, tiled, train
 from fsdp2_worker import CASES, spawn
 from torch.distributed.fsdp import FSDPModule
 
@@ -57,6 +57,15 @@ def test_losses_are_those_of_the_dense_model(outcome, dense, name):
     means = [fmean(losses) for losses in zip(*_losses(outcome, name), strict=True)]
 
     assert means == pytest.approx(dense[name][0], rel=1e-9)
+
+
+def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
+    """Megatron's, of half the widths each: as they do without an engine."""
+    expected = parallel_losses(plain_step(ParallelNet()))
+
+    assert expected[-1] < expected[0]
+    for rank in outcome.ranks:
+        assert rank["parallel"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

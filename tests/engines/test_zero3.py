@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import CASES, Net, distance, train
+from engine_cases import CASES, Net, ParallelNet, distance, parallel_losses, plain_step, train
 from zero3_worker import spawn
 
 pytestmark = pytest.mark.skipif(
@@ -48,6 +48,15 @@ def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     assert distance({**outcome.states[name], "losses": losses}, truth) <= 4 * distance(
         rounded, truth
     )
+
+
+def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
+    """Megatron's, of half the widths each: as they do without an engine."""
+    expected = parallel_losses(plain_step(ParallelNet()))
+
+    assert expected[-1] < expected[0]
+    for rank in outcome.ranks:
+        assert rank["parallel"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,7 +1,8 @@
 """Models and ways to train them that every engine's tests share, and their dense run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,3 +139,57 @@ def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
 def distance(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
     """The norm of all differences between two sets of tensors."""
     return float(sum((found[key] - truth[key]).norm().item() ** 2 for key in truth) ** 0.5)
+
+
+class ColumnParallel(nn.Linear):
+    """Megatron's `skip_bias_add` on one of two ranks: half of the outputs, the bias beside them."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features // 2, bias)
+
+    def forward(self, input: Tensor) -> Any:  # two tensors, where nn.Linear gives one
+        """(output, bias)."""
+        return nn.functional.linear(input, self.weight), self.bias
+
+
+class RowParallel(ColumnParallel):
+    """The same for half of the inputs."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features // 2, 2 * out_features, bias)
+
+
+class ParallelNet(nn.Module):
+    """What one of two tensor-parallel ranks has of two linears, in tiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.up = memtile.TiledLinearReturnBias(12, 32, out_splits=4, linear_cls=ColumnParallel)
+        self.down = memtile.TiledLinearReturnBias(32, 13, out_splits=3, linear_cls=RowParallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean square of the outputs."""
+        y, bias = self.up(x)
+        y, last = self.down(torch.tanh(y + bias))
+        loss: Tensor = (y + last).square().mean()
+        return loss
+
+
+def parallel_losses(step: Callable[[Tensor], float]) -> list[float]:
+    """Losses of a few steps with the same data on each rank."""
+    return [step(x) for x in torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(2))]
+
+
+def plain_step(model: nn.Module) -> Callable[[Tensor], float]:
+    """A step of AdamW of a model that torch alone can step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(x: Tensor) -> float:
+        loss = model(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step

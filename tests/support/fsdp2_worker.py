@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from engine_cases import CASES as COMMON
-from engine_cases import Case, Net, batches, tiled, train
+from engine_cases import Case, Net, ParallelNet, batches, parallel_losses, plain_step, tiled, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -164,6 +164,7 @@ def run(rank: int, world: int, folder: str) -> None:
         "loads": loads_what_it_gives(),
         "weight": asked_for_a_weight(),
         "returned_bias": returned_bias(),
+        "parallel": parallel_losses(plain_step(shard(ParallelNet(), unit_bytes=0))),
         "live": live,
         "losses": losses,
     }

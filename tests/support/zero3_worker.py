@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_cases import CASES, Case, batches, share_of, tiled
+from engine_cases import CASES, Case, ParallelNet, batches, parallel_losses, share_of, tiled
 from torch import Tensor, nn
 from zero3_group import join
 from zero3_values import all_values
@@ -105,6 +105,21 @@ def under_defaults(rank: int, world: int) -> dict[str, int]:
     return {**seen, "all": len(tile_weights(model))}
 
 
+def parallel_step() -> Callable[[Tensor], float]:
+    """A step of tensor-parallel linears that return their biases."""
+    model = ParallelNet()
+    engine = started(model, config(model))
+    hold(engine)
+
+    def step(x: Tensor) -> float:
+        loss = engine(x)
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    return step
+
+
 def run(rank: int, world: int, folder: str) -> None:
     """Every case, one after the other."""
     join(rank, world, folder)
@@ -114,6 +129,7 @@ def run(rank: int, world: int, folder: str) -> None:
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     report = {"cases": found, "defaults": under_defaults(rank, world)}
+    report["parallel"] = parallel_losses(parallel_step())
     report |= all_values(started, rank, world)
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
