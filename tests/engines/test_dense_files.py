@@ -70,18 +70,25 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(found):
     """With the names, before anything is read; none waits for another."""
     ranks, _ = found
 
-    assert all("is not a checkpoint of this model" in refused for _, refused, _ in ranks)
+    assert all("is not a checkpoint of this model" in refused for _, refused, *_ in ranks)
 
 
 def test_no_rank_holds_a_dense_layer(found):
     """Nothing is larger than a piece or a tile, while the layers have 276 and 372 elements."""
     ranks, _ = found
 
-    assert all(numel <= max(PIECE, TILE) for numel, _, _ in ranks)
+    assert all(numel <= max(PIECE, TILE) for numel, *_ in ranks)
 
 
 def test_another_folder_on_a_rank_is_told_to_all(found):
     """It would be ignored."""
     ranks, _ = found
 
-    assert all("give the same on each rank" in said for _, _, said in ranks)
+    assert all("give the same on each rank" in said for _, _, said, _ in ranks)
+
+
+def test_a_folder_that_cannot_be_made_is_told_to_all(found):
+    """With the way out, on each rank."""
+    ranks, _ = found
+
+    assert all("give another folder" in unwritable for *_, unwritable in ranks)

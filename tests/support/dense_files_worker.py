@@ -19,7 +19,7 @@ from memtile.convert import moving
 from memtile.engines import dense_files
 from memtile.engines.dense_files import load_checkpoint, save_checkpoint
 from memtile.engines.torch_fsdp2 import shard
-from memtile.errors import CheckpointError, EngineError
+from memtile.errors import CheckpointError, CheckpointWriteError, EngineError
 
 PIECE = 70
 """Elements that are read at once here, in place of millions."""
@@ -114,11 +114,17 @@ def run(rank: int, world: int, folder: str) -> None:
         if find_spec("deepspeed") is not None:
             save_checkpoint(partitioned(here / "in"), here / "zero3")
     said = other_folders(model, here)
-    torch.save((largest.numel, refused(here), said), here / f"rank{rank}.pt")
+    (here / "file").touch()
+    try:
+        save_checkpoint(model, here / "file" / "out")
+        unwritable = ""
+    except CheckpointWriteError as error:
+        unwritable = error.strerror
+    torch.save((largest.numel, refused(here), said, unwritable), here / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def spawn(world: int, check: Any) -> list[tuple[int, str, str]]:
+def spawn(world: int, check: Any) -> list[tuple[int, str, str, str]]:
     """What each rank found; `check` is called with the folder."""
     with tempfile.TemporaryDirectory() as folder:
         memtile.save_checkpoint(filled(), Path(folder) / "in")

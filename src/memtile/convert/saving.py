@@ -56,15 +56,24 @@ def outgoing_tensors(model: nn.Module) -> list[Outgoing]:
     return [outgoing(wanted.dense, wanted.names[0]) for wanted in wanted_by(model)]
 
 
-def _check_saveable(model: nn.Module) -> None:
+def check_modules(model: nn.Module) -> None:
+    """Refuse a model of which not everything is a tensor of the dense model.
+
+    Raises:
+        CannotTileError: a tile computes its weight, or a module has extra state.
+    """
     for name, module in model.named_modules():
         if isinstance(module, TiledModule):
             check_stored(name, module)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CannotTileError(
-                f"{name or type(module).__name__} has extra state, which safetensors cannot hold; "
-                "save it by itself with torch.save(module.get_extra_state(), …)"
+                f"{name or type(module).__name__} has extra state, which is no tensor; save it by "
+                "itself with torch.save(module.get_extra_state(), …)"
             )
+
+
+def _check_saveable(model: nn.Module) -> None:
+    check_modules(model)
     for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
         if is_shard(tensor):
             raise CannotTileError(

@@ -4,11 +4,11 @@ In: each rank reads the rows that it holds. Out: the shards go through a distrib
 the first rank reads it back a few MiB at a time, in the order in which safetensors want elements.
 """
 
+import errno
 import math
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,8 +18,6 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
@@ -28,10 +26,11 @@ from memtile.convert.finding import Findings, Match, checked, find
 from memtile.convert.moving import Source, bring_in
 from memtile.convert.wanted import wanted_by
 from memtile.engines.dense_views import DenseView, dense_view, let_go, unwrapped
-from memtile.engines.piece_reader import PieceReader
 from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.ranks import Ranks
+from memtile.engines.shard_files import read_alone, write_shards
 from memtile.engines.zero3_values import is_partitioned
+from memtile.errors import CheckpointWriteError
 from memtile.geometry import Rect, Span
 from memtile.layers import whole_shape
 from memtile.optim import DenseParameter, Part
@@ -103,13 +102,8 @@ def save_checkpoint(
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder", folder)
     view = ranks.each(lambda: dense_view(model))
-    with _between(ranks, Path(folder)) as between, ranks.answering(), _silent():
-        state_dict_saver.save(
-            view,
-            storage_writer=FileSystemWriter(between),
-            process_group=ranks.group,
-            no_dist=ranks.is_alone,
-        )
+    with _between(ranks, Path(folder)) as between:
+        write_shards(ranks, view, between)
         ranks.first(lambda: _write(model, view, Path(folder), between, dtype))
 
 
@@ -198,8 +192,14 @@ def _between(ranks: Ranks, folder: Path) -> Iterator[Path]:
     """A folder beside what is to be written, gone afterwards."""
 
     def make() -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".shards-", dir=folder))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=".shards-", dir=folder))
+        except OSError as error:
+            raise CheckpointWriteError(
+                error.errno or errno.EIO,
+                f"{folder} could not be made or written ({error.strerror}): give another folder",
+            ) from error
 
     between = ranks.first(make)
     try:
@@ -241,13 +241,5 @@ def _outgoing(name: str, like: Tensor, between: Path, dtype: torch.dtype | None)
 
 
 def _read(between: Path, name: str, into: Tensor) -> Tensor:
-    state_dict_loader.load({name: into}, storage_reader=PieceReader(between), no_dist=True)
+    read_alone({name: into}, between)
     return into
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without DCP's warning that one process reads, which is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -18,14 +18,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from memtile.convert.dense import check_stored
 from memtile.convert.moving import Held, values_of
-from memtile.convert.saving import settle
+from memtile.convert.saving import check_modules, settle
 from memtile.convert.wanted import wanted_by
 from memtile.engines.pieces import Offset, Piece, local_pieces
 from memtile.engines.zero3_values import flat_part, is_partitioned
-from memtile.errors import ArgumentError, CannotTileError, CheckpointError, EngineError
-from memtile.layers import TiledModule, whole_shape
+from memtile.errors import ArgumentError, CheckpointError, EngineError
+from memtile.layers import whole_shape
 from memtile.optim import DenseParameter
 
 
@@ -157,14 +156,8 @@ def let_go(model: nn.Module) -> None:
     given: object = model  # callers without types give anything
     if not isinstance(given, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
-    for name, module in model.named_modules():
-        if isinstance(module, TiledModule):
-            check_stored(name, module)
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise CannotTileError(
-                f"{name or type(module).__name__} has extra state, which is no tensor; save what "
-                "module.get_extra_state() gives beside the checkpoint"
-            )
+    check_modules(model)
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the root stays gathered after a forward without gradients
     settle(model)

@@ -6,10 +6,8 @@ that a checkpoint is whole or not there. The format has pickles in it, as DCP's 
 only what you trust.
 """
 
-import errno
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,9 +16,8 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
@@ -30,11 +27,11 @@ from memtile.convert.training import Resumed, check_numbers
 from memtile.engines.dense_views import DenseView, dense_view, unwrapped
 from memtile.engines.optimizer_state import OptimizerState
 from memtile.engines.optimizer_views import KEY, IncomingState, outgoing_state
-from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
+from memtile.engines.shard_files import read_alone, read_shards, write_shards
 from memtile.engines.zero3_state import PartitionedState, is_of_zero3
 from memtile.engines.zero3_values import is_partitioned, write_masters
-from memtile.errors import ArgumentError, CheckpointError, CheckpointWriteError, EngineError
+from memtile.errors import ArgumentError, CheckpointError, EngineError
 
 __all__ = ["dense_view", "load", "save"]
 
@@ -94,7 +91,7 @@ def save(
     given = {"step": step, "position": position, "extra": extra}
     state = ranks.each(lambda: _outgoing(model, optimizer, given, keep))
     with _whole(ranks, Path(folder), step, keep) as (partial, target):
-        _write(ranks, state, partial)
+        write_shards(ranks, state, partial)
     return target
 
 
@@ -136,7 +133,7 @@ def load(
     if optimizer is not None:
         found = ranks.each(lambda: _incoming(record, metadata, model, optimizer, saved.path))
         incoming, state[KEY] = found, found.state
-    _read(ranks, state, saved.path)
+    read_shards(ranks, state, saved.path)
     ranks.each(lambda: write_masters(model))
     if incoming is not None:
         incoming.take()
@@ -176,47 +173,6 @@ def _check_seen(partial: Path) -> None:
         )
 
 
-def _write(ranks: Ranks, state: dict[str, Any], partial: Path) -> None:
-    writer = FileSystemWriter(partial)
-    try:
-        with ranks.answering(), _silent(ranks):
-            state_dict_saver.save(
-                state, storage_writer=writer, process_group=ranks.group, no_dist=ranks.is_alone
-            )
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        number = getattr(cause, "errno", None) or errno.EIO
-        raise CheckpointWriteError(
-            number,
-            f"{partial.parent} could not be written by rank {rank} ({cause}); what was there "
-            "before is as it was: make room or give another folder",
-        ) from error
-
-
-def _read(ranks: Ranks, state: dict[str, Any], place: Path) -> None:
-    reader = PieceReader(place)
-    try:
-        with ranks.answering(), _silent(ranks):
-            state_dict_loader.load(
-                state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.is_alone
-            )
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(
-            f"{place} could not be read by rank {rank} ({cause}), and values may be of both runs "
-            "now: load another checkpoint"
-        ) from error
-
-
-@contextmanager
-def _silent(ranks: Ranks) -> Iterator[None]:
-    """Without DCP's warning that there is one process, where that is so."""
-    with warnings.catch_warnings():
-        if ranks.is_alone:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 def _newest(folder: Path) -> SavedStep:
     found = saved_steps(folder)
     if not found:
@@ -231,7 +187,7 @@ def _opened(place: Path) -> tuple[Metadata, Json]:
     alone: dict[str, Any] = {_RECORD: ""}
     try:
         metadata = FileSystemReader(place).read_metadata()
-        _read_here(alone, place)
+        read_alone(alone, place)
         record: Json = json.loads(alone[_RECORD])
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
@@ -240,13 +196,6 @@ def _opened(place: Path) -> tuple[Metadata, Json]:
             "what memtile.save_training wrote"
         ) from error
     return metadata, record
-
-
-def _read_here(state: dict[str, Any], place: Path) -> None:
-    """Fill what is small, on this rank alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        state_dict_loader.load(state, storage_reader=FileSystemReader(place), no_dist=True)
 
 
 def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tensor]:
@@ -306,6 +255,6 @@ def _incoming(
     incoming = IncomingState(record[KEY], metadata, model, kept_by)
     if isinstance(kept_by, PartitionedState):
         numbers = incoming.numbers()
-        _read_here({KEY: {"state": numbers}}, place)
+        read_alone({KEY: {"state": numbers}}, place)
         kept_by.check_numbers(numbers)
     return incoming
