@@ -13,6 +13,7 @@ from torch import nn
 
 from memtile.convert import Choice, Cut, Work, choose, has_checkpointing
 from memtile.errors import ArgumentError
+from memtile.geometry import Grid
 from memtile.homes import (
     PAGE,
     DeviceHome,
@@ -42,6 +43,7 @@ from memtile.planning import (
     Rings,
     Search,
     Setting,
+    Weight,
     check_tokens,
     floors,
     moved,
@@ -174,6 +176,11 @@ def _layer(model: nn.Module, choice: Choice, layout: Layout) -> PlannedLayer:
         reason = "does not fit in memory with all others" + (", tied" if weight.is_tied else "")
     else:
         reason = weight.obstacle or "fits in memory"
+    return planned_layer(choice, weight, grid, reason)
+
+
+def planned_layer(choice: Choice, weight: Weight, grid: Grid | None, reason: str) -> PlannedLayer:
+    """What a plan says of a layer that is cut so, or, without a grid, is not."""
     return PlannedLayer(
         name=choice.name,
         shape=choice.shape,

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from memtile.convert import Choice, Cut, Work, choose
 from memtile.errors import ArgumentError
 from memtile.planner import surveying
-from memtile.planner.plans import check_choice, checkpointing_choices
+from memtile.planner.plans import check_choice, checkpointing_choices, planned_layer
 from memtile.planner.sources import model_of
 from memtile.planner.steps import StepCount
 from memtile.planner.works import work_for
 from memtile.planning import (
-    PARKED,
-    RESIDENT,
     Counted,
     Engine,
     Layout,
@@ -214,17 +212,7 @@ def _layer(choice: Choice, found: RankFound, weights: Sequence[Weight]) -> Plann
         reason = "a unit of its own"
     else:
         reason = "cut, so that a device has room for what is gathered"
-    return PlannedLayer(
-        name=choice.name,
-        shape=choice.shape,
-        dtype=weight.dtype,
-        nbytes=weight.nbytes,
-        grid=grid,
-        place=RESIDENT if grid is None else PARKED,
-        reason=reason + (", tied" if weight.is_tied else ""),
-        trainable=weight.trainable,
-        ties=choice.ties,
-    )
+    return planned_layer(choice, weight, grid, reason + (", tied" if weight.is_tied else ""))
 
 
 def _check(
