@@ -119,7 +119,7 @@ class _ShardedRun(Run):
         )
 
     def resume(self) -> None:
-        if not self.has_saved():
+        if not Ranks().first(self.has_saved):
             return
         found = distributed_checkpoints.load(
             self.out / TRAINING, self._sharded.model, self._sharded.optimizer

@@ -63,7 +63,9 @@ class Fsdp2(Sharded):
         super().__init__(model.float())
         dtype: torch.dtype = model.config.dtype or torch.float32
         self.saved_dtype = dtype
-        mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
+        mixed = MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+        )
         pinned = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         shard(model, mp_policy=mixed, offload_policy=pinned if offload else OffloadPolicy())
         load_checkpoint(model, Path(settings.model), device="cpu" if offload else self.device)
