@@ -1,7 +1,10 @@
 """Models and ways to train them that every engine's tests share, and their dense run."""
 
-from collections.abc import Callable, Mapping
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,3 +196,20 @@ def plain_step(model: nn.Module) -> Callable[[Tensor], float]:
         return loss.item()
 
     return step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks of a group found: one report each, and the parameters of each case."""
+
+    ranks: list[dict[str, Any]]
+    states: dict[str, dict[str, Tensor]]
+
+
+def outcome_of(run: Callable[[int, int, str], None], world: int, cases: Iterable[str]) -> Outcome:
+    """Call `run` with (rank, world, folder) in so many processes, which leave files there."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        ranks = [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(world)]
+        states = {name: torch.load(Path(folder) / f"{name}.pt") for name in cases}
+    return Outcome(ranks, states)

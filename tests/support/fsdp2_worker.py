@@ -1,11 +1,9 @@
 """What each process of the FSDP2 tests does: every case in one group of processes."""
 
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from engine_cases import CASES as COMMON
-from engine_cases import Case, Net, ParallelNet, batches, parallel_losses, plain_step, tiled, train
+from engine_cases import (
+    Case,
+    Net,
+    Outcome,
+    ParallelNet,
+    batches,
+    outcome_of,
+    parallel_losses,
+    plain_step,
+    tiled,
+    train,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -172,18 +181,6 @@ def run(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What all ranks found."""
-
-    ranks: list[dict[str, Any]]
-    states: dict[str, dict[str, Tensor]]
-
-
 def spawn(world: int) -> Outcome:
     """Run every case with so many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
-        ranks = [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(world)]
-        states = {name: torch.load(Path(folder) / f"{name}.pt") for name in CASES}
-    return Outcome(ranks, states)
+    return outcome_of(run, world, CASES)

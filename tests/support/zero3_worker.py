@@ -1,16 +1,24 @@
 """What each process of the ZeRO-3 tests does: every case in one group of processes."""
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_cases import CASES, Case, ParallelNet, batches, parallel_losses, share_of, tiled
+from engine_cases import (
+    CASES,
+    Case,
+    Outcome,
+    ParallelNet,
+    batches,
+    outcome_of,
+    parallel_losses,
+    share_of,
+    tiled,
+)
 from torch import Tensor, nn
 from zero3_group import join
 from zero3_values import all_values
@@ -135,18 +143,6 @@ def run(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What all ranks found."""
-
-    ranks: list[dict[str, Any]]
-    states: dict[str, dict[str, Tensor]]
-
-
 def spawn(world: int) -> Outcome:
     """Run every case with so many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
-        ranks = [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(world)]
-        states = {name: torch.load(Path(folder) / f"{name}.pt") for name in CASES}
-    return Outcome(ranks, states)
+    return outcome_of(run, world, CASES)
