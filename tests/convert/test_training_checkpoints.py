@@ -17,15 +17,6 @@ ADAGRAD = {"optimizer_class": optim.Adagrad}
 LION = {"optimizer_class": Lion}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs tiny products in one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ended_at_once(steps, **options):
     """A run of so many steps without an interruption: its losses, and everything of it."""
     run = a_run(**options)

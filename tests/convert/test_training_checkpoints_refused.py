@@ -21,15 +21,6 @@ from memtile.errors import (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs tiny products in one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Gives a folder with one checkpoint, of three steps."""

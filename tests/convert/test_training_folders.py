@@ -6,22 +6,12 @@ import os
 import stat
 
 import pytest
-import torch
 from resumable import a_run
 
 import memtile
 from memtile.checkpoints import steps
 from memtile.errors import CheckpointWriteError
 from memtile.homes import disk_io
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs tiny products in one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def files_of(folder):

@@ -12,16 +12,6 @@ from torch import nn, optim
 
 from memtile.checkpoints.exact_json import from_json, to_json
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Runs tiny products in one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 SGD = {"optimizer_class": optim.SGD, "momentum": 0.9}
 
 

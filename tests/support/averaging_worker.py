@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ddp_worker import Net
+from processes import start_ranks
 from torch import Tensor, nn
 
 import memtile
@@ -108,5 +109,5 @@ def run(rank: int, folder: str) -> None:
 def spawn() -> list[Any]:
     """What the two ranks found: of each case the parameters and reductions; what was refused."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        torch.multiprocessing.spawn(run, (folder,), nprocs=2)
+        start_ranks(run, 2, folder)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import context, start_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -275,14 +276,13 @@ class Outcome:
 
 def spawn(world: int, folder: Path) -> Outcome:
     """Run every case with so many processes."""
-    torch.multiprocessing.spawn(run, (world, str(folder)), nprocs=world)
+    start_ranks(run, world, world, str(folder))
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     return Outcome(ranks, {name: torch.load(folder / f"{name}.pt") for name in CASES}, folder)
 
 
 def spawn_killed(world: int, doomed: int, folder: Path) -> list[str]:
     """What the others are told when one of the ranks is killed while it saves."""
-    context = torch.multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=run_killed, args=(rank, world, str(folder), doomed))
         for rank in range(world)

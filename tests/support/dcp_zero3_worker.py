@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from dcp_worker import Net, begin
+from processes import start_ranks
 from torch import Tensor, nn
 
 import memtile
@@ -76,7 +77,7 @@ def run(rank: int, folder: str) -> None:
 
 def spawn_zero3(folder: Path) -> tuple[list[dict[str, dict[str, Tensor]]], list[str]]:
     """What both ranks found, and what they were told."""
-    torch.multiprocessing.spawn(run, (str(folder),), nprocs=WORLD)
+    start_ranks(run, WORLD, str(folder))
     ranks = range(WORLD)
     return (
         [torch.load(folder / f"rank{rank}.pt") for rank in ranks],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import start_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,5 +62,5 @@ def run(rank: int, folder: str) -> None:
 def spawn() -> list[dict[str, Tensor]]:
     """What the two ranks ended with."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (folder,), nprocs=2)
+        start_ranks(run, 2, folder)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import start_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,6 +130,6 @@ def spawn(world: int, check: Any) -> list[tuple[int, str, str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         memtile.save_checkpoint(filled(), Path(folder) / "in")
         memtile.save_checkpoint(nn.Linear(3, 2), Path(folder) / "other")
-        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        start_ranks(run, world, world, folder)
         check(Path(folder))
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(world)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import start_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -209,7 +210,7 @@ class Outcome:
 def outcome_of(run: Callable[[int, int, str], None], world: int, cases: Iterable[str]) -> Outcome:
     """Call `run` with (rank, world, folder) in so many processes, which leave files there."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        start_ranks(run, world, world, folder)
         ranks = [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(world)]
         states = {name: torch.load(Path(folder) / f"{name}.pt") for name in cases}
     return Outcome(ranks, states)

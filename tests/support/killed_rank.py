@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engine_cases import Case, Net, batches, tiled
+from processes import context
 from torch import Tensor, nn
 
 import memtile
@@ -76,7 +77,6 @@ def _die(*_: object) -> None:
 
 def killed(engine: str) -> tuple[list[int | None], str]:
     """How both ranks ended, and what the one that was left was told."""
-    context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=run, args=(rank, folder, engine)) for rank in range(2)]
         for rank in ranks:

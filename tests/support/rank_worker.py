@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
 import torch.distributed.fsdp._fully_shard._fsdp_param as sharded_param
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+from processes import start_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.checkpoint import checkpoint
@@ -337,6 +338,6 @@ def run(rank: int, world: int, folder: str) -> None:
 def spawn(world: int) -> list[dict[str, Measured]]:
     """What each rank measured of each case, with so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        start_ranks(run, world, world, folder)
         texts = [(Path(folder) / f"rank{rank}.json").read_text() for rank in range(world)]
     return [{n: Measured(**m) for n, m in json.loads(text).items()} for text in texts]

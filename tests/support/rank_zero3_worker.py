@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import start_ranks
 from rank_worker import CASES as EVERY_CASE
 from rank_worker import TOKENS, WARMED, Case, Net, attribute, forward, settled
 from torch import Tensor, nn
@@ -261,6 +262,6 @@ def run(rank: int, world: int, folder: str) -> None:
 def spawn(world: int) -> list[dict[str, Measured]]:
     """What each rank measured of each case, with so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (world, folder), nprocs=world)
+        start_ranks(run, world, world, folder)
         texts = [(Path(folder) / f"rank{rank}.json").read_text() for rank in range(world)]
     return [{n: Measured(**m) for n, m in json.loads(text).items()} for text in texts]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from dcp_worker import begin, message_of, ruined
 from engine_cases import STEPS, Case, Net, batches, share_of, tiled
+from processes import start_ranks
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -280,6 +281,6 @@ class Outcome:
 
 def spawn(world: int, folder: Path) -> Outcome:
     """Run every way with so many processes."""
-    torch.multiprocessing.spawn(run, (world, str(folder)), nprocs=world)
+    start_ranks(run, world, world, str(folder))
     told = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     return Outcome(torch.load(folder / "found.pt"), told, folder)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_cases import Case, Net, tiled
+from processes import start_ranks
 from torch import Tensor, nn
 from zero3_group import join
 from zero3_worker import train
@@ -76,6 +77,6 @@ def run(rank: int, world: int, folder: str) -> None:
 
 def spawn(folder: Path) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Of each case what rank 0 has: trained in tiles, and without."""
-    torch.multiprocessing.spawn(run, (WORLD, str(folder)), nprocs=WORLD)
+    start_ranks(run, WORLD, WORLD, str(folder))
     found: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = torch.load(folder / "rank0.pt")
     return found

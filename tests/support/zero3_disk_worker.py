@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import start_ranks
 from torch import Tensor, nn
 from zero3_group import join
 from zero3_worker import started, tile_weights, watched
@@ -133,6 +134,6 @@ def run(rank: int, world: int, folder: str) -> None:
 
 def spawn(folder: Path, world: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """What each rank saw, and the parameters that each place left."""
-    torch.multiprocessing.spawn(run, (world, str(folder)), nprocs=world)
+    start_ranks(run, world, world, str(folder))
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     return ranks, {name: torch.load(folder / f"{name}.pt") for name in PLACES}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_cases import STEPS, Case, batches, share_of, tiled
+from processes import start_ranks
 from torch import Tensor
 from zero3_group import join
 from zero3_worker import started
@@ -110,7 +111,7 @@ def resume_elsewhere(rank: int, world: int, folder: str) -> None:
 
 def spawn(folder: Path) -> dict[str, list[dict[str, dict[str, Tensor]]]]:
     """What each rank has in each case, after half and after all steps."""
-    torch.multiprocessing.spawn(save_and_resume, (WORLD, str(folder)), nprocs=WORLD)
+    start_ranks(save_and_resume, WORLD, WORLD, str(folder))
     ranks = range(WORLD)
     return {name: [torch.load(folder / name / f"states{r}.pt") for r in ranks] for name in CASES}
 
@@ -120,7 +121,7 @@ def spawn_elsewhere(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     for name in ELSEWHERE:
         made = folder / name / "universal"
         _to_universal(folder / name / "half", made / "half")
-    torch.multiprocessing.spawn(resume_elsewhere, (OTHER, str(folder)), nprocs=OTHER)
+    start_ranks(resume_elsewhere, OTHER, OTHER, str(folder))
     told = json.loads((folder / "told0.json").read_text())
     return torch.load(folder / "elsewhere0.pt"), told
 
