@@ -4,16 +4,14 @@ import errno
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from faulty_disk import FaultyDisk
+from processes import killed
 from safetensors.torch import load_file
-from safetensors_files import outgoing_of, ragged_tensors, same_tensors
+from safetensors_files import outgoing_of, ragged_tensors, same_tensors, write_without_end
 
 from memtile.checkpoints import Checkpoint, Outgoing, sole_writer, write_checkpoint
 from memtile.errors import ArgumentError, CheckpointError, CheckpointWriteError
@@ -283,39 +281,15 @@ def test_every_flipped_bit_of_data_is_noticed(tmp_path):
             Checkpoint.open(tmp_path).check_sums()
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-WRITER = """
-import sys
-from pathlib import Path
-from safetensors_files import outgoing_of, ragged_tensors
-from memtile.checkpoints import write_checkpoint
-folder, seed = Path(sys.argv[1]), int(sys.argv[2])
-print("ready", flush=True)
-while True:
-    seed += 1
-    size = (150, 300, 10**9)[seed % 3]
-    write_checkpoint(folder, outgoing_of(ragged_tensors(seed)), max_shard_bytes=size)
-    print(seed, flush=True)
-"""
-
-
 def test_a_killed_writer_leaves_the_old_or_the_new_checkpoint(tmp_path):
     """kill -9 at any moment, again and again: the folder opens, and is wholly one of the two."""
     write_checkpoint(tmp_path, outgoing_of(ragged_tensors(0)))
     done = 0
     for turn in range(10):
-        command = [sys.executable, "-c", WRITER, str(tmp_path), str(done)]
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        for _ in range(turn):  # later and later in its work
-            done = int(writer.stdout.readline())
-        threading.Event().wait(0.0007 * turn)  # anywhere within a write
-        writer.send_signal(signal.SIGKILL)
-        rest = writer.stdout.read().split()
-        done = int(rest[-1]) if rest and rest[-1].isdigit() else done
-        writer.stdout.close()
-        writer.wait()
+        sent = killed(
+            write_without_end, tmp_path, done, after=1 + turn, seconds=0.0007 * turn
+        )  # later and later in its work, anywhere within a write
+        done = sent[-1]
 
         found = read(tmp_path)
 

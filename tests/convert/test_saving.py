@@ -2,17 +2,15 @@
 
 import errno
 import os
-import subprocess
-import sys
-import threading
 
 import pytest
 import torch
 import transformers
+from processes import killed
 from safetensors.torch import load_file
 from safetensors_files import same_tensors
 from small_models import KINDS, WRITERS, build
-from stored_models import dense_values, net
+from stored_models import dense_values, net, save_without_end
 from torch import nn
 from torch.nn.utils import prune
 
@@ -197,41 +195,21 @@ def test_a_model_is_saved_over_the_files_that_it_was_loaded_from(tmp_path):
     assert same_tensors(dense_values(again), dense_values(net(1)))
 
 
-WRITER = """
-import sys
-from stored_models import net
-import memtile
-folder, seed = sys.argv[1], int(sys.argv[2])
-home = memtile.DiskHome(sys.argv[3])
-print("ready", flush=True)
-while True:
-    seed += 1
-    model = memtile.tile(net(seed), out_splits=3, in_splits=2, home=home)
-    memtile.save_checkpoint(model, folder, max_shard_bytes=(100, 300, 10**9)[seed % 3])
-    print(seed, flush=True)
-"""
-
-
 def test_a_process_that_is_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
     """kill -9 at ten moments: what is loaded is wholly the last model that was saved, or the next.
 
     Nothing that a killed writer left behind keeps the next one from saving.
     """
     memtile.save_checkpoint(net(0), tmp_path / "saved")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = 0
     for turn in range(10):
-        command = [sys.executable, "-c", WRITER, str(tmp_path / "saved"), str(done), str(tmp_path)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=environment
-        ) as writer:
-            assert writer.stdout is not None
-            for _ in range(1 + turn % 3):
-                line = writer.stdout.readline()
-            threading.Event().wait(0.002 * turn)  # anywhere within a save
-            writer.kill()
-            lines = [line, *writer.stdout]
-        done = max([done, *(int(line) for line in lines if line.strip().isdigit())])
+        sent = killed(
+            save_without_end,
+            *(tmp_path / "saved", done, tmp_path),
+            after=1 + turn % 3,
+            seconds=0.002 * turn,  # anywhere within a save
+        )
+        done = sent[-1]
         model = memtile.tile(net(99), out_splits=2)
 
         memtile.load_checkpoint(model, tmp_path / "saved")

@@ -6,6 +6,7 @@ operation, so it has no threads that a fork would lose; it is started with the f
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -32,3 +33,23 @@ def start_ranks(run: Callable[..., None], world: int, *arguments: object) -> Non
         torch.multiprocessing.ProcessRaisedException: one of them raised; the others are ended.
     """
     torch.multiprocessing.start_processes(run, arguments, nprocs=world, start_method="forkserver")
+
+
+def killed(write: Callable[..., None], *arguments: object, after: int, seconds: float) -> list[int]:
+    """Kill a process some seconds after it sent so many numbers; gives all that it sent.
+
+    Calls `write` with the connection to send them through, and the arguments.
+    """
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=write, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    sent = [ours.recv() for _ in range(after)]
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    while True:
+        try:
+            sent.append(ours.recv())
+        except EOFError:
+            return sent

@@ -2,13 +2,14 @@
 
 import json
 import struct
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memtile.checkpoints import Outgoing
+from memtile.checkpoints import Outgoing, write_checkpoint
 
 
 def raw_file(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -48,3 +49,13 @@ def same_tensors(one: Any, other: Any) -> bool:
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name])
         for name in other
     )
+
+
+def write_without_end(said: Connection, folder: Path, seed: int) -> None:
+    """Write one checkpoint after another into the folder; say each one's seed."""
+    said.send(seed)
+    while True:
+        seed += 1
+        size = (150, 300, 10**9)[seed % 3]
+        write_checkpoint(folder, outgoing_of(ragged_tensors(seed)), max_shard_bytes=size)
+        said.send(seed)

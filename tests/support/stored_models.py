@@ -1,5 +1,6 @@
 """Models with their checkpoints: what they hold, densely, and files in every form."""
 
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,14 @@ def net(seed: int = 0, *, tied: bool = True) -> nn.Sequential:
     if tied:
         model[3].weight = model[0].weight
     return model
+
+
+def save_without_end(said: Connection, folder: Path, seed: int, scratch: Path) -> None:
+    """Save one model after another into the folder, from tiles on disk; say each one's seed."""
+    home = memtile.DiskHome(scratch)
+    said.send(seed)
+    while True:
+        seed += 1
+        model = memtile.tile(net(seed), out_splits=3, in_splits=2, home=home)
+        memtile.save_checkpoint(model, folder, max_shard_bytes=(100, 300, 10**9)[seed % 3])
+        said.send(seed)
