@@ -7,6 +7,8 @@ TORCH  ?= torch==2.13.0
 # A built wheel to test in place of the source tree, as CI does.
 WHEEL  ?=
 STEPS  ?= 20
+# Processes that the tests are shared out to, each of one thread.
+JOBS   ?= 2
 # Further options for the demo or for pytest: make demo ARGS="--tokens 64", make test ARGS="-k demo"
 ARGS   ?=
 
@@ -15,7 +17,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-$(subst =,,$(TORCH))$(if $(WHEEL),-wheel)
 SOURCE := $(or $(WHEEL),-e .)
 
-.PHONY: help demo model test lint types ladder check clean
+.PHONY: help demo model test lint types ladder check environment clean
 
 help:
 	@echo "make demo   train a real model, dense and tiled, side by side (STEPS=20 ARGS=)"
@@ -35,7 +37,7 @@ model: $(VENV)/.model
 	@$(BIN)/memtile demo --model-only $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -48,6 +50,8 @@ ladder: $(READY)
 	$(BIN)/lint-imports
 
 check: lint types ladder test
+
+environment: $(READY)
 
 clean:
 	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov
