@@ -5,6 +5,7 @@ from statistics import fmean
 import pytest
 import torch
 import torch.distributed as dist
+from cases import chosen, with_slow
 from engine_cases import Case, Net, ParallelNet, batches, parallel_losses, plain_step, tiled, train
 from fsdp2_worker import CASES, spawn
 from torch.distributed.fsdp import FSDPModule
@@ -13,12 +14,14 @@ import memtile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import ArgumentError, CannotTileError, EngineError, ParkedError
 
+QUICK = ("one tile", "ragged", "recomputed after evaluation", "clipped", "another way, tied")
+NAMES = with_slow(CASES, QUICK)
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
 
 @pytest.fixture(scope="module", params=_WORLDS)
 def outcome(request):
-    return spawn(request.param)
+    return spawn(request.param, chosen(request))
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def dense():
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     """After ten steps of AdamW the shards hold the dense run's parameters, in float64."""
     model = tiled(CASES[name])
@@ -51,7 +54,7 @@ def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
         assert (found[key] - expected).norm() <= 1e-9 * expected.norm(), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_are_those_of_the_dense_model(outcome, dense, name):
     """Each rank's loss is of its part of the batch; their mean is the dense one."""
     means = [fmean(losses) for losses in zip(*_losses(outcome, name), strict=True)]
@@ -68,7 +71,7 @@ def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
         assert rank["parallel"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
     """Forward and backward, ids as input, after evaluation, recomputed: the one and the next."""
     assert all(rank["live"][name] <= 2 for rank in outcome.ranks)

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
+from cases import chosen, with_slow
 from rank_zero3_worker import (
     CASES,
     CONTROL,
@@ -16,6 +17,7 @@ from rank_zero3_worker import (
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
 )
+NAMES = with_slow(CASES, quick=("tied",))
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 _NEVER_FULL = ("whole layers", "columns, 16 bits")
 """Here the bucket never leaves full, or with the padding of the smallest parameters."""
@@ -24,10 +26,10 @@ _NEVER_FULL = ("whole layers", "columns, 16 bits")
 @pytest.fixture(scope="module", params=_WORLDS)
 def measured(request):
     """What each rank measured of each case."""
-    return spawn(request.param)
+    return spawn(request.param, chosen(request))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_rank_holds_the_planned_bytes(measured, name):
     """Partitions, their gradients, masters, moments and the bucket: to the byte, on every rank."""
     plan = planned(CASES[name], len(measured))
@@ -37,7 +39,7 @@ def test_each_rank_holds_the_planned_bytes(measured, name):
             assert getattr(rank[name], kind) == plan.term(term), kind
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_rank_sends_the_planned_bytes(measured, name):
     """Forward, backward, recomputation and step, tied and frozen: to the byte, on every rank.
 
@@ -51,7 +53,7 @@ def test_each_rank_sends_the_planned_bytes(measured, name):
         assert rank[name].other <= CONTROL
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_more_is_gathered_at_once_than_planned(measured, name):
     """Units and those on their way; one rank on a CPU uses its own, offloaded or not."""
     predicted = gathered_at_most(planned(CASES[name], len(measured)))
@@ -63,7 +65,7 @@ def test_no_more_is_gathered_at_once_than_planned(measured, name):
             assert rank[name].gathered <= predicted <= 1.05 * rank[name].gathered
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_more_gradients_are_whole_at_once_than_planned(measured, name):
     """A unit's gradient, and the padded copy of the bucket that leaves."""
     predicted = reduced_at_most(planned(CASES[name], len(measured)))

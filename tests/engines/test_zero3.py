@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import chosen, with_slow
 from engine_cases import CASES, Net, ParallelNet, distance, parallel_losses, plain_step, train
 from zero3_worker import spawn
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
 )
+NAMES = with_slow(CASES, quick=("ragged", "recomputed", "clipped"))
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
 
 @pytest.fixture(scope="module", params=_WORLDS)
 def outcome(request):
-    return spawn(request.param)
+    return spawn(request.param, chosen(request))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def dense():
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     """After ten steps of AdamW tiles are as near to the float64 run as dense float32 is, times 4.
 
@@ -59,7 +61,7 @@ def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
         assert rank["parallel"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
     """Forward and backward, ids as input, after evaluation, recomputed: the one and the next."""
     for rank in outcome.ranks:

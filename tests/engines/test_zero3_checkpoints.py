@@ -19,13 +19,13 @@ from zero3_checkpoints_worker import (
 
 from memtile.engines.distributed_checkpoints import load
 
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
-)
-_WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"),
+]
 
 
-@pytest.fixture(scope="module", params=_WORLDS)
+@pytest.fixture(scope="module", params=[2, 1, 4])
 def outcome(request, tmp_path_factory):
     return spawn(request.param, tmp_path_factory.mktemp("zero3"))
 

@@ -7,9 +7,10 @@ import torch
 from engine_cases import Net, distance, train
 from zero3_own_checkpoints_worker import CASES, ELSEWHERE, spawn, spawn_elsewhere
 
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,6 @@ def test_the_consolidated_weights_are_read_by_any_grid(saved, name):
         assert same(rank["consolidated"], rank["half"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_universal_checkpoint_resumes_at_another_world_size(elsewhere, name):
     """As near to the float64 run as dense float32 is, times 4; frozen tiles are there already."""
@@ -66,7 +66,6 @@ def test_a_universal_checkpoint_resumes_at_another_world_size(elsewhere, name):
     assert distance(found[name], truth) <= 4 * distance(states[torch.float32], truth)
 
 
-@pytest.mark.slow
 def test_another_world_size_is_refused_without_conversion(elsewhere):
     """DeepSpeed says so: nothing is resumed from parts of other sizes."""
     _, told = elsewhere

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,10 +207,12 @@ class Outcome:
     states: dict[str, dict[str, Tensor]]
 
 
-def outcome_of(run: Callable[[int, int, str], None], world: int, cases: Iterable[str]) -> Outcome:
-    """Call `run` with (rank, world, folder) in so many processes, which leave files there."""
+def outcome_of(
+    run: Callable[[int, int, str, list[str]], None], world: int, names: list[str]
+) -> Outcome:
+    """Call `run` with (rank, world, folder, names) in processes, which leave files there."""
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(run, world, world, folder)
+        start_ranks(run, world, world, folder, names)
         ranks = [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(world)]
-        states = {name: torch.load(Path(folder) / f"{name}.pt") for name in cases}
+        states = {name: torch.load(Path(folder) / f"{name}.pt") for name in names}
     return Outcome(ranks, states)

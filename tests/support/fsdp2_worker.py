@@ -155,8 +155,8 @@ def other_grids(rank: int) -> str:
     return ""
 
 
-def run(rank: int, world: int, folder: str) -> None:
-    """Every case, one after the other."""
+def run(rank: int, world: int, folder: str, names: list[str]) -> None:
+    """These cases, one after the other."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)
@@ -164,8 +164,8 @@ def run(rank: int, world: int, folder: str) -> None:
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     live, losses = {}, {}
-    for name, case in CASES.items():
-        live[name], losses[name], state = run_case(case, rank, world)
+    for name in names:
+        live[name], losses[name], state = run_case(CASES[name], rank, world)
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     others = {
@@ -181,6 +181,6 @@ def run(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def spawn(world: int) -> Outcome:
-    """Run every case with so many processes."""
-    return outcome_of(run, world, CASES)
+def spawn(world: int, names: list[str]) -> Outcome:
+    """Run these cases with so many processes."""
+    return outcome_of(run, world, names)

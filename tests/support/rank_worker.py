@@ -323,21 +323,21 @@ def _shard_bytes(tensor: Any) -> int:  # a DTensor
     return int(tensor.to_local().nbytes)
 
 
-def run(rank: int, world: int, folder: str) -> None:
-    """Every case, one after the other."""
+def run(rank: int, world: int, folder: str, names: list[str]) -> None:
+    """These cases, one after the other."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
-    found = {name: asdict(run_case(case, world)) for name, case in CASES.items()}
+    found = {name: asdict(run_case(CASES[name], world)) for name in names}
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def spawn(world: int) -> list[dict[str, Measured]]:
-    """What each rank measured of each case, with so many processes."""
+def spawn(world: int, names: list[str]) -> list[dict[str, Measured]]:
+    """What each rank measured of each of these cases, with so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(run, world, world, folder)
+        start_ranks(run, world, world, folder, names)
         texts = [(Path(folder) / f"rank{rank}.json").read_text() for rank in range(world)]
     return [{n: Measured(**m) for n, m in json.loads(text).items()} for text in texts]

@@ -240,8 +240,8 @@ def kept(model: nn.Module, optimizer: Any) -> dict[str, int]:
     }
 
 
-def run(rank: int, world: int, folder: str) -> None:
-    """Every case, one after the other."""
+def run(rank: int, world: int, folder: str, names: list[str]) -> None:
+    """These cases, one after the other."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
@@ -254,14 +254,14 @@ def run(rank: int, world: int, folder: str) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
-    found = {name: asdict(run_case(case, world)) for name, case in CASES.items()}
+    found = {name: asdict(run_case(CASES[name], world)) for name in names}
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def spawn(world: int) -> list[dict[str, Measured]]:
-    """What each rank measured of each case, with so many processes."""
+def spawn(world: int, names: list[str]) -> list[dict[str, Measured]]:
+    """What each rank measured of each of these cases, with so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(run, world, world, folder)
+        start_ranks(run, world, world, folder, names)
         texts = [(Path(folder) / f"rank{rank}.json").read_text() for rank in range(world)]
     return [{n: Measured(**m) for n, m in json.loads(text).items()} for text in texts]

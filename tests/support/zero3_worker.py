@@ -128,12 +128,12 @@ def parallel_step() -> Callable[[Tensor], float]:
     return step
 
 
-def run(rank: int, world: int, folder: str) -> None:
-    """Every case, one after the other."""
+def run(rank: int, world: int, folder: str, names: list[str]) -> None:
+    """These cases, one after the other."""
     join(rank, world, folder)
     found = {}
-    for name, case in CASES.items():
-        found[name], state = run_case(case, rank, world)
+    for name in names:
+        found[name], state = run_case(CASES[name], rank, world)
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     report = {"cases": found, "defaults": under_defaults(rank, world)}
@@ -143,6 +143,6 @@ def run(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def spawn(world: int) -> Outcome:
-    """Run every case with so many processes."""
-    return outcome_of(run, world, CASES)
+def spawn(world: int, names: list[str]) -> Outcome:
+    """Run these cases with so many processes."""
+    return outcome_of(run, world, names)
