@@ -220,7 +220,7 @@ def test_a_failing_step_is_refused_with_its_reason():
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-@pytest.mark.parametrize("given", [3, None, nn.Linear, optim.AdamW.step], ids=repr)
+@pytest.mark.parametrize("given", [3, None, nn.Linear, optim.AdamW.step])
 def test_what_is_no_optimizer_class_is_refused(given):
     """Anything but a subclass of `torch.optim.Optimizer` is named, and what to give instead."""
     assert "is no optimizer class; give a subclass of torch.optim.Optimizer" in refusal(given)
