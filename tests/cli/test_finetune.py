@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import transformers
+from processes import Command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,16 +72,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(finished, tiny_model, text, 
     """Ctrl-C and SIGTERM save and say how to go on; `kill -9` leaves the last checkpoint."""
     out = tmp_path / "run"
     words = arguments(tiny_model, text, out, "--save-every", 2)
-    command = [sys.executable, "-m", "memtile.cli", *words]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
-        for line in run.stdout:
-            if line.startswith("step 3 "):
-                os.kill(run.pid, number)
-                break
-        _, said = run.communicate(timeout=120)
-    assert run.returncode == {15: 143, 2: 130}.get(number, -number)
+    run = Command(words)
+    for line in run.output:
+        if line.startswith("step 3 "):
+            os.kill(run.process.pid, number)
+            break
+    said = run.wait()
+    assert run.process.exitcode == {15: 143, 2: 130}.get(number, -number)
     assert number == signal.SIGKILL or "--resume" in said
 
     assert main([*words, "--resume"]) == 0
@@ -137,24 +133,21 @@ def test_ids_beyond_the_model_are_refused(tiny_model, tmp_path, capsys):
     assert "the id 92, and the model has 50 rows" in capsys.readouterr().err
 
 
-def test_two_runs_into_one_folder(tiny_model, text, tmp_path):
+def test_two_runs_into_one_folder(tiny_model, text, tmp_path, capsys):
     """The second is refused while the first one runs, and the first ends well."""
     out = tmp_path / "run"
     words = arguments(tiny_model, text, out)
-    command = [sys.executable, "-m", "memtile.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as first:
-        while not (out / "finetune.json").exists() and first.poll() is None:
-            time.sleep(0.01)
-        os.kill(first.pid, signal.SIGSTOP)
-        second = subprocess.run(
-            [*command, "--resume"], capture_output=True, text=True, check=False, timeout=120
-        )
-        os.kill(first.pid, signal.SIGCONT)
-        first.communicate(timeout=120)
+    first = Command(words)
+    while not (out / "finetune.json").exists() and first.process.is_alive():
+        time.sleep(0.01)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    second = main([*words, "--resume"])
+    os.kill(first.process.pid, signal.SIGCONT)
+    first.wait()
 
-    assert second.returncode == 2
-    assert "another run is writing" in second.stderr
-    assert first.returncode == 0
+    assert second == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert first.process.exitcode == 0
 
 
 @pytest.mark.parametrize(

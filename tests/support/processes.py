@@ -6,10 +6,14 @@ operation, so it has no threads that a fork would lose; it is started with the f
 
 import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 
 import torch
+
+from memtile.cli import main
 
 _PRELOADED = [
     "memtile.cli",
@@ -33,6 +37,35 @@ def start_ranks(run: Callable[..., None], world: int, *arguments: object) -> Non
         torch.multiprocessing.ProcessRaisedException: one of them raised; the others are ended.
     """
     torch.multiprocessing.start_processes(run, arguments, nprocs=world, start_method="forkserver")
+
+
+class Command:
+    """`memtile WORDS…` in a process of its own.
+
+    Attributes:
+        process: the process; its `exitcode` is the command's once it has ended.
+        output: what it prints to both streams, as a file of lines.
+    """
+
+    def __init__(self, words: Sequence[object]) -> None:
+        ours, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_command, args=(theirs, [str(w) for w in words]))
+        self.process.start()
+        theirs.close()
+        self.output = os.fdopen(os.dup(ours.fileno()), encoding="utf-8")
+
+    def wait(self) -> str:
+        """Wait for its end; gives what it printed that nobody has read."""
+        with self.output:
+            rest = self.output.read()
+        self.process.join()
+        return rest
+
+
+def _command(output: Connection, words: list[str]) -> None:
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    sys.exit(main(words))
 
 
 def killed(write: Callable[..., None], *arguments: object, after: int, seconds: float) -> list[int]:
