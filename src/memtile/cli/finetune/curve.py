@@ -1,4 +1,4 @@
-"""Draws the losses of a log as a PNG: `python -m memtile.cli.finetune.curve LOG PNG`."""
+"""Draws the losses of a log as a PNG: `python curve.py LOG PNG`, which imports no torch."""
 
 import json
 import sys
@@ -12,17 +12,15 @@ _SMOOTHED: Final = 0.9  # weight of what came before, in the second line
 def main(arguments: list[str]) -> int:
     """Draws one log and gives the exit code."""
     log, picture = map(Path, arguments)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     if not entries:
         return 0
     steps = [entry["step"] for entry in entries]
     losses = [entry["loss"] for entry in entries]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
     axes.plot(steps, _smoothed(losses), color="C0", label="smoothed")
     axes.set_xlabel("step")

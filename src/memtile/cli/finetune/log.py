@@ -64,8 +64,8 @@ def draw(out: Path) -> bool:
     Returns:
         Whether it could be drawn: it needs matplotlib.
     """
-    module = "memtile.cli.finetune.curve"
-    command = [sys.executable, "-m", module, str(out / NAME), str(out / PICTURE)]
+    script = Path(__file__).with_name("curve.py")
+    command = [sys.executable, str(script), str(out / NAME), str(out / PICTURE)]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
