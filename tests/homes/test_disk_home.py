@@ -3,6 +3,7 @@
 import errno
 import gc
 import logging
+import mmap
 import os
 import resource
 import sys
@@ -124,6 +125,51 @@ def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
         assert torch.equal(settled, torch.arange(5000))
 
 
+def _refuse_maps(monkeypatch, error: int) -> None:
+    """No file can be mapped; anonymous memory can."""
+    real = mmap.mmap
+
+    def refusing(fd, *rest, **names):
+        if fd == -1:
+            return real(fd, *rest, **names)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(mmap, "mmap", refusing)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_filesystem_that_maps_nothing_is_refused(tmp_path, monkeypatch, direct):
+    """FUSE and network disks may have no shared maps: told when the home is made, by name."""
+    before = _open_files()
+    _refuse_maps(monkeypatch, errno.ENODEV)
+    if not direct:
+        _refuse(monkeypatch, os.O_DIRECT, errno.EINVAL)
+
+    with pytest.raises(HomeError, match=r"No such device.*FUSE.*give a folder on a local disk"):
+        DiskHome(tmp_path)
+
+    monkeypatch.undo()
+    assert _open_files() == before
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (errno.EROFS, "read-only filesystem: give a folder on one that may be written to"),
+        (errno.EMFILE, "raise the limit of open files"),
+        (errno.EACCES, "change its permissions"),
+    ],
+    ids=errno.errorcode.get,
+)
+def test_what_cannot_be_made_is_told_the_way_out(tmp_path, monkeypatch, error, advice):
+    """What the system said, and what helps against that."""
+    _refuse(monkeypatch, os.O_TMPFILE, error)
+
+    with pytest.raises(HomeError, match=rf"cannot be made \({os.strerror(error)}\).*{advice}"):
+        DiskHome(tmp_path)
+
+
 # Room
 
 
@@ -216,13 +262,11 @@ def test_a_map_that_is_refused_is_an_error_and_changes_nothing(tmp_path, monkeyp
     with DiskHome(tmp_path) as home:
         before = _file_bytes(home)
 
-        def refusing(*_, **__):
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-        monkeypatch.setattr("memtile.homes.live_file.mmap.mmap", refusing)
-        with pytest.raises(HomeFullError, match="could not be mapped"):
-            home.berth((10,), torch.uint8)
-        monkeypatch.undo()
+        for error, ours in ((errno.ENOMEM, HomeFullError), (errno.ENODEV, HomeError)):
+            _refuse_maps(monkeypatch, error)
+            with pytest.raises(ours, match="could not be mapped"):
+                home.berth((10,), torch.uint8)
+            monkeypatch.undo()
 
         assert _file_bytes(home) == before
 

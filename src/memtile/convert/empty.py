@@ -132,7 +132,7 @@ def _patch(more: int) -> None:
     with _patching:
         if not _inside and nn.Module.register_parameter is not _register_on_meta:
             _register = nn.Module.register_parameter
-            nn.Module.register_parameter = _register_on_meta  # type: ignore[method-assign]
+            nn.Module.register_parameter = _register_on_meta  # type: ignore[method-assign,assignment]
         _inside += more
         if not _inside and nn.Module.register_parameter is _register_on_meta:
             nn.Module.register_parameter = _register  # type: ignore[method-assign]

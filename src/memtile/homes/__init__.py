@@ -6,6 +6,7 @@ from memtile.homes.filesystems import usable_folder
 from memtile.homes.free_memory import fits_page_cache
 from memtile.homes.home import PAGE, Berth, Home, Traffic
 from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
+from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import berth_of, register, settle_in
 from memtile.homes.resolving import resolve_home
@@ -23,6 +24,7 @@ __all__ = [
     "Traffic",
     "aligned_buffer",
     "berth_of",
+    "cannot_map",
     "fits_page_cache",
     "keep_freed_memory_out",
     "page_out",

@@ -49,7 +49,8 @@ class DiskHome(Home):
         sealed: what `reopen` found, to copy tiles from; closed with the home.
 
     Raises:
-        HomeError: the folder is unusable, or `keep` and it holds a sealed file already.
+        HomeError: the folder is unusable, its filesystem maps no files, or `keep` and it holds a
+            sealed file already.
         HomeFullError: the disk is full.
         UnsupportedPlatformError: this is not Linux.
     """
