@@ -253,29 +253,46 @@ class TileOptimizer(Optimizer):
         """The state as the plain optimizer over the dense model would give it.
 
         Moments of tiles are joined: in the home of the tiles, so that no memory is needed for them,
-        as room of their own that is given back with the dictionary.
+        as room of their own that is given back with the dictionary. Hooks run as with torch's
+        own, and see the dense state.
 
         Raises:
             OptimizerError: some tiles of a weight are in a group and some are not.
             HomeFullError: there is no room.
         """
-        return to_dense_state(self._model, super().state_dict(), self.param_groups)
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        packed = to_dense_state(self._model, self.state, self.param_groups)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = _replaced(packed, after(self, packed))
+        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a plain optimizer over the dense model, or of this class.
 
+        Hooks run as with torch's own, and see the dense state.
+
         Raises:
             OptimizerError: it is of another model; nothing was changed.
         """
+        state_dict = state_dict.copy()  # torch's hooks may change theirs
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _replaced(state_dict, before(self, state_dict))
         load_dense_state(self, self._model, state_dict, self._stepper.stepped_dtype)
         for parameter, group in _with_groups(self.param_groups):
             if parameter in self.state:
                 self._stepper.drop_idle_master(parameter, group)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _with_groups(groups: Iterable[Group]) -> Iterator[tuple[nn.Parameter, Group]]:
     return ((parameter, group) for group in groups for parameter in group["params"])
+
+
+def _replaced(given: dict[str, Any], by_hook: dict[str, Any] | None) -> dict[str, Any]:
+    return given if by_hook is None else by_hook
 
 
 def _if_alive(method: "weakref.WeakMethod[Hook]") -> Callable[[Tensor], None]:
