@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,77 @@ def test_the_file_grows_in_few_steps(tmp_path):
 
         assert len({berth.address for berth in berths}) == 128
         assert _open_files() - before < 12
+
+
+def _full_from_now(monkeypatch) -> None:
+    def full(fd, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+
+def _room_left(home: DiskHome) -> int:
+    """Berths of one page that still fit where the disk is full; they are gone again."""
+    berths = []
+    try:
+        while True:
+            berths.append(home.berth((PAGE,), torch.uint8))
+    except HomeFullError:
+        return len(berths)
+
+
+def test_held_room_is_nobody_elses(tmp_path, monkeypatch):
+    """What others take leaves it alone; it is the owner's again and again, then everybody's."""
+    with DiskHome(tmp_path) as home:
+        held = home.hold([PAGE, 2 * PAGE, PAGE])
+        _full_from_now(monkeypatch)
+        free = _room_left(home)
+
+        for _ in range(3):
+            with held.used_here():
+                mine = [home.berth((pages * PAGE,), torch.uint8) for pages in (2, 1, 1)]
+            others = [home.berth((PAGE,), torch.uint8) for _ in range(free)]
+            with pytest.raises(HomeFullError):
+                home.berth((PAGE,), torch.uint8)
+            assert len({berth.address for berth in [*mine, *others]}) == free + 3
+            del mine, others
+            assert _room_left(home) == free
+        with held.used_here():
+            last = home.berth((PAGE,), torch.uint8)
+        del held
+        assert _room_left(home) == free + 3
+        del last
+        assert _room_left(home) == free + 4
+
+
+def test_room_that_cannot_be_held_changes_nothing(tmp_path, monkeypatch):
+    """Refused as a whole: all that was free is free, and what was held is held."""
+    with DiskHome(tmp_path) as home:
+        held = home.hold([PAGE])
+        _full_from_now(monkeypatch)
+        free = _room_left(home)
+
+        with pytest.raises(HomeFullError, match=f"{8 << 20} more bytes needed"):
+            home.hold([PAGE, 8 << 20, PAGE])
+
+        assert _room_left(home) == free
+        with held.used_here():
+            assert home.berth((PAGE,), torch.uint8).address
+
+
+def test_room_is_held_for_the_thread_that_uses_it(tmp_path, monkeypatch):
+    """What another thread parks meanwhile takes nothing of it."""
+    with DiskHome(tmp_path) as home, ThreadPoolExecutor(1) as other:
+        held = home.hold([PAGE])
+        _full_from_now(monkeypatch)
+
+        with held.used_here():
+            berths = other.submit(_room_left, home).result()
+            mine = home.berth((PAGE,), torch.uint8)
+
+        assert _room_left(home) == berths
+        del mine
+        assert _room_left(home) == berths
 
 
 def test_every_byte_is_allocated_before_it_is_mapped(tmp_path):

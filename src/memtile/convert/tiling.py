@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 from torch import nn
@@ -170,15 +171,17 @@ def replace_chosen(
             "as checkpoint=folder, with a model of memtile.empty_model(lambda: …)"
         )
     stored = None if checkpoint is None else checked_for_empty(model, checkpoint, home)
-    parked = None if home is None else home_for(model, choices, home)
-    done: set[str] = set()
-    for choice in choices:
-        if choice.tiled and choice.name not in done:
-            done.update(_tile_group(model, choice, parked))
-    for integration in integrations():
-        integration.tiled(model)
-    if stored is not None:
-        fill_or_untile(model, stored, parked)
+    held = None if home is None else home_for(model, choices, home)
+    parked = None if held is None else held.home
+    with nullcontext() if held is None else held.used_here():
+        done: set[str] = set()
+        for choice in choices:
+            if choice.tiled and choice.name not in done:
+                done.update(_tile_group(model, choice, parked))
+        for integration in integrations():
+            integration.tiled(model)
+        if stored is not None:
+            fill_or_untile(model, stored, parked)
     if parked is not None:
         settle_down(model, parked)
 

@@ -4,11 +4,11 @@ from memtile.homes.buffers import aligned_buffer, pieces
 from memtile.homes.disk import DiskHome
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.free_memory import fits_page_cache
-from memtile.homes.home import PAGE, Berth, Home, Traffic
+from memtile.homes.home import PAGE, Berth, Home, Reservation, Traffic
 from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
 from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
-from memtile.homes.registry import berth_of, register, settle_in
+from memtile.homes.registry import berth_of, hold_room, register, room_of, settle_in
 from memtile.homes.resolving import resolve_home
 from memtile.homes.scratch import scratch_like
 from memtile.homes.sealed_file import SealedFile
@@ -20,17 +20,20 @@ __all__ = [
     "DiskHome",
     "Home",
     "HostHome",
+    "Reservation",
     "SealedFile",
     "Traffic",
     "aligned_buffer",
     "berth_of",
     "cannot_map",
     "fits_page_cache",
+    "hold_room",
     "keep_freed_memory_out",
     "page_out",
     "pieces",
     "register",
     "resolve_home",
+    "room_of",
     "scratch_like",
     "settle_in",
     "trim_heap",

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
-from memtile.homes import berth_of, register, settle_in
+from memtile.homes import berth_of, register, room_of, settle_in
 
 Index = tuple[int, int]
 Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
@@ -267,5 +267,6 @@ def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype, key:
         share = share.to(dtype)
     berth = berth_of(part.parameter)
     if berth is not None and not berth.home.works_in_place:
-        return settle_in(berth.home, share)
+        with room_of(part.parameter):
+            return settle_in(berth.home, share)
     return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,7 @@
 """`TileOptimizer`: any element-wise torch optimizer, stepping tiles where they live."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import Home, berth_of
+from memtile.homes import Home, Reservation, berth_of, hold_room
 from memtile.optim.clipping import clip_gradients
 from memtile.optim.dense_state import load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
@@ -28,7 +29,8 @@ class TileOptimizer(Optimizer):
 
     It is a `torch.optim.Optimizer`: parameter groups, schedulers, `zero_grad`, `state_dict` work.
     Each parameter is stepped by itself, parked ones in slabs, with moments that live in the home of
-    their tile; Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
+    their tile: room for them, and for gradients that go home, is held there from now on, until this
+    is dropped. Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
     stopped when `step` is called again.
 
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
@@ -73,6 +75,7 @@ class TileOptimizer(Optimizer):
         self.mode: Mode = mode
         self._model = model
         self._inner = Inner(optimizer_class, options)
+        self._held: list[Reservation] = []
         self._stepped: set[nn.Parameter] = set()
         self._unfinished: list[tuple[nn.Parameter, Group]] | None = None
         self._group_of: dict[nn.Parameter, Group] = {}
@@ -129,16 +132,24 @@ class TileOptimizer(Optimizer):
             step_in_backward(parameter, True)
 
     def _reserve(self, groups: Iterable[Group]) -> None:
-        """Make room in each home for what training will park there."""
-        needed: dict[Home, int] = {}
+        """Hold room in each home for what training will park there, for as long as this lives."""
+        needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
+        places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
         for parameter, group in _with_groups(groups):
             berth = berth_of(parameter)
             if berth is not None and parameter.requires_grad:
-                size = self._stepper.state_bytes(parameter, group)
-                size += berth.room if self.mode == "classic" else 0
-                needed[berth.home] = needed.get(berth.home, 0) + size
-        for home, size in needed.items():
-            home.reserve(size)
+                rooms = self._stepper.state_rooms(parameter, group)
+                if self.mode == "classic" or places[parameter] > 1:  # ties are summed at home
+                    rooms.append(berth.room)
+                needed.setdefault(berth.home, []).append((parameter, rooms))
+        held = [
+            (home.hold([room for _, rooms in owners for room in rooms]), owners)
+            for home, owners in needed.items()
+        ]
+        for reservation, owners in held:
+            self._held.append(reservation)
+            for parameter, _ in owners:
+                hold_room(parameter, reservation)
 
     def _all(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter, _ in _with_groups(self.param_groups))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
-from memtile.homes import Berth, berth_of, register, scratch_like
+from memtile.homes import Berth, berth_of, register, room_of, scratch_like
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.passes import current_pass, enter_backward
 
@@ -155,7 +155,8 @@ def _send_home(parameter: nn.Parameter, berth: Berth, form: Form) -> None:
     old = parameter.grad
     ring = ferries_of(berth.home).gradients
     if old is None:
-        new = berth.home.berth(parameter.shape, parameter.dtype)
+        with room_of(parameter):
+            new = berth.home.berth(parameter.shape, parameter.dtype)
         with ring.borrow((new,), read=False) as loan:
             form(loan.tensors[0])
             loan.store()
