@@ -122,5 +122,9 @@ class TileSizeWarning(UserWarning):
     """Parameters that stay larger than the tile that was asked for."""
 
 
+class ReplacedParametersWarning(UserWarning):
+    """An optimizer steps parameters that the model has no more, so that nothing is trained."""
+
+
 class EngineConfigWarning(UserWarning):
     """A value of an engine's config that keeps tiles in memory."""
