@@ -93,9 +93,8 @@ def test_a_tile_optimizer_refuses_by_itself():
 def test_torch_is_left_alone_where_nothing_was_held(monkeypatch):
     """No hook on the steps of all optimizers, unless a replaced parameter is still there."""
     hooks: OrderedDict[int, object] = OrderedDict()
-    monkeypatch.setattr(
-        import_module("torch.optim.optimizer"), "_global_optimizer_pre_hooks", hooks
-    )
+    module = import_module("torch.optim.optimizer")
+    monkeypatch.setattr(module, "_global_optimizer_pre_hooks", hooks)
     monkeypatch.setattr(replaced, "_hook", None)
     model = memtile.untile(memtile.tile(_net(), out_splits=2))
     assert not hooks

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Home, Reservation, berth_of, hold_room
-from memtile.optim.clipping import clip_gradients
+from memtile.optim.clipping import clip_gradients, refuse_clipping
 from memtile.optim.dense_state import load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
@@ -35,8 +35,8 @@ class TileOptimizer(Optimizer):
 
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
     gradient is dropped: no gradient memory. `step()` is still called, once after each backward; a
-    second backward before it is refused. **`torch.nn.utils.clip_grad_norm_` sees no gradients then,
-    and returns 0.** An exception in the middle of such a backward leaves some parameters stepped.
+    second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
+    in the middle of such a backward leaves some parameters stepped.
 
     Args:
         model: whose parameters are optimized.
@@ -85,6 +85,8 @@ class TileOptimizer(Optimizer):
         self._stepper = Stepper(self._inner, self.state, masters)
         self._reserve(self.param_groups)
         self._hook(self._all())
+        if mode == "in_backward":
+            refuse_clipping(self)
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def _check_parameters(self, model: nn.Module) -> None:

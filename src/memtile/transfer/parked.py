@@ -50,7 +50,8 @@ def _record(parameter: Tensor) -> _Trained:
 
 def is_stepped_in_backward(parameter: Tensor) -> bool:
     """Whether a hook takes its gradients."""
-    return _record(parameter).is_stepped_in_backward
+    found: _Trained | None = _trained.get(parameter)
+    return found is not None and found.is_stepped_in_backward
 
 
 def step_in_backward(parameter: Tensor, yes: bool) -> None:
