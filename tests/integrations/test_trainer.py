@@ -277,8 +277,10 @@ def test_stepping_in_backward_refuses_to_accumulate(tmp_path: Path) -> None:
 
 
 def test_stepping_in_backward_refuses_the_default_clipping(tmp_path: Path) -> None:
-    """The Trainer's max_grad_norm is 1.0 unless it is said otherwise: its first step raises."""
+    """With max_grad_norm=1.0, which is the Trainer's own default, its first step raises."""
     model = memtile.tile(llama(), max_tile_bytes=9000, home="host")
 
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
+
     with pytest.raises(memtile.errors.OptimizerError, match="max_grad_norm=0 of a Trainer"):
-        trained(model, tmp_path, mode="in_backward", gradient_accumulation_steps=1)
+        trained(model, tmp_path, mode="in_backward", **settings)

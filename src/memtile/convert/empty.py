@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from memtile.errors import ArgumentError, CannotTileError
+from memtile.homes import lock_of_a_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,7 +90,7 @@ class _Moving(threading.local):
 
 
 _moving = _Moving()
-_patching = threading.Lock()
+_patching = lock_of_a_module()
 _inside = 0  # calls of `empty_model` under way, in all threads
 _register = nn.Module.register_parameter
 

@@ -1,6 +1,5 @@
 """Parameters that a model has no more: who still steps them is told, since that trains nothing."""
 
-import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -14,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ReplacedParametersWarning
+from memtile.homes import lock_of_a_module
 from memtile.optim import TileOptimizer
 
 _replaced = WeakIdKeyDictionary()  # parameter: who replaced it
-_hooking = threading.Lock()
+_hooking = lock_of_a_module()
 _hook: RemovableHandle | None = None
 
 

@@ -3,6 +3,7 @@
 from memtile.homes.buffers import aligned_buffer, pieces
 from memtile.homes.disk import DiskHome
 from memtile.homes.filesystems import usable_folder
+from memtile.homes.forks import lock_of_a_module, renew_in_child
 from memtile.homes.free_memory import fits_page_cache
 from memtile.homes.home import PAGE, Berth, Home, Reservation, Traffic
 from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
@@ -29,9 +30,11 @@ __all__ = [
     "fits_page_cache",
     "hold_room",
     "keep_freed_memory_out",
+    "lock_of_a_module",
     "page_out",
     "pieces",
     "register",
+    "renew_in_child",
     "resolve_home",
     "room_of",
     "scratch_like",

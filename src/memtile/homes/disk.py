@@ -159,8 +159,14 @@ class DiskHome(Home):
         if os.getpid() != self._owner:
             raise HomeError(
                 f"{self!r} belongs to process {self._owner}, this is {os.getpid()}: a forked "
-                "process may read its tiles, and parks new ones in a home of its own"
+                "process may read its tiles, and neither writes them nor parks new ones; park in a "
+                "home of its own"
             )
+
+    def _renew(self) -> None:
+        super()._renew()
+        if hasattr(self, "_segments"):  # it may be in the middle of being made
+            self._segments.renew_lock()
 
     def _release(self) -> None:
         if self.keep and os.getpid() == self._owner and self._is_to_be_sealed():
@@ -288,6 +294,7 @@ class _DiskBerth(Berth):
         disk_io.fill(self.home._fd, disk_io.bytes_of(into), self.offset + start)
 
     def _take(self, source: Tensor, start: int) -> None:
+        self.home._check_process()
         disk_io.drain(self.home._fd, disk_io.bytes_of(source), self.offset + start)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
+from memtile.homes.forks import renew_in_child
 
 _H = TypeVar("_H", bound="Home")
 
@@ -57,12 +58,20 @@ class Home(ABC):
     is_read_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self._change = threading.Condition()
-        self._moving = 0
+        self._begin_to_move()
+        renew_in_child(self, type(self)._renew)
         self._closed = False
         self._before_close: list[Callable[[], None]] = []
         self._at_close: list[Callable[[], None]] = []
         self._read_bytes = self._written_bytes = 0
+
+    def _begin_to_move(self) -> None:
+        self._change = threading.Condition()
+        self._moving = 0
+
+    def _renew(self) -> None:
+        """This is the child of a fork: nobody else is inside, nor comes back."""
+        self._begin_to_move()
 
     @abstractmethod
     def berth(self, shape: Sequence[int], dtype: torch.dtype) -> "Berth":

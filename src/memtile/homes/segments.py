@@ -163,6 +163,10 @@ class Segments:
             for segment in self._all:
                 remap_privately(segment.memory, fd, segment.offset)
 
+    def renew_lock(self) -> None:
+        """This is the child of a fork: whoever held the lock may be gone."""
+        self._lock = threading.RLock()
+
     def drop(self) -> None:
         """Lets go of all maps; those that tensors lie over stay until the tensors are gone."""
         with self._lock:

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce, wraps
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import Berth, berth_of
+from memtile.homes import Berth, berth_of, lock_of_a_module
 from memtile.transfer import ferries_of, is_stepped_in_backward
 
 Clip = Callable[..., Any]  # one of torch's functions
@@ -88,7 +87,7 @@ def _parked(gradient: Tensor) -> Berth | None:
 
 
 _CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")
-_installing = threading.RLock()  # a finalizer may come while its thread is inside
+_installing = lock_of_a_module()  # a finalizer may come while its thread is inside
 _owners: set[object] = set()
 _originals: list[tuple[CellType, Clip]] = []
 

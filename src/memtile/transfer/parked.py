@@ -1,6 +1,5 @@
 """A parked parameter as an operation sees it: values to bring in, a gradient to send home."""
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
-from memtile.homes import Berth, berth_of, register, room_of, scratch_like
+from memtile.homes import Berth, berth_of, lock_of_a_module, register, room_of, scratch_like
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.passes import current_pass, enter_backward
 
@@ -38,7 +37,7 @@ class _Trained:
 
 
 _trained = WeakIdKeyDictionary()
-_adding = threading.RLock()
+_adding = lock_of_a_module()
 
 
 def _record(parameter: Tensor) -> _Trained:
