@@ -3,6 +3,28 @@
 A message says what was given, the rule, and the way out.
 """
 
+import errno
+from typing import Final
+
+_WAYS_OUT: Final = {
+    errno.ENOSPC: "make room, or give another folder",
+    errno.EDQUOT: "make room within the quota, or give another folder",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or give a folder on a filesystem that "
+    "takes larger files",
+    errno.EROFS: "it is on a read-only filesystem: give a folder on one that may be written to",
+    errno.EACCES: "it may not be written to: change its permissions, or give another folder",
+    errno.EPERM: "it may not be written to: change its permissions, or give another folder",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or close some",
+    errno.ENFILE: "the system has too many open files: close some",
+    errno.ENOMEM: "free memory, or raise the limit of address space (ulimit -v)",
+    errno.EIO: "the disk or its connection is at fault: see the system's log",
+}
+
+
+def way_out(error: OSError) -> str:
+    """What to do about a place that the system could not make or write to, for a message's end."""
+    return _WAYS_OUT.get(error.errno or 0, "give another folder")
+
 
 class MemtileError(Exception):
     """Anything that memtile refuses."""
@@ -98,6 +120,10 @@ class ParkedCopyWarning(UserWarning):
 
 class TileSizeWarning(UserWarning):
     """Parameters that stay larger than the tile that was asked for."""
+
+
+class ReplacedParametersWarning(UserWarning):
+    """An optimizer steps parameters that the model has no more, so that nothing is trained."""
 
 
 class EngineConfigWarning(UserWarning):

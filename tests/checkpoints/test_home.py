@@ -1,5 +1,6 @@
 """A checkpoint's files as a home: read past the map, written to by nobody."""
 
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
 from memtile.checkpoints.copied_pages import CopiedPages
-from memtile.errors import CheckpointError
+from memtile.errors import CheckpointError, HomeError
 from memtile.homes import Berth, aligned_buffer
 from memtile.testing import ReadOnlyHomeContract
 
@@ -132,3 +133,16 @@ def test_pages_of_a_stretch_are_dropped(tmp_path):
 def shared_pages():
     """Pages of files in this process's memory."""
     return int(Path("/proc/self/statm").read_text().split()[2])
+
+
+def test_a_file_that_cannot_be_mapped_is_refused(tmp_path, monkeypatch):
+    """On a filesystem without maps: what is so, and two ways out."""
+    write_checkpoint(tmp_path, outgoing_of({"a": torch.arange(6.0).view(3, 2)}))
+    stored, home = Checkpoint.open(tmp_path)["a"], CheckpointHome()
+
+    def refusing(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refusing)
+    with pytest.raises(HomeError, match=r"No such device.*copy the checkpoint to a local disk, or"):
+        home.rows_of(stored, 0, stored.shape)

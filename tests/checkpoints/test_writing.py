@@ -261,7 +261,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", read_only)
-        with pytest.raises(CheckpointWriteError, match="Read-only file system"):
+        with pytest.raises(CheckpointWriteError, match="on a read-only filesystem: give a folder"):
             write_checkpoint(tmp_path, outgoing_of(ragged_tensors(2)))
 
     assert same_tensors(read(tmp_path), before)

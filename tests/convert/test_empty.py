@@ -1,5 +1,9 @@
 """empty_model: parameters on the meta device, buffers real."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -101,3 +105,30 @@ def test_modules_are_made_as_ever_afterwards():
 
     assert not nn.Linear(2, 3).weight.is_meta
     assert not torch.empty(2).is_meta
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_other_threads_build_models_as_ever(threads):
+    """While threads make models without parameters, the others' are real, whoever ends first."""
+    register = nn.Module.register_parameter
+    begun, built = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
+    turns = [threading.Event() for _ in range(threads)]
+
+    def make(turn):
+        begun.wait(60)
+        built.wait(60)
+        turn.wait(60)
+        return nn.Sequential(nn.Linear(5, 3), Scaled(lambda self: torch.ones(2)))
+
+    with ThreadPoolExecutor(threads) as pool:
+        empty = [pool.submit(memtile.empty_model, partial(make, turn)) for turn in turns]
+        begun.wait(60)
+        real = nn.Sequential(nn.Linear(5, 3), Scaled(lambda self: torch.ones(2)))
+        built.wait(60)
+        for turn, made in zip(turns, empty, strict=True):
+            turn.set()
+            made.result(60)
+
+    assert not any(parameter.is_meta for parameter in real.parameters())
+    assert all(p.is_meta for made in empty for p in made.result().parameters())
+    assert nn.Module.register_parameter is register

@@ -223,7 +223,7 @@ def test_a_home_without_room_changes_nothing(tmp_path, monkeypatch):
     def full(nbytes):
         raise HomeFullError(28, "full")
 
-    monkeypatch.setattr(home, "reserve", full)
+    monkeypatch.setattr(home, "hold", full)
     with pytest.raises(HomeFullError):
         memtile.tile(model, out_splits=3, home=home, checkpoint=path)
     assert shape_of(model) == before

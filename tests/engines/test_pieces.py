@@ -1,13 +1,20 @@
 """What a rank holds of a tensor: rectangles that together are its shard."""
 
+import errno
+import os
+import warnings
+
 import pytest
 import torch
+import torch.distributed.checkpoint
 from dcp_worker import Net
 from dcp_zero3_worker import spawn_zero3
 from torch import nn
 
+from memtile.engines import piece_reader
 from memtile.engines.distributed_checkpoints import load, save
 from memtile.engines.pieces import boxes
+from memtile.engines.shard_files import read_alone
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5), (5, 1), (2, 3, 4), (1, 4, 1, 3)])
@@ -55,3 +62,20 @@ def inside(offset, sizes):
 def assert_same(model: nn.Module, found: dict[str, torch.Tensor]) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, found[name]), name
+
+
+def test_a_folder_on_a_filesystem_without_maps_is_read(tmp_path, monkeypatch):
+    """Where a file of DCP cannot be mapped (ENODEV on some network disks), torch reads it."""
+    truth, found = torch.randn(7, 5), torch.zeros(7, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.distributed.checkpoint.save({"a": truth}, checkpoint_id=tmp_path, no_dist=True)
+
+    class Refusing(piece_reader._Map):
+        def __new__(cls, *_, **__):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(piece_reader, "_Map", Refusing)
+    read_alone({"a": found}, tmp_path)
+
+    assert torch.equal(found, truth)

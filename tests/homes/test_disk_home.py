@@ -3,10 +3,12 @@
 import errno
 import gc
 import logging
+import mmap
 import os
 import resource
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,51 @@ def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
         assert torch.equal(settled, torch.arange(5000))
 
 
+def _refuse_maps(monkeypatch, error: int) -> None:
+    """No file can be mapped; anonymous memory can."""
+    real = mmap.mmap
+
+    def refusing(fd, *rest, **names):
+        if fd == -1:
+            return real(fd, *rest, **names)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(mmap, "mmap", refusing)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_filesystem_that_maps_nothing_is_refused(tmp_path, monkeypatch, direct):
+    """FUSE and network disks may have no shared maps: told when the home is made, by name."""
+    before = _open_files()
+    _refuse_maps(monkeypatch, errno.ENODEV)
+    if not direct:
+        _refuse(monkeypatch, os.O_DIRECT, errno.EINVAL)
+
+    with pytest.raises(HomeError, match=r"No such device.*FUSE.*give a folder on a local disk"):
+        DiskHome(tmp_path)
+
+    monkeypatch.undo()
+    assert _open_files() == before
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (errno.EROFS, "read-only filesystem: give a folder on one that may be written to"),
+        (errno.EMFILE, "raise the limit of open files"),
+        (errno.EACCES, "change its permissions"),
+    ],
+    ids=errno.errorcode.get,
+)
+def test_what_cannot_be_made_is_told_the_way_out(tmp_path, monkeypatch, error, advice):
+    """What the system said, and what helps against that."""
+    _refuse(monkeypatch, os.O_TMPFILE, error)
+
+    with pytest.raises(HomeError, match=rf"cannot be made \({os.strerror(error)}\).*{advice}"):
+        DiskHome(tmp_path)
+
+
 # Room
 
 
@@ -147,6 +194,77 @@ def test_the_file_grows_in_few_steps(tmp_path):
 
         assert len({berth.address for berth in berths}) == 128
         assert _open_files() - before < 12
+
+
+def _full_from_now(monkeypatch) -> None:
+    def full(fd, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+
+def _room_left(home: DiskHome) -> int:
+    """Berths of one page that still fit where the disk is full; they are gone again."""
+    berths = []
+    try:
+        while True:
+            berths.append(home.berth((PAGE,), torch.uint8))
+    except HomeFullError:
+        return len(berths)
+
+
+def test_held_room_is_nobody_elses(tmp_path, monkeypatch):
+    """What others take leaves it alone; it is the owner's again and again, then everybody's."""
+    with DiskHome(tmp_path) as home:
+        held = home.hold([PAGE, 2 * PAGE, PAGE])
+        _full_from_now(monkeypatch)
+        free = _room_left(home)
+
+        for _ in range(3):
+            with held.used_here():
+                mine = [home.berth((pages * PAGE,), torch.uint8) for pages in (2, 1, 1)]
+            others = [home.berth((PAGE,), torch.uint8) for _ in range(free)]
+            with pytest.raises(HomeFullError):
+                home.berth((PAGE,), torch.uint8)
+            assert len({berth.address for berth in [*mine, *others]}) == free + 3
+            del mine, others
+            assert _room_left(home) == free
+        with held.used_here():
+            last = home.berth((PAGE,), torch.uint8)
+        del held
+        assert _room_left(home) == free + 3
+        del last
+        assert _room_left(home) == free + 4
+
+
+def test_room_that_cannot_be_held_changes_nothing(tmp_path, monkeypatch):
+    """Refused as a whole: all that was free is free, and what was held is held."""
+    with DiskHome(tmp_path) as home:
+        held = home.hold([PAGE])
+        _full_from_now(monkeypatch)
+        free = _room_left(home)
+
+        with pytest.raises(HomeFullError, match=f"{8 << 20} more bytes needed"):
+            home.hold([PAGE, 8 << 20, PAGE])
+
+        assert _room_left(home) == free
+        with held.used_here():
+            assert home.berth((PAGE,), torch.uint8).address
+
+
+def test_room_is_held_for_the_thread_that_uses_it(tmp_path, monkeypatch):
+    """What another thread parks meanwhile takes nothing of it."""
+    with DiskHome(tmp_path) as home, ThreadPoolExecutor(1) as other:
+        held = home.hold([PAGE])
+        _full_from_now(monkeypatch)
+
+        with held.used_here():
+            berths = other.submit(_room_left, home).result()
+            mine = home.berth((PAGE,), torch.uint8)
+
+        assert _room_left(home) == berths
+        del mine
+        assert _room_left(home) == berths
 
 
 def test_every_byte_is_allocated_before_it_is_mapped(tmp_path):
@@ -216,13 +334,11 @@ def test_a_map_that_is_refused_is_an_error_and_changes_nothing(tmp_path, monkeyp
     with DiskHome(tmp_path) as home:
         before = _file_bytes(home)
 
-        def refusing(*_, **__):
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-        monkeypatch.setattr("memtile.homes.live_file.mmap.mmap", refusing)
-        with pytest.raises(HomeFullError, match="could not be mapped"):
-            home.berth((10,), torch.uint8)
-        monkeypatch.undo()
+        for error, ours in ((errno.ENOMEM, HomeFullError), (errno.ENODEV, HomeError)):
+            _refuse_maps(monkeypatch, error)
+            with pytest.raises(ours, match="could not be mapped"):
+                home.berth((10,), torch.uint8)
+            monkeypatch.undo()
 
         assert _file_bytes(home) == before
 

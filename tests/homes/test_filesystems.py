@@ -77,3 +77,12 @@ def test_an_unknown_filesystem_is_not_refused(tmp_path, monkeypatch):
 
     assert filesystems.filesystem_of(tmp_path) == ""
     assert filesystems.why_unusable(tmp_path) is None
+
+
+def test_a_read_only_filesystem_is_told_as_such(tmp_path, monkeypatch):
+    """What keeps a home out of it is the filesystem, not the folder's permissions."""
+    real = os.statvfs(tmp_path)
+    read_only = os.statvfs_result((*real[:8], real.f_flag | os.ST_RDONLY, real.f_namemax))
+    monkeypatch.setattr(os, "statvfs", lambda folder: read_only)
+
+    assert filesystems.why_unusable(tmp_path) == "its filesystem is read-only"

@@ -274,3 +274,13 @@ def test_stepping_in_backward_refuses_to_accumulate(tmp_path: Path) -> None:
 
     with pytest.raises(memtile.errors.OptimizerError, match=r"cannot accumulate.*'classic'"):
         trained(model, tmp_path, mode="in_backward", max_grad_norm=0.0)
+
+
+def test_stepping_in_backward_refuses_the_default_clipping(tmp_path: Path) -> None:
+    """With max_grad_norm=1.0, which is the Trainer's own default, its first step raises."""
+    model = memtile.tile(llama(), max_tile_bytes=9000, home="host")
+
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
+
+    with pytest.raises(memtile.errors.OptimizerError, match="max_grad_norm=0 of a Trainer"):
+        trained(model, tmp_path, mode="in_backward", **settings)

@@ -1,14 +1,17 @@
 """Clipping in classic mode: gradients at home are scaled as dense ones are."""
 
+import gc
 import math
 
 import pytest
 import torch
 from small_training import HOMES, batches, disk_of, in_home, loss_of, optimizer_for, same, small
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from memtile.errors import OptimizerError
 from memtile.homes import berth_of
+from memtile.optim.clipping import _cells
 
 FLOAT32_ROUNDING = 1e-5  # of a norm over some hundred values, summed in another order
 
@@ -153,3 +156,75 @@ def test_only_what_it_optimizes_is_clipped(home):
     torch.testing.assert_close(norm, torch.stack(norms).norm(), rtol=FLOAT32_ROUNDING, atol=0)
     changed = {n for n, g in _gradients(model).items() if not torch.equal(g, before[n])}
     assert changed == {n for n in before if n.startswith("down.")}
+
+
+# What torch clips where gradients are gone, under names that were imported before
+
+
+def _clip_with_norm(parameters, limit):
+    nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(9.0))
+
+
+CLIPS = (
+    pytest.param(clip_grad_norm_, id="clip_grad_norm_"),
+    pytest.param(lambda p, limit: clip_grad_norm_(max_norm=limit, parameters=p), id="by name"),
+    pytest.param(clip_grad_value_, id="clip_grad_value_"),
+    pytest.param(_clip_with_norm, id="clip_grads_with_norm_"),
+)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("given", [iter, list, lambda parameters: next(iter(parameters))])
+def test_torch_refuses_to_clip_what_is_stepped_in_backward(clip, given):
+    """However its function was imported and is called: nothing would be clipped, in silence."""
+    model = in_home(small(), "disk")
+    optimizer = optimizer_for(model, mode="in_backward")
+    loss_of(model, batches(1)[0]).backward()
+
+    with pytest.raises(OptimizerError, match=r"stepped in backward.*max_grad_norm=0"):
+        clip(given(model.parameters()), 1.0)
+
+    optimizer.step()
+
+
+def test_torch_clips_everything_else_meanwhile():
+    """Other models are clipped as ever, and no limit asks for a norm, as the Trainer does."""
+    model, dense, twin = in_home(small(), "disk"), _dense(), _dense()
+    expected = clip_grad_norm_(twin.parameters(), 0.1)
+    clip_grad_value_(twin.parameters(), 0.001)
+    optimizer = optimizer_for(model, mode="in_backward")
+
+    norm = clip_grad_norm_(dense.parameters(), 0.1)
+    clip_grad_value_(dense.parameters(), 0.001)
+
+    assert torch.equal(norm, expected)
+    assert same(_gradients(dense), _gradients(twin))
+    assert clip_grad_norm_(model.parameters(), math.inf) == 0
+    with pytest.warns(UserWarning, match="empty generator"):
+        assert clip_grad_norm_((p for p in ()), 1.0) == 0
+    assert optimizer.mode == "in_backward"
+
+
+def test_torchs_functions_are_its_own_again():
+    """They are changed while an optimizer steps in backward, until the last of them is gone."""
+    model, other = in_home(small(), "disk"), in_home(small(), "disk")
+    before = _called()
+    optimizers = [optimizer_for(each, mode="in_backward") for each in (model, other)]
+    during = _called()
+
+    del optimizers[0]
+    gc.collect()
+    assert _called() == during
+    optimizers.clear()
+    gc.collect()
+
+    assert len(before) == 3
+    assert all(ours is not theirs for ours, theirs in zip(during, before, strict=True))
+    assert _called() == before
+    loss_of(model, batches(1)[0]).backward()
+    assert clip_grad_norm_(model.parameters(), 1.0) > 0
+
+
+def _called():
+    """What torch's functions for clipping call."""
+    return [cell.cell_contents for cell in _cells()]

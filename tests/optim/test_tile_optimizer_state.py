@@ -270,3 +270,58 @@ def test_a_gradient_on_its_way_does_not_matter():
     loss_of(model, batches(1)[0]).backward()
 
     assert _equal(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_state_it_is_empty_after_a_step_too(mode):
+    """SGD without momentum keeps nothing, and torch's own state dict of it has no entries."""
+    model = in_home(small(), "disk")
+    optimizer = optimizer_for(model, optim.SGD, mode=mode)
+
+    train(model, optimizer, batches(1))
+
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_hooks_see_the_dense_state():
+    """Hooks around `state_dict` and `load_state_dict` run in torch's order, on the dense form."""
+    model, seen = in_home(small(), "disk"), []
+    optimizer = optimizer_for(model)
+    train(model, optimizer, batches(1))
+    shape = (model.up.out_features, model.up.in_features)
+
+    def changed(name):
+        def hook(optimizer, state):
+            seen.append((name, state["state"][1]["exp_avg"].shape == shape))
+            return {**state, "state": dict(list(state["state"].items())[:-1]), name: True}
+
+        return hook
+
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before"))
+    optimizer.register_state_dict_post_hook(changed("after"))
+    optimizer.register_load_state_dict_pre_hook(changed("loading"))
+    optimizer.register_load_state_dict_post_hook(lambda own: seen.append(len(own.state)))
+    left = len(optimizer.state) - len(list(model.down.parameters()))
+    given = optimizer.state_dict()
+    held = dict(given)
+    optimizer.load_state_dict(given)
+
+    assert seen == ["before", ("after", True), ("loading", True), left]
+    assert given["after"]
+    assert given == held
+
+
+def test_a_hook_that_returns_nothing_changes_in_place():
+    """What a pre-hook does to its shallow copy is loaded; the caller's dictionary stays."""
+    model = in_home(small(), "disk")
+    optimizer = optimizer_for(model)
+    packed = optimizer.state_dict()
+
+    def faster(optimizer, state):
+        state["param_groups"] = [{**state["param_groups"][0], "lr": 7.0}]
+
+    optimizer.register_load_state_dict_pre_hook(faster)
+    optimizer.load_state_dict(packed)
+
+    assert optimizer.param_groups[0]["lr"] == 7.0
+    assert packed["param_groups"][0]["lr"] != 7.0

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.checkpoints.stored import StoredFile, StoredTensor
-from memtile.errors import HomeError, HomeFullError
-from memtile.homes import Berth, Home, disk_io
+from memtile.errors import HomeError
+from memtile.homes import Berth, Home, cannot_map, disk_io
 from memtile.homes.buffers import tensor_over
 
 _log = logging.getLogger("memtile.checkpoints")
@@ -85,10 +85,10 @@ class CheckpointHome(Home):
                 # Without NORESERVE a file larger than the memory could not be mapped.
                 memory = mmap.mmap(file.fd, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=access)
             except OSError as error:
-                raise HomeFullError(
-                    error.errno,
-                    f"{file.path} could not be mapped ({error.strerror}): raise the limit of "
-                    "address space, or give home=memtile.DiskHome(folder)",
+                raise cannot_map(
+                    str(file.path),
+                    error,
+                    "copy the checkpoint to a local disk, or give home=memtile.DiskHome(folder)",
                 ) from error
             view = self._maps[file] = memoryview(memory)
         return view

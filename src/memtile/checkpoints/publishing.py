@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from memtile.checkpoints.opening import PARTIAL
-from memtile.errors import CheckpointWriteError
+from memtile.errors import CheckpointWriteError, way_out
 
 # Some network filesystems have no locks: there nobody can be kept out.
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -113,5 +113,5 @@ def cannot_write(place: Path, error: OSError) -> CheckpointWriteError:
     return CheckpointWriteError(
         error.errno,
         f"{place} could not be written ({error.strerror or error}); what was there before is as it "
-        "was: make room or give another folder",
+        f"was: {way_out(error)}",
     )

@@ -15,6 +15,7 @@ from memtile.convert.kinds import (
 from memtile.convert.loading_checkpoints import Loaded, load_checkpoint
 from memtile.convert.planned import has_checkpointing, set_checkpointing
 from memtile.convert.recutting import Recut, convert_checkpoint
+from memtile.convert.replaced import replacing
 from memtile.convert.saving import save_checkpoint
 from memtile.convert.select import Choice, Cut, choose, select_linears
 from memtile.convert.tiling import replace_chosen, tile
@@ -45,6 +46,7 @@ __all__ = [
     "naming_of",
     "register_integration",
     "replace_chosen",
+    "replacing",
     "resume_training",
     "save_checkpoint",
     "save_training",

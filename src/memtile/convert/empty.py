@@ -1,5 +1,6 @@
 """A model without its parameters: they are on the meta device, its buffers are real."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from memtile.errors import ArgumentError, CannotTileError
+from memtile.homes import lock_of_a_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,7 +34,8 @@ def empty_model(factory: Callable[[], Model]) -> Model:
     """What `factory` makes, with its parameters on the meta device and its buffers real.
 
     No memory is used for the parameters and no time for drawing them. Give them values with
-    `memtile.tile(model, …, checkpoint=folder)`, or look at the model with `memtile.plan`.
+    `memtile.tile(model, …, checkpoint=folder)`, or look at the model with `memtile.plan`. Only what
+    this thread makes is concerned: other threads may build models meanwhile.
 
     Args:
         factory: makes the model, as `lambda: AutoModelForCausalLM.from_config(config)` does.
@@ -80,23 +83,57 @@ class _Makers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Moving(threading.local):
+    """Which parameters this thread has moved, by what they were made of; None: it moves none."""
+
+    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] | None = None
+
+
+_moving = _Moving()
+_patching = lock_of_a_module()
+_inside = 0  # calls of `empty_model` under way, in all threads
+_register = nn.Module.register_parameter
+
+
+def _register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """`register_parameter` as long as some thread is in `empty_model`: the others' as ever."""
+    moved = _moving.moved
+    if moved is not None and parameter is not None and not parameter.is_meta:
+        known = moved.get(id(parameter))
+        if known is None:
+            meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            known = moved[id(parameter)] = (parameter, meta)
+        parameter = known[1]
+    _register(module, name, parameter)
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Whatever becomes a parameter inside is moved to the meta device, ties included."""
-    register = nn.Module.register_parameter
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by what they were made of
+    """Whatever becomes a parameter inside, in this thread, is moved to meta, ties included.
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            known = moved.get(id(parameter))
-            if known is None:
-                meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                known = moved[id(parameter)] = (parameter, meta)
-            parameter = known[1]
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]  # no hook
+    torch's own hook on registrations would serve, but its dictionary must not change while another
+    thread registers a parameter.
+    """
+    outer = _moving.moved
+    _moving.moved = {} if outer is None else outer
+    _patch(1)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _moving.moved = outer
+        _patch(-1)
+
+
+def _patch(more: int) -> None:
+    """The first that comes puts our function in place, the last that goes takes it away.
+
+    Someone else who replaces it meanwhile may put it back later: it does nothing then.
+    """
+    global _inside, _register
+    with _patching:
+        if not _inside and nn.Module.register_parameter is not _register_on_meta:
+            _register = nn.Module.register_parameter
+            nn.Module.register_parameter = _register_on_meta  # type: ignore[method-assign,assignment]
+        _inside += more
+        if not _inside and nn.Module.register_parameter is _register_on_meta:
+            nn.Module.register_parameter = _register  # type: ignore[method-assign]

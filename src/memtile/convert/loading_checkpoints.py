@@ -8,6 +8,7 @@ from torch import nn
 from memtile.checkpoints import Checkpoint
 from memtile.convert.filling import fill
 from memtile.convert.finding import checked
+from memtile.convert.replaced import replacing
 from memtile.errors import ArgumentError
 
 
@@ -54,5 +55,6 @@ def load_checkpoint(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     findings = checked(model, Checkpoint.open(path), strict=strict)
-    fill(model, findings.matches)
+    with replacing(model, "memtile.load_checkpoint"):
+        fill(model, findings.matches)
     return Loaded(tuple(findings.missing), tuple(findings.unexpected))

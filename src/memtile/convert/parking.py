@@ -8,15 +8,15 @@ from torch import nn
 from memtile.checkpoints import CheckpointHome
 from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice
-from memtile.homes import PAGE, DiskHome, Home, berth_of
+from memtile.homes import PAGE, DiskHome, Home, Reservation, berth_of
 from memtile.layers import TiledModule, home_on
 from memtile.transfer import watch_model
 
 Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
 
-def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> Home:
-    """The home that is meant, with room for every tile that was chosen; nothing is parked yet.
+def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> Reservation:
+    """Room for every tile that was chosen in the home that is meant; nothing is parked yet.
 
     Raises:
         ArgumentError: it is neither a home nor the name of one.
@@ -24,15 +24,14 @@ def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> H
         SealError: what it was reopened with are not this model's tiles, or are damaged.
     """
     if home == "checkpoint":
-        return CheckpointHome()
+        return Reservation(CheckpointHome())
     device = next(model.parameters(), torch.empty(0)).device
     found = home_on(home, "cpu" if device.type == "meta" else device)
     expected = dict(_tiles(model, choices))
     if isinstance(found, DiskHome) and found.sealed is not None:
         found.sealed.check_matches(expected)
         found.sealed.check_sums()
-    found.reserve(sum(_room(*tile) for tile in [*expected.values(), *_gradients(model, choices)]))
-    return found
+    return found.hold([_room(*tile) for tile in [*expected.values(), *_gradients(model, choices)]])
 
 
 def _gradients(

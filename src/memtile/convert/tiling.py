@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 from torch import nn
@@ -17,6 +18,7 @@ from memtile.convert.planned import (
     prepare,
     set_checkpointing,
 )
+from memtile.convert.replaced import replacing
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.homes import Home
@@ -42,7 +44,8 @@ def tile(
     Values are bit-identical; frozen stays frozen, tied stays tied; training mode, dtype, device,
     gradients stay. Each replaced layer is freed before the next is made, so the peak is the model
     and one layer. Make the optimizer afterwards, and look modules up anew: the parameters are new
-    ones, and what holds a replaced module elsewhere (a plain list of modules) keeps the old one.
+    ones. An optimizer that was made before warns when it steps (`ReplacedParametersWarning`).
+    What holds a replaced module elsewhere (a plain list of modules) keeps the old one.
 
     Args:
         model: any module that holds linears.
@@ -170,15 +173,18 @@ def replace_chosen(
             "as checkpoint=folder, with a model of memtile.empty_model(lambda: …)"
         )
     stored = None if checkpoint is None else checked_for_empty(model, checkpoint, home)
-    parked = None if home is None else home_for(model, choices, home)
-    done: set[str] = set()
-    for choice in choices:
-        if choice.tiled and choice.name not in done:
-            done.update(_tile_group(model, choice, parked))
-    for integration in integrations():
-        integration.tiled(model)
-    if stored is not None:
-        fill_or_untile(model, stored, parked)
+    held = None if home is None else home_for(model, choices, home)
+    parked = None if held is None else held.home
+    parks = nullcontext() if held is None else held.used_here()
+    with parks, replacing(model, "memtile.tile"):
+        done: set[str] = set()
+        for choice in choices:
+            if choice.tiled and choice.name not in done:
+                done.update(_tile_group(model, choice, parked))
+        for integration in integrations():
+            integration.tiled(model)
+        if stored is not None:
+            fill_or_untile(model, stored, parked)
     if parked is not None:
         settle_down(model, parked)
 

@@ -7,6 +7,7 @@ from torch import nn
 from memtile.convert.kinds import integrations, replace_module, tiled_classes
 from memtile.convert.owners import Owners
 from memtile.convert.reasons import lost_on_replacing
+from memtile.convert.replaced import replacing
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import ParkedEmbedding, ParkedLinear, TiledModule, is_plain
 from memtile.transfer import unwatch_model
@@ -36,6 +37,15 @@ def untile(model: Model) -> Model:
             "layer.to_linear() or layer.to_embedding()"
         )
     ids = _checked_tile_ids(model)
+    with replacing(model, "memtile.untile"):
+        _replace_all(model, ids)
+    unwatch_model(model)
+    for integration in integrations():
+        integration.untiled(model)
+    return model
+
+
+def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> None:
     weights: dict[tuple[int, ...], tuple[nn.Parameter, TiledModule]] = {}
     names = list(ids)
     while names:
@@ -50,10 +60,6 @@ def untile(model: Model) -> Model:
         else:
             weights.pop(ids[name], None)
         replace_module(model, layer, dense)
-    unwatch_model(model)
-    for integration in integrations():
-        integration.untiled(model)
-    return model
 
 
 def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:

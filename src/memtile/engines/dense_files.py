@@ -30,7 +30,7 @@ from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.ranks import Ranks
 from memtile.engines.shard_files import read_alone, write_shards
 from memtile.engines.zero3_values import is_partitioned
-from memtile.errors import CheckpointWriteError
+from memtile.errors import CheckpointWriteError, way_out
 from memtile.geometry import Rect, Span
 from memtile.layers import whole_shape
 from memtile.optim import DenseParameter, Part
@@ -198,7 +198,7 @@ def _between(ranks: Ranks, folder: Path) -> Iterator[Path]:
         except OSError as error:
             raise CheckpointWriteError(
                 error.errno or errno.EIO,
-                f"{folder} could not be made or written ({error.strerror}): give another folder",
+                f"{folder} could not be made or written ({error.strerror}): {way_out(error)}",
             ) from error
 
     between = ranks.first(make)

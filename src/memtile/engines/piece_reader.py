@@ -58,7 +58,10 @@ class PieceReader(FileSystemReader):
         with self.fs.create_stream(
             self.fs.concat_path(self.path, info.relative_path), "rb"
         ) as file:
-            mapped = _Map(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+            try:
+                mapped = _Map(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+            except OSError:  # ENODEV: some network filesystems map nothing; torch reads
+                return None
         try:
             return _tensor_in(mapped, held.properties.dtype)
         except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, _UnknownFormError):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
-from memtile.errors import CheckpointError, CheckpointWriteError
+from memtile.errors import CheckpointError, CheckpointWriteError, way_out
 
 State = dict[str, Any]  # what DCP takes: tensors, dictionaries, anything
 
@@ -33,11 +33,11 @@ def write_shards(ranks: Ranks, state: State, folder: Path) -> None:
             )
     except CheckpointException as error:
         rank, cause = _first(error)
-        number = getattr(cause, "errno", None) or errno.EIO
+        said = cause if isinstance(cause, OSError) else OSError()
         raise CheckpointWriteError(
-            number,
+            said.errno or errno.EIO,
             f"{folder.parent} could not be written by rank {rank} ({cause}); what was there "
-            "before is as it was: make room or give another folder",
+            f"before is as it was: {way_out(said)}",
         ) from error
 
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from memtile.convert import replacing
 from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.engines.ahead import bring_ahead
 from memtile.engines.release import release_in_backward
@@ -82,11 +83,12 @@ def shard(
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
     }
-    share_tied_tiles(model)
-    units = units_of(model, unit_bytes)
-    for unit in units:
-        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
+    with replacing(model, "shard(model)"):
+        share_tied_tiles(model)
+        units = units_of(model, unit_bytes)
+        for unit in units:
+            fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, **options)
+        fully_shard(model, mesh=mesh, **options)
     tiles = {tile for layer in tiled_layers(model) for _, tile in layer.tiles()}
     for module in (module for unit in units for module in unit):
         if module in tiles or isinstance(module, nn.Linear | nn.Embedding):  # of one input

@@ -3,11 +3,13 @@
 from memtile.homes.buffers import aligned_buffer, pieces
 from memtile.homes.disk import DiskHome
 from memtile.homes.filesystems import usable_folder
+from memtile.homes.forks import lock_of_a_module, renew_in_child
 from memtile.homes.free_memory import fits_page_cache
-from memtile.homes.home import PAGE, Berth, Home, Traffic
+from memtile.homes.home import PAGE, Berth, Home, Reservation, Traffic
 from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
+from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
-from memtile.homes.registry import berth_of, register, settle_in
+from memtile.homes.registry import berth_of, hold_room, register, room_of, settle_in
 from memtile.homes.resolving import resolve_home
 from memtile.homes.scratch import scratch_like
 from memtile.homes.sealed_file import SealedFile
@@ -19,16 +21,22 @@ __all__ = [
     "DiskHome",
     "Home",
     "HostHome",
+    "Reservation",
     "SealedFile",
     "Traffic",
     "aligned_buffer",
     "berth_of",
+    "cannot_map",
     "fits_page_cache",
+    "hold_room",
     "keep_freed_memory_out",
+    "lock_of_a_module",
     "page_out",
     "pieces",
     "register",
+    "renew_in_child",
     "resolve_home",
+    "room_of",
     "scratch_like",
     "settle_in",
     "trim_heap",

@@ -10,6 +10,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from memtile.errors import HomeFullError
 from memtile.homes.home import whole_pages
+
+_WIPE_ON_FORK: Final = 18  # madvise(2); mmap has no name for it
 
 PIECE: Final = 4 << 20
 """Bytes of the largest piece in which whole tiles are streamed."""
@@ -26,13 +29,15 @@ def aligned_buffer(nbytes: int) -> Tensor:
     """A page-aligned 1-D uint8 tensor of `nbytes` rounded up to pages, freed with the tensor.
 
     Zeroed at first. Where CUDA is available it is pinned: drop it only after the copies from and to
-    it are done.
+    it are done. A forked child finds zeros in it: shared with a child, pages into which the disk is
+    writing would be copied for one of the two, on kernels before 6.3 perhaps for the wrong one.
 
     Raises:
         HomeFullError: there is no memory for it, or CUDA cannot pin so much.
     """
     room = whole_pages(nbytes)
-    return tensor_over(private_view(room) if room else None, torch.Size([room]), torch.uint8)
+    view = private_view(room, in_children=False) if room else None
+    return tensor_over(view, torch.Size([room]), torch.uint8)
 
 
 def pieces(room: int) -> Iterator[tuple[int, Tensor]]:
@@ -42,13 +47,14 @@ def pieces(room: int) -> Iterator[tuple[int, Tensor]]:
         yield start, buffer[: min(PIECE, room - start)]
 
 
-def private_view(room: int) -> memoryview:
+def private_view(room: int, in_children: bool = True) -> memoryview:
     """A private anonymous map of so many bytes, pinned where CUDA is available.
 
     It is unmapped when the view and everything that keeps it are gone.
 
     Args:
         room: bytes, whole pages, not 0.
+        in_children: whether a forked child has what is in it; else it finds zeros.
 
     Raises:
         HomeFullError: there is no memory for it, or CUDA cannot pin so much.
@@ -59,6 +65,9 @@ def private_view(room: int) -> memoryview:
         raise HomeFullError(
             errno.ENOMEM, f"no memory for {room} more bytes ({error}): park less, or on disk"
         ) from error
+    if not in_children:
+        with suppress(OSError):  # a kernel that does not know it: before 4.14
+            memory.madvise(_WIPE_ON_FORK)
     view = memoryview(memory)
     if torch.cuda.is_available():
         _pin(view, memory, room)

@@ -9,8 +9,10 @@ import logging
 import mmap
 import os
 import sys
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -22,10 +24,10 @@ from memtile.homes import disk_io, sealing
 from memtile.homes.buffers import tensor_over
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.free_memory import free_bytes
-from memtile.homes.home import Berth, Home, whole_pages
+from memtile.homes.home import Berth, Home, Reservation, whole_pages
 from memtile.homes.live_file import LiveFile
 from memtile.homes.sealed_file import SealedFile
-from memtile.homes.segments import Extent, Segments
+from memtile.homes.segments import NOBODY, Extent, Segments
 
 _log = logging.getLogger("memtile.homes")
 
@@ -49,7 +51,8 @@ class DiskHome(Home):
         sealed: what `reopen` found, to copy tiles from; closed with the home.
 
     Raises:
-        HomeError: the folder is unusable, or `keep` and it holds a sealed file already.
+        HomeError: the folder is unusable, its filesystem maps no files, or `keep` and it holds a
+            sealed file already.
         HomeFullError: the disk is full.
         UnsupportedPlatformError: this is not Linux.
     """
@@ -116,9 +119,18 @@ class DiskHome(Home):
             self._segments.reserve(whole_pages(nbytes))
             self._choose_path()
 
+    def hold(self, rooms: Sequence[int]) -> Reservation:
+        """Allocates the rooms on the disk now, for one owner; see `Home.hold`."""
+        with self.moving():
+            self._check_process()
+            held = _DiskReservation(self, [room for room in rooms if room])
+            self._choose_path()
+            return held
+
     def _start(self) -> None:
         self._owner = os.getpid()
         self._berths: weakref.WeakSet[_DiskBerth] = weakref.WeakSet()
+        self._here = _Here()
         self._lost: list[str] = []  # labels whose berths are gone
         self._file = LiveFile(self.folder, self.keep)
         self._segments = Segments(self._file.extend)
@@ -147,8 +159,14 @@ class DiskHome(Home):
         if os.getpid() != self._owner:
             raise HomeError(
                 f"{self!r} belongs to process {self._owner}, this is {os.getpid()}: a forked "
-                "process may read its tiles, and parks new ones in a home of its own"
+                "process may read its tiles, and neither writes them nor parks new ones; park in a "
+                "home of its own"
             )
+
+    def _renew(self) -> None:
+        super()._renew()
+        if hasattr(self, "_segments"):  # it may be in the middle of being made
+            self._segments.renew_lock()
 
     def _release(self) -> None:
         if self.keep and os.getpid() == self._owner and self._is_to_be_sealed():
@@ -205,6 +223,30 @@ class DiskHome(Home):
         return f"DiskHome({str(self.folder)!r})"
 
 
+class _Here(threading.local):
+    """For whom this thread parks."""
+
+    holder = NOBODY
+
+
+class _DiskReservation(Reservation):
+    home: DiskHome
+
+    def __init__(self, home: DiskHome, rooms: Sequence[int]) -> None:
+        super().__init__(home)
+        self._holder = home._segments.hold(rooms)
+        weakref.finalize(self, home._segments.release, self._holder).atexit = False
+
+    @contextmanager
+    def used_here(self) -> Iterator[None]:
+        here = self.home._here
+        before, here.holder = here.holder, self._holder
+        try:
+            yield
+        finally:
+            here.holder = before
+
+
 class _DiskBerth(Berth):
     home: DiskHome
 
@@ -219,7 +261,7 @@ class _DiskBerth(Berth):
         self._address = self.tensor().data_ptr()
 
     def _settle(self, segments: Segments) -> None:
-        extent = segments.take(self.room)
+        extent = segments.take(self.room, self.home._here.holder)
         self._extent = extent
         self._view = memoryview(extent.segment.memory)[extent.start : extent.start + self.room]
         self.offset = extent.segment.offset + extent.start
@@ -244,7 +286,7 @@ class _DiskBerth(Berth):
         """Drops the pages that tensors brought into this process's memory; contents stay."""
         if self._extent is None:
             return
-        segment, start, size = self._extent
+        segment, start, size, _ = self._extent
         aligned = start // mmap.PAGESIZE * mmap.PAGESIZE  # pages may be larger than PAGE
         segment.memory.madvise(mmap.MADV_DONTNEED, aligned, start + size - aligned)
 
@@ -252,6 +294,7 @@ class _DiskBerth(Berth):
         disk_io.fill(self.home._fd, disk_io.bytes_of(into), self.offset + start)
 
     def _take(self, source: Tensor, start: int) -> None:
+        self.home._check_process()
         disk_io.drain(self.home._fd, disk_io.bytes_of(source), self.offset + start)
 
 

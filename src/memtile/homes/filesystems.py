@@ -59,6 +59,8 @@ def why_unusable(folder: Path) -> str | None:
         return "there is no such folder"
     if not folder.is_dir():
         return "it is not a folder"
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return "its filesystem is read-only"
     if not os.access(folder, os.W_OK | os.X_OK):
         return "it may not be written to"
     kind = filesystem_of(folder)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
+from memtile.homes.forks import renew_in_child
 
 _H = TypeVar("_H", bound="Home")
 
@@ -44,8 +45,9 @@ class Traffic:
 class Home(ABC):
     """Memory in which tensors are parked; a context manager that closes it.
 
-    To write one, give `berth`, and `_release` where there is something to give back at closing;
-    `memtile.testing.HomeContract` has the tests that it must pass.
+    To write one, give `berth`, `hold` where room can be set aside, and `_release` where there is
+    something to give back at closing; `memtile.testing.HomeContract` has the tests that it must
+    pass.
 
     Attributes:
         works_in_place: whether tensors may be worked on where they lie, without a slab.
@@ -56,12 +58,20 @@ class Home(ABC):
     is_read_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self._change = threading.Condition()
-        self._moving = 0
+        self._begin_to_move()
+        renew_in_child(self, type(self)._renew)
         self._closed = False
         self._before_close: list[Callable[[], None]] = []
         self._at_close: list[Callable[[], None]] = []
         self._read_bytes = self._written_bytes = 0
+
+    def _begin_to_move(self) -> None:
+        self._change = threading.Condition()
+        self._moving = 0
+
+    def _renew(self) -> None:
+        """This is the child of a fork: nobody else is inside, nor comes back."""
+        self._begin_to_move()
 
     @abstractmethod
     def berth(self, shape: Sequence[int], dtype: torch.dtype) -> "Berth":
@@ -83,6 +93,21 @@ class Home(ABC):
             HomeError: the home is closed.
         """
         self.check_open()
+
+    def hold(self, rooms: Sequence[int]) -> "Reservation":
+        """Room that stays free for one owner, whoever else parks here.
+
+        A home that has no way to hold room makes sure that it is there now, as `reserve` does.
+
+        Args:
+            rooms: what `Berth.room` of each berth will be.
+
+        Raises:
+            HomeFullError: there is no room for them; nothing was changed.
+            HomeError: the home is closed.
+        """
+        self.reserve(sum(rooms))
+        return Reservation(self)
 
     @property
     def traffic(self) -> Traffic:
@@ -169,6 +194,21 @@ class Home(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+class Reservation:
+    """Room of a home that is held for one owner; it is given back once the reservation is gone.
+
+    Berths that were made of it are not: their room is the owner's again when they are gone.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    @contextmanager
+    def used_here(self) -> Iterator[None]:
+        """Inside, berths that this thread makes take the held room first, and others after it."""
+        yield
 
 
 class Berth(ABC):

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from memtile.errors import HomeError, HomeFullError, HomeIOError
+from memtile.errors import HomeError, HomeFullError, HomeIOError, MemtileError, way_out
 from memtile.homes import disk_io
 from memtile.homes.buffers import aligned_buffer
 from memtile.homes.home import PAGE
@@ -21,6 +21,7 @@ HEADER: Final = max(PAGE, mmap.ALLOCATIONGRANULARITY)
 _SMALLEST_GROWTH: Final = 1 << 20
 _LARGEST_AHEAD: Final = 1 << 30
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_LIMITS: Final = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT})
 
 
@@ -47,6 +48,7 @@ class LiveFile:
         self.fd = self._open(keep)
         try:
             self._allocate(HEADER)
+            self._map(HEADER).close()  # told now, and not when tiles are made
             self.direct_fd = self._open_direct()
         except BaseException:
             self.close()
@@ -59,7 +61,8 @@ class LiveFile:
         there is no room for that, it adds what is needed.
 
         Raises:
-            HomeFullError: there is no room for it; the file is as it was.
+            HomeFullError: there is no room for it, or a limit on maps; the file is as it was.
+            HomeError: its filesystem maps no more of it; the file is as it was.
         """
         offset = self.size
         ahead = max(needed, min(_LARGEST_AHEAD, offset), _SMALLEST_GROWTH)
@@ -70,14 +73,10 @@ class LiveFile:
             size = _in_units(needed)
             self._allocate(size)
         try:
-            memory = mmap.mmap(self.fd, size, offset=offset)
-        except OSError as error:
+            memory = self._map(size, offset)
+        except BaseException:
             self._shrink(offset)
-            raise HomeFullError(
-                error.errno,
-                f"a home in {self.folder}: {size} more bytes could not be mapped "
-                f"({error.strerror}); raise the limits of address space or open files",
-            ) from error
+            raise
         return Segment(offset, memory, FreeRoom(size))
 
     def publish(self, name: str, file_bytes: int, *, replace: bool) -> None:
@@ -131,16 +130,24 @@ class LiveFile:
             self._shrink(self.size)
             if error.errno not in _NO_ROOM:
                 raise HomeIOError(
-                    error.errno, f"a home in {self.folder} cannot grow: {error.strerror}"
+                    error.errno,
+                    f"a home in {self.folder} cannot grow ({error.strerror}); {way_out(error)}",
                 ) from error
             disk = os.fstatvfs(self.fd)
             free = disk.f_bavail * disk.f_frsize
             raise HomeFullError(
                 error.errno,
                 f"a home in {self.folder}: {more} more bytes needed, {free} bytes are free "
-                f"there ({error.strerror}); make room, or give another folder",
+                f"there ({error.strerror}); {way_out(error)}",
             ) from error
         self.size += more
+
+    def _map(self, size: int, offset: int = 0) -> mmap.mmap:
+        try:
+            return mmap.mmap(self.fd, size, offset=offset)
+        except OSError as error:
+            what = f"a home in {self.folder}: {size} bytes of its file"
+            raise cannot_map(what, error, "give a folder on a local disk") from error
 
     def _shrink(self, size: int) -> None:
         with contextlib.suppress(OSError):  # more is allocated than we use: no harm
@@ -157,12 +164,15 @@ class LiveFile:
                 return fd
         except HomeIOError:
             pass  # opened, but refuses to read or write
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
         return None
 
     def _coherent(self, direct: int) -> bool:
         """Whether the map and direct reads and writes see each other's changes, both ways."""
-        shared = mmap.mmap(self.fd, HEADER)
+        shared = self._map(HEADER)
         piece = disk_io.bytes_of(buffer := aligned_buffer(PAGE))
         written, mapped = os.urandom(PAGE), os.urandom(PAGE)
         shared[:PAGE] = mapped
@@ -221,7 +231,24 @@ def _taken(target: Path) -> HomeError:
 
 
 def _cannot_open(folder: Path, error: OSError) -> HomeError:
+    return HomeError(f"a home in {folder} cannot be made ({error.strerror}); {way_out(error)}")
+
+
+def cannot_map(what: str, error: OSError, elsewhere: str) -> MemtileError:
+    """What to say where a file is not mapped: a limit is reached, or its filesystem maps none.
+
+    Args:
+        what: was to be mapped.
+        error: the system's.
+        elsewhere: the way out where the filesystem is at fault.
+    """
+    if error.errno in _LIMITS:
+        return HomeFullError(
+            error.errno,
+            f"{what} could not be mapped ({error.strerror}); raise the limits of address space "
+            "(ulimit -v) or open files (ulimit -n)",
+        )
     return HomeError(
-        f"a home in {folder} cannot be made ({error.strerror}); give a folder on a local disk that "
-        "may be written to"
+        f"{what} could not be mapped ({error.strerror}), and parked tiles lie in mapped memory; "
+        f"network filesystems and those of user programs (FUSE) may map no files: {elsewhere}"
     )

@@ -1,14 +1,21 @@
-"""Which berth a tensor lies in, known without keeping the tensor alive or marking it."""
+"""Which berth a tensor lies in, and what room is held for it.
+
+It is known without keeping the tensor alive or marking it.
+"""
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.homes.buffers import pieces
-from memtile.homes.home import Berth, Home
+from memtile.homes.home import Berth, Home, Reservation
 
 # Not in the parameter's __dict__: that is pickled, and copied to a parameter somewhere else.
 _berths = WeakIdKeyDictionary()
+_held = WeakIdKeyDictionary()
 
 
 def register(tensor: Tensor, berth: Berth) -> None:
@@ -34,6 +41,18 @@ def berth_of(tensor: Tensor) -> Berth | None:
     ):
         return None
     return berth
+
+
+def hold_room(tensor: Tensor, held: Reservation) -> None:
+    """Makes `room_of(tensor)` use the reservation, as long as its owner keeps it."""
+    _held[tensor] = weakref.ref(held)
+
+
+def room_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside, this thread parks in the room that is held for the tensor, where some is."""
+    reference: weakref.ref[Reservation] | None = _held.get(tensor)
+    held = None if reference is None else reference()
+    return nullcontext() if held is None else held.used_here()
 
 
 def settle_in(home: Home, tensor: Tensor) -> Tensor:

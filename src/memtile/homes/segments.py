@@ -4,11 +4,15 @@ import mmap
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import count
+from typing import Final, NamedTuple
 
 from memtile.homes.remapping import remap_privately
+
+NOBODY: Final = 0
+"""The number of no holder: rooms that are free for all."""
 
 
 class FreeRoom:
@@ -75,11 +79,12 @@ class Segment:
 
 
 class Extent(NamedTuple):
-    """A room in a segment: bytes `start` to `start + size` of it."""
+    """A room in a segment: bytes `start` to `start + size` of it, and for whom it is held."""
 
     segment: Segment
     start: int
     size: int
+    holder: int = NOBODY
 
 
 @dataclass
@@ -93,22 +98,51 @@ class Segments:
     grow: Callable[[int], Segment]
     _all: list[Segment] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    # Rooms come back from finalizers, which run at any time, also in a thread that is inside
+    _held: dict[int, dict[int, list[Extent]]] = field(default_factory=dict)  # by holder and size
+    _holders: Iterator[int] = field(default_factory=lambda: count(1))
+    # Both come back from finalizers, which run at any time, also in a thread that is inside
     # `take`: they only append here, which needs no lock.
-    _returned: deque[tuple[int, int, int]] = field(default_factory=deque)
+    _returned: deque[tuple[int, int, int, int]] = field(default_factory=deque)
+    _gone: deque[int] = field(default_factory=deque)
 
-    def take(self, size: int) -> Extent:
-        """Room for so many bytes: the first that is free, or new."""
+    def take(self, size: int, holder: int = NOBODY) -> Extent:
+        """Room for so many bytes: what is held for the holder, the first that is free, or new."""
         with self._lock:
             self._collect()
-            for segment in self._all:
-                start = segment.free.take(size)
-                if start is not None:
-                    return Extent(segment, start, size)
-            segment = self._add(size)
-            start = segment.free.take(size)
-            assert start is not None
-            return Extent(segment, start, size)
+            held = self._held.get(holder, {}).get(size)
+            if held:
+                return held.pop()
+            return self._free(size) or self._in(self._add(size), size)
+
+    def hold(self, sizes: Sequence[int]) -> int:
+        """Sets rooms of these sizes aside; gives the holder's number, for `take`.
+
+        Only `release` gives them back. Rooms that were taken come back to their holder.
+        """
+        with self._lock:
+            self._collect()
+            holder, found, missing = next(self._holders), list[Extent](), list[int]()
+            for size in sorted(sizes, reverse=True):
+                extent = self._free(size)
+                if extent is None:
+                    missing.append(size)
+                else:
+                    found.append(extent)
+            try:
+                segment = self._add(sum(missing)) if missing else None
+            except BaseException:
+                self._give(found)
+                raise
+            if segment is not None:
+                found.extend(self._in(segment, size) for size in missing)
+            rooms = self._held[holder] = {size: [] for size in sizes}
+            for extent in found:
+                rooms[extent.size].append(extent._replace(holder=holder))
+            return holder
+
+    def release(self, holder: int) -> None:
+        """Frees what is held and not taken; it takes no lock."""
+        self._gone.append(holder)
 
     def reserve(self, size: int) -> None:
         """Makes sure that there is one free run of so many bytes."""
@@ -119,7 +153,8 @@ class Segments:
 
     def giver(self, extent: Extent) -> Callable[[], None]:
         """What gives the room back when it is called; it keeps no map alive and takes no lock."""
-        give, room = self._returned.append, (extent.segment.offset, extent.start, extent.size)
+        give = self._returned.append
+        room = (extent.segment.offset, extent.start, extent.size, extent.holder)
         return lambda: give(room)
 
     def make_private(self, fd: int) -> None:
@@ -128,10 +163,15 @@ class Segments:
             for segment in self._all:
                 remap_privately(segment.memory, fd, segment.offset)
 
+    def renew_lock(self) -> None:
+        """This is the child of a fork: whoever held the lock may be gone."""
+        self._lock = threading.RLock()
+
     def drop(self) -> None:
         """Lets go of all maps; those that tensors lie over stay until the tensors are gone."""
         with self._lock:
             self._all.clear()
+            self._held.clear()
 
     def _add(self, size: int) -> Segment:
         segment = self.grow(size)
@@ -139,8 +179,32 @@ class Segments:
         return segment
 
     def _collect(self) -> None:
+        while self._gone:
+            rooms = self._held.pop(self._gone.popleft(), {})
+            self._give(extent for held in rooms.values() for extent in held)
         by_offset = {segment.offset: segment for segment in self._all} if self._returned else {}
         while self._returned:
-            offset, start, size = self._returned.popleft()
+            offset, *room = self._returned.popleft()
             if offset in by_offset:  # after `drop` there is none
-                by_offset[offset].free.give(start, size)
+                self._give([Extent(by_offset[offset], *room)])
+
+    def _give(self, extents: Iterable[Extent]) -> None:
+        """Rooms are free again, for the holder that they were held for, if it is still there."""
+        for extent in extents:
+            rooms = self._held.get(extent.holder)
+            if rooms is None:
+                extent.segment.free.give(extent.start, extent.size)
+            else:
+                rooms[extent.size].append(extent)
+
+    def _free(self, size: int) -> Extent | None:
+        for segment in self._all:
+            start = segment.free.take(size)
+            if start is not None:
+                return Extent(segment, start, size)
+        return None
+
+    def _in(self, segment: Segment, size: int) -> Extent:
+        start = segment.free.take(size)
+        assert start is not None
+        return Extent(segment, start, size)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
-from memtile.homes import berth_of, register, settle_in
+from memtile.homes import berth_of, register, room_of, settle_in
 
 Index = tuple[int, int]
 Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
@@ -127,36 +127,31 @@ def _by_group(model: nn.Module, groups: Sequence[Group]) -> list[list[DenseParam
     return result
 
 
-def to_dense_state(model: nn.Module, packed: Packed, groups: Sequence[Group]) -> Packed:
-    """The state dict over the dense model, from the one over its tiles.
+def to_dense_state(
+    model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Group]
+) -> Packed:
+    """The state dict over the dense model, from what is kept for its tiles.
+
+    Args:
+        model: whose tiles they are.
+        states: by parameter; what keeps nothing counts as not stepped.
+        groups: of the optimizer.
 
     Raises:
         OptimizerError: some tiles of a weight are in a group and some are not.
     """
-    states = _states_by_parameter(packed, groups)
     result: Packed = {"state": {}, "param_groups": []}
     number = 0
-    for own, saved, members in zip(
-        groups, packed["param_groups"], _by_group(model, groups), strict=True
-    ):
-        assert len(own["params"]) == len(saved["params"])
+    for own, members in zip(groups, _by_group(model, groups), strict=True):
         numbers = list(range(number, number + len(members)))
         number += len(members)
-        result["param_groups"].append({**saved, "params": numbers})
+        result["param_groups"].append({**own, "params": numbers})
         for key, dense in zip(numbers, members, strict=True):
-            kept = {p.parameter: states[p.parameter] for p in dense.parts if p.parameter in states}
+            held = (part.parameter for part in dense.parts)
+            kept = {each: states[each] for each in held if states.get(each)}
             if kept:
                 result["state"][key] = _join(dense, kept)
-    return {**{k: v for k, v in packed.items() if k not in result}, **result}
-
-
-def _states_by_parameter(packed: Packed, groups: Sequence[Group]) -> dict[nn.Parameter, Any]:
-    states = {}
-    for own, saved in zip(groups, packed["param_groups"], strict=True):
-        for parameter, number in zip(own["params"], saved["params"], strict=True):
-            if number in packed["state"]:
-                states[parameter] = packed["state"][number]
-    return states
+    return result
 
 
 def _join(dense: DenseParameter, states: Mapping[nn.Parameter, Any]) -> dict[str, Any]:
@@ -272,5 +267,6 @@ def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype, key:
         share = share.to(dtype)
     berth = berth_of(part.parameter)
     if berth is not None and not berth.home.works_in_place:
-        return settle_in(berth.home, share)
+        with room_of(part.parameter):
+            return settle_in(berth.home, share)
     return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import PAGE, Berth, berth_of, register, settle_in
+from memtile.homes import PAGE, Berth, berth_of, register, room_of, settle_in
 from memtile.optim.inner import Inner, Piece
 from memtile.transfer import Ferry, Loan, ferries_of
 
@@ -78,10 +78,10 @@ class Stepper:
         if MASTER in self._state[parameter] and MASTER not in self._layout(parameter, group):
             del self._state[parameter][MASTER]
 
-    def state_bytes(self, parameter: Tensor, group: Mapping[str, Any]) -> int:
-        """Whole pages of the tensors that will be kept for the parameter, its master included."""
+    def state_rooms(self, parameter: Tensor, group: Mapping[str, Any]) -> list[int]:
+        """Whole pages of each tensor that will be kept for the parameter, its master included."""
         dtypes = self._layout(parameter, group).values()
-        return sum(-(-parameter.numel() * each.itemsize // PAGE) * PAGE for each in dtypes)
+        return [-(-parameter.numel() * each.itemsize // PAGE) * PAGE for each in dtypes]
 
     def cargo(self, parameter: Tensor) -> tuple[Berth, ...]:
         """Everything of a parked parameter that a step works on, empty where it is in memory."""
@@ -191,7 +191,8 @@ class Stepper:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
             yield Work({**tensors, **made}, frozenset(made), dict(made))
             return
-        rooms = {key: berth.home.berth(berth.shape, dtype) for key, dtype in missing.items()}
+        with room_of(parameter):
+            rooms = {key: berth.home.berth(berth.shape, dtype) for key, dtype in missing.items()}
         berths = self._berths(parameter, berth)
         ferries = ferries_of(berth.home)
         work = Work(tensors, frozenset(rooms), {key: _at(room) for key, room in rooms.items()})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
-from memtile.homes import berth_of, register
+from memtile.homes import berth_of, register, room_of
 from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
 from memtile.optim.stepping import MASTER
 from memtile.optim.tile_optimizer import TileOptimizer
@@ -193,7 +193,8 @@ def room_for(
             return found
     if not is_parked or berth is None:
         return torch.empty(shape, dtype=dtype, device=parameter.device)
-    room = berth.home.berth(shape, dtype)
+    with room_of(parameter):
+        room = berth.home.berth(shape, dtype)
     out = room.tensor()
     register(out, room)
     return out

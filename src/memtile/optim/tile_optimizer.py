@@ -1,6 +1,7 @@
 """`TileOptimizer`: any element-wise torch optimizer, stepping tiles where they live."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
@@ -10,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import Home, berth_of
-from memtile.optim.clipping import clip_gradients
+from memtile.homes import Home, Reservation, berth_of, hold_room
+from memtile.optim.clipping import clip_gradients, refuse_clipping
 from memtile.optim.dense_state import load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
@@ -28,13 +29,14 @@ class TileOptimizer(Optimizer):
 
     It is a `torch.optim.Optimizer`: parameter groups, schedulers, `zero_grad`, `state_dict` work.
     Each parameter is stepped by itself, parked ones in slabs, with moments that live in the home of
-    their tile; Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
+    their tile: room for them, and for gradients that go home, is held there from now on, until this
+    is dropped. Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
     stopped when `step` is called again.
 
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
     gradient is dropped: no gradient memory. `step()` is still called, once after each backward; a
-    second backward before it is refused. **`torch.nn.utils.clip_grad_norm_` sees no gradients then,
-    and returns 0.** An exception in the middle of such a backward leaves some parameters stepped.
+    second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
+    in the middle of such a backward leaves some parameters stepped.
 
     Args:
         model: whose parameters are optimized.
@@ -73,6 +75,7 @@ class TileOptimizer(Optimizer):
         self.mode: Mode = mode
         self._model = model
         self._inner = Inner(optimizer_class, options)
+        self._held: list[Reservation] = []
         self._stepped: set[nn.Parameter] = set()
         self._unfinished: list[tuple[nn.Parameter, Group]] | None = None
         self._group_of: dict[nn.Parameter, Group] = {}
@@ -82,6 +85,8 @@ class TileOptimizer(Optimizer):
         self._stepper = Stepper(self._inner, self.state, masters)
         self._reserve(self.param_groups)
         self._hook(self._all())
+        if mode == "in_backward":
+            refuse_clipping(self)
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def _check_parameters(self, model: nn.Module) -> None:
@@ -129,16 +134,24 @@ class TileOptimizer(Optimizer):
             step_in_backward(parameter, True)
 
     def _reserve(self, groups: Iterable[Group]) -> None:
-        """Make room in each home for what training will park there."""
-        needed: dict[Home, int] = {}
+        """Hold room in each home for what training will park there, for as long as this lives."""
+        needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
+        places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
         for parameter, group in _with_groups(groups):
             berth = berth_of(parameter)
             if berth is not None and parameter.requires_grad:
-                size = self._stepper.state_bytes(parameter, group)
-                size += berth.room if self.mode == "classic" else 0
-                needed[berth.home] = needed.get(berth.home, 0) + size
-        for home, size in needed.items():
-            home.reserve(size)
+                rooms = self._stepper.state_rooms(parameter, group)
+                if self.mode == "classic" or places[parameter] > 1:  # ties are summed at home
+                    rooms.append(berth.room)
+                needed.setdefault(berth.home, []).append((parameter, rooms))
+        held = [
+            (home.hold([room for _, rooms in owners for room in rooms]), owners)
+            for home, owners in needed.items()
+        ]
+        for reservation, owners in held:
+            self._held.append(reservation)
+            for parameter, _ in owners:
+                hold_room(parameter, reservation)
 
     def _all(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter, _ in _with_groups(self.param_groups))
@@ -253,29 +266,46 @@ class TileOptimizer(Optimizer):
         """The state as the plain optimizer over the dense model would give it.
 
         Moments of tiles are joined: in the home of the tiles, so that no memory is needed for them,
-        as room of their own that is given back with the dictionary.
+        as room of their own that is given back with the dictionary. Hooks run as with torch's
+        own, and see the dense state.
 
         Raises:
             OptimizerError: some tiles of a weight are in a group and some are not.
             HomeFullError: there is no room.
         """
-        return to_dense_state(self._model, super().state_dict(), self.param_groups)
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        packed = to_dense_state(self._model, self.state, self.param_groups)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = _replaced(packed, after(self, packed))
+        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a plain optimizer over the dense model, or of this class.
 
+        Hooks run as with torch's own, and see the dense state.
+
         Raises:
             OptimizerError: it is of another model; nothing was changed.
         """
+        state_dict = state_dict.copy()  # torch's hooks may change theirs
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _replaced(state_dict, before(self, state_dict))
         load_dense_state(self, self._model, state_dict, self._stepper.stepped_dtype)
         for parameter, group in _with_groups(self.param_groups):
             if parameter in self.state:
                 self._stepper.drop_idle_master(parameter, group)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _with_groups(groups: Iterable[Group]) -> Iterator[tuple[nn.Parameter, Group]]:
     return ((parameter, group) for group in groups for parameter in group["params"])
+
+
+def _replaced(given: dict[str, Any], by_hook: dict[str, Any] | None) -> dict[str, Any]:
+    return given if by_hook is None else by_hook
 
 
 def _if_alive(method: "weakref.WeakMethod[Hook]") -> Callable[[Tensor], None]:

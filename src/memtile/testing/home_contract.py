@@ -232,6 +232,18 @@ class HomeContract(ABC):
 
             assert len({berth.address for berth in berths}) == 64
 
+    def test_held_room_is_there(self) -> None:
+        """Berths of the rooms that were held fit, and others may be made beside them."""
+        with self.make_home() as home:
+            held = home.hold([PAGE, 3 * PAGE, PAGE])
+            others = [home.berth((PAGE,), torch.uint8) for _ in range(4)]
+
+            with held.used_here():
+                berths = [home.berth((size,), torch.uint8) for size in (PAGE, PAGE, 3 * PAGE)]
+            del held
+
+            assert len({berth.address for berth in [*others, *berths]}) == 7
+
     def test_any_number_of_threads_may_read(self) -> None:
         """Reads of several threads, and writes to other berths meanwhile, do not meet."""
         with self.make_home() as home:

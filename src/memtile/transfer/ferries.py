@@ -1,12 +1,13 @@
 """The ferries of each home, made when they are first needed and gone with it."""
 
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
-from memtile.homes import Home
+from memtile.homes import Home, renew_in_child
 from memtile.transfer.ferry import Ferry
 
 # Threads a home. Four saturate an idle disk; while products keep all cores busy a thread waits for
@@ -28,6 +29,7 @@ class Ferries:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
         self._process, self._is_closed = os.getpid(), False
+        renew_in_child(self, Ferries._renew_locks)
 
     @cached_property
     def weights(self) -> Ferry:
@@ -67,9 +69,18 @@ class Ferries:
     def close(self) -> None:
         """End the reader threads, without waiting for them, and let go of the slabs."""
         self._is_closed = True
-        self._executor.shutdown(wait=False)
+        if self._process == os.getpid():  # a child has none, and their locks are as they were
+            self._executor.shutdown(wait=False)
         for name in ("weights", "gradients", "steps"):
             self.__dict__.pop(name, None)
+
+    def _renew_locks(self) -> None:
+        """This is the child of a fork: a tile that is in a slab now is still to be given back."""
+        for ferry in self.all():
+            ferry.renew_lock()
+        for name in ("weights", "gradients", "steps"):
+            if hasattr(vars(Ferries)[name], "lock"):  # before Python 3.12
+                vars(Ferries)[name].lock = threading.RLock()
 
 
 _ferries: "weakref.WeakKeyDictionary[Home, Ferries]" = weakref.WeakKeyDictionary()

@@ -4,6 +4,7 @@ A cargo is one tile, or the few tensors that are worked on together (a weight, i
 moments). `borrow` gives a cargo in memory and starts reading what the itinerary says comes next.
 """
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from itertools import count, islice
 
 from torch import Tensor
 
+from memtile.errors import HomeError
 from memtile.homes import Berth
 from memtile.transfer.itinerary import Itinerary, Key, cargo_of, key_of
 from memtile.transfer.slabs import Holder, Slab
@@ -54,6 +56,7 @@ class Ferry:
         self._itinerary = Itinerary()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
         self._depth = 0  # of changes that are under way, in the thread that holds the lock
+        self._process = os.getpid()
         self._changed = threading.Condition()
         # No method: futures keep it, and the ferry would keep itself alive.
         self._notify = partial(_notify, weakref.ref(self), self._changed)
@@ -88,14 +91,27 @@ class Ferry:
             self._look_ahead(key_of(cargo), ahead)
             slab.wait_until_read()
             yield Loan(self, slab, cargo)
+            self._check_process()
         except BaseException:
             slab.is_spoiled = not slab.is_unwritten  # its content may be half changed
             raise
         finally:
             self._leave(slab)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise HomeError(
+                f"process {os.getpid()} was forked while a tile was worked on, and slabs are empty "
+                "in a child: fork between two calls of the model"
+            )
+
+    def renew_lock(self) -> None:
+        """This is the child of a fork: whoever held the lock may be gone."""
+        self._changed = threading.Condition()
+
     def write_home(self, slab: Slab, berths: Sequence[tuple[int, Berth]]) -> None:
         """Start writing these tensors of a borrowed slab home."""
+        self._check_process()
         slab.wait_until_written()
         changed, reference = self._changed, weakref.ref(self)
 

@@ -1,6 +1,5 @@
 """A parked parameter as an operation sees it: values to bring in, a gradient to send home."""
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
-from memtile.homes import Berth, berth_of, register, scratch_like
+from memtile.homes import Berth, berth_of, lock_of_a_module, register, room_of, scratch_like
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.passes import current_pass, enter_backward
 
@@ -38,7 +37,7 @@ class _Trained:
 
 
 _trained = WeakIdKeyDictionary()
-_adding = threading.RLock()
+_adding = lock_of_a_module()
 
 
 def _record(parameter: Tensor) -> _Trained:
@@ -50,7 +49,8 @@ def _record(parameter: Tensor) -> _Trained:
 
 def is_stepped_in_backward(parameter: Tensor) -> bool:
     """Whether a hook takes its gradients."""
-    return _record(parameter).is_stepped_in_backward
+    found: _Trained | None = _trained.get(parameter)
+    return found is not None and found.is_stepped_in_backward
 
 
 def step_in_backward(parameter: Tensor, yes: bool) -> None:
@@ -155,7 +155,8 @@ def _send_home(parameter: nn.Parameter, berth: Berth, form: Form) -> None:
     old = parameter.grad
     ring = ferries_of(berth.home).gradients
     if old is None:
-        new = berth.home.berth(parameter.shape, parameter.dtype)
+        with room_of(parameter):
+            new = berth.home.berth(parameter.shape, parameter.dtype)
         with ring.borrow((new,), read=False) as loan:
             form(loan.tensors[0])
             loan.store()

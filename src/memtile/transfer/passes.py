@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from memtile.homes import trim_heap
+from memtile.homes import lock_of_a_module, trim_heap
 from memtile.transfer.ferries import every_ferry
 
 
@@ -32,7 +32,7 @@ _here = _Here()
 _numbers = count(1)
 _current = 0  # the number of the pass whose tiles the slabs hold
 _backwards: set[int] = set()  # graph tasks of the engine that have brought tiles in
-_lock = threading.RLock()
+_lock = lock_of_a_module()
 
 
 def current_pass() -> int:
