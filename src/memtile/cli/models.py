@@ -46,6 +46,7 @@ def load_transformers(folder: Path) -> None:
 
     Raises:
         CommandError: It is not installed, or the folder's config.json cannot be read.
+        CheckpointError: The folder's weights are quantized.
     """
     try:
         import transformers
@@ -59,6 +60,9 @@ def load_transformers(folder: Path) -> None:
     logging.set_verbosity_error()
     for name in _architectures(folder):
         getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
+    from memtile.integrations.pretrained import check_files
+
+    check_files(folder)
 
 
 def _architectures(folder: Path) -> list[str]:
@@ -118,12 +122,12 @@ def empty_of(folder: Path) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from memtile import empty_model
+    from memtile.integrations.pretrained import dtype_of
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = empty_model(
-            lambda: AutoModelForCausalLM.from_config(config, dtype=config.dtype or "float32")
-        )
+        dtype = dtype_of(config, folder)
+        model = empty_model(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(
             f"MODEL {folder} is no causal language model of this transformers: "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from memtile.convert.kinds import integrations
 from memtile.errors import ArgumentError, CannotTileError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,6 +34,9 @@ def empty_model(factory: Callable[[], Model]) -> Model:
 
     No memory is used for the parameters and no time for drawing them. Give them values with
     `memtile.tile(model, …, checkpoint=folder)`, or look at the model with `memtile.plan`.
+
+    What transformers keeps in float32 in a model of 16 bits (`from_pretrained` does, `from_config`
+    does not) is float32 here too.
 
     Args:
         factory: makes the model, as `lambda: AutoModelForCausalLM.from_config(config)` does.
@@ -61,6 +65,8 @@ def empty_model(factory: Callable[[], Model]) -> Model:
                 "written into memory that was left empty, so it has no values before they do; "
                 "make it of torch.arange, zeros, ones or tensor, or build the model with its values"
             )
+    for integration in integrations():
+        integration.emptied(model)
     return model
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from memtile.checkpoints import PIECE_BYTES, Checkpoint, StoredTensor
 from memtile.convert.dense import check_stored
-from memtile.convert.kinds import Naming, naming_of, tiled_classes
+from memtile.convert.kinds import Naming, integrations, naming_of, tiled_classes
 from memtile.convert.moving import Source
 from memtile.convert.tiled_source import Index, TiledSource
 from memtile.convert.wanted import Wanted, computed_buffers, wanted_by
@@ -24,6 +24,12 @@ from memtile.layers import TiledModule
 from memtile.optim import DenseParameter
 
 _SHOWN = 4  # names in a message
+
+WAY_OUT = (
+    "give the folder of the unquantized model, or dequantize it once with from_pretrained and "
+    "model.dequantize(), and write it with save_pretrained"
+)
+"""What to do with quantized weights."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,28 @@ def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
     Args:
         model: tiled or not; its parameters may be on the meta device.
         checkpoint: in any name form.
+
+    Raises:
+        CheckpointError: its weights are quantized.
     """
-    return _Search(wanted_by(model), checkpoint, naming_of(model), computed_buffers(model)).run()
+    for integration in integrations():
+        integration.check_files(checkpoint.path)
+    findings = _Search(
+        wanted_by(model), checkpoint, naming_of(model), computed_buffers(model)
+    ).run()
+    for match in findings.matches:
+        _refuse_scaled(match, checkpoint.path)
+    return findings
+
+
+def _refuse_scaled(match: Match, where: object) -> None:
+    """Values of 8 bits and less are wrong without their scales, which stand in other tensors."""
+    theirs, ours = match.source.dtype, match.dense.parts[0].parameter.dtype
+    if theirs.is_floating_point and theirs.itemsize == 1 and theirs != ours:
+        raise CheckpointError(
+            f"{where} holds {match.name} as {theirs}, quantized, and memtile applies no scales: "
+            f"{WAY_OUT}"
+        )
 
 
 def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> Findings:

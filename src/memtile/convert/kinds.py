@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class Integration:
         texts: gives small files, by their names, that its checkpoint has beside the tensors.
         empty: makes a model with nothing in memory from a config or a folder, and a dtype or None;
             None where the source is not one of theirs.
+        check_files: called with the path of a checkpoint, to refuse one that it knows is not to be
+            read as it is.
+        emptied: called with a model that `empty_model` made, to change what its library would have
+            changed on reading its weights.
         work: gives what one step's forward is, from the model, the tokens, the batch and whether it
             trains; None where the model is not one of theirs.
     """
@@ -81,6 +86,8 @@ class Integration:
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
     texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None
+    check_files: Callable[[Path], None] = lambda path: None
+    emptied: Callable[[nn.Module], None] = _nothing
     work: Callable[[nn.Module, int, int, bool], Work | None] = lambda *given: None
 
 

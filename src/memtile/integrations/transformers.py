@@ -16,6 +16,13 @@ from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.integrations.dense_pretrained import DensePretrained
+from memtile.integrations.pretrained import (
+    check_files,
+    dtype_of,
+    keep_in_float32,
+    pretrained_models,
+    refuse_quantized,
+)
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -113,25 +120,20 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
     )
 
 
-def _models(model: nn.Module) -> list[Any]:
-    modeling = _loaded("modeling_utils")
-    return [m for m in model.modules() if modeling and isinstance(m, modeling.PreTrainedModel)]
-
-
 def _tiled(model: nn.Module) -> None:
-    for found in _models(model):
+    for found in pretrained_models(model):
         if any(isinstance(module, TiledModule) for module in found.modules()):
             found.save_pretrained = DensePretrained(found)
 
 
 def _untiled(model: nn.Module) -> None:
-    for found in _models(model):
+    for found in pretrained_models(model):
         vars(found).pop("save_pretrained", None)
 
 
 def _naming(model: nn.Module) -> Naming | None:
     """What `from_pretrained` knows of names: the base's prefix, what may be missing or extra."""
-    if model not in _models(model):
+    if model not in pretrained_models(model):
         return None
     found: Any = model  # a PreTrainedModel, which is not imported here
     return Naming(
@@ -143,7 +145,7 @@ def _naming(model: nn.Module) -> Naming | None:
 
 def _texts(model: nn.Module) -> dict[str, str]:
     """`config.json` and what else `save_pretrained` writes beside the weights."""
-    if model not in _models(model):
+    if model not in pretrained_models(model):
         return {}
     found: Any = model  # a PreTrainedModel, which is not imported here
     config = copy.deepcopy(found.config)  # save_pretrained sets these on the model's own
@@ -170,7 +172,8 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
     except ImportError:
         return None
     config: Any = source
-    if isinstance(source, str | Path):
+    folder = Path(source) if isinstance(source, str | Path) else None
+    if folder is not None:
         try:
             config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,9 +182,9 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
             ) from error
     if not isinstance(config, transformers.PretrainedConfig):
         return None
-    chosen = dtype or getattr(config, "dtype", None) or torch.float32
+    refuse_quantized(config.to_dict(), type(config).__name__ if folder is None else folder)
     try:
-        model: nn.Module = empty_model(_factory(config, chosen))
+        model: nn.Module = empty_model(_factory(config, dtype or dtype_of(config, folder)))
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ArgumentError(f"no model can be made of {type(config).__name__}: {error}") from error
     return model
@@ -204,7 +207,7 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
 
 def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:
     """A step of a language model: its loss, or the prompt's pass with a cache for what follows."""
-    found = _models(model)
+    found = pretrained_models(model)
     if not found or not found[0].can_generate():
         return None
     config = found[0].config
@@ -254,5 +257,7 @@ TRANSFORMERS = Integration(
     naming=_naming,
     texts=_texts,
     empty=_empty,
+    check_files=check_files,
+    emptied=keep_in_float32,
     work=_work,
 )

@@ -90,7 +90,7 @@ class Zero3(Sharded):
     """Under DeepSpeed's ZeRO-3: in the checkpoint's dtype, with float32 masters of 16 bits."""
 
     def __init__(self, model: Any, settings: Settings, *, offload: bool) -> None:
-        super().__init__(model)
+        super().__init__(model.to(next(model.parameters()).dtype))  # DeepSpeed takes one dtype
         import deepspeed
 
         from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
