@@ -100,5 +100,13 @@ class TileSizeWarning(UserWarning):
     """Parameters that stay larger than the tile that was asked for."""
 
 
+class CheckpointWarning(UserWarning):
+    """Names that a checkpoint and a model do not have in common, and what became of them."""
+
+
+class NewWeightsWarning(CheckpointWarning):
+    """Weights that no checkpoint had, initialised by the model's own rule."""
+
+
 class EngineConfigWarning(UserWarning):
     """A value of an engine's config that keeps tiles in memory."""

@@ -6,8 +6,11 @@ import pytest
 import torch
 from dense_files_worker import PIECE, TILE, Net, filled, spawn
 from safetensors.torch import load_file
+from stored_models import dense_values, write
 
 import memtile
+from memtile.engines.dense_files import found_for
+from memtile.errors import CheckpointError, CheckpointWarning
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -92,3 +95,17 @@ def test_a_folder_that_cannot_be_made_is_told_to_all(found):
     ranks, _ = found
 
     assert all("give another folder" in unwritable for *_, unwritable in ranks)
+
+
+def test_one_name_too_many_is_said_by_the_first_rank(tmp_path):
+    """The others are silent; each refuses it where it is asked to be strict."""
+    path = write({**dense_values(Net()), "more": torch.ones(2)}, tmp_path / "m.safetensors")
+
+    with pytest.warns(CheckpointWarning, match="holds more, which the model has not"):
+        first = found_for(Net(), path, is_first=True, strict=False)
+    other = found_for(Net(), path, is_first=False, strict=False)
+
+    assert first.unexpected == other.unexpected == ["more"]
+    for is_first in (True, False):
+        with pytest.raises(CheckpointError, match="it has more, which the model has not"):
+            found_for(Net(), path, is_first=is_first, strict=True)

@@ -4,6 +4,7 @@ Nothing is downloaded and no code of a checkpoint is run.
 """
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtile.cli.errors import CommandError
-from memtile.errors import BudgetError
+from memtile.errors import BudgetError, CheckpointWarning, NewWeightsWarning
 from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
@@ -137,6 +138,26 @@ def empty_of(folder: Path) -> "PreTrainedModel":
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
     return model
+
+
+@contextmanager
+def told(*, trains: bool = True) -> Iterator[None]:
+    """Says what a folder and a model do not have in common, a line each, on stderr.
+
+    Args:
+        trains: whether weights that the folder lacks may be made anew.
+
+    Raises:
+        CommandError: They were, and are not trained.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointWarning)
+        yield
+    for warning in caught:
+        if isinstance(warning.message, NewWeightsWarning) and not trains:
+            raise CommandError(f"{warning.message}; fine-tune it first, or give another folder.")
+        if isinstance(warning.message, CheckpointWarning):
+            sys.stderr.write(f"memtile: {warning.message}\n")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,20 +1,22 @@
 """What transformers' `from_pretrained` does besides reading values, by transformers' own rules."""
 
+import copy
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memtile.checkpoints import Checkpoint
-from memtile.convert import WAY_OUT, persistent_buffers
+from memtile.convert import WAY_OUT, empty_model, persistent_buffers
 from memtile.errors import CheckpointError
 
-
+_MARK = "_is_hf_initialized"  # transformers': what has values is not drawn anew
 _QUANTIZED = ("quantization_config", "compression_config")
 
 
@@ -31,6 +33,70 @@ def outermost(model: nn.Module) -> Iterator[Any]:
         if id(found) not in inner:
             inner.update(map(id, found.modules()))
             yield found
+
+
+def architecture(config: Any) -> Any:  # a config's; the class, which is not imported here
+    """The class that a config says its weights are of; None where transformers has it not."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [""]
+    named = getattr(transformers, str(names[0]), None)
+    # What `AutoModel.from_config` calls has no public name.
+    return named if hasattr(named, "_from_config") else None
+
+
+def relevant(
+    model: Any,  # a PreTrainedModel
+    missing: set[str],
+    unexpected: set[str],
+) -> tuple[set[str], set[str]]:
+    """What is left of names that are missing or unexpected, without those that are ignored."""
+    info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.missing_keys, info.unexpected_keys
+
+
+def new_names(
+    model: Any,  # a PreTrainedModel
+    missing: set[str],
+) -> set[str]:
+    """Of missing names those that the class of the checkpoint has not: a new head's say.
+
+    What that class has and the checkpoint lacks was lost. Where the config names no class, what is
+    outside the base is new.
+    """
+    named, prefix = architecture(model.config), f"{model.base_model_prefix}."
+    if not missing or named is type(model):
+        return set()
+    if named is None:
+        is_base = model.base_model is model
+        return {name for name in missing if not is_base and not name.startswith(prefix)}
+    config = copy.deepcopy(model.config)
+    theirs = empty_model(lambda: named._from_config(config)).state_dict()
+    known = {name.removeprefix(prefix) for name in theirs}
+    return {name for name in missing if name.removeprefix(prefix) not in known}
+
+
+def initialise(model: nn.Module, names: Collection[str]) -> None:
+    """Draw parameters by the rule of their `PreTrainedModel`; nothing else of it is touched.
+
+    Args:
+        model: holds them, with memory.
+        names: of them.
+    """
+    made = {id(model.get_parameter(name)) for name in names}
+    for found in outermost(model) if made else ():
+        others = [t for t in (*found.parameters(), *found.buffers()) if id(t) not in made]
+        marked = [t for t in others if not hasattr(t, _MARK)]
+        for tensor in marked:
+            setattr(tensor, _MARK, True)
+        for name, parameter in found.named_parameters(remove_duplicate=False):
+            while name and id(parameter) in made:  # rules may stand in any module around it
+                name = name.rpartition(".")[0]
+                setattr(found.get_submodule(name), _MARK, False)
+        found.initialize_weights()
+        for tensor in marked:
+            delattr(tensor, _MARK)
 
 
 def refuse_quantized(config: Mapping[str, Any], where: object) -> None:

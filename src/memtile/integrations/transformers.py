@@ -5,6 +5,7 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +18,15 @@ from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.integrations.dense_pretrained import DensePretrained
 from memtile.integrations.pretrained import (
+    architecture,
     check_files,
     dtype_of,
+    initialise,
     keep_in_float32,
+    new_names,
     pretrained_models,
     refuse_quantized,
+    relevant,
 )
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
@@ -132,14 +137,14 @@ def _untiled(model: nn.Module) -> None:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """What `from_pretrained` knows of names: the base's prefix, what may be missing or extra."""
+    """What `from_pretrained` knows of names: the base's prefix, what may be missing or besides."""
     if model not in pretrained_models(model):
         return None
     found: Any = model  # a PreTrainedModel, which is not imported here
     return Naming(
         prefix=found.base_model_prefix or "",
-        optional=tuple(found._keys_to_ignore_on_load_missing or ()),
-        ignored=tuple(found._keys_to_ignore_on_load_unexpected or ()),
+        relevant=partial(relevant, found),
+        made=partial(new_names, found),
     )
 
 
@@ -194,12 +199,9 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
     """What makes the class that the config names, or a causal language model where it can be."""
     import transformers
 
-    names = getattr(config, "architectures", None) or []
-    named = getattr(transformers, str(names[0]), None) if names else None
-    # What `AutoModel.from_config` calls has no public name.
-    make: Any = getattr(named, "_from_config", None)
-    if make is not None:
-        return lambda: make(config, dtype=dtype)
+    named = architecture(config)
+    if named is not None:
+        return lambda: named._from_config(config, dtype=dtype)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     return lambda: kind.from_config(config, dtype=dtype)
@@ -258,6 +260,7 @@ TRANSFORMERS = Integration(
     texts=_texts,
     empty=_empty,
     check_files=check_files,
+    initialise=initialise,
     emptied=keep_in_float32,
     work=_work,
 )
