@@ -272,6 +272,22 @@ def test_a_copy_of_a_head_begins_as_the_head(tmp_path: Path) -> None:
     assert "lm_head" not in str(said[0].message)
 
 
+def test_a_classifier_is_tuned_over_an_empty_model(tmp_path: Path) -> None:
+    """PEFT trains a copy of the new head, which has the head's own drawn values."""
+    folder = saved("llama", tmp_path)
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(empty(HEADS["llama"], folder), peft.LoraConfig(**options))
+
+    with pytest.warns(CheckpointWarning) as said:
+        memtile.tile(model, out_splits=2, checkpoint=folder, home=memtile.DiskHome(tmp_path))
+
+    score = model.base_model.model.score
+    drawn = dense_values(model)["base_model.model.score.original_module.weight"]
+    assert any(isinstance(warning.message, NewWeightsWarning) for warning in said)
+    assert drawn.std() > 0
+    assert torch.equal(score.modules_to_save.default.weight, drawn)
+
+
 def test_half_of_the_adapters_is_refused(tmp_path: Path) -> None:
     """A folder that lacks one of them is damaged."""
     adapters(tmp_path)

@@ -46,12 +46,9 @@ def fill(model: nn.Module, matches: Iterable[Match], resting: Resting = _NOWHERE
     twins: Twins = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if (
-                parameter is not None
-                and id(parameter) in matched - twins.keys()
-                and parameter.is_meta
-            ):
-                twins[id(parameter)] = _twin(module, name, parameter, resting)
+            key = id(parameter)
+            if parameter is not None and parameter.is_meta and key in matched and key not in twins:
+                twins[key] = _twin(module, name, parameter, resting)
     files: set[StoredFile] = set()
     for match in matches:
         bring_in(_of_twins(match.dense, twins, resting), match.source)

@@ -68,7 +68,7 @@ def new_names(
     named, prefix = architecture(model.config), f"{model.base_model_prefix}."
     if not missing or named is type(model):
         return set()
-    if named is None:
+    if named is None or not isinstance(model.config, named.config_class):
         is_base = model.base_model is model
         return {name for name in missing if not is_base and not name.startswith(prefix)}
     config = copy.deepcopy(model.config)
