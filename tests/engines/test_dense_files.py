@@ -2,10 +2,13 @@
 
 from importlib.util import find_spec
 
+import peft
 import pytest
 import torch
+import transformers
 from dense_files_worker import PIECE, TILE, Net, filled, spawn
 from safetensors.torch import load_file
+from small_models import build
 from stored_models import dense_values, write
 
 import memtile
@@ -95,6 +98,19 @@ def test_a_folder_that_cannot_be_made_is_told_to_all(found):
     ranks, _ = found
 
     assert all("give another folder" in unwritable for *_, unwritable in ranks)
+
+
+def test_what_would_be_drawn_on_each_rank_is_refused(tmp_path):
+    """A new head, and adapters without values: nothing is left as it came from memory."""
+    build("llama").save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    head = memtile.empty_model(lambda: transformers.LlamaForSequenceClassification(config))
+    base = memtile.empty_model(lambda: transformers.LlamaForCausalLM(config))
+    lora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    for model, name in ((head, "score.weight"), (lora, "lora_A")):
+        with pytest.raises(CheckpointError, match=f"{name}.* values are not made over ranks"):
+            found_for(model, tmp_path, is_first=True, strict=False)
 
 
 def test_one_name_too_many_is_said_by_the_first_rank(tmp_path):

@@ -103,13 +103,14 @@ class Findings:
     def _ways_out(self, complete: bool) -> str:
         if self.problems:
             return ""
-        renamed = (
-            "; where transformers renames tensors on loading, load it with from_pretrained and "
-            "write it anew with memtile.save_checkpoint(model, folder)"
-        )
-        relaxed = "; without strict (strict=False) what fits is loaded"
-        ways = relaxed if not complete or not self.missing else ""
-        return ways + (renamed if self.missing and self.unexpected else "")
+        refused = complete and self.missing
+        ways = "" if refused else "; without strict (strict=False) what fits is loaded"
+        if self.missing and self.unexpected:
+            ways += (
+                "; where transformers renames tensors on loading, load it with from_pretrained and "
+                "write it anew with memtile.save_checkpoint(model, folder)"
+            )
+        return ways
 
     def check_sums(self) -> None:
         """Verify what will be read, as far as its checksums are known.
@@ -167,11 +168,7 @@ def _refuse_scaled(match: Match, where: object) -> None:
 def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool) -> Findings:
     """What a checkpoint has for a model, once everything about it is known to be right.
 
-    Args:
-        model: as for `find`.
-        checkpoint: as for `find`.
-        strict: nothing may be missing, nor unexpected.
-        complete: nothing may be missing that the model does not make.
+    Strict and complete are as for `Findings.check`.
 
     Raises:
         CannotTileError: a tile computes its weight.
@@ -238,7 +235,7 @@ class _Search:
                 found.problems.append(f"{wanted.dense.name}: {error}")
         self._check_biases()
         known = {s for name in self.computed for s in self._spellings(name)}
-        besides = {name for name in self.checkpoint if name not in self.used | known}
+        besides = set(self.checkpoint) - self.used - known
         lacking = {self.naming.stored(name) for name in self.lacking}
         missing, unexpected = self.naming.relevant(lacking, besides)
         found.unexpected = [name for name in self.checkpoint if name in unexpected]

@@ -124,9 +124,12 @@ def found_for(
     else:
         findings = find(model, checkpoint)
         findings.check(path, strict=strict, complete=True)
-    if findings.made:  # each rank would draw its own
+    parameters = dict(model.named_parameters())
+    known = {*findings.optional, *findings.apart} & parameters.keys()
+    lacking = [*findings.made, *(name for name in known if parameters[name].is_meta)]
+    if lacking:  # each rank would draw its own
         raise CheckpointError(
-            f"{path} has no {some(findings.made)}, and values are not made over ranks: load the "
+            f"{path} has no {some(sorted(lacking))}, and values are not made over ranks: load the "
             "model with from_pretrained once, and give the folder that save_pretrained writes"
         )
     if findings.unexpected and is_first:
