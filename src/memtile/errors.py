@@ -126,5 +126,13 @@ class ReplacedParametersWarning(UserWarning):
     """An optimizer steps parameters that the model has no more, so that nothing is trained."""
 
 
+class CheckpointWarning(UserWarning):
+    """Names that a checkpoint and a model do not have in common, and what became of them."""
+
+
+class NewWeightsWarning(CheckpointWarning):
+    """Weights that no checkpoint had, initialised by the model's own rule."""
+
+
 class EngineConfigWarning(UserWarning):
     """A value of an engine's config that keeps tiles in memory."""

@@ -176,3 +176,21 @@ def test_a_file_that_was_replaced_is_read_as_it_was(tmp_path):
 
     found.files[0].check_unchanged()
     assert torch.equal(found["a"].read(), torch.ones(2))
+
+
+def test_several_sources_are_one_checkpoint(tmp_path):
+    """All of their tensors, from wherever they lie; a name in two of them is refused."""
+    tensors = ragged_tensors()
+    names = list(tensors)
+    one, two, again = (tmp_path / f"{part}.safetensors" for part in ("one", "two", "again"))
+    for file, chosen in ((one, names[:3]), (two, names[3:]), (again, names[2:3])):
+        save_file({name: tensors[name] for name in chosen}, file)
+
+    found = Checkpoint.of([one, str(two)])
+
+    assert same_tensors({name: stored.read() for name, stored in found.items()}, tensors)
+    assert found.where == f"{one} and {two}"
+    with pytest.raises(CheckpointError, match=rf"{names[2]} is in .*one\S+ and in .*again"):
+        Checkpoint.of([one, again])
+    with pytest.raises(CheckpointError, match="names no source"):
+        Checkpoint.of([])

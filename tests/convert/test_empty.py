@@ -132,3 +132,45 @@ def test_other_threads_build_models_as_ever(threads):
     assert not any(parameter.is_meta for parameter in real.parameters())
     assert all(p.is_meta for made in empty for p in made.result().parameters())
     assert nn.Module.register_parameter is register
+
+
+SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 31}
+KEPT = {
+    "t5": (torch.float16, lambda: build("t5").config),
+    "gpt-oss": (
+        torch.float16,
+        lambda: transformers.GptOssConfig(
+            **SIZES, num_hidden_layers=1, intermediate_size=20, num_local_experts=2, head_dim=6
+        ),
+    ),
+    "deepseek": (
+        torch.bfloat16,
+        lambda: transformers.DeepseekV3Config(
+            **SIZES,
+            num_hidden_layers=1,
+            first_k_dense_replace=0,
+            intermediate_size=20,
+            moe_intermediate_size=12,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_transformers_keeps_in_float32_is_float32(kind, tmp_path):
+    """Dtypes of parameters and buffers are those that from_pretrained gives, in 16 bits too."""
+    dtype, config = KEPT[kind]
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
+    auto.from_config(config(), dtype=dtype).save_pretrained(tmp_path)
+    theirs = auto.from_pretrained(tmp_path, dtype=dtype).state_dict()
+
+    model = memtile.empty_model(lambda: auto.from_config(config(), dtype=dtype))
+
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert dtypes == {name: tensor.dtype for name, tensor in theirs.items()}
+    assert set(dtypes.values()) >= {dtype, torch.float32}
+    assert memtile.empty_model(lambda: auto.from_config(config()).half()).dtype == torch.float16

@@ -61,11 +61,11 @@ def test_an_empty_model_becomes_the_tiled_one(kind, home, grid, tmp_path):
         assert torch.equal(model(**batch).logits, truth(**batch).logits)
 
 
-T5 = [("t5", torch.float32), ("t5", torch.bfloat16)]  # in float16 transformers keeps parts float32
-LOADED = [(kind, dtype) for kind in ("llama-tied", "gpt2") for dtype in DTYPES]
+# Of t5 in float16, and of gpt-oss in 16 bits, transformers keeps parts in float32.
+LOADED = [(kind, dtype) for kind in ("llama-tied", "gpt2", "t5") for dtype in DTYPES]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), LOADED + T5)
+@pytest.mark.parametrize(("kind", "dtype"), LOADED)
 def test_it_is_what_from_pretrained_gives(kind, dtype, tmp_path):
     """From a sharded folder of plain transformers: the same bits, and the same greedy tokens."""
     build(kind).to(dtype).save_pretrained(tmp_path / "saved", max_shard_size=20_000)

@@ -1,5 +1,6 @@
 """load_checkpoint reads every form of names into any model, all of it or nothing."""
 
+import json
 import os
 
 import pytest
@@ -283,3 +284,42 @@ def test_backward_after_loading_is_refused_where_it_would_be_wrong(tmp_path):
 
     with pytest.raises(RuntimeError, match="modified"):
         loss.backward()
+
+
+def quantized(folder, how):
+    """The small net's folder with one weight in float8, or a config that says how all are kept."""
+    state = dense_values(net())
+    if how == "float8":
+        state["2.weight"] = (state["2.weight"] * 400).to(torch.float8_e4m3fn)
+        state["2.weight_scale_inv"] = torch.tensor([1 / 400])
+    write(state, folder / "model.safetensors")
+    if how != "float8":
+        method = {"quantization_config": {"quant_method": "gptq"}}
+        config = method if how == "config" else {"text_config": method}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("how", ["float8", "config", "inner config"])
+def test_quantized_weights_are_refused_in_any_case(how, strict, tmp_path):
+    """Values without their scales are never taken for weights; the model is as it was."""
+    folder, model = quantized(tmp_path, how), net(2)
+    before = dense_values(model)
+
+    with pytest.raises(CheckpointError, match=r"quantized.*applies no scales: give the folder of"):
+        memtile.load_checkpoint(model, folder, strict=strict)
+    with pytest.raises(CheckpointError, match="quantized"):
+        memtile.tile(memtile.empty_model(net), out_splits=3, checkpoint=folder)
+    assert same_tensors(dense_values(model), before)
+
+
+def test_float8_goes_into_a_model_of_float8(tmp_path):
+    """A model that has the scales itself gets the bits."""
+    linear = nn.Linear(4, 3, bias=False).to(torch.float8_e4m3fn)
+    path = write(linear.state_dict(), tmp_path / "m.safetensors")
+    other = nn.Linear(4, 3, bias=False).to(torch.float8_e4m3fn)
+
+    memtile.load_checkpoint(other, path)
+
+    assert torch.equal(other.weight.view(torch.uint8), linear.weight.view(torch.uint8))

@@ -2,12 +2,18 @@
 
 from importlib.util import find_spec
 
+import peft
 import pytest
 import torch
+import transformers
 from dense_files_worker import PIECE, TILE, Net, filled, spawn
 from safetensors.torch import load_file
+from small_models import build
+from stored_models import dense_values, write
 
 import memtile
+from memtile.engines.dense_files import found_for
+from memtile.errors import CheckpointError, CheckpointWarning
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -92,3 +98,30 @@ def test_a_folder_that_cannot_be_made_is_told_to_all(found):
     ranks, _ = found
 
     assert all("give another folder" in unwritable for *_, unwritable in ranks)
+
+
+def test_what_would_be_drawn_on_each_rank_is_refused(tmp_path):
+    """A new head, and adapters without values: nothing is left as it came from memory."""
+    build("llama").save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    head = memtile.empty_model(lambda: transformers.LlamaForSequenceClassification(config))
+    base = memtile.empty_model(lambda: transformers.LlamaForCausalLM(config))
+    lora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    for model, name in ((head, "score.weight"), (lora, "lora_A")):
+        with pytest.raises(CheckpointError, match=f"{name}.* values are not made over ranks"):
+            found_for(model, tmp_path, is_first=True, strict=False)
+
+
+def test_one_name_too_many_is_said_by_the_first_rank(tmp_path):
+    """The others are silent; each refuses it where it is asked to be strict."""
+    path = write({**dense_values(Net()), "more": torch.ones(2)}, tmp_path / "m.safetensors")
+
+    with pytest.warns(CheckpointWarning, match="holds more, which the model has not"):
+        first = found_for(Net(), path, is_first=True, strict=False)
+    other = found_for(Net(), path, is_first=False, strict=False)
+
+    assert first.unexpected == other.unexpected == ["more"]
+    for is_first in (True, False):
+        with pytest.raises(CheckpointError, match="it has more, which the model has not"):
+            found_for(Net(), path, is_first=is_first, strict=True)

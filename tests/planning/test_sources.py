@@ -5,7 +5,7 @@ import torch
 from given_rates import RATES
 
 import memtile
-from memtile.errors import ArgumentError, BudgetError, CannotTileError
+from memtile.errors import ArgumentError, BudgetError, CannotTileError, CheckpointError
 
 transformers = pytest.importorskip("transformers")
 
@@ -183,3 +183,25 @@ def test_classic_mode_is_told_of_the_other():
     """Where gradients take the memory, the message says how to keep none."""
     with pytest.raises(BudgetError, match="mode='in_backward'"):
         planned(config(), budget="1MiB", mode="classic")
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    """A plan of their folder or config would be of other bytes than are loaded."""
+    described = config(quantization_config={"quant_method": "fp8"})
+    described.save_pretrained(tmp_path)
+
+    for source in (described, tmp_path):
+        with pytest.raises(CheckpointError, match=r"quantized by fp8.*give the folder of the"):
+            planned(source)
+
+
+def test_a_folder_without_a_dtype_has_that_of_its_files(tmp_path):
+    """As from_pretrained gives it; without files it is float32."""
+    described = config()
+    transformers.LlamaForCausalLM(described).half().save_pretrained(tmp_path / "files")
+    for folder in (tmp_path, tmp_path / "files"):
+        described.dtype = None
+        described.save_pretrained(folder)
+
+    assert {layer.dtype for layer in planned(tmp_path).layers} == {"float32"}
+    assert {layer.dtype for layer in planned(tmp_path / "files").layers} == {"float16"}

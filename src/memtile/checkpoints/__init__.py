@@ -1,7 +1,7 @@
 """Checkpoints as files: safetensors, read and written piece by piece, whole or not at all."""
 
 from memtile.checkpoints.home import CheckpointHome
-from memtile.checkpoints.opening import Checkpoint
+from memtile.checkpoints.opening import Checkpoint, OnePath, Paths
 from memtile.checkpoints.publishing import new_file, rename, sole_writer, sync_folder, write_text
 from memtile.checkpoints.steps import training_folder
 from memtile.checkpoints.stored import PIECE_BYTES, StoredFile, StoredTensor
@@ -12,7 +12,9 @@ __all__ = [
     "SHARD_BYTES",
     "Checkpoint",
     "CheckpointHome",
+    "OnePath",
     "Outgoing",
+    "Paths",
     "StoredFile",
     "StoredTensor",
     "new_file",

@@ -3,13 +3,17 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import CheckpointError
+
+OnePath = str | os.PathLike[str]
+Paths = OnePath | Sequence[OnePath]
+"""One source of tensors, or several whose names differ."""
 
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -22,12 +26,13 @@ class Checkpoint(Mapping[str, StoredTensor]):
     """The tensors of a checkpoint by their names; made by `Checkpoint.open`.
 
     Attributes:
-        path: what was opened.
+        path: what was opened; of several, the first.
+        paths: all that was opened.
         files: the files that hold them.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[StoredTensor]) -> None:
-        self.path = path
+    def __init__(self, paths: Sequence[Path], tensors: Iterable[StoredTensor]) -> None:
+        self.path, self.paths = paths[0], tuple(paths)
         self._tensors = MappingProxyType({tensor.entry.name: tensor for tensor in tensors})
         self.files = tuple({id(t.file): t.file for t in self._tensors.values()}.values())
 
@@ -41,7 +46,29 @@ class Checkpoint(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
     @classmethod
-    def open(cls, path: "str | os.PathLike[str]", stem: str = "model") -> "Checkpoint":
+    def of(cls, paths: Paths) -> "Checkpoint":
+        """All tensors of one source, or of several together.
+
+        Raises:
+            CheckpointError: one is none, or two hold the same name.
+        """
+        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        if not given:
+            raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
+        opened = [cls.open(path) for path in given]
+        holders: dict[str, Path] = {}
+        for checkpoint in opened:
+            for name in checkpoint:
+                if name in holders:
+                    raise CheckpointError(
+                        f"{name} is in {holders[name]} and in {checkpoint.path}; keep it in one"
+                    )
+                holders[name] = checkpoint.path
+        tensors = (tensor for checkpoint in opened for tensor in checkpoint.values())
+        return cls([checkpoint.path for checkpoint in opened], tensors)
+
+    @classmethod
+    def open(cls, path: OnePath, stem: str = "model") -> "Checkpoint":
         """The checkpoint in a folder, or the one that a file is or an index names.
 
         Args:
@@ -58,10 +85,15 @@ class Checkpoint(Mapping[str, StoredTensor]):
         except OSError as error:
             raise CheckpointError(f"{place} cannot be read ({error.strerror})") from error
         if found.name.endswith(INDEX_SUFFIX):
-            return cls(place, _indexed(found))
+            return cls([place], _indexed(found))
         _check_suffix(found)
         file = StoredFile(found)
-        return cls(place, (StoredTensor(file, entry) for entry in file.header.entries.values()))
+        return cls([place], (StoredTensor(file, entry) for entry in file.header.entries.values()))
+
+    @property
+    def where(self) -> str:
+        """What was opened, for messages."""
+        return " and ".join(map(str, self.paths))
 
     @property
     def nbytes(self) -> int:

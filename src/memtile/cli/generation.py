@@ -32,6 +32,7 @@ class Request:
         temperature: 0: the likeliest token each time.
         seed: of the draws.
         chat: whether the prompt is a user's message, put into the model's chat template.
+        strict: refuse a folder that holds more than the model has.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Request:
     temperature: float
     seed: int
     chat: bool
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def _loaded(
         )
     planned(plan)
     home = "checkpoint" if is_stored and plan.parked_layers else None
-    memtile.tile(model, plan, checkpoint=request.model, home=home)
+    with models.told(trains=False):
+        memtile.tile(model, plan, checkpoint=request.model, home=home, strict=request.strict)
     return model.requires_grad_(False).eval()
 
 

@@ -4,6 +4,7 @@ Nothing is downloaded and no code of a checkpoint is run.
 """
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtile.cli.errors import CommandError
-from memtile.errors import BudgetError
+from memtile.errors import BudgetError, CheckpointWarning, NewWeightsWarning
 from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def load_transformers(folder: Path) -> None:
 
     Raises:
         CommandError: It is not installed, or the folder's config.json cannot be read.
+        CheckpointError: The folder's weights are quantized.
     """
     try:
         import transformers
@@ -59,6 +61,9 @@ def load_transformers(folder: Path) -> None:
     logging.set_verbosity_error()
     for name in _architectures(folder):
         getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
+    from memtile.integrations.pretrained import check_files
+
+    check_files(folder)
 
 
 def _architectures(folder: Path) -> list[str]:
@@ -118,12 +123,12 @@ def empty_of(folder: Path) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from memtile import empty_model
+    from memtile.integrations.pretrained import dtype_of
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = empty_model(
-            lambda: AutoModelForCausalLM.from_config(config, dtype=config.dtype or "float32")
-        )
+        dtype = dtype_of(config, folder)
+        model = empty_model(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(
             f"MODEL {folder} is no causal language model of this transformers: "
@@ -133,6 +138,26 @@ def empty_of(folder: Path) -> "PreTrainedModel":
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
     return model
+
+
+@contextmanager
+def told(*, trains: bool = True) -> Iterator[None]:
+    """Says what a folder and a model do not have in common, a line each, on stderr.
+
+    Args:
+        trains: whether weights that the folder lacks may be made anew.
+
+    Raises:
+        CommandError: They were, and are not trained.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointWarning)
+        yield
+    for warning in caught:
+        if isinstance(warning.message, NewWeightsWarning) and not trains:
+            raise CommandError(f"{warning.message}; fine-tune it first, or give another folder.")
+        if isinstance(warning.message, CheckpointWarning):
+            sys.stderr.write(f"memtile: {warning.message}\n")
 
 
 def _first_line(error: Exception) -> str:

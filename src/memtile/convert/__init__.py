@@ -2,6 +2,7 @@
 
 from memtile.convert.dense import dense_items, dense_state_dict
 from memtile.convert.empty import empty_model
+from memtile.convert.finding import WAY_OUT
 from memtile.convert.kinds import (
     Integration,
     Kind,
@@ -21,9 +22,11 @@ from memtile.convert.select import Choice, Cut, choose, select_linears
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
+from memtile.convert.wanted import persistent_buffers
 from memtile.convert.workspaces import take_workspace
 
 __all__ = [
+    "WAY_OUT",
     "Choice",
     "Cut",
     "Integration",
@@ -44,6 +47,7 @@ __all__ = [
     "kind_of",
     "load_checkpoint",
     "naming_of",
+    "persistent_buffers",
     "register_integration",
     "replace_chosen",
     "replacing",

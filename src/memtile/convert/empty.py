@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from memtile.convert.kinds import integrations
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import lock_of_a_module
 
@@ -37,6 +38,9 @@ def empty_model(factory: Callable[[], Model]) -> Model:
     `memtile.tile(model, …, checkpoint=folder)`, or look at the model with `memtile.plan`. Only what
     this thread makes is concerned: other threads may build models meanwhile.
 
+    What transformers keeps in float32 in a model of 16 bits (`from_pretrained` does, `from_config`
+    does not) is float32 here too.
+
     Args:
         factory: makes the model, as `lambda: AutoModelForCausalLM.from_config(config)` does.
 
@@ -64,6 +68,8 @@ def empty_model(factory: Callable[[], Model]) -> Model:
                 "written into memory that was left empty, so it has no values before they do; "
                 "make it of torch.arange, zeros, ones or tensor, or build the model with its values"
             )
+    for integration in integrations():
+        integration.emptied(model)
     return model
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from memtile.checkpoints import PIECE_BYTES, Checkpoint, StoredTensor
 from memtile.convert.dense import check_stored
-from memtile.convert.kinds import Naming, naming_of, tiled_classes
+from memtile.convert.kinds import Naming, integrations, naming_of, tiled_classes
 from memtile.convert.moving import Source
 from memtile.convert.tiled_source import Index, TiledSource
 from memtile.convert.wanted import Wanted, computed_buffers, wanted_by
@@ -24,6 +24,12 @@ from memtile.layers import TiledModule
 from memtile.optim import DenseParameter
 
 _SHOWN = 4  # names in a message
+
+WAY_OUT = (
+    "give the folder of the unquantized model, or dequantize it once with from_pretrained and "
+    "model.dequantize(), and write it with save_pretrained"
+)
+"""What to do with quantized weights."""
 
 
 @dataclass(frozen=True)
@@ -55,43 +61,56 @@ class Findings:
     Attributes:
         matches: tensors that are in both.
         missing: names of the model that it has nothing for, though it should.
+        made: names of the model that it has nothing for, and that the model makes by its own rule.
+        optional: names of the model that its library lets a checkpoint lack.
+        apart: names of the model that lie in a checkpoint of their own, which this is not.
         unexpected: its names that mean nothing to the model.
         problems: what keeps it from being loaded, a sentence each.
     """
 
     matches: list[Match] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    optional: list[str] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def check(self, where: object, strict: bool) -> None:
+    def check(self, where: object, *, strict: bool, complete: bool) -> None:
         """Refuses what cannot be loaded.
 
+        Args:
+            where: the checkpoint lies.
+            strict: nothing may be missing, nor unexpected.
+            complete: nothing may be missing that the model does not make.
+
         Raises:
-            CheckpointError: there are problems; or, where it is strict, something is missing or
-                unexpected.
+            CheckpointError: there are problems, or something is missing or unexpected.
         """
         problems = list(self.problems)
-        if strict and self.missing:
-            problems.append(f"it has no {_some(self.missing)}, neither dense nor in tiles")
-        if strict and self.unexpected:
-            problems.append(f"it has {_some(self.unexpected)}, which the model has not")
+        missing = self.missing + (self.made if strict else [])
+        if missing and (strict or complete):
+            problems.append(f"it has no {some(missing)}, neither dense nor in tiles")
+        if self.unexpected and (strict or problems):
+            problems.append(f"it has {some(self.unexpected)}, which the model has not")
         if problems:
             raise CheckpointError(
                 f"{where} is not a checkpoint of this model: {'; '.join(problems)}. Nothing was "
                 f"changed; give the checkpoint of this model, or build it with the checkpoint's "
-                f"configuration{self._ways_out(strict)}"
+                f"configuration{self._ways_out(complete)}"
             )
 
-    def _ways_out(self, strict: bool) -> str:
-        if self.problems or not strict:
+    def _ways_out(self, complete: bool) -> str:
+        if self.problems:
             return ""
-        renamed = (
-            "; where transformers renames tensors on loading, load it with from_pretrained and "
-            "write it anew with memtile.save_checkpoint(model, folder)"
-        )
-        relaxed = "; memtile.load_checkpoint(model, path, strict=False) loads what fits"
-        return relaxed + (renamed if self.missing and self.unexpected else "")
+        refused = complete and self.missing
+        ways = "" if refused else "; without strict (strict=False) what fits is loaded"
+        if self.missing and self.unexpected:
+            ways += (
+                "; where transformers renames tensors on loading, load it with from_pretrained and "
+                "write it anew with memtile.save_checkpoint(model, folder)"
+            )
+        return ways
 
     def check_sums(self) -> None:
         """Verify what will be read, as far as its checksums are known.
@@ -104,18 +123,52 @@ class Findings:
                 stored.check_sum()
 
 
+def some(names: Collection[str]) -> str:
+    """The first of some names, and how many there are besides."""
+    shown = ", ".join(list(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def left_out(where: object, names: Collection[str]) -> str:
+    """What is said of names that only the checkpoint has."""
+    return f"{where} holds {some(names)}, which the model has not: left out"
+
+
 def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
     """What a checkpoint has for a model. Nothing but headers is read, unless ties must be compared.
 
     Args:
         model: tiled or not; its parameters may be on the meta device.
         checkpoint: in any name form.
+
+    Raises:
+        CheckpointError: its weights are quantized.
     """
-    return _Search(wanted_by(model), checkpoint, naming_of(model), computed_buffers(model)).run()
+    for integration in integrations():
+        for path in checkpoint.paths:
+            integration.check_files(path)
+    findings = _Search(
+        wanted_by(model), checkpoint, naming_of(model), computed_buffers(model)
+    ).run()
+    for match in findings.matches:
+        _refuse_scaled(match, checkpoint.where)
+    return findings
 
 
-def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> Findings:
+def _refuse_scaled(match: Match, where: object) -> None:
+    """Values of 8 bits and less are wrong without their scales, which stand in other tensors."""
+    theirs, ours = match.source.dtype, match.dense.parts[0].parameter.dtype
+    if theirs.is_floating_point and theirs.itemsize == 1 and theirs != ours:
+        raise CheckpointError(
+            f"{where} holds {match.name} as {theirs}, quantized, and memtile applies no scales: "
+            f"{WAY_OUT}"
+        )
+
+
+def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool) -> Findings:
     """What a checkpoint has for a model, once everything about it is known to be right.
+
+    Strict and complete are as for `Findings.check`.
 
     Raises:
         CannotTileError: a tile computes its weight.
@@ -133,7 +186,7 @@ def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool) -> Findin
                 "anew with memtile.tile(memtile.empty_model(lambda: …), …, checkpoint=folder)"
             )
     findings = find(model, checkpoint)
-    findings.check(checkpoint.path, strict)
+    findings.check(checkpoint.where, strict=strict, complete=complete)
     _check_meta(model, findings)
     findings.check_sums()
     return findings
@@ -148,6 +201,7 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
                 "buffers real"
             )
     found = {match.name for match in findings.matches}
+    found.update(findings.made, findings.optional, findings.apart)
     for wanted in wanted_by(model):
         if wanted.dense.name not in found and wanted.dense.parts[0].parameter.is_meta:
             raise CheckpointError(
@@ -169,6 +223,7 @@ class _Search:
         self.tiles = tiles_by_layer(checkpoint)
         self.own = {naming.stored(name) for one in wanted for name in one.names}
         self.used: set[str] = set()
+        self.lacking: list[str] = []  # names of the model
         self.findings = Findings()
 
     def run(self) -> Findings:
@@ -179,22 +234,30 @@ class _Search:
             except MemtileError as error:
                 found.problems.append(f"{wanted.dense.name}: {error}")
         self._check_biases()
-        ignored = [re.compile(pattern) for pattern in self.naming.ignored]
         known = {s for name in self.computed for s in self._spellings(name)}
-        found.unexpected = [
-            name
-            for name in self.checkpoint
-            if name not in self.used
-            and name not in known
-            and not any(pattern.search(name) for pattern in ignored)
-        ]
+        besides = set(self.checkpoint) - self.used - known
+        lacking = {self.naming.stored(name) for name in self.lacking}
+        missing, unexpected = self.naming.relevant(lacking, besides)
+        found.unexpected = [name for name in self.checkpoint if name in unexpected]
+        self._sort_lacking(missing, self.naming.made(missing))
         return found
+
+    def _sort_lacking(self, missing: Collection[str], made: Collection[str]) -> None:
+        found = self.findings
+        matched = {self.naming.apart(match.name) for match in found.matches}
+        for name in self.lacking:
+            stored = self.naming.stored(name)
+            if matched == {not self.naming.apart(name)}:
+                found.apart.append(name)
+            elif stored in made:
+                found.made.append(name)
+            else:
+                (found.missing if stored in missing else found.optional).append(name)
 
     def _match(self, wanted: Wanted) -> None:
         sources = {name: source for name in wanted.names if (source := self._source(name))}
         if not sources:
-            if not any(re.search(p, wanted.dense.name) for p in self.naming.optional):
-                self.findings.missing.append(wanted.dense.name)
+            self.lacking.append(wanted.dense.name)
             return
         (_, source), *others = sources.items()
         dense = wanted.matrix if isinstance(source, TiledSource) else wanted.dense
@@ -218,7 +281,7 @@ class _Search:
         ]
         if len(keys) + len(tiles) > 1:
             found = [*keys, *(next(iter(keyed.values())) for keyed in tiles)]
-            raise CheckpointError(f"the checkpoint holds it twice, as {_some(found)}; keep one")
+            raise CheckpointError(f"the checkpoint holds it twice, as {some(found)}; keep one")
         if keys:
             self.used.add(keys[0])
             return self.checkpoint[keys[0]]
@@ -287,8 +350,3 @@ def _same_values(one: Source, other: Source) -> bool:
     size, step = one.shape.numel(), PIECE_BYTES // one.dtype.itemsize
     spans = ((start, min(start + step, size)) for start in range(0, size, step))
     return all(torch.equal(one.elements(*span), other.elements(*span)) for span in spans)
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

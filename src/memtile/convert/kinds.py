@@ -1,7 +1,8 @@
 """Which dense modules have a tiled form, and what other libraries add to that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,15 +45,20 @@ class Naming:
 
     Args:
         prefix: of names below the base model, which a checkpoint may have or lack.
-        optional: patterns of the model's names that a checkpoint may lack.
-        ignored: patterns of a checkpoint's names that mean nothing.
         stored: gives, from a name of the model, the one that checkpoints have in its place.
+        relevant: gives, of the stored names that a checkpoint lacks and of those that it has
+            besides, the ones that the library does not ignore.
+        made: gives, of stored names that a checkpoint lacks, those that no checkpoint of its class
+            has: the model makes them by its own rule, as it does a new head.
+        apart: whether a name of the model is of those that lie in checkpoints of their own, as
+            adapters do.
     """
 
     prefix: str = ""
-    optional: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
     stored: Callable[[str], str] = str
+    relevant: Callable[[set[str], set[str]], tuple[set[str], set[str]]] = lambda *given: given
+    made: Callable[[set[str]], set[str]] = lambda missing: set()
+    apart: Callable[[str], bool] = lambda name: False
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,13 @@ class Integration:
         texts: gives small files, by their names, that its checkpoint has beside the tensors.
         empty: makes a model with nothing in memory from a config or a folder, and a dtype or None;
             None where the source is not one of theirs.
+        check_files: called with the path of a checkpoint, to refuse one that it knows is not to be
+            read as it is.
+        initialise: called with a model and names of parameters whose memory is new, to give them
+            values by the model's own rule.
+        filled: called with a model whose parameters got values from a checkpoint.
+        emptied: called with a model that `empty_model` made, to change what its library would have
+            changed on reading its weights.
         work: gives what one step's forward is, from the model, the tokens, the batch and whether it
             trains; None where the model is not one of theirs.
     """
@@ -81,6 +94,10 @@ class Integration:
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
     texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None
+    check_files: Callable[[Path], None] = lambda path: None
+    initialise: Callable[[nn.Module, Collection[str]], None] = lambda model, names: None
+    filled: Callable[[nn.Module], None] = _nothing
+    emptied: Callable[[nn.Module], None] = _nothing
     work: Callable[[nn.Module, int, int, bool], Work | None] = lambda *given: None
 
 

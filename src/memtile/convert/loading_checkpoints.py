@@ -1,12 +1,11 @@
 """`load_checkpoint`: a model's values from safetensors, streamed into wherever its tiles live."""
 
-import os
 from dataclasses import dataclass
 
 from torch import nn
 
-from memtile.checkpoints import Checkpoint
-from memtile.convert.filling import fill
+from memtile.checkpoints import Checkpoint, Paths
+from memtile.convert.filling import fill, make_values, to_make
 from memtile.convert.finding import checked
 from memtile.convert.replaced import replacing
 from memtile.errors import ArgumentError
@@ -17,7 +16,8 @@ class Loaded:
     """What a checkpoint and a model did not have in common.
 
     Args:
-        missing: dense names of the model that kept their values.
+        missing: dense names of the model that kept their values, or, where they had none, were
+            given some by the model's own initialisation.
         unexpected: names of the checkpoint that were not read.
     """
 
@@ -25,19 +25,18 @@ class Loaded:
     unexpected: tuple[str, ...]
 
 
-def load_checkpoint(
-    model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True
-) -> Loaded:
+def load_checkpoint(model: nn.Module, path: Paths, *, strict: bool = True) -> Loaded:
     """Read a checkpoint into a model, a few MiB at a time.
 
     Every form is read: dense names, tile names of any grid (as the original tiled linear and
     `model.state_dict()` have them), sharded or in one file, in any floating-point dtype, which is
     converted to the model's; any name of a tied tensor; names with or without the prefix of a
-    transformers model's base. Pickles are never loaded.
+    transformers model's base. Names that transformers ignores for the model's class are ignored.
+    Pickles are never loaded. A `PeftModel` is given its base's checkpoint or its adapters' or both.
 
     Args:
         model: tiled or not, wherever its tiles live. Parameters on the meta device get memory.
-        path: a folder, a `.safetensors` file or a `.safetensors.index.json`.
+        path: a folder, a `.safetensors` file or a `.safetensors.index.json`; or several of them.
         strict: refuse what the model lacks or the checkpoint lacks; False: tell it.
 
     Returns:
@@ -46,15 +45,16 @@ def load_checkpoint(
     Raises:
         ArgumentError: the model is none.
         CannotTileError: a tile computes its weight.
-        CheckpointError: there is no checkpoint, it is damaged, or not of this model. The model is
-            unchanged: names, shapes and known checksums are verified before anything is written.
-            Only a file that cannot be read half-way, or changes meanwhile, leaves a model
-            partly loaded: then load it again.
+        CheckpointError: there is no checkpoint, it is damaged, quantized, or not of this model; or
+            something would stay without values. The model is unchanged: names, shapes and known
+            checksums are verified before anything is written. Only a file that cannot be read
+            half-way, or changes meanwhile, leaves a model partly loaded: then load it again.
         HomeIOError: a home could not be written to; likewise.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
-    findings = checked(model, Checkpoint.open(path), strict=strict)
+    findings = checked(model, Checkpoint.of(path), strict=strict, complete=False)
     with replacing(model, "memtile.load_checkpoint"):
+        make_values(model, to_make(model, findings))
         fill(model, findings.matches)
-    return Loaded(tuple(findings.missing), tuple(findings.unexpected))
+    return Loaded((*findings.missing, *findings.made), tuple(findings.unexpected))

@@ -1,6 +1,5 @@
 """`tile`: a model's linears and embeddings become tiles, in place."""
 
-import os
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
@@ -8,7 +7,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from memtile.convert.filling import checked_for_empty, fill_or_untile
+from memtile.checkpoints import Paths
+from memtile.convert.filling import Stored, checked_for_empty, fill_or_untile, make_values
+from memtile.convert.finding import left_out, some
 from memtile.convert.kinds import integrations, kind_of, replace_module
 from memtile.convert.parking import home_for, is_parked, settle_down
 from memtile.convert.planned import (
@@ -20,7 +21,13 @@ from memtile.convert.planned import (
 )
 from memtile.convert.replaced import replacing
 from memtile.convert.select import Choice, Cut, choose
-from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
+from memtile.errors import (
+    ArgumentError,
+    CannotTileError,
+    CheckpointWarning,
+    NewWeightsWarning,
+    TileSizeWarning,
+)
 from memtile.homes import Home
 from memtile.layers import TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
@@ -37,7 +44,8 @@ def tile(
     max_tile_bytes: int | None = None,
     modules: Collection[str] | None = None,
     home: Home | str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: Paths | None = None,
+    strict: bool = False,
 ) -> Model:
     """Cut the linears and embeddings of a model into tiles, in place.
 
@@ -62,7 +70,10 @@ def tile(
             "checkpoint", with a checkpoint: they stay in its files, to be read and never trained.
         checkpoint: a folder, or a file, of safetensors, for a model whose parameters are on the
             meta device (`memtile.empty_model`): their values stream to where the tiles live, so
-            that the dense model never exists. What is not tiled is in memory afterwards.
+            that the dense model never exists. What is not tiled is in memory afterwards. Or
+            several of them: a base and the adapters of its `PeftModel`, say.
+        strict: refuse a checkpoint that holds more than the model has, or lacks what the model
+            makes by its own rule (a new head); False: tell it.
 
     Returns:
         The same model.
@@ -75,12 +86,15 @@ def tile(
             of another model.
         HomeFullError: the home has no room for all tiles; the model is unchanged.
         SealError: the home was reopened and is not of this model; the model is unchanged.
-        CheckpointError: it is missing, damaged or not of this model; the model is unchanged, on the
-            meta device. So it is after an error half-way, but its parameters are new objects.
+        CheckpointError: it is missing, damaged, quantized or not of this model; the model is
+            unchanged, on the meta device. So it is after an error half-way, but its parameters are
+            new objects.
 
     Warns:
         TileSizeWarning: parameters stay above `max_tile_bytes`: experts kept as one tensor, rows of
             an embedding that are longer, layers that are tiled already.
+        CheckpointWarning: the checkpoint holds more than the model has; or adapters wait for their
+            own. A NewWeightsWarning: it lacks what the model then made.
     """
     _refuse_shards(model)
     if plan is not None:
@@ -91,7 +105,7 @@ def tile(
             )
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         check_alone({**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
-        return _carry_out(model, plan, home, checkpoint)
+        return _carry_out(model, plan, home, checkpoint, strict)
     cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
     if not cut.is_given:
         raise ArgumentError(
@@ -113,7 +127,7 @@ def tile(
         )
     if home is not None and modules is None:
         _refuse_tiled_before(model)
-    replace_chosen(model, choices, home, checkpoint)
+    replace_chosen(model, choices, home, checkpoint, strict)
     if cut.max_tile_bytes is not None and modules is None:
         _warn_of_larger(model, cut.max_tile_bytes, choices)
     return model
@@ -134,7 +148,8 @@ def _carry_out(
     model: Model,
     plan: Plan | RankPlan,
     home: Home | str | None,
-    checkpoint: str | os.PathLike[str] | None,
+    checkpoint: Paths | None,
+    strict: bool,
 ) -> Model:
     """Tile what a plan parks, and nothing else."""
     choices = planned_choices(model, plan)
@@ -145,7 +160,7 @@ def _carry_out(
         prepare(model, plan)
     if checkpoint is not None or any(choice.tiled for choice in choices):
         where = planned_home(plan) if isinstance(plan, Plan) and home is None else home
-        replace_chosen(model, choices, where, checkpoint)
+        replace_chosen(model, choices, where, checkpoint, strict)
     if plan.optimizer is not None:
         set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
     return model
@@ -164,7 +179,8 @@ def replace_chosen(
     model: nn.Module,
     choices: Sequence[Choice],
     home: Home | str | None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: Paths | None = None,
+    strict: bool = False,
 ) -> None:
     """Replace what was chosen, once its home has room for all of it, and its values are known."""
     if checkpoint is None and home == "checkpoint":
@@ -172,21 +188,49 @@ def replace_chosen(
             'home="checkpoint" leaves the tiles in the files of a checkpoint: give its folder too, '
             "as checkpoint=folder, with a model of memtile.empty_model(lambda: …)"
         )
-    stored = None if checkpoint is None else checked_for_empty(model, checkpoint, home)
+    stored = None
+    if checkpoint is not None:
+        stored = checked_for_empty(model, checkpoint, home, strict=strict)
+        if home == "checkpoint":
+            choices = [choice for choice in choices if not _is_made(choice, stored)]
     held = None if home is None else home_for(model, choices, home)
     parked = None if held is None else held.home
     parks = nullcontext() if held is None else held.used_here()
     with parks, replacing(model, "memtile.tile"):
+        put_back = make_values(model, stored.made) if stored is not None else None
         done: set[str] = set()
         for choice in choices:
             if choice.tiled and choice.name not in done:
                 done.update(_tile_group(model, choice, parked))
         for integration in integrations():
             integration.tiled(model)
-        if stored is not None:
-            fill_or_untile(model, stored, parked)
+        if stored is not None and put_back is not None:
+            fill_or_untile(model, stored.checkpoint, parked, put_back)
+            _tell(model, stored)
     if parked is not None:
         settle_down(model, parked)
+
+
+def _is_made(choice: Choice, stored: Stored) -> bool:
+    """Whether a layer's weight is in no file."""
+    return any(f"{name}.weight" in stored.made for name in choice.ties or (choice.name,))
+
+
+def _tell(model: nn.Module, stored: Stored) -> None:
+    """Warn of what the model and the checkpoint do not have in common."""
+    where, found = stored.checkpoint.where, stored.findings
+    waiting = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    said = {
+        left_out(where, found.unexpected): found.unexpected,
+        f"{where} lacks {some(found.made)}: initialised anew by the model's own rule, to be "
+        "trained before use": found.made,
+        f"{some(waiting)} have no values yet: give their folder to "
+        "memtile.load_checkpoint(model, folder)": waiting,
+    }
+    for sentence, names in said.items():
+        if names:
+            kind = NewWeightsWarning if names is found.made else CheckpointWarning
+            warnings.warn(sentence, kind, stacklevel=5)
 
 
 def _refuse_tiled_before(model: nn.Module) -> None:

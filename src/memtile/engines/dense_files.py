@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.convert import integrations
-from memtile.convert.finding import Findings, Match, checked, find
+from memtile.convert.finding import Findings, Match, checked, find, left_out, some
 from memtile.convert.moving import Source, bring_in
 from memtile.convert.wanted import wanted_by
 from memtile.engines.dense_views import DenseView, dense_view, let_go, unwrapped
@@ -30,7 +31,7 @@ from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.ranks import Ranks
 from memtile.engines.shard_files import read_alone, write_shards
 from memtile.engines.zero3_values import is_partitioned
-from memtile.errors import CheckpointWriteError, way_out
+from memtile.errors import CheckpointError, CheckpointWarning, CheckpointWriteError, way_out
 from memtile.geometry import Rect, Span
 from memtile.layers import whole_shape
 from memtile.optim import DenseParameter, Part
@@ -45,6 +46,7 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
+    strict: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Read a dense checkpoint into a sharded model, each rank its own shards; all ranks call it.
@@ -57,6 +59,7 @@ def load_checkpoint(
         path: a folder, a `.safetensors` file or a `.safetensors.index.json`, seen by all ranks.
         device: of shards that are on the meta device; None: that of their mesh. With an offload
             policy, "cpu".
+        strict: refuse a checkpoint that holds more than the model has; False: warn of it.
         process_group: None: all ranks.
 
     Raises:
@@ -67,7 +70,7 @@ def load_checkpoint(
         Each of them on every rank.
     """
     ranks = Ranks(process_group)
-    findings = ranks.each(lambda: found_for(model, path, verifies=ranks.number == 0))
+    findings = ranks.each(lambda: found_for(model, path, ranks.number == 0, strict))
     if any(parameter.is_meta for parameter in model.parameters()):
         _give_memory(model, device)
         findings = find(model, Checkpoint.open(path))
@@ -107,17 +110,30 @@ def save_checkpoint(
         ranks.first(lambda: _write(model, view, Path(folder), between, dtype))
 
 
-def found_for(model: nn.Module, path: str | os.PathLike[str], verifies: bool) -> Findings:
-    """What a checkpoint has for a model, all of it; with its checksums verified, or without.
+def found_for(
+    model: nn.Module, path: str | os.PathLike[str], is_first: bool, strict: bool
+) -> Findings:
+    """What a checkpoint has for a model, all of it; the first rank verifies checksums and warns.
 
     Raises:
         CheckpointError: there is none, it is damaged, or of another model.
     """
     checkpoint = Checkpoint.open(path)
-    if verifies:
-        return checked(model, checkpoint, strict=True)
-    findings = find(model, checkpoint)
-    findings.check(path, strict=True)
+    if is_first:
+        findings = checked(model, checkpoint, strict=strict, complete=True)
+    else:
+        findings = find(model, checkpoint)
+        findings.check(path, strict=strict, complete=True)
+    parameters = dict(model.named_parameters())
+    known = {*findings.optional, *findings.apart} & parameters.keys()
+    lacking = [*findings.made, *(name for name in known if parameters[name].is_meta)]
+    if lacking:  # each rank would draw its own
+        raise CheckpointError(
+            f"{path} has no {some(sorted(lacking))}, and values are not made over ranks: load the "
+            "model with from_pretrained once, and give the folder that save_pretrained writes"
+        )
+    if findings.unexpected and is_first:
+        warnings.warn(left_out(path, findings.unexpected), CheckpointWarning, stacklevel=2)
     return findings
 
 

@@ -24,6 +24,7 @@ def from_checkpoint(
     path: str | os.PathLike[str],
     config: Mapping[str, Any],
     *,
+    strict: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Model:
     """Partition a model that is on the meta device, each rank reading its own parts from files.
@@ -34,6 +35,7 @@ def from_checkpoint(
         model: tiled, its parameters on the meta device (`memtile.empty_model`).
         path: of a dense checkpoint, as `memtile.load_checkpoint` takes it, seen by all ranks.
         config: as `memtile.engines.deepspeed_zero3.config` gives it.
+        strict: refuse a checkpoint that holds more than the model has; False: warn of it.
         process_group: None: all ranks.
 
     Returns:
@@ -49,7 +51,7 @@ def from_checkpoint(
     check_installed()
     check_process_group()
     ranks = Ranks(process_group)
-    findings = ranks.each(lambda: found_for(_checked(model), path, verifies=ranks.number == 0))
+    findings = ranks.each(lambda: found_for(_checked(model), path, ranks.number == 0, strict))
     partitions = _partitioned(model, config)
     matches = []
     for match in findings.matches:

@@ -1,5 +1,6 @@
 """PEFT: the frozen base linears become tiles, adapters stay and are saved as they are."""
 
+import re
 import sys
 import weakref
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from memtile.convert import Integration, Naming, dense_items, naming_of
+from memtile.convert import Integration, Naming, dense_items, naming_of, persistent_buffers
 from memtile.layers import TiledModule
 
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -107,17 +108,36 @@ def _untiled(model: nn.Module) -> None:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """Checkpoints of the base have its own names, and nothing for adapters."""
+    """Checkpoints of the base have its own names, those of the adapters PEFT's."""
     if not isinstance(model, _peft("peft_model", "PeftModel")):
         return None
     wrapped: Any = model  # a PeftModel, which is not imported here
     base = naming_of(wrapped.get_base_model())
-    adapters = rf"\.({'|'.join(sorted(_adapter_children(model)))})\."
-    return replace(base, stored=_name_in_base, optional=(*base.optional, adapters))
+    pattern = re.compile(rf"\.({'|'.join(sorted(_adapter_children(model)))})\.")
+    adapters = _names_of_adapters(wrapped, pattern)
+    return replace(
+        base,
+        stored=lambda name: adapters.get(name) or _name_in_base(name),
+        apart=lambda name: pattern.search(name) is not None,
+    )
 
 
 def _name_in_base(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.removeprefix("base_model.model.").replace(".original_module.", ".")
+    return name.replace(".base_layer.", ".")
+
+
+def _names_of_adapters(model: Any, pattern: re.Pattern[str]) -> dict[str, str]:
+    """By their names in the model, the names that PEFT saves tensors of the active adapter by."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model)]
+    state = {name: tensor for name, tensor in tensors if pattern.search(name)}
+    if not state:
+        return {}
+    saved = _peft("utils.save_and_load", "get_peft_model_state_dict")(
+        model, state, model.active_adapter, save_embedding_layers=False
+    )
+    stored = {id(tensor): name for name, tensor in saved.items()}
+    return {name: stored[id(t)] for name, t in state.items() if id(t) in stored}
 
 
 def _adapter_children(model: nn.Module) -> set[str]:
@@ -126,4 +146,21 @@ def _adapter_children(model: nn.Module) -> set[str]:
     return {child for child in kept if child != "base_layer"}
 
 
-PEFT = Integration(keeps=_keeps, tiled=_tiled, untiled=_untiled, naming=_naming)
+def _filled(model: nn.Module) -> None:
+    """PEFT's copies of whole modules begin as what they are copies of."""
+    for module in model.modules():
+        if isinstance(module, _peft("utils.other", "ModulesToSaveWrapper")):
+            for copied in module.modules_to_save.values():
+                _take_values(copied, module.original_module)
+
+
+def _take_values(copied: nn.Module, original: Any) -> None:
+    for name, parameter in list(copied.named_parameters()):
+        path, _, own = name.rpartition(".")
+        source = getattr(original.get_submodule(path), own)
+        if parameter.is_meta and not source.is_meta:
+            values = nn.Parameter(source.detach().clone(), parameter.requires_grad)
+            copied.get_submodule(path)._parameters[own] = values
+
+
+PEFT = Integration(keeps=_keeps, tiled=_tiled, untiled=_untiled, naming=_naming, filled=_filled)

@@ -5,6 +5,7 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,17 @@ from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.integrations.dense_pretrained import DensePretrained
+from memtile.integrations.pretrained import (
+    architecture,
+    check_files,
+    dtype_of,
+    initialise,
+    keep_in_float32,
+    new_names,
+    pretrained_models,
+    refuse_quantized,
+    relevant,
+)
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -113,37 +125,32 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
     )
 
 
-def _models(model: nn.Module) -> list[Any]:
-    modeling = _loaded("modeling_utils")
-    return [m for m in model.modules() if modeling and isinstance(m, modeling.PreTrainedModel)]
-
-
 def _tiled(model: nn.Module) -> None:
-    for found in _models(model):
+    for found in pretrained_models(model):
         if any(isinstance(module, TiledModule) for module in found.modules()):
             found.save_pretrained = DensePretrained(found)
 
 
 def _untiled(model: nn.Module) -> None:
-    for found in _models(model):
+    for found in pretrained_models(model):
         vars(found).pop("save_pretrained", None)
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """What `from_pretrained` knows of names: the base's prefix, what may be missing or extra."""
-    if model not in _models(model):
+    """What `from_pretrained` knows of names: the base's prefix, what may be missing or besides."""
+    if model not in pretrained_models(model):
         return None
     found: Any = model  # a PreTrainedModel, which is not imported here
     return Naming(
         prefix=found.base_model_prefix or "",
-        optional=tuple(found._keys_to_ignore_on_load_missing or ()),
-        ignored=tuple(found._keys_to_ignore_on_load_unexpected or ()),
+        relevant=partial(relevant, found),
+        made=partial(new_names, found),
     )
 
 
 def _texts(model: nn.Module) -> dict[str, str]:
     """`config.json` and what else `save_pretrained` writes beside the weights."""
-    if model not in _models(model):
+    if model not in pretrained_models(model):
         return {}
     found: Any = model  # a PreTrainedModel, which is not imported here
     config = copy.deepcopy(found.config)  # save_pretrained sets these on the model's own
@@ -170,7 +177,8 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
     except ImportError:
         return None
     config: Any = source
-    if isinstance(source, str | Path):
+    folder = Path(source) if isinstance(source, str | Path) else None
+    if folder is not None:
         try:
             config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,9 +187,9 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
             ) from error
     if not isinstance(config, transformers.PretrainedConfig):
         return None
-    chosen = dtype or getattr(config, "dtype", None) or torch.float32
+    refuse_quantized(config.to_dict(), type(config).__name__ if folder is None else folder)
     try:
-        model: nn.Module = empty_model(_factory(config, chosen))
+        model: nn.Module = empty_model(_factory(config, dtype or dtype_of(config, folder)))
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ArgumentError(f"no model can be made of {type(config).__name__}: {error}") from error
     return model
@@ -191,12 +199,9 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
     """What makes the class that the config names, or a causal language model where it can be."""
     import transformers
 
-    names = getattr(config, "architectures", None) or []
-    named = getattr(transformers, str(names[0]), None) if names else None
-    # What `AutoModel.from_config` calls has no public name.
-    make: Any = getattr(named, "_from_config", None)
-    if make is not None:
-        return lambda: make(config, dtype=dtype)
+    named = architecture(config)
+    if named is not None:
+        return lambda: named._from_config(config, dtype=dtype)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     return lambda: kind.from_config(config, dtype=dtype)
@@ -204,7 +209,7 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
 
 def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:
     """A step of a language model: its loss, or the prompt's pass with a cache for what follows."""
-    found = _models(model)
+    found = pretrained_models(model)
     if not found or not found[0].can_generate():
         return None
     config = found[0].config
@@ -254,5 +259,8 @@ TRANSFORMERS = Integration(
     naming=_naming,
     texts=_texts,
     empty=_empty,
+    check_files=check_files,
+    initialise=initialise,
+    emptied=keep_in_float32,
     work=_work,
 )

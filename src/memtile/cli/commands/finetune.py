@@ -52,6 +52,10 @@ def run_finetune(
     offload: Annotated[
         bool, typer.Option("--offload", help="With --engine: shards live in host memory.")
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse a folder that holds more than the model has."),
+    ] = False,
 ) -> int:
     """Fine-tune a model that need not fit in memory, on plain text.
 
@@ -75,9 +79,9 @@ def run_finetune(
     with interruptible():
         models.load_transformers(model)
         if engine is None:
-            _train(settings, out, allowed, home or "disk", save_every, resume)
+            _train(settings, out, allowed, home or "disk", save_every, resume, strict)
         else:
-            _train_over_ranks(settings, out, tile_bytes, offload, save_every, resume)
+            _train_over_ranks(settings, out, tile_bytes, offload, save_every, resume, strict)
     return 0
 
 
@@ -105,7 +109,13 @@ def _check_options(
 
 
 def _train(
-    settings: Settings, out: Path, budget: int, home: str, save_every: int, resume: bool
+    settings: Settings,
+    out: Path,
+    budget: int,
+    home: str,
+    save_every: int,
+    resume: bool,
+    strict: bool,
 ) -> None:
     from memtile.cli.finetune.run import Options, finetune
 
@@ -113,7 +123,7 @@ def _train(
     with Display(console, settings.steps, budget) as display:
         result = finetune(
             settings,
-            Options(out, budget, home, save_every, resume),
+            Options(out, budget, home, save_every, resume, strict),
             lambda plan: display.planned(plan.summary),
             display.started,
             display.report,
@@ -128,6 +138,7 @@ def _train_over_ranks(
     offload: bool,
     save_every: int,
     resume: bool,
+    strict: bool,
 ) -> None:
     from memtile.cli.finetune.over_ranks import RankOptions, finetune_over_ranks
 
@@ -135,7 +146,7 @@ def _train_over_ranks(
     with Display(console, settings.steps) as display:
         result = finetune_over_ranks(
             settings,
-            RankOptions(out, tile_bytes, offload, save_every, resume),
+            RankOptions(out, tile_bytes, offload, save_every, resume, strict),
             display.planned,
             display.started,
             display.report,

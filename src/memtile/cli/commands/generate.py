@@ -34,6 +34,10 @@ def run_generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message: use the chat template.")
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse a folder that holds more than the model has."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
 ) -> int:
     """Generate text straight from the unmodified safetensors, streamed as it comes."""
@@ -48,7 +52,9 @@ def run_generate(
         models.load_transformers(model)
         from memtile.cli import generation
 
-        request = generation.Request(model, prompt, tokens, allowed, home, temperature, seed, chat)
+        request = generation.Request(
+            model, prompt, tokens, allowed, home, temperature, seed, chat, strict
+        )
         console = Console(stderr=True, highlight=False)
         found = generation.generate(
             request,

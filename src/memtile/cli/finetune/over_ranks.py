@@ -35,6 +35,7 @@ class RankOptions:
         offload: keep shards, gradients and moments in host memory.
         save_every: steps between checkpoints.
         resume: go on from the last one.
+        strict: refuse a folder that holds more than the model has.
     """
 
     out: Path
@@ -42,6 +43,7 @@ class RankOptions:
     offload: bool
     save_every: int
     resume: bool
+    strict: bool = False
 
 
 def finetune_over_ranks(
@@ -110,7 +112,14 @@ class _ShardedRun(Run):
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))
-        self._sharded = sharded(model, settings, options.tile_bytes, offload=options.offload)
+        with models.told():
+            self._sharded = sharded(
+                model,
+                settings,
+                options.tile_bytes,
+                offload=options.offload,
+                strict=options.strict,
+            )
         self._seen = 0  # sequences that all ranks have trained on
         self.summary = (
             f"{settings.engine}, {self._ranks} ranks, tiles of at most "

@@ -34,6 +34,7 @@ class Options:
         home: where tiles live: "disk", "disk:FOLDER" or "host".
         save_every: steps between checkpoints.
         resume: go on from the last one.
+        strict: refuse a folder that holds more than the model has, or lacks a head.
     """
 
     out: Path
@@ -41,6 +42,7 @@ class Options:
     home: str
     save_every: int
     resume: bool
+    strict: bool = False
 
 
 def finetune(
@@ -105,7 +107,8 @@ class _PlannedRun(Run):
                 mode="in_backward",
             )
         planned(plan)
-        memtile.tile(model, plan, checkpoint=folder)
+        with models.told():
+            memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
         self._model = model.train()
         self._optimizer = memtile.TileOptimizer(
             model, torch.optim.AdamW, mode="in_backward", lr=settings.lr

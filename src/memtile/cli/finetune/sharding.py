@@ -59,7 +59,7 @@ class Fsdp2(Sharded):
     What has 16 bits in the checkpoint is worked on in 16 bits.
     """
 
-    def __init__(self, model: Any, settings: Settings, *, offload: bool) -> None:
+    def __init__(self, model: Any, settings: Settings, *, offload: bool, strict: bool) -> None:
         super().__init__(model.float())
         dtype: torch.dtype = model.config.dtype or torch.float32
         self.saved_dtype = dtype
@@ -68,7 +68,8 @@ class Fsdp2(Sharded):
         )
         pinned = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         shard(model, mp_policy=mixed, offload_policy=pinned if offload else OffloadPolicy())
-        load_checkpoint(model, Path(settings.model), device="cpu" if offload else self.device)
+        device = "cpu" if offload else self.device
+        load_checkpoint(model, Path(settings.model), device=device, strict=strict)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
         self.scheduler = CosineAnnealingLR(self.optimizer, settings.steps)
         model.train()
@@ -89,15 +90,15 @@ class Fsdp2(Sharded):
 class Zero3(Sharded):
     """Under DeepSpeed's ZeRO-3: in the checkpoint's dtype, with float32 masters of 16 bits."""
 
-    def __init__(self, model: Any, settings: Settings, *, offload: bool) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, settings: Settings, *, offload: bool, strict: bool) -> None:
+        super().__init__(model.to(next(model.parameters()).dtype))  # DeepSpeed takes one dtype
         import deepspeed
 
         from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
 
         place = "cpu" if offload else None
         given = config(model, offload_param=place, offload_optimizer=place)
-        from_checkpoint(model, Path(settings.model), given)
+        from_checkpoint(model, Path(settings.model), given, strict=strict)
         adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
         model.train()
         self._engine = hold(deepspeed.initialize(model=model, optimizer=adamw, config=given)[0])
@@ -122,6 +123,7 @@ def sharded(
     tile_bytes: int,
     *,
     offload: bool,
+    strict: bool,
 ) -> Sharded:
     """Tile, shard and load a model that has no values yet.
 
@@ -130,6 +132,7 @@ def sharded(
         settings: of the run; its engine too.
         tile_bytes: the most that a tile has.
         offload: keep shards, gradients and moments in host memory.
+        strict: refuse files that hold more than the model has.
 
     Raises:
         EngineError: the engine is missing, or ranks differ.
@@ -139,8 +142,8 @@ def sharded(
     memtile.tile(model, max_tile_bytes=tile_bytes)
     try:
         if settings.engine == "zero3":
-            return Zero3(model, settings, offload=offload)
-        return Fsdp2(model, settings, offload=offload)
+            return Zero3(model, settings, offload=offload, strict=strict)
+        return Fsdp2(model, settings, offload=offload, strict=strict)
     except ArgumentError as error:
         raise CommandError(
             f"--tile {format_byte_size(tile_bytes)}: no layer of the model is larger, so nothing "

@@ -1,0 +1,167 @@
+"""What transformers' `from_pretrained` does besides reading values, by transformers' own rules."""
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtile.checkpoints import Checkpoint
+from memtile.convert import WAY_OUT, empty_model, persistent_buffers
+from memtile.errors import CheckpointError
+
+_MARK = "_is_hf_initialized"  # transformers': what has values is not drawn anew
+_QUANTIZED = ("quantization_config", "compression_config")
+
+
+def pretrained_models(model: nn.Module) -> list[Any]:
+    """The `PreTrainedModel`s of a model, those in others too, outer ones first."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return [m for m in model.modules() if modeling and isinstance(m, modeling.PreTrainedModel)]
+
+
+def outermost(model: nn.Module) -> Iterator[Any]:
+    """The `PreTrainedModel`s of a model that are in no other."""
+    inner: set[int] = set()
+    for found in pretrained_models(model):
+        if id(found) not in inner:
+            inner.update(map(id, found.modules()))
+            yield found
+
+
+def architecture(config: Any) -> Any:  # a config's; the class, which is not imported here
+    """The class that a config says its weights are of; None where transformers has it not."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [""]
+    named = getattr(transformers, str(names[0]), None)
+    # What `AutoModel.from_config` calls has no public name.
+    return named if hasattr(named, "_from_config") else None
+
+
+def relevant(
+    model: Any,  # a PreTrainedModel
+    missing: set[str],
+    unexpected: set[str],
+) -> tuple[set[str], set[str]]:
+    """What is left of names that are missing or unexpected, without those that are ignored."""
+    info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.missing_keys, info.unexpected_keys
+
+
+def new_names(
+    model: Any,  # a PreTrainedModel
+    missing: set[str],
+) -> set[str]:
+    """Of missing names those that the class of the checkpoint has not: a new head's say.
+
+    What that class has and the checkpoint lacks was lost. Where the config names no class, what is
+    outside the base is new.
+    """
+    named, prefix = architecture(model.config), f"{model.base_model_prefix}."
+    if not missing or named is type(model):
+        return set()
+    if named is None or not isinstance(model.config, named.config_class):
+        is_base = model.base_model is model
+        return {name for name in missing if not is_base and not name.startswith(prefix)}
+    config = copy.deepcopy(model.config)
+    theirs = empty_model(lambda: named._from_config(config)).state_dict()
+    known = {name.removeprefix(prefix) for name in theirs}
+    return {name for name in missing if name.removeprefix(prefix) not in known}
+
+
+def initialise(model: nn.Module, names: Collection[str]) -> None:
+    """Draw parameters by the rule of their `PreTrainedModel`; nothing else of it is touched.
+
+    Args:
+        model: holds them, with memory.
+        names: of them.
+    """
+    made = {id(model.get_parameter(name)) for name in names}
+    for found in outermost(model) if made else ():
+        others = [t for t in (*found.parameters(), *found.buffers()) if id(t) not in made]
+        marked = [t for t in others if not hasattr(t, _MARK)]
+        for tensor in marked:
+            setattr(tensor, _MARK, True)
+        for name, parameter in found.named_parameters(remove_duplicate=False):
+            while name and id(parameter) in made:  # rules may stand in any module around it
+                name = name.rpartition(".")[0]
+                setattr(found.get_submodule(name), _MARK, False)
+        found.initialize_weights()
+        for tensor in marked:
+            delattr(tensor, _MARK)
+
+
+def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
+    """Refuse the config of quantized weights, whose scales nothing here applies.
+
+    Args:
+        config: what a `config.json` holds.
+        where: it was found.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    for found in (part[key] for part in parts for key in _QUANTIZED if part.get(key)):
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
+        raise CheckpointError(
+            f"{where} is of weights quantized by {method or 'a method without a name'} "
+            f"(quantization_config in config.json), and memtile applies no scales: {WAY_OUT}"
+        )
+
+
+def check_files(path: Path) -> None:
+    """Refuse a folder, or a file in one, whose config says that its weights are quantized.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # no folder of transformers, or one that is refused where its config is needed
+    if isinstance(config, dict):
+        refuse_quantized(config, path)
+
+
+def dtype_of(config: Any, folder: Path | None) -> torch.dtype:  # config: a PretrainedConfig
+    """The dtype that a model is made in: its config's; without one, its files'; or float32."""
+    named = getattr(config, "dtype", None)
+    if isinstance(named, str):
+        named = getattr(torch, named, None)
+    if named is None and folder is not None:
+        try:
+            dtypes = (tensor.dtype for tensor in Checkpoint.open(folder).values())
+            named = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+        except CheckpointError:  # there is a config alone; loading says what is wrong
+            pass
+    return named or torch.float32
+
+
+def keep_in_float32(model: nn.Module) -> None:
+    """Make float32 what transformers keeps so in a model of 16 bits, T5's `wo` say.
+
+    Args:
+        model: its parameters without values.
+    """
+    for found in outermost(model):
+        dtype = found.config.dtype
+        plan = found._get_dtype_plan(dtype) if isinstance(dtype, torch.dtype) else {}
+        patterns = {re.compile(glob.replace("*", ".*")): kept for glob, kept in plan.items()}
+        tensors: list[tuple[str, Tensor]] = [
+            *found.named_parameters(remove_duplicate=False),
+            *persistent_buffers(found),
+        ]
+        for name, tensor in tensors:
+            kept = next((to for pattern, to in patterns.items() if pattern.search(name)), dtype)
+            if tensor.dtype == dtype != kept:
+                tensor.data = tensor.data.to(kept)
