@@ -108,7 +108,8 @@ def _refuse_shards(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[
         raise EngineError(
             f"whole tiles are asked for {'to write' if write else 'to read'} them, and they are "
             "shards over ranks: use get_model_state_dict and set_model_state_dict of "
-            "torch.distributed.checkpoint.state_dict, or do it before memtile's shard"
+            "torch.distributed.checkpoint.state_dict, with the names of tiles, or do it before "
+            "memtile's shard"
         )
     yield
 
