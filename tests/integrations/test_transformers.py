@@ -222,6 +222,19 @@ def test_reading_weights_as_models_do() -> None:
     assert tiled.num_parameters() == dense.num_parameters()
 
 
+def test_inputs_have_the_names_that_transformers_gives_them() -> None:
+    """`Conv1D` takes `x`, a scaled embedding `input_ids`; so do their tiled forms."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    embedding = Gemma3TextScaledWordEmbedding(11, 5, 0, embed_scale=2.0)
+    linear = transformers.pytorch_utils.Conv1D(7, 5)
+    ids, x = torch.tensor([3, 9]), torch.randn(4, 5)
+    expected = embedding(input_ids=ids), linear(x=x)
+    tiled = memtile.tile(torch.nn.ModuleList([embedding, linear]), out_splits=3)
+
+    torch.testing.assert_close((tiled[0](input_ids=ids), tiled[1](x=x)), expected)
+
+
 def test_resizing_a_tiled_embedding_is_refused_and_loses_nothing() -> None:
     """resize_token_embeddings cannot reach tiles: an error, and the model still works."""
     tiled = memtile.tile(build("llama"), **RAGGED)

@@ -41,6 +41,10 @@ class TiledConv1D(TiledLinear):
         self.hand_over(dense, weight)
         return dense
 
+    def forward(self, x: Any) -> Any:  # type: ignore[override]  # Conv1D has one name for it
+        """(…, nf) of (…, nx)."""
+        return super().forward(x)
+
 
 class TiledScaledWordEmbedding(TiledEmbedding):
     """The tiled form of an embedding whose rows are multiplied by `embed_scale` (Gemma, BART)."""
@@ -70,9 +74,9 @@ class TiledScaledWordEmbedding(TiledEmbedding):
         self.hand_over(dense, weight)
         return dense
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """The scaled rows of the ids."""
-        rows = super().forward(input)
+        rows = super().forward(input_ids)
         scale = self.embed_scale
         return rows * (scale.to(self.weight.dtype) if isinstance(scale, Tensor) else scale)
 

@@ -23,6 +23,7 @@ from memtile.layers.values import Index
 from memtile.transfer import layer_call
 
 Results = Iterator[tuple[Index, Any]]
+_NOTHING: Any = object()  # Any: the default of an input that may be anything
 Point = TypeVar("Point", bound=Callable[..., Any])
 
 
@@ -46,13 +47,14 @@ class WalkedLinear(TiledModule):
     combine_out_splits: bool
     linears: nn.ModuleList
 
-    def forward(self, input_: Any) -> Any:
+    def forward(self, input_: Any = _NOTHING, *, input: Any = _NOTHING) -> Any:
         """The layer's output.
 
         Args:
             input_: (…, in_features), or a sequence of in_splits chunks (…, in_i) when
                 `input_is_already_split`. With tiles that declare no in_features the cut follows
                 the width that arrives.
+            input: the same by the name that `nn.Linear` has for it.
 
         Returns:
             (…, out_features), or a list of out_splits tensors (…, out_o) without
@@ -63,7 +65,9 @@ class WalkedLinear(TiledModule):
             TileDtypeError: another dtype than the tiles', without autocast.
             TileDeviceError: another device than the tiles'.
             TileClassError: a tile returned a wrong shape.
+            TypeError: both are given, or none.
         """
+        input_ = _the_one(type(self), input_, input)
         tiles = [tile for row in self.linears for tile in row]  # type: ignore[attr-defined]  # ModuleLists
         declared = door.column_widths(tiles[: self.in_splits])
         whole = self._check_input(input_, declared)
@@ -206,6 +210,18 @@ class WalkedLinear(TiledModule):
     def _combine_output_splits(self, outputs: Sequence[Any]) -> Any:
         """Join the rows' results; override for other kinds of result."""
         return ops.join_rows(outputs)
+
+
+def _the_one(cls: type, input_: Any, by_name: Any) -> Any:
+    """The input under whichever of its names it was given; as Python, where it is not one."""
+    if (input_ is _NOTHING) == (by_name is _NOTHING):
+        what = (
+            "missing 1 required positional argument:"
+            if input_ is _NOTHING
+            else "got multiple values for argument"
+        )
+        raise TypeError(f"{cls.__name__}.forward() {what} 'input'")
+    return by_name if input_ is _NOTHING else input_
 
 
 def _cast_as_autocast(whole: list[Any]) -> list[Any]:
