@@ -253,7 +253,7 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 def test_what_would_silently_change_nothing_is_refused(write):
-    """In-place operations, also on `.data`, `nn.init`, hooks: an error with the layer and the way out."""
+    """In-place operations, on `.data` too, `nn.init`, hooks: an error with the way out."""
     _, layer = pair((3, 2))
     layer.name_in_model = "model.layers.0.up_proj"
     before = layer.weight.detach().clone()

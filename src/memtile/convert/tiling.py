@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from memtile.convert.filling import checked_for_empty, fill_or_untile
-from memtile.convert.kinds import integrations, kind_of, replace_module
+from memtile.convert.kinds import kind_of, replace_module
 from memtile.convert.parking import home_for, is_parked, settle_down
 from memtile.convert.planned import (
     check_alone,
@@ -175,8 +175,6 @@ def replace_chosen(
     for choice in choices:
         if choice.tiled and choice.name not in done:
             done.update(_tile_group(model, choice, parked))
-    for integration in integrations():
-        integration.tiled(model)
     if stored is not None:
         fill_or_untile(model, stored, parked)
     if parked is not None:

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from memtile.convert.kinds import integrations, replace_module, tiled_classes
+from memtile.convert.kinds import replace_module, tiled_classes
 from memtile.convert.owners import Owners
 from memtile.convert.reasons import lost_on_replacing
 from memtile.errors import ArgumentError, CannotTileError
@@ -51,8 +51,6 @@ def untile(model: Model) -> Model:
             weights.pop(ids[name], None)
         replace_module(model, layer, dense)
     unwatch_model(model)
-    for integration in integrations():
-        integration.untiled(model)
     return model
 
 

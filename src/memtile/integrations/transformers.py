@@ -15,7 +15,8 @@ from memtile.convert import Integration, Kind, Naming, Work, empty_model
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.integrations.dense_pretrained import DensePretrained
+from memtile.integrations.dense_pretrained import save_pretrained
+from memtile.integrations.dense_saving import write_dense
 from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -122,15 +123,11 @@ def _models(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if modeling and isinstance(m, modeling.PreTrainedModel)]
 
 
-def _tiled(model: nn.Module) -> None:
-    for found in _models(model):
-        if any(isinstance(module, TiledModule) for module in found.modules()):
-            found.save_pretrained = DensePretrained(found)
-
-
-def _untiled(model: nn.Module) -> None:
-    for found in _models(model):
-        vars(found).pop("save_pretrained", None)
+def write_dense_checkpoints() -> None:
+    """Let `save_pretrained` of whatever holds tiles write the dense checkpoint."""
+    cls = getattr(_loaded("modeling_utils"), "PreTrainedModel", None)
+    if cls is not None:
+        write_dense(cls, save_pretrained)
 
 
 def _naming(model: nn.Module) -> Naming | None:
@@ -253,8 +250,6 @@ TRANSFORMERS = Integration(
         ),
     ),
     replaced=_replaced,
-    tiled=_tiled,
-    untiled=_untiled,
     naming=_naming,
     texts=_texts,
     empty=_empty,

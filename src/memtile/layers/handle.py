@@ -3,8 +3,8 @@
 Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
 dense tensor, differentiably. What would silently change only a copy (in-place operations,
 `nn.init`, assignments to `.data` and `.grad`) is refused, for the handles that `.grad` and `.data`
-give too, and so is `torch.autograd.grad` with respect to it. What cannot be seen from here: writing into
-`layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
+give too, and so is `torch.autograd.grad` with respect to it. What cannot be seen from here: writing
+into `layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
 compiler a read gives the assembled tensor itself, which costs nothing in the graph if unused.
 """
 

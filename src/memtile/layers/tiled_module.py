@@ -1,7 +1,7 @@
 """What every tiled layer has: a grid, tiles with parameters of their own, their dense forms."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,12 @@ from memtile.layers.parked import ParkedModule, parameter_of
 from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy
 
 DENSE_NAMES = ("weight", "bias")
+_watchers: list[Callable[[], None]] = []
+
+
+def watch_tiles(watcher: Callable[[], None]) -> None:
+    """Call `watcher` whenever a tiled layer comes into being, and before its state is read."""
+    _watchers.append(watcher)
 
 
 class TiledModule(nn.Module):
@@ -32,12 +38,22 @@ class TiledModule(nn.Module):
         grid: how the weight is cut.
         weight_is_transposed: whether the dense module keeps its weight as (in, out).
         tile_pattern: the state dict names of tiles, with groups row, column (or none) and name.
+        stands_for_dense: whether it was made of a dense module, in its place.
     """
 
     weight_is_transposed: ClassVar[bool] = False
     tile_pattern: ClassVar[re.Pattern[str]]
     grid: Grid
     name_in_model: str = ""
+    stands_for_dense: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        _tell_watchers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        _tell_watchers()
 
     def tile(self, row: int, column: int) -> nn.Module:
         """The tile at (row, column)."""
@@ -241,6 +257,7 @@ class TiledModule(nn.Module):
             else:
                 self.adopt(name, getattr(dense, name))
         self.train(dense.training)
+        self.stands_for_dense = True
 
     def hand_over(self, dense: nn.Module, weight: nn.Parameter | None = None) -> None:
         """Give parameters and mode to a dense module, or `weight` where it is tied to another."""
@@ -278,6 +295,11 @@ class TiledModule(nn.Module):
             raise StateDictError("; ".join(problems))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    def _save_to_state_dict(self, *given: Any) -> None:
+        """torch's own hook for one module's part of a state dict."""
+        _tell_watchers()
+        super()._save_to_state_dict(*given)
+
     def _load_from_state_dict(  # torch's own hook for one module's part of a checkpoint
         self,
         state_dict: dict[str, Any],
@@ -293,6 +315,11 @@ class TiledModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _tell_watchers() -> None:
+    for watcher in _watchers:
+        watcher()
 
 
 def _piece(dense: Tensor, rect: Rect, turned: bool, like: Tensor) -> Tensor:
