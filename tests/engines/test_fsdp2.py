@@ -137,6 +137,24 @@ def test_layers_without_tiles_are_units_of_their_own(alone):
     assert units == ["", "up.linears.0.0", "up.linears.1.0", "down"]
 
 
+def test_a_bias_that_modules_share_is_one_shard(alone):
+    """It is gathered with what is in no unit, and gets the gradients of both uses."""
+
+    def net():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)).double()
+        model[1].bias = model[0].bias
+        return model
+
+    dense, model = net(), shard(memtile.tile(net(), out_splits=4), unit_bytes=0)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for each in (dense, model):
+        each(x).square().sum().backward()
+
+    assert model[0].bias is model[1].bias
+    torch.testing.assert_close(model[0].bias.grad.full_tensor(), dense[0].bias.grad)
+
+
 def test_a_part_that_is_called_before_the_model_is_refused(alone):
     """FSDP2 would gather everything, and the model could not be used any more."""
     model = shard(memtile.tile(Net(Case()), out_splits=4), unit_bytes=0)

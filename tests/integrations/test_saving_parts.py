@@ -14,7 +14,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import CannotTileError
-from memtile.integrations.dense_saving import write_dense
+from memtile.integrations.around_tiles import with_tiles
 
 # ViT's patches are cut by a convolution, which stays as it is and is named in a warning.
 pytestmark = pytest.mark.filterwarnings(
@@ -136,7 +136,7 @@ def test_a_class_that_is_loaded_while_tiles_are_there_saves_once_it_is_known() -
 
     class Late(nn.Module):
         def save_pretrained(self) -> str:
-            write_dense(Late, lambda plain, model: "dense")  # as tiles do when they are read
+            with_tiles(Late, "save_pretrained", lambda plain, model: "dense")  # when tiles are read
             return "tiles"
 
     model = Late()

@@ -19,8 +19,9 @@ from memtile.convert.planned import (
 )
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
+from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.layers import TiledModule, is_shard
+from memtile.layers import TiledLinear, TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,8 +77,9 @@ def tile(
             meta device. So it is after an error half-way, but its parameters are new objects.
 
     Warns:
-        TileSizeWarning: parameters stay above `max_tile_bytes`: experts kept as one tensor, rows of
-            an embedding that are longer, layers that are tiled already.
+        TileSizeWarning: parameters stay above `max_tile_bytes`, or with a home alone in memory and
+            larger than the largest weight that is parked: experts kept as one tensor, rows of an
+            embedding that are longer, layers that are tiled already.
     """
     _refuse_shards(model)
     if plan is not None:
@@ -111,8 +113,8 @@ def tile(
     if home is not None and modules is None:
         _refuse_tiled_before(model)
     replace_chosen(model, choices, home, checkpoint)
-    if cut.max_tile_bytes is not None and modules is None:
-        _warn_of_larger(model, cut.max_tile_bytes, choices)
+    if modules is None:
+        _warn_of_larger(model, cut, choices)
     return model
 
 
@@ -172,9 +174,10 @@ def replace_chosen(
     stored = None if checkpoint is None else checked_for_empty(model, checkpoint, home)
     parked = None if home is None else home_for(model, choices, home)
     done: set[str] = set()
+    keep_bias = {choice.name for choice in choices if choice.keeps_bias}
     for choice in choices:
         if choice.tiled and choice.name not in done:
-            done.update(_tile_group(model, choice, parked))
+            done.update(_tile_group(model, choice, parked, keep_bias))
     if stored is not None:
         fill_or_untile(model, stored, parked)
     if parked is not None:
@@ -191,38 +194,75 @@ def _refuse_tiled_before(model: nn.Module) -> None:
             )
 
 
-def _warn_of_larger(model: nn.Module, max_tile_bytes: int, choices: list[Choice]) -> None:
-    """Say which parameters stay above the size, and why: a promise is not missed in silence."""
-    reasons = {choice.name: choice.reason for choice in choices if not choice.tiled}
+def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[Choice]) -> None:
+    """Say which parameters stay above the size, and why: a promise is not missed in silence.
+
+    With a home and no size, those that are larger than the largest weight that went there.
+    """
+    limit, rule = cut.max_tile_bytes, f"above max_tile_bytes={cut.max_tile_bytes}"
+    if limit is None and cut.parks:
+        limit = _largest_parked(model, choices)
+        rule = f"in memory, larger than the largest weight that went home, of {limit} bytes"
     larger = {
         name: parameter.nbytes
         for name, parameter in model.named_parameters()
-        if parameter.nbytes > max_tile_bytes
+        if limit is not None and parameter.nbytes > limit
     }
     if not larger:
         return
+    reasons = {choice.name: choice.reason for choice in choices if not choice.tiled}
     name, size = max(larger.items(), key=lambda item: item[1])
     owners = (owner for owner in reasons if name.startswith(f"{owner}."))
     why = reasons.get(next(owners, ""), "it belongs to no linear or embedding")
     warnings.warn(
-        f"{len(larger)} parameters stay above max_tile_bytes={max_tile_bytes}; the largest is "
-        f"{name} with {size} bytes: {why}",
+        f"{len(larger)} parameters stay {rule}; the largest is {name} with {size} bytes: {why}",
         TileSizeWarning,
         stacklevel=3,
     )
 
 
-def _tile_group(model: nn.Module, choice: Choice, home: Home | None) -> tuple[str, ...]:
+def _largest_parked(model: nn.Module, choices: list[Choice]) -> int:
+    """Bytes of the largest weight, whole, that was parked."""
+    layers = [model.get_submodule(choice.name) for choice in choices if choice.tiled]
+    return max(layer.weight.nbytes for layer in layers if isinstance(layer, TiledModule))
+
+
+def _tile_group(
+    model: nn.Module, choice: Choice, home: Home | None, keep_bias: Collection[str]
+) -> tuple[str, ...]:
     """Replace one module, and those tied to it, at every place where they stand."""
     assert choice.grid is not None
     first: TiledModule | None = None
     names = choice.ties or (choice.name,)
     for name in names:
         dense = model.get_submodule(name)
-        kind = kind_of(dense)
-        assert kind is not None
-        layer = kind.tiled.from_dense(dense, choice.grid, first, home)
+        make = _with_its_bias if name in keep_bias else _tiled
+        layer = make(dense, choice.grid, first, home)
         layer.name_in_model = name
         first = first or layer
         replace_module(model, dense, layer)
     return names
+
+
+def _tiled(
+    dense: nn.Module, grid: Grid, tied_to: TiledModule | None, home: Home | None
+) -> TiledModule:
+    kind = kind_of(dense)
+    assert kind is not None
+    return kind.tiled.from_dense(dense, grid, tied_to, home)
+
+
+def _with_its_bias(
+    dense: nn.Module, grid: Grid, tied_to: TiledModule | None, home: Home | None
+) -> TiledModule:
+    """The tiled form that has the very bias of the dense module: others share it."""
+    bias = dense._parameters["bias"]
+    assert bias is not None
+    dense._parameters["bias"] = None
+    try:
+        layer = _tiled(dense, grid, tied_to, home)
+    finally:
+        dense._parameters["bias"] = bias
+    assert isinstance(layer, TiledLinear)  # nothing else has a bias
+    layer.keep_bias(bias)
+    return layer

@@ -102,7 +102,7 @@ def _shared_reason(
 ) -> str:
     """Dense modules share whole weights: tiles shared in another way would come apart."""
     tied = [other for other in layers if ids[other] == ids[name]]
-    for own in ("weight", "bias"):
+    for own in ("weight",) if layers[name].whole_bias is not None else ("weight", "bias"):
         for index, parameter in layers[name].tile_parameters(own).items():
             among = tied if own == "weight" else [name]
             column = index[1] if own == "weight" else layers[name].grid.in_splits - 1

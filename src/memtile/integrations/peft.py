@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from memtile.convert import Integration, Naming, dense_items, naming_of
-from memtile.integrations.dense_saving import write_dense
+from memtile.integrations.around_tiles import with_tiles
 from memtile.layers import TiledModule
 
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -41,11 +41,11 @@ def _peft(module: str, name: str) -> Any:
     return getattr(sys.modules.get(f"peft.{module}"), name, ())
 
 
-def write_dense_adapters() -> None:
+def teach_peft() -> None:
     """Let `save_pretrained` of a PEFT model with tiles in its base write dense names."""
     cls = _peft("peft_model", "PeftModel")
     if cls != ():
-        write_dense(cls, _save_pretrained)
+        with_tiles(cls, "save_pretrained", _save_pretrained)
 
 
 def _save_pretrained(

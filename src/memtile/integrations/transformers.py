@@ -15,9 +15,9 @@ from memtile.convert import Integration, Kind, Naming, Work, empty_model
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
+from memtile.integrations.around_tiles import with_tiles
 from memtile.integrations.dense_pretrained import save_pretrained
-from memtile.integrations.dense_saving import write_dense
-from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
+from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
 
 
 class TiledConv1D(TiledLinear):
@@ -123,11 +123,32 @@ def _models(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if modeling and isinstance(m, modeling.PreTrainedModel)]
 
 
-def write_dense_checkpoints() -> None:
-    """Let `save_pretrained` of whatever holds tiles write the dense checkpoint."""
+def teach_transformers() -> None:
+    """Let models with tiles in them save dense checkpoints, and keep their ties."""
     cls = getattr(_loaded("modeling_utils"), "PreTrainedModel", None)
     if cls is not None:
-        write_dense(cls, save_pretrained)
+        with_tiles(cls, "save_pretrained", save_pretrained)
+        with_tiles(cls, "tie_weights", _tie_weights)
+
+
+def _tie_weights(plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Nothing where all ties are there, as `tile` leaves them.
+
+    transformers looks for the dense names among the parameters, and pads a tied head's bias.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None)
+    if ties is None or not all(_is_tied(model, *names) for names in ties.items()):
+        plain(model, *args, **kwargs)
+
+
+def _is_tied(model: nn.Module, *names: str) -> bool:
+    try:
+        found: list[Any] = [model.get_parameter(name) for name in names]  # or handles
+    except AttributeError:
+        return False
+    if all(isinstance(each, DenseHandle) for each in found):
+        return bool(found[0].stands_for_same(found[1]))
+    return found[0] is found[1]
 
 
 def _naming(model: nn.Module) -> Naming | None:

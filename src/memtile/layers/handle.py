@@ -182,6 +182,10 @@ class DenseHandle(Tensor):
             a is b for a, b in zip(own, parameters, strict=True)
         )
 
+    def stands_for_same(self, other: "DenseHandle") -> bool:
+        """Whether both handles stand for the same tiles."""
+        return self.is_of_tiles(list(other._layer.tile_parameters(other._name).values()))
+
     def _gradient(self) -> "DenseHandle | None":
         tiles = self._layer.tile_parameters(self._name).values()
         is_values = self._of_gradient or self._of_data

@@ -110,17 +110,15 @@ class _Found:
 
     def is_own_form(self, name: str) -> bool:
         """Whether these are this layer's own tiles, which torch can load by itself."""
+        if name == "bias" and self.layer.whole_bias is not None:
+            return not self.tiles[name]
         found = {key: self.state_dict[self.prefix + key] for key in self.tiles[name].values()}
-        own = {self._own_key(name, index): p for index, p in self.own[name].items()}
+        own = {self.layer.parameter_path(name, index): p for index, p in self.own[name].items()}
         return (
             name not in self.dense
             and found.keys() == own.keys()
             and all(getattr(v, "shape", None) == own[key].shape for key, v in found.items())
         )
-
-    def _own_key(self, name: str, index: Index) -> str:
-        column = index[1] if name == "weight" else self.layer.grid.in_splits - 1
-        return f"{self.layer.tile_path(index[0], column)}.{name}"
 
     def problems(self, assign: bool) -> list[str]:
         """What keeps the weight or the bias from being loaded, a sentence each."""
@@ -210,7 +208,7 @@ class _Found:
         for key in [name, *self.tiles[name].values()]:
             self.state_dict.pop(self.prefix + key, None)
         for index, parameter in self.own[name].items():
-            key = self.prefix + self._own_key(name, index)
+            key = self.prefix + self.layer.parameter_path(name, index)
             self.state_dict[key] = self._entry(name, index, parameter, values, assign)
 
     def _entry(

@@ -123,7 +123,9 @@ class WalkedLinear(TiledModule):
 
     def _walk_fused(self, whole: list[Tensor], tiles: list[nn.Module]) -> Any:
         spec = ops.FusedSpec(self.grid, len(whole), self.combine_out_splits, self.use_bias)
-        biases = [row[-1].bias for row in self.linears] if self.use_bias else []  # type: ignore[index]
+        biases = self._bias_rows()
+        if self.use_bias and not biases:
+            biases = [row[-1].bias for row in self.linears]  # type: ignore[index]  # a ModuleList's
         result = ops.fused_linear(spec, whole, [tile.weight for tile in tiles], biases)  # type: ignore[misc]
         return result if isinstance(result, Tensor) else list(result)
 
@@ -145,8 +147,18 @@ class WalkedLinear(TiledModule):
             else iter([chunk] * self.out_splits)
             for chunk in chunks
         ]
+        biases = self._bias_rows()
         for row, column in self.grid.indices():
-            yield (row, column), self.tile(row, column)(next(edges[column]))
+            result = self.tile(row, column)(next(edges[column]))
+            if biases and column == self.in_splits - 1:
+                result = result + biases[row].to(result.dtype)  # as autocast would have it
+            yield (row, column), result
+            del result  # or each one would be kept beside the next
+
+    def _bias_rows(self) -> Sequence[Tensor]:
+        """What each row of tiles adds of a bias that the layer keeps whole; else nothing."""
+        whole = self.whole_bias
+        return () if whole is None else whole.split([span.size for span in self.grid.out_spans])
 
     def _walk_composed(self, results: Results) -> Any:
         checked = map(self._checked, results)
