@@ -1,5 +1,6 @@
 """FSDP2 holds the tiles: real processes over gloo against the dense model in one process."""
 
+import re
 from statistics import fmean
 
 import pytest
@@ -79,6 +80,17 @@ def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):
     if len(outcome.ranks) == 1:
         pytest.skip("one rank agrees with itself")
     assert all("make the same model" in rank["refused"] for rank in outcome.ranks)
+
+
+def test_ranks_that_use_other_modules_are_told_which_on_every_rank(outcome):
+    """Another expert, one more of them, and another one after many steps alike: never nonsense."""
+    if len(outcome.ranks) == 1:
+        pytest.skip("one rank agrees with itself")
+    wants = [r"rank 0 .* gathers experts\.0.* while rank 1 gathers experts\.1"]
+    wants += [r"rank 0 .* while rank 1 gathers experts\.1", wants[0].replace(".1", ".2")]
+
+    for rank in outcome.ranks:
+        assert all(map(re.match, wants, rank["other ways"])), rank["other ways"]
 
 
 def test_a_sharded_model_loads_what_another_one_gives(outcome):
