@@ -100,5 +100,9 @@ class TileSizeWarning(UserWarning):
     """Parameters that stay larger than the tile that was asked for."""
 
 
+class ReplacedModuleWarning(UserWarning):
+    """Something holds a module that was replaced, and would go on using the old one."""
+
+
 class EngineConfigWarning(UserWarning):
     """A value of an engine's config that keeps tiles in memory."""

@@ -18,6 +18,7 @@ from memtile.convert.planned import (
     set_checkpointing,
 )
 from memtile.convert.select import Choice, Cut, choose
+from memtile.convert.still_held import Replaced
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 from memtile.geometry import Grid
 from memtile.homes import Home
@@ -43,7 +44,8 @@ def tile(
     Values are bit-identical; frozen stays frozen, tied stays tied; training mode, dtype, device,
     gradients stay. Each replaced layer is freed before the next is made, so the peak is the model
     and one layer. Make the optimizer afterwards, and look modules up anew: the parameters are new
-    ones, and what holds a replaced module elsewhere (a plain list of modules) keeps the old one.
+    ones, and what holds a replaced module elsewhere (a plain list of modules) keeps the old one, of
+    which a warning tells.
 
     Args:
         model: any module that holds linears.
@@ -80,6 +82,8 @@ def tile(
         TileSizeWarning: parameters stay above `max_tile_bytes`, or with a home alone in memory and
             larger than the largest weight that is parked: experts kept as one tensor, rows of an
             embedding that are longer, layers that are tiled already.
+        ReplacedModuleWarning: a module holds one that was replaced, or the memory of its weight, in
+            an attribute, a list, a bound method: it would go on using the old one.
     """
     _refuse_shards(model)
     if plan is not None:
@@ -112,7 +116,8 @@ def tile(
         )
     if home is not None and modules is None:
         _refuse_tiled_before(model)
-    replace_chosen(model, choices, home, checkpoint)
+    replaced = replace_chosen(model, choices, home, checkpoint)
+    replaced.warn(model, stacklevel=2)
     if modules is None:
         _warn_of_larger(model, cut, choices)
     return model
@@ -144,7 +149,7 @@ def _carry_out(
         prepare(model, plan)
     if checkpoint is not None or any(choice.tiled for choice in choices):
         where = planned_home(plan) if isinstance(plan, Plan) and home is None else home
-        replace_chosen(model, choices, where, checkpoint)
+        replace_chosen(model, choices, where, checkpoint).warn(model, stacklevel=3)
     if plan.optimizer is not None:
         set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
     return model
@@ -164,7 +169,7 @@ def replace_chosen(
     choices: Sequence[Choice],
     home: Home | str | None,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> None:
+) -> Replaced:
     """Replace what was chosen, once its home has room for all of it, and its values are known."""
     if checkpoint is None and home == "checkpoint":
         raise ArgumentError(
@@ -175,13 +180,15 @@ def replace_chosen(
     parked = None if home is None else home_for(model, choices, home)
     done: set[str] = set()
     keep_bias = {choice.name for choice in choices if choice.keeps_bias}
+    replaced = Replaced()
     for choice in choices:
         if choice.tiled and choice.name not in done:
-            done.update(_tile_group(model, choice, parked, keep_bias))
+            done.update(_tile_group(model, choice, parked, keep_bias, replaced))
     if stored is not None:
         fill_or_untile(model, stored, parked)
     if parked is not None:
         settle_down(model, parked)
+    return replaced
 
 
 def _refuse_tiled_before(model: nn.Module) -> None:
@@ -228,7 +235,11 @@ def _largest_parked(model: nn.Module, choices: list[Choice]) -> int:
 
 
 def _tile_group(
-    model: nn.Module, choice: Choice, home: Home | None, keep_bias: Collection[str]
+    model: nn.Module,
+    choice: Choice,
+    home: Home | None,
+    keep_bias: Collection[str],
+    replaced: Replaced,
 ) -> tuple[str, ...]:
     """Replace one module, and those tied to it, at every place where they stand."""
     assert choice.grid is not None
@@ -236,6 +247,7 @@ def _tile_group(
     names = choice.ties or (choice.name,)
     for name in names:
         dense = model.get_submodule(name)
+        replaced.add(name, dense, [dense._parameters["weight"]])
         make = _with_its_bias if name in keep_bias else _tiled
         layer = make(dense, choice.grid, first, home)
         layer.name_in_model = name

@@ -7,6 +7,7 @@ from torch import nn
 from memtile.convert.kinds import replace_module, tiled_classes
 from memtile.convert.owners import Owners
 from memtile.convert.reasons import lost_on_replacing
+from memtile.convert.still_held import Replaced
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import ParkedEmbedding, ParkedLinear, TiledModule, is_plain
 from memtile.transfer import unwatch_model
@@ -27,6 +28,9 @@ def untile(model: Model) -> Model:
         CannotTileError: the model is itself a tiled layer, or a dense module could not do what a
             layer does: it is frozen in part, its tiles are more than plain linears, it has hooks,
             it takes or gives split tensors, it shares some of its tiles. Nothing was changed.
+
+    Warns:
+        ReplacedModuleWarning: a module still holds a tiled layer in an attribute or a list.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
@@ -37,11 +41,12 @@ def untile(model: Model) -> Model:
         )
     ids = _checked_tile_ids(model)
     weights: dict[tuple[int, ...], tuple[nn.Parameter, TiledModule]] = {}
-    names = list(ids)
+    names, replaced = list(ids), Replaced()
     while names:
         name = names.pop(0)
         layer = model.get_submodule(name)
         assert isinstance(layer, TiledModule)
+        replaced.add(name, layer, [])
         known = weights.get(ids[name])
         dense = layer.to_dense(known[0] if known else None)
         if ids[name] in [ids[other] for other in names]:
@@ -50,7 +55,9 @@ def untile(model: Model) -> Model:
         else:
             weights.pop(ids[name], None)
         replace_module(model, layer, dense)
+        del layer, dense
     unwatch_model(model)
+    replaced.warn(model, stacklevel=2)
     return model
 
 
