@@ -3,7 +3,7 @@
 Source: `torch.distributed.fsdp.fully_shard`. What it does not do for tiles by itself is done here:
 tiles are gathered along the layer's order, one ahead in both directions (`ahead`); they are let go
 of in backward whatever the input is (`release`); a tied tile is one unit with two uses (`ties`);
-ranks that use other modules than the others are told so (`gather_order`).
+ranks that use other modules than the others are told so (`exchange_order`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.engines.ahead import bring_ahead
-from memtile.engines.gather_order import compare_order
+from memtile.engines.exchange_order import compare_order
 from memtile.engines.release import release_in_backward
 from memtile.engines.ties import share_tied_tiles
 from memtile.engines.units import tiled_layers, units_of

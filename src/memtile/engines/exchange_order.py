@@ -29,7 +29,7 @@ EVERY: Final = 32
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_orders: "weakref.WeakKeyDictionary[ProcessGroup, _Order]" = weakref.WeakKeyDictionary()
+_orders: "weakref.WeakKeyDictionary[ProcessGroup, ExchangeOrder]" = weakref.WeakKeyDictionary()
 
 
 def compare_order(model: Any, units: Sequence[Any], groups: Sequence[ProcessGroup]) -> None:
@@ -45,7 +45,7 @@ def compare_order(model: Any, units: Sequence[Any], groups: Sequence[ProcessGrou
     if not hasattr(model, "set_custom_all_gather") or max(group.size() for group in groups) == 1:
         return
     names = {module: name for name, module in model.named_modules()}
-    orders = [_orders.setdefault(group, _Order(group)) for group in groups]
+    orders = [order_in(group) for group in groups]
     orders[-1].models += 1
     for unit in [*units, model]:
         name = names[unit] or "what is in no unit"
@@ -54,12 +54,17 @@ def compare_order(model: Any, units: Sequence[Any], groups: Sequence[ProcessGrou
         unit.set_custom_reduce_scatter(_Reduce(f"reduces {label}", orders))
 
 
-class _Order:
+def order_in(group: ProcessGroup) -> "ExchangeOrder":
+    """The one order of a group, whichever models exchange something in it."""
+    return _orders.setdefault(group, ExchangeOrder(group))
+
+
+class ExchangeOrder:
     """What this rank exchanged in one process group, one after the other."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.models = 0
-        self._group = group
+        self._group = weakref.ref(group)  # or it would outlive its destruction
         self._count, self._hash = 0, hashlib.blake2b(digest_size=8)
         self._recent: list[str] = []  # since the last comparison
 
@@ -69,22 +74,28 @@ class _Order:
         Raises:
             EngineError: the ranks are not about to exchange the same; on each rank.
         """
+        group = self._group()
+        assert group is not None  # who exchanges something in it holds it
+        if group.size() == 1:
+            return
         self._count += 1
         self._recent.append(what)
         self._hash.update(what.encode())
         if self._count > FIRST and self._count % EVERY:
             return
-        if len(set(self._all(self._hash.digest()))) > 1:
-            logs = self._all(self._recent)
+        if len(set(_heard(group, self._hash.digest()))) > 1:
+            logs = _heard(group, self._recent)
             self._hash = hashlib.blake2b(digest_size=8)  # the ranks are at the same number still
             self._recent = []
             raise EngineError(_difference(logs))
         self._recent = []
 
-    def _all(self, value: Any) -> list[Any]:  # whatever can be pickled
-        heard: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(heard, value, group=self._group)
-        return heard
+
+def _heard(group: ProcessGroup, value: Any) -> list[Any]:  # whatever can be pickled
+    """The values of all ranks."""
+    heard: list[Any] = [None] * group.size()
+    dist.all_gather_object(heard, value, group=group)
+    return heard
 
 
 def _difference(logs: Sequence[Sequence[str]]) -> str:
@@ -102,7 +113,7 @@ def _difference(logs: Sequence[Sequence[str]]) -> str:
 class _Noted:
     """torch's own exchange, noted before it begins."""
 
-    def __init__(self, what: str, orders: Sequence[_Order]) -> None:
+    def __init__(self, what: str, orders: Sequence[ExchangeOrder]) -> None:
         self._what, self._orders = what, orders
 
     def allocate(
