@@ -100,7 +100,8 @@ def _heard(group: ProcessGroup, value: Any) -> list[Any]:  # whatever can be pic
 
 def _difference(logs: Sequence[Sequence[str]]) -> str:
     """Where the ranks' logs begin to differ, in words."""
-    step = next(step for step in zip_longest(*logs, fillvalue="") if len(set(step)) > 1)
+    steps = zip_longest(*logs, fillvalue="is done")
+    step = next((step for step in steps if len(set(step)) > 1), ("began anew", "did not"))
     other = next(rank for rank, what in enumerate(step) if what != step[0])
     return (
         f"rank 0 of the group {step[0]} while rank {other} {step[other]}: ranks that use other "
