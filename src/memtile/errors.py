@@ -134,5 +134,9 @@ class NewWeightsWarning(CheckpointWarning):
     """Weights that no checkpoint had, initialised by the model's own rule."""
 
 
+class ReplacedModuleWarning(UserWarning):
+    """Something holds a module that was replaced, and would go on using the old one."""
+
+
 class EngineConfigWarning(UserWarning):
     """A value of an engine's config that keeps tiles in memory."""

@@ -158,14 +158,15 @@ def test_a_weight_shared_with_something_dense_keeps_its_owners_dense() -> None:
     assert "embedding.weight, which stays dense: max_norm" in chosen["head"].reason
 
 
-def test_a_bias_shared_with_another_module_is_a_reason() -> None:
-    """Biases are never shared between tiles."""
+def test_a_bias_shared_with_another_module_is_kept_whole_and_said_so() -> None:
+    """The weights become tiles all the same."""
     built = nn.ModuleDict({"one": nn.Linear(6, 11), "two": nn.Linear(6, 11)})
     built["one"].bias = built["two"].bias
 
-    chosen = {c.name: c for c in memtile.select_linears(built, out_splits=2)}
+    chosen = memtile.select_linears(built, out_splits=2)
 
-    assert "its bias is also two.bias" in chosen["one"].reason
+    assert [choice.tiled for choice in chosen] == [True, True]
+    assert all("its bias kept whole" in choice.reason for choice in chosen)
 
 
 def test_a_choice_prints_as_one_line() -> None:

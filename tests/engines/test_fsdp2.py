@@ -1,5 +1,6 @@
 """FSDP2 holds the tiles: real processes over gloo against the dense model in one process."""
 
+import re
 from statistics import fmean
 
 import pytest
@@ -84,6 +85,17 @@ def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):
     assert all("make the same model" in rank["refused"] for rank in outcome.ranks)
 
 
+def test_ranks_that_use_other_modules_are_told_which_on_every_rank(outcome):
+    """Another expert, one more of them, and another one after many steps alike: never nonsense."""
+    if len(outcome.ranks) == 1:
+        pytest.skip("one rank agrees with itself")
+    wants = [r"rank 0 .* gathers experts\.0.* while rank 1 gathers experts\.1"]
+    wants += [r"rank 0 .* while rank 1 gathers experts\.1", wants[0].replace(".1", ".2")]
+
+    for rank in outcome.ranks:
+        assert all(map(re.match, wants, rank["other ways"])), rank["other ways"]
+
+
 def test_a_sharded_model_loads_what_another_one_gives(outcome):
     """`get_model_state_dict` and `set_model_state_dict` work, with the names of tiles."""
     assert all(rank["loads"] for rank in outcome.ranks)
@@ -138,6 +150,24 @@ def test_layers_without_tiles_are_units_of_their_own(alone):
 
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     assert units == ["", "up.linears.0.0", "up.linears.1.0", "down"]
+
+
+def test_a_bias_that_modules_share_is_one_shard(alone):
+    """It is gathered with what is in no unit, and gets the gradients of both uses."""
+
+    def net():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)).double()
+        model[1].bias = model[0].bias
+        return model
+
+    dense, model = net(), shard(memtile.tile(net(), out_splits=4), unit_bytes=0)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for each in (dense, model):
+        each(x).square().sum().backward()
+
+    assert model[0].bias is model[1].bias
+    torch.testing.assert_close(model[0].bias.grad.full_tensor(), dense[0].bias.grad)
 
 
 def test_a_part_that_is_called_before_the_model_is_refused(alone):

@@ -36,6 +36,20 @@ def test_gradients_are_those_of_the_plain_tile(tile):
     assert torch.equal(tile.bias.grad, plain.bias.grad)
 
 
+def test_an_input_by_its_name_is_one_by_position(tile):
+    """`layer(input=x)` of a layer without tiles works as before, and gets its token."""
+    seen, x = [], torch.ones(2, 5)
+    expected = tile(x)
+    tile.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+
+    assert torch.equal(tile(input=x), expected)
+    assert [each.requires_grad for each in seen] == [False, True]
+    with pytest.raises(TypeError):
+        tile(other=x)
+    with pytest.raises(TypeError):
+        tile()
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_what_has_an_input_with_gradient_or_does_not_train_is_left_alone(tile, trains):
     """No token where the engine sees an input by itself, or where there is no backward."""

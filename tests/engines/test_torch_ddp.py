@@ -1,5 +1,7 @@
 """Parked tiles on several ranks: gradients are averaged in each rank's own home."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ def test_ranks_train_as_one_process_does(ranks, name):
     dense = Net()
     train(dense, CASES[name])
 
-    for found, _ in ranks:
+    for found, *_ in ranks:
         for key, value in dense.state_dict().items():
             assert (found[name][0][key] - value).norm() <= 1e-11 * value.norm(), key
 
@@ -40,12 +42,19 @@ def test_each_gradient_is_reduced_once_for_each_averaged_backward(ranks, name):
     case = CASES[name]
     backwards = 1 if case.syncs_once else case.parts
 
-    assert all(found[name][1] == backwards for found, _ in ranks)
+    assert all(found[name][1] == backwards for found, *_ in ranks)
 
 
 def test_other_grids_on_other_ranks_are_refused_on_both(ranks):
     """Before anything is sent."""
-    assert all("make the same model" in refused for _, refused in ranks)
+    assert all("make the same model" in refused for _, refused, _ in ranks)
+
+
+def test_a_gradient_of_another_parameter_on_the_other_rank_is_refused_on_both(ranks):
+    """The sum of the two would be neither's."""
+    told = r"rank 0 .*averages the gradient of 0\..* while rank 1 averages the gradient of 1\."
+
+    assert all(re.match(told, way) for _, _, way in ranks), ranks[0][2]
 
 
 def test_without_a_process_group_the_way_to_one_is_said():

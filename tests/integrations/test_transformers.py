@@ -190,6 +190,24 @@ def test_tie_weights_and_init_weights_change_nothing(kind: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in tiled.state_dict().items())
 
 
+def test_tie_weights_of_a_head_with_a_bias_of_its_own_changes_nothing() -> None:
+    """transformers pads such a bias to the height of its weight, which tiles have already."""
+    config = transformers.ElectraConfig(
+        vocab_size=131,
+        embedding_size=24,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    tiled = memtile.tile(transformers.ElectraForMaskedLM(config), out_splits=3)
+    head, embedding = tiled.generator_lm_head, tiled.get_input_embeddings()
+
+    tiled.tie_weights()
+
+    assert head.tile(0, 0).weight is embedding.tile(0, 0).weight
+    assert head.bias.shape == (131,)
+
+
 def test_init_weights_draws_tiles_that_are_not_initialised() -> None:
     """Where transformers would initialise a linear, it initialises the tiles, with its own std."""
     config = transformers.LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1)
@@ -220,6 +238,38 @@ def test_reading_weights_as_models_do() -> None:
     assert tiled.dtype == dense.dtype
     assert tiled.device == dense.device
     assert tiled.num_parameters() == dense.num_parameters()
+
+
+def test_berts_decoder_is_tied_by_weight_and_shares_its_bias(tmp_path: Path) -> None:
+    """Most of its weights go home; what is saved loads in plain transformers, and trains on."""
+    config = transformers.BertConfig(
+        vocab_size=131, hidden_size=24, num_hidden_layers=1, num_attention_heads=4
+    )
+    dense = transformers.BertForMaskedLM(config).eval()
+    tiled = memtile.tile(copy.deepcopy(dense), home="host")
+    tiled.tie_weights()
+    tiled.save_pretrained(tmp_path)
+
+    head = tiled.cls.predictions
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    ids = inputs("llama")["input_ids"]
+    assert head.decoder.tile(0, 0).weight is tiled.get_input_embeddings().tile(0, 0).weight
+    assert head.decoder.bias is head.bias
+    torch.testing.assert_close(tiled(ids).logits, dense(ids).logits)
+    assert torch.equal(loaded(ids).logits, dense(ids).logits)
+
+
+def test_inputs_have_the_names_that_transformers_gives_them() -> None:
+    """`Conv1D` takes `x`, a scaled embedding `input_ids`; so do their tiled forms."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    embedding = Gemma3TextScaledWordEmbedding(11, 5, 0, embed_scale=2.0)
+    linear = transformers.pytorch_utils.Conv1D(7, 5)
+    ids, x = torch.tensor([3, 9]), torch.randn(4, 5)
+    expected = embedding(input_ids=ids), linear(x=x)
+    tiled = memtile.tile(torch.nn.ModuleList([embedding, linear]), out_splits=3)
+
+    torch.testing.assert_close((tiled[0](input_ids=ids), tiled[1](x=x)), expected)
 
 
 def test_resizing_a_tiled_embedding_is_refused_and_loses_nothing() -> None:

@@ -8,10 +8,24 @@ from torch import nn
 from walks import GRIDS, WALKS, grid_id, nodes_of, pair, walk_of, walking
 
 import memtile
-from memtile import TiledLinear, partition_uniform, split_tensor_along_last_dim
+from memtile import (
+    TiledEmbedding,
+    TiledLinear,
+    TiledLinearReturnBias,
+    partition_uniform,
+    split_tensor_along_last_dim,
+)
 from memtile.errors import TileShapeError
 
 FORMS = [{}, {"input_is_already_split": True}, {"combine_out_splits": False}]
+
+
+class ReturnsBias(nn.Linear):
+    """Megatron's `skip_bias_add`: the bias comes beside the output."""
+
+    def forward(self, input):
+        """The product, and the bias."""
+        return nn.functional.linear(input, self.weight), self.bias
 
 
 def given(layer: TiledLinear, x: torch.Tensor) -> object:
@@ -133,6 +147,41 @@ def test_the_output_is_the_dense_one_in_every_form_of_the_call(grid, walk, form)
         assert isinstance(output, list)
         assert [row.shape for row in output] == [(2, 3, span.size) for span in layer.grid.out_spans]
     torch.testing.assert_close(joined(output), dense(x))  # float64: 1e-7 relative
+
+
+@pytest.mark.parametrize("name", ["input", "input_"])
+@pytest.mark.parametrize("walk", WALKS)
+def test_the_input_has_the_linears_name_and_the_originals(walk, name):
+    """`layer(input=x)`, as any caller of `nn.Linear` may write, and `layer(input_=x)`."""
+    dense, tiled = pair((3, 2), dtype=torch.float64)
+    x = torch.randn(4, 13, dtype=torch.float64)
+
+    torch.testing.assert_close(walking(walk, tiled)(**{name: x}), dense(x))
+
+
+def test_other_layers_take_their_input_by_its_name_too():
+    """Tiles that return their bias, parked tiles, embeddings."""
+    x, ids = torch.randn(4, 13), torch.tensor([3, 0, 10])
+    parked, embedding = TiledLinear(13, 11, out_splits=3, home="host"), TiledEmbedding(11, 3)
+    returning = TiledLinearReturnBias(13, 11, linear_cls=ReturnsBias)
+
+    for layer in (parked, parked.tile(0, 0)):
+        assert torch.equal(layer(input=x), layer(x))
+    assert torch.equal(parked(input_=x), parked(x))
+    assert torch.equal(returning(input=x)[0], returning(input_=x)[0])
+    assert torch.equal(embedding(input=ids), embedding(ids))
+
+
+def test_an_input_given_twice_or_not_at_all_is_a_type_error():
+    """As for any function of Python."""
+    layer, x = TiledLinear(13, 11, out_splits=3), torch.randn(4, 13)
+
+    with pytest.raises(TypeError, match=r"TiledLinear\.forward\(\) got multiple values.*'input'"):
+        layer(x, input=x)
+    with pytest.raises(TypeError, match="multiple values"):
+        layer(input_=x, input=x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+        layer()
 
 
 def test_a_split_input_may_be_any_sequence_also_of_one_chunk():

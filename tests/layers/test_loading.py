@@ -8,6 +8,7 @@ import pytest
 import torch
 from layer_states import State, assert_holds, assert_unchanged, dense_linear, snapshot, tiles_of
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from walks import GRIDS, grid_id, pair, shuffled
 
 from memtile import TiledEmbedding, TiledLinear
@@ -166,6 +167,30 @@ def test_an_embedding_loads_dense_rows_and_tiles_of_any_split():
         layer.load_state_dict(state)
 
         assert torch.equal(layer.weight, dense.weight)
+
+
+@pytest.mark.parametrize("form", ["dense", "dense weight, tiled bias", "other grid"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_set_model_state_dict_takes_every_form(form, bias):
+    """torch adds the model's own tiles to what it is given: the given values win over them."""
+    dense = dense_linear()
+    model = nn.ModuleDict({"block": pair((3, 2), bias=bias)[1]})
+    state = {f"block.{k}": v for k, v in FORMS[form](dense).items() if bias or "bias" not in k}
+
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+
+    assert torch.equal(model["block"].weight, dense.weight)
+    assert not bias or torch.equal(model["block"].bias, dense.bias)
+
+
+def test_own_tiles_beside_a_dense_tensor_are_nothing_that_was_given():
+    """Detached as in the layer's own state dict, too; with `assign=True` the tiles are copies."""
+    dense = dense_linear()
+    for assign in (False, True):
+        _, layer = pair((3, 2))
+        layer.load_state_dict({**layer.state_dict(), **dense.state_dict()}, assign=assign)
+
+        assert_holds(layer, dense)
 
 
 @pytest.mark.parametrize("form", FORMS)

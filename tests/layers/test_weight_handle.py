@@ -87,6 +87,29 @@ def test_the_version_of_a_handle_grows_when_any_tile_is_written(nothing_is_assem
     assert layer.weight._version > before
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("look", ["shape", "dtype", "device", "ndim", "numel", "bytes", "stride"])
+def test_looking_at_data_costs_nothing(nothing_is_assembled, look, name):
+    """`layer.weight.data.ndim`, as PEFT asks, is what the dense parameter's is."""
+    dense, layer = pair((3, 2), dtype=torch.bfloat16)
+    data = getattr(layer, name).data
+
+    assert LOOKS[look](data) == LOOKS[look](getattr(dense, name).data)
+    assert (data.requires_grad, isinstance(data, nn.Parameter)) == (False, False)
+
+
+def test_data_gives_the_values_without_a_graph():
+    """Copies, casts and sums of `.data` and of `.grad.data` are the dense ones, detached."""
+    dense, layer = pair((3, 2))
+    for module in (dense, layer):
+        module(torch.ones(4, 13)).sum().backward()
+
+    assert torch.equal(layer.weight.data.clone(), dense.weight)
+    assert layer.weight.data.double().requires_grad is False
+    assert torch.equal(layer.bias.grad.data + 0, dense.bias.grad)
+    assert layer.weight.data.grad is None
+
+
 OPERATIONS = {
     "linear": lambda w, x: nn.functional.linear(x, w),
     "matmul": lambda w, x: x @ w.t(),
@@ -162,6 +185,7 @@ def test_the_gradient_is_assembled_and_none_while_a_tile_has_none():
     [
         lambda weight: weight.grad.zero_(),
         lambda weight: weight.grad.mul_(0.5),
+        lambda weight: weight.grad.data.mul_(0.5),
         lambda weight: nn.utils.clip_grad_norm_([weight], 0.1),
         lambda weight: torch._foreach_mul_([weight.grad], 0.5),
     ],
@@ -209,7 +233,9 @@ WRITES = {
     "plus": lambda w: w.__iadd__(1.0),
     "out": lambda w: torch.add(torch.zeros(11, 13), 1.0, out=w),
     "foreach": lambda w: torch._foreach_add_([w], 1.0),
-    "data": lambda w: w.data,
+    "data": lambda w: w.data.mul_(2.0),
+    "item of data": lambda w: w.data.__setitem__(0, 1.0),
+    "set data of data": lambda w: setattr(w.data, "data", torch.zeros(11, 13)),
     "set data": lambda w: setattr(w, "data", torch.zeros(11, 13)),
     "set grad": lambda w: setattr(w, "grad", None),
     "set requires_grad": lambda w: setattr(w, "requires_grad", False),
@@ -227,13 +253,13 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 def test_what_would_silently_change_nothing_is_refused(write):
-    """In-place operations, `.data`, `nn.init`, hooks: an error with the layer and the way out."""
+    """In-place operations, on `.data` too, `nn.init`, hooks: an error with the way out."""
     _, layer = pair((3, 2))
     layer.name_in_model = "model.layers.0.up_proj"
     before = layer.weight.detach().clone()
 
     with pytest.raises(
-        HandleError, match=r"model\.layers\.0\.up_proj\.weight: .*refused"
+        HandleError, match=r"model\.layers\.0\.up_proj\.weight(\.data)?: .*refused"
     ) as raised:
         WRITES[write](layer.weight)
 

@@ -92,6 +92,19 @@ def refused(rank: int) -> str:
     return ""
 
 
+def told_of_another_way(rank: int) -> str:
+    """What a rank is told whose gradient is that of another parameter."""
+    with memtile.HostHome() as home:
+        layers = [nn.Linear(12, 12, bias=False) for _ in range(2)]
+        model = memtile.tile(nn.ModuleList(layers), home=home)
+        Averaging(model, dist.new_group())  # which has exchanged nothing yet
+        try:
+            model[rank](torch.ones(2, 12)).sum().backward()
+        except EngineError as error:
+            return str(error)
+    return ""
+
+
 def run(rank: int, folder: str) -> None:
     """Every case, one after the other."""
     warnings.simplefilter("error")
@@ -102,12 +115,12 @@ def run(rank: int, folder: str) -> None:
     home = Path(folder) / f"home{rank}"
     home.mkdir()
     found = {name: run_case(case, rank, home) for name, case in CASES.items()}
-    torch.save((found, refused(rank)), Path(folder) / f"rank{rank}.pt")
+    torch.save((found, refused(rank), told_of_another_way(rank)), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 def spawn() -> list[Any]:
-    """What the two ranks found: of each case the parameters and reductions; what was refused."""
+    """What the two ranks found: of each case the parameters and reductions; what they were told."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         start_ranks(run, 2, folder)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import memtile
@@ -155,6 +155,33 @@ def other_grids(rank: int) -> str:
     return ""
 
 
+class Experts(nn.Module):
+    """Linears of the same size, of which each call uses those that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x: Tensor, used: list[int]) -> Tensor:
+        """The mean square of what they give."""
+        for number in used:
+            x = self.experts[number](x)
+        return x.square().mean()
+
+
+def told_of_other_ways(rank: int, late: int, ways: list[list[int]]) -> str:
+    """What a rank is told that uses other modules, or more of them, after so many steps alike."""
+    mesh = DeviceMesh.from_group(dist.new_group(), "cpu")  # which has exchanged nothing yet
+    model = shard(memtile.tile(Experts(), out_splits=1), mesh, unit_bytes=0)
+    try:
+        for step in range(late + 20):
+            model(torch.ones(2, 12), ways[0] if step < late else ways[rank]).backward()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
 def run(rank: int, world: int, folder: str, names: list[str]) -> None:
     """These cases, one after the other."""
     warnings.simplefilter("error")
@@ -170,6 +197,10 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
             torch.save(state, Path(folder) / f"{name}.pt")
     others = {
         "refused": other_grids(rank) if world > 1 else "",
+        "other ways": [
+            told_of_other_ways(rank, late, [[0], way] + [[0]] * (world - 2)) if world > 1 else ""
+            for late, way in ((0, [1]), (1, [0, 1]), (40, [2]))
+        ],
         "loads": loads_what_it_gives(),
         "weight": asked_for_a_weight(),
         "returned_bias": returned_bias(),

@@ -69,8 +69,6 @@ class Integration:
         kinds: dense modules of its own.
         keeps: gives, from the model, names below which its modules stay dense, with the reason.
         replaced: called with (old, new) after each replacement, in both directions.
-        tiled: called with a model that was tiled.
-        untiled: called with a model that was turned back.
         naming: how names differ in checkpoints of this model; None where it is not one of theirs.
         texts: gives small files, by their names, that its checkpoint has beside the tensors.
         empty: makes a model with nothing in memory from a config or a folder, and a dtype or None;
@@ -89,8 +87,6 @@ class Integration:
     kinds: tuple[Kind, ...] = ()
     keeps: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     replaced: Callable[[nn.Module, nn.Module], None] = _nothing
-    tiled: Callable[[nn.Module], None] = _nothing
-    untiled: Callable[[nn.Module], None] = _nothing
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
     texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None

@@ -25,6 +25,7 @@ class Choice:
         shape: (rows, columns) of its weight.
         grid: how it is cut, where it is and a size was asked for.
         ties: the names of all modules that share its weight, itself included, in order.
+        keeps_bias: whether its bias stays whole where it is tiled, since others share it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Choice:
     shape: tuple[int, int]
     grid: Grid | None = None
     ties: tuple[str, ...] = ()
+    keeps_bias: bool = False
 
     def __str__(self) -> str:
         size = f"{self.shape[0]}×{self.shape[1]}"
@@ -143,11 +145,15 @@ def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[
     reasons = {
         name: _own_reason(name, module, kept, modules) for name, (module, _) in candidates.items()
     }
-    groups = _ties(model, candidates, reasons)
+    owners = Owners(model)
+    groups = _ties(owners, candidates, reasons)
     choices = []
     for name, (module, kind) in candidates.items():
         choice = Choice(name, False, reasons[name], _shape(module, kind), ties=groups.get(name, ()))
-        choices.append(choice if reasons[name] else _with_grid(choice, candidates, cut))
+        if not reasons[name]:
+            sharers = _sharers(name, module._parameters.get("bias"), owners)
+            choice = _with_grid(replace(choice, keeps_bias=bool(sharers)), candidates, cut)
+        choices.append(choice)
     _refuse_named(choices, modules)
     return choices
 
@@ -229,18 +235,22 @@ def _shape_reason(shape: tuple[int, int]) -> str:
 
 
 def _ties(
-    model: nn.Module, candidates: dict[str, tuple[nn.Module, Kind | None]], reasons: dict[str, str]
+    owners: Owners,
+    candidates: dict[str, tuple[nn.Module, Kind | None]],
+    reasons: dict[str, str],
 ) -> dict[str, tuple[str, ...]]:
     """Names that share a weight; a weight shared with what stays dense keeps all of them dense."""
-    owners = Owners(model)
     shared: dict[str, list[Place]] = {}
     for name, (module, _) in candidates.items():
         if reasons[name]:
             continue
-        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        weight = module._parameters["weight"]
         assert weight is not None
-        reasons[name] = _memory_reason(name, bias, weight, owners)
-        if not reasons[name] and len(owners.of(weight)) > 1:
+        views = list(owners.sharing_memory(weight))
+        if views:
+            where = ".".join(views[0])
+            reasons[name] = f"its weight shares memory with {where}, which tiles could not"
+        elif len(owners.of(weight)) > 1:
             shared[name] = owners.of(weight)
     _settle(shared, reasons)
     return {
@@ -250,18 +260,12 @@ def _ties(
     }
 
 
-def _memory_reason(
-    name: str, bias: nn.Parameter | None, weight: nn.Parameter, owners: Owners
-) -> str:
-    """Sharing that tiles could not keep: of a bias, or of memory without being one parameter."""
-    others = [place for place in owners.of(bias) if place[0] != name] if bias is not None else []
-    if others:
-        return f"its bias is also {'.'.join(others[0])}, and tiles do not share biases"
-    for own, parameter in (("weight", weight), ("bias", bias)):
-        views = [] if parameter is None else list(owners.sharing_memory(parameter))
-        if views:
-            return f"its {own} shares memory with {'.'.join(views[0])}, which tiles could not"
-    return ""
+def _sharers(name: str, bias: nn.Parameter | None, owners: Owners) -> list[Place]:
+    """Where else this bias stands, or a view of its memory."""
+    if bias is None:
+        return []
+    others = [place for place in owners.of(bias) if place != (name, "bias")]
+    return [*others, *owners.sharing_memory(bias)]
 
 
 def _settle(shared: dict[str, list[Place]], reasons: dict[str, str]) -> None:
@@ -283,20 +287,22 @@ def _with_grid(
     tied_kinds = [candidates[name][1] for name in choice.ties]
     if len({k.tiled.weight_is_transposed for k in tied_kinds if k}) > 1:
         return replace(choice, reason="it shares a weight with a transposed linear")
-    tied = (
+    more = (
         f", tied with {', '.join(n for n in choice.ties if n != choice.name)}"
         if choice.ties
         else ""
     )
+    if choice.keeps_bias:
+        more += ", its bias kept whole: others share it"
     if not cut.is_given:
-        return replace(choice, tiled=True, reason=f"a plain {kind.name}{tied}")
+        return replace(choice, tiled=True, reason=f"a plain {kind.name}{more}")
     rows_only = kind.rows_only or any(k.rows_only for k in tied_kinds if k)
     weight = module._parameters["weight"]
     assert weight is not None
     grid = cut.grid(choice.shape, weight.element_size(), rows_only)
     if isinstance(grid, str):
         return replace(choice, reason=grid)
-    return replace(choice, tiled=True, reason=f"a plain {kind.name}{tied}", grid=grid)
+    return replace(choice, tiled=True, reason=f"a plain {kind.name}{more}", grid=grid)
 
 
 def _checked_names(modules: Collection[str] | None) -> set[str] | None:

@@ -10,7 +10,7 @@ from torch import nn
 from memtile.checkpoints import Paths
 from memtile.convert.filling import Stored, checked_for_empty, fill_or_untile, make_values
 from memtile.convert.finding import left_out, some
-from memtile.convert.kinds import integrations, kind_of, replace_module
+from memtile.convert.kinds import kind_of, replace_module
 from memtile.convert.parking import home_for, is_parked, settle_down
 from memtile.convert.planned import (
     check_alone,
@@ -21,6 +21,7 @@ from memtile.convert.planned import (
 )
 from memtile.convert.replaced import replacing
 from memtile.convert.select import Choice, Cut, choose
+from memtile.convert.still_held import Replaced
 from memtile.errors import (
     ArgumentError,
     CannotTileError,
@@ -28,8 +29,9 @@ from memtile.errors import (
     NewWeightsWarning,
     TileSizeWarning,
 )
+from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.layers import TiledModule, is_shard
+from memtile.layers import TiledLinear, TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,8 +54,9 @@ def tile(
     Values are bit-identical; frozen stays frozen, tied stays tied; training mode, dtype, device,
     gradients stay. Each replaced layer is freed before the next is made, so the peak is the model
     and one layer. Make the optimizer afterwards, and look modules up anew: the parameters are new
-    ones. An optimizer that was made before warns when it steps (`ReplacedParametersWarning`).
-    What holds a replaced module elsewhere (a plain list of modules) keeps the old one.
+    ones. An optimizer that was made before warns when it steps (`ReplacedParametersWarning`);
+    what holds a replaced module elsewhere (a plain list of modules) keeps the old one, of which a
+    warning tells.
 
     Args:
         model: any module that holds linears.
@@ -91,10 +94,13 @@ def tile(
             new objects.
 
     Warns:
-        TileSizeWarning: parameters stay above `max_tile_bytes`: experts kept as one tensor, rows of
-            an embedding that are longer, layers that are tiled already.
+        TileSizeWarning: parameters stay above `max_tile_bytes`, or with a home alone in memory and
+            larger than the largest weight that is parked: experts kept as one tensor, rows of an
+            embedding that are longer, layers that are tiled already.
         CheckpointWarning: the checkpoint holds more than the model has; or adapters wait for their
             own. A NewWeightsWarning: it lacks what the model then made.
+        ReplacedModuleWarning: a module holds one that was replaced, or the memory of its weight, in
+            an attribute, a list, a bound method: it would go on using the old one.
     """
     _refuse_shards(model)
     if plan is not None:
@@ -127,9 +133,10 @@ def tile(
         )
     if home is not None and modules is None:
         _refuse_tiled_before(model)
-    replace_chosen(model, choices, home, checkpoint, strict)
-    if cut.max_tile_bytes is not None and modules is None:
-        _warn_of_larger(model, cut.max_tile_bytes, choices)
+    replaced = replace_chosen(model, choices, home, checkpoint, strict)
+    replaced.warn(model, stacklevel=2)
+    if modules is None:
+        _warn_of_larger(model, cut, choices)
     return model
 
 
@@ -160,7 +167,7 @@ def _carry_out(
         prepare(model, plan)
     if checkpoint is not None or any(choice.tiled for choice in choices):
         where = planned_home(plan) if isinstance(plan, Plan) and home is None else home
-        replace_chosen(model, choices, where, checkpoint, strict)
+        replace_chosen(model, choices, where, checkpoint, strict).warn(model, stacklevel=3)
     if plan.optimizer is not None:
         set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
     return model
@@ -181,7 +188,7 @@ def replace_chosen(
     home: Home | str | None,
     checkpoint: Paths | None = None,
     strict: bool = False,
-) -> None:
+) -> Replaced:
     """Replace what was chosen, once its home has room for all of it, and its values are known."""
     if checkpoint is None and home == "checkpoint":
         raise ArgumentError(
@@ -196,19 +203,20 @@ def replace_chosen(
     held = None if home is None else home_for(model, choices, home)
     parked = None if held is None else held.home
     parks = nullcontext() if held is None else held.used_here()
+    keep_bias = {choice.name for choice in choices if choice.keeps_bias}
+    replaced = Replaced()
     with parks, replacing(model, "memtile.tile"):
         put_back = make_values(model, stored.made) if stored is not None else None
         done: set[str] = set()
         for choice in choices:
             if choice.tiled and choice.name not in done:
-                done.update(_tile_group(model, choice, parked))
-        for integration in integrations():
-            integration.tiled(model)
+                done.update(_tile_group(model, choice, parked, keep_bias, replaced))
         if stored is not None and put_back is not None:
             fill_or_untile(model, stored.checkpoint, parked, put_back)
             _tell(model, stored)
     if parked is not None:
         settle_down(model, parked)
+    return replaced
 
 
 def _is_made(choice: Choice, stored: Stored) -> bool:
@@ -243,38 +251,80 @@ def _refuse_tiled_before(model: nn.Module) -> None:
             )
 
 
-def _warn_of_larger(model: nn.Module, max_tile_bytes: int, choices: list[Choice]) -> None:
-    """Say which parameters stay above the size, and why: a promise is not missed in silence."""
-    reasons = {choice.name: choice.reason for choice in choices if not choice.tiled}
+def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[Choice]) -> None:
+    """Say which parameters stay above the size, and why: a promise is not missed in silence.
+
+    With a home and no size, those that are larger than the largest weight that went there.
+    """
+    limit, rule = cut.max_tile_bytes, f"above max_tile_bytes={cut.max_tile_bytes}"
+    if limit is None and cut.parks:
+        limit = _largest_parked(model, choices)
+        rule = f"in memory, larger than the largest weight that went home, of {limit} bytes"
     larger = {
         name: parameter.nbytes
         for name, parameter in model.named_parameters()
-        if parameter.nbytes > max_tile_bytes
+        if limit is not None and parameter.nbytes > limit
     }
     if not larger:
         return
+    reasons = {choice.name: choice.reason for choice in choices if not choice.tiled}
     name, size = max(larger.items(), key=lambda item: item[1])
     owners = (owner for owner in reasons if name.startswith(f"{owner}."))
     why = reasons.get(next(owners, ""), "it belongs to no linear or embedding")
     warnings.warn(
-        f"{len(larger)} parameters stay above max_tile_bytes={max_tile_bytes}; the largest is "
-        f"{name} with {size} bytes: {why}",
+        f"{len(larger)} parameters stay {rule}; the largest is {name} with {size} bytes: {why}",
         TileSizeWarning,
         stacklevel=3,
     )
 
 
-def _tile_group(model: nn.Module, choice: Choice, home: Home | None) -> tuple[str, ...]:
+def _largest_parked(model: nn.Module, choices: list[Choice]) -> int:
+    """Bytes of the largest weight, whole, that was parked."""
+    layers = [model.get_submodule(choice.name) for choice in choices if choice.tiled]
+    return max(layer.weight.nbytes for layer in layers if isinstance(layer, TiledModule))
+
+
+def _tile_group(
+    model: nn.Module,
+    choice: Choice,
+    home: Home | None,
+    keep_bias: Collection[str],
+    replaced: Replaced,
+) -> tuple[str, ...]:
     """Replace one module, and those tied to it, at every place where they stand."""
     assert choice.grid is not None
     first: TiledModule | None = None
     names = choice.ties or (choice.name,)
     for name in names:
         dense = model.get_submodule(name)
-        kind = kind_of(dense)
-        assert kind is not None
-        layer = kind.tiled.from_dense(dense, choice.grid, first, home)
+        replaced.add(name, dense, [dense._parameters["weight"]])
+        make = _with_its_bias if name in keep_bias else _tiled
+        layer = make(dense, choice.grid, first, home)
         layer.name_in_model = name
         first = first or layer
         replace_module(model, dense, layer)
     return names
+
+
+def _tiled(
+    dense: nn.Module, grid: Grid, tied_to: TiledModule | None, home: Home | None
+) -> TiledModule:
+    kind = kind_of(dense)
+    assert kind is not None
+    return kind.tiled.from_dense(dense, grid, tied_to, home)
+
+
+def _with_its_bias(
+    dense: nn.Module, grid: Grid, tied_to: TiledModule | None, home: Home | None
+) -> TiledModule:
+    """The tiled form that has the very bias of the dense module: others share it."""
+    bias = dense._parameters["bias"]
+    assert bias is not None
+    dense._parameters["bias"] = None
+    try:
+        layer = _tiled(dense, grid, tied_to, home)
+    finally:
+        dense._parameters["bias"] = bias
+    assert isinstance(layer, TiledLinear)  # nothing else has a bias
+    layer.keep_bias(bias)
+    return layer

@@ -4,10 +4,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from memtile.convert.kinds import integrations, replace_module, tiled_classes
+from memtile.convert.kinds import replace_module, tiled_classes
 from memtile.convert.owners import Owners
 from memtile.convert.reasons import lost_on_replacing
 from memtile.convert.replaced import replacing
+from memtile.convert.still_held import Replaced
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import ParkedEmbedding, ParkedLinear, TiledModule, is_plain
 from memtile.transfer import unwatch_model
@@ -28,6 +29,9 @@ def untile(model: Model) -> Model:
         CannotTileError: the model is itself a tiled layer, or a dense module could not do what a
             layer does: it is frozen in part, its tiles are more than plain linears, it has hooks,
             it takes or gives split tensors, it shares some of its tiles. Nothing was changed.
+
+    Warns:
+        ReplacedModuleWarning: a module still holds a tiled layer in an attribute or a list.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
@@ -38,20 +42,20 @@ def untile(model: Model) -> Model:
         )
     ids = _checked_tile_ids(model)
     with replacing(model, "memtile.untile"):
-        _replace_all(model, ids)
+        replaced = _replace_all(model, ids)
     unwatch_model(model)
-    for integration in integrations():
-        integration.untiled(model)
+    replaced.warn(model, stacklevel=2)
     return model
 
 
-def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> None:
+def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> Replaced:
     weights: dict[tuple[int, ...], tuple[nn.Parameter, TiledModule]] = {}
-    names = list(ids)
+    names, replaced = list(ids), Replaced()
     while names:
         name = names.pop(0)
         layer = model.get_submodule(name)
         assert isinstance(layer, TiledModule)
+        replaced.add(name, layer, [])
         known = weights.get(ids[name])
         dense = layer.to_dense(known[0] if known else None)
         if ids[name] in [ids[other] for other in names]:
@@ -60,6 +64,8 @@ def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> None:
         else:
             weights.pop(ids[name], None)
         replace_module(model, layer, dense)
+        del layer, dense
+    return replaced
 
 
 def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -110,7 +116,7 @@ def _shared_reason(
 ) -> str:
     """Dense modules share whole weights: tiles shared in another way would come apart."""
     tied = [other for other in layers if ids[other] == ids[name]]
-    for own in ("weight", "bias"):
+    for own in ("weight",) if layers[name].whole_bias is not None else ("weight", "bias"):
         for index, parameter in layers[name].tile_parameters(own).items():
             among = tied if own == "weight" else [name]
             column = index[1] if own == "weight" else layers[name].grid.in_splits - 1

@@ -95,7 +95,8 @@ def _names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
             if is_turned:
                 turned.add(id(parameters[0]))
             if isinstance(module, TiledModule):
-                tiles.update(map(id, parameters))
+                own_ids = {id(own) for own in module._parameters.values()}  # a bias kept whole
+                tiles.update({id(parameter) for parameter in parameters} - own_ids)
         if not isinstance(module, TiledModule):
             for own, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in tiles:

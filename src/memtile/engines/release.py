@@ -3,6 +3,8 @@
 Engines hang that moment on an input that requires grad; the first layer of a model has none.
 """
 
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +43,8 @@ def release_in_backward(tile: nn.Module) -> None:
         return (_attached(result[0], token), *map(_outliving, result[1:]))
 
     tile.forward = forward
-    tile.register_forward_pre_hook(_with_token, prepend=True)
+    hook = partial(_with_token, next(iter(inspect.signature(plain).parameters)))
+    tile.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 
 def _attached(result: Tensor, token: Tensor | None) -> Tensor:
@@ -56,9 +59,15 @@ def _outliving(result: Any) -> Any:  # a bias or None, mostly
     return result.clone() if isinstance(result, Tensor) else result
 
 
-def _with_token(tile: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_token(
+    name: str, tile: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The input by position, also where it came by its name, and a token where it needs one."""
+    if not inputs and name in named:
+        named = dict(named)
+        inputs = (named.pop(name),)
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in tile.parameters())
-    if not trained or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return inputs
+    if not inputs or not trained or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return inputs, named
     device = inputs[0].device if isinstance(inputs[0], Tensor) else None
-    return (*inputs, torch.zeros((), device=device, requires_grad=True))
+    return (*inputs, torch.zeros((), device=device, requires_grad=True)), named

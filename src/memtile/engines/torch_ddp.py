@@ -8,6 +8,7 @@ optimizer sees it: one reduction for each parameter in each backward.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.engines.agreement import check_agreement, check_process_group
+from memtile.engines.exchange_order import order_in
 from memtile.errors import EngineError, OptimizerError
 from memtile.homes import berth_of
 from memtile.transfer import ferries_of, is_stepped_in_backward
@@ -27,7 +29,8 @@ class Averaging:
     """Averages each gradient of a model over ranks, before hooks that are registered later.
 
     Make it before the optimizer. Rank 0's values and buffers are sent to all ranks first. Each rank
-    must use the same parameters in the same order, as with any collective.
+    must use the same parameters in the same order, as with any collective: their names are compared
+    while ranks run, at first always, later every few gradients (EngineError on each rank).
 
     Args:
         model: the same on each rank.
@@ -43,11 +46,14 @@ class Averaging:
         _check(model, group)
         _averaged.update(dict.fromkeys(model.parameters()))
         self._group, self._on, self._parameters = group, True, list(model.parameters())
+        ranks = group or dist.group.WORLD
+        assert ranks is not None  # it was checked
+        self._order = order_in(ranks)
         for tensor in (*model.parameters(), *model.buffers()):
             self._send(tensor)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._average)
-            for parameter in model.parameters()
+            parameter.register_post_accumulate_grad_hook(partial(self._average, name))
+            for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]
 
@@ -72,9 +78,10 @@ class Averaging:
         with _at_home(tensor, "steps") as values:
             dist.broadcast(values, source, group=self._group)
 
-    def _average(self, parameter: Tensor) -> None:
+    def _average(self, name: str, parameter: Tensor) -> None:
         if not self._on or parameter.grad is None:
             return
+        self._order.note(f"averages the gradient of {name}")
         with torch.no_grad(), _at_home(parameter.grad, "gradients") as gradient:
             gradient.div_(dist.get_world_size(self._group))
             dist.all_reduce(gradient, group=self._group)

@@ -2,7 +2,8 @@
 
 Source: `torch.distributed.fsdp.fully_shard`. What it does not do for tiles by itself is done here:
 tiles are gathered along the layer's order, one ahead in both directions (`ahead`); they are let go
-of in backward whatever the input is (`release`); a tied tile is one unit with two uses (`ties`).
+of in backward whatever the input is (`release`); a tied tile is one unit with two uses (`ties`);
+ranks that use other modules than the others are told so (`exchange_order`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from memtile.convert import replacing
 from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.engines.ahead import bring_ahead
+from memtile.engines.exchange_order import compare_order
 from memtile.engines.release import release_in_backward
 from memtile.engines.ties import share_tied_tiles
 from memtile.engines.units import tiled_layers, units_of
@@ -53,6 +55,9 @@ def shard(
     is smaller is one more unit, which is there from the first layer to the last.
 
     Make the optimizer afterwards: the parameters are new ones (`DTensor`s).
+
+    Each rank has to use the same modules in the same order. The names of what ranks exchange are
+    compared while they run, at first always, later every few exchanges: EngineError on each rank.
 
     Args:
         model: tiled, its tiles resident; the same on each rank. Seed ranks alike, or
@@ -96,6 +101,7 @@ def shard(
         take_whole_values(module)
     take_ties_once(model)
     bring_ahead(model, units, prefetch)
+    compare_order(model, [unit[0] for unit in units], groups)
     return model
 
 
@@ -110,7 +116,8 @@ def _refuse_shards(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[
         raise EngineError(
             f"whole tiles are asked for {'to write' if write else 'to read'} them, and they are "
             "shards over ranks: use get_model_state_dict and set_model_state_dict of "
-            "torch.distributed.checkpoint.state_dict, or do it before memtile's shard"
+            "torch.distributed.checkpoint.state_dict, with the names of tiles, or do it before "
+            "memtile's shard"
         )
     yield
 

@@ -1,13 +1,15 @@
 """`save_pretrained` of a tiled transformers model: the dense checkpoint, for plain transformers."""
 
+import copy
 import sys
-import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from memtile.convert import dense_items, save_checkpoint
+from memtile.convert import dense_items, empty_model, save_checkpoint
+from memtile.errors import CannotTileError
 from memtile.layers import TiledModule
 from memtile.planning.byte_sizes import parse_byte_size
 
@@ -15,66 +17,93 @@ _SHARD_BYTES = 50_000_000_000  # what transformers writes into one file
 _TAKEN_OVER = ("hf_quantizer", "hf_device_map", "_hf_peft_config_loaded", "_tp_size")
 
 
-class DensePretrained:
-    """`save_pretrained` of a tiled model: the dense checkpoint, for plain transformers.
+def save_pretrained(
+    plain: Callable[..., Any],
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Write the folder of a tiled model, tile by tile where the names in it are the model's own.
 
-    It stands on the instance, where it may not hold the model: a cycle would keep all weights until
-    the garbage collector runs. Copies and pickles of a model get one of their own.
+    Where transformers renames or joins weights on saving, and with options or a state dict that
+    are for it to obey, the dense weights exist for as long as it writes them.
 
     Args:
+        plain: transformers' own function.
         model: a `PreTrainedModel` with tiled layers.
+        save_directory: the folder.
+        is_main_process: passed on to transformers.
+        state_dict: tile names and others, as a trainer passes it; the model's own by default.
+        *args: passed on to transformers.
+        **kwargs: passed on to transformers.
+
+    Raises:
+        CannotTileError: a tile computes its weight, so that no dense checkpoint can say it;
+            transformers is to write shards, with the names that they have; or the model's class may
+            make tiles itself, in which case the folder has tiles, and that cannot be known.
     """
+    if _own_tiles(model):
+        return plain(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    if kwargs.get("distributed_checkpoint"):
+        raise CannotTileError(
+            "distributed_checkpoint=True writes the names of tiles, which no plain model has; "
+            "memtile.engines.dense_files.save_checkpoint(model, folder), called by each rank, "
+            "writes the dense checkpoint"
+        )
+    if (
+        is_main_process
+        and state_dict is None
+        and not args
+        and kwargs.keys() <= {"max_shard_size"}
+        and _is_saved_as_it_is(model)
+        and not Path(save_directory).is_file()
+    ):
+        size = kwargs.get("max_shard_size", _SHARD_BYTES)
+        shard_bytes = parse_byte_size(size, "max_shard_size") if isinstance(size, str) else size
+        return save_checkpoint(model, save_directory, max_shard_bytes=shard_bytes)
+    tiles = model.state_dict() if state_dict is None else state_dict
+    dense: dict[str, Any] = {}
+    known: dict[tuple[Any, ...], Any] = {}
+    for name, tensor in dense_items(model, tiles):
+        key = _tile_storages(model, name) or (id(tensor),)
+        dense[name] = known.setdefault(key, tensor)
+    return plain(model, save_directory, is_main_process, dense, *args, **kwargs)
 
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DensePretrained, (self._model(),)
+def _tiled(model: nn.Module) -> dict[str, TiledModule]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, TiledModule)}
 
-    def __call__(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Write the folder, tile by tile where the names in it are the model's own.
 
-        Where transformers renames or joins weights on saving, and with options or a state dict that
-        are for it to obey, the dense weights exist for as long as it writes them.
+def _own_tiles(model: Any) -> set[str]:
+    """Names of tiled layers that the model's class makes itself: its checkpoints have tiles.
 
-        Args:
-            save_directory: the folder.
-            is_main_process: passed on to transformers.
-            state_dict: tile names and others, as a trainer passes it; the model's own by default.
-            *args: passed on to transformers.
-            **kwargs: passed on to transformers.
-
-        Raises:
-            CannotTileError: a tile computes its weight, so that no dense checkpoint can say it.
-        """
-        model = self._model()
-        assert model is not None  # who calls a method holds its model
-        if (
-            is_main_process
-            and state_dict is None
-            and not args
-            and kwargs.keys() <= {"max_shard_size"}
-            and _is_saved_as_it_is(model)
-            and not Path(save_directory).is_file()
-        ):
-            size = kwargs.get("max_shard_size", _SHARD_BYTES)
-            shard_bytes = parse_byte_size(size, "max_shard_size") if isinstance(size, str) else size
-            return save_checkpoint(model, save_directory, max_shard_bytes=shard_bytes)
-        tiles = model.state_dict() if state_dict is None else state_dict
-        dense: dict[str, Any] = {}
-        known: dict[tuple[Any, ...], Any] = {}
-        for name, tensor in dense_items(model, tiles):
-            key = _tile_storages(model, name) or (id(tensor),)
-            dense[name] = known.setdefault(key, tensor)
-        save = type(model).save_pretrained
-        return save(model, save_directory, is_main_process, dense, *args, **kwargs)
+    Raises:
+        CannotTileError: it cannot be known, or not all tiled layers are of one sort.
+    """
+    layers = _tiled(model)
+    made = [name for name, layer in layers.items() if not layer.stands_for_dense]
+    if not made or not hasattr(model, "config"):
+        return set()
+    try:
+        twin = empty_model(lambda: type(model)(copy.deepcopy(model.config)))
+    except Exception as error:  # whatever a constructor raises
+        raise CannotTileError(
+            f"{made[0]} was made as a tiled layer, and whether {type(model).__name__} makes it, or "
+            f"someone put it there, cannot be known: no second one can be made of its config "
+            f"({error}); save with memtile.save_checkpoint(model, folder), which is dense"
+        ) from error
+    own = {name for name in made if name in _tiled(twin)}
+    if own and len(own) < len(layers):
+        other = next(name for name in layers if name not in own)
+        raise CannotTileError(
+            f"{type(model).__name__} makes {min(own)} in tiles, and {other} was tiled later: no "
+            "checkpoint has the names of both; save with memtile.save_checkpoint(model, folder), "
+            "which is dense"
+        )
+    return own
 
 
 def _is_saved_as_it_is(model: Any) -> bool:

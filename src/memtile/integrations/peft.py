@@ -2,14 +2,14 @@
 
 import re
 import sys
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from memtile.convert import Integration, Naming, dense_items, naming_of, persistent_buffers
+from memtile.integrations.around_tiles import with_tiles
 from memtile.layers import TiledModule
 
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -42,41 +42,33 @@ def _peft(module: str, name: str) -> Any:
     return getattr(sys.modules.get(f"peft.{module}"), name, ())
 
 
-class DenseAdapters:
-    """`save_pretrained` of a PEFT model with a tiled base: what it saves has dense names.
+def teach_peft() -> None:
+    """Let `save_pretrained` of a PEFT model with tiles in its base write dense names."""
+    cls = _peft("peft_model", "PeftModel")
+    if cls != ():
+        with_tiles(cls, "save_pretrained", _save_pretrained)
+
+
+def _save_pretrained(
+    plain: Callable[..., Any],
+    model: Any,
+    save_directory: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Write the folder; of the base's weights none comes into memory that is not written.
 
     Adapters are modules of their own, but PEFT may save biases of the base beside them
     (`bias="all"`, `"lora_only"`), and embeddings when it is told to (`save_embedding_layers=True`).
-    It stands on the instance, which it may not hold.
 
-    Args:
-        model: a `PeftModel` with tiled layers.
+    Raises:
+        CannotTileError: a tile computes its weight, so that no dense name can say it.
     """
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DenseAdapters, (self._model(),)
-
-    def __call__(self, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-        """Write the folder; of the base's weights none comes into memory that is not written.
-
-        Args:
-            save_directory: the folder.
-            *args: passed on to PEFT.
-            **kwargs: passed on to PEFT; a `state_dict` has tile names and others.
-
-        Raises:
-            CannotTileError: a tile computes its weight, so that no dense name can say it.
-        """
-        model = self._model()
-        assert model is not None  # who calls a method holds its model
-        given = kwargs.pop("state_dict", None)
-        tiles = model.state_dict() if given is None else given
-        unsaved = _names_of_weights(model, kwargs.get("save_embedding_layers") is True)
-        dense = dict(dense_items(model, {k: v for k, v in tiles.items() if k not in unsaved}))
-        return type(model).save_pretrained(model, save_directory, *args, state_dict=dense, **kwargs)
+    given = kwargs.pop("state_dict", None)
+    tiles = model.state_dict() if given is None else given
+    unsaved = _names_of_weights(model, kwargs.get("save_embedding_layers") is True)
+    dense = dict(dense_items(model, {k: v for k, v in tiles.items() if k not in unsaved}))
+    return plain(model, save_directory, *args, state_dict=dense, **kwargs)
 
 
 def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
@@ -89,22 +81,6 @@ def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
         if isinstance(layer, TiledModule) and not any(layer is end for end in ends)
         for index in layer.tile_parameters("weight")
     }
-
-
-def _wrappers(model: nn.Module) -> list[Any]:
-    wrapper = _peft("peft_model", "PeftModel")
-    return [found for found in model.modules() if isinstance(found, wrapper)]
-
-
-def _tiled(model: nn.Module) -> None:
-    for found in _wrappers(model):
-        if any(isinstance(module, TiledModule) for module in found.modules()):
-            found.save_pretrained = DenseAdapters(found)
-
-
-def _untiled(model: nn.Module) -> None:
-    for found in _wrappers(model):
-        vars(found).pop("save_pretrained", None)
 
 
 def _naming(model: nn.Module) -> Naming | None:
@@ -163,4 +139,4 @@ def _take_values(copied: nn.Module, original: Any) -> None:
             copied.get_submodule(path)._parameters[own] = values
 
 
-PEFT = Integration(keeps=_keeps, tiled=_tiled, untiled=_untiled, naming=_naming, filled=_filled)
+PEFT = Integration(keeps=_keeps, naming=_naming, filled=_filled)

@@ -16,7 +16,8 @@ from memtile.convert import Integration, Kind, Naming, Work, empty_model
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.integrations.dense_pretrained import DensePretrained
+from memtile.integrations.around_tiles import with_tiles
+from memtile.integrations.dense_pretrained import save_pretrained
 from memtile.integrations.pretrained import (
     architecture,
     check_files,
@@ -28,7 +29,7 @@ from memtile.integrations.pretrained import (
     refuse_quantized,
     relevant,
 )
-from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
+from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
 
 
 class TiledConv1D(TiledLinear):
@@ -52,6 +53,10 @@ class TiledConv1D(TiledLinear):
             dense: nn.Module = _loaded("pytorch_utils").Conv1D(self.out_features, self.in_features)
         self.hand_over(dense, weight)
         return dense
+
+    def forward(self, x: Any) -> Any:  # type: ignore[override]  # Conv1D has one name for it
+        """(…, nf) of (…, nx)."""
+        return super().forward(x)
 
 
 class TiledScaledWordEmbedding(TiledEmbedding):
@@ -82,9 +87,9 @@ class TiledScaledWordEmbedding(TiledEmbedding):
         self.hand_over(dense, weight)
         return dense
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """The scaled rows of the ids."""
-        rows = super().forward(input)
+        rows = super().forward(input_ids)
         scale = self.embed_scale
         return rows * (scale.to(self.weight.dtype) if isinstance(scale, Tensor) else scale)
 
@@ -125,15 +130,32 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
     )
 
 
-def _tiled(model: nn.Module) -> None:
-    for found in pretrained_models(model):
-        if any(isinstance(module, TiledModule) for module in found.modules()):
-            found.save_pretrained = DensePretrained(found)
+def teach_transformers() -> None:
+    """Let models with tiles in them save dense checkpoints, and keep their ties."""
+    cls = getattr(_loaded("modeling_utils"), "PreTrainedModel", None)
+    if cls is not None:
+        with_tiles(cls, "save_pretrained", save_pretrained)
+        with_tiles(cls, "tie_weights", _tie_weights)
 
 
-def _untiled(model: nn.Module) -> None:
-    for found in pretrained_models(model):
-        vars(found).pop("save_pretrained", None)
+def _tie_weights(plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Nothing where all ties are there, as `tile` leaves them.
+
+    transformers looks for the dense names among the parameters, and pads a tied head's bias.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None)
+    if ties is None or not all(_is_tied(model, *names) for names in ties.items()):
+        plain(model, *args, **kwargs)
+
+
+def _is_tied(model: nn.Module, *names: str) -> bool:
+    try:
+        found: list[Any] = [model.get_parameter(name) for name in names]  # or handles
+    except AttributeError:
+        return False
+    if all(isinstance(each, DenseHandle) for each in found):
+        return bool(found[0].stands_for_same(found[1]))
+    return found[0] is found[1]
 
 
 def _naming(model: nn.Module) -> Naming | None:
@@ -254,8 +276,6 @@ TRANSFORMERS = Integration(
         ),
     ),
     replaced=_replaced,
-    tiled=_tiled,
-    untiled=_untiled,
     naming=_naming,
     texts=_texts,
     empty=_empty,

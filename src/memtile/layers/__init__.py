@@ -7,7 +7,7 @@ from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule, h
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
-from memtile.layers.tiled_module import TiledModule
+from memtile.layers.tiled_module import TiledModule, watch_tiles
 
 __all__ = [
     "DenseHandle",
@@ -23,5 +23,6 @@ __all__ = [
     "is_plain",
     "is_shard",
     "register_gatherer",
+    "watch_tiles",
     "whole_shape",
 ]

@@ -1,10 +1,10 @@
 """What a read of a tiled layer's `.weight` or `.bias` gives: a tensor without data.
 
 Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
-dense tensor, differentiably. What would silently change only a copy (in-place operations, `.data`,
-`nn.init`, assignments to `.grad`) is refused, for the handle that `.grad` gives too, and so is
-`torch.autograd.grad` with respect to it. What cannot be seen from here: writing into
-`layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
+dense tensor, differentiably. What would silently change only a copy (in-place operations,
+`nn.init`, assignments to `.data` and `.grad`) is refused, for the handles that `.grad` and `.data`
+give too, and so is `torch.autograd.grad` with respect to it. What cannot be seen from here: writing
+into `layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
 compiler a read gives the assembled tensor itself, which costs nothing in the graph if unused.
 """
 
@@ -80,7 +80,7 @@ _FREE_METHODS = [
     "type",
 ]
 _REFUSED = frozenset(
-    {"data", "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"}
+    {"data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"}
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "__setitem__"}
     | {
         f"__i{name}__"
@@ -104,6 +104,7 @@ _REFUSED = frozenset(
 
 _OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors: stubs do not have them
 _READ_GRADIENT, _READ_VERSION = _OF_C_BASE["grad"].__get__, _OF_C_BASE["_version"].__get__
+_READ_DATA = _OF_C_BASE["data"].__get__
 
 
 def _free_functions() -> frozenset[Any]:
@@ -120,20 +121,25 @@ class DenseHandle(Tensor):
     _layer: Tiled
     _name: str
     _of_gradient: bool
+    _of_data: bool
 
     @staticmethod
-    def __new__(cls, layer: Tiled, name: str, of_gradient: bool = False) -> "DenseHandle":
-        """A handle of the layer's "weight" or "bias", or of its gradient."""
+    def __new__(
+        cls, layer: Tiled, name: str, of_gradient: bool = False, of_data: bool = False
+    ) -> "DenseHandle":
+        """A handle of the layer's "weight" or "bias", of its gradient, or of the `.data` of one."""
+        is_values = of_gradient or of_data
         parameters = list(layer.tile_parameters(name).values())
         handle: DenseHandle = Tensor._make_wrapper_subclass(
             cls,
             layer.dense_shape(name),
             dtype=parameters[0].dtype,
             device=parameters[0].device,
-            requires_grad=not of_gradient and any(p.requires_grad for p in parameters),
+            requires_grad=not is_values and any(p.requires_grad for p in parameters),
         )
-        handle._layer, handle._name, handle._of_gradient = layer, name, of_gradient
-        handle._is_param = not of_gradient  # so isinstance(handle, nn.Parameter): libraries ask
+        handle._layer, handle._name = layer, name
+        handle._of_gradient, handle._of_data = of_gradient, of_data
+        handle._is_param = not is_values  # so isinstance(handle, nn.Parameter): libraries ask
         return handle
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes
@@ -145,7 +151,8 @@ class DenseHandle(Tensor):
     def full_name(self) -> str:
         """What the handle stands for, for messages."""
         gradient = ".grad" if self._of_gradient else ""
-        return f"{self._layer.full_name()}.{self._name}{gradient}"
+        data = ".data" if self._of_data else ""
+        return f"{self._layer.full_name()}.{self._name}{gradient}{data}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.assemble().detach().clone()
@@ -155,6 +162,12 @@ class DenseHandle(Tensor):
 
     def assemble(self) -> Tensor:
         """The dense tensor, differentiable with respect to the tiles where gradients are on."""
+        if self._of_data:
+            with torch.no_grad():
+                return self._values()
+        return self._values()
+
+    def _values(self) -> Tensor:
         if not self._of_gradient:
             return self._layer.dense_tensor(self._name)
         gradient = self._layer.dense_gradient(self._name)
@@ -169,9 +182,14 @@ class DenseHandle(Tensor):
             a is b for a, b in zip(own, parameters, strict=True)
         )
 
+    def stands_for_same(self, other: "DenseHandle") -> bool:
+        """Whether both handles stand for the same tiles."""
+        return self.is_of_tiles(list(other._layer.tile_parameters(other._name).values()))
+
     def _gradient(self) -> "DenseHandle | None":
         tiles = self._layer.tile_parameters(self._name).values()
-        if self._of_gradient or any(tile.grad is None for tile in tiles):
+        is_values = self._of_gradient or self._of_data
+        if is_values or any(tile.grad is None for tile in tiles):
             return None
         return DenseHandle(self._layer, self._name, of_gradient=True)
 
@@ -189,6 +207,9 @@ class DenseHandle(Tensor):
                 return func(*args, **kwargs)
         if func == _READ_GRADIENT:
             return args[0]._gradient()
+        if func == _READ_DATA:
+            of = args[0]
+            return DenseHandle(of._layer, of._name, of._of_gradient, of_data=True)
         if func == _READ_VERSION:  # grows whenever a tile is written to
             return sum(p._version for p in args[0]._layer.tile_parameters(args[0]._name).values())
         _refuse_writes(func, args, kwargs)

@@ -2,7 +2,8 @@
 
 torch loads a module's children after the module itself, from the same dictionary, so the layer
 rewrites its part of the dictionary into its own tiles' names before they look. What does not
-describe the layer loads nothing into it and is reported as one sentence.
+describe the layer loads nothing into it and is reported as one sentence. The layer's own tiles
+beside another form are no part of a checkpoint: torch's `set_model_state_dict` adds them.
 """
 
 from collections.abc import Mapping
@@ -80,6 +81,24 @@ class _Found:
                 self.tiles[match["name"]][row, column] = key
             elif key not in NAMES and not self._is_known(key):
                 self.extra.append(key)
+        for name in NAMES:
+            if not self.is_own_form(name):
+                self.tiles[name] = self._given(name)
+
+    def _given(self, name: str) -> dict[Index, str]:
+        """The tiles that are not this layer's own, as they are in it now."""
+        own = {key for index, key in self._by_place(name) if self._is_in_place(name, index, key)}
+        return {index: key for index, key in self.tiles[name].items() if key not in own}
+
+    def _is_in_place(self, name: str, index: Index, key: str) -> bool:
+        return _same_memory(self.state_dict[self.prefix + key], self.own[name].get(index))
+
+    def _by_place(self, name: str) -> list[tuple[Index, str]]:
+        """Names of tiles by their place; a bias stands in the last column of its row."""
+        return [
+            (index if name == "weight" else (index[0], 0), key)
+            for index, key in self.tiles[name].items()
+        ]
 
     def _is_known(self, key: str) -> bool:
         """Whether a key is a subclass's own, or a tile's in another way (more parameters)."""
@@ -91,17 +110,15 @@ class _Found:
 
     def is_own_form(self, name: str) -> bool:
         """Whether these are this layer's own tiles, which torch can load by itself."""
+        if name == "bias" and self.layer.whole_bias is not None:
+            return not self.tiles[name]
         found = {key: self.state_dict[self.prefix + key] for key in self.tiles[name].values()}
-        own = {self._own_key(name, index): p for index, p in self.own[name].items()}
+        own = {self.layer.parameter_path(name, index): p for index, p in self.own[name].items()}
         return (
             name not in self.dense
             and found.keys() == own.keys()
-            and all(tensor.shape == own[key].shape for key, tensor in found.items())
+            and all(getattr(v, "shape", None) == own[key].shape for key, v in found.items())
         )
-
-    def _own_key(self, name: str, index: Index) -> str:
-        column = index[1] if name == "weight" else self.layer.grid.in_splits - 1
-        return f"{self.layer.tile_path(index[0], column)}.{name}"
 
     def problems(self, assign: bool) -> list[str]:
         """What keeps the weight or the bias from being loaded, a sentence each."""
@@ -182,13 +199,7 @@ class _Found:
         return Values.tiles(self._tiles_by_place(name))
 
     def _tiles_by_place(self, name: str) -> dict[Index, Tensor]:
-        """Tiles by their place; a bias stands in the last column of its row, whichever that is."""
-        tiles = {
-            index: self.state_dict[self.prefix + key] for index, key in self.tiles[name].items()
-        }
-        return (
-            tiles if name == "weight" else {(row, 0): tensor for (row, _), tensor in tiles.items()}
-        )
+        return {index: self.state_dict[self.prefix + key] for index, key in self._by_place(name)}
 
     def rewrite(self, name: str, *, keep: bool, assign: bool) -> None:
         """Put this layer's tiles into the dictionary, with their old values or the found ones."""
@@ -197,7 +208,7 @@ class _Found:
         for key in [name, *self.tiles[name].values()]:
             self.state_dict.pop(self.prefix + key, None)
         for index, parameter in self.own[name].items():
-            key = self.prefix + self._own_key(name, index)
+            key = self.prefix + self.layer.parameter_path(name, index)
             self.state_dict[key] = self._entry(name, index, parameter, values, assign)
 
     def _entry(
@@ -212,3 +223,15 @@ class _Found:
         with torch.no_grad(), gathered([parameter], write=True) as kept:
             values.write_to(parameter, rect, kept=kept)
         return parameter
+
+
+def _same_memory(value: object, own: Tensor | None) -> bool:
+    """Whether a value is a tensor itself, or a detached one of the same elements."""
+    if own is None or not isinstance(value, Tensor):
+        return False
+    if value is own:
+        return True
+    if type(value) not in (Tensor, nn.Parameter) or value.is_meta or own.is_meta:
+        return False
+    mine, theirs = ((t.data_ptr(), t.shape, t.dtype, t.device) for t in (own, value))
+    return mine == theirs

@@ -108,6 +108,14 @@ class TiledLinear(WalkedLinear):
         """The name of the tile at (row, column) below this layer."""
         return f"linears.{row}.{column}"
 
+    def keep_bias(self, bias: nn.Parameter) -> None:
+        """Add this bias, whole and not copied, as other modules that share it do.
+
+        For a layer whose tiles have none.
+        """
+        self._parameters["bias"] = bias  # not register_parameter, which the property refuses
+        self.use_bias = True
+
     def extra_repr(self) -> str:
         """Features, bias and grid."""
         rows, columns = self.grid.rect(0, 0).shape

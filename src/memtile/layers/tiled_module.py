@@ -1,7 +1,7 @@
 """What every tiled layer has: a grid, tiles with parameters of their own, their dense forms."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from memtile.errors import (
     TileClassError,
     TileShapeError,
 )
-from memtile.geometry import Grid, Rect
+from memtile.geometry import Grid, Rect, Span
 from memtile.homes import Home, page_out, settle_in
 from memtile.layers.gather import gathered
 from memtile.layers.handle import DenseHandle
@@ -23,6 +23,12 @@ from memtile.layers.parked import ParkedModule, parameter_of
 from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy
 
 DENSE_NAMES = ("weight", "bias")
+_watchers: list[Callable[[], None]] = []
+
+
+def watch_tiles(watcher: Callable[[], None]) -> None:
+    """Call `watcher` whenever a tiled layer comes into being, and before its state is read."""
+    _watchers.append(watcher)
 
 
 class TiledModule(nn.Module):
@@ -32,12 +38,22 @@ class TiledModule(nn.Module):
         grid: how the weight is cut.
         weight_is_transposed: whether the dense module keeps its weight as (in, out).
         tile_pattern: the state dict names of tiles, with groups row, column (or none) and name.
+        stands_for_dense: whether it was made of a dense module, in its place.
     """
 
     weight_is_transposed: ClassVar[bool] = False
     tile_pattern: ClassVar[re.Pattern[str]]
     grid: Grid
     name_in_model: str = ""
+    stands_for_dense: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        _tell_watchers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        _tell_watchers()
 
     def tile(self, row: int, column: int) -> nn.Module:
         """The tile at (row, column)."""
@@ -56,8 +72,19 @@ class TiledModule(nn.Module):
         """The layer's name in its model where it is known, or its class: for messages."""
         return self.name_in_model or type(self).__name__
 
+    @property
+    def whole_bias(self) -> nn.Parameter | None:
+        """The bias where the layer keeps it whole, since others share it: no tile has one then."""
+        return self._parameters.get("bias")
+
     def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
-        """The tiles' parameters called `name` by their place; biases are one column."""
+        """The tiles' parameters called `name` by their place; biases are one column.
+
+        A bias that is kept whole stands there as the one of a single row.
+        """
+        whole = self.whole_bias if name == "bias" else None
+        if whole is not None:
+            return {(0, 0): whole}
         found: dict[Index, Any] = {}  # a computed one is a Tensor only
         for index, tile in self.tiles():
             parameter = getattr(tile, name, None)
@@ -90,14 +117,25 @@ class TiledModule(nn.Module):
         return parameters
 
     def owner(self, name: str, index: Index) -> nn.Module:
-        """The tile that has the parameter called `name` at this place."""
+        """The tile that has the parameter called `name` at this place, or this layer itself."""
+        if name == "bias" and self.whole_bias is not None:
+            return self
         return self.tile(index[0], index[1] if name == "weight" else self.grid.in_splits - 1)
+
+    def parameter_path(self, name: str, index: Index) -> str:
+        """The name below this layer of the parameter called `name` at this place."""
+        if name == "bias" and self.whole_bias is not None:
+            return name
+        column = index[1] if name == "weight" else self.grid.in_splits - 1
+        return f"{self.tile_path(index[0], column)}.{name}"
 
     def tile_rect(self, name: str, index: Index) -> Rect:
         """The rectangle of the dense weight, or of the bias as one column, that a tile holds."""
-        return (
-            self.grid.rect(*index) if name == "weight" else bias_rect(self.grid.out_spans[index[0]])
-        )
+        if name == "weight":
+            return self.grid.rect(*index)
+        if self.whole_bias is not None:
+            return bias_rect(Span(0, self.grid.out_features))
+        return bias_rect(self.grid.out_spans[index[0]])
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense parameter, as the dense module keeps it."""
@@ -136,8 +174,8 @@ class TiledModule(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """A light handle of the dense bias, or None."""
-        return self._read("bias")
+        """A light handle of the dense bias, the bias itself where it is kept whole, or None."""
+        return self._read("bias") if self.whole_bias is None else self.whole_bias
 
     def _read(self, name: str) -> Tensor | None:
         if not self.tile_parameters(name):
@@ -147,7 +185,7 @@ class TiledModule(nn.Module):
         return DenseHandle(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in DENSE_NAMES:
+        if name not in DENSE_NAMES or (name == "bias" and self.whole_bias is not None):
             super().__setattr__(name, value)
         elif not self._is_own(name, value):
             raise HandleError(
@@ -241,15 +279,18 @@ class TiledModule(nn.Module):
             else:
                 self.adopt(name, getattr(dense, name))
         self.train(dense.training)
+        self.stands_for_dense = True
 
     def hand_over(self, dense: nn.Module, weight: nn.Parameter | None = None) -> None:
         """Give parameters and mode to a dense module, or `weight` where it is tied to another."""
-        for name in DENSE_NAMES:
+        for name in DENSE_NAMES if self.whole_bias is None else DENSE_NAMES[:1]:
             parameter = (
                 weight if name == "weight" and weight is not None else self.dense_parameter(name)
             )
             if parameter is not None:
                 setattr(dense, name, parameter)
+        if self.whole_bias is not None:
+            dense.bias = self.whole_bias  # the same one: others share it
         dense.train(self.training)
 
     @classmethod
@@ -278,6 +319,11 @@ class TiledModule(nn.Module):
             raise StateDictError("; ".join(problems))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    def _save_to_state_dict(self, *given: Any) -> None:
+        """torch's own hook for one module's part of a state dict."""
+        _tell_watchers()
+        super()._save_to_state_dict(*given)
+
     def _load_from_state_dict(  # torch's own hook for one module's part of a checkpoint
         self,
         state_dict: dict[str, Any],
@@ -293,6 +339,11 @@ class TiledModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _tell_watchers() -> None:
+    for watcher in _watchers:
+        watcher()
 
 
 def _piece(dense: Tensor, rect: Rect, turned: bool, like: Tensor) -> Tensor:

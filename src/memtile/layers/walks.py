@@ -23,6 +23,7 @@ from memtile.layers.values import Index
 from memtile.transfer import layer_call
 
 Results = Iterator[tuple[Index, Any]]
+_NOTHING: Any = object()  # Any: the default of an input that may be anything
 Point = TypeVar("Point", bound=Callable[..., Any])
 
 
@@ -46,13 +47,14 @@ class WalkedLinear(TiledModule):
     combine_out_splits: bool
     linears: nn.ModuleList
 
-    def forward(self, input_: Any) -> Any:
+    def forward(self, input_: Any = _NOTHING, *, input: Any = _NOTHING) -> Any:
         """The layer's output.
 
         Args:
             input_: (…, in_features), or a sequence of in_splits chunks (…, in_i) when
                 `input_is_already_split`. With tiles that declare no in_features the cut follows
                 the width that arrives.
+            input: the same by the name that `nn.Linear` has for it.
 
         Returns:
             (…, out_features), or a list of out_splits tensors (…, out_o) without
@@ -63,7 +65,9 @@ class WalkedLinear(TiledModule):
             TileDtypeError: another dtype than the tiles', without autocast.
             TileDeviceError: another device than the tiles'.
             TileClassError: a tile returned a wrong shape.
+            TypeError: both are given, or none.
         """
+        input_ = _the_one(type(self), input_, input)
         tiles = [tile for row in self.linears for tile in row]  # type: ignore[attr-defined]  # ModuleLists
         declared = door.column_widths(tiles[: self.in_splits])
         whole = self._check_input(input_, declared)
@@ -119,7 +123,9 @@ class WalkedLinear(TiledModule):
 
     def _walk_fused(self, whole: list[Tensor], tiles: list[nn.Module]) -> Any:
         spec = ops.FusedSpec(self.grid, len(whole), self.combine_out_splits, self.use_bias)
-        biases = [row[-1].bias for row in self.linears] if self.use_bias else []  # type: ignore[index]
+        biases = self._bias_rows()
+        if self.use_bias and not biases:
+            biases = [row[-1].bias for row in self.linears]  # type: ignore[index]  # a ModuleList's
         result = ops.fused_linear(spec, whole, [tile.weight for tile in tiles], biases)  # type: ignore[misc]
         return result if isinstance(result, Tensor) else list(result)
 
@@ -141,8 +147,18 @@ class WalkedLinear(TiledModule):
             else iter([chunk] * self.out_splits)
             for chunk in chunks
         ]
+        biases = self._bias_rows()
         for row, column in self.grid.indices():
-            yield (row, column), self.tile(row, column)(next(edges[column]))
+            result = self.tile(row, column)(next(edges[column]))
+            if biases and column == self.in_splits - 1:
+                result = result + biases[row].to(result.dtype)  # as autocast would have it
+            yield (row, column), result
+            del result  # or each one would be kept beside the next
+
+    def _bias_rows(self) -> Sequence[Tensor]:
+        """What each row of tiles adds of a bias that the layer keeps whole; else nothing."""
+        whole = self.whole_bias
+        return () if whole is None else whole.split([span.size for span in self.grid.out_spans])
 
     def _walk_composed(self, results: Results) -> Any:
         checked = map(self._checked, results)
@@ -206,6 +222,18 @@ class WalkedLinear(TiledModule):
     def _combine_output_splits(self, outputs: Sequence[Any]) -> Any:
         """Join the rows' results; override for other kinds of result."""
         return ops.join_rows(outputs)
+
+
+def _the_one(cls: type, input_: Any, by_name: Any) -> Any:
+    """The input under whichever of its names it was given; as Python, where it is not one."""
+    if (input_ is _NOTHING) == (by_name is _NOTHING):
+        what = (
+            "missing 1 required positional argument:"
+            if input_ is _NOTHING
+            else "got multiple values for argument"
+        )
+        raise TypeError(f"{cls.__name__}.forward() {what} 'input'")
+    return by_name if input_ is _NOTHING else input_
 
 
 def _cast_as_autocast(whole: list[Any]) -> list[Any]:

@@ -66,10 +66,11 @@ def sharded_of(
 
     How often a step uses them is not known here: never.
     """
-    layers, known = [], set[int]()
+    layers, known, places = [], set[int](), _places(model)
     for weight in (each for each in weights if not each.obstacle):
         modules = [model.get_submodule(name) for name in weight.names]
-        biases = {id(b): b for m in modules if (b := m._parameters.get("bias")) is not None}
+        found = [b for m in modules if (b := m._parameters.get("bias")) is not None]
+        biases = {id(b): b for b in found if places[id(b)] == 1}  # a shared one is kept whole
         known.update({id(modules[0].weight), *biases})
         layers.append(
             ShardedLayer(
@@ -85,7 +86,7 @@ def sharded_of(
 
 
 def _loose(model: nn.Module, known: set[int], trains: bool) -> Iterator[LooseModule]:
-    places = Counter(id(p) for module in model.modules() for p in _own(module))
+    places = _places(model)
     seen = set(known)
     for name, module in model.named_modules():
         new = [p for p in _own(module) if id(p) not in seen]
@@ -95,6 +96,11 @@ def _loose(model: nn.Module, known: set[int], trains: bool) -> Iterator[LooseMod
         if new:
             parameters = tuple(_parameter(parameter, trains) for parameter in new)
             yield LooseModule(name, parameters, alone, Uses(0, 0, 0))
+
+
+def _places(model: nn.Module) -> Counter[int]:
+    """How many modules have each parameter, by its id."""
+    return Counter(id(p) for module in model.modules() for p in _own(module))
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
