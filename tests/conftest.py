@@ -1,5 +1,6 @@
 """What every test starts from: a promise in words, one thread, and the same random numbers."""
 
+import gc
 import os
 
 # One thread, also in processes that tests start: with tensors this small, threads only wait for one
@@ -15,6 +16,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     silent = [item.nodeid for item in items if not getattr(item, "obj", item).__doc__]
     if silent:
         raise pytest.UsageError(f"tests without a docstring: {', '.join(silent)}")
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what was imported: it is as large as all that tests make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -66,11 +66,14 @@ def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys, number, code, sent
     ],
 )
 def test_importing_loads_no_optional_package(module, unwanted):
-    """A room that is imported brings in only what it cannot do without."""
-    code = f"import sys, {module}; print(*[name for name in {unwanted} if name in sys.modules])"
+    """A room that is imported brings in only what it cannot do without, and calls no CUDA."""
+    code = (
+        f"import sys, torch, {module}; print(*[name for name in {unwanted} if name in sys.modules],"
+        "torch.cuda.is_initialized())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout.split() == []
+    assert done.stdout.split() == ["False"]
 
 
 def test_the_installed_command_runs():

@@ -21,7 +21,7 @@ STEPS, TOKENS, LR = 5, 16, 1e-2
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
 )
-ENGINES = ["fsdp2", pytest.param("zero3", marks=[pytest.mark.slow, NEEDS_DEEPSPEED])]
+ENGINES = ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)]
 
 
 def words(model, text, out, *more, engine="fsdp2"):
@@ -56,6 +56,7 @@ def trained_alone(folder, text):
     return model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_train_as_one_process_does(tiny_model, tiny_text, tmp_path, engine):
     """Stopped by SIGTERM after some steps, resumed, and loaded by plain transformers at the end."""
@@ -82,7 +83,7 @@ def test_two_ranks_train_as_one_process_does(tiny_model, tiny_text, tmp_path, en
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_whose_rank_was_killed_goes_on_with_fewer_ranks(
     tiny_model, tiny_text, tmp_path, engine
 ):

@@ -13,6 +13,7 @@ import pytest
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 def test_a_model_on_disk_is_saved_and_resumed_within_a_sixteenth(request):
     """256 MiB of weights and 512 of moments: nothing of them is ever in memory as a whole."""
     if shutil.disk_usage("/var/tmp").free < 3 << 30:

@@ -282,21 +282,6 @@ def test_resizing_a_tiled_embedding_is_refused_and_loses_nothing() -> None:
     assert loss_and_logits(tiled, "llama")[1].shape == (2, 7, 131)
 
 
-def test_importing_memtile_loads_no_other_library() -> None:
-    """`import memtile` brings in neither transformers, peft, deepspeed, typer nor rich."""
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, memtile, torch;"
-        "bad = {'transformers', 'peft', 'deepspeed', 'typer', 'rich', 'safetensors'};"
-        "print(sorted(bad & set(sys.modules)), torch.cuda.is_initialized())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout.strip() == "[] False"
-
-
 def test_what_is_no_linear_is_named_in_a_warning() -> None:
     """ViT's convolution stays above the size, and tile says so."""
     with pytest.warns(memtile.errors.TileSizeWarning, match="patch_embeddings.*no linear"):

@@ -20,7 +20,8 @@ QUANTITIES = ("output", "input gradient", "weight gradient", "bias gradient")
 TOKENS, IN_FEATURES, OUT_FEATURES = 67, 389, 515  # 26k inputs, 34k outputs, none of them round
 
 # (out_splits, in_splits), ragged in both dimensions wherever there is more than one.
-GRIDS = [(1, 1), (1, 7), (7, 1), (5, 3), (16, 16), (64, 1), (1, 32), (64, 64)]
+FINEST = pytest.param((64, 64), marks=pytest.mark.slow)
+GRIDS = [(1, 1), (1, 7), (7, 1), (5, 3), (16, 16), (64, 1), (1, 32), FINEST]
 EXTREME = [(1, 64), (1, 128), (128, 1)]
 
 
