@@ -114,6 +114,7 @@ def _train(
         result = finetune(
             settings,
             Options(out, budget, home, save_every, resume),
+            display.reading,
             lambda plan: display.planned(plan.summary),
             display.started,
             display.report,
@@ -136,6 +137,7 @@ def _train_over_ranks(
         result = finetune_over_ranks(
             settings,
             RankOptions(out, tile_bytes, offload, save_every, resume),
+            display.reading,
             display.planned,
             display.started,
             display.report,
