@@ -14,7 +14,7 @@ from memtile.checkpoints.steps import saved_steps
 from memtile.cli import models
 from memtile.cli.finetune.log import Entry
 from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
-from memtile.cli.finetune.run import check_vocabulary, texts_of
+from memtile.cli.finetune.run import check_dtype, check_vocabulary, texts_of
 from memtile.cli.finetune.sequences import Heard
 from memtile.cli.finetune.settings import Settings
 from memtile.cli.finetune.sharding import load_engine, sharded
@@ -110,8 +110,10 @@ class _ShardedRun(Run):
         torch.manual_seed(settings.seed)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self.writes = self._rank == 0
-        self._tokenizer, self._sequences = texts_of(settings, usable_folder(None), heard)
         model = models.empty_of(Path(settings.model))
+        if settings.engine != "zero3":  # which scales the loss
+            check_dtype(model)
+        self._tokenizer, self._sequences = texts_of(settings, usable_folder(None), heard)
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))

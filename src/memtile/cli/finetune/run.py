@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 import memtile
 from memtile.cli import models
@@ -93,8 +94,9 @@ class _PlannedRun(Run):
         super().__init__(settings, options.out, options.save_every, memory)
         torch.manual_seed(settings.seed)
         folder = Path(settings.model)
-        self._tokenizer, self._sequences = texts_of(settings, options.out / TRAINING, heard)
         model = models.empty_of(folder)
+        check_dtype(model)
+        self._tokenizer, self._sequences = texts_of(settings, options.out / TRAINING, heard)
         if settings.lora is not None:
             model = with_adapters(model, settings.lora)
         check_vocabulary(model, self._sequences)
@@ -180,6 +182,20 @@ def texts_of(
     texts = [Path(text) for text in settings.texts]
     read = read_sequences(texts, tokenizer, settings.tokens, settings.seed, folder, heard)
     return tokenizer, read
+
+
+def check_dtype(model: nn.Module) -> None:
+    """Refuse a model that is trained in float16.
+
+    Raises:
+        CommandError: it is.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise CommandError(
+            "MODEL is float16, in which gradients overflow without a scaler, and none can be used "
+            'where weights are stepped in backward: write "dtype": "bfloat16" into its '
+            "config.json, and its weights are converted as they are read."
+        )
 
 
 def check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers' or peft's
