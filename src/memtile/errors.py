@@ -94,6 +94,10 @@ class OptimizerError(MemtileError, ValueError, RuntimeError):
     """An optimizer, or a use of one, that cannot work tile by tile."""
 
 
+class NotFiniteError(MemtileError, FloatingPointError):
+    """A NaN or an infinity that was to be stepped with, or saved."""
+
+
 class CheckpointError(MemtileError, ValueError):
     """A checkpoint that is missing, not whole, damaged, or not of this model."""
 

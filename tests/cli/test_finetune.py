@@ -1,7 +1,9 @@
 """`memtile finetune`: trains, stops, goes on bit for bit, and names mistakes in one sentence."""
 
 import json
+import math
 import os
+import re
 import signal
 import time
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
+from memtile.cli.finetune.run import _PlannedRun
 
 STEPS = 6
 
@@ -203,18 +206,88 @@ def test_wrong_texts_are_one_sentence(tiny_model, tmp_path, capsys, content, sen
     assert len(printed.err.splitlines()) == 1
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_model, text, tmp_path, capsys):
-    """It says so and keeps the last good state, from which another run can begin."""
+def test_a_run_that_overflows_keeps_its_last_good_state(tiny_model, text, tmp_path, capsys):
+    """It says so, and another run can begin from finite numbers."""
     out = tmp_path / "out"
 
     code = main(arguments(tiny_model, text, out, "--lr", "1e30", "--save-every", "1"))
 
-    printed = capsys.readouterr()
     assert code == 2
-    assert "The loss is" in printed.err
-    assert "the last good state is in" in printed.err
-    assert list((out / "training").glob("step-*"))
+    assert re.search("after 1 of 6 steps; the last good state is in", capsys.readouterr().err)
+    (saved,) = (out / "training").glob("step-*")
+    for file in ("model", "optimizer"):
+        assert all(t.isfinite().all() for t in load_file(saved / f"{file}.safetensors").values())
     assert not (out / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_model, text, tmp_path, capsys):
+    """Before anything is stepped with it."""
+    folder = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+
+    assert main(arguments(folder, text, tmp_path / "out")) == 2
+    assert "the loss is nan after 0 of 6 steps; nothing was saved" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(
+    tiny_model, text, tmp_path, capsys, monkeypatch
+):
+    """The loss is finite, and the last checkpoint stays the one of finite numbers."""
+    out, step = tmp_path / "out", _PlannedRun.step
+
+    def overflowing(run):
+        if run.done == 2:
+            next(iter(run._model.parameters())).register_hook(lambda gradient: gradient * math.inf)
+        return step(run)
+
+    monkeypatch.setattr(_PlannedRun, "step", overflowing)
+
+    assert main(arguments(tiny_model, text, out, "--save-every", "1")) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"the gradient of .* is not finite after 2 of 6 steps; the last good state", said
+    )
+    (saved,) = (out / "training").glob("step-*")
+    assert saved.name == "step-00000002"
+    for file in ("model", "optimizer"):
+        assert all(t.isfinite().all() for t in load_file(saved / f"{file}.safetensors").values())
+    assert not (out / "model.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tiny_model, text, tmp_path, capsys, monkeypatch):
+    """Whatever made them so, the checkpoint before stays, and is named."""
+    out, save = tmp_path / "out", _PlannedRun.save
+
+    def overflown(run):
+        if run.done == 2:
+            weight = next(p for p in run._model.parameters() if p.dim() == 2)
+            with torch.no_grad():
+                weight[0, 0] = math.inf
+        save(run)
+
+    monkeypatch.setattr(_PlannedRun, "save", overflown)
+
+    assert main(arguments(tiny_model, text, out, "--save-every", "1")) == 2
+    assert "is not finite after 2 of 6 steps; the last good state is in" in capsys.readouterr().err
+    assert [path.name for path in (out / "training").iterdir()] == ["step-00000001"]
+
+
+def test_float16_is_refused_with_a_way_out_that_works(tiny_model, text, tmp_path, capsys):
+    """Its gradients overflow; the word that the sentence names makes the run one in bfloat16."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+
+    assert main(arguments(folder, text, out)) == 2
+    assert '"dtype": "bfloat16"' in capsys.readouterr().err
+    assert not (out / "finetune.json").exists()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("float16", "bfloat16"))
+    assert main(arguments(folder, text, tmp_path / "other")) == 0
+    assert {tensor.dtype for tensor in weights(tmp_path / "other").values()} == {torch.bfloat16}
 
 
 def test_adapters_are_trained_beside_frozen_weights(tiny_model, text, tmp_path):

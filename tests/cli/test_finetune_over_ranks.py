@@ -44,7 +44,9 @@ def launch(ranks, arguments):
 def trained_alone(folder, text):
     """The weights after the same steps of plain transformers, two sequences in each."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    sequences = read_sequences([text], AutoTokenizer.from_pretrained(folder), TOKENS, 0)
+    sequences = read_sequences(
+        [text], AutoTokenizer.from_pretrained(folder), TOKENS, 0, text.parent
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):

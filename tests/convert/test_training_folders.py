@@ -6,11 +6,12 @@ import os
 import stat
 
 import pytest
+import torch
 from resumable import a_run
 
 import memtile
 from memtile.checkpoints import steps
-from memtile.errors import CheckpointWriteError
+from memtile.errors import CheckpointWriteError, NotFiniteError
 from memtile.homes import disk_io
 
 
@@ -156,3 +157,36 @@ def test_ctrl_c_while_saving_loses_nothing(tmp_path, monkeypatch):
 
 def _interrupted(*args):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+@pytest.mark.parametrize("trainable_only", [False, True])
+def test_what_is_not_finite_takes_no_checkpoints_place(tmp_path, what, trainable_only):
+    """A run that went wrong keeps its last good state, unless the caller says otherwise."""
+    run = a_run()
+    run.train(1)
+    path = run.save(tmp_path, trainable_only=trainable_only)
+    before = {file: file.read_bytes() for file in files_of(path)}
+    run.train(1)
+    parameter = next(p for p in run.model.parameters() if p.requires_grad and p.dim() == 2)
+    tensor = parameter if what == "weight" else run.optimizer.state[parameter]["exp_avg_sq"]
+    with torch.no_grad():
+        tensor[1, 2] = float("inf")
+
+    with pytest.raises(NotFiniteError, match="is not finite; a run cannot go on from it"):
+        run.save(tmp_path, trainable_only=trainable_only)
+
+    assert {file: file.read_bytes() for file in files_of(tmp_path)} == before
+    run.save(tmp_path, trainable_only=trainable_only, check_finite=False)
+    assert len(names_of(tmp_path)) == 1
+
+
+def test_buffers_and_frozen_weights_may_be_infinite(tmp_path):
+    """Only what is trained is looked at: masks are infinite, and a base comes as it is."""
+    run = a_run()
+    run.model.register_buffer("mask", torch.full((3,), float("-inf")))
+    run.model.frozen.weight[0, 0] = float("nan")
+
+    path = run.save(tmp_path)
+
+    assert (path / "model.safetensors").exists()

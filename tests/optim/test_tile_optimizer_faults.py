@@ -1,12 +1,14 @@
 """Full disks, failing disks and failing code: a clear error, and training can go on."""
 
 import errno
+import math
 import os
 
 import pytest
 import torch
 from faulty_disk import FaultyDisk, Watched, at_step, nobody_works, slabs_are_free
 from small_training import (
+    HOMES,
     MODES,
     batches,
     disk_of,
@@ -19,7 +21,7 @@ from small_training import (
     values,
 )
 
-from memtile.errors import HomeFullError, HomeIOError, ParkedError
+from memtile.errors import HomeFullError, HomeIOError, NotFiniteError, ParkedError
 from memtile.homes import berth_of
 
 POINTS = (1, 20)  # which read or write of a step fails first
@@ -302,3 +304,48 @@ def test_a_step_between_forward_and_backward_is_told(mode):
 
     optimizer.zero_grad()
     train(model, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [("device", "up"), ("host", "up"), ("disk", "norm"), ("disk", "up")],
+)
+def test_a_gradient_that_is_not_finite_is_never_applied(home, name, bad):
+    """Where it lies in memory nothing is stepped; a parked tile and those after it are not."""
+    model, twin = in_home(small(), home), in_home(small(), home)
+    optimizer, twins = optimizer_for(model), optimizer_for(twin)
+    loss_of(model, batches(1)[0]).backward()
+    parameter = model.norm.weight if name == "norm" else model.up.tile(0, 0).weight
+    parameter.grad.view(-1)[3] = bad
+
+    with pytest.raises(NotFiniteError, match=rf"the gradient of {name}.*weight is not finite"):
+        optimizer.step()
+
+    found, before = values(model), values(twin)
+    if (home, name) == ("disk", "up"):  # after the embedding, to which the head is tied
+        assert all(
+            torch.equal(found[n], before[n]) for n in found if n[:5] not in ("embed", "head.")
+        )
+        assert all(value.isfinite().all() for value in found.values())
+        return
+    assert same(found, before)
+    optimizer.zero_grad()
+    assert _goes_on(model, optimizer, twin, twins)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_backward_with_a_gradient_that_is_not_finite_leaves_finite_weights(home):
+    """It raises in the middle of backward, and a later batch is trained on."""
+    model = in_home(small(), home)
+    optimizer = optimizer_for(model, mode="in_backward")
+    weight = model.up.tile(1, 0).weight
+    weight.register_hook(lambda gradient: gradient.fill_(math.inf))
+
+    with pytest.raises(NotFiniteError, match=r"the gradient of up\..*weight is not finite"):
+        loss_of(model, batches(1)[0]).backward()
+
+    assert all(value.isfinite().all() for value in values(model).values())
+    optimizer.zero_grad()
+    weight._backward_hooks.clear()
+    assert torch.tensor(train(model, optimizer, batches(2))).isfinite().all()

@@ -6,6 +6,7 @@ tensor, so that neither the dense tensor nor a tile is ever in memory as a whole
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Protocol
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from memtile.checkpoints import PIECE_BYTES, Outgoing
-from memtile.errors import CheckpointError
+from memtile.errors import CheckpointError, NotFiniteError
 from memtile.geometry import Rect, Span
 from memtile.homes import Berth, berth_of, pieces
-from memtile.optim import DenseParameter, Part
+from memtile.optim import DenseParameter, Part, is_finite
 
 Held = Callable[[Part], Tensor]  # which tensor of a part is meant: its values, a moment
 
@@ -64,6 +65,25 @@ def outgoing(dense: DenseParameter, name: str, held: Held = values_of) -> Outgoi
         return _joined_bands(dense, held, dtype)
 
     return Outgoing(name, dtype, dense.shape, flow)
+
+
+def finite(tensor: Outgoing) -> Outgoing:
+    """The same, looked at piece by piece as it is written.
+
+    The pieces raise NotFiniteError where a value is not finite.
+    """
+
+    def flow() -> Iterator[Tensor]:
+        for piece in tensor.pieces():
+            if not is_finite(piece):
+                raise NotFiniteError(
+                    f"{tensor.name} is not finite; a run cannot go on from it, so nothing was "
+                    "saved, and what was saved before is as it was: go back to it with a lower lr, "
+                    "or pass check_finite=False"
+                )
+            yield piece
+
+    return replace(tensor, pieces=flow)
 
 
 def _common_dtype(dense: DenseParameter, name: str, held: Held) -> torch.dtype:

@@ -1,6 +1,7 @@
 """`save_checkpoint`: a model's dense checkpoint, written tile by tile."""
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,21 @@ def save_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    write_model(model, folder, outgoing_tensors, max_shard_bytes)
+
+
+def write_model(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tensors: Callable[[nn.Module], Sequence[Outgoing]],
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`save_checkpoint` with the tensors that are given for the model."""
     _check_saveable(model)
-    tensors = outgoing_tensors(model)
+    found = tensors(model)
     texts = {name: text for own in integrations() for name, text in own.texts(model).items()}
     settle(model)
-    write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes, texts=texts)
+    write_checkpoint(folder, found, max_shard_bytes=max_shard_bytes, texts=texts)
 
 
 def outgoing_tensors(model: nn.Module) -> list[Outgoing]:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memtile.checkpoints import Checkpoint, write_checkpoint, write_file
+from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint, write_file
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.opening import SUFFIX
 from memtile.checkpoints.random_state import RandomState
 from memtile.checkpoints.record import read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
-from memtile.convert.moving import bring_in, outgoing
+from memtile.convert.moving import bring_in, finite, outgoing
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
-from memtile.convert.saving import save_checkpoint, settle
+from memtile.convert.saving import settle, write_model
 from memtile.convert.wanted import wanted_by
 from memtile.errors import ArgumentError, CheckpointError
 from memtile.homes import trim_heap
@@ -69,6 +69,7 @@ def save_training(
     extra: object = None,
     keep: int = 1,
     trainable_only: bool = False,
+    check_finite: bool = True,
 ) -> Path:
     """Save all that a run needs to go on bit for bit, as a folder of its own in `folder`.
 
@@ -92,6 +93,8 @@ def save_training(
         keep: how many of the newest checkpoints stay.
         trainable_only: leave out the weights that are frozen: they come from elsewhere again, as
             the base of an adapter does.
+        check_finite: refuse trained weights, moments and masters with a NaN or an infinity; they
+            are looked at while they are written.
 
     Returns:
         The checkpoint's folder, `step-00000010` say.
@@ -100,12 +103,14 @@ def save_training(
         ArgumentError: `step` or `keep` is no such number.
         OptimizerError: a step is under way, or the optimizer is not of this model.
         CannotTileError: there is no dense form of a weight.
+        NotFiniteError: with `check_finite`, one is not; the checkpoints before are as they were.
         CheckpointError: something is neither a tensor nor such a value.
         CheckpointWriteError: it could not be written, another run writes there, or a newer step is
             there. The checkpoints that were there are as they were.
     """
     check_numbers(step, keep)
     state, tensors = optimizer_record(model, optimizer)
+    tensors = [finite(tensor) for tensor in tensors] if check_finite else tensors
     random = RandomState.now()
     record = {
         "memtile": _version(),
@@ -117,14 +122,16 @@ def save_training(
         "optimizer": state,
         "random": random.to_json(),
     }
+
+    def weights(model: nn.Module) -> list[Outgoing]:
+        return _weights(model, trainable_only, check_finite)
+
     settle(model)
     with new_step(Path(folder), step, keep) as (partial, target):
         if trainable_only:
-            held = _held_tensors(model, trainable_only)
-            weights = [outgoing(dense, name) for name, dense in held.items()]
-            write_checkpoint(partial, weights, stem=_TRAINABLE)
+            write_checkpoint(partial, weights(model), stem=_TRAINABLE)
         else:
-            save_checkpoint(model, partial)
+            write_model(model, partial, weights)
         trim_heap()
         write_file(partial / _OPTIMIZER, tensors)
         write_file(partial / _RANDOM, random.outgoing())
@@ -222,6 +229,16 @@ def _class_name(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
+def _weights(model: nn.Module, trainable_only: bool, check_finite: bool) -> list[Outgoing]:
+    """What is written of a model; of what is trained, finite numbers only if that is asked for."""
+    held = _held_tensors(model, trainable_only)
+    tensors = {name: outgoing(dense, name) for name, dense in held.items()}
+    if check_finite:
+        trained = (name for name, dense in held.items() if _is_trained(dense))
+        tensors |= {name: finite(tensors[name]) for name in trained}
+    return list(tensors.values())
+
+
 def _held_tensors(model: nn.Module, trainable_only: bool) -> dict[str, DenseParameter]:
     """What a checkpoint has of a model, by name: dense parameters, and persistent buffers."""
     return {
@@ -229,6 +246,10 @@ def _held_tensors(model: nn.Module, trainable_only: bool) -> dict[str, DensePara
         for wanted in wanted_by(model)
         if not trainable_only or not _is_frozen(wanted.dense)
     }
+
+
+def _is_trained(dense: DenseParameter) -> bool:
+    return any(part.parameter.requires_grad for part in dense.parts)
 
 
 def _is_frozen(dense: DenseParameter) -> bool:

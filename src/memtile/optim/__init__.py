@@ -1,6 +1,7 @@
 """Optimizers that step tiles where they live."""
 
 from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
+from memtile.optim.finite import is_finite
 from memtile.optim.inner import Inner, Piece
 from memtile.optim.stepping import CHUNK_ELEMENTS
 from memtile.optim.tile_optimizer import TileOptimizer
@@ -13,4 +14,5 @@ __all__ = [
     "Piece",
     "TileOptimizer",
     "dense_parameters",
+    "is_finite",
 ]

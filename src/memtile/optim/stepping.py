@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
 from memtile.homes import PAGE, Berth, berth_of, register, room_of, settle_in
+from memtile.optim.finite import check_gradient, check_gradients
 from memtile.optim.inner import Inner, Piece
 from memtile.transfer import Ferry, Loan, ferries_of
 
@@ -61,12 +62,18 @@ class Stepper:
         inner: the optimizer, applied to pieces.
         state: of every parameter, as `torch.optim.Optimizer.state`.
         keeps_masters: whether 16-bit parameters are stepped in float32.
+        model: that names the parameters in errors.
     """
 
     def __init__(
-        self, inner: Inner, state: MutableMapping[Tensor, State], keeps_masters: bool
+        self,
+        inner: Inner,
+        state: MutableMapping[Tensor, State],
+        keeps_masters: bool,
+        model: nn.Module,
     ) -> None:
         self._inner, self._state, self._keeps_masters = inner, state, keeps_masters
+        self._model = model
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype that the parameter is stepped in."""
@@ -88,6 +95,14 @@ class Stepper:
         berth = _parked(parameter)
         return () if berth is None else tuple(self._berths(parameter, berth).values())
 
+    def check_in_memory(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Look at those gradients that no slab is needed for, before any parameter is stepped.
+
+        Raises:
+            NotFiniteError: one is not finite.
+        """
+        check_gradients(self._model, [each for each in parameters if _parked(each) is None])
+
     def step(
         self,
         parameter: nn.Parameter,
@@ -101,22 +116,25 @@ class Stepper:
         dropped, where memory is not stepped in place.
 
         Args:
-            parameter: has a gradient.
+            parameter: has a gradient, which `check_in_memory` has seen, or is looked at here.
             group: the options of its group.
             ahead: the cargoes that come next.
             in_backward: its values are likely to be in the slabs of forward and backward.
 
         Raises:
+            NotFiniteError: the gradient is not finite.
             HomeFullError: there is no room for the state that its first step makes.
             HomeIOError: something could not be read.
         """
-        state = self._state[parameter]
+        state, berth = self._state[parameter], _parked(parameter)
         with (
             torch.no_grad(),
             self._brought_in(
                 parameter, self._missing(parameter, group), ahead, in_backward
             ) as work,
         ):
+            if in_backward or berth is not None:
+                check_gradient(self._model, parameter, work.tensors[GRADIENT])
             numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
             kept: State = {}
             late: State = {}
@@ -124,7 +142,6 @@ class Stepper:
                 views = {key: tensor[rows] for key, tensor in work.tensors.items()}
                 kept = self._step_rows(views, work.new, numbers, group)
                 _move_late(kept, late, work.tensors[VALUE], rows)
-            berth = _parked(parameter)
             if berth is not None:
                 late = {key: settle_in(berth.home, entry) for key, entry in late.items()}
             work.store()

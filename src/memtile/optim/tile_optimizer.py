@@ -33,10 +33,16 @@ class TileOptimizer(Optimizer):
     is dropped. Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
     stopped when `step` is called again.
 
+    A gradient that is not finite is never applied. Gradients that lie in memory are all looked at
+    before the first parameter is stepped, those of parked tiles each when it is there to be
+    applied: then tiles before it were stepped. `clip_grad_norm_(…, error_if_nonfinite=True)` looks
+    at all of them first.
+
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
     gradient is dropped: no gradient memory. `step()` is still called, once after each backward; a
     second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
-    in the middle of such a backward leaves some parameters stepped.
+    in the middle of such a backward leaves some parameters stepped, also that of a gradient which
+    is not finite.
 
     Args:
         model: whose parameters are optimized.
@@ -82,7 +88,7 @@ class TileOptimizer(Optimizer):
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
         self._check_parameters(model)
-        self._stepper = Stepper(self._inner, self.state, masters)
+        self._stepper = Stepper(self._inner, self.state, masters, model)
         self._reserve(self.param_groups)
         self._hook(self._all())
         if mode == "in_backward":
@@ -167,6 +173,7 @@ class TileOptimizer(Optimizer):
 
         Raises:
             OptimizerError: the model has other parameters by now: it was tiled or untiled.
+            NotFiniteError: a gradient holds NaN or infinity.
             HomeIOError: a tile could not be read or written. Call `step()` again to go on with the
                 parameters that were not stepped, or `zero_grad()` to give them up.
         """
@@ -195,11 +202,13 @@ class TileOptimizer(Optimizer):
         for parameter in self._stepped:
             parameter.grad = None  # part of one, from a second backward that was refused
         if self._unfinished is None:
-            self._unfinished = [
+            waiting = [
                 (parameter, group)
                 for parameter, group in _with_groups(self.param_groups)
                 if parameter.grad is not None
             ]
+            self._stepper.check_in_memory(parameter for parameter, _ in waiting)
+            self._unfinished = waiting
         todo = self._unfinished
         while todo:
             parameter, group = todo[0]

@@ -124,6 +124,7 @@ def _train(
         result = finetune(
             settings,
             Options(out, budget, home, save_every, resume, strict),
+            display.reading,
             lambda plan: display.planned(plan.summary),
             display.started,
             display.report,
@@ -147,6 +148,7 @@ def _train_over_ranks(
         result = finetune_over_ranks(
             settings,
             RankOptions(out, tile_bytes, offload, save_every, resume, strict),
+            display.reading,
             display.planned,
             display.started,
             display.report,

@@ -35,7 +35,7 @@ def cut_batches(
     Raises:
         CommandError: If the text has fewer tokens than that.
     """
-    token_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    token_ids = tokenizer(text, return_tensors="pt").input_ids
     found = token_ids.shape[1]
     if found < batches * tokens:
         fewer = f"--tokens {found // batches} or " if found >= 2 * batches else ""

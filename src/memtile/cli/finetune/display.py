@@ -1,10 +1,12 @@
 """What a person sees of a run: the plan's summary, and a bar or a line for each step."""
 
 from types import TracebackType
+from typing import Final
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
@@ -14,6 +16,8 @@ from rich.progress import (
 
 from memtile.cli.finetune.log import Entry
 from memtile.planning import format_byte_size
+
+_SAID: Final = 16 << 20  # bytes of text between two lines in a log: tens of seconds
 
 
 class Display:
@@ -37,6 +41,16 @@ class Display:
             disable=console.quiet or not console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._read = 0
+        self._texts = Progress(
+            TextColumn("reading the texts"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=console.quiet or not console.is_terminal,
+        )
 
     def __enter__(self) -> "Display":
         return self
@@ -47,7 +61,22 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._texts.stop()
         self._bar.stop()
+
+    def reading(self, done: int, total: int) -> None:
+        """Show how many bytes of the texts are tokens by now; texts of a moment show nothing."""
+        if self._console.is_terminal:
+            if not self._texts.tasks:
+                self._texts.start()
+                self._texts.add_task("", total=total)
+            self._texts.update(self._texts.tasks[0].id, completed=done)
+        elif done // _SAID > self._read // _SAID:
+            sizes = f"{format_byte_size(done)} of {format_byte_size(total)}"
+            self._console.print(f"reading the texts: {sizes}", soft_wrap=True)
+        self._read = done
+        if done == total:
+            self._texts.stop()
 
     def planned(self, summary: str) -> None:
         """Print what the plan comes to."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 from memtile.cli.errors import CommandError, Interrupted
 from memtile.cli.finetune.log import Entry, Log
 from memtile.cli.finetune.settings import Settings
+from memtile.errors import NotFiniteError
 from memtile.testing import PeakMemory
 
 TRAINING: Final = "training"
@@ -66,11 +67,16 @@ class Run(ABC):
 
         Raises:
             CommandError: the loss is not finite; the weights are as they were.
+            NotFiniteError: a gradient is not; some weights may have been stepped.
         """
 
     @abstractmethod
     def save(self) -> None:
-        """Leave a checkpoint from which the run can go on."""
+        """Leave a checkpoint from which the run can go on.
+
+        Raises:
+            NotFiniteError: it could not; the one before is as it was.
+        """
 
     @abstractmethod
     def write_folder(self) -> None:
@@ -90,14 +96,17 @@ class Run(ABC):
         Raises:
             CommandError: it is none.
         """
-        if math.isfinite(loss):
-            return
+        if not math.isfinite(loss):
+            raise self.refusal(f"the loss is {loss}")
+
+    def refusal(self, what: str) -> CommandError:
+        """The end of a run that met what is no number, with what there is to go on from."""
         kept = f"the last good state is in {self.out / TRAINING}"
         if not self.has_saved():
             kept = "nothing was saved before"
-        raise CommandError(
-            f"The loss is {loss} at step {self.done + 1}; {kept}: begin again in another --out "
-            f"with an --lr below {self.settings.lr:g}."
+        return CommandError(
+            f"{what} after {self.done} of {self.settings.steps} steps; {kept}: begin again in "
+            f"another --out with an --lr below {self.settings.lr:g}."
         )
 
 
@@ -105,6 +114,7 @@ def train(run: Run, report: Report) -> Result:
     """Step until the end, or until somebody asks to stop.
 
     Raises:
+        CommandError: a loss, a gradient or a weight is not finite; the last checkpoint stays.
         Interrupted: somebody did; the run is saved.
     """
     log = Log(run.out, run.done) if run.writes else None
@@ -124,6 +134,8 @@ def train(run: Run, report: Report) -> Result:
                     run.save()
                 if stops and not ended:
                     raise Interrupted(_stopped(run), 128 + (came or [signal.SIGTERM])[0])
+    except NotFiniteError as error:
+        raise run.refusal(str(error).partition(";")[0]) from error
     finally:
         if log is not None:
             log.close()

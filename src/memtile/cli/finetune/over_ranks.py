@@ -14,13 +14,14 @@ from memtile.checkpoints.steps import saved_steps
 from memtile.cli import models
 from memtile.cli.finetune.log import Entry
 from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
-from memtile.cli.finetune.run import check_vocabulary, texts_of
+from memtile.cli.finetune.run import check_dtype, check_vocabulary, texts_of
+from memtile.cli.finetune.sequences import Heard
 from memtile.cli.finetune.settings import Settings
 from memtile.cli.finetune.sharding import load_engine, sharded
 from memtile.engines import dense_files, distributed_checkpoints
 from memtile.engines.agreement import check_agreement
 from memtile.engines.ranks import Ranks
-from memtile.homes import keep_freed_memory_out
+from memtile.homes import keep_freed_memory_out, usable_folder
 from memtile.planning import format_byte_size
 from memtile.testing import PeakMemory
 
@@ -49,6 +50,7 @@ class RankOptions:
 def finetune_over_ranks(
     settings: Settings,
     options: RankOptions,
+    heard: Heard,
     planned: Callable[[str], None],
     started: Callable[[int], None],
     report: Report,
@@ -58,6 +60,7 @@ def finetune_over_ranks(
     Args:
         settings: what to train.
         options: how.
+        heard: called as the texts are read.
         planned: called with a sentence on what each rank holds.
         started: called with the number of steps that were done before.
         report: called after each step, on the first rank.
@@ -71,7 +74,7 @@ def finetune_over_ranks(
     load_engine(settings.engine or "")
     keep_freed_memory_out()
     with PeakMemory() as memory, _process_group() as ranks, ranks.missing_none():
-        run = _ShardedRun(settings, options, memory)
+        run = _ShardedRun(settings, options, memory, heard)
         planned(run.summary)
         if options.resume:
             run.resume()
@@ -102,13 +105,17 @@ def _process_group() -> Iterator[Ranks]:
 class _ShardedRun(Run):
     """A model whose tiles are shards, and one sequence for each rank in each step."""
 
-    def __init__(self, settings: Settings, options: RankOptions, memory: PeakMemory) -> None:
+    def __init__(
+        self, settings: Settings, options: RankOptions, memory: PeakMemory, heard: Heard
+    ) -> None:
         super().__init__(settings, options.out, options.save_every, memory)
         torch.manual_seed(settings.seed)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self.writes = self._rank == 0
-        self._tokenizer, self._sequences = texts_of(settings)
         model = models.empty_of(Path(settings.model))
+        if settings.engine != "zero3":  # which scales the loss
+            check_dtype(model)
+        self._tokenizer, self._sequences = texts_of(settings, usable_folder(None), heard)
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 import memtile
 from memtile.cli import models
@@ -14,7 +15,7 @@ from memtile.cli.errors import CommandError
 from memtile.cli.finetune.adapters import with_adapters
 from memtile.cli.finetune.log import Entry
 from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
-from memtile.cli.finetune.sequences import Sequences, read_sequences
+from memtile.cli.finetune.sequences import Heard, Sequences, read_sequences
 from memtile.cli.finetune.settings import Settings
 from memtile.testing import PeakMemory
 
@@ -48,6 +49,7 @@ class Options:
 def finetune(
     settings: Settings,
     options: Options,
+    heard: Heard,
     planned: Callable[["Plan"], None],
     started: Callable[[int], None],
     report: Report,
@@ -57,6 +59,7 @@ def finetune(
     Args:
         settings: what to train.
         options: how.
+        heard: called as the texts are read.
         planned: called with the plan.
         started: called with the number of steps that were done before.
         report: called after each step.
@@ -68,7 +71,7 @@ def finetune(
         Interrupted: a signal came; the run is saved.
     """
     with PeakMemory() as memory, memtile.training_folder(options.out / TRAINING):
-        run = _PlannedRun(settings, options, memory, planned)
+        run = _PlannedRun(settings, options, memory, heard, planned)
         if options.resume:
             run.resume()
         else:
@@ -87,13 +90,15 @@ class _PlannedRun(Run):
         settings: Settings,
         options: Options,
         memory: PeakMemory,
+        heard: Heard,
         planned: Callable[["Plan"], None],
     ) -> None:
         super().__init__(settings, options.out, options.save_every, memory)
         torch.manual_seed(settings.seed)
         folder = Path(settings.model)
-        self._tokenizer, self._sequences = texts_of(settings)
         model = models.empty_of(folder)
+        check_dtype(model)
+        self._tokenizer, self._sequences = texts_of(settings, options.out / TRAINING, heard)
         if settings.lora is not None:
             model = with_adapters(model, settings.lora)
         check_vocabulary(model, self._sequences)
@@ -162,15 +167,38 @@ class _PlannedRun(Run):
         self._tokenizer.save_pretrained(self.out)
 
 
-def texts_of(settings: Settings) -> tuple["PreTrainedTokenizerBase", Sequences]:
+def texts_of(
+    settings: Settings, folder: Path, heard: Heard
+) -> tuple["PreTrainedTokenizerBase", Sequences]:
     """The tokenizer of a run's model, and its texts in tokens.
 
+    Args:
+        settings: of the run.
+        folder: for a file of the tokens, which has no name.
+        heard: called as the texts are read.
+
     Raises:
-        CommandError: the folder has no tokenizer, or the texts are too short.
+        CommandError: the folder has no tokenizer, the texts are too short, or the tokens find no
+            room.
     """
     tokenizer = models.tokenizer_of(Path(settings.model))
     texts = [Path(text) for text in settings.texts]
-    return tokenizer, read_sequences(texts, tokenizer, settings.tokens, settings.seed)
+    read = read_sequences(texts, tokenizer, settings.tokens, settings.seed, folder, heard)
+    return tokenizer, read
+
+
+def check_dtype(model: nn.Module) -> None:
+    """Refuse a model that is trained in float16.
+
+    Raises:
+        CommandError: it is.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise CommandError(
+            "MODEL is float16, in which gradients overflow without a scaler, and none can be used "
+            'where weights are stepped in backward: write "dtype": "bfloat16" into its '
+            "config.json, and its weights are converted as they are read."
+        )
 
 
 def check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers' or peft's

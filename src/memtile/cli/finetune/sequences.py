@@ -1,16 +1,19 @@
 """Texts as sequences of tokens, and which of them is trained on in which step."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from memtile.cli.errors import CommandError
-from memtile.cli.texts import read_text
+from memtile.cli.finetune.tokens import TokenFile, document_tokens
+from memtile.cli.texts import text_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK: Final = 1 << 16  # characters that are tokenized at once, so that memory stays small
+Heard = Callable[[int, int], None]
+"""Called with the bytes of text that were read, and with those of all texts."""
 
 
 class Sequences:
@@ -19,86 +22,98 @@ class Sequences:
     The order depends on the step's number alone, so a run can be continued anywhere.
 
     Args:
-        token_ids: int32, of shape (tokens in all,).
+        stream: of tokens.
         tokens: of one sequence.
         seed: of the order.
     """
 
-    def __init__(self, token_ids: "Tensor", tokens: int, seed: int) -> None:
-        self._ids, self._tokens, self._seed = token_ids, tokens, seed
-        self._epoch, self._order = -1, token_ids[:0]
+    def __init__(self, stream: TokenFile, tokens: int, seed: int) -> None:
+        self._stream, self._tokens, self._seed = stream, tokens, seed
 
     def __len__(self) -> int:
-        return self._ids.numel() // self._tokens
+        return self._stream.count // self._tokens
 
     @property
     def largest_id(self) -> int:
         """The largest token."""
-        return int(self._ids.max())
+        return self._stream.largest_id
 
     def at(self, step: int) -> "Tensor":
         """The int64 tensor (1, tokens) of a step, counted from 0."""
         epoch, place = divmod(step, len(self))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._drawn(epoch)
-        start = int(self._order[place]) * self._tokens
-        return self._ids[start : start + self._tokens].long().unsqueeze(0)
+        drawn = shuffled(place, len(self), f"{self._seed} {epoch}")
+        return self._stream.read(drawn * self._tokens, self._tokens)
 
     def position(self, step: int) -> dict[str, int]:
         """Where in the texts a step stands."""
         epoch, place = divmod(step, len(self))
         return {"epoch": epoch, "sequence": place}
 
-    def _drawn(self, epoch: int) -> "Tensor":
-        import torch
 
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(len(self), generator=generator)
+def shuffled(place: int, count: int, key: str) -> int:
+    """Where a number below `count` goes in an order of all of them that only the key decides.
+
+    Nothing is kept: an order that is drawn takes 8 bytes a sequence.
+
+    Source: a Feistel network of four rounds (Luby and Rackoff, 1988, doi:10.1137/0217022) permutes
+    the numbers of so many bits; those beyond `count` are walked on from (Black and Rogaway, 2002,
+    doi:10.1007/3-540-45760-7_9).
+    """
+    bits = ((count - 1).bit_length() + 1) // 2
+    mask = (1 << bits) - 1
+    while True:
+        left, right = place >> bits, place & mask
+        for turn in range(4):
+            drawn = hashlib.sha256(f"{key} {turn} {right}".encode()).digest()
+            left, right = right, left ^ (int.from_bytes(drawn, "big") & mask)
+        place = (left << bits) | right
+        if place < count:
+            return place
 
 
-def read_sequences(files: Sequence[Path], tokenizer: Any, tokens: int, seed: int) -> Sequences:
-    """The sequences of the texts, one after the other, with an end-of-text token between them.
+def read_sequences(
+    files: Sequence[Path],
+    tokenizer: Any,  # of transformers, which this room does not import to name its type
+    tokens: int,
+    seed: int,
+    folder: Path,
+    heard: Heard = lambda done, total: None,
+) -> Sequences:
+    """The sequences of the texts, one after the other, each text tokenized as one document.
+
+    A text is read piece by piece, and its tokens go to the disk as they are made.
 
     Args:
         files: UTF-8 texts.
-        tokenizer: of transformers, which this room does not import to name its type.
+        tokenizer: of transformers; see `document_tokens`.
         tokens: of one sequence.
         seed: of their order.
+        folder: for a file of 4 bytes a token, which has no name.
+        heard: called as the texts are read.
 
     Raises:
-        CommandError: a file is missing, binary or empty, or all of them are shorter than one
-            sequence.
+        CommandError: a file is missing, binary or empty, all of them are shorter than one sequence,
+            or the folder has no room.
     """
-    import torch
-
-    pieces = [torch.empty(0, dtype=torch.int32)]
-    for file in files:
-        ids = [id for chunk in _chunks(read_text(file, "TEXT")) for id in _encode(tokenizer, chunk)]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        pieces.append(torch.tensor(ids + end, dtype=torch.int32))
-    token_ids = torch.cat(pieces)
-    if token_ids.numel() < tokens:
+    stream, sizes = TokenFile(folder), [file.stat().st_size for file in files]
+    for number, file in enumerate(files):
+        pieces = _heard(file, sum(sizes[:number]), sum(sizes), heard)
+        for ids in document_tokens(pieces, tokenizer):
+            stream.append(ids)
+    heard(sum(sizes), sum(sizes))
+    if stream.count < tokens:
         raise CommandError(
-            f"--tokens {tokens} is more than all texts have, {token_ids.numel()}: give fewer "
-            "tokens, or more text."
+            f"--tokens {tokens} is more than all texts have, {stream.count}: give fewer tokens, or "
+            "more text."
         )
-    return Sequences(token_ids, tokens, seed)
+    return Sequences(stream, tokens, seed)
 
 
-def _encode(tokenizer: Any, chunk: str) -> list[int]:
-    ids: list[int] = tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids
-    return ids
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """The text in pieces that end with a line, where lines are short enough."""
-    start = 0
-    while start < len(text):
-        stop = min(start + _CHUNK, len(text))
-        if stop < len(text):
-            stop = text.rfind("\n", start, stop) + 1 or stop
-        yield text[start:stop]
-        start = stop
+def _heard(file: Path, done: int, total: int, heard: Heard) -> Iterator[str]:
+    for piece in text_pieces(file, "TEXT"):
+        yield piece
+        done += len(piece.encode())
+        heard(done, total)
 
 
 def check_texts(files: Iterable[Path]) -> None:
@@ -108,4 +123,5 @@ def check_texts(files: Iterable[Path]) -> None:
         CommandError: see `read_sequences`.
     """
     for file in files:
-        read_text(file, "TEXT")
+        for _ in text_pieces(file, "TEXT"):
+            pass

@@ -12,6 +12,7 @@ from memtile.checkpoints import write_text
 from memtile.cli.errors import CommandError
 
 _NAME: Final = "finetune.json"
+_PIECE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,17 @@ def _read(out: Path) -> Settings:
 def digests(model: Path, texts: Sequence[Path]) -> tuple[str, ...]:
     """What tells these files from others: whole texts, and of the model its config and sizes."""
     weights = sorted((path.name, path.stat().st_size) for path in model.glob("*.safetensors"))
-    known = (model / "config.json").read_bytes() + repr(weights).encode()
-    contents = (known, *(text.read_bytes() for text in texts))
-    return tuple(hashlib.sha256(content).hexdigest() for content in contents)
+    known = hashlib.sha256((model / "config.json").read_bytes() + repr(weights).encode())
+    return (known.hexdigest(), *map(_digest, texts))
+
+
+def _digest(file: Path) -> str:
+    """Of the content, read a few MiB at a time."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _or_none(value: object) -> str:

@@ -1,6 +1,7 @@
 """A model in tiles that an engine holds as shards, with its optimizer, for a run over ranks."""
 
 import logging
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import memtile
@@ -18,7 +21,8 @@ from memtile.cli.finetune.settings import Settings
 from memtile.engines.dense_files import load_checkpoint
 from memtile.engines.torch_fsdp2 import shard
 from memtile.engines.zero3_config import check_installed
-from memtile.errors import ArgumentError
+from memtile.errors import ArgumentError, NotFiniteError
+from memtile.optim import is_finite
 from memtile.planning import format_byte_size
 
 
@@ -50,7 +54,11 @@ class Sharded(ABC):
 
     @abstractmethod
     def update(self, loss: Tensor) -> None:
-        """One step along the mean of all ranks' losses."""
+        """One step along the mean of all ranks' losses.
+
+        Raises:
+            NotFiniteError: a gradient is not finite, on every rank; nothing was stepped.
+        """
 
 
 class Fsdp2(Sharded):
@@ -83,6 +91,7 @@ class Fsdp2(Sharded):
     def update(self, loss: Tensor) -> None:
         """Backward and step, as of any model."""
         loss.backward()
+        _check_shards(self.model)
         self.optimizer.step()
         self.scheduler.step()
 
@@ -111,10 +120,31 @@ class Zero3(Sharded):
         return loss
 
     def update(self, loss: Tensor) -> None:
-        """Backward and step of the engine."""
+        """Backward and step of the engine, which skips gradients that are not finite."""
         self._engine.backward(loss)
         self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if self.saved_dtype != torch.float16 and norm is not None and not math.isfinite(norm):
+            raise NotFiniteError("the norm of the gradients is not finite; nothing was stepped")
         self.scheduler.step()
+
+
+def _check_shards(model: nn.Module) -> None:
+    """Look at the gradients that all ranks are about to step with."""
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not is_finite(_local(parameter.grad))
+    ]
+    count = torch.tensor(len(bad))
+    dist.all_reduce(count)
+    if count:
+        whose = bad[0] if bad else "a shard of another rank"
+        raise NotFiniteError(f"the gradient of {whose} is not finite; nothing was stepped")
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def sharded(

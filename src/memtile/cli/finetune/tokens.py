@@ -1,0 +1,175 @@
+"""The tokens of a long text, made piece by piece, and a file on the disk that they lie in.
+
+A tokenizer may look at what stands before and after a word, and some put a space before a text. So
+consecutive pieces overlap, and are joined in the middle of what both have, where both have the
+same tokens at the same places.
+"""
+
+import os
+import tempfile
+import weakref
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from memtile.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OVERLAP: Final = 1 << 12
+"""Characters that consecutive pieces share."""
+
+_ALIKE: Final = 4  # tokens on either side of a joint that must be the same
+_HEAD: Final = 1000  # characters that show what a tokenizer puts around a text
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Tokens, and at which character of the document each begins."""
+
+    ids: list[int]
+    starts: list[int]
+
+    def around(self, index: int) -> tuple[list[int], list[int]]:
+        """The tokens on either side of a joint before this one, and where they are."""
+        near = slice(max(0, index - _ALIKE), index + _ALIKE)
+        return self.ids[near], self.starts[near]
+
+
+def document_tokens(
+    pieces: Iterable[str],
+    tokenizer: Any,  # of transformers, which this room does not import to name its type
+) -> Iterator[list[int]]:
+    """The tokens of one document, piece by piece.
+
+    They are those of the document tokenized whole: what the tokenizer puts before and after a text
+    by itself is there once. An end-of-text token follows, if the tokenizer has one and does not put
+    it there itself. A word that is longer than half the overlap may be cut where a piece ends. A
+    tokenizer that does not say where its tokens begin (one that is written in Python) gets the
+    document in pieces that end with a line.
+
+    Args:
+        pieces: of the document's text, each longer than the overlap except for the last.
+        tokenizer: of transformers.
+    """
+    after: list[int] | None = None
+    for text, ids in _joined(pieces, tokenizer) if tokenizer.is_fast else _lines(pieces, tokenizer):
+        if after is None:
+            before, after = _put_around(text[:_HEAD], tokenizer)
+            yield before
+        yield ids
+    end = tokenizer.eos_token_id
+    yield [*(after or []), *([] if end is None or end in (after or [])[-1:] else [end])]
+
+
+def _joined(pieces: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    held, window, begin = _Encoded([], []), "", 0
+    for piece in pieces:
+        shared = window[-OVERLAP:]
+        begin += len(window) - len(shared)
+        window = shared + piece
+        found = _encoded(window, begin, tokenizer)
+        joint = _joint(held, found, begin + len(shared) // 2)
+        if joint is None:  # nothing shared, or one word
+            stop, go_on = len(held.ids), 0
+            found = _encoded(piece, begin + len(shared), tokenizer) if shared else found
+        else:
+            stop, go_on = joint
+        yield window, held.ids[:stop]
+        held = _Encoded(found.ids[go_on:], found.starts[go_on:])
+    yield window, held.ids
+
+
+def _encoded(text: str, begin: int, tokenizer: Any) -> _Encoded:
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return _Encoded(found.input_ids, [begin + start for start, _ in found.offset_mapping])
+
+
+def _joint(old: _Encoded, new: _Encoded, middle: int) -> tuple[int, int] | None:
+    """The first place from the middle on where both go on alike: an index into each."""
+    for i in range(max(1, bisect_left(old.starts, middle)), len(old.ids) - _ALIKE + 1):
+        j = bisect_left(new.starts, old.starts[i])
+        if old.starts[i - 1] < old.starts[i] and old.around(i) == new.around(j):
+            return i, j
+    return None
+
+
+def _lines(pieces: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
+    rest = ""
+    for piece in pieces:
+        text = rest + piece
+        stop = text.rfind("\n") + 1 or len(text)
+        rest = text[stop:]
+        yield text, _ids(text[:stop], tokenizer, add_special_tokens=False)
+    if rest:
+        yield rest, _ids(rest, tokenizer, add_special_tokens=False)
+
+
+def _put_around(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text by itself."""
+    bare, whole = _ids(text, tokenizer, add_special_tokens=False), _ids(text, tokenizer)
+    for start in range(len(whole) - len(bare) + 1):
+        stop = start + len(bare)
+        if whole[start:stop] == bare:
+            return whole[:start], whole[stop:]
+    return [], []
+
+
+def _ids(text: str, tokenizer: Any, **options: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, verbose=False, **options).input_ids
+    return ids
+
+
+class TokenFile:
+    """Tokens in a file without a name, which is gone when the process is.
+
+    Args:
+        folder: on a disk that has room for 4 bytes a token.
+
+    Attributes:
+        count: of the tokens.
+        largest_id: of them.
+
+    Raises:
+        CommandError: nothing can be written there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.count, self.largest_id, self._folder = 0, 0, folder
+        try:
+            self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115  # kept open
+        except OSError as error:
+            raise self._refusal(error) from error
+        weakref.finalize(self, self._file.close)
+
+    def append(self, ids: list[int]) -> None:
+        """Add tokens at the end.
+
+        Raises:
+            CommandError: they cannot be written.
+        """
+        try:
+            raw = memoryview(array("i", ids)).cast("B")
+            while raw:
+                raw = raw[self._file.write(raw) :]
+        except OSError as error:
+            raise self._refusal(error) from error
+        self.count += len(ids)
+        self.largest_id = max(self.largest_id, *ids, 0)
+
+    def read(self, start: int, count: int) -> "Tensor":
+        """So many of them, as an int64 tensor (1, count)."""
+        import torch
+
+        raw = os.pread(self._file.fileno(), 4 * count, 4 * start)
+        return torch.frombuffer(bytearray(raw), dtype=torch.int32).long().unsqueeze(0)
+
+    def _refusal(self, error: OSError) -> CommandError:
+        return CommandError(
+            f"The tokens of the texts cannot be kept in {self._folder} ({error.strerror}): make "
+            "room there, 4 bytes a token, or give another --out."
+        )
