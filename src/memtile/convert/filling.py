@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memtile.checkpoints import Checkpoint, CheckpointHome, StoredFile
 from memtile.convert.finding import Match, checked, find
+from memtile.convert.kinds import integrations
 from memtile.convert.moving import bring_in
 from memtile.convert.resting import Resting, rest_in_files
 from memtile.convert.untiling import untile
@@ -101,6 +102,9 @@ def fill_or_untile(model: nn.Module, checkpoint: Checkpoint, home: Home | None) 
     except BaseException:
         untile(model)
         raise
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    for own in integrations():
+        own.filled(model, folder)
 
 
 def _twin(module: nn.Module, name: str, parameter: nn.Parameter, resting: Resting) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
 Work = Callable[[nn.Module], Tensor | None]
 """One step's forward: gives the loss, or None where nothing is trained."""
+
+Beside = dict[str, bytes | Path]
+"""Small files by their names: what they hold, or the file to copy."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Kind:
     rows_only: bool = False
 
 
-def _nothing(*modules: nn.Module) -> None:
+def _nothing(*given: object) -> None:
     """What an integration does where it has nothing to do."""
 
 
@@ -66,7 +70,10 @@ class Integration:
         tiled: called with a model that was tiled.
         untiled: called with a model that was turned back.
         naming: how names differ in checkpoints of this model; None where it is not one of theirs.
-        texts: gives small files, by their names, that its checkpoint has beside the tensors.
+        beside: gives small files, by their names, that its checkpoint has beside the tensors: what
+            they hold, or the file to copy. Called with the dtype of the weights there, or None
+            where it is the model's own.
+        filled: called with a model that got its values from a checkpoint, and the folder of that.
         empty: makes a model with nothing in memory from a config or a folder, and a dtype or None;
             None where the source is not one of theirs.
         work: gives what one step's forward is, from the model, the tokens, the batch and whether it
@@ -79,7 +86,8 @@ class Integration:
     tiled: Callable[[nn.Module], None] = _nothing
     untiled: Callable[[nn.Module], None] = _nothing
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
-    texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
+    beside: Callable[[nn.Module, torch.dtype | None], Beside] = lambda model, dtype: {}
+    filled: Callable[[nn.Module, Path], None] = _nothing
     empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None
     work: Callable[[nn.Module, int, int, bool], Work | None] = lambda *given: None
 
@@ -111,6 +119,11 @@ def register_integration(integration: Integration) -> None:
 def integrations() -> tuple[Integration, ...]:
     """Every registered integration."""
     return tuple(_integrations)
+
+
+def configs_beside(model: nn.Module, dtype: torch.dtype | None = None) -> Beside:
+    """What the model's checkpoint, with weights of this dtype or its own, has beside them."""
+    return {k: file for own in integrations() for k, file in own.beside(model, dtype).items()}
 
 
 def naming_of(model: nn.Module) -> Naming:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from memtile.checkpoints.publishing import way_out
 from memtile.engines.piece_reader import PieceReader
 from memtile.engines.ranks import Ranks
 from memtile.errors import CheckpointError, CheckpointWriteError
@@ -37,7 +38,7 @@ def write_shards(ranks: Ranks, state: State, folder: Path) -> None:
         raise CheckpointWriteError(
             number,
             f"{folder.parent} could not be written by rank {rank} ({cause}); what was there "
-            "before is as it was: make room or give another folder",
+            f"before is as it was: {way_out(number)}",
         ) from error
 
 

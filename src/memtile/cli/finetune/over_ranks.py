@@ -105,7 +105,7 @@ class _ShardedRun(Run):
         torch.manual_seed(settings.seed)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self.writes = self._rank == 0
-        self._tokenizer, self._sequences = texts_of(settings)
+        _, self._sequences = texts_of(settings)
         model = models.empty_of(Path(settings.model))
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -161,7 +161,7 @@ class _ShardedRun(Run):
         self._sharded.model.eval()
         dense_files.save_checkpoint(self._sharded.model, self.out, dtype=self._sharded.saved_dtype)
         if self.writes:
-            self._tokenizer.save_pretrained(self.out)
+            models.carry_tokenizer(Path(self.settings.model), self.out)
 
     def _mean(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64)

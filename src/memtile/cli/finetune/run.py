@@ -90,7 +90,7 @@ class _PlannedRun(Run):
         super().__init__(settings, options.out, options.save_every, memory)
         torch.manual_seed(settings.seed)
         folder = Path(settings.model)
-        self._tokenizer, self._sequences = texts_of(settings)
+        _, self._sequences = texts_of(settings)
         model = models.empty_of(folder)
         if settings.lora is not None:
             model = with_adapters(model, settings.lora)
@@ -156,7 +156,7 @@ class _PlannedRun(Run):
             memtile.save_checkpoint(self._model, self.out)
         else:
             self._model.save_pretrained(str(self.out))
-        self._tokenizer.save_pretrained(self.out)
+        models.carry_tokenizer(Path(self.settings.model), self.out)
 
 
 def texts_of(settings: Settings) -> tuple["PreTrainedTokenizerBase", Sequences]:
