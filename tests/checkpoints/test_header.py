@@ -26,7 +26,7 @@ def test_what_safetensors_writes_is_read(tmp_path):
 
 def test_a_packed_header_is_what_safetensors_reads():
     """A header with checksums is a valid one, of the length that it has without them."""
-    shapes = [("a", torch.float32, (2, 3)), ("b", torch.bfloat16, (5,))]
+    shapes = [("a", "F32", (2, 3)), ("b", "BF16", (5,))]
     data = bytes(range(34))
 
     packed = header.pack(shapes, {"format": "pt"}, {"a": 1, "b": 0xFFFFFFFF})
@@ -55,7 +55,11 @@ def test_a_packed_header_is_what_safetensors_reads():
         ({"a": entry("F32", [1], 0.0, 4.0)}, "no meaning"),
         ({"a": entry("F32", [2**40, 2**40], 0, 0)}, "0 bytes, not those of"),
         ({"a": entry("F32", [2**63], 0, 4)}, "no meaning"),
-        ({"a": entry("F4", [2], 0, 1)}, "kept as F4, which memtile cannot read"),
+        ({"a": entry("F3", [8], 0, 3)}, "kept as F3, which is no dtype of safetensors"),
+        ({"a": entry("F4", [3], 0, 2)}, "does not end at a whole byte"),
+        (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":1}', "'a' is there twice"),
+        (b'{"a":{"dtype":"U8","dtype":"U8"}}', "'dtype' is there twice"),
+        ({"__metadata__": {"memtile.crc32": '{"a":"0","a":"1"}'}}, "'a' is there twice"),
         ({"a": entry("F32", [1], 4, 8)}, "begins at byte"),
         ({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, "begins at byte"),
         ({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 4, 8)}, "not whole"),
@@ -73,13 +77,44 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path, table, why):
     assert "bad.safetensors" in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"123", struct.pack("<Q", 1), b"PK\3\4" + bytes(60)])
-def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
-    """An empty file, a short one and another format are told apart from a damaged header."""
+def test_every_dtype_of_safetensors_is_carried(tmp_path):
+    """Also those without elements in torch, and several to a byte: shown, bytes as they are."""
+    data = bytes(range(1, 25)) + bytes(range(3)) + b"\7"
+    table = {
+        "a": entry("F8_E8M0", [3, 5], 0, 15),
+        "b": entry("F6_E2M3", [2, 6], 15, 24),
+        "c": entry("F6_E3M2", [4], 24, 27),
+        "d": entry("F4", [2], 27, 28),
+    }
+    path = raw_file(tmp_path / "model.safetensors", table, data)
+
+    found = Checkpoint.open(path)
+
+    assert {name: (t.entry.kind, tuple(t.shape)) for name, t in found.items()} == {
+        name: (one["dtype"], tuple(one["shape"])) for name, one in table.items()
+    }
+    assert b"".join(bytes(piece.tolist()) for t in found.values() for piece in t.raw()) == data
+    with pytest.raises(CheckpointError, match=r"'d' is kept as F4, which memtile can show and"):
+        found["d"].read()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "not whole"),
+        (b"123", "not whole"),
+        (struct.pack("<Q", 1), "no safetensors file"),
+        (b"PK\3\4\0\0\10\10" + bytes(60), "a pickle or a zip archive"),
+        (b"\x80\2}q\0X" + bytes(60), "a pickle or a zip archive"),
+        (b"GGUF\3\0\0\0" + bytes(60), r"a GGUF file, and .* gguf_file=name"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_refused(tmp_path, content, why):
+    """An empty file, a short one and other formats are told apart, with the way out."""
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=r"not whole|no safetensors file"):
+    with pytest.raises(CheckpointError, match=why):
         StoredFile(path)
 
 

@@ -82,6 +82,25 @@ def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
     assert torch.equal(berth.tensor(), torch.arange(5000.0))
 
 
+def test_files_stay_mapped_without_being_open(tmp_path, monkeypatch):
+    """Of many shards a few are open; one that is closed and replaced is read through its map."""
+    monkeypatch.setattr("memtile.checkpoints.stored.MOST_OPEN", 2)
+    tensors = {name: torch.arange(5000.0) + number for number, name in enumerate("abcde")}
+    write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)
+    checkpoint, home = Checkpoint.open(tmp_path), CheckpointHome()
+    berths = {name: home.rows_of(found, 0, (5000,)) for name, found in checkpoint.items()}
+    piece = aligned_buffer(20_000)
+
+    write_checkpoint(tmp_path, outgoing_of({"a": torch.zeros(5000)}))
+
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert sum(str(tmp_path) in link for link in links) == 2
+    for name, berth in berths.items():
+        berth.read(piece)
+        assert torch.equal(piece.view(torch.float32)[:5000], tensors[name])
+        berth.forget()
+
+
 def test_a_stretch_is_rows_of_its_tensor(tmp_path):
     """It begins at the element that is asked for."""
     tensor = torch.arange(60.0).view(12, 5)

@@ -1,14 +1,16 @@
 """What a folder holds is found, or it is said why not."""
 
 import json
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from safetensors_files import ragged_tensors, same_tensors
+from safetensors_files import outgoing_of, ragged_tensors, same_tensors
 
-from memtile.checkpoints import Checkpoint
+from memtile.checkpoints import Checkpoint, write_checkpoint
 from memtile.errors import CheckpointError
 
 
@@ -60,6 +62,7 @@ def test_parts_of_a_tensor_are_read(tmp_path):
     [
         (lambda folder: None, "no .safetensors file; give a folder"),
         (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "never loaded"),
+        (lambda folder: (folder / "model.Q8_0.gguf").write_bytes(b""), "gguf_file=name"),
         (
             lambda folder: (folder / "model.safetensors.partial-12ab34cd").write_bytes(b""),
             "half-written",
@@ -100,7 +103,7 @@ def test_a_pickle_is_never_loaded(tmp_path):
 
     with pytest.raises(CheckpointError, match="may be a pickle"):
         Checkpoint.open(tmp_path / "model.bin")
-    with pytest.raises(CheckpointError, match=r"no safetensors file|not whole"):
+    with pytest.raises(CheckpointError, match=r"is a pickle"):
         Checkpoint.open(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -140,7 +143,11 @@ def test_an_index_cannot_lead_elsewhere(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000]
+    "text",
+    [
+        *("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000),
+        '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
+    ],
 )
 def test_an_index_without_meaning_is_refused(tmp_path, text):
     """Nonsense is said to be no index."""
@@ -194,3 +201,70 @@ def test_several_sources_are_one_checkpoint(tmp_path):
         Checkpoint.of([one, again])
     with pytest.raises(CheckpointError, match="names no source"):
         Checkpoint.of([])
+
+
+def open_files():
+    """How many files of the test's folder this process has open."""
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if exists(fd)]
+    return sum(link.endswith(".safetensors") for link in links)
+
+
+def exists(fd):
+    """Whether a descriptor is still there: listing them opens one."""
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def test_files_are_open_while_they_are_used(tmp_path, monkeypatch):
+    """Of many shards a few are open at once, whatever is read, and none once nobody has them."""
+    monkeypatch.setattr("memtile.checkpoints.stored.MOST_OPEN", 3)
+    tensors = {f"t{number}": torch.arange(number, number + 5) for number in range(9)}
+    write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)
+
+    found = Checkpoint.open(tmp_path)
+
+    assert len(found.files) == 9
+    assert open_files() == 3
+    assert same_tensors(values(found), tensors)
+    assert found.check_sums() == 9
+    assert open_files() == 3
+    del found
+    assert open_files() == 0
+
+
+def test_a_file_that_was_closed_and_replaced_is_refused(tmp_path, monkeypatch):
+    """What must be opened anew is read only if it is the same file, unchanged."""
+    monkeypatch.setattr("memtile.checkpoints.stored.MOST_OPEN", 1)
+    tensors = {name: torch.ones(3) for name in "abc"}
+    write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)
+    found = Checkpoint.open(tmp_path)
+    first, second, _ = (tensor.file for tensor in found.values())
+    save_file({"a": torch.zeros(3)}, tmp_path / "new")
+
+    (tmp_path / "new").rename(first.path)
+    os.utime(second.path, ns=(1, 1))
+
+    first.check_unchanged()  # its own bytes are nobody's any more
+    with pytest.raises(CheckpointError, match="was replaced or removed while it was in use"):
+        found["a"].read()
+    with pytest.raises(CheckpointError, match="was written to while it was in use"):
+        second.check_unchanged()
+    with pytest.raises(CheckpointError, match="was written to while it was in use"):
+        found["b"].read()
+    first.path.unlink()
+    with pytest.raises(CheckpointError, match="was replaced or removed while it was in use"):
+        found["a"].read()
+
+
+def test_threads_share_the_few_open_files(tmp_path, monkeypatch):
+    """A file that one thread reads is not closed under it by another that opens more."""
+    monkeypatch.setattr("memtile.checkpoints.stored.MOST_OPEN", 2)
+    tensors = {f"t{number}": torch.full((2000,), number) for number in range(8)}
+    write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)
+    found = Checkpoint.open(tmp_path)
+
+    def read(turn):
+        order = sorted(tensors, key=lambda name: hash((name, turn)))
+        return all(torch.equal(found[name].read(), tensors[name]) for name in order * 5)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(8)))

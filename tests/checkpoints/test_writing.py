@@ -75,8 +75,8 @@ def test_a_new_checkpoint_takes_the_place_of_the_old(tmp_path, first, second):
     write_checkpoint(tmp_path, outgoing_of(ragged_tensors(1)), max_shard_bytes=first)
     new = ragged_tensors(2)
 
-    texts = {"config.json": "new"}
-    write_checkpoint(tmp_path, outgoing_of(new), max_shard_bytes=second, texts=texts)
+    texts = {"config.json": b"new"}
+    write_checkpoint(tmp_path, outgoing_of(new), max_shard_bytes=second, beside=texts)
 
     assert same_tensors(read(tmp_path), new)
     alone = tmp_path / "alone"
@@ -85,6 +85,44 @@ def test_a_new_checkpoint_takes_the_place_of_the_old(tmp_path, first, second):
         [*listing(alone), "mine.safetensors", "config.json", "alone"]
     )
     assert (tmp_path / "config.json").read_text() == "new"
+
+
+def test_files_beside_are_copied_as_they_are(tmp_path):
+    """Bytes that are no text of any encoding, from memory and from a file, also one folder down."""
+    raw = bytes(range(256)) + b"\r\n"
+    source = tmp_path / "source"
+    source.write_bytes(raw)
+    beside = {"tokenizer.model": source, "config.json": raw, "templates/tool.jinja": source}
+
+    write_checkpoint(tmp_path / "new", outgoing_of({"a": torch.ones(2)}), beside=beside)
+
+    assert all((tmp_path / "new" / name).read_bytes() == raw for name in beside)
+
+
+def test_no_header_is_larger_than_others_read(tmp_path, monkeypatch):
+    """Names that would fill a header too far go into one file more, each of which is whole."""
+    monkeypatch.setattr("memtile.checkpoints.header.LARGEST", 3000)
+    names = [f'layers."{number}".ümläute.weight' for number in range(40)]
+    tensors = {name: torch.full((3, 2), number) for number, name in enumerate(names)}
+
+    write_checkpoint(tmp_path, outgoing_of(tensors))
+
+    files = sorted(tmp_path.glob("*.safetensors"))
+    lengths = [int.from_bytes(file.read_bytes()[:8], "little") for file in files]
+    assert len(files) > 1
+    assert all(1500 < length <= 3000 for length in lengths[:-1])
+    assert same_tensors({k: v for file in files for k, v in load_file(file).items()}, tensors)
+    assert same_tensors(read(tmp_path), tensors)
+
+
+def test_a_name_that_no_header_has_room_for_is_refused(tmp_path, monkeypatch):
+    """Before anything is written; the message has the beginning of the name only."""
+    monkeypatch.setattr("memtile.checkpoints.header.LARGEST", 3000)
+
+    with pytest.raises(CheckpointError, match=r"the name 'x{40}'… has 2000 characters"):
+        write_checkpoint(tmp_path / "new", outgoing_of({"x" * 2000: torch.ones(1)}))
+
+    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_is_in_memory_but_a_piece(tmp_path):
@@ -248,21 +286,34 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         write_checkpoint(tmp_path / "file", outgoing_of(ragged_tensors()))
 
 
-def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
-    """A read-only folder: refused, and what it holds stays."""
+@pytest.mark.parametrize(
+    ("number", "way_out"),
+    [
+        (errno.EROFS, "on a read-only filesystem: give a folder on one that may be written to"),
+        (errno.EACCES, "it may not be written to: change its permissions"),
+        (errno.EPERM, "it may not be written to: change its permissions"),
+        (errno.ENOSPC, "make room, or give another folder"),
+        (errno.EDQUOT, "make room within the quota"),
+        (errno.EIO, "the disk or its connection is at fault"),
+        (errno.ENAMETOOLONG, "as it was: give another folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, number, way_out):
+    """Each reason has its own way out, and what the folder holds stays."""
     before = ragged_tensors(1)
     write_checkpoint(tmp_path, outgoing_of(before))
     real = os.open
 
     def read_only(path, flags, *rest, **more):  # root may write anywhere, so modes tell nothing
         if flags & os.O_CREAT:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise OSError(number, os.strerror(number))
         return real(path, flags, *rest, **more)
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", read_only)
-        with pytest.raises(CheckpointWriteError, match="on a read-only filesystem: give a folder"):
+        with pytest.raises(CheckpointWriteError, match=way_out) as raised:
             write_checkpoint(tmp_path, outgoing_of(ragged_tensors(2)))
+        assert os.strerror(number) in str(raised.value)
 
     assert same_tensors(read(tmp_path), before)
 

@@ -1,5 +1,6 @@
 """A model, a tokenizer and a text that are small enough to train in a moment."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ WORDS = [f"word{number}" for number in range(97)]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """Gives a folder with a random Llama of 97 + 2 words, tied, with ragged widths."""
+    """Gives a folder with a random Llama of 97 + 2 words, tied, with ragged widths.
+
+    Its texts are as older releases of transformers write them.
+    """
     import tokenizers
     import torch
     import transformers
@@ -36,7 +40,23 @@ def tiny_model(tmp_path_factory) -> Path:
         pad_token_id=1,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    older = {
+        "rope_theta": 10000.0,
+        "torch_dtype": "float32",
+        "rope_parameters": None,
+        "dtype": None,
+    }
+    rewrite(folder / "config.json", older)
+    older = {"tokenizer_class": "PreTrainedTokenizerFast", "backend": None}
+    rewrite(folder / "tokenizer_config.json", older)
+    (folder / "LICENSE").write_bytes(b"Do as you like.\r\n")
     return folder
+
+
+def rewrite(file: Path, changes: dict[str, object]) -> None:
+    """Change words of a JSON file, None for those that go, and write it in one line."""
+    found = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safetensors_files import entry, raw_file
 from torch import nn
 
 import memtile
+from memtile.checkpoints import Checkpoint
 from memtile.cli import main
 
 
@@ -53,6 +56,54 @@ def test_linears_become_tiles_that_the_layer_loads(dense, tmp_path, capsys):
     assert torch.equal(layer.to_linear().weight, model()["up"].weight)
     assert torch.equal(layer.to_linear().bias, model()["up"].bias)
     assert (out / "config.json").read_text() == "{}"
+
+
+def test_what_lies_beside_is_copied_byte_for_byte(dense, tmp_path):
+    """Whatever it is called and holds; weights of other kinds are not, nor what is half-written."""
+    raw = bytes(range(256)) + b"\r\n"
+    (dense / "additional_chat_templates").mkdir()
+    kept = ["config.json", "tokenizer.model", "merges.txt", "modeling_own.py", "LICENSE"]
+    kept.append("additional_chat_templates/tool.jinja")
+    left = ["model.gguf", "pytorch_model.bin", ".lock", "model.safetensors.partial-00", "m.onnx"]
+    for name in kept + left:
+        (dense / name).write_bytes(raw)
+
+    assert main(["convert", str(dense), str(tmp_path / "out")]) == 0
+
+    out = tmp_path / "out"
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {*kept, "model.safetensors"}
+    assert all((out / name).read_bytes() == raw for name in kept)
+
+
+def test_dtypes_that_torch_lacks_are_carried(tmp_path, capsys):
+    """Bytes and names of dtypes are those of the source; only what would be cut is refused."""
+    table = {
+        "up.weight": entry("F32", [3, 2], 0, 24),
+        "up.scale": entry("F8_E8M0", [3], 24, 27),
+        "six.weight": entry("F6_E2M3", [2, 2], 27, 30),
+        "six.other": entry("F8_E4M3FNUZ", [2], 30, 32),
+        "four.weight": entry("F4", [3, 2], 32, 35),
+    }
+    source = raw_file(tmp_path / "x.safetensors", table, bytes(range(35)))
+    out = tmp_path / "out"
+
+    code = main(["convert", str(source), str(out), "--modules=up", "--out-splits=2"])
+
+    assert code == 0
+    found = Checkpoint.open(out)
+    for name, one in list(table.items())[1:]:
+        start, stop = one["data_offsets"]
+        assert found[name].entry.kind == one["dtype"]
+        assert list(found[name].shape) == one["shape"]
+        assert b"".join(bytes(p.tolist()) for p in found[name].raw()) == bytes(range(start, stop))
+    assert found.check_sums() == 6
+    with safe_open(out / "model.safetensors", "pt") as theirs:
+        assert theirs.get_slice("four.weight").get_dtype() == "F4"
+    assert (
+        main(["convert", str(source), str(tmp_path / "o"), "--modules=four", "--in-splits=2"]) == 2
+    )
+    assert "'four.weight' is kept as F4, which memtile can show and copy" in capsys.readouterr().err
 
 
 def test_tiles_of_any_grid_become_dense_and_tiles_of_another(dense, tmp_path):
@@ -107,3 +158,38 @@ def test_tiles_that_make_no_linear_are_refused(dense, tmp_path, capsys):
     assert "(1, 0)" in capsys.readouterr().err
     assert main(["convert", str(dense), str(dense)]) == 2
     assert "another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("model.gguf", b"GGUF\3\0\0\0" + bytes(60), "gguf_file=name"),
+        ("pytorch_model.bin", b"PK\3\4", "pickle"),
+        ("notes.txt", b"words", "no .safetensors file"),
+        ("model.safetensors", b"", "model.safetensors is not whole: it has 0 bytes"),
+    ],
+)
+def test_what_is_no_checkpoint_gets_a_way_out(tmp_path, capsys, name, content, sentence):
+    """A folder or a file of another kind, and an empty file, are named; nothing is written."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+
+    for source in (folder, folder / name):
+        assert main(["convert", str(source), str(tmp_path / "out")]) == 2
+        printed = capsys.readouterr()
+        assert len(printed.err.splitlines()) == 1
+        assert sentence in printed.err or source.suffix == ".txt"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_is_a_file_is_one_sentence(dense, tmp_path, capsys):
+    """No room needs to be made for what cannot be a folder."""
+    (tmp_path / "out").write_text("mine")
+
+    assert main(["convert", str(dense), str(tmp_path / "out")]) == 2
+
+    printed = capsys.readouterr().err
+    assert "give another folder" in printed
+    assert "make room" not in printed
+    assert (tmp_path / "out").read_text() == "mine"

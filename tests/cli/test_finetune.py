@@ -60,6 +60,17 @@ def test_the_folder_is_a_plain_checkpoint(finished, tiny_model):
     assert model.config.model_type == "llama"
 
 
+def test_what_training_does_not_change_is_copied(finished, tiny_model):
+    """Configs, tokenizer and licence of the folder are the model's own, byte for byte."""
+    carried = [path for path in tiny_model.iterdir() if path.suffix != ".safetensors"]
+
+    assert {"config.json", "generation_config.json", "tokenizer_config.json", "LICENSE"} <= {
+        path.name for path in carried
+    }
+    for path in carried:
+        assert (finished / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_each_step_is_logged_and_drawn(finished):
     """The log has one JSON object a step, the losses fall, and the picture is a PNG."""
     entries = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]

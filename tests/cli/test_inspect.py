@@ -68,6 +68,7 @@ def test_a_flipped_bit_is_one_sentence(checkpoint, capsys):
     assert len(printed.err.splitlines()) == 1
     assert "not those that were written" in printed.err
     assert main(["inspect", str(checkpoint), "--no-verify"]) == 0
+    assert "checksums of 3 tensors not verified (--no-verify)" in capsys.readouterr().out
 
 
 def test_a_foreign_checkpoint_has_no_checksums(tmp_path, capsys):
@@ -77,7 +78,7 @@ def test_a_foreign_checkpoint_has_no_checksums(tmp_path, capsys):
     save_file(tensors(), tmp_path / "other.safetensors")
 
     assert main(["inspect", str(tmp_path / "other.safetensors")]) == 0
-    assert "3 tensors not verified" in capsys.readouterr().out
+    assert "no checksums of 3 tensors" in capsys.readouterr().out
 
 
 def test_a_kept_home_is_listed_and_verified(tmp_path, capsys):
@@ -104,7 +105,14 @@ def test_a_kept_home_is_listed_and_verified(tmp_path, capsys):
     [
         ("nowhere", None, "does not exist"),
         ("x.safetensors", b"", "not whole"),
-        ("x.safetensors", b"\x80\x04" + b"p" * 40, "no safetensors file"),
+        ("x.safetensors", b"\x80\x04" + b"p" * 40, "pickle"),
+        ("x.gguf", b"GGUF\3\0\0\0" + bytes(60), "GGUF"),
+        ("x.safetensors", b"words and words and words", "no safetensors file"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}',
+            "there twice",
+        ),
         ("pytorch_model.bin", b"\x80\x04", "pickle"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "not there"),
         ("model.safetensors.index.json", b"[]", "no index"),

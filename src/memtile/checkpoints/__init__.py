@@ -5,7 +5,7 @@ from memtile.checkpoints.opening import Checkpoint, OnePath, Paths
 from memtile.checkpoints.publishing import new_file, rename, sole_writer, sync_folder, write_text
 from memtile.checkpoints.steps import training_folder
 from memtile.checkpoints.stored import PIECE_BYTES, StoredFile, StoredTensor
-from memtile.checkpoints.writing import SHARD_BYTES, Outgoing, write_checkpoint, write_file
+from memtile.checkpoints.writing import SHARD_BYTES, Outgoing, write_checkpoint
 
 __all__ = [
     "PIECE_BYTES",
@@ -23,6 +23,5 @@ __all__ = [
     "sync_folder",
     "training_folder",
     "write_checkpoint",
-    "write_file",
     "write_text",
 ]

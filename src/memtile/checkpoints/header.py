@@ -9,6 +9,7 @@ import json
 import math
 import operator
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -26,6 +27,8 @@ DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
         "BF16": torch.bfloat16,
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
         "I64": torch.int64,
         "I32": torch.int32,
         "I16": torch.int16,
@@ -38,10 +41,25 @@ DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
         "C64": torch.complex64,
     }
 )
+BITS: Final[Mapping[str, int]] = MappingProxyType(
+    {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
+    | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+)
+"""Bits of an element of each dtype that safetensors knows; torch has not all of them."""
 CHECKSUMS: Final = "memtile.crc32"
 LENGTH_BYTES: Final = 8
 LARGEST: Final = 100_000_000  # bytes of a header, as the safetensors library has it
 
+NO_PICKLES: Final = (
+    "pickles can run any code, so they are never loaded; load it with the library that wrote it, "
+    "and save it as safetensors"
+)
+NO_GGUF: Final = (
+    "load it with from_pretrained(folder, gguf_file=name) of transformers, and write the model "
+    "with memtile.save_checkpoint(model, folder)"
+)
+
+_FIELDS: Final = 140  # brackets, quotes, words and offsets of a tensor, and its checksum
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT: Final = 8
 
@@ -52,7 +70,7 @@ class Entry:
 
     Attributes:
         name: of the tensor.
-        dtype: of the tensor.
+        kind: what safetensors calls its dtype.
         shape: of the tensor.
         offset: where its bytes begin in the file.
         nbytes: how many they are.
@@ -60,11 +78,25 @@ class Entry:
     """
 
     name: str
-    dtype: torch.dtype
+    kind: str
     shape: torch.Size
     offset: int
     nbytes: int
     crc: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype.
+
+        Raises:
+            CheckpointError: torch has none for it; its bytes can be copied all the same.
+        """
+        if self.kind not in DTYPES:
+            raise CheckpointError(
+                f"{self.name!r} is kept as {self.kind}, which memtile can show and copy, but "
+                "neither load nor cut; save it in another dtype with the library that made it"
+            )
+        return DTYPES[self.kind]
 
 
 @dataclass(frozen=True)
@@ -90,10 +122,7 @@ def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
         raise _not_whole(where, f"it has {file_bytes} bytes, fewer than a header")
     (length,) = struct.unpack("<Q", raw[:LENGTH_BYTES])
     if not 2 <= length <= LARGEST:
-        raise CheckpointError(
-            f"{where} is no safetensors file: its first bytes are {raw[:LENGTH_BYTES]!r}; give one "
-            "that safetensors wrote, and convert others with the library that made them"
-        )
+        raise CheckpointError(f"{where} {_what_else(raw[:LENGTH_BYTES])}")
     if LENGTH_BYTES + length > file_bytes:
         raise _not_whole(where, f"its header has {length} bytes, the file {file_bytes}")
     return int(length)
@@ -111,9 +140,9 @@ def unpack(raw: bytes, file_bytes: int, where: str) -> Header:
         CheckpointError: it is none, or does not describe a file of this length.
     """
     try:
-        table = json.loads(raw)
+        table = parse_json(raw)
         metadata = dict(table.pop("__metadata__", None) or {})
-        crcs = json.loads(metadata.pop(CHECKSUMS, "{}"))
+        crcs = parse_json(metadata.pop(CHECKSUMS, "{}"))
         start = LENGTH_BYTES + len(raw)
         entries = [_entry(name, fields, start, crcs) for name, fields in table.items()]
     except CheckpointError as error:
@@ -128,25 +157,34 @@ def unpack(raw: bytes, file_bytes: int, where: str) -> Header:
     return Header(MappingProxyType({entry.name: entry for entry in entries}), metadata)
 
 
+def parse_json(raw: bytes | str) -> Any:  # any JSON
+    """What JSON says, once no object of it has one name twice: readers differ in whom they believe.
+
+    Raises:
+        ValueError: it is no JSON, or has a name twice.
+    """
+    return json.loads(raw, object_pairs_hook=_named_once)
+
+
 def pack(
-    tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]],
+    tensors: Sequence[tuple[str, str, Sequence[int]]],
     metadata: Mapping[str, str],
     crcs: Mapping[str, int] | None = None,
 ) -> bytes:
     """The beginning of a file with these tensors one after the other; its length knows no CRC.
 
     Args:
-        tensors: name, dtype and shape of each.
+        tensors: name, what safetensors calls the dtype, and shape of each.
         metadata: other texts.
         crcs: of each tensor; zeros by default, to be written over once they are known.
     """
     known = {name: f"{(crcs or {}).get(name, 0):08x}" for name, _, _ in tensors}
     table: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUMS: json.dumps(known)}}
     start = 0
-    for name, dtype, shape in tensors:
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
+    for name, kind, shape in tensors:
+        nbytes = size_of(kind, shape)
         table[name] = {
-            "dtype": dtype_name(dtype),
+            "dtype": kind,
             "shape": list(shape),
             "data_offsets": [start, start + nbytes],
         }
@@ -154,6 +192,26 @@ def pack(
     raw = json.dumps(table, separators=(",", ":")).encode()
     raw += b" " * (-(LENGTH_BYTES + len(raw)) % _ALIGNMENT)
     return struct.pack("<Q", len(raw)) + raw
+
+
+def room_of(name: str, kind: str, shape: Sequence[int]) -> int:
+    """The most bytes that a tensor takes in a header, its checksum included."""
+    quoted = json.dumps(name)
+    texts = (quoted, json.dumps(quoted), kind, json.dumps(list(shape)))
+    return sum(map(len, texts)) + _FIELDS
+
+
+def size_of(kind: str, shape: Sequence[int]) -> int:
+    """The bytes of a tensor.
+
+    Raises:
+        ValueError: it does not end at a whole byte.
+    """
+    # not torch.Size.numel(), which overflows: 2**40 × 2**40 would have no bytes
+    nbytes, rest = divmod(math.prod(shape) * BITS[kind], 8)
+    if rest:
+        raise ValueError(f"{tuple(shape)} {kind} does not end at a whole byte")
+    return nbytes
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -170,19 +228,39 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _entry(name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, str]) -> Entry:
-    if fields["dtype"] not in DTYPES:
+    kind = fields["dtype"]
+    if kind not in BITS:
         raise CheckpointError(
-            f"{name!r} is kept as {fields['dtype']}, which memtile cannot read; save it in one of "
-            f"{', '.join(DTYPES)} with the library that made it"
+            f"{name!r} is kept as {kind}, which is no dtype of safetensors; save it in one of "
+            f"{', '.join(BITS)} with the library that made it"
         )
-    dtype, shape = DTYPES[fields["dtype"]], torch.Size(fields["shape"])
+    shape = torch.Size(fields["shape"])
     first, last = (operator.index(offset) for offset in fields["data_offsets"])
-    # not shape.numel(), which overflows: 2**40 × 2**40 would have no bytes
-    if min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} has {last - first} bytes, not those of {tuple(shape)} {dtype}")
+    if min(shape, default=0) < 0 or last - first != size_of(kind, shape):
+        raise ValueError(f"{name} has {last - first} bytes, not those of {tuple(shape)} {kind}")
     crc = crcs.get(name)
     return Entry(
-        name, dtype, shape, start + first, last - first, None if crc is None else int(crc, 16)
+        name, kind, shape, start + first, last - first, None if crc is None else int(crc, 16)
+    )
+
+
+def _named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:  # any JSON
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _what_else(first: bytes) -> str:
+    """What a file is that is none of safetensors, as far as its first bytes tell."""
+    if first.startswith(b"GGUF"):
+        return f"is a GGUF file, and memtile reads safetensors; {NO_GGUF}"
+    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return f"is a pickle or a zip archive, and memtile reads safetensors: {NO_PICKLES}"
+    return (
+        f"is no safetensors file: its first bytes are {first!r}; give one that safetensors wrote, "
+        "and convert others with the library that made them"
     )
 
 

@@ -8,8 +8,10 @@ and reads notice those pages and take them.
 import ctypes
 import logging
 import mmap
+import os
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, Final, NoReturn
 
 import torch
@@ -25,6 +27,7 @@ _log = logging.getLogger("memtile.checkpoints")
 
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE on Linux: mmap has no name for it before 3.13
 _DONTNEED: Final = 4
+_FAILED: Final = ctypes.c_void_p(-1).value  # MAP_FAILED
 
 
 class CheckpointHome(Home):
@@ -80,17 +83,14 @@ class CheckpointHome(Home):
         """A file's bytes, mapped once; a write makes a page this process's own."""
         view = self._maps.get(file)
         if view is None:
-            access = mmap.PROT_READ | mmap.PROT_WRITE
             try:
-                # Without NORESERVE a file larger than the memory could not be mapped.
-                memory = mmap.mmap(file.fd, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=access)
+                view = self._maps[file] = _mapped(file)
             except OSError as error:
                 raise cannot_map(
                     str(file.path),
                     error,
                     "copy the checkpoint to a local disk, or give home=memtile.DiskHome(folder)",
                 ) from error
-            view = self._maps[file] = memoryview(memory)
         return view
 
     def _release(self) -> None:
@@ -142,10 +142,11 @@ class _CheckpointBerth(Berth):
         self._file.check_unchanged()
         used = max(0, min(into.numel(), self.nbytes - start))
         pages, address = self.home.pages, self._address + start
-        if used and (not pages.works or pages.any(address, used)):
+        opened = self._file.opened()  # None: replaced, and only the map has the old bytes
+        if used and (opened is None or not pages.works or pages.any(address, used)):
             into[:used].copy_(self._bytes()[start : start + used])
-        else:
-            disk_io.fill(self._file.fd, disk_io.bytes_of(into[:used]), self._offset + start)
+        elif opened is not None:
+            disk_io.fill(opened.fd, disk_io.bytes_of(into[:used]), self._offset + start)
 
     def _take(self, source: Tensor, start: int) -> None:
         self.home._refuse()
@@ -154,5 +155,25 @@ class _CheckpointBerth(Berth):
         return tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
 
 
+def _mapped(file: StoredFile) -> memoryview:
+    """A private map of a file; Python's own would keep a descriptor of it open."""
+    opened, library = file.descriptor(), _c_library()
+    size = os.fstat(opened.fd).st_size
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    # Without NORESERVE a file larger than the memory could not be mapped.
+    flags = mmap.MAP_PRIVATE | _NORESERVE
+    address = library.mmap(None, ctypes.c_size_t(size), access, flags, opened.fd, ctypes.c_long(0))
+    if address in (None, _FAILED):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(
+        memory, library.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)
+    ).atexit = False
+    return memoryview(memory).cast("B")
+
+
+@lru_cache
 def _c_library() -> Any:  # ctypes knows no types of what it loads
-    return ctypes.CDLL(None)
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    return library

@@ -1,13 +1,14 @@
 """Finding what a folder holds: one safetensors file, or shards that an index names."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from memtile.checkpoints.header import NO_GGUF, NO_PICKLES, parse_json
 from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import CheckpointError
 
@@ -18,8 +19,15 @@ Paths = OnePath | Sequence[OnePath]
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 PARTIAL: Final = ".partial-"
-_SHARD: Final = re.compile(r".*-\d{5}-of-\d{5}" + re.escape(SUFFIX))
+_SHARD: Final = re.compile(r".*-\d{5,}-of-\d{5,}" + re.escape(SUFFIX))
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_WEIGHTS: Final = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"}
+_TEMPLATES: Final = "additional_chat_templates"  # a folder of small texts, the only one
+_OF_TOKENIZER: Final = (
+    *("*token*.json", "tokenizer.*", "vocab*", "merges*", "*.model", "*.tiktoken", "*.spm"),
+    *("*.jinja", "chat_template*", "*processor_config.json", "special_tokens_map.json"),
+    *("*.py", "LICENSE*", "NOTICE*"),
+)
 
 
 class Checkpoint(Mapping[str, StoredTensor]):
@@ -109,6 +117,29 @@ class Checkpoint(Mapping[str, StoredTensor]):
         return sum(tensor.check_sum() for tensor in self.values())
 
 
+def files_beside(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint's folder that hold no weights, by their names in it."""
+    places = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*.jinja")]
+    return {
+        str(path.relative_to(folder)): path
+        for path in sorted(places)
+        if path.is_file()
+        and path.suffix not in _WEIGHTS
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+        and PARTIAL not in path.name
+    }
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Those of them that make the tokenizer, the processor and the model's own code."""
+    return {
+        name: path
+        for name, path in files_beside(folder).items()
+        if any(fnmatchcase(path.name, pattern) for pattern in _OF_TOKENIZER)
+    }
+
+
 def _found_in(folder: Path, stem: str) -> Path:
     for name in (stem + SUFFIX, stem + INDEX_SUFFIX):
         if (folder / name).exists():
@@ -139,24 +170,21 @@ def _why_none(folder: Path) -> str:
         return f"{folder} holds {partial[0]}, half-written, and no checkpoint: save it again"
     pickles = [name for name in names if Path(name).suffix in _PICKLES]
     if pickles:
-        return f"{folder} holds {pickles[0]} and no .safetensors: {_NO_PICKLES}"
+        return f"{folder} holds {pickles[0]} and no .safetensors: {NO_PICKLES}"
+    packed = [name for name in names if Path(name).suffix == ".gguf"]
+    if packed:
+        return f"{folder} holds {packed[0]} and no .safetensors: {NO_GGUF}"
     return (
         f"{folder} holds no .safetensors file; give a folder that save_pretrained or "
         "memtile.save_checkpoint wrote"
     )
 
 
-_NO_PICKLES: Final = (
-    "pickles can run any code, so they are never loaded; load it with the library that wrote it, "
-    "and save it as safetensors"
-)
-
-
 def _check_suffix(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a folder or a .safetensors file")
     if path.suffix in _PICKLES:
-        raise CheckpointError(f"{path} may be a pickle: {_NO_PICKLES}")
+        raise CheckpointError(f"{path} may be a pickle: {NO_PICKLES}")
 
 
 def _indexed(index: Path) -> Iterator[StoredTensor]:
@@ -174,7 +202,7 @@ def _indexed(index: Path) -> Iterator[StoredTensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        places = json.loads(index.read_bytes())["weight_map"]
+        places = parse_json(index.read_bytes())["weight_map"]
         if not all(isinstance(word, str) for pair in places.items() for word in pair):
             raise TypeError("its weight_map must name a file for each tensor")
     except OSError as error:

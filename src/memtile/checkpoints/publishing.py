@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,7 @@ def new_file(target: Path) -> Iterator[tuple[int, Path]]:
     """
     partial = target.with_name(f"{target.name}{PARTIAL}{secrets.token_hex(4)}")
     try:
+        target.parent.mkdir(exist_ok=True)
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             yield fd, partial
@@ -63,10 +65,10 @@ def new_file(target: Path) -> Iterator[tuple[int, Path]]:
         finally:
             os.close(fd)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        discard(partial)
         raise cannot_write(target, error) from error
     except BaseException:
-        partial.unlink(missing_ok=True)
+        discard(partial)
         raise
 
 
@@ -76,8 +78,21 @@ def write_text(target: Path, text: str) -> None:
     Raises:
         CheckpointWriteError: the system could not; what was there is as it was.
     """
+    put(target, text.encode())
+
+
+def put(target: Path, content: bytes | Path) -> None:
+    """Replace a small file at once, by these bytes or by those of another file.
+
+    Raises:
+        CheckpointWriteError: the system could not; what was there is as it was.
+    """
     with new_file(target) as (fd, partial), os.fdopen(os.dup(fd), "wb") as file:
-        file.write(text.encode())
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            with content.open("rb") as source:
+                shutil.copyfileobj(source, file)
     rename(partial, target)
 
 
@@ -90,10 +105,15 @@ def rename(partial: Path, target: Path) -> None:
     try:
         os.rename(partial, target)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        discard(partial)
         raise cannot_write(target, error) from error
     sync_folder(target.parent)
+
+
+def discard(partial: Path) -> None:
+    """Remove a file, where the system lets it."""
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,7 +56,7 @@ def read_record(folder: Path) -> Record:
 
 def _read(path: Path) -> Record:
     try:
-        record: Record = json.loads(path.read_bytes())
+        record: Record = header.parse_json(path.read_bytes())
         crc = record.pop("crc32")
     except FileNotFoundError as error:
         raise CheckpointError(

@@ -1,8 +1,10 @@
 """Tensors that lie in safetensors files, read piece by piece and never mapped."""
 
+import contextlib
 import os
 import weakref
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -16,17 +18,34 @@ from memtile.errors import CheckpointError, HomeIOError
 from memtile.homes import disk_io
 
 PIECE_BYTES: Final = 4 << 20
+MOST_OPEN: Final = 64  # of the 256 files that some systems allow a process
+
+
+class _Descriptor:
+    """A file that is open for reading until nothing refers to this any more."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened ({error.strerror})") from error
+        self.close = weakref.finalize(self, os.close, self.fd)
+
+
+_recent: OrderedDict[int, _Descriptor] = OrderedDict()
+"""Open files by the ids of theirs, the last used one last; each act on it is one of the GIL's."""
 
 
 class StoredFile:
-    """One open safetensors file; it is closed when nothing refers to it any more.
+    """One safetensors file: open while it is among the `MOST_OPEN` that were used last.
+
+    A file that was replaced by another is read as it was for as long as it is open.
 
     Args:
         path: of the file.
 
     Attributes:
         path: of the file.
-        fd: open for reading.
         header: what it holds.
 
     Raises:
@@ -35,55 +54,100 @@ class StoredFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        opened = _Descriptor(path)
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened ({error.strerror})") from error
-        self._closing = weakref.finalize(self, os.close, self.fd)
-        try:
-            self.header = self._read_header()
+            self.header = self._read_header(opened.fd)
         except BaseException:
-            self._closing()  # not when the traceback goes
+            opened.close()  # not when the traceback goes
             raise
-        self._identity = self._stat()
+        self._identity = _identity(os.fstat(opened.fd))
+        weakref.finalize(self, _recent.pop, id(self), None).atexit = False
+        self._keep(opened)
 
-    def _read_header(self) -> header.Header:
-        where, size = str(self.path), os.fstat(self.fd).st_size
+    def _read_header(self, fd: int) -> header.Header:
+        where, size = str(self.path), os.fstat(fd).st_size
         try:
-            length = header.header_bytes(os.pread(self.fd, header.LENGTH_BYTES, 0), size, where)
-            raw = os.pread(self.fd, length, header.LENGTH_BYTES)
+            length = header.header_bytes(os.pread(fd, header.LENGTH_BYTES, 0), size, where)
+            raw = os.pread(fd, length, header.LENGTH_BYTES)
         except OSError as error:  # a folder, say
             raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
         return header.unpack(raw, size, where)
 
-    def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self.fd)
-        return found.st_size, found.st_mtime_ns
-
-    def check_unchanged(self) -> None:
-        """Refuses a file that was written to since it was opened.
+    def opened(self) -> _Descriptor | None:
+        """What is open for as long as it is kept; None where the name is gone or another file's.
 
         Raises:
-            CheckpointError: it was.
+            CheckpointError: it was written to since it was opened first, or cannot be opened.
         """
-        if self._stat() != self._identity:
+        found = _recent.get(id(self))
+        if found is None:
+            if not self.path.exists():
+                return None
+            found = _Descriptor(self.path)
+            if not self._is_same(os.fstat(found.fd)):
+                return None
+        self._keep(found)
+        return found
+
+    def _keep(self, opened: _Descriptor) -> None:
+        _recent[id(self)] = opened
+        with contextlib.suppress(KeyError):  # another thread's
+            _recent.move_to_end(id(self))
+            while len(_recent) > MOST_OPEN:
+                _recent.popitem(last=False)
+
+    def _is_same(self, found: os.stat_result) -> bool:
+        """Whether this is the file, and not another one with its name; refuses a changed one."""
+        if (found.st_dev, found.st_ino) != self._identity[:2]:
+            return False
+        if _identity(found) != self._identity:
             raise CheckpointError(
                 f"{self.path} was written to while it was in use: what was read of it may be "
                 "mixed; load it again, and write checkpoints into another folder"
             )
+        return True
+
+    def check_unchanged(self) -> None:
+        """Refuses a file that was written to since it was opened first.
+
+        Raises:
+            CheckpointError: it was.
+        """
+        found = _recent.get(id(self))
+        with contextlib.suppress(FileNotFoundError):  # replaced or removed: its bytes are the same
+            self._is_same(os.stat(self.path) if found is None else os.fstat(found.fd))
+
+    def descriptor(self) -> _Descriptor:
+        """What is open for as long as it is kept.
+
+        Raises:
+            CheckpointError: its name is gone or another file's, and it was not kept open.
+        """
+        opened = self.opened()
+        if opened is None:
+            raise CheckpointError(
+                f"{self.path} was replaced or removed while it was in use (only the last "
+                f"{MOST_OPEN} files are kept open): load the checkpoint again"
+            )
+        return opened
 
     def fill(self, entry: Entry, into: Tensor, start: int) -> None:
         """Read the entry's bytes from `start` on into all of a contiguous CPU tensor.
 
         Raises:
-            CheckpointError: the system could not, or the file is shorter by now.
+            CheckpointError: the system could not, or the file is shorter or another by now.
         """
+        opened = self.descriptor()
         try:
-            disk_io.fill(self.fd, disk_io.bytes_of(into), entry.offset + start)
+            disk_io.fill(opened.fd, disk_io.bytes_of(into), entry.offset + start)
         except HomeIOError as error:
             raise CheckpointError(
                 f"{self.path}: {entry.name!r} could not be read ({error})"
             ) from error
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class StoredTensor:
@@ -104,7 +168,11 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype in the file."""
+        """Its dtype in the file.
+
+        Raises:
+            CheckpointError: torch has none for it.
+        """
         return self.entry.dtype
 
     @property
@@ -119,6 +187,17 @@ class StoredTensor:
             CheckpointError: it could not be read.
         """
         return self.elements(0, self.shape.numel()).view(self.shape)
+
+    def raw(self) -> Iterator[Tensor]:
+        """Its bytes, whatever they mean, in new memory of a few MiB.
+
+        Raises:
+            CheckpointError: they could not be read.
+        """
+        for start in range(0, self.nbytes, PIECE_BYTES):
+            piece = torch.empty(min(PIECE_BYTES, self.nbytes - start), dtype=torch.uint8)
+            self.file.fill(self.entry, piece, start)
+            yield piece
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor, in new memory.

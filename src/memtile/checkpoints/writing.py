@@ -20,12 +20,22 @@ from torch import Tensor
 
 from memtile.checkpoints import header
 from memtile.checkpoints.opening import INDEX_SUFFIX, PARTIAL, SUFFIX
-from memtile.checkpoints.publishing import new_file, rename, sole_writer, sync_folder, write_text
+from memtile.checkpoints.publishing import (
+    discard,
+    new_file,
+    put,
+    rename,
+    sole_writer,
+    sync_folder,
+    write_text,
+)
 from memtile.errors import ArgumentError, CheckpointError
 from memtile.homes import disk_io
 
 SHARD_BYTES: Final = 5_000_000_000  # what the Hub recommends
 
+_ROOM: Final = 200  # bytes of a header that are of no tensor
+_SHOWN: Final = 40  # characters of a name that is too long
 _METADATA: Final[Mapping[str, str]] = {"format": "pt"}  # transformers asks for it
 
 
@@ -35,14 +45,14 @@ class Outgoing:
 
     Args:
         name: of the tensor.
-        dtype: of the tensor.
+        dtype: of the tensor, or what safetensors calls it: torch need not know it.
         shape: of the tensor.
-        pieces: gives its elements in order, in contiguous CPU tensors of its dtype; each is written
-            before the next is taken.
+        pieces: gives its bytes in order, in contiguous CPU tensors; each is written before the next
+            is taken.
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     shape: torch.Size
     pieces: Callable[[], Iterable[Tensor]]
 
@@ -54,7 +64,16 @@ class Outgoing:
     @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return self.shape.numel() * self.dtype.itemsize
+        return header.size_of(self.kind, self.shape)
+
+    @property
+    def kind(self) -> str:
+        """What safetensors calls its dtype.
+
+        Raises:
+            CheckpointError: it has no name for it.
+        """
+        return self.dtype if isinstance(self.dtype, str) else header.dtype_name(self.dtype)
 
 
 def write_checkpoint(
@@ -63,17 +82,18 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = SHARD_BYTES,
     stem: str = "model",
-    texts: Mapping[str, str] | None = None,
+    beside: Mapping[str, bytes | Path] | None = None,
 ) -> None:
     """Write a checkpoint into a folder, in place of the one that is there.
 
     Args:
         folder: made where it is missing.
         tensors: what to write.
-        max_shard_bytes: no file is larger, unless one tensor is.
+        max_shard_bytes: no file is larger, unless one tensor is. There are more files where a
+            header would be larger than safetensors reads.
         stem: what the files are called.
-        texts: small files beside them, by their names; each is replaced at once, all of them just
-            before the tensors are.
+        beside: small files, by their names: what they hold, or the file to copy. Each is replaced
+            at once, all of them just before the tensors are.
 
     Raises:
         ArgumentError: `max_shard_bytes` is no size.
@@ -94,50 +114,47 @@ def write_checkpoint(
         try:
             for name, shard in zip(names, shards, strict=True):
                 written.append(_write_partial(place / name, shard))
-            for name, text in (texts or {}).items():
-                write_text(place / name, text)
+            for name, content in (beside or {}).items():
+                put(place / name, content)
             if len(names) == 1:
                 rename(written[0], place / names[0])
             else:
                 _publish(place, stem, names, written, shards)
         except BaseException:
             for path in written:
-                path.unlink(missing_ok=True)
+                discard(path)
             raise
         _remove_others(place, stem, names)
-
-
-def write_file(target: Path, tensors: Sequence[Outgoing]) -> None:
-    """Write one safetensors file, in place of one that is there.
-
-    Raises:
-        CheckpointError: a name is there twice, or a dtype has no name in safetensors.
-        CheckpointWriteError: it could not be written; what was there is as it was.
-    """
-    _check_names(tensors)
-    rename(_write_partial(target, tensors), target)
 
 
 def _check_names(tensors: Iterable[Outgoing]) -> None:
     seen: set[str] = set()
     for tensor in tensors:
-        header.dtype_name(tensor.dtype)
         if tensor.name in seen:
             raise CheckpointError(
                 f"{tensor.name!r} is there twice; give each tensor a name of its own"
             )
         seen.add(tensor.name)
+        if header.room_of(tensor.name, tensor.kind, tensor.shape) > header.LARGEST - _ROOM:
+            raise CheckpointError(
+                f"the name {tensor.name[:_SHOWN]!r}… has {len(tensor.name)} characters, and a "
+                f"header of safetensors {header.LARGEST} bytes; give the tensor a shorter name"
+            )
 
 
 def _in_shards(tensors: Sequence[Outgoing], max_shard_bytes: int) -> list[list[Outgoing]]:
+    """Tensors file by file: no more of them than a header may tell of, or than are asked for."""
     shards: list[list[Outgoing]] = [[]]
-    size = 0
+    size = room = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+        own = header.room_of(tensor.name, tensor.kind, tensor.shape)
+        is_full = size + tensor.nbytes > max_shard_bytes or room + own > header.LARGEST - _ROOM
+        if shards[-1] and is_full:
             shards.append([])
-            size = 0
+            size = room = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
+        room += own
     return shards
 
 
@@ -154,8 +171,8 @@ def _free_names(folder: Path, stem: str, count: int) -> list[str]:
 
 def _write_partial(target: Path, tensors: Sequence[Outgoing]) -> Path:
     """One file, complete under its partial name. The header comes last: it has the checksums."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # each one aligned
-    shapes = [(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered]
+    ordered = sorted(tensors, key=lambda tensor: -header.BITS[tensor.kind])  # each one aligned
+    shapes = [(tensor.name, tensor.kind, tensor.shape) for tensor in ordered]
     offset = len(header.pack(shapes, _METADATA))
     with new_file(target) as (fd, partial):
         os.posix_fallocate(fd, 0, offset + sum(tensor.nbytes for tensor in ordered))
@@ -198,14 +215,16 @@ def _publish(
         # A Ctrl-C may come when the index has its name already: then the new shards are the truth.
         if not (index.exists() and index.read_text() == text):
             for name in names:
-                (folder / name).unlink(missing_ok=True)
+                discard(folder / name)
         raise
 
 
 def _remove_others(folder: Path, stem: str, names: Sequence[str]) -> None:
     """Remove the old checkpoint, and what a killed process left half-written."""
     alone = len(names) == 1
-    shard = re.compile(rf"{re.escape(stem)}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}{re.escape(SUFFIX)}")
+    shard = re.compile(
+        rf"{re.escape(stem)}(-[0-9a-f]{{8}})?-\d{{5,}}-of-\d{{5,}}{re.escape(SUFFIX)}"
+    )
     old = stem + (INDEX_SUFFIX if alone else SUFFIX)
     # First the name that others look for, so that nobody finds an index without its shards.
     with contextlib.suppress(OSError):

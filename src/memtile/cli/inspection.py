@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from memtile.checkpoints import Checkpoint, StoredTensor
+from memtile.checkpoints.header import DTYPES, parse_json
 from memtile.checkpoints.steps import saved_steps
 from memtile.cli.errors import CommandError
 from memtile.homes import SealedFile
@@ -43,7 +44,7 @@ class Contents:
         rows: its tensors.
         facts: other things that it tells, by their names.
         verified: tensors whose bytes were compared with their checksums.
-        unknown: tensors whose checksums nobody wrote down.
+        unknown: tensors whose checksums nobody wrote down; others were not to be verified.
     """
 
     path: str
@@ -80,16 +81,15 @@ def _kept_home(path: Path, verify: bool) -> Contents:
         if verify:
             sealed.check_sums()
         rows = [
-            Row(label, tuple(entry.shape), _dtype(entry.dtype), entry.nbytes, path.name)
+            Row(label, tuple(entry.shape), _word(entry.dtype), entry.nbytes, path.name)
             for label, entry in sealed.entries.items()
         ]
-    verified = len(rows) if verify else 0
-    return Contents(str(path), "kept home", rows, {}, verified, len(rows) - verified)
+    return Contents(str(path), "kept home", rows, {}, len(rows) if verify else 0)
 
 
 def _training(folder: Path, verify: bool, progress: Progress) -> Contents:
     try:
-        record = json.loads((folder / _TRAINING).read_bytes())
+        record = parse_json((folder / _TRAINING).read_bytes())
         facts = {name: json.dumps(record[name]) for name in ("step", "position") if name in record}
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(
@@ -114,18 +114,24 @@ def _contents(
 ) -> Contents:
     found = list(tensors)
     rows = [
-        Row(t.entry.name, tuple(t.shape), _dtype(t.dtype), t.nbytes, t.file.path.name)
+        Row(t.entry.name, tuple(t.shape), _dtype(t.entry.kind), t.nbytes, t.file.path.name)
         for t in found
     ]
     verified = sum(t.check_sum() for t in _tracked(found, progress)) if verify else 0
-    return Contents(str(path), kind, rows, facts, verified, len(rows) - verified)
+    unknown = sum(t.entry.crc is None for t in found)
+    return Contents(str(path), kind, rows, facts, verified, unknown)
 
 
 def _tracked(tensors: list[StoredTensor], progress: Progress) -> Iterator[StoredTensor]:
     yield from progress.track(tensors, description="Verifying checksums")
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def _dtype(kind: str) -> str:
+    """torch's word for what safetensors calls a dtype, where it has one."""
+    return _word(DTYPES[kind]) if kind in DTYPES else kind
+
+
+def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -151,8 +157,14 @@ def show(contents: Contents, console: Console) -> None:
 
 def _checksums(contents: Contents) -> str:
     parts = []
+    left = len(contents.rows) - contents.verified - contents.unknown
     if contents.verified:
         parts.append(f"checksums of {contents.verified} tensors verified")
+    if left:
+        parts.append(f"checksums of {left} tensors not verified (--no-verify)")
     if contents.unknown:
-        parts.append(f"{contents.unknown} tensors not verified (no checksum was written, or asked)")
+        parts.append(
+            f"no checksums of {contents.unknown} tensors: whether their bytes are those that were "
+            "written cannot be told"
+        )
     return "; ".join(parts) or "no tensors"

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memtile.checkpoints.opening import tokenizer_files
+from memtile.checkpoints.publishing import put
 from memtile.cli.errors import CommandError
 from memtile.errors import BudgetError, CheckpointWarning, NewWeightsWarning
 from memtile.planning import format_byte_size
@@ -111,6 +113,18 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
             f"MODEL {folder} has no tokenizer that can be loaded ({_first_line(error)}): copy "
             "tokenizer.json and tokenizer_config.json of the model into it."
         ) from error
+
+
+def carry_tokenizer(folder: Path, out: Path) -> None:
+    """Copy what makes the tokenizer of a folder into another one, as it is.
+
+    Written anew by this transformers, its class has a name that older readers refuse.
+
+    Raises:
+        CheckpointWriteError: The system could not.
+    """
+    for name, path in tokenizer_files(folder).items():
+        put(out / name, path)
 
 
 def empty_of(folder: Path) -> "PreTrainedModel":

@@ -207,6 +207,9 @@ def fill_or_untile(
         untile(model)
         put_back()
         raise
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    for own in integrations():
+        own.read_from(model, folder)
 
 
 def _twin(module: nn.Module, name: str, parameter: nn.Parameter, resting: Resting) -> nn.Parameter:

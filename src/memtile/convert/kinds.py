@@ -13,6 +13,9 @@ from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 Work = Callable[[nn.Module], Tensor | None]
 """One step's forward: gives the loss, or None where nothing is trained."""
 
+Beside = dict[str, bytes | Path]
+"""Small files by their names: what they hold, or the file to copy."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -35,7 +38,7 @@ class Kind:
     rows_only: bool = False
 
 
-def _nothing(*modules: nn.Module) -> None:
+def _nothing(*given: object) -> None:
     """What an integration does where it has nothing to do."""
 
 
@@ -70,7 +73,10 @@ class Integration:
         keeps: gives, from the model, names below which its modules stay dense, with the reason.
         replaced: called with (old, new) after each replacement, in both directions.
         naming: how names differ in checkpoints of this model; None where it is not one of theirs.
-        texts: gives small files, by their names, that its checkpoint has beside the tensors.
+        beside: gives small files, by their names, that its checkpoint has beside the tensors: what
+            they hold, or the file to copy. Called with the dtype of the weights there, or None
+            where it is the model's own.
+        read_from: called with a model that got its values from a folder, and with that.
         empty: makes a model with nothing in memory from a config or a folder, and a dtype or None;
             None where the source is not one of theirs.
         check_files: called with the path of a checkpoint, to refuse one that it knows is not to be
@@ -88,7 +94,8 @@ class Integration:
     keeps: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     replaced: Callable[[nn.Module, nn.Module], None] = _nothing
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
-    texts: Callable[[nn.Module], dict[str, str]] = lambda model: {}
+    beside: Callable[[nn.Module, torch.dtype | None], Beside] = lambda model, dtype: {}
+    read_from: Callable[[nn.Module, Path], None] = _nothing
     empty: Callable[[object, torch.dtype | None], nn.Module | None] = lambda source, dtype: None
     check_files: Callable[[Path], None] = lambda path: None
     initialise: Callable[[nn.Module, Collection[str]], None] = lambda model, names: None
@@ -124,6 +131,11 @@ def register_integration(integration: Integration) -> None:
 def integrations() -> tuple[Integration, ...]:
     """Every registered integration."""
     return tuple(_integrations)
+
+
+def configs_beside(model: nn.Module, dtype: torch.dtype | None = None) -> Beside:
+    """What the model's checkpoint, with weights of this dtype or its own, has beside them."""
+    return {k: file for own in integrations() for k, file in own.beside(model, dtype).items()}
 
 
 def naming_of(model: nn.Module) -> Naming:

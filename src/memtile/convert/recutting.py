@@ -19,8 +19,10 @@ from memtile.checkpoints import (
     SHARD_BYTES,
     Checkpoint,
     Outgoing,
+    StoredTensor,
     write_checkpoint,
 )
+from memtile.checkpoints.opening import files_beside
 from memtile.convert.finding import tiles_by_layer
 from memtile.convert.moving import Source
 from memtile.convert.tiled_source import TiledSource
@@ -79,7 +81,8 @@ def convert_checkpoint(
     """Write a checkpoint anew with other names, a few MiB at a time; values stay bit for bit.
 
     Tiles of any grid are joined; then, with a `cut`, the named linears are cut into tiles under the
-    names of DeepSpeed's tiled linear. Texts beside the tensors (config, tokenizer) are copied.
+    names of DeepSpeed's tiled linear. What lies beside the tensors (config, tokenizer) is copied as
+    it is, and so are the bytes of a tensor that stays as it is, whatever its dtype.
 
     Args:
         source: a folder, a `.safetensors` file or an index.
@@ -109,8 +112,8 @@ def convert_checkpoint(
     dense, joined = _dense(checkpoint)
     weights = {} if cut is None else _to_cut(dense, cut, place)
     tensors = [each for name, found in dense.items() for each in _outgoing(name, found, weights)]
-    texts = _texts(place) if place.is_dir() else {}
-    write_checkpoint(out, tensors, max_shard_bytes=max_shard_bytes, texts=texts)
+    beside = files_beside(place) if place.is_dir() else {}
+    write_checkpoint(out, tensors, max_shard_bytes=max_shard_bytes, beside=beside)
     return joined if cut is None else list(weights)
 
 
@@ -157,7 +160,6 @@ def _to_cut(dense: Mapping[str, Source], cut: Recut, place: Path) -> dict[str, G
 
 
 _SHOWN: Final = 4
-_TEXTS: Final = frozenset({".json", ".txt", ".model", ".jinja", ".md"})
 
 
 def _is_one(layer: str, patterns: Collection[str]) -> bool:
@@ -180,6 +182,8 @@ def _outgoing(name: str, source: Source, cut: Mapping[str, Grid]) -> Iterator[Ou
 
 def _part(name: str, source: Source, rect: Rect | None) -> Outgoing:
     """A rectangle of a source, or all of it, under a name."""
+    if isinstance(source, StoredTensor) and (rect is None or not source.shape):
+        return Outgoing(name, source.entry.kind, source.shape, source.raw)
     if rect is None or not source.shape:
         return Outgoing(name, source.dtype, source.shape, lambda: _flat(source))
     shape = torch.Size(rect.shape if len(source.shape) == 2 else rect.shape[:1])
@@ -196,12 +200,3 @@ def _bands(source: Source, rect: Rect) -> Iterator[Tensor]:
     for start in range(rect.out.start, rect.out.stop, height):
         rows = source.rows(start, min(start + height, rect.out.stop))
         yield (rows[:, rect.into.as_slice()] if rows.dim() == 2 else rows).contiguous()
-
-
-def _texts(folder: Path) -> dict[str, str]:
-    """What lies beside the tensors: config, tokenizer, and the like."""
-    return {
-        path.name: path.read_text(encoding="utf-8")
-        for path in sorted(folder.iterdir())
-        if path.suffix in _TEXTS and path.is_file() and not path.name.endswith(".index.json")
-    }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
 from memtile.convert.dense import check_stored
-from memtile.convert.kinds import integrations
+from memtile.convert.kinds import configs_beside
 from memtile.convert.moving import outgoing
 from memtile.convert.wanted import persistent_buffers, wanted_by
 from memtile.errors import ArgumentError, CannotTileError
@@ -24,7 +24,8 @@ def save_checkpoint(
 
     Names, shapes and dtypes are the untiled model's; what is tied is written once, under its first
     name. A few MiB are in memory at a time. A transformers model gets its config.json and
-    generation_config.json too, so that plain transformers loads the folder.
+    generation_config.json too, so that plain transformers loads the folder: those of the folder
+    that it was made from, with nothing changed but what differs.
 
     The checkpoint that is there already stays whole until the new one is: killed at any moment, the
     folder holds the one or the other.
@@ -57,9 +58,9 @@ def write_model(
     """`save_checkpoint` with the tensors that are given for the model."""
     _check_saveable(model)
     found = tensors(model)
-    texts = {name: text for own in integrations() for name, text in own.texts(model).items()}
+    beside = configs_beside(model)
     settle(model)
-    write_checkpoint(folder, found, max_shard_bytes=max_shard_bytes, texts=texts)
+    write_checkpoint(folder, found, max_shard_bytes=max_shard_bytes, beside=beside)
 
 
 def outgoing_tensors(model: nn.Module) -> list[Outgoing]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint, write_file
+from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.checkpoints.exact_json import from_json, to_json
-from memtile.checkpoints.opening import SUFFIX
 from memtile.checkpoints.random_state import RandomState
 from memtile.checkpoints.record import read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
@@ -26,7 +25,7 @@ from memtile.homes import trim_heap
 from memtile.optim import DenseParameter
 
 _WHOLE, _TRAINABLE = "model", "trainable"  # what the files of weights are called
-_OPTIMIZER, _RANDOM = "optimizer" + SUFFIX, "random" + SUFFIX
+_OPTIMIZER, _RANDOM = "optimizer", "random"
 
 Json = dict[str, Any]  # of the record: whatever JSON it has
 
@@ -133,8 +132,8 @@ def save_training(
         else:
             write_model(model, partial, weights)
         trim_heap()
-        write_file(partial / _OPTIMIZER, tensors)
-        write_file(partial / _RANDOM, random.outgoing())
+        write_checkpoint(partial, tensors, max_shard_bytes=sys.maxsize, stem=_OPTIMIZER)
+        write_checkpoint(partial, random.outgoing(), stem=_RANDOM)
         write_record(partial, record)
     return target
 
@@ -280,8 +279,8 @@ def _opened(saved: SavedStep) -> tuple[Json, Checkpoint, Checkpoint, RandomState
         record = read_record(saved.path)
         stem = _TRAINABLE if record["trainable_only"] else _WHOLE
         weights = Checkpoint.open(saved.path, stem)
-        tensors = Checkpoint.open(saved.path / _OPTIMIZER)
-        random = Checkpoint.open(saved.path / _RANDOM)
+        tensors = Checkpoint.open(saved.path, _OPTIMIZER)
+        random = Checkpoint.open(saved.path, _RANDOM)
         for each in (weights, tensors, random):
             each.check_sums()
         return record, weights, tensors, RandomState.read(record["random"], random)

@@ -4,7 +4,6 @@ In: each rank reads the rows that it holds. Out: the shards go through a distrib
 the first rank reads it back a few MiB at a time, in the order in which safetensors want elements.
 """
 
-import errno
 import math
 import os
 import shutil
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
-from memtile.convert import integrations
+from memtile.checkpoints.publishing import cannot_write
 from memtile.convert.finding import Findings, Match, checked, find, left_out, some
+from memtile.convert.kinds import configs_beside
 from memtile.convert.moving import Source, bring_in
 from memtile.convert.wanted import wanted_by
 from memtile.engines.dense_views import DenseView, dense_view, let_go, unwrapped
@@ -31,7 +31,7 @@ from memtile.engines.pieces import Piece, local_pieces
 from memtile.engines.ranks import Ranks
 from memtile.engines.shard_files import read_alone, write_shards
 from memtile.engines.zero3_values import is_partitioned
-from memtile.errors import CheckpointError, CheckpointWarning, CheckpointWriteError, way_out
+from memtile.errors import CheckpointError, CheckpointWarning
 from memtile.geometry import Rect, Span
 from memtile.layers import whole_shape
 from memtile.optim import DenseParameter, Part
@@ -212,10 +212,7 @@ def _between(ranks: Ranks, folder: Path) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix=".shards-", dir=folder))
         except OSError as error:
-            raise CheckpointWriteError(
-                error.errno or errno.EIO,
-                f"{folder} could not be made or written ({error.strerror}): {way_out(error)}",
-            ) from error
+            raise cannot_write(folder, error) from error
 
     between = ranks.first(make)
     try:
@@ -234,8 +231,7 @@ def _write(
 ) -> None:
     names = [wanted.names[0] for wanted in wanted_by(model)]
     tensors = [_outgoing(name, view[name], between, dtype) for name in names]
-    texts = {name: text for own in integrations() for name, text in own.texts(model).items()}
-    write_checkpoint(folder, tensors, texts=texts)
+    write_checkpoint(folder, tensors, beside=configs_beside(model, dtype))
 
 
 def _outgoing(name: str, like: Tensor, between: Path, dtype: torch.dtype | None) -> Outgoing:

@@ -1,9 +1,7 @@
 """transformers: its transposed linear, its scaled embeddings, its dense checkpoints."""
 
-import copy
 import inspect
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from memtile.convert import Integration, Kind, Naming, Work, empty_model
+from memtile.convert.kinds import Beside
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.integrations.around_tiles import with_tiles
+from memtile.integrations.configs import configs_of, made_from
 from memtile.integrations.dense_pretrained import save_pretrained
 from memtile.integrations.pretrained import (
     architecture,
@@ -170,19 +170,14 @@ def _naming(model: nn.Module) -> Naming | None:
     )
 
 
-def _texts(model: nn.Module) -> dict[str, str]:
+def _beside(model: nn.Module, dtype: torch.dtype | None) -> Beside:
     """`config.json` and what else `save_pretrained` writes beside the weights."""
-    if model not in pretrained_models(model):
-        return {}
-    found: Any = model  # a PreTrainedModel, which is not imported here
-    config = copy.deepcopy(found.config)  # save_pretrained sets these on the model's own
-    config.dtype = str(found.dtype).removeprefix("torch.")
-    config.architectures = [type(found).__name__]
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        if found.can_generate():
-            found.generation_config.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+    return configs_of(model, dtype) if model in pretrained_models(model) else {}
+
+
+def _read_from(model: nn.Module, folder: Path) -> None:
+    for found in pretrained_models(model)[:1]:
+        made_from(found, folder)
 
 
 def _replaced(old: nn.Module, new: nn.Module) -> None:
@@ -277,7 +272,8 @@ TRANSFORMERS = Integration(
     ),
     replaced=_replaced,
     naming=_naming,
-    texts=_texts,
+    beside=_beside,
+    read_from=_read_from,
     empty=_empty,
     check_files=check_files,
     initialise=initialise,

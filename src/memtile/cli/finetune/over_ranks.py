@@ -115,7 +115,7 @@ class _ShardedRun(Run):
         model = models.empty_of(Path(settings.model))
         if settings.engine != "zero3":  # which scales the loss
             check_dtype(model)
-        self._tokenizer, self._sequences = texts_of(settings, usable_folder(None), heard)
+        _, self._sequences = texts_of(settings, usable_folder(None), heard)
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))
@@ -177,7 +177,7 @@ class _ShardedRun(Run):
         self._sharded.model.eval()
         dense_files.save_checkpoint(self._sharded.model, self.out, dtype=self._sharded.saved_dtype)
         if self.writes:
-            self._tokenizer.save_pretrained(self.out)
+            models.carry_tokenizer(Path(self.settings.model), self.out)
 
     def _mean(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64)

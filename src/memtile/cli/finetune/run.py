@@ -98,7 +98,7 @@ class _PlannedRun(Run):
         folder = Path(settings.model)
         model = models.empty_of(folder)
         check_dtype(model)
-        self._tokenizer, self._sequences = texts_of(settings, options.out / TRAINING, heard)
+        _, self._sequences = texts_of(settings, options.out / TRAINING, heard)
         if settings.lora is not None:
             model = with_adapters(model, settings.lora)
         check_vocabulary(model, self._sequences)
@@ -164,7 +164,7 @@ class _PlannedRun(Run):
             memtile.save_checkpoint(self._model, self.out)
         else:
             self._model.save_pretrained(str(self.out))
-        self._tokenizer.save_pretrained(self.out)
+        models.carry_tokenizer(Path(self.settings.model), self.out)
 
 
 def texts_of(

@@ -1,0 +1,98 @@
+"""`config.json` and `generation_config.json` of a saved transformers model.
+
+Those of the folder that the model was made from stay as they are, byte for byte; where the model
+differs, only that is changed in them. What is parsed and written anew has other words: older
+readers take a `rope_theta` that was moved into `rope_parameters` for 10000.
+"""
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from memtile.convert.kinds import Beside
+
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_OF_WRITERS: Final = ("_name_or_path", "_commit_hash", "_from_model_config", "transformers_version")
+_DTYPES: Final = ("dtype", "torch_dtype")  # the second is what older readers know
+
+Json = dict[str, Any]  # whatever a config holds
+
+
+def configs_of(model: Any, dtype: torch.dtype | None) -> Beside:  # a PreTrainedModel
+    """The configs of a folder that holds the model's weights.
+
+    Args:
+        model: of transformers.
+        dtype: of the weights there; None: the model's own.
+    """
+    config = copy.deepcopy(model.config)  # what is set here is not to stay on the model's own
+    config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    source = model.config._name_or_path
+    found: Beside = {_CONFIG: _config(config, source, _CONFIG)}
+    if model.can_generate():
+        found[_GENERATION] = _config(model.generation_config, source, _GENERATION)
+    return found
+
+
+def made_from(model: nn.Module, folder: Path) -> None:
+    """Note the folder that a model got its values from, where the model knows of none."""
+    config: Any = getattr(model, "config", None)  # a PreTrainedModel's
+    if config is not None and not config._name_or_path and (folder / _CONFIG).is_file():
+        config._name_or_path = str(folder)
+
+
+def _config(ours: Any, source: str, name: str) -> bytes:  # a config of transformers
+    """One config: the source's file where it has one, with what differs."""
+    try:
+        raw = (Path(source) / name).read_bytes()
+        file: Json = json.loads(raw)
+        before = _plain(type(ours).from_pretrained(source, local_files_only=True))
+        is_its_kind = file.get("model_type") == before.get("model_type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_its_kind = False
+    if not source or not is_its_kind:
+        return _written(ours, name)
+    after = _plain(ours)
+    if not any(word in file for word in _DTYPES) and after.get("dtype") == "float32":
+        before["dtype"] = "float32"  # what everybody takes where none is told
+    changed = _changed(file, before, after)
+    if changed == file:
+        return raw
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _plain(config: Any) -> Json:
+    found: Json = json.loads(config.to_json_string(use_diff=False))
+    return found
+
+
+def _changed(file: Json, before: Mapping[str, Any], after: Mapping[str, Any]) -> Json:
+    """What a file holds, with that changed in which its config and another one differ."""
+    changed = dict(file)
+    for name in [*after, *(name for name in before if name not in after)]:
+        old, new = before.get(name), after.get(name)
+        word = "torch_dtype" if name == "dtype" and "dtype" not in file else name
+        is_left_out = name == "architectures" and name not in file
+        if old == new or is_left_out or name in _OF_WRITERS:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict) and isinstance(file.get(word), dict):
+            changed[word] = _changed(file[word], old, new)
+        elif name in after:
+            changed[word] = new
+        else:
+            changed.pop(word, None)
+    return changed
+
+
+def _written(ours: Any, name: str) -> bytes:
+    """What `save_pretrained` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        return (Path(folder) / name).read_bytes()
