@@ -16,6 +16,11 @@ INDEX_SUFFIX: Final = ".safetensors.index.json"
 PARTIAL: Final = ".partial-"
 _SHARD: Final = re.compile(r".*-\d{5}-of-\d{5}" + re.escape(SUFFIX))
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_GGUF: Final = ".gguf"
+GGUF_WAY_OUT: Final = (
+    "have transformers write it as safetensors, by from_pretrained(folder, gguf_file=name) and "
+    "save_pretrained of its model and of its tokenizer"
+)
 
 
 class Checkpoint(Mapping[str, StoredTensor]):
@@ -108,6 +113,9 @@ def _why_none(folder: Path) -> str:
     pickles = [name for name in names if Path(name).suffix in _PICKLES]
     if pickles:
         return f"{folder} holds {pickles[0]} and no .safetensors: {_NO_PICKLES}"
+    ggufs = [name for name in names if Path(name).suffix == _GGUF]
+    if ggufs:
+        return f"{folder} holds {ggufs[0]} and no .safetensors: {GGUF_WAY_OUT}"
     return (
         f"{folder} holds no .safetensors file; give a folder that save_pretrained or "
         "memtile.save_checkpoint wrote"
@@ -125,6 +133,10 @@ def _check_suffix(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist; give a folder or a .safetensors file")
     if path.suffix in _PICKLES:
         raise CheckpointError(f"{path} may be a pickle: {_NO_PICKLES}")
+    if path.suffix == _GGUF:
+        raise CheckpointError(
+            f"{path} is a GGUF file, and safetensors are read here: {GGUF_WAY_OUT}"
+        )
 
 
 def _indexed(index: Path) -> Iterator[StoredTensor]:

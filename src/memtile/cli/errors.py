@@ -58,8 +58,11 @@ def is_our_bug(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """What another library says, without the advice that it puts below."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, LookupError) or not lines:  # the key alone says nothing
+        return " ".join([type(error).__name__, *lines[:1]])
+    said = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
+    return said.rstrip(".:")
 
 
 def _library(error: Exception) -> str | None:

@@ -35,6 +35,7 @@ def run_generate(
         bool, typer.Option("--chat", help="The prompt is a message: use the chat template.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    trust_remote_code: models.TrustsCode = False,
 ) -> int:
     """Generate text straight from the unmodified safetensors, streamed as it comes."""
     if tokens < 1:
@@ -48,13 +49,13 @@ def run_generate(
         models.load_transformers(model)
         from memtile.cli import generation
 
-        request = generation.Request(model, prompt, tokens, allowed, home, temperature, seed, chat)
+        request = generation.Request(
+            model, prompt, tokens, allowed, home, temperature, seed, chat, trust_remote_code
+        )
         console = Console(stderr=True, highlight=False)
         found = generation.generate(
             request,
-            lambda plan: (
-                None if as_json else console.print(plan.summary, style="dim", soft_wrap=True)
-            ),
+            lambda words: None if as_json else console.print(words, style="dim", soft_wrap=True),
             (lambda text: None) if as_json else generation.say_at_once,
         )
     if as_json:

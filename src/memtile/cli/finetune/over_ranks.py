@@ -12,8 +12,17 @@ import torch.distributed as dist
 
 from memtile.checkpoints.steps import saved_steps
 from memtile.cli import models
+from memtile.cli.finetune.launching import is_first_rank
 from memtile.cli.finetune.log import Entry
-from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
+from memtile.cli.finetune.loop import (
+    TRAINING,
+    Report,
+    Result,
+    Run,
+    first_missing,
+    nothing_left_of_a_failed_start,
+    train,
+)
 from memtile.cli.finetune.run import check_vocabulary, texts_of
 from memtile.cli.finetune.settings import Settings
 from memtile.cli.finetune.sharding import load_engine, sharded
@@ -35,6 +44,7 @@ class RankOptions:
         offload: keep shards, gradients and moments in host memory.
         save_every: steps between checkpoints.
         resume: go on from the last one.
+        trusts_code: whether code of the model's folder may run.
     """
 
     out: Path
@@ -42,6 +52,7 @@ class RankOptions:
     offload: bool
     save_every: int
     resume: bool
+    trusts_code: bool = False
 
 
 def finetune_over_ranks(
@@ -68,7 +79,13 @@ def finetune_over_ranks(
     """
     load_engine(settings.engine or "")
     keep_freed_memory_out()
-    with PeakMemory() as memory, _process_group() as ranks, ranks.missing_none():
+    made = first_missing(options.out)
+    with (
+        PeakMemory() as memory,
+        _process_group() as ranks,
+        ranks.missing_none(),
+        nothing_left_of_a_failed_start(options.out, made, options.resume or not is_first_rank()),
+    ):
         run = _ShardedRun(settings, options, memory)
         planned(run.summary)
         if options.resume:
@@ -105,8 +122,8 @@ class _ShardedRun(Run):
         torch.manual_seed(settings.seed)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self.writes = self._rank == 0
-        self._tokenizer, self._sequences = texts_of(settings)
-        model = models.empty_of(Path(settings.model))
+        self._tokenizer, self._sequences = texts_of(settings, options.trusts_code)
+        model = models.empty_of(Path(settings.model), options.trusts_code)
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -13,7 +14,15 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.adapters import with_adapters
 from memtile.cli.finetune.log import Entry
-from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
+from memtile.cli.finetune.loop import (
+    TRAINING,
+    Report,
+    Result,
+    Run,
+    first_missing,
+    nothing_left_of_a_failed_start,
+    train,
+)
 from memtile.cli.finetune.sequences import Sequences, read_sequences
 from memtile.cli.finetune.settings import Settings
 from memtile.testing import PeakMemory
@@ -21,7 +30,7 @@ from memtile.testing import PeakMemory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from memtile.planning import Plan
+_OTHERS: Final = "tokenizer, texts and adapters"
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Options:
         home: where tiles live: "disk", "disk:FOLDER" or "host".
         save_every: steps between checkpoints.
         resume: go on from the last one.
+        trusts_code: whether code of the model's folder may run.
     """
 
     out: Path
@@ -41,12 +51,13 @@ class Options:
     home: str
     save_every: int
     resume: bool
+    trusts_code: bool = False
 
 
 def finetune(
     settings: Settings,
     options: Options,
-    planned: Callable[["Plan"], None],
+    planned: Callable[[str], None],
     started: Callable[[int], None],
     report: Report,
 ) -> Result:
@@ -55,7 +66,7 @@ def finetune(
     Args:
         settings: what to train.
         options: how.
-        planned: called with the plan.
+        planned: called with sentences on the plan.
         started: called with the number of steps that were done before.
         report: called after each step.
 
@@ -65,7 +76,12 @@ def finetune(
         CheckpointError: the model's or the run's checkpoint is damaged.
         Interrupted: a signal came; the run is saved.
     """
-    with PeakMemory() as memory, memtile.training_folder(options.out / TRAINING):
+    made = first_missing(options.out)
+    with (
+        PeakMemory() as memory,
+        memtile.training_folder(options.out / TRAINING),
+        nothing_left_of_a_failed_start(options.out, made, options.resume),
+    ):
         run = _PlannedRun(settings, options, memory, planned)
         if options.resume:
             run.resume()
@@ -85,17 +101,19 @@ class _PlannedRun(Run):
         settings: Settings,
         options: Options,
         memory: PeakMemory,
-        planned: Callable[["Plan"], None],
+        planned: Callable[[str], None],
     ) -> None:
         super().__init__(settings, options.out, options.save_every, memory)
         torch.manual_seed(settings.seed)
         folder = Path(settings.model)
-        self._tokenizer, self._sequences = texts_of(settings)
-        model = models.empty_of(folder)
+        self._tokenizer, self._sequences = texts_of(settings, options.trusts_code)
+        model = models.empty_of(folder, options.trusts_code)
+        with suppress(CommandError):  # they are no part of training: at worst, transformers' own
+            models.read_settings(model, folder)
         if settings.lora is not None:
             model = with_adapters(model, settings.lora)
         check_vocabulary(model, self._sequences)
-        with models.within(options.budget, memory.nbytes) as left:
+        with models.within(options.budget, memory.nbytes, _OTHERS) as left:
             plan = memtile.plan(
                 model,
                 budget=left,
@@ -104,7 +122,8 @@ class _PlannedRun(Run):
                 home=options.home,
                 mode="in_backward",
             )
-        planned(plan)
+        planned(plan.summary)
+        planned(models.taken(options.budget, options.budget - left, _OTHERS))
         memtile.tile(model, plan, checkpoint=folder)
         self._model = model.train()
         self._optimizer = memtile.TileOptimizer(
@@ -159,13 +178,13 @@ class _PlannedRun(Run):
         self._tokenizer.save_pretrained(self.out)
 
 
-def texts_of(settings: Settings) -> tuple["PreTrainedTokenizerBase", Sequences]:
+def texts_of(settings: Settings, trusts_code: bool) -> tuple["PreTrainedTokenizerBase", Sequences]:
     """The tokenizer of a run's model, and its texts in tokens.
 
     Raises:
         CommandError: the folder has no tokenizer, or the texts are too short.
     """
-    tokenizer = models.tokenizer_of(Path(settings.model))
+    tokenizer = models.tokenizer_of(Path(settings.model), trusts_code)
     texts = [Path(text) for text in settings.texts]
     return tokenizer, read_sequences(texts, tokenizer, settings.tokens, settings.seed)
 
