@@ -1,5 +1,8 @@
 """memtile: linear layers too big for the memory of the device that runs them."""
 
+from memtile import interrupting  # noqa: F401  # before torch, which takes seconds
+
+# isort: split
 from memtile import errors
 from memtile.checkpoints import training_folder
 from memtile.convert import (

@@ -1,5 +1,6 @@
 """The command itself: version, help, and what it loads."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -55,6 +56,32 @@ def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys, number, code, sent
 
     assert main(["demo"]) == code
     assert capsys.readouterr().err == sentence
+
+
+@pytest.mark.parametrize("words", [["-m", "memtile.cli"], ["-c", "{}"]])
+def test_an_interrupt_during_the_imports_is_not_a_traceback(words, tmp_path):
+    """Ctrl-C while torch is being imported ends the command with the same line and code."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    script = "import sys; sys.argv[0] = 'bin/memtile'; from memtile.cli import main"
+    done = subprocess.run(
+        [sys.executable, *(word.replace("{}", script) for word in words), "plan"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+
+    assert (done.returncode, done.stderr) == (130, "memtile: Interrupted.\n")
+
+
+def test_an_interrupt_outside_of_a_commands_work_is_not_a_traceback(monkeypatch, capsys):
+    """Ctrl-C while options are being checked, which typer turns into an error of its own."""
+    monkeypatch.setattr(
+        "memtile.cli.commands.demo.parse_byte_size", lambda *_: signal.raise_signal(signal.SIGINT)
+    )
+
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err.strip() == "memtile: Interrupted."
 
 
 @pytest.mark.parametrize(

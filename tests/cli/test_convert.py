@@ -133,7 +133,7 @@ def test_tiles_of_any_grid_become_dense_and_tiles_of_another(dense, tmp_path):
         (["--modules", "nothing", "--in-splits", "2"], "no linear called 'nothing'"),
         (["--modules", "up", "--out-splits", "99"], "99"),
         (["--modules", "up", "--max-tile", "large"], "not a size"),
-        (["--max-shard", "0"], "less than one byte"),
+        (["--max-shard", "0B"], "less than one byte"),
     ],
 )
 def test_a_mistake_is_one_sentence(dense, tmp_path, capsys, options, sentence):

@@ -176,7 +176,7 @@ def test_two_runs_into_one_folder(tiny_model, text, tmp_path, capsys):
         (["--seed", "99999999999999999999"], "is too large"),
         (["--save-every", "0"], "--save-every 0"),
         (["--budget", "plenty"], "not a size"),
-        (["--budget", "0"], "less than one byte"),
+        (["--budget", "0B"], "less than one byte"),
         (["--budget", "-1GiB"], "not a size"),
         (["--budget", "1MiB"], "need at least"),
         (["--home", "cloud"], "no home"),

@@ -66,7 +66,7 @@ def test_draws_depend_on_the_seed_alone(tiny_model, capsys):
     [
         (["--tokens", "0"], "--tokens 0"),
         (["--temperature", "-1"], "--temperature -1"),
-        (["--budget", "0"], "less than one byte"),
+        (["--budget", "0B"], "less than one byte"),
         (["--budget", "1KiB"], "budget"),
         (["--home", "moon"], "no home"),
         (["--chat"], "no chat template"),

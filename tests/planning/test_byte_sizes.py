@@ -9,7 +9,6 @@ from memtile.planning import format_byte_size, parse_byte_size, parse_speed
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [
-        ("1", 1),
         ("4096B", 4096),
         ("1MiB", 1 << 20),
         ("1 mib", 1 << 20),
@@ -28,7 +27,7 @@ def test_sizes_mean_what_their_units_say(text, nbytes):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MiB", "-1MiB", "1 M", "1e6", "1,5MiB", "1MiBs", "one", "٣KB"]
+    "text", ["", "MiB", "-1MiB", "1 M", "1e6B", "1,5MiB", "1MiBs", "one", "٣KB"]
 )
 def test_what_is_no_size_is_refused_with_an_example(text):
     """Nothing is guessed: the option, the value and a right way to write it are in the message."""
@@ -37,7 +36,15 @@ def test_what_is_no_size_is_refused_with_an_example(text):
     assert repr(text) in str(raised.value)
 
 
-@pytest.mark.parametrize("text", ["0", "0MiB", "0.5B", "0.0001KiB"])
+@pytest.mark.parametrize("text", ["600", " 600 ", "1.5", "0"])
+def test_a_number_without_a_unit_is_refused(text):
+    """Nobody means 600 bytes by a budget of 600: the units that may be meant are in the message."""
+    with pytest.raises(ArgumentError, match=f"no unit: write {text.strip()}MiB") as raised:
+        parse_byte_size(text, "--size")
+    assert repr(text) in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["0B", "0MiB", "0.5B", "0.0001KiB"])
 def test_a_size_of_nothing_is_refused(text):
     """Less than one byte is refused, also when it comes of a fraction."""
     with pytest.raises(ArgumentError, match="less than one byte"):

@@ -55,8 +55,8 @@ NO_PICKLES: Final = (
     "and save it as safetensors"
 )
 NO_GGUF: Final = (
-    "load it with from_pretrained(folder, gguf_file=name) of transformers, and write the model "
-    "with memtile.save_checkpoint(model, folder)"
+    "have transformers write it as safetensors, by from_pretrained(folder, gguf_file=name) and "
+    "save_pretrained of its model and of its tokenizer"
 )
 
 _FIELDS: Final = 140  # brackets, quotes, words and offsets of a tensor, and its checksum

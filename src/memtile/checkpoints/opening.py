@@ -185,6 +185,8 @@ def _check_suffix(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist; give a folder or a .safetensors file")
     if path.suffix in _PICKLES:
         raise CheckpointError(f"{path} may be a pickle: {NO_PICKLES}")
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} is a GGUF file, and safetensors are read here: {NO_GGUF}")
 
 
 def _indexed(index: Path) -> Iterator[StoredTensor]:

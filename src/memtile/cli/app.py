@@ -18,8 +18,9 @@ from memtile.cli.commands.finetune import run_finetune
 from memtile.cli.commands.generate import run_generate
 from memtile.cli.commands.inspect import run_inspect
 from memtile.cli.commands.plan import run_plan
-from memtile.cli.errors import Interrupted, WorkerError
+from memtile.cli.errors import Interrupted, WorkerError, sentence_of
 from memtile.errors import MemtileError
+from memtile.interrupting import interrupts_are_errors
 
 # UsageError, found this way because newer releases of typer carry a copy of click of their own.
 _UsageError: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
@@ -34,11 +35,17 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and gives its exit code; a mistake is one sentence on stderr.
 
+    So is what other libraries and the system say of what a user gave; an error of our own code is
+    raised.
+
     Args:
         arguments: The words after `memtile`; those of this process if None.
     """
+    interrupts_are_errors()
     try:
-        return app(args=arguments, prog_name="memtile", standalone_mode=False) or 0
+        code: int = app(args=arguments, prog_name="memtile", standalone_mode=False) or 0
+        # typer's own, for Ctrl-C outside of `interruptible`; older releases raise Abort
+        return _refuse("Interrupted.", code) if code == 130 else code
     except WorkerError as error:
         sys.stderr.write(error.log)
         return _refuse(str(error), 3)
@@ -49,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(getattr(error, "strerror", None) or str(error), 2)
     except _UsageError as error:
         return _refuse(f"{error.format_message().rstrip('.')}; see: memtile --help", 2)
+    except typer.Abort:
+        return _refuse("Interrupted.", 130)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        return _refuse(sentence, 2)
 
 
 def _refuse(sentence: str, code: int) -> int:

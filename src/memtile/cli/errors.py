@@ -1,6 +1,16 @@
 """The errors of the command line: one sentence each, with the way out in it."""
 
+import json
+import traceback
+from types import TracebackType
+from typing import Final
+
 from memtile.errors import MemtileError
+
+# They read what a user gave, and refuse it by ValueError and their own classes.
+_READERS: Final = frozenset(
+    {"transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "peft", "gguf"}
+)
 
 
 class CommandError(MemtileError, ValueError):
@@ -21,3 +31,53 @@ class WorkerError(MemtileError, RuntimeError):
     def __init__(self, sentence: str, log: str) -> None:
         super().__init__(sentence)
         self.log = log
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What to say of an error that is not ours; None: a user cannot have caused it.
+
+    The system's errors are taken as theirs, and what a library that reads models says of a value;
+    not what our own code raises, nor a library's KeyError or TypeError, which may be either's bug.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        name = error.filename or error.filename2
+        where = f"{name}: " if name else ""
+        return f"{where}{error.strerror}: see that it is there, may be used, and has room."
+    if isinstance(error, json.JSONDecodeError):
+        return f"a JSON file cannot be read ({error}): take another copy of it."
+    library = _library(error)
+    if library is None:
+        return None
+    return f"{library} refuses what was given: {first_line(error)}."
+
+
+def is_our_bug(error: BaseException) -> bool:
+    """Whether our own code raised it, not what it called."""
+    return _packages(error.__traceback__)[-1:] == ["memtile"]
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, without the advice that it puts below."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, LookupError) or not lines:  # the key alone says nothing
+        return " ".join([type(error).__name__, *lines[:1]])
+    said = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
+    return said.rstrip(".:")
+
+
+def _library(error: Exception) -> str | None:
+    """The library that refused a value; None: it was none, or it failed in another way."""
+    own = type(error).__module__.partition(".")[0].removesuffix("_rust")
+    if own in _READERS:
+        return own
+    # tokenizers raises Exception itself, from compiled code that leaves no frame
+    if not (isinstance(error, OSError | ValueError | ImportError) or type(error) is Exception):
+        return None
+    raised_in = _packages(error.__traceback__)[-1:]
+    return raised_in[0] if _READERS.issuperset(raised_in) and raised_in else None
+
+
+def _packages(trace: TracebackType | None) -> list[str]:
+    """Of each frame, outermost first."""
+    frames = (frame for frame, _ in traceback.walk_tb(trace))
+    return [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]

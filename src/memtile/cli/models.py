@@ -1,47 +1,88 @@
 """A transformers folder as the commands use it: checked, its tokenizer, its model without weights.
 
-Nothing is downloaded and no code of a checkpoint is run.
+Nothing is downloaded, and no code of a folder is run unless the user says so.
 """
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import typer
+
+from memtile.checkpoints import Checkpoint
+from memtile.checkpoints.header import NO_GGUF
 from memtile.checkpoints.opening import tokenizer_files
 from memtile.checkpoints.publishing import put
-from memtile.cli.errors import CommandError
-from memtile.errors import BudgetError, CheckpointWarning, NewWeightsWarning
+from memtile.cli.errors import CommandError, first_line, is_our_bug
+from memtile.convert.finding import find
+from memtile.errors import BudgetError, CheckpointWarning, MemtileError, NewWeightsWarning
 from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def check_folder(folder: Path) -> None:
+TrustsCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the folder brings with it (auto_map): read it first.",
+    ),
+]
+"""The option without which no code of a folder is run."""
+
+_HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+
+
+def check_folder(folder: Path, *, name: str = "MODEL", needs_weights: bool = True) -> None:
     """Refuses what is no transformers folder, before anything slow begins.
+
+    Args:
+        folder: That was given.
+        name: Of the argument that gave it, for messages.
+        needs_weights: Whether a config alone is too little.
 
     Raises:
         CommandError: It is none.
+        CheckpointError: Its weights cannot be read.
     """
     if not folder.is_dir():
-        raise CommandError(
-            f"MODEL {folder} is no folder: give one that save_pretrained wrote or that was "
-            "downloaded from the Hub."
-        )
+        raise CommandError(f"{name} {_no_folder(folder)}")
     if (folder / "adapter_config.json").is_file():
         raise CommandError(
-            f"MODEL {folder} holds adapters, not a model: merge them into their base with peft "
+            f"{name} {folder} holds adapters, not a model: merge them into their base with peft "
             "(merge_and_unload, save_pretrained) and give that folder."
         )
-    if not (folder / "config.json").is_file():
+    has_config = (folder / "config.json").is_file()
+    if _has_weights(folder) or (has_config and needs_weights):
+        Checkpoint.open(folder)
+    if not has_config:
         raise CommandError(
-            f"MODEL {folder} holds no config.json: give a folder that save_pretrained wrote, with "
+            f"{name} {folder} holds no config.json: give a folder that save_pretrained wrote, with "
             "its tokenizer."
         )
+
+
+def _no_folder(path: Path) -> str:
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return f"{path} is a GGUF file, and safetensors are read here: {NO_GGUF}."
+        return f"{path} is a file: give the folder that holds it, with its config.json."
+    if _HUB_NAME.fullmatch(str(path)):
+        return (
+            f"{path} is no folder here: if it is a name on the Hub, download it with "
+            f"hf download {path} --local-dir {path.name}, and give that folder."
+        )
+    return (
+        f"{path} is no folder: give one that save_pretrained wrote or that was downloaded "
+        "from the Hub."
+    )
 
 
 def load_transformers(folder: Path) -> None:
@@ -79,17 +120,14 @@ def _architectures(folder: Path) -> list[str]:
 
 
 @contextmanager
-def within(budget: int, used: int) -> Iterator[int]:
-    """What is left of a budget for the model itself, once other things took some of it.
+def within(budget: int, used: int, others: str) -> Iterator[int]:
+    """What is left of a budget for the model itself, once others took some of it.
 
     Raises:
         CommandError: Nothing.
         BudgetError: A plan made inside does not fit in it.
     """
-    before = (
-        f"--budget {format_byte_size(budget)}, of which tokenizer, texts and adapters took "
-        f"{format_byte_size(used)}"
-    )
+    before = f"--budget {format_byte_size(budget)}, of which {others} took {format_byte_size(used)}"
     if used >= budget:
         raise CommandError(f"{before}: nothing is left for the model; give more.")
     try:
@@ -98,21 +136,34 @@ def within(budget: int, used: int) -> Iterator[int]:
         raise BudgetError(f"{before}: {error}") from error
 
 
-def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
+def taken(budget: int, used: int, others: str) -> str:
+    """Why a plan is for less than the budget."""
+    return (
+        f"{others} took {format_byte_size(used)} of {format_byte_size(budget)}; the plan is for "
+        f"the other {format_byte_size(budget - used)}"
+    )
+
+
+def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder.
+
+    Args:
+        folder: That is known to have a config.
+        trusts_code: Whether code of the folder may run.
 
     Raises:
         CommandError: It has none that can be loaded.
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(
-            f"MODEL {folder} has no tokenizer that can be loaded ({_first_line(error)}): copy "
-            "tokenizer.json and tokenizer_config.json of the model into it."
-        ) from error
+    _config_of(folder, trusts_code)  # which transformers looks at for a tokenizer too
+    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+        raise CommandError(f"MODEL {folder} holds no tokenizer: {_TOKENIZER_WAY_OUT}.")
+    with _reading(folder, "has no tokenizer that can be loaded", _TOKENIZER_WAY_OUT):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusts_code
+        )
+    return found
 
 
 def carry_tokenizer(folder: Path, out: Path) -> None:
@@ -127,30 +178,40 @@ def carry_tokenizer(folder: Path, out: Path) -> None:
         put(out / name, path)
 
 
-def empty_of(folder: Path) -> "PreTrainedModel":
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of one; a plan needs none."""
+    return any(
+        (folder / f"tokenizer{end}").is_file() for end in (".json", "_config.json", ".model")
+    )
+
+
+def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
     """The causal language model of a folder, its parameters on the meta device.
 
+    Args:
+        folder: That is known to have a config.
+        trusts_code: Whether code of the folder may run.
+
     Raises:
-        CommandError: The model is of another kind, or transformers does not know it.
+        CommandError: The model is of another kind, transformers does not know it, or the weights
+            that the folder has are not those of its config.
         CannotTileError: A buffer of it has no values before its parameters do.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     from memtile import empty_model
     from memtile.integrations.pretrained import dtype_of
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        dtype = dtype_of(config, folder)
-        model = empty_model(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CommandError(
-            f"MODEL {folder} is no causal language model of this transformers: "
-            f"{_first_line(error)}."
-        ) from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    config = _config_of(folder, trusts_code)
+    with _reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+        model: PreTrainedModel = empty_model(
+            lambda: AutoModelForCausalLM.from_config(
+                config, dtype=dtype_of(config, folder), trust_remote_code=trusts_code
+            )
+        )
     model.config._name_or_path = str(folder)
+    if _has_weights(folder):
+        _check_weights(model, folder)
     return model
 
 
@@ -174,6 +235,81 @@ def told(*, trains: bool = True) -> Iterator[None]:
             sys.stderr.write(f"memtile: {warning.message}\n")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
+    from transformers import AutoConfig
+
+    with _reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+        # None in place of False would ask, and believe a pipe
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusts_code
+        )
+
+
+def _check_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Refuse weights that are not the model's, by their names and shapes."""
+    found = find(model, Checkpoint.open(folder))
+    wrong = [*found.problems, *(f"{name} is missing" for name in found.missing)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CommandError(
+            f"MODEL {folder}: its weights are not those of its config.json ({wrong[0]}{more}): "
+            "take another copy of both."
+        )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(True for pattern in _WEIGHTS for _ in folder.glob(pattern))
+
+
+def read_settings(model: "PreTrainedModel", folder: Path) -> None:
+    """Give a model the settings of generation that its folder has.
+
+    Raises:
+        CommandError: They cannot be read, or contradict each other.
+    """
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        with _reading(
+            folder, "has a generation_config.json that cannot be used", _SETTINGS_WAY_OUT
+        ):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+_NO_MODEL: Final = "is no causal language model of this transformers"
+_TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
+_MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
+_SETTINGS_WAY_OUT: Final = "correct it, or remove it"
+
+
+@contextmanager
+def _reading(folder: Path, problem: str, way_out: str) -> Iterator[None]:
+    """Whatever transformers makes of a folder's files, as one sentence."""
+    try:
+        yield
+    except MemtileError:
+        raise
+    except Exception as error:
+        if is_our_bug(error):
+            raise
+        if "trust_remote_code" in str(error) and (code := code_of(folder)):
+            raise CommandError(
+                f"MODEL {folder} needs Python code that lies in it, and none is run unasked: "
+                f"{', '.join(code)}; read it, and give --trust-remote-code to run it."
+            ) from error
+        raise CommandError(f"MODEL {folder} {problem} ({first_line(error)}): {way_out}.") from error
+
+
+def code_of(folder: Path) -> list[str]:
+    """The classes that a folder's `auto_map`s name, as module.Class."""
+    found: dict[str, None] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            named: Any = json.loads((folder / name).read_bytes()).get("auto_map")  # JSON
+        except (OSError, ValueError, AttributeError):
+            continue
+        for value in named.values() if isinstance(named, dict) else (named,):
+            classes = value if isinstance(value, list) else [value]
+            found.update(dict.fromkeys(one for one in classes if isinstance(one, str)))
+    return list(found)

@@ -197,10 +197,14 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
     folder = Path(source) if isinstance(source, str | Path) else None
     if folder is not None:
         try:
-            config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                source, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArgumentError(
-                f"{str(source)!r}: transformers cannot read its config.json ({error})"
+                f"{str(source)!r}: transformers cannot read its config.json "
+                f"({str(error).partition(chr(10))[0]}); code of a folder is never run: make the "
+                "model by yourself, on the meta device, and give memtile.plan that"
             ) from error
     if not isinstance(config, transformers.PretrainedConfig):
         return None
@@ -221,7 +225,7 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
         return lambda: named._from_config(config, dtype=dtype)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    return lambda: kind.from_config(config, dtype=dtype)
+    return lambda: kind.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:

@@ -22,14 +22,19 @@ def parse_byte_size(text: str, option: str) -> int:
     """The number of bytes that `text` says, a fraction of a byte cut off.
 
     Args:
-        text: A number and a unit, such as "1MiB", "1.5 GB" or "4096B"; no unit means bytes.
+        text: A number and a unit, such as "1MiB", "1.5 GB" or "4096B".
         option: The name of the option it was given to, for the message.
 
     Raises:
-        ArgumentError: If it is no size, or less than one byte.
+        ArgumentError: If it is no size, has no unit, or is less than one byte.
     """
     match = _SIZE.fullmatch(text)
-    unit = (match[2].lower() or "b") if match else ""
+    unit = match[2].lower() if match else ""
+    if match and not unit:
+        raise ArgumentError(
+            f"{option} {text[:40]!r} has no unit: write {match[1][:40]}MiB, {match[1][:40]}GB or "
+            f"{match[1][:40]}B."
+        )
     if match is None or unit not in _BYTES_OF_UNIT:
         raise ArgumentError(
             f"{option} {text!r} is not a size: "

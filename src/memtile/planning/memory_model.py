@@ -108,7 +108,7 @@ def _parked(setting: Setting, layout: Layout) -> Iterator[Term]:
     yield Term("gradient of one tile", _slabs(setting, layout, trained, 1), "host")
     looked_up = [weight for weight in layout.parked if weight.is_looked_up]
     pages = min(setting.tokens * rings.fault_bytes, _slabs(setting, layout, looked_up, 1))
-    yield Term("pages of looked-up rows", pages, "host")
+    yield Term("file pages around looked-up rows", pages, "host")
 
 
 def _home(setting: Setting, layout: Layout) -> int:

@@ -74,7 +74,7 @@ def _traffic(plan: "RankPlan") -> Iterator[str]:
 
 
 def _times(plan: "RankPlan") -> Iterator[str]:
-    rows: list[tuple[str, ...]] = [("floors of a step", "seconds")]
+    rows: list[tuple[str, ...]] = [("a step takes at least, for", "seconds")]
     rows += [(floor.name, f"{floor.seconds:.3g}") for floor in plan.floors]
     yield from table.aligned(rows, right={1})
     yield f"{plan.flops:.3g} floating-point operations in products, on each rank"

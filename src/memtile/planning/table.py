@@ -15,7 +15,15 @@ _TITLES = {"device": "memory of the device", "host": "memory", "disk": "disk"}
 def of(plan: "Plan") -> str:
     """Every layer, every term and every floor, as lines."""
     return "\n".join(
-        [summary(plan), "", *layer_lines(plan.layers), "", *_places(plan), *_times(plan)]
+        [
+            summary(plan),
+            "",
+            *layer_lines(plan.layers),
+            "",
+            *_places(plan),
+            *_times(plan),
+            *_words(plan),
+        ]
     )
 
 
@@ -105,13 +113,24 @@ def _place(plan: "Plan", place: "Place") -> list[tuple[str, ...]]:
 
 
 def _times(plan: "Plan") -> Iterator[str]:
-    rows = [("floors of a step", "seconds")]
+    rows = [("a step takes at least, for", "seconds")]
     rows += [(floor.name, f"{floor.seconds:.3g}") for floor in plan.floors]
     yield from aligned(rows, right={1})
     decisive = plan.decided_by.partition(" (")[0]
     yield f"decided by {decisive}: predicted {plan.seconds:.3g} s a step"
     moved = format_byte_size(plan.read_bytes), format_byte_size(plan.written_bytes)
     yield f"read from the home in a step {moved[0]}, written to it {moved[1]}"
+
+
+def _words(plan: "Plan") -> Iterator[str]:
+    """What the lines above mean by words of ours."""
+    if plan.parked_layers:
+        yield (
+            "parked: kept at the home (a file or host memory) and brought in tile by tile; "
+            "resident: kept in memory"
+        )
+    if any(term.name.startswith("slabs ") for term in plan.terms):
+        yield "slabs: a few buffers, each as large as the largest tile, that tiles are read into"
 
 
 def aligned(rows: Sequence[tuple[str, ...]], right: Collection[int] = frozenset()) -> Iterator[str]:

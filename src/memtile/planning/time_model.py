@@ -71,7 +71,7 @@ def floors(
         ("products", counted.flops / max(1.0, rates.flops(setting.tokens, widest))),
         ("other operations", counted.touched_bytes / max(1.0, rates.touched_bytes)),
         ("optimizer", elements / max(1.0, rates.stepped_elements)),
-        ("visits of tiles", moves.visits * rates.tile_seconds),
+        ("starting work on tiles", moves.visits * rates.tile_seconds),
     ]
     disk = moves.read_bytes / max(1.0, rates.read_bytes)
     disk += moves.written_bytes / max(1.0, rates.written_bytes)

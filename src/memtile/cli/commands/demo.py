@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from memtile.cli import demo
+from memtile.cli import demo, models
 from memtile.cli.console import interruptible, progress
 from memtile.cli.errors import CommandError
 from memtile.planning import parse_byte_size
@@ -49,7 +49,7 @@ def run_demo(
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
     demo.check_home(home)
     if model is not None:
-        _check_model(model)
+        models.check_folder(model, name="--model")
     demo.text_of(text or demo.SHIPPED_TEXT)
     with interruptible(), progress() as bars:
         demo.ensure_runnable()
@@ -83,12 +83,4 @@ def _check_numbers(steps: int, tokens: int, learning_rate: float) -> None:
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise CommandError(
             f"--lr {learning_rate} is no learning rate: give one above 0, such as 1e-4."
-        )
-
-
-def _check_model(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise CommandError(
-            f"--model {folder} holds no config.json: "
-            "give a folder that save_pretrained wrote, with its tokenizer."
         )

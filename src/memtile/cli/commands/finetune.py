@@ -1,5 +1,6 @@
 """`memtile finetune`: a model trained within a budget of memory, saved, stopped and continued."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,8 @@ from memtile.planning import format_byte_size, parse_byte_size
 
 if TYPE_CHECKING:
     from memtile.cli.finetune.loop import Result
+    from memtile.cli.finetune.over_ranks import RankOptions
+    from memtile.cli.finetune.run import Options
 
 
 def run_finetune(
@@ -56,6 +59,7 @@ def run_finetune(
         bool,
         typer.Option("--strict", help="Refuse a folder that holds more than the model has."),
     ] = False,
+    trust_remote_code: models.TrustsCode = False,
 ) -> int:
     """Fine-tune a model that need not fit in memory, on plain text.
 
@@ -71,6 +75,7 @@ def run_finetune(
     if save_every < 1:
         raise CommandError(f"--save-every {save_every} is too few: give 1 or more.")
     models.check_folder(model)
+    texts = _with_words(texts)
     paths = tuple(str(text.resolve()) for text in texts)
     check_texts(texts)
     found = digests(model, texts)
@@ -79,9 +84,22 @@ def run_finetune(
     with interruptible():
         models.load_transformers(model)
         if engine is None:
-            _train(settings, out, allowed, home or "disk", save_every, resume, strict)
+            from memtile.cli.finetune.run import Options
+
+            where = home or "disk"
+            _train(
+                settings,
+                Options(out, allowed, where, save_every, resume, strict, trust_remote_code),
+            )
         else:
-            _train_over_ranks(settings, out, tile_bytes, offload, save_every, resume, strict)
+            from memtile.cli.finetune.over_ranks import RankOptions
+
+            _train_over_ranks(
+                settings,
+                RankOptions(
+                    out, tile_bytes, offload, save_every, resume, strict, trust_remote_code
+                ),
+            )
     return 0
 
 
@@ -108,52 +126,56 @@ def _check_options(
         raise CommandError("--lora is not there over ranks: leave out --engine, or --lora.")
 
 
-def _train(
-    settings: Settings,
-    out: Path,
-    budget: int,
-    home: str,
-    save_every: int,
-    resume: bool,
-    strict: bool,
-) -> None:
-    from memtile.cli.finetune.run import Options, finetune
+def _with_words(texts: list[Path]) -> list[Path]:
+    """The texts without empty ones, which are named, where there are others.
+
+    Raises:
+        CommandError: one is a folder.
+    """
+    for text in texts:
+        if text.is_dir():
+            raise CommandError(f"TEXT {text} is a folder: give its files, such as {text}/*.txt.")
+    some = [text for text in texts if not _is_empty(text)]
+    for text in texts if some and is_first_rank() else ():
+        if text not in some:
+            print(f"TEXT {text} is empty: skipped", file=sys.stderr)
+    return some or texts
+
+
+def _is_empty(text: Path) -> bool:
+    return text.is_file() and text.stat().st_size < 1 << 20 and not text.read_bytes().strip()
+
+
+def _train(settings: Settings, options: "Options") -> None:
+    from memtile.cli.finetune.run import finetune
 
     console = Console(highlight=False)
-    with Display(console, settings.steps, budget) as display:
+    with Display(console, settings.steps, options.budget) as display:
         result = finetune(
             settings,
-            Options(out, budget, home, save_every, resume, strict),
-            display.reading,
-            lambda plan: display.planned(plan.summary),
-            display.started,
-            display.report,
-        )
-    _show(result, out, f" of {format_byte_size(budget)}", console)
-
-
-def _train_over_ranks(
-    settings: Settings,
-    out: Path,
-    tile_bytes: int,
-    offload: bool,
-    save_every: int,
-    resume: bool,
-    strict: bool,
-) -> None:
-    from memtile.cli.finetune.over_ranks import RankOptions, finetune_over_ranks
-
-    console = Console(highlight=False, quiet=not is_first_rank())
-    with Display(console, settings.steps) as display:
-        result = finetune_over_ranks(
-            settings,
-            RankOptions(out, tile_bytes, offload, save_every, resume, strict),
+            options,
             display.reading,
             display.planned,
             display.started,
             display.report,
         )
-    _show(result, out, " a rank", console)
+    _show(result, options.out, f" of {format_byte_size(options.budget)}", console)
+
+
+def _train_over_ranks(settings: Settings, options: "RankOptions") -> None:
+    from memtile.cli.finetune.over_ranks import finetune_over_ranks
+
+    console = Console(highlight=False, quiet=not is_first_rank())
+    with Display(console, settings.steps) as display:
+        result = finetune_over_ranks(
+            settings,
+            options,
+            display.reading,
+            display.planned,
+            display.started,
+            display.report,
+        )
+    _show(result, options.out, " a rank", console)
 
 
 def _check_out(out: Path, settings: Settings, resume: bool) -> None:
@@ -172,9 +194,10 @@ def _check_out(out: Path, settings: Settings, resume: bool) -> None:
 def _show(result: "Result", out: Path, limit: str, console: Console) -> None:
     losses = result.losses
     if losses:
-        count = "1 step" if len(losses) == 1 else f"{len(losses)} steps"
+        ends = {result.first: losses[0], result.first + len(losses) - 1: losses[-1]}
+        words = ", ".join(f"loss of step {step}: {loss:.3f}" for step, loss in ends.items())
         console.print(
-            f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {count}, {result.seconds:.0f} s; "
+            f"{words}; {result.seconds:.0f} s, "
             f"peak memory {format_byte_size(result.peak_bytes)}{limit}",
             soft_wrap=True,
         )

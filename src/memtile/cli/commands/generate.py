@@ -39,6 +39,7 @@ def run_generate(
         typer.Option("--strict", help="Refuse a folder that holds more than the model has."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    trust_remote_code: models.TrustsCode = False,
 ) -> int:
     """Generate text straight from the unmodified safetensors, streamed as it comes."""
     if tokens < 1:
@@ -53,14 +54,14 @@ def run_generate(
         from memtile.cli import generation
 
         request = generation.Request(
-            model, prompt, tokens, allowed, home, temperature, seed, chat, strict
+            *(model, prompt, tokens, allowed, home, temperature, seed, chat),
+            strict=strict,
+            trusts_code=trust_remote_code,
         )
         console = Console(stderr=True, highlight=False)
         found = generation.generate(
             request,
-            lambda plan: (
-                None if as_json else console.print(plan.summary, style="dim", soft_wrap=True)
-            ),
+            lambda words: None if as_json else console.print(words, style="dim", soft_wrap=True),
             (lambda text: None) if as_json else generation.say_at_once,
         )
     if as_json:

@@ -1,7 +1,9 @@
 """`memtile plan`: what a budget is enough for, before anything is loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -13,6 +15,11 @@ from memtile.cli.errors import CommandError
 from memtile.cli.homes import check_home
 from memtile.planning import parse_byte_size
 
+if TYPE_CHECKING:
+    from memtile.planning import Plan
+
+_OTHERS: Final = "the tokenizer"
+
 
 def run_plan(
     model: Annotated[
@@ -21,7 +28,7 @@ def run_plan(
     budget: Annotated[
         str | None, typer.Option(help="Memory to use above the imports, such as 2GiB.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens in a step, on each rank.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens in a step, on each rank.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences that these tokens are.")] = 1,
     optimizer: Annotated[
         str, typer.Option(help="A class of torch.optim, such as AdamW; none: inference.")
@@ -43,6 +50,7 @@ def run_plan(
         Path | None, typer.Option(help="A JSON file of rates, in place of measured ones.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON instead.")] = False,
+    trust_remote_code: models.TrustsCode = False,
     world_size: Annotated[
         int | None, typer.Option(help="Plan for so many ranks, instead of one process.")
     ] = None,
@@ -77,36 +85,59 @@ def run_plan(
     shared = {"tokens": tokens, "batch": batch}
     if world_size is not None:
         cluster.check_alone({"--budget": budget, "--home": home, "--mode": mode, "--rates": rates})
-        return _show(model, as_json, optimizer, "plan_ranks", {**shared, **cluster.arguments()})
+        given = {**shared, **cluster.arguments()}
+        with _counting(model):
+            chosen = _optimizer(optimizer)
+            import memtile
+
+            ranks = memtile.plan_ranks(
+                models.empty_of(model, trust_remote_code), optimizer=chosen, **given
+            )
+        print(ranks.to_json() if as_json else ranks)
+        return 0
     if budget is None:
         raise CommandError("there is no limit: give --budget 2GiB, or --world-size for a cluster.")
-    parse_byte_size(budget, "--budget")
+    allowed = parse_byte_size(budget, "--budget")
     if check_home(home or "disk", "checkpoint") == "checkpoint":
         if optimizer != "none":
             raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
         home = "disk"  # what is in memory is the same
-    alone = {"budget": budget, "home": home or "disk", "mode": mode or "in_backward"}
-    return _show(model, as_json, optimizer, "plan", {**shared, **alone, "rates": rates})
+    alone = {"home": home or "disk", "mode": mode or "in_backward", "rates": rates}
+    with _counting(model):
+        found, used = _plan(model, allowed, trust_remote_code, {**shared, **alone}, optimizer)
+    print(found.to_json() if as_json else f"{found}\n{models.taken(allowed, used, _OTHERS)}")
+    return 0
 
 
-def _show(
-    folder: Path,
-    as_json: bool,
-    optimizer: str,
-    door: Literal["plan", "plan_ranks"],
-    arguments: dict[str, Any],  # of that function
-) -> int:
-    """Plan the model of a folder by one of memtile's doors, and print it."""
-    models.check_folder(folder)
+@contextmanager
+def _counting(folder: Path) -> Iterator[None]:
+    """What both kinds of plan begin with, and a word on what takes time."""
+    models.check_folder(folder, needs_weights=False)
     with interruptible():
         models.load_transformers(folder)
-        import memtile
-
         with Console(stderr=True).status("counting a step, measuring the machine once"):
-            make: Any = getattr(memtile, door)  # one of two functions, whose keywords differ
-            plan = make(models.empty_of(folder), optimizer=_optimizer(optimizer), **arguments)
-    print(plan.to_json() if as_json else plan)
-    return 0
+            yield
+
+
+def _plan(
+    folder: Path,
+    budget: int,
+    trusts_code: bool,
+    arguments: dict[str, Any],  # of memtile.plan
+    optimizer: str,
+) -> "tuple[Plan, int]":
+    """The plan that `finetune` and `generate` make, but for their texts; and what is not in it."""
+    import memtile
+    from memtile.testing import PeakMemory
+
+    chosen = _optimizer(optimizer)
+    with PeakMemory() as memory:
+        if models.has_tokenizer(folder):
+            models.tokenizer_of(folder, trusts_code)
+        model = models.empty_of(folder, trusts_code)
+        with models.within(budget, memory.nbytes, _OTHERS) as left:
+            found = memtile.plan(model, budget=left, optimizer=chosen, **arguments)
+    return found, budget - left
 
 
 def _optimizer(name: str) -> "type | None":

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 import memtile
+from memtile.cli import models
 from memtile.cli.demo.parking import describe_home, make_home
 from memtile.cli.demo.records import Piece, Settings, Side
 from memtile.cli.demo.text import cut_batches, text_of
-from memtile.cli.errors import CommandError
+from memtile.cli.errors import CommandError, first_line
 from memtile.homes import Home
 from memtile.testing import LargestAllocation, PeakMemory
 
@@ -79,14 +80,16 @@ def _prepare(settings: Settings) -> tuple["PreTrainedTokenizerBase", list[torch.
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            settings.model, local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
-            transformers.AutoModelForCausalLM.from_config(config)
+            transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(settings.model, "causal language model", error) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            settings.model, local_files_only=True
+            settings.model, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(settings.model, "tokenizer", error) from error
@@ -106,7 +109,11 @@ def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
 
 
 def _cannot_load(folder: str, what: str, error: Exception) -> CommandError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        reason = (
+            f"it needs {', '.join(models.code_of(Path(folder)))}, and the demo runs no such code"
+        )
     return CommandError(
         f"transformers finds no {what} in {folder} ({reason}): "
         "give --model a folder that save_pretrained wrote, with its tokenizer."
@@ -127,7 +134,7 @@ def _load_model(folder: str) -> "PreTrainedModel":
 
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load(folder, "weights", error) from error

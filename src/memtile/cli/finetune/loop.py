@@ -1,6 +1,7 @@
 """The loop of a run: a step, a line for it, checkpoints, and an end in good order when one asks."""
 
 import math
+import shutil
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memtile.cli.errors import CommandError, Interrupted
+from memtile.cli.finetune.log import NAME as LOG
 from memtile.cli.finetune.log import Entry, Log
 from memtile.cli.finetune.settings import Settings
 from memtile.errors import NotFiniteError
@@ -27,11 +29,13 @@ class Result:
     """What a run came to.
 
     Attributes:
+        first: number of the first step that was done now.
         losses: of the steps that were done now.
         peak_bytes: the most memory, above the imports.
         seconds: they took.
     """
 
+    first: int
     losses: list[float]
     peak_bytes: int
     seconds: float
@@ -119,6 +123,7 @@ def train(run: Run, report: Report) -> Result:
     """
     log = Log(run.out, run.done) if run.writes else None
     losses: list[float] = []
+    first = run.done + 1
     begun = time.perf_counter()
     try:
         with _stopping() as came:
@@ -139,7 +144,41 @@ def train(run: Run, report: Report) -> Result:
     finally:
         if log is not None:
             log.close()
-    return Result(losses, run.memory.nbytes, time.perf_counter() - begun)
+    return Result(first, losses, run.memory.nbytes, time.perf_counter() - begun)
+
+
+def first_missing(folder: Path) -> Path | None:
+    """The outermost of the folders that have to be made for this one; None: it is there."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    return missing[-1] if missing else None
+
+
+@contextmanager
+def nothing_left_of_a_failed_start(out: Path, made: Path | None, was_begun: bool) -> Iterator[None]:
+    """Remove what a run wrote that ended before its first step was done.
+
+    Args:
+        out: the run's folder; what is in it is this run's, where nothing was begun before.
+        made: what `first_missing` said before it was made.
+        was_begun: whether the folder holds a run, or is another process's to remove: nothing is.
+    """
+    try:
+        yield
+    except BaseException:
+        log = out / LOG
+        if not was_begun and not (log.is_file() and log.stat().st_size):
+            _empty(out)
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _stopped(run: Run) -> str:

@@ -12,8 +12,17 @@ import torch.distributed as dist
 
 from memtile.checkpoints.steps import saved_steps
 from memtile.cli import models
+from memtile.cli.finetune.launching import is_first_rank
 from memtile.cli.finetune.log import Entry
-from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
+from memtile.cli.finetune.loop import (
+    TRAINING,
+    Report,
+    Result,
+    Run,
+    first_missing,
+    nothing_left_of_a_failed_start,
+    train,
+)
 from memtile.cli.finetune.run import check_dtype, check_vocabulary, texts_of
 from memtile.cli.finetune.sequences import Heard
 from memtile.cli.finetune.settings import Settings
@@ -37,6 +46,7 @@ class RankOptions:
         save_every: steps between checkpoints.
         resume: go on from the last one.
         strict: refuse a folder that holds more than the model has.
+        trusts_code: whether code of the model's folder may run.
     """
 
     out: Path
@@ -45,6 +55,7 @@ class RankOptions:
     save_every: int
     resume: bool
     strict: bool = False
+    trusts_code: bool = False
 
 
 def finetune_over_ranks(
@@ -73,7 +84,13 @@ def finetune_over_ranks(
     """
     load_engine(settings.engine or "")
     keep_freed_memory_out()
-    with PeakMemory() as memory, _process_group() as ranks, ranks.missing_none():
+    made = first_missing(options.out)
+    with (
+        PeakMemory() as memory,
+        _process_group() as ranks,
+        ranks.missing_none(),
+        nothing_left_of_a_failed_start(options.out, made, options.resume or not is_first_rank()),
+    ):
         run = _ShardedRun(settings, options, memory, heard)
         planned(run.summary)
         if options.resume:
@@ -112,10 +129,10 @@ class _ShardedRun(Run):
         torch.manual_seed(settings.seed)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self.writes = self._rank == 0
-        model = models.empty_of(Path(settings.model))
+        model = models.empty_of(Path(settings.model), options.trusts_code)
         if settings.engine != "zero3":  # which scales the loss
             check_dtype(model)
-        _, self._sequences = texts_of(settings, usable_folder(None), heard)
+        _, self._sequences = texts_of(settings, usable_folder(None), heard, options.trusts_code)
         check_vocabulary(model, self._sequences)
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -14,7 +15,15 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.adapters import with_adapters
 from memtile.cli.finetune.log import Entry
-from memtile.cli.finetune.loop import TRAINING, Report, Result, Run, train
+from memtile.cli.finetune.loop import (
+    TRAINING,
+    Report,
+    Result,
+    Run,
+    first_missing,
+    nothing_left_of_a_failed_start,
+    train,
+)
 from memtile.cli.finetune.sequences import Heard, Sequences, read_sequences
 from memtile.cli.finetune.settings import Settings
 from memtile.testing import PeakMemory
@@ -22,7 +31,7 @@ from memtile.testing import PeakMemory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from memtile.planning import Plan
+_OTHERS: Final = "tokenizer, texts and adapters"
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Options:
         save_every: steps between checkpoints.
         resume: go on from the last one.
         strict: refuse a folder that holds more than the model has, or lacks a head.
+        trusts_code: whether code of the model's folder may run.
     """
 
     out: Path
@@ -44,13 +54,14 @@ class Options:
     save_every: int
     resume: bool
     strict: bool = False
+    trusts_code: bool = False
 
 
 def finetune(
     settings: Settings,
     options: Options,
     heard: Heard,
-    planned: Callable[["Plan"], None],
+    planned: Callable[[str], None],
     started: Callable[[int], None],
     report: Report,
 ) -> Result:
@@ -60,7 +71,7 @@ def finetune(
         settings: what to train.
         options: how.
         heard: called as the texts are read.
-        planned: called with the plan.
+        planned: called with sentences on the plan.
         started: called with the number of steps that were done before.
         report: called after each step.
 
@@ -70,7 +81,12 @@ def finetune(
         CheckpointError: the model's or the run's checkpoint is damaged.
         Interrupted: a signal came; the run is saved.
     """
-    with PeakMemory() as memory, memtile.training_folder(options.out / TRAINING):
+    made = first_missing(options.out)
+    with (
+        PeakMemory() as memory,
+        memtile.training_folder(options.out / TRAINING),
+        nothing_left_of_a_failed_start(options.out, made, options.resume),
+    ):
         run = _PlannedRun(settings, options, memory, heard, planned)
         if options.resume:
             run.resume()
@@ -91,18 +107,20 @@ class _PlannedRun(Run):
         options: Options,
         memory: PeakMemory,
         heard: Heard,
-        planned: Callable[["Plan"], None],
+        planned: Callable[[str], None],
     ) -> None:
         super().__init__(settings, options.out, options.save_every, memory)
         torch.manual_seed(settings.seed)
         folder = Path(settings.model)
-        model = models.empty_of(folder)
+        model = models.empty_of(folder, options.trusts_code)
+        with suppress(CommandError):  # they are no part of training: at worst, transformers' own
+            models.read_settings(model, folder)
         check_dtype(model)
-        _, self._sequences = texts_of(settings, options.out / TRAINING, heard)
+        _, self._sequences = texts_of(settings, options.out / TRAINING, heard, options.trusts_code)
         if settings.lora is not None:
             model = with_adapters(model, settings.lora)
         check_vocabulary(model, self._sequences)
-        with models.within(options.budget, memory.nbytes) as left:
+        with models.within(options.budget, memory.nbytes, _OTHERS) as left:
             plan = memtile.plan(
                 model,
                 budget=left,
@@ -111,7 +129,8 @@ class _PlannedRun(Run):
                 home=options.home,
                 mode="in_backward",
             )
-        planned(plan)
+        planned(plan.summary)
+        planned(models.taken(options.budget, options.budget - left, _OTHERS))
         with models.told():
             memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
         self._model = model.train()
@@ -168,7 +187,7 @@ class _PlannedRun(Run):
 
 
 def texts_of(
-    settings: Settings, folder: Path, heard: Heard
+    settings: Settings, folder: Path, heard: Heard, trusts_code: bool = False
 ) -> tuple["PreTrainedTokenizerBase", Sequences]:
     """The tokenizer of a run's model, and its texts in tokens.
 
@@ -176,12 +195,13 @@ def texts_of(
         settings: of the run.
         folder: for a file of the tokens, which has no name.
         heard: called as the texts are read.
+        trusts_code: whether code of the model's folder may run.
 
     Raises:
         CommandError: the folder has no tokenizer, the texts are too short, or the tokens find no
             room.
     """
-    tokenizer = models.tokenizer_of(Path(settings.model))
+    tokenizer = models.tokenizer_of(Path(settings.model), trusts_code)
     texts = [Path(text) for text in settings.texts]
     read = read_sequences(texts, tokenizer, settings.tokens, settings.seed, folder, heard)
     return tokenizer, read
