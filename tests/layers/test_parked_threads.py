@@ -5,9 +5,11 @@ import threading
 import pytest
 import torch
 from parked_layers import HOMES, home_called, small_model
+from threads import together
 from torch import nn
 
 import memtile
+from memtile.ops import parked
 
 THREADS, TURNS = 4, 10
 
@@ -55,3 +57,45 @@ def test_threads_may_run_forward_at_once():
         thread.join()
 
     assert not wrong
+
+
+def in_backward(act):
+    """Call it inside a backward of this thread."""
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(act)
+    y.backward()
+
+
+class Shared:
+    """A node of an engine that another thread runs as soon as a hook is registered."""
+
+    def register_prehook(self, hook):
+        self.hook = hook
+        together(lambda: in_backward(lambda grad: hook((grad,)) or None))
+        return self
+
+    def remove(self):
+        del self.hook
+
+
+class Source:
+    settled = 0
+
+    def settle(self):
+        self.settled += 1
+
+
+def test_a_gradient_is_settled_by_its_own_backward_only():
+    """Threads share the node that accumulates a parameter's gradients, not what they ask of it."""
+    node, source = Shared(), Source()
+
+    def ask(grad):
+        parked._settle_before(node, source)
+        assert not source.settled
+        node.hook((grad,))
+
+    in_backward(ask)
+
+    assert source.settled == 1
+    assert not hasattr(node, "hook")

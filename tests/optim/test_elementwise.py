@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from threads import together
 from torch import nn, optim
 
 from memtile.errors import OptimizerError
@@ -184,6 +185,23 @@ def test_random_steps_in_one_dtype_are_refused_for_it():
     assert inner.fields(inner.defaults, torch.float32) == {}
     with pytest.raises(OptimizerError, match="NoisyIn16Bits draws random numbers"):
         inner.fields(inner.defaults, torch.bfloat16)
+
+
+class Neighboured(optim.SGD):
+    """Another thread draws random numbers while this one steps."""
+
+    def step(self, closure=None):
+        together(lambda: torch.rand(3))
+        return super().step(closure)
+
+
+def test_random_numbers_of_other_threads_are_left_alone():
+    """What another thread draws meanwhile is no reason to refuse, and is not drawn again."""
+    before = torch.get_rng_state()
+
+    Inner(Neighboured, {"lr": 0.1})
+
+    assert not torch.equal(before, torch.get_rng_state())
 
 
 def test_the_construction_draws_no_random_numbers():

@@ -9,6 +9,7 @@ from small_training import HOMES, batches, disk_of, in_home, loss_of, optimizer_
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from memtile import DiskHome, TiledLinear
 from memtile.errors import OptimizerError
 from memtile.homes import berth_of
 from memtile.optim.clipping import _cells
@@ -45,6 +46,19 @@ def _joined(model):
     found = {f"{name}.weight": getattr(model, name).weight.grad for name in names}
     found |= {f"{name}.bias": getattr(model, name).bias.grad for name in names[1:]}
     return {**found, "norm.weight": model.norm.weight.grad, "norm.bias": model.norm.bias.grad}
+
+
+def test_gradients_written_after_their_norm_was_asked_for_are_seen():
+    """A norm that asks for no scaling leaves nothing behind that a second one would use."""
+    model = TiledLinear(7, 5, out_splits=2, home=DiskHome())  # fewer gradients than slabs
+    optimizer = optimizer_for(model)
+    model(torch.randn(3, 7)).square().sum().backward()
+    norm = optimizer.clip_grad_norm_(math.inf)
+
+    for parameter in model.parameters():
+        parameter.grad.data.mul_(2)
+
+    assert torch.equal(optimizer.clip_grad_norm_(math.inf), 2 * norm)
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])

@@ -131,6 +131,29 @@ def test_a_second_one_in_a_step_comes_at_once(watched, handler, point):
     assert _goes_on(model, optimizer, twin, twins)
 
 
+def test_a_write_after_a_step_that_was_given_up_is_seen(watched):
+    """Nothing that a step has read ahead is used by the next one: it steps what was written."""
+    (model, optimizer), (twin, twins) = _pair()
+    for each in (model, twin):
+        loss_of(each, batches(1, seed=8)[0]).backward()
+
+    def interrupt():
+        _ctrl_c()
+        _ctrl_c()
+
+    watched(at_step(0, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    for each in (model, twin):
+        for parameter in each.parameters():
+            parameter.data.mul_(0.5)
+            parameter.grad.data.mul_(2)
+    optimizer.step()
+    twins.step()
+
+    assert same(values(model), values(twin))
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_in_a_backward_that_steps_it_waits_for_the_end(watched, handler, point):
     """in_backward: KeyboardInterrupt comes when the backward is whole, with undisturbed bits."""

@@ -322,6 +322,24 @@ def test_a_write_after_ctrl_c_in_a_tile_is_seen_by_a_layer_alone():
         assert_same_bits(calls_one_layer(parked), calls_one_layer(resident))
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_write_after_ctrl_c_between_tiles_is_seen(where):
+    """A Ctrl-C in an ordinary module of the model leaves no pass open, for whoever comes next."""
+    resident, parked = twins()
+    trains(parked)
+    register = {"forward": "register_forward_hook", "backward": "register_full_backward_hook"}
+    hook = getattr(parked[1], register[where])(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trains(parked)
+    hook.remove()
+    for mode in (calls_one_layer, calls_one_layer, calls_layers_alone, only_forwards, trains):
+        for model in (resident, parked):
+            writes_through_numpy(model)
+            model.zero_grad()
+
+        assert_same_bits(mode(parked), mode(resident))
+
+
 class FailsOnce:
     """A hook of a gradient that raises the first time."""
 

@@ -143,8 +143,11 @@ def _settle_before(node: Any, source: Source) -> None:
 
     It adds in place: a write of ours that is still under way would undo it.
     """
+    task = torch._C._current_graph_task_id()
 
     def settle(grads: tuple[Tensor | None, ...]) -> None:
+        if torch._C._current_graph_task_id() != task:  # threads share the node
+            return
         handle.remove()
         if grads[0] is not None:
             source.settle()

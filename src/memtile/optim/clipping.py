@@ -31,6 +31,8 @@ def clip_gradients(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
+    for home in {berth.home for berth in map(_parked, gradients) if berth is not None}:
+        ferries_of(home).steps.clear()  # what was read before may have been written since
     norms = _norms(gradients, norm_type)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if error_if_nonfinite and not total.isfinite():

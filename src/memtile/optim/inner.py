@@ -5,7 +5,8 @@ piece's memory, is put before the optimizer together with the piece's gradient a
 away again after the step. The optimizer itself owns nothing between two steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any  # options and state hold whatever the optimizer's class wants
@@ -13,8 +14,10 @@ from typing import Any  # options and state hold whatever the optimizer's class 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtile.errors import OptimizerError
+from memtile.homes import lock_of_a_module
 from memtile.optim.elementwise import (
     check_class,
     construct,
@@ -33,6 +36,7 @@ _DRAWS = (
     "stepped whole"
 )
 _SPARSE = "steps sparse gradients only; the gradient of a tile is dense"
+_trying = lock_of_a_module()  # flags that torch keeps for a mode are of the whole process
 _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
@@ -82,12 +86,12 @@ class Inner:
         self._options = dict(options)
         self.name = self._class.__name__
         refuse_differentiable(self.name, self._options)
-        self._optimizer = self._construct([nn.Parameter(stand_in_values(torch.float32))])
-        self._begins_with_state = bool(self._optimizer.state)
-        self._forget()
-        self.defaults = dict(self._optimizer.defaults)
-        self._bare_step = bare_step(self._optimizer)
+        first = self._on_stand_in()
+        self._begins_with_state, self.defaults = bool(first.state), dict(first.defaults)
+        _forget(first)
+        self._idle = [first]  # one for each thread that was ever in `step` with others
         self._checked: set[object] = set()
+        self._latest: tuple[dict[str, Any], dict[str, torch.dtype]] = ({}, {})
         self.fields(self.defaults, torch.float32)
 
     def fields(
@@ -108,15 +112,17 @@ class Inner:
         """
         refuse_differentiable(self.name, group_options)
         group = {**self.defaults, **group_options}
+        asked = {**group, "params": dtype}  # what the answer depends on
+        latest, known = self._latest
+        if asked.keys() == latest.keys() and all(asked[key] is latest[key] for key in asked):
+            return dict(known)  # each tile asks, and at every step where nothing is kept for it
         piece = Piece(stand_in_values(dtype), stand_in_values(dtype))
-        with torch.random.fork_rng(devices=[]):
-            before = torch.get_rng_state()
+        with _trying, _NoDraws(self.name):
             self._try_step(piece, group)
-            if not torch.equal(before, torch.get_rng_state()):
-                raise refusal(self.name, _DRAWS)
-            found = layout(self.name, piece.state)
-            self._check_once(group, dtype)
-        return found
+        found = layout(self.name, piece.state)
+        self._check_once(group, dtype)
+        self._latest = asked, found
+        return dict(found)
 
     def step(self, pieces: Sequence[Piece], group_options: Mapping[str, Any]) -> None:
         """Step all pieces once, bit for bit as the optimizer would step each as a parameter.
@@ -126,7 +132,7 @@ class Inner:
         (`torch.optim.optimizer.register_optimizer_step_pre_hook`) are not called for pieces,
         except where the class's own step calls the step of another class.
 
-        One call at a time: nothing here keeps threads apart.
+        Any number of threads may be here at once: each has an optimizer for itself.
 
         Args:
             pieces: What is stepped. Their devices and dtypes may differ.
@@ -135,16 +141,32 @@ class Inner:
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}
-            try:
-                stand_ins = [self._stand_in(piece, group) for piece in pieces]
-                self._optimizer.param_groups = [{**group, "params": stand_ins}]
-                self._bare_step()
+            with self._lent() as optimizer:
+                stand_ins = [self._stand_in(optimizer, piece, group) for piece in pieces]
+                optimizer.param_groups = [{**group, "params": stand_ins}]
+                bare_step(optimizer)()
                 for piece, stand_in in zip(pieces, stand_ins, strict=True):
-                    self._hand_back(piece, stand_in)
-            finally:
-                self._forget()
+                    _hand_back(optimizer, piece, stand_in)
 
-    def _stand_in(self, piece: Piece, group: Mapping[str, Any]) -> nn.Parameter:
+    @contextmanager
+    def _lent(self) -> Iterator[Optimizer]:
+        """An optimizer that nobody else uses meanwhile."""
+        try:
+            optimizer = self._idle.pop()  # a list's pop and append need no lock
+        except IndexError:
+            optimizer = self._on_stand_in()
+        try:
+            yield optimizer
+        finally:
+            _forget(optimizer)
+            self._idle.append(optimizer)
+
+    def _on_stand_in(self) -> Optimizer:
+        return self._construct([nn.Parameter(stand_in_values(torch.float32))])
+
+    def _stand_in(
+        self, optimizer: Optimizer, piece: Piece, group: Mapping[str, Any]
+    ) -> nn.Parameter:
         """A parameter in the piece's memory, with its gradient, and its state if it has one."""
         stand_in = nn.Parameter(piece.value)
         stand_in.grad = piece.gradient
@@ -152,18 +174,8 @@ class Inner:
             made = self._construct([{**group, "params": [stand_in]}])
             piece.state.update(made.state[stand_in])
         if piece.state:
-            self._optimizer.state[stand_in] = piece.state
+            optimizer.state[stand_in] = piece.state
         return stand_in
-
-    def _hand_back(self, piece: Piece, stand_in: nn.Parameter) -> None:
-        kept = self._optimizer.state.get(stand_in)
-        if kept is not None and kept is not piece.state:
-            piece.state.clear()
-            piece.state.update(kept)
-
-    def _forget(self) -> None:
-        self._optimizer.param_groups = []
-        self._optimizer.state.clear()
 
     def _construct(self, params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Optimizer:
         return construct(self._class, params, self._options)
@@ -247,6 +259,31 @@ class Inner:
             f"is not element-wise: given {spelled(self._options)}, {found}; tiles are stepped one "
             "by one, so a value may depend only on its own gradient, its own state and the options"
         )
+
+
+class _NoDraws(TorchDispatchMode):
+    """Refuses what would draw random numbers, in this thread: torch's are shared by all."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._name = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise refusal(self._name, _DRAWS)
+        return func(*args, **(kwargs or {}))
+
+
+def _hand_back(optimizer: Optimizer, piece: Piece, stand_in: nn.Parameter) -> None:
+    kept = optimizer.state.get(stand_in)
+    if kept is not None and kept is not piece.state:
+        piece.state.clear()
+        piece.state.update(kept)
+
+
+def _forget(optimizer: Optimizer) -> None:
+    optimizer.param_groups = []
+    optimizer.state.clear()
 
 
 def bare_step(optimizer: Optimizer) -> Callable[[], object]:

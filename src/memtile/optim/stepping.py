@@ -215,16 +215,17 @@ class Stepper:
         work = Work(tensors, frozenset(rooms), {key: _at(room) for key, room in rooms.items()})
         with ExitStack() as stack:
 
-            def borrow(ring: Ferry, cargo: Mapping[str, Berth], **options: Any) -> None:
-                if cargo:
-                    loan = stack.enter_context(ring.borrow(tuple(cargo.values()), **options))
-                    tensors.update(zip(cargo, loan.tensors, strict=True))
-                    work.loans.append((loan, tuple(cargo)))
+            def borrow(ring: Ferry, cargo: dict[str, Berth], made: dict[str, Berth]) -> None:
+                old, new = tuple(cargo.values()), tuple(made.values())
+                loan = stack.enter_context(ring.borrow(old, made=new, ahead=ahead))
+                tensors.update(zip((*cargo, *made), loan.tensors, strict=True))
+                work.loans.append((loan, (*cargo, *made)))
 
+            # Threads that hold a slab of one ring and wait for the other do it in this order only.
             if in_backward:
-                borrow(ferries.weights, {VALUE: berths.pop(VALUE)})
-            borrow(ferries.steps, berths, ahead=ahead)
-            borrow(ferries.steps, rooms, read=False, ahead=ahead)
+                borrow(ferries.weights, {VALUE: berths.pop(VALUE)}, {})
+            if berths or rooms:
+                borrow(ferries.steps, berths, rooms)
             yield work
 
     def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from memtile.optim.dense_state import load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.stepping import Stepper
-from memtile.transfer import ferries_of, is_stepped_in_backward, step_in_backward
+from memtile.transfer import ferries_of, gradient_of, is_stepped_in_backward, step_in_backward
 
 Mode = Literal["classic", "in_backward"]
 Hook = Callable[[nn.Parameter], None]
@@ -199,6 +199,7 @@ class TileOptimizer(Optimizer):
             )
 
     def _step_all(self) -> None:
+        self._forget_read()
         for parameter in self._stepped:
             parameter.grad = None  # part of one, from a second backward that was refused
         if self._unfinished is None:
@@ -222,16 +223,28 @@ class TileOptimizer(Optimizer):
         self._unfinished = None
 
     def _settle(self) -> None:
-        """Wait until everything is at home; nothing that was read stays for another step."""
+        """Wait until everything is at home."""
+        for home in self._homes():
+            ferries_of(home).steps.settle()
+        self._forget_read()
+
+    def _forget_read(self) -> None:
+        """Use nothing that was read before, by this step or by one that was given up."""
+        for home in self._homes():
+            ferries_of(home).steps.clear()
+            ferries_of(home).weights.clear()
+
+    def _homes(self) -> set[Home]:
+        """Those whose tiles are stepped in slabs."""
         homes = {berth.home for berth in map(berth_of, self._all()) if berth is not None}
-        for home in homes:
-            if not home.works_in_place:
-                ferries_of(home).steps.settle()
-                ferries_of(home).steps.clear()
-                ferries_of(home).weights.clear()
+        return {home for home in homes if not home.works_in_place}
 
     def _step_after_backward(self, parameter: nn.Parameter) -> None:
         """The hook of in-backward mode: the parameter's gradient is complete."""
+        with gradient_of(parameter):
+            self._step_complete(parameter)
+
+    def _step_complete(self, parameter: nn.Parameter) -> None:
         if parameter.grad is None:
             return
         if parameter in self._stepped:

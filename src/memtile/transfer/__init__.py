@@ -6,6 +6,7 @@ from memtile.transfer.itinerary import Itinerary
 from memtile.transfer.parked import (
     ParkedSource,
     Use,
+    gradient_of,
     is_stepped_in_backward,
     step_in_backward,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "ParkedSource",
     "Use",
     "ferries_of",
+    "gradient_of",
     "is_stepped_in_backward",
     "layer_call",
     "step_in_backward",

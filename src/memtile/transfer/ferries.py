@@ -1,13 +1,11 @@
 """The ferries of each home, made when they are first needed and gone with it."""
 
 import os
-import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 
-from memtile.homes import Home, renew_in_child
+from memtile.homes import Home, lock_of_a_module, renew_in_child
 from memtile.transfer.ferry import Ferry
 
 # Threads a home. Four saturate an idle disk; while products keep all cores busy a thread waits for
@@ -29,27 +27,18 @@ class Ferries:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
         self._process, self._is_closed = os.getpid(), False
+        self._empty()
         renew_in_child(self, Ferries._renew_locks)
 
-    @cached_property
-    def weights(self) -> Ferry:
-        """The ring of tiles."""
-        return Ferry(self._executor, SLABS)
-
-    @cached_property
-    def gradients(self) -> Ferry:
-        """The ring of gradients."""
-        return Ferry(self._executor, GRADIENT_SLABS)
-
-    @cached_property
-    def steps(self) -> Ferry:
-        """The ring of what is stepped."""
-        return Ferry(self._executor, SLABS)
+    def _empty(self) -> None:
+        """New rings: their slabs have no memory before they are used."""
+        self.weights = Ferry(self._executor, SLABS)
+        self.gradients = Ferry(self._executor, GRADIENT_SLABS)
+        self.steps = Ferry(self._executor, SLABS)
 
     def all(self) -> Iterator[Ferry]:
-        """Those that were ever used."""
-        names = ("weights", "gradients", "steps")
-        return (self.__dict__[name] for name in names if name in self.__dict__)
+        """Each of them."""
+        return iter((self.weights, self.gradients, self.steps))
 
     @property
     def works(self) -> bool:
@@ -71,19 +60,16 @@ class Ferries:
         self._is_closed = True
         if self._process == os.getpid():  # a child has none, and their locks are as they were
             self._executor.shutdown(wait=False)
-        for name in ("weights", "gradients", "steps"):
-            self.__dict__.pop(name, None)
+        self._empty()
 
     def _renew_locks(self) -> None:
         """This is the child of a fork: a tile that is in a slab now is still to be given back."""
         for ferry in self.all():
             ferry.renew_lock()
-        for name in ("weights", "gradients", "steps"):
-            if hasattr(vars(Ferries)[name], "lock"):  # before Python 3.12
-                vars(Ferries)[name].lock = threading.RLock()
 
 
 _ferries: "weakref.WeakKeyDictionary[Home, Ferries]" = weakref.WeakKeyDictionary()
+_lock = lock_of_a_module()  # of the dictionary only: nothing is moved or computed under it
 
 
 def ferries_of(home: Home) -> Ferries:
@@ -92,14 +78,17 @@ def ferries_of(home: Home) -> Ferries:
     Raises:
         HomeError: the home is closed.
     """
-    found = _ferries.get(home)
-    if found is None or not found.works:
-        home.check_open()
-        found = _ferries[home] = Ferries()
-        home.when_closed(found.settle, found.close)
-    return found
+    with _lock:  # two rings for the same tiles would not know of each other's writes
+        found = _ferries.get(home)
+        if found is None or not found.works:
+            home.check_open()
+            found = _ferries[home] = Ferries()
+            home.when_closed(found.settle, found.close)
+        return found
 
 
 def every_ferry() -> list[Ferry]:
     """All ferries that are in use in this process."""
-    return [ferry for found in list(_ferries.values()) if found.works for ferry in found.all()]
+    with _lock:
+        every = list(_ferries.values())
+    return [ferry for found in every if found.works for ferry in found.all()]

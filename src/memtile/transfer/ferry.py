@@ -24,20 +24,28 @@ Cargo = Sequence[Berth]
 
 
 class Loan:
-    """A cargo in memory, for as long as it is borrowed.
+    """What was borrowed at once, in memory for as long as it is borrowed.
 
     Attributes:
         tensors: one for each berth, in its slab: not to be kept.
     """
 
-    def __init__(self, ferry: "Ferry", slab: Slab, cargo: Cargo) -> None:
-        self._ferry, self._slab, self._cargo = ferry, slab, cargo
-        self.tensors: list[Tensor] = slab.tensors
+    def __init__(self, ferry: "Ferry", slabs: Sequence[Slab], cargoes: Sequence[Cargo]) -> None:
+        self._ferry, self._slabs = ferry, slabs
+        self._places = [
+            (slab, number, berth)
+            for slab, cargo in zip(slabs, cargoes, strict=True)
+            for number, berth in enumerate(cargo)
+        ]
+        self.tensors: list[Tensor] = [slab.tensors[number] for slab, number, _ in self._places]
 
     def store(self, *numbers: int) -> None:
         """Write the tensors home: all of them, or those with these numbers. Does not wait."""
-        chosen = numbers or range(len(self._cargo))
-        self._ferry.write_home(self._slab, [(number, self._cargo[number]) for number in chosen])
+        chosen = [self._places[number] for number in numbers] or self._places
+        for slab in self._slabs:
+            own = [(number, berth) for holder, number, berth in chosen if holder is slab]
+            if own:
+                self._ferry.write_home(slab, own)
 
 
 class Ferry:
@@ -55,11 +63,8 @@ class Ferry:
         self._clock = count(1)
         self._itinerary = Itinerary()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
-        self._depth = 0  # of changes that are under way, in the thread that holds the lock
         self._process = os.getpid()
-        self._changed = threading.Condition()
-        # No method: futures keep it, and the ferry would keep itself alive.
-        self._notify = partial(_notify, weakref.ref(self), self._changed)
+        self.renew_lock()
 
     @property
     def slab_bytes(self) -> int:
@@ -74,29 +79,32 @@ class Ferry:
 
     @contextmanager
     def borrow(
-        self, cargo: Cargo, *, read: bool = True, ahead: Iterable[Cargo] | None = None
+        self, cargo: Cargo = (), *, made: Cargo = (), ahead: Iterable[Cargo] | None = None
     ) -> Iterator[Loan]:
-        """The cargo in memory; afterwards the slab is the ring's again, whatever happens.
+        """The cargo in memory; afterwards its slabs are the ring's again, whatever happens.
 
         Args:
             cargo: berths of one home.
-            read: False for a cargo whose content is made now: the slab holds anything at first.
+            made: berths whose content is made now: their slab, another one, holds anything at
+                first. Their tensors come after the cargo's.
             ahead: what will be needed next; by default what was the last time.
 
         Raises:
             HomeIOError: it could not be read, or no slab is free because none could be written.
         """
-        slab = self._board(cargo, read)
+        cargoes, slabs = [part for part in (cargo, made) if part], list[Slab]()
         try:
-            self._look_ahead(key_of(cargo), ahead)
-            slab.wait_until_read()
-            yield Loan(self, slab, cargo)
+            self._board(cargoes, slabs, made)
+            self._look_ahead({key_of(part) for part in cargoes}, ahead)
+            for slab in slabs:
+                slab.wait_until_read()
+            yield Loan(self, slabs, cargoes)
             self._check_process()
         except BaseException:
-            slab.is_spoiled = not slab.is_unwritten  # its content may be half changed
+            self._leave(slabs, half_changed=True)
             raise
-        finally:
-            self._leave(slab)
+        else:
+            self._leave(slabs)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -106,8 +114,11 @@ class Ferry:
             )
 
     def renew_lock(self) -> None:
-        """This is the child of a fork: whoever held the lock may be gone."""
+        """Nobody holds the lock: at first, and in the child of a fork, where whoever did is gone."""
+        self._depth = 0  # of changes that are under way, in the thread that holds the lock
         self._changed = threading.Condition()
+        # No method: futures keep it, and the ferry would keep itself alive.
+        self._notify = partial(_notify, weakref.ref(self), self._changed)
 
     def write_home(self, slab: Slab, berths: Sequence[tuple[int, Berth]]) -> None:
         """Start writing these tensors of a borrowed slab home."""
@@ -179,30 +190,40 @@ class Ferry:
             elif not slab.is_unwritten:
                 slab.let_go()
 
-    def _board(self, cargo: Cargo, read: bool) -> Slab:
-        key = key_of(cargo)
-        with self._changing():
-            self._itinerary.note(key)
-            slab = self._holding(key) or self._take(key, cargo, read)
-            slab.users += 1
-            self._last_use[slab] = next(self._clock)
-            return slab
+    def _board(self, cargoes: Sequence[Cargo], slabs: list[Slab], made: Cargo) -> None:
+        """Put a slab for each cargo into the list, all at once.
 
-    def _take(self, key: Key, cargo: Cargo, read: bool) -> Slab:
-        """A slab that this cargo goes into, once one is to be had."""
-        while True:
-            slab = self._idle({key})
-            held = self._holding(key)  # another thread may have fetched it while this one waited
-            if held is not None:
-                return held
-            if slab is not None:
-                break
-            self._wait_for_a_slab()
-        if read:
-            slab.load(cargo, self._executor, self._notify)
-        else:
+        Whoever held one and waited for another would wait for ever, where others do the same.
+        """
+        keys = [key_of(cargo) for cargo in cargoes]
+        with self._changing():
+            for key in keys:
+                self._itinerary.note(key)
+            while (chosen := self._choose(keys)) is None:
+                self._wait_for_a_slab()
+            for slab, key, cargo in zip(chosen, keys, cargoes, strict=True):
+                if self._holding(key) is not slab:
+                    self._take_in(slab, cargo, is_made=cargo is made)
+            for slab in chosen:
+                slab.users += 1
+                slabs.append(slab)  # next to the line above: a Ctrl-C between them would lose it
+                self._last_use[slab] = next(self._clock)
+
+    def _choose(self, keys: Sequence[Key]) -> list[Slab] | None:
+        """For each key the slab that holds it, or one that may be overwritten; None: too few."""
+        chosen: list[Slab] = []
+        for key in keys:  # what is made now comes last, and no slab holds it
+            slab = self._holding(key) or self._idle(set(keys), chosen)
+            if slab is None:
+                return None
+            chosen.append(slab)
+        return chosen
+
+    def _take_in(self, slab: Slab, cargo: Cargo, is_made: bool) -> None:
+        if is_made:
             slab.claim(cargo)
-        return slab
+        else:
+            slab.load(cargo, self._executor, self._notify)
 
     def _wait_for_a_slab(self) -> None:
         """Wait until a user, a reader or a writer has ended.
@@ -214,13 +235,15 @@ class Ferry:
         if failed:
             failed[0].write_again()
         else:
+            depth, self._depth = self._depth, 0  # others change the ring meanwhile
             self._changed.wait()
+            self._depth = depth
 
-    def _look_ahead(self, key: Key, ahead: Iterable[Cargo] | None) -> None:
+    def _look_ahead(self, keys_now: set[Key], ahead: Iterable[Cargo] | None) -> None:
         keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
         # No memory for a slab, say: who asks for what could not be read ahead is told then.
         with self._changing(), suppress(OSError, MemoryError):
-            self._fetch(islice(keys, len(self._slabs) - 1), {key})
+            self._fetch(islice(keys, len(self._slabs) - 1), keys_now)
 
     def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
         """Start reading these, as far as slabs are idle that hold none of them."""
@@ -262,20 +285,24 @@ class Ferry:
                 return slab
         return None
 
-    def _idle(self, protected: set[Key]) -> Slab | None:
+    def _idle(self, protected: set[Key], taken: Sequence[Slab] = ()) -> Slab | None:
         """A slab that may be overwritten: an empty one, one not wanted soon, the oldest."""
-        free = [s for s in self._slabs if s.holder in (Holder.NOBODY, Holder.ITS_TILES)]
+        idle = (Holder.NOBODY, Holder.ITS_TILES)
+        free = [slab for slab in self._slabs if slab not in taken and slab.holder in idle]
 
         def cost(slab: Slab) -> tuple[bool, bool, int]:
             return slab.key is not None, slab.key in protected, self._last_use[slab]
 
         return min(free, key=cost, default=None)
 
-    def _leave(self, slab: Slab) -> None:
+    def _leave(self, slabs: Sequence[Slab], half_changed: bool = False) -> None:
         with self._changing():
-            slab.users -= 1
-            if slab.is_spoiled and not slab.users and not slab.is_unwritten:
-                slab.let_go()
+            for slab in slabs:
+                slab.users -= 1
+                if half_changed:
+                    slab.is_spoiled = not slab.is_unwritten
+                if slab.is_spoiled and not slab.users and not slab.is_unwritten:
+                    slab.let_go()
             self._changed.notify_all()
 
 

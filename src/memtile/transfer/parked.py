@@ -1,19 +1,20 @@
 """A parked parameter as an operation sees it: values to bring in, a gradient to send home."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
-from memtile.homes import Berth, berth_of, lock_of_a_module, register, room_of, scratch_like
+from memtile.homes import Berth, berth_of, register, renew_in_child, room_of, scratch_like
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.passes import current_pass, enter_backward
 
-Form = Callable[[Tensor], None]  # writes the gradient into a tensor
+Form = Callable[[Tensor], object]  # writes the gradient into a tensor
 
 
 class Use:
@@ -29,22 +30,32 @@ class _Trained:
     Attributes:
         uses: nodes whose backward has not run.
         is_stepped_in_backward: a hook takes the gradient, so it need not go home.
+        lock: held by a thread that adds to the gradient, or takes it.
     """
 
     def __init__(self) -> None:
+        self._renew_lock()
+        renew_in_child(self, _Trained._renew_lock)
         self.uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self.is_stepped_in_backward = False
 
+    def _renew_lock(self) -> None:
+        self.lock = threading.RLock()
+
 
 _trained = WeakIdKeyDictionary()
-_adding = lock_of_a_module()
 
 
 def _record(parameter: Tensor) -> _Trained:
     found: _Trained | None = _trained.get(parameter)
-    if found is None:
-        found = _trained[parameter] = _Trained()
+    if found is None:  # `setdefault`: another thread may have made one meanwhile
+        found = _trained.setdefault(parameter, _Trained())
     return found
+
+
+def gradient_of(parameter: Tensor) -> AbstractContextManager[object]:
+    """Inside, no other thread adds to the parameter's gradient, or takes it."""
+    return _record(parameter).lock
 
 
 def is_stepped_in_backward(parameter: Tensor) -> bool:
@@ -101,11 +112,11 @@ class ParkedSource:
             yield loan.tensors[0].to(device)
 
     def deliver(self, form: Form) -> None:
-        """Put the gradient that `form` writes to the parameter's, or add it."""
-        with _adding:  # as torch's own accumulation, which threads may enter at once
-            self._deliver(form)
+        """Put the gradient that `form` writes to the parameter's, or add it.
 
-    def _deliver(self, form: Form) -> None:
+        Threads may enter at once, as in torch's own accumulation. They take turns to add to the
+        gradient of one parameter; none waits for another's product to form its own.
+        """
         parameter, berth = self.parameter, berth_of(self.parameter)
         record = _record(parameter)
         stays = record.is_stepped_in_backward and not record.uses
@@ -140,35 +151,53 @@ def _formed(parameter: nn.Parameter, form: Form) -> Tensor:
 
 def _accumulate(parameter: nn.Parameter, new: Tensor, home_sum_stays: bool = False) -> None:
     """Put or add a gradient in memory; a sum that was sent home before comes back to it."""
-    old = parameter.grad
-    berth = berth_of(old) if old is not None else None
-    if old is None:
-        parameter.grad = new
-    elif berth is None or not home_sum_stays:
-        old.add_(new)
-    else:
-        with ferries_of(berth.home).gradients.borrow((berth,)) as loan:
-            parameter.grad = new.add_(loan.tensors[0])
+    with gradient_of(parameter):
+        old = parameter.grad
+        berth = berth_of(old) if old is not None else None
+        if old is None:
+            parameter.grad = new
+        elif berth is None or not home_sum_stays:
+            old.add_(new)
+        else:
+            with ferries_of(berth.home).gradients.borrow((berth,)) as loan:
+                parameter.grad = new.add_(loan.tensors[0])
 
 
 def _send_home(parameter: nn.Parameter, berth: Berth, form: Form) -> None:
+    lock = _record(parameter).lock
+    if parameter.grad is None and lock.acquire(blocking=False):
+        try:
+            if parameter.grad is None:  # formed where it stays; others' are added once it is whole
+                parameter.grad = _formed_at_home(parameter, berth, form)
+                return
+        finally:
+            lock.release()
+    formed = _formed(parameter, form)
+    with lock:
+        _add_at_home(parameter, berth, formed)
+
+
+def _formed_at_home(parameter: nn.Parameter, berth: Berth, form: Form) -> Tensor:
+    with room_of(parameter):
+        new = berth.home.berth(parameter.shape, parameter.dtype)
+    with ferries_of(berth.home).gradients.borrow(made=(new,)) as loan:
+        form(loan.tensors[0])
+        loan.store()
+    gradient = new.tensor()
+    register(gradient, new)
+    return gradient
+
+
+def _add_at_home(parameter: nn.Parameter, berth: Berth, formed: Tensor) -> None:
     old = parameter.grad
-    ring = ferries_of(berth.home).gradients
-    if old is None:
-        with room_of(parameter):
-            new = berth.home.berth(parameter.shape, parameter.dtype)
-        with ring.borrow((new,), read=False) as loan:
-            form(loan.tensors[0])
-            loan.store()
-        gradient = new.tensor()
-        register(gradient, new)
-        parameter.grad = gradient
+    if old is None:  # someone has taken it meanwhile
+        parameter.grad = _formed_at_home(parameter, berth, lambda out: out.copy_(formed))
         return
     old_berth = berth_of(old)
     if old_berth is None:
-        old.add_(_formed(parameter, form))
+        old.add_(formed)
         return
-    with ring.borrow((old_berth,)) as loan:
-        loan.tensors[0].add_(_formed(parameter, form))
+    with ferries_of(old_berth.home).gradients.borrow((old_berth,)) as loan:
+        loan.tensors[0].add_(formed)
         loan.store()
     torch.autograd.graph.increment_version(old)

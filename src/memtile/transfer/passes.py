@@ -7,10 +7,13 @@ by itself), and every slab is emptied then. It ends with the last node of its ba
 recomputed inside backward belongs to the pass that it is recomputed for.
 """
 
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,13 +25,14 @@ from memtile.transfer.ferries import every_ferry
 
 
 class _Here(threading.local):
-    """How deep this thread is in modules that memtile knows."""
+    """The model that this thread has entered and not left, and how deep it is in tiled layers."""
 
-    model_is_open = False
+    model: "weakref.ref[nn.Module] | None" = None
     depth = 0
 
 
 _here = _Here()
+_CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forward
 _numbers = count(1)
 _current = 0  # the number of the pass whose tiles the slabs hold
 _backwards: set[int] = set()  # graph tasks of the engine that have brought tiles in
@@ -43,16 +47,28 @@ def current_pass() -> int:
 @contextmanager
 def layer_call() -> Iterator[None]:
     """One call of a tiled layer: a pass of its own unless it is part of one."""
-    if not _here.depth and not _here.model_is_open and not in_backward():
+    if not _here.depth and not in_backward() and not _is_in_model():
         _begin()
     _here.depth += 1
     try:
         yield
-    except BaseException:
-        _here.model_is_open = False  # a Ctrl-C passes by the hook that leaves the model
-        raise
     finally:
         _here.depth -= 1
+
+
+def _is_in_model() -> bool:
+    """Whether the call of the model that this thread has entered is still under way.
+
+    The stack is asked: a Ctrl-C, wherever it comes, passes by the hook that leaves the model.
+    """
+    model = None if _here.model is None else _here.model()
+    frame: FrameType | None = None if model is None else sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals["self"] is model:
+            return True
+        frame = frame.f_back
+    _here.model = None
+    return False
 
 
 def in_backward() -> bool:
@@ -78,15 +94,14 @@ def unwatch_model(model: nn.Module) -> None:
 def _enter_model(module: nn.Module, arguments: Any) -> None:  # whatever the model takes
     if torch.compiler.is_compiling() or in_backward():
         return
-    # Not counted: a Ctrl-C passes by the other hook, and must not leave a pass open for ever.
-    _here.model_is_open = True
+    _here.model = weakref.ref(module)
     _begin()
 
 
 def _leave_model(module: nn.Module, arguments: Any, output: Any) -> None:  # likewise
     if torch.compiler.is_compiling() or in_backward():
         return
-    _here.model_is_open = False
+    _here.model = None
     if not torch.is_grad_enabled():
         _end()
 
@@ -96,8 +111,8 @@ def _begin() -> None:
     with _lock:
         _current = next(_numbers)
         _backwards.clear()  # what is left are those that failed
-        for ferry in every_ferry():
-            ferry.start()
+    for ferry in every_ferry():
+        ferry.start()
 
 
 def _end() -> None:

@@ -1,0 +1,75 @@
+"""Threads at one home: nobody waits for ever, nor for others' products, and nothing is lost."""
+
+import threading
+
+import pytest
+import torch
+from parked_layers import HOMES, home_called
+from threads import PATIENCE_SECONDS, switching_often, together
+from watched_home import WatchedHome
+
+from memtile.layers import ParkedLinear
+from memtile.transfer import ParkedSource, ferries_of, gradient_of
+
+THREADS = 4
+
+
+def test_two_slabs_are_taken_at_once(make_ferry):
+    """Threads that each need two of three slabs take turns, and find what they asked for."""
+    home, ferry = WatchedHome(), make_ferry()
+    tiles, wrong = home.tiles(THREADS), []
+
+    def work(number):
+        for turn in range(20):
+            room = home.tile("made", -1)
+            with ferry.borrow((tiles[number],), made=(room,)) as loan:
+                tile, made = loan.tensors
+                made.copy_(tile + turn)
+                loan.store(1)
+            with ferry.borrow((room,)) as loan:
+                if loan.tensors[0].tolist() != [number + turn] * 3:
+                    wrong.append((number, turn))
+
+    with switching_often():
+        together(*(lambda n=n: work(n) for n in range(THREADS)))
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("sums", [False, True], ids=["first", "sum"])
+@pytest.mark.parametrize("home", HOMES)
+def test_gradients_are_formed_at_the_same_time(home, sums):
+    """Two threads are in their products at once, be it for one parameter, and both are added."""
+    tile = ParkedLinear(7, 5, bias=False, home=home_called(home))
+    source, meeting = ParkedSource(tile.weight), threading.Barrier(2)
+    if sums:
+        source.deliver(lambda out: out.fill_(1))
+
+    def deliver():
+        met = []
+
+        def form(out):
+            if not met:
+                met.append(meeting.wait(PATIENCE_SECONDS))
+            out.fill_(3)
+
+        source.deliver(form)
+
+    together(deliver, deliver)
+    source.settle()
+
+    assert tile.weight.grad.unique().tolist() == [7.0 if sums else 6.0]
+
+
+def test_threads_that_are_the_first_share_rings_and_locks():
+    """Two rings of one home would not know of each other's writes; two locks would lock nothing."""
+
+    def ask(home, parameter, found):
+        found.append((ferries_of(home).weights, gradient_of(parameter)))
+
+    for _ in range(20):
+        home, parameter, found = WatchedHome(), torch.zeros(1), []
+        with switching_often():
+            together(*[lambda asked=(home, parameter, found): ask(*asked)] * THREADS)
+
+        assert len({id(ring) for ring, _ in found}) == len({id(lock) for _, lock in found}) == 1
