@@ -114,7 +114,7 @@ class Ferry:
             )
 
     def renew_lock(self) -> None:
-        """Nobody holds the lock: at first, and in the child of a fork, where whoever did is gone."""
+        """Nobody holds the lock: at first, and in a forked child, where whoever did is gone."""
         self._depth = 0  # of changes that are under way, in the thread that holds the lock
         self._changed = threading.Condition()
         # No method: futures keep it, and the ferry would keep itself alive.
