@@ -236,8 +236,10 @@ class Ferry:
             failed[0].write_again()
         else:
             depth, self._depth = self._depth, 0  # others change the ring meanwhile
-            self._changed.wait()
-            self._depth = depth
+            try:
+                self._changed.wait()
+            finally:
+                self._depth = depth
 
     def _look_ahead(self, keys_now: set[Key], ahead: Iterable[Cargo] | None) -> None:
         keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
