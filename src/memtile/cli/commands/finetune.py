@@ -1,15 +1,23 @@
 """`memtile finetune`: a model trained within a budget of memory, saved, stopped and continued."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 
 from memtile.cli import models
-from memtile.cli.console import interruptible
+from memtile.cli.console import interruptible, progress
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune import LOG, PICTURE, Settings, check_texts, digests, holds_run
+from memtile.cli.finetune import (
+    LOG,
+    PICTURE,
+    Settings,
+    check_texts,
+    digests,
+    holds_run,
+    weight_files,
+)
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.launching import ENGINES, check_launched, is_first_rank
 from memtile.cli.homes import check_home
@@ -17,6 +25,8 @@ from memtile.planning import format_byte_size, parse_byte_size
 
 if TYPE_CHECKING:
     from memtile.cli.finetune.loop import Result
+
+_MEBIBYTE: Final = 1 << 20
 
 
 def run_finetune(
@@ -69,7 +79,7 @@ def run_finetune(
     models.check_folder(model)
     paths = tuple(str(text.resolve()) for text in texts)
     check_texts(texts)
-    found = digests(model, texts)
+    found = _digests(model, texts, lora is not None)
     settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine)
     _check_out(out, settings, resume)
     with interruptible():
@@ -102,6 +112,17 @@ def _check_options(
         )
     if lora is not None:
         raise CommandError("--lora is not there over ranks: leave out --engine, or --lora.")
+
+
+def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, ...]:
+    """What tells the run's files from others, with a bar: a large base takes minutes to read."""
+    read = [*texts, *(weight_files(model) if with_weights else ())]
+    mebibytes = sum(file.stat().st_size for file in read) / _MEBIBYTE
+    with progress() as bars:
+        task = bars.add_task("reading texts and weights, MiB", total=mebibytes)
+        return digests(
+            model, texts, with_weights, lambda nbytes: bars.advance(task, nbytes / _MEBIBYTE)
+        )
 
 
 def _train(
