@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
+from memtile.cli.finetune import digests
 from memtile.cli.finetune.run import _PlannedRun
 
 STEPS = 6
@@ -129,6 +131,45 @@ def test_a_run_goes_on_with_its_own_text_and_model_only(tiny_model, text, tmp_pa
     assert main(arguments(tiny_model, mine, out, "--resume")) == 2
     assert "not those that the run" in capsys.readouterr().err
     assert same(weights(out), before)
+
+
+def test_adapters_go_on_over_their_own_base_only(tiny_model, text, tmp_path, capsys):
+    """Other weights of the same config and size are refused, and taken where they are the same."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model, folder)
+    given = arguments(folder, text, out, "--lora", "2")
+    assert main(given) == 0
+    file = folder / "model.safetensors"
+    first = file.read_bytes()
+    file.write_bytes(first[:-1] + bytes([first[-1] ^ 1]))
+
+    assert main([*given, "--resume"]) == 2
+    assert "the texts or the model are not those that the run" in capsys.readouterr().err
+    file.write_bytes(first)
+    assert main([*given, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "with_weights", "is_seen"),
+    [
+        ("config.json", False, True),
+        ("tokenizer.json", False, True),
+        ("model.safetensors", True, True),
+        ("model.safetensors", False, False),  # a run has its weights from its own checkpoint
+        ("README.md", True, False),
+    ],
+)
+def test_what_decides_a_run_is_told_from_others(tiny_model, tmp_path, name, with_weights, is_seen):
+    """A changed byte of whatever decides its numbers, at the same size; nothing else."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "README.md").write_text("good")
+    before = digests(folder, [], with_weights)
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+
+    assert (digests(folder, [], with_weights) != before) == is_seen
 
 
 def test_ids_beyond_the_model_are_refused(tiny_model, tmp_path, capsys):

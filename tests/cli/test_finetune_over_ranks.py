@@ -9,11 +9,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
 from memtile.cli.finetune.sequences import read_sequences
+from memtile.cli.finetune.sharding import _check_shards
+from memtile.errors import NotFiniteError
 
 STEPS, TOKENS, LR = 5, 16, 1e-2
 
@@ -149,3 +152,18 @@ def test_options_of_engines_need_one(tiny_model, tiny_text, tmp_path, capsys):
 
     assert main([*command, "--tile", "1MiB"]) == 2
     assert "go with --engine" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_ends_every_rank():
+    """Each looks at its own shards, all of them hear of it, and none steps."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(3, 5)
+        model(torch.ones(2, 3)).sum().backward()
+        _check_shards(model)
+        model.weight.grad[1, 2] = float("inf")
+
+        with pytest.raises(NotFiniteError, match="the gradient of weight is not finite; nothing"):
+            _check_shards(model)
+    finally:
+        dist.destroy_process_group()

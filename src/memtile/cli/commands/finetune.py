@@ -2,15 +2,23 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 
 from memtile.cli import models
-from memtile.cli.console import interruptible
+from memtile.cli.console import interruptible, progress
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune import LOG, PICTURE, Settings, check_texts, digests, holds_run
+from memtile.cli.finetune import (
+    LOG,
+    PICTURE,
+    Settings,
+    check_texts,
+    digests,
+    holds_run,
+    weight_files,
+)
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.launching import ENGINES, check_launched, is_first_rank
 from memtile.cli.homes import check_home
@@ -20,6 +28,8 @@ if TYPE_CHECKING:
     from memtile.cli.finetune.loop import Result
     from memtile.cli.finetune.over_ranks import RankOptions
     from memtile.cli.finetune.run import Options
+
+_MEBIBYTE: Final = 1 << 20
 
 
 def run_finetune(
@@ -78,7 +88,7 @@ def run_finetune(
     texts = _with_words(texts)
     paths = tuple(str(text.resolve()) for text in texts)
     check_texts(texts)
-    found = digests(model, texts)
+    found = _digests(model, texts, lora is not None)
     settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine)
     _check_out(out, settings, resume)
     with interruptible():
@@ -144,6 +154,17 @@ def _with_words(texts: list[Path]) -> list[Path]:
 
 def _is_empty(text: Path) -> bool:
     return text.is_file() and text.stat().st_size < 1 << 20 and not text.read_bytes().strip()
+
+
+def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, ...]:
+    """What tells the run's files from others, with a bar: a large base takes minutes to read."""
+    read = [*texts, *(weight_files(model) if with_weights else ())]
+    mebibytes = sum(file.stat().st_size for file in read) / _MEBIBYTE
+    with progress() as bars:
+        task = bars.add_task("reading texts and weights, MiB", total=mebibytes)
+        return digests(
+            model, texts, with_weights, lambda nbytes: bars.advance(task, nbytes / _MEBIBYTE)
+        )
 
 
 def _train(settings: Settings, options: "Options") -> None:

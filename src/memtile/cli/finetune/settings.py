@@ -3,16 +3,17 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from memtile.checkpoints import write_text
+from memtile.checkpoints import Checkpoint, write_text
 from memtile.cli.errors import CommandError
 
 _NAME: Final = "finetune.json"
-_PIECE: Final = 1 << 20
+_PIECE: Final = 4 << 20
+_BESIDE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")  # the tokenizer's files
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,48 @@ def _read(out: Path) -> Settings:
         ) from error
 
 
-def digests(model: Path, texts: Sequence[Path]) -> tuple[str, ...]:
-    """What tells these files from others: whole texts, and of the model its config and sizes."""
-    weights = sorted((path.name, path.stat().st_size) for path in model.glob("*.safetensors"))
-    known = hashlib.sha256((model / "config.json").read_bytes() + repr(weights).encode())
-    return (known.hexdigest(), *map(_digest, texts))
+def digests(
+    model: Path,
+    texts: Sequence[Path],
+    with_weights: bool,
+    heard: Callable[[int], None] = lambda nbytes: None,
+) -> tuple[str, ...]:
+    """What tells these files from others: of the model together, then of each text.
+
+    Args:
+        model: its config and its tokenizer are read, whole.
+        texts: the same.
+        with_weights: read the weights too, since they go on mattering where a run's checkpoints
+            have adapters only. Otherwise their sizes do: a run has its weights from its own
+            checkpoint, and one without a checkpoint begins anew.
+        heard: called with the bytes of each piece that was read.
+
+    Raises:
+        CheckpointError: the model has no weights that can be read.
+    """
+    known: dict[str, object] = {
+        path.name: _digest(path, heard)
+        for pattern in _BESIDE
+        for path in sorted(model.glob(pattern))
+        if path.is_file()
+    }
+    for path in weight_files(model):
+        known[path.name] = _digest(path, heard) if with_weights else path.stat().st_size
+    together = hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()
+    return (together, *(_digest(text, heard) for text in texts))
 
 
-def _digest(file: Path) -> str:
-    """Of the content, read a few MiB at a time."""
+def weight_files(model: Path) -> list[Path]:
+    """The files of a model's folder that its weights are read from."""
+    return [file.path for file in Checkpoint.open(model).files]
+
+
+def _digest(file: Path, heard: Callable[[int], None]) -> str:
     found = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):
             found.update(piece)
+            heard(len(piece))
     return found.hexdigest()
 
 
