@@ -125,6 +125,7 @@ class _ShardedRun(Run):
         self._tokenizer, self._sequences = texts_of(settings, options.trusts_code)
         model = models.empty_of(Path(settings.model), options.trusts_code)
         check_vocabulary(model, self._sequences)
+        models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))
         self._sharded = sharded(model, settings, options.tile_bytes, offload=options.offload)
