@@ -130,6 +130,9 @@ def _loaded(
 ) -> Any:  # a transformers model, which is not imported to name its type
     model = models.empty_of(request.model, request.trusts_code)
     models.read_settings(model, request.model)
+    models.check_length(
+        model, prompt_tokens + request.tokens, f"--prompt with --tokens {request.tokens}"
+    )
     is_stored = request.home == "checkpoint"
     with models.within(request.budget, memory.nbytes, _OTHERS) as left:
         plan = memtile.plan(

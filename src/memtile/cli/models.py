@@ -245,6 +245,24 @@ def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
         )
 
 
+def check_length(model: "PreTrainedModel", tokens: int, given: str) -> None:
+    """Refuse a sequence that is longer than the model reads at once.
+
+    Args:
+        model: That will read it.
+        tokens: Of the sequence.
+        given: What they come of, for the message.
+
+    Raises:
+        CommandError: It is.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or tokens
+    if tokens > longest:
+        raise CommandError(
+            f"{given}: {tokens} tokens are more than the model reads at once, {longest}: give less."
+        )
+
+
 def _check_weights(model: "PreTrainedModel", folder: Path) -> None:
     """Refuse weights that are not the model's, by their names and shapes."""
     found = find(model, Checkpoint.open(folder))

@@ -134,6 +134,7 @@ class _ShardedRun(Run):
             check_dtype(model)
         _, self._sequences = texts_of(settings, usable_folder(None), heard, options.trusts_code)
         check_vocabulary(model, self._sequences)
+        models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
         nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
         check_agreement(model, (settings, options))
         with models.told():

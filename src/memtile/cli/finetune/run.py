@@ -120,6 +120,7 @@ class _PlannedRun(Run):
         if settings.lora is not None:
             model = with_adapters(model, settings.lora)
         check_vocabulary(model, self._sequences)
+        models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
         with models.within(options.budget, memory.nbytes, _OTHERS) as left:
             plan = memtile.plan(
                 model,
