@@ -55,8 +55,9 @@ NO_PICKLES: Final = (
     "and save it as safetensors"
 )
 NO_GGUF: Final = (
-    "have transformers write it as safetensors, by from_pretrained(folder, gguf_file=name) and "
-    "save_pretrained of its model and of its tokenizer"
+    "have transformers write it as safetensors, by from_pretrained(folder, gguf_file=name) (where "
+    "it has GgufConfig, with quantization_config=GgufConfig(dequantize=True)) and save_pretrained "
+    "of its model and of its tokenizer"
 )
 
 _FIELDS: Final = 140  # brackets, quotes, words and offsets of a tensor, and its checksum
