@@ -20,7 +20,7 @@ from memtile.convert.select import Choice, Cut, choose, select_linears
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
-from memtile.convert.workspaces import take_workspace
+from memtile.convert.workspaces import multiply, take_workspace
 
 __all__ = [
     "Choice",
@@ -42,6 +42,7 @@ __all__ = [
     "integrations",
     "kind_of",
     "load_checkpoint",
+    "multiply",
     "naming_of",
     "register_integration",
     "replace_chosen",

@@ -12,14 +12,15 @@ from memtile.convert.kinds import integrations, kind_of, replace_module
 from memtile.convert.parking import home_for, is_parked, settle_down
 from memtile.convert.planned import (
     check_alone,
+    check_checkpointing,
     planned_choices,
     planned_home,
-    prepare,
     set_checkpointing,
 )
 from memtile.convert.select import Choice, Cut, choose
+from memtile.convert.workspaces import take_workspace
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
-from memtile.homes import Home
+from memtile.homes import Home, keep_freed_memory_out
 from memtile.layers import TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
 
@@ -36,6 +37,7 @@ def tile(
     modules: Collection[str] | None = None,
     home: Home | str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    return_freed_memory: bool | None = None,
 ) -> Model:
     """Cut the linears and embeddings of a model into tiles, in place.
 
@@ -48,8 +50,7 @@ def tile(
         model: any module that holds linears.
         plan: what `memtile.plan` gave for this model: which layers, which grids, which home.
             Parked layers go to its home, unless `home` is given; what it leaves resident stays
-            dense. The process then gives freed memory back at once, as the plan's numbers suppose.
-            Or what `memtile.plan_ranks` gave: tiles for an engine, which have no home.
+            dense. Or what `memtile.plan_ranks` gave: tiles for an engine, which have no home.
         out_splits: rows of tiles for every module.
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
@@ -60,6 +61,9 @@ def tile(
         checkpoint: a folder, or a file, of safetensors, for a model whose parameters are on the
             meta device (`memtile.empty_model`): their values stream to where the tiles live, so
             that the dense model never exists. What is not tiled is in memory afterwards.
+        return_freed_memory: whether the whole process gives freed memory back to the system at once
+            from now on, as a plan's numbers suppose: a setting of glibc's malloc, logged, which
+            costs page faults. None: with what `memtile.plan` gave. False: the peak may be more.
 
     Returns:
         The same model.
@@ -88,7 +92,8 @@ def tile(
             )
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         check_alone({**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
-        return _carry_out(model, plan, home, checkpoint)
+        returns = isinstance(plan, Plan) if return_freed_memory is None else return_freed_memory
+        return _carry_out(model, plan, home, checkpoint, returns)
     cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
     if not cut.is_given:
         raise ArgumentError(
@@ -110,6 +115,8 @@ def tile(
         )
     if home is not None and modules is None:
         _refuse_tiled_before(model)
+    if return_freed_memory:
+        keep_freed_memory_out()
     replace_chosen(model, choices, home, checkpoint)
     if cut.max_tile_bytes is not None and modules is None:
         _warn_of_larger(model, cut.max_tile_bytes, choices)
@@ -132,6 +139,7 @@ def _carry_out(
     plan: Plan | RankPlan,
     home: Home | str | None,
     checkpoint: str | os.PathLike[str] | None,
+    returns_memory: bool,
 ) -> Model:
     """Tile what a plan parks, and nothing else."""
     choices = planned_choices(model, plan)
@@ -139,7 +147,11 @@ def _carry_out(
     if isinstance(plan, RankPlan):
         _refuse_home(home)
     else:
-        prepare(model, plan)
+        check_checkpointing(model, plan)
+    if returns_memory:
+        keep_freed_memory_out()
+    if isinstance(plan, Plan):
+        take_workspace(plan.products)
     if checkpoint is not None or any(choice.tiled for choice in choices):
         where = planned_home(plan) if isinstance(plan, Plan) and home is None else home
         replace_chosen(model, choices, where, checkpoint)
