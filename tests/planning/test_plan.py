@@ -1,6 +1,9 @@
 """Plans: what fits, what is refused, and that tiling follows them."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import ArgumentError, BudgetError, CannotTileError, HomeError
+from memtile.homes import keep_freed_memory_out
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -300,3 +304,55 @@ def test_a_plan_leaves_the_model_as_it_was():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
+
+
+MALLOC = """
+import resource, sys, torch
+sys.path[:0] = {folders}
+from given_rates import RATES
+import memtile
+from torch import nn
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(1 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+made = lambda: nn.Sequential(nn.Linear(7, 5))
+torch.ones(5 << 20)  # glibc keeps blocks of this size from now on
+plan = memtile.plan(made(), budget="1GiB", tokens=3, rates=RATES)
+print(faults())
+memtile.tile(made(), plan, return_freed_memory=False)
+print(faults())
+memtile.tile(made(), plan)
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_planning_leaves_malloc_alone_and_tiling_by_a_plan_can():
+    """Freed memory is used again after a plan; what carries it out says so, and can be told not to.
+
+    What is given back at once is asked for anew: a page fault for each page.
+    """
+    folders = [str(Path(__file__).parent.parent / "support"), *filter(None, sys.path)]
+    code = MALLOC.format(folders=folders)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    planned_faults, left_alone, returned = map(int, done.stdout.split())
+
+    assert max(planned_faults, left_alone) < 2 * 1024
+    assert returned > 19 * 1024
+
+
+def test_memory_that_is_returned_at_once_is_logged(caplog):
+    """Carrying a plan out changes the process, and says how to leave it alone."""
+    keep_freed_memory_out.cache_clear()
+
+    with caplog.at_level("INFO", "memtile.homes"):
+        memtile.tile(stack(), planned("1GiB"), return_freed_memory=False)
+        assert not caplog.records
+        memtile.tile(stack(), planned("1GiB"))
+
+    assert "return_freed_memory=False" in caplog.text

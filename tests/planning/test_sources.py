@@ -100,7 +100,27 @@ def test_products_of_experts_are_counted(dtype, optimizer):
     terms = {term.name: term.nbytes for term in plan.terms}
 
     assert terms["temporary tensors and gradients"] > 96 * 90 * dtype.itemsize
-    assert plan.products.kinds_16 if dtype is torch.bfloat16 else plan.products.columns >= 500
+    assert plan.products.kinds_16 if dtype is torch.bfloat16 else plan.products.widest[2] >= 500
+
+
+def test_adapters_of_experts_are_counted():
+    """A model on meta whose experts have adapters is planned, and autocast is as it was."""
+    peft = pytest.importorskip("peft")
+    sizes = {"num_hidden_layers": 1, "num_local_experts": 3, "intermediate_size": 90}
+    empty = memtile.empty_model(
+        lambda: transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**{**config().to_dict(), **sizes, "model_type": "mixtral"})
+        )
+    )
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts)
+    adapted = peft.get_peft_model(empty, lora, low_cpu_mem_usage=True)
+
+    plan = planned(adapted)
+
+    assert {layer.trainable for layer in plan.layers} == {True, False}
+    with pytest.raises(RuntimeError):
+        torch.autocast("meta")
 
 
 def test_the_class_that_a_config_names_is_planned(tmp_path):

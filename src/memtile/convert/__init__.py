@@ -23,7 +23,7 @@ from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
 from memtile.convert.wanted import persistent_buffers
-from memtile.convert.workspaces import take_workspace
+from memtile.convert.workspaces import multiply, take_workspace
 
 __all__ = [
     "WAY_OUT",
@@ -46,6 +46,7 @@ __all__ = [
     "integrations",
     "kind_of",
     "load_checkpoint",
+    "multiply",
     "naming_of",
     "persistent_buffers",
     "register_integration",

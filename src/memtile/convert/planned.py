@@ -1,4 +1,4 @@
-"""A plan carried out: its choices for one model, its home, and the settings it relies on."""
+"""What a plan says about one model: its choices, its home, whether activations are recomputed."""
 
 from dataclasses import replace
 
@@ -6,9 +6,8 @@ from torch import nn
 
 from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice, Cut, choose
-from memtile.convert.workspaces import take_workspace
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import DiskHome, Home, keep_freed_memory_out
+from memtile.homes import DiskHome, Home
 from memtile.planning import Plan, PlannedLayer, RankPlan
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
@@ -64,16 +63,14 @@ def planned_home(plan: Plan) -> Home | str | None:
     return DiskHome(folder or None) if kind == "disk" else kind
 
 
-def prepare(model: nn.Module, plan: Plan) -> None:
-    """Let freed memory go back at once and take one workspace, as the plan's numbers suppose.
+def check_checkpointing(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that recomputes what the model cannot.
 
     Raises:
         CannotTileError: the plan asks for gradient checkpointing, which the model does not have.
     """
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
-    keep_freed_memory_out()
-    take_workspace(plan.products)
 
 
 def has_checkpointing(model: nn.Module) -> bool:

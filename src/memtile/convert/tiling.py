@@ -14,14 +14,15 @@ from memtile.convert.kinds import kind_of, replace_module
 from memtile.convert.parking import home_for, is_parked, settle_down
 from memtile.convert.planned import (
     check_alone,
+    check_checkpointing,
     planned_choices,
     planned_home,
-    prepare,
     set_checkpointing,
 )
 from memtile.convert.replaced import replacing
 from memtile.convert.select import Choice, Cut, choose
 from memtile.convert.still_held import Replaced
+from memtile.convert.workspaces import take_workspace
 from memtile.errors import (
     ArgumentError,
     CannotTileError,
@@ -30,7 +31,7 @@ from memtile.errors import (
     TileSizeWarning,
 )
 from memtile.geometry import Grid
-from memtile.homes import Home
+from memtile.homes import Home, keep_freed_memory_out
 from memtile.layers import TiledLinear, TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
 
@@ -48,6 +49,7 @@ def tile(
     home: Home | str | None = None,
     checkpoint: Paths | None = None,
     strict: bool = False,
+    return_freed_memory: bool | None = None,
 ) -> Model:
     """Cut the linears and embeddings of a model into tiles, in place.
 
@@ -62,8 +64,7 @@ def tile(
         model: any module that holds linears.
         plan: what `memtile.plan` gave for this model: which layers, which grids, which home.
             Parked layers go to its home, unless `home` is given; what it leaves resident stays
-            dense. The process then gives freed memory back at once, as the plan's numbers suppose.
-            Or what `memtile.plan_ranks` gave: tiles for an engine, which have no home.
+            dense. Or what `memtile.plan_ranks` gave: tiles for an engine, which have no home.
         out_splits: rows of tiles for every module.
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
@@ -77,6 +78,9 @@ def tile(
             several of them: a base and the adapters of its `PeftModel`, say.
         strict: refuse a checkpoint that holds more than the model has, or lacks what the model
             makes by its own rule (a new head); False: tell it.
+        return_freed_memory: whether the whole process gives freed memory back to the system at once
+            from now on, as a plan's numbers suppose: a setting of glibc's malloc, logged, which
+            costs page faults. None: with what `memtile.plan` gave. False: the peak may be more.
 
     Returns:
         The same model.
@@ -111,7 +115,8 @@ def tile(
             )
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         check_alone({**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
-        return _carry_out(model, plan, home, checkpoint, strict)
+        returns = isinstance(plan, Plan) if return_freed_memory is None else return_freed_memory
+        return _carry_out(model, plan, home, checkpoint, strict, returns)
     cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
     if not cut.is_given:
         raise ArgumentError(
@@ -133,6 +138,8 @@ def tile(
         )
     if home is not None and modules is None:
         _refuse_tiled_before(model)
+    if return_freed_memory:
+        keep_freed_memory_out()
     replaced = replace_chosen(model, choices, home, checkpoint, strict)
     replaced.warn(model, stacklevel=2)
     if modules is None:
@@ -157,6 +164,7 @@ def _carry_out(
     home: Home | str | None,
     checkpoint: Paths | None,
     strict: bool,
+    returns_memory: bool,
 ) -> Model:
     """Tile what a plan parks, and nothing else."""
     choices = planned_choices(model, plan)
@@ -164,7 +172,11 @@ def _carry_out(
     if isinstance(plan, RankPlan):
         _refuse_home(home)
     else:
-        prepare(model, plan)
+        check_checkpointing(model, plan)
+    if returns_memory:
+        keep_freed_memory_out()
+    if isinstance(plan, Plan):
+        take_workspace(plan.products)
     if checkpoint is not None or any(choice.tiled for choice in choices):
         where = planned_home(plan) if isinstance(plan, Plan) and home is None else home
         replace_chosen(model, choices, where, checkpoint, strict).warn(model, stacklevel=3)

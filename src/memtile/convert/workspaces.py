@@ -1,22 +1,24 @@
-"""The memory that MKL keeps for products: taken once, for the largest of them, and first."""
+"""The memory that MKL keeps for products: taken first for the widest of them."""
 
 import torch
 
 from memtile.homes import trim_heap
-from memtile.planning import LARGEST_WORKSPACE, Products
-
-_DEPTH = 512  # columns that are multiplied at once, at least: a block of every kernel
+from memtile.planning import Products
 
 
 def take_workspace(products: Products) -> None:
-    """Make a float32 product with the largest workspace that a step will need.
+    """Make the widest float32 product of a step, with factors whose pages take no memory.
 
     MKL keeps the workspace of each product for the next one, and takes another where none that it
     has is large enough. By ever larger products of SmolLM2-135M it came to hold 41 MiB; with the
-    largest first, 11 (torch 2.13 on an AMD EPYC, measured).
+    largest first, 11 (torch 2.13 on an AMD EPYC, measured). What it holds in the end depends on
+    the CPU: `memtile.planner.workspaces` measures that.
     """
-    rows = min(products.rows, LARGEST_WORKSPACE.rows)
-    columns = min(products.columns, LARGEST_WORKSPACE.columns)
-    if rows and columns:  # the factors are never written, so their pages take no memory
-        torch.mm(torch.empty(rows, _DEPTH), torch.empty(columns, _DEPTH).t())
+    if products.widest is not None:
+        multiply(*products.widest)
         trim_heap()  # where the result was
+
+
+def multiply(rows: int, depth: int, columns: int) -> None:
+    """Make a product of factors that are never written."""
+    torch.mm(torch.empty(rows, depth), torch.empty(columns, depth).t())

@@ -1,6 +1,7 @@
 """What is asked of the kernel and of the C library about memory: hints, which change no value."""
 
 import ctypes
+import logging
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from memtile.homes.home import PAGE
 
+_log = logging.getLogger("memtile.homes")
 _MAPS = Path("/proc/self/maps")
 _MMAP_THRESHOLD: Final = -3  # mallopt(3)
 _MAPPED_FROM: Final = 64 << 10
@@ -49,11 +51,16 @@ def keep_freed_memory_out() -> None:
 
     glibc raises the size from which blocks are maps of their own up to 32 MiB, once blocks of that
     size were freed; smaller ones then leave holes in the heap, and the peak of a process is more
-    than what it holds.
+    than what it holds. It holds for the whole process and costs page faults: 300 blocks of 4 MiB,
+    written to one after another, took none before and 307 500 afterwards.
     """
     library = _library()
     if library is not None:
         library.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
+        _log.info(
+            "malloc of this process gives freed blocks of 64 KiB and more back at once from now on, as "
+            "plans suppose; memtile.tile(model, plan, return_freed_memory=False) leaves it alone"
+        )
 
 
 @lru_cache

@@ -5,6 +5,8 @@ rows of which tile) is computed, and what depends on weights only has its shape.
 from the operation that makes it until autograd, or whoever holds it, lets it go.
 """
 
+import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -29,6 +31,8 @@ _META: Final = torch.device("meta")
 _FLASH: Final = 1  # torch._C._SDPBackend.FLASH_ATTENTION: what `_fused_sdp_choice` answers
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_PRODUCTS: Final = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
+_TALLEST: Final = 1024  # rows beyond which no workspace grew, on either kind of CPU
 _grouped = getattr(_aten, "_grouped_mm", None)  # not in torch 2.6
 
 
@@ -48,7 +52,7 @@ def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home
         if drops_gradients and parameter.requires_grad
     ]
     try:
-        with torch.set_grad_enabled(model.training), counter, _CpuAttention():
+        with torch.set_grad_enabled(model.training), counter, _CpuAttention(), _cpu_autocast():
             loss = work(model)
             counter.turn()
             if loss is not None and model.training:
@@ -92,7 +96,7 @@ class _LiveBytes(TorchDispatchMode):
         self._live, self._in_backward = [0, 0], False
         self._peak, self._kept = (0, 0), 0
         self._flops = self._touched = 0
-        self._rows = self._columns = 0
+        self._shapes: dict[tuple[int, int, int], None] = {}  # in order
         self._kinds_16: set[object] = set()
 
     def turn(self) -> None:
@@ -101,7 +105,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def counted(self) -> Counted:
         """Everything that was counted so far."""
-        products = Products(self._rows, self._columns, len(self._kinds_16))
+        products = Products(tuple(self._shapes), len(self._kinds_16))
         return Counted(*self._peak, self._kept, self._flops, self._touched, products)
 
     def __torch_dispatch__(
@@ -148,7 +152,7 @@ class _LiveBytes(TorchDispatchMode):
     ) -> None:
         if func._overloadpacket in flop_registry:
             self._flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-            self._see_product(func, given, result)
+            self._see_product(func, given, args, result)
         elif func._overloadpacket in (_flash, _flash_backward):
             self._flops += _attention_flops(func, given)
         elif func._overloadpacket is _grouped:
@@ -156,14 +160,42 @@ class _LiveBytes(TorchDispatchMode):
         elif made:  # views touch nothing
             self._touched += made + sum(tensor.nbytes for tensor in given)
 
-    def _see_product(self, func: Any, given: list[Tensor], result: Any) -> None:
+    def _see_product(self, func: Any, given: list[Tensor], args: Any, result: Any) -> None:
         if not isinstance(result, Tensor) or result.dim() < 2:
             return
         if result.dtype.itemsize == 2:
             self._kinds_16.add((func, *((tensor.shape, tensor.stride()) for tensor in given)))
-        else:
-            self._rows = max(self._rows, result.shape[-2])
-            self._columns = max(self._columns, result.shape[-1])
+        elif func._overloadpacket in _PRODUCTS:
+            left, right = [each for each in args if isinstance(each, Tensor)][-2:]
+            self._shapes[min(_TALLEST, left.shape[-2]), right.shape[-2], right.shape[-1]] = None
+
+
+_counting: Final[list[int]] = []
+_counting_lock: Final = threading.Lock()
+_autocast = torch.autocast.__init__
+
+
+@contextlib.contextmanager
+def _cpu_autocast() -> Iterator[None]:
+    """In this thread, `torch.autocast("meta")` is the CPU's: torch refuses it.
+
+    Adapters of experts turn autocast off on the device of their weights (PEFT 0.20, `lora.layer`).
+    """
+    with _counting_lock:
+        _counting.append(threading.get_ident())
+        torch.autocast.__init__ = _autocast_of_cpu  # type: ignore[method-assign]  # no other way in
+    try:
+        yield
+    finally:
+        with _counting_lock:
+            _counting.remove(threading.get_ident())
+            if not _counting:
+                torch.autocast.__init__ = _autocast  # type: ignore[method-assign]  # as it was
+
+
+def _autocast_of_cpu(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+    counts = device_type == "meta" and threading.get_ident() in _counting
+    _autocast(self, "cpu" if counts else device_type, *args, **kwargs)
 
 
 class _CpuAttention(TorchFunctionMode):

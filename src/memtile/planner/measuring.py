@@ -30,7 +30,7 @@ from memtile.homes import (
 from memtile.optim import TileOptimizer
 from memtile.planner.counting import count_step
 from memtile.planner.twins import meta_twin
-from memtile.planning import LARGEST_WORKSPACE, Rates
+from memtile.planning import WORKSPACE_SHAPE, Products, Rates
 
 _ROWS: Final = (16, 64, 256, 1024)
 _SIDE: Final = 1024
@@ -58,12 +58,11 @@ def measured(folder: Path | None) -> Rates:
         MeasuringError: it failed.
     """
     code = "import memtile.planner.measuring as measuring; measuring.report()"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", code, *([str(folder)] if folder else [])],
         capture_output=True,
         text=True,
-        env=environment,
+        env=child_environment(),
         check=False,
     )
     try:
@@ -74,6 +73,13 @@ def measured(folder: Path | None) -> Rates:
         ) from error
     curves = ("product_flops", "product_flops_16")
     return Rates(**{**found, **{name: tuple(map(tuple, found[name])) for name in curves}})
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process that imports what this one does, and computes with as many threads."""
+    path = os.pathsep.join(filter(None, sys.path))
+    threads = str(torch.get_num_threads())
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
 
 
 def report() -> None:
@@ -117,10 +123,10 @@ def _memory(folder: str | None) -> dict[str, float]:
 
 
 def _workspace_bytes() -> int:
-    """Of the largest product; a small one goes before it, for the code that all of them use."""
+    """Of a large product; a small one goes before it, for the code that all of them use."""
     _product_bytes(1, torch.float32)
     before = _resident_bytes()
-    take_workspace(LARGEST_WORKSPACE)
+    take_workspace(Products((WORKSPACE_SHAPE,), 0))
     return max(0, _resident_bytes() - before)
 
 
@@ -301,8 +307,18 @@ def _least_seconds(act: Callable[[], object]) -> float:
 
 def _resident_bytes() -> int:
     """Memory of this process now; 0 where the system does not tell."""
+    return _pages()[1] * os.sysconf("SC_PAGE_SIZE")
+
+
+def private_bytes() -> int:
+    """The same without pages of files and those that processes share."""
+    _, resident, shared = _pages()
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pages() -> list[int]:
+    """Of the address space, resident, and of those shared; zeros where the system does not tell."""
     try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
+        return [int(word) for word in Path("/proc/self/statm").read_text().split()[:3]]
     except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        return [0, 0, 0]

@@ -21,12 +21,11 @@ from memtile.homes import (
     Home,
     HostHome,
     fits_page_cache,
-    keep_freed_memory_out,
     trim_heap,
     usable_folder,
 )
 from memtile.planner import surveying
-from memtile.planner.rates import rates_of
+from memtile.planner.rates import rates_of, workspaces_of
 from memtile.planner.sources import model_of
 from memtile.planner.steps import StepCount
 from memtile.planner.works import work_for
@@ -112,7 +111,6 @@ def plan(
     check_choice("mode", mode, get_args(Mode))
     check_choice("checkpointing", checkpointing, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
-    keep_freed_memory_out()
     trains = optimizer is not None
     imports = trains and "torch._dynamo" not in sys.modules
     model = model_of(source, dtype)
@@ -129,16 +127,19 @@ def plan(
         rates=rates_of(rates, folder),
         imports=imports,
     )
-    count = StepCount(
-        model,
-        choices,
-        work or work_for(model, tokens, batch, trains),
-        trains=trains,
-        drops_gradients=mode == "in_backward",
-        goes_home=folder is not None,
-    )
-    search = Search(setting, weights, count, _with_disk(allowed, folder), fits_page_cache)
-    found = search.best(checkpointing_choices(model, checkpointing, trains))
+    again = checkpointing_choices(model, checkpointing, trains)
+    with workspaces_of(rates, setting.rates) as workspaces:
+        count = StepCount(
+            model,
+            choices,
+            work or work_for(model, tokens, batch, trains),
+            trains=trains,
+            drops_gradients=mode == "in_backward",
+            goes_home=folder is not None,
+            workspaces=workspaces,
+        )
+        search = Search(setting, weights, count, _with_disk(allowed, folder), fits_page_cache)
+        found = search.best(again)
     trim_heap()  # of the twins' objects, which lay between others
     named = {"tokens": tokens, "batch": batch, "mode": mode, "home": word, "budget": allowed}
     return _plan(model, choices, found, setting, optimizer, named)

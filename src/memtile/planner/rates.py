@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from memtile.errors import ArgumentError
 from memtile.planner import measuring
-from memtile.planning import Rates
+from memtile.planner.workspaces import Workspaces
+from memtile.planning import Products, Rates
 
 
 def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) -> Rates:
@@ -37,8 +39,28 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
             return _read(kept)
     found = measuring.measured(folder)
     with contextlib.suppress(OSError):  # a home folder that cannot be written to
-        _keep(found, kept)
+        _keep(found.to_json(), kept)
     return found
+
+
+@contextlib.contextmanager
+def workspaces_of(given: object, rates: Rates) -> Iterator[Callable[[Products], int]]:
+    """What the library keeps for products: measured and remembered, or guessed by given rates."""
+    if given is not None:
+        yield rates.workspaces
+        return
+    kept = _cache() / f"workspaces-{_machine(None)}.json"
+    known: dict[str, int] = {}
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # not there, or of somebody else: begun anew
+        known = {name: int(size) for name, size in json.loads(kept.read_text("utf-8")).items()}
+    before = len(known)
+    with Workspaces(known) as workspaces:
+        yield workspaces
+    if len(known) > before:
+        with contextlib.suppress(OSError):  # as above
+            _keep(json.dumps(known), kept)
 
 
 def _read(path: Path) -> Rates:
@@ -49,10 +71,10 @@ def _read(path: Path) -> Rates:
     return Rates.from_json(text)
 
 
-def _keep(rates: Rates, path: Path) -> None:
+def _keep(text: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(rates.to_json() + "\n", encoding="utf-8")
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -63,7 +85,16 @@ def _cache() -> Path:
 
 def _machine(folder: Path | None) -> str:
     """What tells one machine, disk and torch from another."""
-    known = [platform.node(), platform.machine(), str(os.cpu_count()), torch.__version__]
+    known = [platform.node(), _processor(), str(os.cpu_count()), torch.__version__]
     known += [str(torch.get_num_threads())]
     known += [str(folder.stat().st_dev)] if folder else []
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The CPU's name: machines of one name, one image and different CPUs are common."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line
+    return platform.machine()

@@ -9,7 +9,7 @@ from memtile.convert import Choice, Work, set_checkpointing
 from memtile.errors import CannotTileError, MemtileError
 from memtile.planner.counting import count_step
 from memtile.planner.twins import meta_twin, park_twin
-from memtile.planning import Counted, Layout
+from memtile.planning import Counted, Layout, Products
 
 
 class StepCount:
@@ -23,6 +23,7 @@ class StepCount:
         drops_gradients: gradients are let go of as soon as they are complete.
         goes_home: gradients of what is parked leave memory: they are not counted.
         watch: is given each twin before it runs.
+        workspaces: what their library keeps for products; None: it is not asked.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class StepCount:
         drops_gradients: bool,
         goes_home: bool,
         watch: Callable[[nn.Module], None] | None = None,
+        workspaces: Callable[[Products], int] | None = None,
     ) -> None:
         self._model, self._choices, self._work, self._watch = model, choices, work, watch
-        self._trains = trains
+        self._trains, self._workspaces = trains, workspaces
         self._drops_gradients, self._goes_home = drops_gradients, goes_home
 
     def __call__(self, layout: Layout, checkpointing: bool) -> Counted:
@@ -54,7 +56,7 @@ class StepCount:
         if self._watch is not None:
             self._watch(twin)
         try:
-            return count_step(
+            counted = count_step(
                 twin,
                 self._work,
                 drops_gradients=self._drops_gradients,
@@ -68,6 +70,9 @@ class StepCount:
                 f"({type(error).__name__}: {error}); give work=…, a forward that needs no values, "
                 "or tile it without a plan, with memtile.tile(model, max_tile_bytes=…, home=…)"
             ) from error
+        if self._workspaces is None:
+            return counted
+        return replace(counted, workspace_bytes=self._workspaces(counted.products))
 
 
 def _with_grids(choices: Sequence[Choice], layout: Layout) -> list[Choice]:

@@ -3,7 +3,6 @@
 from memtile.planning.budget import Budget, checked_size, needed, usable
 from memtile.planning.byte_sizes import format_byte_size, parse_byte_size, parse_speed
 from memtile.planning.counted import (
-    LARGEST_WORKSPACE,
     Counted,
     Products,
     Rest,
@@ -18,7 +17,7 @@ from memtile.planning.rank_memory import Moment, Offload, RankSetting, shards
 from memtile.planning.rank_search import RankFound, RankSearch
 from memtile.planning.rank_traffic import Speeds, Traffic, rank_floors, traffic
 from memtile.planning.ranks import RankPlan
-from memtile.planning.rates import Rates
+from memtile.planning.rates import WORKSPACE_SHAPE, Rates
 from memtile.planning.search import Found, Search
 from memtile.planning.shards import (
     Engine,
@@ -33,9 +32,9 @@ from memtile.planning.shards import (
 from memtile.planning.time_model import floors, moved
 
 __all__ = [
-    "LARGEST_WORKSPACE",
     "PARKED",
     "RESIDENT",
+    "WORKSPACE_SHAPE",
     "Budget",
     "Counted",
     "Engine",

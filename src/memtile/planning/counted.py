@@ -1,7 +1,6 @@
 """What was counted of a model and of one step of it: the planner's whole knowledge of tensors."""
 
 from dataclasses import dataclass
-from typing import Final
 
 from memtile.errors import ArgumentError
 
@@ -11,26 +10,22 @@ class Products:
     """The matrix products of a step.
 
     Args:
-        rows: of the tallest result in float32.
-        columns: of the widest.
+        shapes: (rows, depth, columns) of each different one in float32, in the step's order.
         kinds_16: different ones in 16 bits; the library compiles a kernel for each.
     """
 
-    rows: int
-    columns: int
+    shapes: tuple[tuple[int, int, int], ...]
     kinds_16: int
 
+    @property
+    def widest(self) -> tuple[int, int, int] | None:
+        """The shape with most columns, of those the deepest."""
+        return max(self.shapes, key=lambda shape: shape[::-1], default=None)
+
     def at_least(self, other: "Products") -> "Products":
-        """The larger of each."""
-        return Products(
-            max(self.rows, other.rows),
-            max(self.columns, other.columns),
-            max(self.kinds_16, other.kinds_16),
-        )
-
-
-LARGEST_WORKSPACE: Final = Products(1024, 8192, 0)
-"""Larger products need no larger workspace: those of MKL did not grow from 768 × 6144 on."""
+        """Those of both."""
+        shapes = tuple(dict.fromkeys((*self.shapes, *other.shapes)))
+        return Products(shapes, max(self.kinds_16, other.kinds_16))
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,7 @@ class Counted:
         flops: of all matrix products.
         touched_bytes: read and written by everything else.
         products: what the products are.
+        workspace_bytes: what their library keeps for those in float32.
     """
 
     forward_bytes: int
@@ -52,6 +48,7 @@ class Counted:
     flops: int
     touched_bytes: int
     products: Products
+    workspace_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -67,6 +64,7 @@ class Counted:
             max(self.flops, other.flops),
             max(self.touched_bytes, other.touched_bytes),
             self.products.at_least(other.products),
+            max(self.workspace_bytes, other.workspace_bytes),
         )
 
 

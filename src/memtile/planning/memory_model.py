@@ -8,14 +8,7 @@ it. For the step itself: what was counted. For the process: what was measured on
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from memtile.planning.counted import (
-    LARGEST_WORKSPACE,
-    Counted,
-    Products,
-    Rest,
-    State,
-    Weight,
-)
+from memtile.planning.counted import Counted, Rest, State, Weight
 from memtile.planning.layout import Layout, Rings
 from memtile.planning.plan import Mode, Place, Term
 from memtile.planning.rates import Rates
@@ -157,7 +150,7 @@ def _process(setting: Setting, layout: Layout, counted: Counted) -> Iterator[Ter
     trains = setting.state is not None
     used = rates.first_use_bytes if trains else rates.inference_use_bytes
     yield Term("libraries, at first use", used, "host")
-    yield Term("workspaces of products", _workspaces(rates, counted.products), "host")
+    yield Term("workspaces of products", _workspaces(rates, counted), "host")
     if setting.imports:
         yield Term("imports of the optimizer", rates.import_bytes, "host")
     tile = rates.trained_tile_memory if trains else rates.tile_memory
@@ -166,10 +159,10 @@ def _process(setting: Setting, layout: Layout, counted: Counted) -> Iterator[Ter
     yield Term("objects of tiles and layers", layout.tiles * tile + layers * layer, "host")
 
 
-def _workspaces(rates: Rates, products: Products) -> int:
-    """In float32 one, whose panels are as wide as the widest product; in 16 bits one of each."""
-    widest = LARGEST_WORKSPACE.columns
-    wide = rates.workspace_bytes * min(products.columns, widest) // widest
-    if not products.kinds_16:
-        return wide
-    return wide + rates.sixteen_bit_bytes + (products.kinds_16 - 1) * rates.sixteen_bit_kind_bytes
+def _workspaces(rates: Rates, counted: Counted) -> int:
+    """In float32 as measured for these products; in 16 bits one of each."""
+    kinds = counted.products.kinds_16
+    if not kinds:
+        return counted.workspace_bytes
+    sixteen = rates.sixteen_bit_bytes + (kinds - 1) * rates.sixteen_bit_kind_bytes
+    return counted.workspace_bytes + sixteen

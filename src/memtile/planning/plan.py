@@ -15,7 +15,7 @@ Place = Literal["device", "host", "disk"]
 Mode = Literal["classic", "in_backward"]
 RESIDENT: Final = "resident"
 PARKED: Final = "parked"
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Plan:
         read_bytes: read from the home in a step.
         written_bytes: written to it.
         floors: what bounds the time of a step from below.
-        products: the matrix products of a step, whose workspaces are taken at the start.
+        products: the matrix products of a step; the widest is made first, for its workspace.
     """
 
     model: str

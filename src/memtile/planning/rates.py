@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from memtile.errors import ArgumentError
+from memtile.planning.counted import Products
 from memtile.planning.json_form import from_text, to_text
 
 _VERSION: Final = 1
+WORKSPACE_SHAPE: Final = (1024, 512, 8192)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Rates:
         tile_seconds: what one visit of a tile costs besides its product.
         inference_use_bytes: memory that libraries take when a forward first runs: code, workspaces.
         first_use_bytes: the same of a step that trains.
-        workspace_bytes: what the library keeps for the largest of float32 products.
+        workspace_bytes: what the library keeps for a float32 product of `WORKSPACE_SHAPE`.
         sixteen_bit_bytes: what the first product in 16 bits takes.
         sixteen_bit_kind_bytes: what each further kind of them takes.
         import_bytes: memory of what torch imports only when an optimizer first steps.
@@ -76,6 +78,14 @@ class Rates:
         (low, slow), (high, fast) = below[-1], above[0]
         part = math.log(rows / low) / math.log(high / low)
         return slow + part * (fast - slow)
+
+    def workspaces(self, products: Products) -> int:
+        """What the library keeps for products on a machine where they cannot be measured: a guess.
+
+        As much as for the one that was measured, as far as the widest is as wide.
+        """
+        columns, measured = (products.widest or (0, 0, 0))[2], WORKSPACE_SHAPE[2]
+        return self.workspace_bytes * min(columns, measured) // measured
 
     def to_json(self) -> str:
         """The rates as JSON text."""

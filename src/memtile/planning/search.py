@@ -122,7 +122,7 @@ class Search:
         Beyond some size the objects of more tiles take more than smaller slabs save.
         """
         found = list(self._all_cuts())
-        nothing = Counted(0, 0, 0, 0, 0, Products(0, 0, 0))
+        nothing = Counted(0, 0, 0, 0, 0, Products((), 0))
         sizes = [
             self._memory(terms(self._setting, self._layout(grids), nothing)) for grids in found
         ]
