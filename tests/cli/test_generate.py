@@ -103,7 +103,7 @@ def broken(folder, model, name, content):
         ("tokenizer.json", b"{", "tokenizer"),
         ("model.safetensors", None, "no .safetensors"),
         ("model.safetensors", b"short", "not whole"),
-        ("model.safetensors", b"\x80\x04\x95" + b"p" * 40, "no safetensors file"),
+        ("model.safetensors", b"\x80\x04\x95" + b"p" * 40, "is a pickle"),
     ],
 )
 def test_a_damaged_folder_is_one_sentence(tiny_model, tmp_path, capsys, name, content, sentence):

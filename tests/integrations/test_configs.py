@@ -97,3 +97,15 @@ def test_a_folder_that_is_gone_or_of_another_model_is_not_asked(
 
     ours, theirs = ((tmp_path / n / "config.json").read_text() for n in ("ours", "theirs"))
     assert ours == theirs
+
+
+def test_a_model_from_gguf_is_not_called_packed(folder: Path, tmp_path: Path) -> None:
+    """Its weights are dense by now, and so is what config.json says of them."""
+    model = loaded(folder)
+    model.config.quantization_config = {"quant_method": "gguf", "gguf_file": "x.gguf"}
+
+    memtile.save_checkpoint(model, tmp_path / "out")
+
+    out = tmp_path / "out" / "config.json"
+    assert out.read_bytes() == (folder / "config.json").read_bytes()
+    assert "quantization_config" in model.config.to_dict()

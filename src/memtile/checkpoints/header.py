@@ -55,8 +55,9 @@ NO_PICKLES: Final = (
     "and save it as safetensors"
 )
 NO_GGUF: Final = (
-    "load it with from_pretrained(folder, gguf_file=name) of transformers, and write the model "
-    "with memtile.save_checkpoint(model, folder)"
+    "load it with from_pretrained(folder, gguf_file=name) of transformers (where it has "
+    "GgufConfig, with quantization_config=GgufConfig(dequantize=True)), and write the model with "
+    "memtile.save_checkpoint(model, folder)"
 )
 
 _FIELDS: Final = 140  # brackets, quotes, words and offsets of a tensor, and its checksum

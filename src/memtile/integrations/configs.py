@@ -34,6 +34,8 @@ def configs_of(model: Any, dtype: torch.dtype | None) -> Beside:  # a PreTrained
     config = copy.deepcopy(model.config)  # what is set here is not to stay on the model's own
     config.dtype = str(dtype or model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    if _was_unpacked(model):
+        del config.quantization_config
     source = model.config._name_or_path
     found: Beside = {_CONFIG: _config(config, source, _CONFIG)}
     if model.can_generate():
@@ -46,6 +48,13 @@ def made_from(model: nn.Module, folder: Path) -> None:
     config: Any = getattr(model, "config", None)  # a PreTrainedModel's
     if config is not None and not config._name_or_path and (folder / _CONFIG).is_file():
         config._name_or_path = str(folder)
+
+
+def _was_unpacked(model: Any) -> bool:  # a PreTrainedModel
+    """Whether it came from a GGUF file and is dense by now: its config still says it is packed."""
+    found = getattr(model.config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
+    return method == "gguf" and all(weight.is_floating_point() for weight in model.parameters())
 
 
 def _config(ours: Any, source: str, name: str) -> bytes:  # a config of transformers
