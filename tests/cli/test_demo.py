@@ -151,7 +151,7 @@ def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
         (["--lr", "nan"], "--lr nan is no learning rate"),
         (["--max-tile", "plenty"], "--max-tile 'plenty' is not a size"),
         (["--max-tile", "0MiB"], "--max-tile '0MiB' is less than one byte"),
-        (["--model", "nowhere"], "--model nowhere holds no config.json"),
+        (["--model", "nowhere"], "--model nowhere is no folder"),
         (["--home", "cloud"], "--home 'cloud' is no home: give disk, disk:FOLDER, host or none"),
         (["--home", "disk:"], "--home 'disk:' is no home"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read (No such file"),
