@@ -162,6 +162,6 @@ def test_a_file_that_cannot_be_mapped_is_refused(tmp_path, monkeypatch):
     def refusing(*_, **__):
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr(mmap, "mmap", refusing)
+    monkeypatch.setattr("memtile.checkpoints.home._mapped", refusing)
     with pytest.raises(HomeError, match=r"No such device.*copy the checkpoint to a local disk, or"):
         home.rows_of(stored, 0, stored.shape)

@@ -281,7 +281,7 @@ def test_a_full_home_makes_no_layer(monkeypatch):
     """HomeFullError at creation, and everything taken is given back."""
     home = DiskHome()
 
-    def full(self: object, size: int) -> None:
+    def full(*_: object) -> None:
         raise HomeFullError(28, "the test wants it")
 
     monkeypatch.setattr("memtile.homes.segments.Segments.take", full)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     ("budget", "home", "work"),
     [
         ("320MiB", "disk", "training"),
-        ("700MiB", "disk", "training"),
+        pytest.param("700MiB", "disk", "training", marks=pytest.mark.slow),
         ("700MiB", "host", "training"),
         ("120MiB", "disk", "inference"),
     ],

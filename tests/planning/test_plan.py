@@ -42,7 +42,7 @@ def test_with_room_for_all_nothing_is_parked():
 def test_more_budget_never_means_more_tiles(work):
     """From the least that fits to all that is needed, tiles only become fewer."""
     tiles = []
-    for kib in range(200, 6000, 150):
+    for kib in range(200, 6000, 290):
         try:
             tiles.append(planned(kib * KIB, **work).tiles)
         except BudgetError:
@@ -57,7 +57,7 @@ def test_every_budget_above_the_least_is_planned(rates):
     """Where the memory of products or of objects depends on the layout, too."""
     given = dataclasses.replace(RATES, **rates)
     tiles = []
-    for kib in range(200, 20_000, 400):
+    for kib in range(200, 20_000, 990):
         try:
             tiles.append(planned(kib * KIB, optimizer=None, rates=given).tiles)
         except BudgetError:

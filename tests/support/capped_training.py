@@ -1,7 +1,7 @@
 """A process that trains a large model, dense in memory or on disk under a hard memory limit.
 
-Run as a script: `capped_training.py SIDE CAP FOLDER`, SIDE "dense" or a mode of TileOptimizer, CAP
-"cgroup", "rlimit" or "none". Prints one JSON object. The limit is set after the imports.
+Run as a script: `capped_training.py SIDE CAP FOLDER SIZE`, SIDE "dense" or a mode of TileOptimizer,
+CAP "cgroup", "rlimit" or "none". Prints one JSON object. The limit is set after the imports.
 """
 
 import contextlib
@@ -11,24 +11,44 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # torch's optimizers import it when they first step
 from torch import nn
 
 import memtile
 from memtile.testing import LargestAllocation
 
-FEATURES, LAYERS, ROWS, STEPS = 8192, 5, 16, 5
-TILE_BYTES = 16 << 20
-CAP_BYTES = 512 << 20
-STATE_BYTES = LAYERS * FEATURES * FEATURES * 16  # weights, gradients, two moments: 5 GiB
+LAYERS, ROWS = 5, 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model whose weights, gradients and two moments are more than its cap."""
+
+    features: int
+    steps: int
+    tile_bytes: int
+    cap_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Of weights, gradients and moments in float32."""
+        return LAYERS * self.features**2 * 16
+
+
+SIZES = {
+    "small": Size(features=2592, steps=2, tile_bytes=1 << 20, cap_bytes=96 << 20),
+    "large": Size(features=8192, steps=5, tile_bytes=16 << 20, cap_bytes=512 << 20),
+}
 
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 @contextlib.contextmanager
-def memory_cgroup(cap_bytes: int = CAP_BYTES) -> Iterator[None]:
+def memory_cgroup(cap_bytes: int = SIZES["large"].cap_bytes) -> Iterator[None]:
     """Inside, what this process allocates anew, cached pages included, is at most the cap.
 
     Raises:
@@ -47,10 +67,10 @@ def memory_cgroup(cap_bytes: int = CAP_BYTES) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def data_limit() -> Iterator[None]:
+def data_limit(cap_bytes: int) -> Iterator[None]:
     """Inside, private memory is at most the cap above what it is now."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + CAP_BYTES, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + cap_bytes, before[1]))
     try:
         yield
     finally:
@@ -84,27 +104,28 @@ class Sampled:
         self._thread.join()
 
 
-def build(side: str, folder: str) -> nn.Module:
+def build(side: str, folder: str, size: Size) -> nn.Module:
     """The same model for each side: row tiles draw what a dense layer draws."""
     torch.manual_seed(0)
+    features = size.features
     if side == "dense":
-        return nn.Sequential(*(nn.Linear(FEATURES, FEATURES) for _ in range(LAYERS)))
+        return nn.Sequential(*(nn.Linear(features, features) for _ in range(LAYERS)))
     home = memtile.DiskHome(folder)
-    splits = FEATURES * FEATURES * 4 // TILE_BYTES
+    splits = -(-features * features * 4 // size.tile_bytes)
     return nn.Sequential(
         *(
-            memtile.TiledLinear(FEATURES, FEATURES, out_splits=splits, home=home)
+            memtile.TiledLinear(features, features, out_splits=splits, home=home)
             for _ in range(LAYERS)
         )
     )
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, size: Size) -> list[float]:
     """The loss of each step."""
     generator = torch.Generator().manual_seed(1)
-    x, y = (torch.randn(ROWS, FEATURES, generator=generator) for _ in range(2))
+    x, y = (torch.randn(ROWS, size.features, generator=generator) for _ in range(2))
     losses = []
-    for _ in range(STEPS):
+    for _ in range(size.steps):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), y)
         loss.backward()
@@ -113,18 +134,19 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     return losses
 
 
-def main(side: str, cap: str, folder: str) -> None:
+def main(side: str, cap: str, folder: str, name: str) -> None:
     """Train one side and print what was seen."""
-    caps = {"cgroup": memory_cgroup, "rlimit": data_limit, "none": contextlib.nullcontext}
+    caps, size = {"cgroup": memory_cgroup, "rlimit": data_limit}, SIZES[name]
+    limit = caps[cap](size.cap_bytes) if cap in caps else contextlib.nullcontext()
     adamw = torch.optim.AdamW
     nn.Linear(8, 8)(torch.ones(8, 8)).sum().backward()  # threads and libraries of a first product
-    with caps[cap](), Sampled() as sampled, LargestAllocation() as largest:
-        model = build(side, folder)
+    with limit, Sampled() as sampled, LargestAllocation() as largest:
+        model = build(side, folder, size)
         if side == "dense":
             optimizer = adamw(model.parameters(), lr=1e-4)
         else:
             optimizer = memtile.TileOptimizer(model, adamw, mode=side, lr=1e-4)
-        losses = train(model, optimizer)
+        losses = train(model, optimizer, size)
     result = {
         "losses": losses,
         "private_bytes": sampled.most - sampled.before,

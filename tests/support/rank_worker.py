@@ -23,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 import memtile
+from memtile.engines import exchange_order
 from memtile.engines.torch_fsdp2 import shard
 from memtile.planning import Moment
 
@@ -147,6 +148,8 @@ class Probe:
                 (dist.ProcessGroup, "reduce_scatter_single", self._sending("reduce-scatter")),
                 (collectives.DefaultAllGather, "allocate", self._allocating(self._gathering)),
                 (collectives.DefaultReduceScatter, "allocate", self._allocating(self._reducing)),
+                (exchange_order._Gather, "allocate", self._allocating(self._gathering)),
+                (exchange_order._Reduce, "allocate", self._allocating(self._reducing)),
                 (sharded_param.FSDPParam, "init_unsharded_param", self._filling),
                 (param_group.FSDPParamGroup, "post_backward", self._ending),
                 (param_group, "foreach_reduce", self._leaving_with),

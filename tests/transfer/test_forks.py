@@ -13,7 +13,8 @@ from torch import nn
 from memtile import DiskHome, tile
 from memtile.errors import HomeError
 from memtile.homes import aligned_buffer, berth_of, disk_io
-from memtile.transfer import ferries_of, parked, passes
+from memtile.transfer import ferries_of, passes
+from memtile.transfer.parked import gradient_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -54,7 +55,13 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
     def hold_all():
         with ExitStack() as stack:
             rings = [ferry._changed for ferry in ferries.all()]
-            locks = [passes._lock, parked._adding, home._change, home._segments._lock, *rings]
+            locks = [
+                passes._lock,
+                gradient_of(_weight(model)),
+                home._change,
+                home._segments._lock,
+                *rings,
+            ]
             for lock in locks:
                 stack.enter_context(lock)
             held.set()

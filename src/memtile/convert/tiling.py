@@ -31,7 +31,7 @@ from memtile.errors import (
     TileSizeWarning,
 )
 from memtile.geometry import Grid
-from memtile.homes import Home, keep_freed_memory_out
+from memtile.homes import Home, berth_of, keep_freed_memory_out
 from memtile.layers import TiledLinear, TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
 
@@ -269,12 +269,14 @@ def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[Choice]) -> None:
     With a home and no size, those that are larger than the largest weight that went there.
     """
     limit, rule = cut.max_tile_bytes, f"above max_tile_bytes={cut.max_tile_bytes}"
+    parameters = dict(model.named_parameters())
     if limit is None and cut.parks:
         limit = _largest_parked(model, choices)
         rule = f"in memory, larger than the largest weight that went home, of {limit} bytes"
+        parameters = {n: p for n, p in parameters.items() if berth_of(p) is None}
     larger = {
         name: parameter.nbytes
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters.items()
         if limit is not None and parameter.nbytes > limit
     }
     if not larger:

@@ -58,9 +58,8 @@ def keep_freed_memory_out() -> None:
     if library is not None:
         library.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
         _log.info(
-            "malloc of this process gives freed blocks of 64 KiB and more back at once from now "
-            "on, as plans suppose; memtile.tile(model, plan, return_freed_memory=False) leaves it "
-            "alone"
+            "malloc of this process gives freed blocks from 64 KiB on back at once from now on, "
+            "as plans suppose; memtile.tile(model, plan, return_freed_memory=False) leaves it alone"
         )
 
 

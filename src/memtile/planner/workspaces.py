@@ -6,8 +6,8 @@ the same thread asks. How much it is follows from the CPU's kernels and from the
 products; rows × depth × columns):
 
 - by its kernels for AVX2 (MKL_ENABLE_INSTRUCTIONS=AVX2): a panel 192 deep and at most 20 000
-  columns wide, from 600 rows on: 9.4 MiB for 12 000 columns, 15.2 at most. The widest product
-  first, and nothing is added by the others.
+  columns wide, from 600 rows on: 9.4 MiB for 12 000 columns, 15.2 at most. With the widest product
+  first, the others add almost nothing.
 - by its kernels for AVX-512: the panel is 384 deep, from 200 rows on: 18.5 MiB for 12 000
   columns, 30.4 at most; 576 columns deep it is two of 288: 13.9. So the widest may take less than
   another. With two threads, products with few rows are cut along their depth, and the second
