@@ -13,6 +13,7 @@ from torch import nn
 from memtile import DiskHome, tile
 from memtile.errors import HomeError
 from memtile.homes import aligned_buffer, berth_of, disk_io
+from memtile.transfer import ferries as ferries_module
 from memtile.transfer import ferries_of, passes
 from memtile.transfer.parked import gradient_of
 
