@@ -58,6 +58,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
             rings = [ferry._changed for ferry in ferries.all()]
             locks = [
                 passes._lock,
+                ferries_module._lock,
                 gradient_of(_weight(model)),
                 home._change,
                 home._segments._lock,
