@@ -20,7 +20,7 @@ ORDERS = {
     "narrow first": SHAPES,
     "wide first": SHAPES[::-1],
     "mixed": [*SHAPES],
-    "small": [(5, 70, 301)],
+    "small": [(5, 700, 3001)],
 }
 random.Random(0).shuffle(ORDERS["mixed"])
 CODE = """
@@ -90,8 +90,9 @@ def test_what_is_known_is_not_measured_again(known):
         assert workspaces._process is None
 
 
-def test_products_in_16_bits_alone_are_not_measured():
-    """A plan without float32 products has no float32 workspace, and starts no process."""
+def test_small_products_are_not_measured():
+    """Nor is a plan in 16 bits, whose float32 products are of positions: no process starts."""
     with Workspaces({}) as workspaces:
         assert workspaces(Products((), 9)) == 0
+        assert 0 < workspaces(Products(((64, 1, 32),), 9)) < 1 << 20
         assert workspaces._process is None

@@ -1,7 +1,8 @@
 """A process that makes a random Llama on disk, plans, loads, trains and saves it, memory capped.
 
 Run as a script: `whole_run.py SIZE FOLDER CAP`, SIZE "small" or "large", CAP "cgroup" or "none".
-Prints one JSON object. The limit is set after the imports; all but the last layer is frozen.
+Prints one JSON object. The limit is set after the imports, and after the machine was measured, in
+a process of its own; all but the last layer is frozen.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import memtile
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.optim import dense_parameters
+from memtile.planner.rates import rates_of
 
 SIZES = {
     "small": {
@@ -114,6 +116,7 @@ def main(size, folder, cap):
 
     assert LlamaForCausalLM  # its module belongs to the imports
     torch.nn.Linear(8, 8)(torch.ones(8, 8)).sum().backward()  # threads of a first product
+    rates_of(None, Path(folder))
     limit = memory_cgroup(CAPS[size]) if cap == "cgroup" else contextlib.nullcontext()
     with limit, Sampled() as sampled:
         with timed("create"):

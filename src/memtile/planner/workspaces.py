@@ -34,6 +34,7 @@ from memtile.planner.measuring import MeasuringError, child_environment, private
 from memtile.planning import Products
 
 _CODE: Final = "import memtile.planner.workspaces as workspaces; workspaces.serve()"
+_SMALL: Final = 1 << 20
 _STEPS: Final = 2  # the second adds a little; a third nothing, measured
 
 
@@ -59,13 +60,14 @@ class Workspaces:
             self._process = None
 
     def __call__(self, products: Products) -> int:
-        """The bytes; 0 where no product is in float32.
+        """The bytes; no process is started for products that are too small to keep a MiB.
 
         Raises:
             MeasuringError: the process that measures ended without an answer.
         """
-        if not products.shapes:
-            return 0
+        copies = _copied_bytes(products)
+        if copies < _SMALL:
+            return copies
         text = json.dumps(products.shapes)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         if digest not in self.known:
@@ -92,6 +94,12 @@ class Workspaces:
                 "the memory that products keep could not be measured: the process that makes them "
                 "ended without an answer; give rates=… instead"
             ) from error
+
+
+def _copied_bytes(products: Products) -> int:
+    """Of factors and results, for each thread: no library has a use for more."""
+    elements = sum(m * k + k * n + m * n for m, k, n in products.shapes)
+    return 4 * elements * torch.get_num_threads()
 
 
 def serve() -> None:
