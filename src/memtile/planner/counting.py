@@ -32,7 +32,7 @@ _FLASH: Final = 1  # torch._C._SDPBackend.FLASH_ATTENTION: what `_fused_sdp_choi
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 _PRODUCTS: Final = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
-_TALLEST: Final = 1024  # rows beyond which no workspace grew, on either kind of CPU
+_TALLEST: Final = 1024  # rows beyond which no workspace grew: by kernels of AVX2 and of AVX-512
 _grouped = getattr(_aten, "_grouped_mm", None)  # not in torch 2.6
 
 
