@@ -342,7 +342,7 @@ def test_planning_leaves_malloc_alone_and_tiling_by_a_plan_can():
 
     planned_faults, left_alone, returned = map(int, done.stdout.split())
 
-    assert max(planned_faults, left_alone) < 2 * 1024
+    assert max(planned_faults, left_alone) < returned / 4  # blocks that are used again take none
     assert returned > 19 * 1024
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import PAGE, Berth, berth_of, register, room_of, settle_in
+from memtile.homes import PAGE, Berth, berth_of, register, room_of, settle_in, trim_heap
 from memtile.optim.finite import check_gradient, check_gradients
 from memtile.optim.inner import Inner, Piece
 from memtile.transfer import Ferry, Loan, ferries_of
@@ -28,6 +28,7 @@ MASTER = "master"
 VALUE, GRADIENT = "<value>", "<gradient>"  # beside the keys of a state, which are identifiers
 SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 CHUNK_ELEMENTS = 1 << 18  # four float32 tensors of these are 4 MiB
+_TRIMMED_AFTER = 16 << 20  # bytes of parameters: to trim takes a fraction of a millisecond
 
 State = dict[str, Any]
 Layout = dict[str, torch.dtype]
@@ -73,7 +74,7 @@ class Stepper:
         model: nn.Module,
     ) -> None:
         self._inner, self._state, self._keeps_masters = inner, state, keeps_masters
-        self._model = model
+        self._model, self._since_trim = model, 0
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype that the parameter is stepped in."""
@@ -147,7 +148,19 @@ class Stepper:
             work.store()
             state.update({**work.made, **late})
             state.update({key: _in_place(state.get(key), entry) for key, entry in kept.items()})
+            if work.new:
+                self._give_back(parameter.nbytes)
         torch.autograd.graph.increment_version(parameter)
+
+    def _give_back(self, nbytes: int) -> None:
+        """Free the heap now and then: what first steps make to be kept lies between its holes.
+
+        Without it the heap grew by half of what was stepped: 158 MiB for 134 MiB of weights.
+        """
+        self._since_trim += nbytes
+        if self._since_trim >= _TRIMMED_AFTER:
+            self._since_trim = 0
+            trim_heap()
 
     def _step_rows(
         self,
