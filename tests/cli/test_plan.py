@@ -1,10 +1,15 @@
 """`memtile plan`: what a budget is enough for, from a config alone."""
 
+import inspect
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
-from memtile.cli import main
+import memtile
+from memtile.cli import main, models
+from memtile.cli.commands.finetune import run_finetune
+from memtile.cli.commands.plan import run_plan
 from memtile.planning import Plan, RankPlan
 
 
@@ -93,3 +98,32 @@ def test_a_mistake_is_one_sentence(config, capsys, options, sentence):
     printed = capsys.readouterr()
     assert sentence in printed.err
     assert len(printed.err.splitlines()) == 1
+
+
+def test_finetune_carries_out_the_plan_that_is_shown(
+    tiny_model, tiny_text, tmp_path, monkeypatch, capsys
+):
+    """Of the same memory, by the same terms; both commands say what others took of the budget."""
+    plans, plan = [], memtile.plan
+
+    def noted(*arguments, **options):
+        plans.append(plan(*arguments, **options))
+        return plans[-1]
+
+    @contextmanager
+    def left_of(budget, used, others):  # the allocator gives each command another remainder
+        yield budget - (1 << 20)
+
+    monkeypatch.setattr(memtile, "plan", noted)
+    monkeypatch.setattr(models, "within", left_of)
+    options = ["--budget", "64MiB", "--tokens", "32"]
+    out = ["--out", str(tmp_path / "out"), "--steps", "1"]
+
+    assert main(["plan", str(tiny_model), *options]) == 0
+    assert main(["finetune", str(tiny_model), str(tiny_text), *options, *out]) == 0
+
+    printed = capsys.readouterr().out
+    assert plans[0].to_json() == plans[1].to_json()
+    assert printed.count("took 1.00 MiB of 64.0 MiB; the plan is for the other 63.0 MiB") == 2
+    tokens = [inspect.signature(each).parameters["tokens"] for each in (run_plan, run_finetune)]
+    assert tokens[0].default == tokens[1].default
