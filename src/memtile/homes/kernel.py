@@ -57,6 +57,7 @@ def keep_freed_memory_out() -> None:
     library = _library()
     if library is not None:
         library.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
+        library.malloc_trim(0)  # or blocks would go on to be carved from what lies free on top
         _log.info(
             "malloc of this process gives freed blocks from 64 KiB on back at once from now on, "
             "as plans suppose; memtile.tile(model, plan, return_freed_memory=False) leaves it alone"
