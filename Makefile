@@ -20,15 +20,16 @@ SOURCE := $(or $(WHEEL),-e .)
 .PHONY: help demo model test lint types ladder check environment clean
 
 help:
-	@echo "make demo   train a real model, dense and tiled, side by side (STEPS=20 ARGS=)"
-	@echo "make model  unpack the demo's model and print its folder"
-	@echo "make test   run all tests with coverage (ARGS=)"
-	@echo "make lint   check style and format"
-	@echo "make types  check types"
-	@echo "make ladder check which room imports which"
-	@echo "make check  lint, types, ladder and test"
+	@echo "make demo   train a real model, dense and tiled, side by side (STEPS=20 ARGS=): 3 minutes"
+	@echo "make model  unpack the demo's model and print its folder: seconds"
+	@echo "make test   run all tests but the slow ones (ARGS= JOBS=2): 6 minutes"
+	@echo "make lint   check style and format: a second"
+	@echo "make types  check types: a quarter of a minute"
+	@echo "make ladder check which room imports which: a second"
+	@echo "make check  lint, types, ladder and test: 7 minutes"
 	@echo "make clean  remove $(VENV) and what the tools leave behind"
-	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH)."
+	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH) in a minute or"
+	@echo "more at first. Times are of two cores of a server; bash .ci/run, which has all, takes 20 minutes."
 
 demo: $(VENV)/.model
 	$(BIN)/memtile demo --steps $(STEPS) $(ARGS)
