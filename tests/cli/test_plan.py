@@ -116,7 +116,7 @@ def test_finetune_carries_out_the_plan_that_is_shown(
 
     monkeypatch.setattr(memtile, "plan", noted)
     monkeypatch.setattr(models, "within", left_of)
-    options = ["--budget", "64MiB", "--tokens", "32"]
+    options = ["--budget", "400MiB", "--tokens", "32"]
     out = ["--out", str(tmp_path / "out"), "--steps", "1"]
 
     assert main(["plan", str(tiny_model), *options]) == 0
@@ -124,6 +124,6 @@ def test_finetune_carries_out_the_plan_that_is_shown(
 
     printed = capsys.readouterr().out
     assert plans[0].to_json() == plans[1].to_json()
-    assert printed.count("took 1.00 MiB of 64.0 MiB; the plan is for the other 63.0 MiB") == 2
+    assert printed.count("took 1.00 MiB of 400 MiB; the plan is for the other 399 MiB") == 2
     tokens = [inspect.signature(each).parameters["tokens"] for each in (run_plan, run_finetune)]
     assert tokens[0].default == tokens[1].default

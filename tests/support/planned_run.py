@@ -29,7 +29,8 @@ def main(folder: str, budget: str, tokens: str, home: str, work: str) -> None:
         memtile.tile(model, plan, checkpoint=folder)
         ids = torch.randint(config.vocab_size, (1, int(tokens)))
         (_train if trains else _infer)(model, ids)
-    found = {"measured": memory.nbytes, "predicted": plan.peak_bytes, "tiles": plan.tiles}
+    around = sum(term.nbytes for term in plan.terms if term.name.startswith("file pages around"))
+    found = {"measured": memory.nbytes, "predicted": plan.peak_bytes, "around": around}
     print(json.dumps({**found, "budget": plan.budget.of_place("host")}))
 
 

@@ -86,7 +86,7 @@ def _cache() -> Path:
 def _machine(folder: Path | None) -> str:
     """What tells one machine, disk and torch from another."""
     known = [platform.node(), _processor(), str(os.cpu_count()), torch.__version__]
-    known += [str(torch.get_num_threads())]
+    known += [str(torch.get_num_threads()), torch.__file__]  # another copy maps other pages
     known += [str(folder.stat().st_dev)] if folder else []
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
