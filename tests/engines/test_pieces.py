@@ -11,10 +11,10 @@ from dcp_worker import Net
 from dcp_zero3_worker import spawn_zero3
 from torch import nn
 
-from memtile.engines import piece_reader
+from memtile.engines import dcp_files
+from memtile.engines.dcp_files import read_alone
+from memtile.engines.dense_views import boxes
 from memtile.engines.distributed_checkpoints import load, save
-from memtile.engines.pieces import boxes
-from memtile.engines.shard_files import read_alone
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5), (5, 1), (2, 3, 4), (1, 4, 1, 3)])
@@ -71,11 +71,11 @@ def test_a_folder_on_a_filesystem_without_maps_is_read(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         torch.distributed.checkpoint.save({"a": truth}, checkpoint_id=tmp_path, no_dist=True)
 
-    class Refusing(piece_reader._Map):
+    class Refusing(dcp_files._Map):
         def __new__(cls, *_, **__):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr(piece_reader, "_Map", Refusing)
+    monkeypatch.setattr(dcp_files, "_Map", Refusing)
     read_alone({"a": found}, tmp_path)
 
     assert torch.equal(found, truth)

@@ -26,10 +26,16 @@ from memtile.convert.finding import Findings, Match, checked, find, left_out, so
 from memtile.convert.kinds import configs_beside
 from memtile.convert.moving import Source, bring_in
 from memtile.convert.wanted import wanted_by
-from memtile.engines.dense_views import DenseView, dense_view, let_go, unwrapped
-from memtile.engines.pieces import Piece, local_pieces
+from memtile.engines.dcp_files import read_alone, write_shards
+from memtile.engines.dense_views import (
+    DenseView,
+    ShardPiece,
+    dense_view,
+    let_go,
+    local_pieces,
+    unwrapped,
+)
 from memtile.engines.ranks import Ranks
-from memtile.engines.shard_files import read_alone, write_shards
 from memtile.engines.zero3_values import is_partitioned
 from memtile.errors import CheckpointError, CheckpointWarning
 from memtile.geometry import Rect, Span
@@ -246,7 +252,7 @@ def _outgoing(name: str, like: Tensor, between: Path, dtype: torch.dtype | None)
         for start in range(0, shape[0], height):
             band = torch.empty(min(height, shape[0] - start), *shape[1:], dtype=kept)
             place = (start, *(0 for _ in shape[1:]))
-            _read(between, name, DenseView(shape, [Piece(place, band)], band))
+            _read(between, name, DenseView(shape, [ShardPiece(place, band)], band))
             yield band.to(written)
 
     return Outgoing(name, written, shape, flow)

@@ -4,10 +4,12 @@ Source: `torch.distributed.checkpoint` asks a tensor for its pieces (`_Checkpoin
 without data of its own can be saved and loaded.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -16,16 +18,33 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import (  # private: DTensor says nowhere else what it holds
+    compute_local_shape_and_global_offset,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from memtile.convert.moving import Held, values_of
 from memtile.convert.saving import check_modules, settle
 from memtile.convert.wanted import wanted_by
-from memtile.engines.pieces import Offset, Piece, local_pieces
 from memtile.engines.zero3_values import flat_part, is_partitioned
 from memtile.errors import ArgumentError, CheckpointError, EngineError
 from memtile.layers import whole_shape
 from memtile.optim import DenseParameter
+
+Offset = tuple[int, ...]
+
+
+class ShardPiece(NamedTuple):
+    """A rectangle of a tensor that this rank holds.
+
+    Attributes:
+        offset: its corner in the whole tensor.
+        values: shares memory with the tensor or its shard.
+    """
+
+    offset: Offset
+    values: Tensor
 
 
 class DenseView(Tensor):
@@ -43,7 +62,7 @@ class DenseView(Tensor):
     def __new__(
         cls,
         shape: Sequence[int],
-        pieces: Sequence[Piece],
+        pieces: Sequence[ShardPiece],
         like: Tensor,
         device: torch.device | None = None,
     ) -> "DenseView":
@@ -207,7 +226,7 @@ def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[Piece]:
+def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[ShardPiece]:
     """What this rank holds of each part; nothing where a shard is empty."""
     for part, tensor in zip(dense.parts, tensors, strict=True):
         assert part.rect is not None
@@ -215,4 +234,61 @@ def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[Piece]
         for offset, values in local_pieces(tensor):
             if values.numel():
                 place = tuple(start + along for start, along in zip(corner, offset, strict=False))
-                yield Piece(place[::-1], values.t()) if part.turned else Piece(place, values)
+                yield (
+                    ShardPiece(place[::-1], values.t())
+                    if part.turned
+                    else ShardPiece(place, values)
+                )
+
+
+def local_pieces(tensor: Tensor) -> Iterator[ShardPiece]:
+    """What this rank holds of a tensor, which shares memory with it: all of it, or a shard.
+
+    Raises:
+        CheckpointError: its shard is not in memory.
+    """
+    if is_partitioned(tensor):
+        yield from _of_partition(tensor)
+    elif not isinstance(tensor, DTensor):
+        yield ShardPiece((0,) * tensor.dim(), tensor.detach())
+    elif tensor.device_mesh.get_coordinate() is not None:
+        _, offset = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        yield ShardPiece(tuple(offset), tensor.to_local().detach())
+
+
+def _of_partition(parameter: Any) -> Iterator[ShardPiece]:  # with DeepSpeed's attributes
+    """ZeRO-3 keeps a stretch of the flattened tensor, which is a few rectangles of it."""
+    part = flat_part(parameter)
+    start = part.numel() * dist.get_rank(parameter.ds_process_group)
+    stop = min(start + part.numel(), parameter.ds_numel)
+    for offset, sizes in boxes(tuple(parameter.ds_shape), start, stop):
+        count = math.prod(sizes)
+        yield ShardPiece(offset, part[:count].view(sizes))
+        part = part[count:]
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Offset, Offset]]:
+    """(offset, sizes) of the rectangles that a stretch of a flattened tensor is, in its order."""
+    if start >= stop:
+        return
+    if len(shape) < 2:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:  # inside one row
+        yield from _inside(shape, last, start - last * row, stop - last * row)
+        return
+    yield from _inside(shape, first - 1, start - (first - 1) * row, row)
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    yield from _inside(shape, last, 0, stop - last * row)
+
+
+def _inside(
+    shape: Sequence[int], row: int, start: int, stop: int
+) -> Iterator[tuple[Offset, Offset]]:
+    for offset, sizes in boxes(shape[1:], start, stop):
+        yield (row, *offset), (1, *sizes)

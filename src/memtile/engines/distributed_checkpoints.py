@@ -24,12 +24,16 @@ from torch.optim import Optimizer
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.steps import SavedStep, new_step, saved_steps
 from memtile.convert.training import Resumed, check_numbers
+from memtile.engines.dcp_files import read_alone, read_shards, write_shards
 from memtile.engines.dense_views import DenseView, dense_view, unwrapped
-from memtile.engines.optimizer_state import OptimizerState
-from memtile.engines.optimizer_views import KEY, IncomingState, outgoing_state
+from memtile.engines.optimizer_state import (
+    KEY,
+    OptimizerState,
+    OptimizerStateLoader,
+    outgoing_state,
+)
 from memtile.engines.ranks import Ranks
-from memtile.engines.shard_files import read_alone, read_shards, write_shards
-from memtile.engines.zero3_state import PartitionedState, is_of_zero3
+from memtile.engines.zero3_optimizer import PartitionedState, is_of_zero3
 from memtile.engines.zero3_values import is_partitioned, write_masters
 from memtile.errors import ArgumentError, CheckpointError, EngineError
 
@@ -245,14 +249,14 @@ def _state_of(model: nn.Module, optimizer: object) -> OptimizerState:
 
 def _incoming(
     record: Json, metadata: Metadata, model: nn.Module, optimizer: object, place: Path
-) -> IncomingState:
+) -> OptimizerStateLoader:
     kept_by = _state_of(model, optimizer)
     if KEY not in record:
         raise CheckpointError(
             f"{place} was saved without an optimizer: load the model only, and start the optimizer "
             "anew"
         )
-    incoming = IncomingState(record[KEY], metadata, model, kept_by)
+    incoming = OptimizerStateLoader(record[KEY], metadata, model, kept_by)
     if isinstance(kept_by, PartitionedState):
         numbers = incoming.numbers()
         read_alone({KEY: {"state": numbers}}, place)

@@ -1,14 +1,26 @@
 """What an optimizer keeps for a model's parameters, as a distributed checkpoint sees it."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from memtile.optim import DenseParameter, Part, stored_state
+from memtile.checkpoints.exact_json import from_json, to_json
+from memtile.checkpoints.header import DTYPES, dtype_name
+from memtile.convert.optimizer_file import OWN_OPTIONS, beside, entry_of
+from memtile.engines.dense_views import view_of
+from memtile.errors import CheckpointError
+from memtile.optim import DenseParameter, Part, dense_parameters, stored_state
 
 State = dict[str, Any]  # of an optimizer: whatever its class keeps
 
@@ -89,3 +101,173 @@ class OptimizerState:
         """Let these states of parameters be all that is kept."""
         self._optimizer.state.clear()
         self._optimizer.state.update(states)
+
+
+Json = dict[str, Any]  # of the record: whatever JSON it has
+
+KEY = "optimizer"
+
+
+def outgoing_state(kept_by: OptimizerState) -> tuple[State, Json]:
+    """What is to be saved of an optimizer: its state in torch's layout, and a record to check by.
+
+    Raises:
+        OptimizerError: it is in the middle of a step, or there is no dense form of what it keeps.
+        CheckpointError: an option of a group is neither a tensor of one element nor JSON.
+    """
+    kept_by.check_savable()
+    state: State = {"state": {}, "param_groups": []}
+    record: Json = {"class": kept_by.class_name, "groups": [], "stepped": {}}
+    for number, (group, found) in enumerate(zip(kept_by.groups, kept_by.members, strict=True)):
+        options = {key: value for key, value in group.items() if key not in OWN_OPTIONS}
+        state["param_groups"].append({"params": list(found), **options})
+        written = {
+            key: to_json(value, f"the optimizer's param_groups[{number}][{key!r}]")
+            for key, value in options.items()
+        }
+        record["groups"].append({"names": list(found), "options": written})
+        for name, dense in found.items():
+            kept = kept_by.kept(dense)
+            if kept is not None:
+                state["state"][name] = {
+                    **{
+                        key: view_of(of, entry_of(kept_by.by_parameter, key))
+                        for key, of in kept.tensors.items()
+                    },
+                    **kept.numbers,
+                }
+                stepped = kept_by.stepped_dtype(dense.parts[0].parameter)
+                record["stepped"][name] = dtype_name(stepped)
+    return state, record
+
+
+@dataclass
+class OptimizerStateLoader:
+    """A saved state on its way into an optimizer: made, it was checked, and has changed nothing.
+
+    Attributes:
+        state: to be given to DCP under the name `KEY`.
+
+    Raises:
+        CheckpointError: it is of another optimizer, or of another model.
+        OptimizerError: the optimizer is not of this model.
+        HomeFullError: a home has no room for it.
+    """
+
+    record: Json
+    metadata: Metadata
+    model: nn.Module
+    kept_by: OptimizerState
+    state: State = field(init=False, default_factory=lambda: {"state": {}})
+
+    def __post_init__(self) -> None:
+        self._states: dict[Any, State] = {}  # by parameters
+        self._alike: list[tuple[DenseParameter, str]] = []
+        self._check_class()
+        stored = self._stored()
+        self._check_groups(stored.keys())
+        for found in self.kept_by.members:
+            for name, dense in found.items():
+                for key, entry in stored.get(name, {}).items():
+                    self._prepare(dense, key, entry)
+
+    def _check_class(self) -> None:
+        ours, theirs = self.kept_by.class_name, self.record["class"]
+        if ours != theirs:
+            raise CheckpointError(
+                f"the checkpoint was trained with {theirs}, and this optimizer is {ours}: its "
+                f"state means something else; load with {theirs}, or load the model only"
+            )
+
+    def _check_groups(self, stepped: Set[str]) -> None:
+        """Refuse groups of other parameters; frozen ones that were never stepped do not count."""
+        frozen = {dense.name for dense in dense_parameters(self.model) if _is_frozen(dense)}
+        ours = [set(found) for found in self.kept_by.members]
+        theirs = [set(group["names"]) for group in self.record["groups"]]
+        if len(theirs) != len(ours):
+            raise CheckpointError(
+                f"the optimizer has {len(ours)} parameter groups, the checkpoint {len(theirs)}: "
+                "make the groups as they were made for the run that saved it"
+            )
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            for name in sorted((one ^ other) - (frozen - stepped)):
+                whose = "the optimizer" if name in one else "the checkpoint"
+                raise CheckpointError(
+                    f"only {whose} has {name!r} in group {number}: make the groups as they were "
+                    "made for the run that saved it"
+                )
+
+    def _stored(self) -> dict[str, dict[str, TensorStorageMetadata | BytesStorageMetadata]]:
+        """What the checkpoint has of each parameter."""
+        found: dict[str, dict[str, TensorStorageMetadata | BytesStorageMetadata]] = {}
+        for flat, path in (self.metadata.planner_data or {}).items():
+            if path[:2] == (KEY, "state"):
+                found.setdefault(path[2], {})[path[3]] = self.metadata.state_dict_metadata[flat]
+        return found
+
+    def _prepare(
+        self, dense: DenseParameter, key: str, entry: TensorStorageMetadata | BytesStorageMetadata
+    ) -> None:
+        """Make room for one entry, in each part's new state and for DCP."""
+        stepped = DTYPES[self.record["stepped"][dense.name]]
+        if not self.kept_by.keeps(dense.parts[0].parameter, key, stepped):
+            return
+        entries = self.state["state"].setdefault(dense.name, {})
+        if isinstance(entry, BytesStorageMetadata):
+            entries[key] = None
+            self._alike.append((dense, key))
+        elif (entry.size.numel() <= 1 and entry.size != dense.shape) or not entry.size:
+            entries[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            self._alike.append((dense, key))
+        else:
+            dtype = entry.properties.dtype
+            if dtype == stepped:
+                dtype = self.kept_by.stepped_dtype(dense.parts[0].parameter)
+            self._check_shape(dense, key, entry.size)
+            for part in dense.parts:
+                room = self.kept_by.room(part, key, entry.size, dtype)
+                self._states.setdefault(part.parameter, {})[key] = room
+            entries[key] = view_of(dense, entry_of(self._states, key))
+
+    def _check_shape(self, dense: DenseParameter, key: str, size: torch.Size) -> None:
+        if dense.parts[0].rect is not None and size != dense.shape:
+            raise CheckpointError(
+                f"{dense.name}: {key!r} of the checkpoint is {tuple(size)}, the parameter "
+                f"{tuple(dense.shape)}: it cannot be cut along tiles; load with this layer untiled"
+            )
+
+    def numbers(self) -> State:
+        """What is one number for a whole parameter, by dense names: to be read as DCP does."""
+        numbers: State = {}
+        for dense, key in self._alike:
+            numbers.setdefault(dense.name, {})[key] = self.state["state"][dense.name][key]
+        return numbers
+
+    def take(self) -> None:
+        """Put what DCP has read into the optimizer, options of groups too; drop gradients."""
+        self.kept_by.zero_grad()
+        groups = {
+            name: group
+            for group, found in zip(self.kept_by.groups, self.kept_by.members, strict=True)
+            for name in found
+        }
+        for dense, key in self._alike:
+            value = self.state["state"][dense.name][key]
+            for part in dense.parts:
+                own = _own(value, part, groups[dense.name])
+                self._states.setdefault(part.parameter, {})[key] = own
+        for group, saved in zip(self.kept_by.groups, self.record["groups"], strict=True):
+            for option, value in from_json(saved["options"]).items():
+                group[option] = beside(group.get(option), value)
+        self.kept_by.put(self._states)
+
+
+def _is_frozen(dense: DenseParameter) -> bool:
+    return not any(part.parameter.requires_grad for part in dense.parts)
+
+
+def _own(value: object, part: Part, group: Mapping[str, Any]) -> object:
+    """A part's own copy of a number; on its device where the step wants it there."""
+    if isinstance(value, Tensor) and (group.get("capturable") or group.get("fused")):
+        return value.to(part.parameter.device, copy=True)
+    return copy.deepcopy(value)

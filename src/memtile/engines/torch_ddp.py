@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.engines.exchange_order import order_in
+from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.errors import EngineError, OptimizerError
 from memtile.homes import berth_of
 from memtile.transfer import ferries_of, is_stepped_in_backward

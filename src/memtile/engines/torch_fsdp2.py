@@ -6,13 +6,14 @@ of in backward whatever the input is (`release`); a tied tile is one unit with t
 ranks that use other modules than the others are told so (`exchange_order`).
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -20,19 +21,17 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memtile.convert import replacing
-from memtile.engines.agreement import check_agreement, check_process_group
-from memtile.engines.ahead import bring_ahead
 from memtile.engines.exchange_order import compare_order
+from memtile.engines.fsdp2_prefetch import bring_ahead
+from memtile.engines.fsdp2_units import SharedTile, share_tied_tiles, tiled_layers, units_of
+from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.engines.release import release_in_backward
-from memtile.engines.ties import share_tied_tiles
-from memtile.engines.units import tiled_layers, units_of
-from memtile.engines.whole_values import take_ties_once, take_whole_values
 from memtile.errors import ArgumentError, EngineError, ParkedError
 from memtile.homes import berth_of
-from memtile.layers import register_gatherer
+from memtile.layers import TiledModule, register_gatherer
 
 Model = TypeVar("Model", bound=nn.Module)
 SMALLEST_UNIT: Final = 1 << 20
@@ -160,3 +159,72 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
 def _device_type(model: nn.Module) -> str:
     kind: str = next(model.parameters()).device.type
     return "cuda" if kind == "meta" and torch.cuda.is_available() else kind.replace("meta", "cpu")
+
+
+def take_whole_values(tile: nn.Module) -> None:
+    """Let a sharded tile load whole tensors, which are the same on each rank.
+
+    torch's own state-dict functions cut each parameter once, under one name: a tied tile has two.
+    """
+    tile.register_load_state_dict_pre_hook(_cut)
+
+
+def take_ties_once(model: nn.Module) -> None:
+    """Let a sharded model load tied tiles that come under one of their names.
+
+    `set_model_state_dict` with `broadcast_from_rank0` sends each module's values under one name: a
+    rank raised for the others, and rank 0 waited for it.
+    """
+    places: dict[int, list[_TiedName]] = defaultdict(list)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        for index, tile in layer.tiles() if isinstance(layer, TiledModule) else ():
+            if isinstance(tile, SharedTile):
+                for own, parameter in tile.named_parameters():
+                    place = _TiedName(f"{name}.{layer.tile_path(*index)}.{own}", f"{name}.{own}")
+                    places[id(parameter)].append(place)
+
+    def fill_in(
+        _: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *__: object,  # what else torch passes
+    ) -> None:
+        for tied in places.values():
+            _fill_in(state_dict, prefix, tied)
+
+    model.register_load_state_dict_pre_hook(fill_in)
+
+
+class _TiedName(NamedTuple):
+    """Names of a tied tile's parameter: its own, and that of the dense one."""
+
+    name: str
+    dense: str
+
+
+def _fill_in(state_dict: dict[str, Any], prefix: str, tied: list[_TiedName]) -> None:
+    given = [state_dict[prefix + p.name] for p in tied if prefix + p.name in state_dict]
+    for place in tied:
+        if given and prefix + place.dense not in state_dict:
+            state_dict.setdefault(prefix + place.name, given[0])
+
+
+def _cut(
+    tile: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: object,  # what else torch passes
+) -> None:
+    parameters: dict[str, Any] = tile._parameters  # a DTensor is a Parameter by its metaclass only
+    for name, parameter in parameters.items():
+        value = state_dict.get(prefix + name)
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor):
+            state_dict[prefix + name] = _shards_like(value, parameter)
+
+
+def _shards_like(value: Tensor, parameter: DTensor) -> Tensor:
+    if isinstance(value, DTensor) or value.shape != parameter.shape:
+        return value  # torch says what does not fit
+    mesh, placements = parameter.device_mesh, parameter.placements
+    whole = value.to(parameter.device)
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)

@@ -10,8 +10,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import nn
 
-from memtile.engines.zero3_config import SWAPPED_BYTES, part_of, ranks_of_launcher
-from memtile.engines.zero3_sizes import Sizes, sizes_of
+from memtile.engines.zero3_config import SWAPPED_BYTES, Sizes, part_of, ranks_of_launcher, sizes_of
 from memtile.errors import ArgumentError
 
 Given: TypeAlias = Mapping[str, Any]  # whatever JSON can hold

@@ -28,8 +28,7 @@ from memtile.cli.finetune.sequences import Heard
 from memtile.cli.finetune.settings import Settings
 from memtile.cli.finetune.sharding import load_engine, sharded
 from memtile.engines import dense_files, distributed_checkpoints
-from memtile.engines.agreement import check_agreement
-from memtile.engines.ranks import Ranks
+from memtile.engines.ranks import Ranks, check_agreement
 from memtile.homes import keep_freed_memory_out, usable_folder
 from memtile.planning import format_byte_size
 from memtile.testing import PeakMemory

@@ -13,8 +13,10 @@ from torch import nn
 
 from memtile.errors import EngineError
 
-Unit = Any  # the first FSDPModule of those that are gathered together; it is no nn.Module to mypy
-_NONE: Final[list[Unit]] = []
+UnitModule = (
+    Any  # the first FSDPModule of those that are gathered together; it is no nn.Module to mypy
+)
+_NONE: Final[list[UnitModule]] = []
 
 
 def bring_ahead(model: nn.Module, units: Sequence[Sequence[nn.Module]], ahead: int) -> None:
@@ -34,18 +36,18 @@ class _Order:
     """The units that a forward uses, one after the other, and what is beside each of them."""
 
     def __init__(self, model: nn.Module, ahead: int) -> None:
-        self._root: Unit = model
+        self._root: UnitModule = model
         self._ahead = ahead
         self._has_begun, self._has_ended = False, True
-        self._used: list[Unit] = []
-        self._with_backward: set[Unit] = set()  # of this forward
-        self._before: dict[Unit, list[Unit]] = {}  # likewise
-        self._waiting: set[Unit] = set()  # brought ahead, and not used yet
-        self._following: dict[Unit, list[Unit]] = {}
+        self._used: list[UnitModule] = []
+        self._with_backward: set[UnitModule] = set()  # of this forward
+        self._before: dict[UnitModule, list[UnitModule]] = {}  # likewise
+        self._waiting: set[UnitModule] = set()  # brought ahead, and not used yet
+        self._following: dict[UnitModule, list[UnitModule]] = {}
         model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end)
 
-    def use(self, unit: Unit) -> tuple[list[Unit], list[Unit]]:
+    def use(self, unit: UnitModule) -> tuple[list[UnitModule], list[UnitModule]]:
         """A unit works now; gives what follows it, and what was before, the nearest first.
 
         Raises:
@@ -68,7 +70,7 @@ class _Order:
         self._used.append(unit)
         return following, before
 
-    def will_have_backward(self, unit: Unit) -> None:
+    def will_have_backward(self, unit: UnitModule) -> None:
         """A result of the unit requires grad."""
         self._with_backward.add(unit)
 
@@ -84,14 +86,14 @@ class _Order:
         self._has_ended = True
         self._let_go_of(self._waiting)
         used, ahead = [unit for unit, _ in groupby(self._used)], self._ahead
-        places: dict[Unit, set[tuple[Unit, ...]]] = {}
+        places: dict[UnitModule, set[tuple[UnitModule, ...]]] = {}
         for place, unit in enumerate(used):
             places.setdefault(unit, set()).add(tuple(used[place + 1 : place + 1 + ahead]))
         self._following = {
             unit: list(found.pop()) if len(found) == 1 else _NONE for unit, found in places.items()
         }
 
-    def _let_go_of(self, units: Iterable[Unit]) -> None:
+    def _let_go_of(self, units: Iterable[UnitModule]) -> None:
         for unit in list(units):
             self._waiting.discard(unit)
             unit.unshard()  # what is on its way has to arrive first
@@ -111,10 +113,10 @@ class _Ahead:
     """
 
     def __init__(self, unit: Sequence[nn.Module], order: _Order) -> None:
-        self._first: Unit = unit[0]
+        self._first: UnitModule = unit[0]
         self._order = order
         self._recomputed, self._trained = False, False
-        self._before: list[Unit] | None = None
+        self._before: list[UnitModule] | None = None
         unit[0].register_forward_pre_hook(self._choose, prepend=True)
         for module in unit:
             module.register_forward_hook(self._note)
@@ -131,7 +133,7 @@ class _Ahead:
             self._choose_before(before if self._trained and not self._recomputed else _NONE)
             self._trained = True
 
-    def _choose_before(self, before: list[Unit]) -> None:
+    def _choose_before(self, before: list[UnitModule]) -> None:
         # A unit that is there already is none: an empty list would be the engine's own guess, which
         # left a third unit gathered where a tied one has other units before each of its uses.
         self._first.set_modules_to_backward_prefetch(before or [self._first])
