@@ -1,4 +1,4 @@
-"""DCP's folders written and read by ranks together, or read by one of them alone."""
+"""Reads and writes the folders of `torch.distributed.checkpoint` (DCP), by all ranks or by one."""
 
 import errno
 import mmap
@@ -25,10 +25,12 @@ from torch.futures import Future
 from memtile.engines.ranks import Ranks
 from memtile.errors import CheckpointError, CheckpointWriteError, way_out
 
-State = dict[str, Any]  # what DCP takes: tensors, dictionaries, anything
+DcpState = dict[str, Any]  # what DCP takes: tensors, dictionaries, anything
+_HEADER_BYTES: Final = 30
+"""Of a zip file's member, before its name and extra field, whose lengths are the last four."""
 
 
-def write_shards(ranks: Ranks, state: State, folder: Path) -> None:
+def write_shards(ranks: Ranks, state: DcpState, folder: Path) -> None:
     """Write what each rank holds.
 
     Raises:
@@ -51,7 +53,7 @@ def write_shards(ranks: Ranks, state: State, folder: Path) -> None:
         ) from error
 
 
-def read_shards(ranks: Ranks, state: State, folder: Path) -> None:
+def read_shards(ranks: Ranks, state: DcpState, folder: Path) -> None:
     """Read what each rank wants, in place.
 
     Raises:
@@ -72,7 +74,7 @@ def read_shards(ranks: Ranks, state: State, folder: Path) -> None:
         ) from error
 
 
-def read_alone(state: State, folder: Path) -> None:
+def read_alone(state: DcpState, folder: Path) -> None:
     """Read on this rank alone, in place; errors are DCP's own."""
     with _silent():
         state_dict_loader.load(state, storage_reader=PieceReader(folder), no_dist=True)
@@ -91,12 +93,13 @@ def _silent() -> Iterator[None]:
         yield
 
 
-_HEADER_BYTES: Final = 30
-"""Of a zip file's member, before its name and extra field, whose lengths are the last four."""
-
-
 class PieceReader(FileSystemReader):
-    """DCP's reader of folders, for tensors of which only pieces are wanted."""
+    """DCP's reader of folders, for tensors of which only pieces are wanted.
+
+    DCP's own loads each saved tensor whole, once for each piece of it that is wanted: a layer of
+    512 × 512 that was saved dense peaked at twice its size when a rank wanted 16 tiles of it,
+    measured. Here the file is mapped, and each wanted piece is copied out of it.
+    """
 
     def set_up_storage_reader(self, metadata: Metadata, *arguments: Any, **options: Any) -> None:
         """Remember what the checkpoint holds; arguments are the base class's own."""
@@ -114,55 +117,54 @@ class PieceReader(FileSystemReader):
             stored = self._mapped(place)
             if stored is None:
                 others.extend(items)
-            else:
-                for item in items:
-                    _copy(stored, item, planner)
+                continue
+            for item in items:
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(_part_of(stored, item))
+                planner.commit_tensor(item, target)
         return super().read_data(replace(plan, items=others), planner)
 
     def _mapped(self, place: MetadataIndex) -> Tensor | None:
-        """What was saved at a place, in its file; None where only torch can tell what that is."""
+        """The tensor saved at a place, mapped; None where only torch can read it."""
         info, held = self.storage_data[place], self._held[place.fqn]
         if info.transform_descriptors or not isinstance(held, TensorStorageMetadata):
             return None
         start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
         length = info.offset + info.length - start
-        with self.fs.create_stream(
-            self.fs.concat_path(self.path, info.relative_path), "rb"
-        ) as file:
+        path = self.fs.concat_path(self.path, info.relative_path)
+        with self.fs.create_stream(path, "rb") as file:
             try:
                 mapped = _Map(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
             except OSError:  # ENODEV: some network filesystems map nothing; torch reads
                 return None
         try:
             return _tensor_in(mapped, held.properties.dtype)
-        except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, _UnknownFormError):
+        except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError):
             return None
 
 
+def _part_of(stored: Tensor, item: ReadItem) -> Tensor:
+    for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        stored = stored.narrow(dimension, start, size)
+    return stored
+
+
 class _Map(mmap.mmap):
-    """A file's memory that is read like a file."""
+    """A map that `zipfile` reads as a file."""
 
     def seekable(self) -> bool:
         """Before Python 3.13 maps do not say so."""
         return True
 
 
-def _copy(stored: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
-    target = planner.resolve_tensor(item).detach()
-    for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-        stored = stored.narrow(dimension, start, size)
-    target.copy_(stored)
-    planner.commit_tensor(item, target)
-
-
 def _tensor_in(mapped: _Map, dtype: torch.dtype) -> Tensor:
     """The one tensor of the torch file that the map ends with, over the map's own memory."""
     with zipfile.ZipFile(mapped) as archive:  # type: ignore[call-overload]  # a map reads like a file
         names = {name.partition("/")[2]: name for name in archive.namelist()}
-        form = _Forms(archive.open(names["data.pkl"])).load()
+        form = _TensorUnpickler(archive.open(names["data.pkl"])).load()
         byteorder = archive.read(names["byteorder"]).decode()
         if not isinstance(form, _Form) or byteorder != sys.byteorder:
-            raise _UnknownFormError
+            raise pickle.UnpicklingError("not a plain tensor of this machine's byte order")
         data = archive.getinfo(names[f"data/{form.key}"])
     header = mapped[data.header_offset : data.header_offset + _HEADER_BYTES]
     lengths = int.from_bytes(header[-4:-2], "little") + int.from_bytes(header[-2:], "little")
@@ -170,10 +172,6 @@ def _tensor_in(mapped: _Map, dtype: torch.dtype) -> Tensor:
     count = data.file_size // dtype.itemsize
     flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=first)
     return flat.as_strided(form.size, form.stride, form.start)
-
-
-class _UnknownFormError(Exception):
-    """Nothing that is plain enough to be read without torch."""
 
 
 class _Form(NamedTuple):
@@ -185,8 +183,8 @@ class _Form(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Forms(pickle.Unpickler):
-    """Reads the form of a plain tensor, and runs nothing."""
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads how a plain tensor lies in its storage, and runs nothing."""
 
     def persistent_load(self, pid: Any) -> str:  # as torch writes it: kind, class, key, …
         """The key of a storage."""

@@ -1,14 +1,15 @@
-"""DeepSpeed's ZeRO-3 holds the tiles: each is gathered, used and let go of, one more on its way.
+"""Tiles as shards of DeepSpeed's ZeRO-3: each is gathered for its use and freed after it.
 
 Source: `deepspeed.initialize` with ZeRO stage 3 (arXiv 2104.07857), whose own tiled linear this one
-stands for. `config` says what DeepSpeed must be told, `check` what a config of one's own does
-against tiles, `hold` does what no key can.
+replaces. `config` makes a config for tiles, `check` finds what is wrong with one of your own, and
+`hold` does what no key of a config can.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,10 +32,10 @@ _HELD = "_memtile_holds_tiles"
 
 
 def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
-    """Let go of tiles where DeepSpeed by itself would not; call it once, on each rank.
+    """Free tiles where DeepSpeed by itself would not; call it once, on each rank.
 
-    In backward tiles are let go of whatever the layer's input is: DeepSpeed does so only where it
-    requires grad. And what an evaluation leaves gathered is let go of before the next forward.
+    In backward DeepSpeed frees a tile only where the layer's input requires grad; then it is freed
+    after any input. What an evaluation leaves gathered is freed before the next forward.
 
     Args:
         engine: what `deepspeed.initialize` gave for a tiled model under ZeRO-3.
@@ -85,44 +86,46 @@ def _check_files(model: nn.Module) -> None:
 
 
 def _read_once(model: nn.Module) -> None:
-    """Ask for a tile on a disk once where forward's last and backward's first are the same.
+    """Read a tile from a disk once where it is the last of forward and the first of backward.
 
     DeepSpeed 0.19 reads ahead along both, and fails: "param … already assigned swap buffer".
     """
-    found = [getattr(parameter, "nvme_swapper", None) for parameter in model.parameters()]
-    for files in {id(each): each for each in found if each is not None}.values():
-        files.swap_in = _once(files.swap_in)
 
-
-def _once(read: Callable[..., None]) -> Callable[..., None]:
-    def swap_in(params: Sequence[nn.Parameter], *arguments: Any, **options: Any) -> None:  # its own
+    def once(
+        read: Callable[..., None],
+        params: Sequence[nn.Parameter],
+        *arguments: Any,  # DeepSpeed's own
+        **options: Any,
+    ) -> None:
         read(list(dict.fromkeys(params)), *arguments, **options)
 
-    return swap_in
+    found = [getattr(parameter, "nvme_swapper", None) for parameter in model.parameters()]
+    for files in {id(each): each for each in found if each is not None}.values():
+        files.swap_in = partial(once, files.swap_in)
 
 
 class _Leftovers:
-    """Tiles that are gathered, or on their way, and nothing uses: an evaluation has no backward.
+    """Frees tiles that are gathered, or being gathered, for no use: an evaluation has no backward.
 
-    DeepSpeed counts what is live from nothing in each forward, so they would come on top: 3 tiles
-    for 2. And it refuses to read what is on its way.
+    DeepSpeed counts live elements from zero in each forward, so they would be extra: 3 tiles in
+    place of 2. And it refuses to read what is being gathered.
     """
 
     def __init__(self, model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpeed's attributes
         self._parameters: list[Any] = [p for tile in tiles for p in tile.parameters()]
-        self._on_the_way = model.ds_inflight_param_registry
-        model.register_forward_pre_hook(self._let_go, prepend=True)
-        model.register_forward_hook(self._let_go_unless_trained)
+        self._in_flight = model.ds_inflight_param_registry
+        model.register_forward_pre_hook(self._free, prepend=True)
+        model.register_forward_hook(self._free_unless_trained)
 
-    def _let_go_unless_trained(self, *_: object) -> None:
+    def _free_unless_trained(self, *_: object) -> None:
         if not torch.is_grad_enabled():
-            self._let_go()
+            self._free()
 
     @torch.no_grad()
-    def _let_go(self, *_: object) -> None:
+    def _free(self, *_: object) -> None:
         for parameter in self._parameters:
-            if parameter in self._on_the_way:
-                self._on_the_way.pop(parameter).wait()
+            if parameter in self._in_flight:
+                self._in_flight.pop(parameter).wait()
             gathered = parameter.ds_status.name == "AVAILABLE"
             if gathered and not parameter.ds_persist and not parameter.ds_active_sub_modules:
                 parameter.partition()
@@ -149,7 +152,7 @@ def from_checkpoint(
     strict: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Model:
-    """Partition a model that is on the meta device, each rank reading its own parts from files.
+    """Partition a model that is on the meta device; each rank reads its own parts from files.
 
     Call it on each rank before `deepspeed.initialize`, which is to get the same config.
 
@@ -173,7 +176,8 @@ def from_checkpoint(
     check_installed()
     check_process_group()
     ranks = Ranks(process_group)
-    findings = ranks.each(lambda: found_for(_checked(model), path, ranks.number == 0, strict))
+    ranks.each(lambda: _check_empty(model))
+    findings = ranks.each(lambda: found_for(model, path, ranks.number == 0, strict))
     partitions = _partitioned(model, config)
     matches = []
     for match in findings.matches:
@@ -186,18 +190,17 @@ def from_checkpoint(
     return model
 
 
-def _checked(model: Model) -> Model:
+def _check_empty(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             raise ArgumentError(
                 f"{name} has values already, and from_checkpoint gives them: make the model with "
                 "memtile.empty_model(lambda: …)"
             )
-    return model
 
 
 def _partitioned(model: nn.Module, config: Mapping[str, Any]) -> dict[int, nn.Parameter]:
-    """Put a partitioned parameter in each one's place; gives them by the ids of the old ones."""
+    """Replace each parameter by a partitioned one; gives the new ones by the ids of the old."""
     from deepspeed import zero
 
     partitions: dict[int, nn.Parameter] = {}
@@ -207,19 +210,12 @@ def _partitioned(model: nn.Module, config: Mapping[str, Any]) -> dict[int, nn.Pa
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in partitions:
-                alone = _Alone(parameter)
+                values = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                alone = nn.Module()
+                alone.parameter = nn.Parameter(values, parameter.requires_grad)
+                alone.parameter.__dict__.update(parameter.__dict__)
                 zero.Init(module=alone, config_dict_or_path=dict(config))
                 partitions[id(parameter)] = alone.parameter
             module._parameters[name] = partitions[id(parameter)]
     del kept
     return partitions
-
-
-class _Alone(nn.Module):
-    """A module with one parameter, like another that has no values."""
-
-    def __init__(self, like: nn.Parameter) -> None:
-        super().__init__()
-        values = torch.zeros(like.shape, dtype=like.dtype)
-        self.parameter = nn.Parameter(values, like.requires_grad)
-        self.parameter.__dict__.update(like.__dict__)

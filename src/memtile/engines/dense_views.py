@@ -1,4 +1,4 @@
-"""Dense tensors over tiles and shards that lie elsewhere: what a distributed checkpoint sees.
+"""Views of dense tensors over tiles and shards, which distributed checkpoints save and load.
 
 Source: `torch.distributed.checkpoint` asks a tensor for its pieces (`_Checkpointable`), so a tensor
 without data of its own can be saved and loaded.
@@ -48,13 +48,9 @@ class ShardPiece(NamedTuple):
 
 
 class DenseView(Tensor):
-    """A dense tensor as the pieces that this rank holds; nothing else can be done with it.
+    """A dense tensor as the pieces that this rank holds; it can be saved and loaded only."""
 
-    Attributes:
-        takes: whether values may be read into it.
-    """
-
-    takes: bool = True
+    takes: bool = True  # whether values may be read into it
     _pieces: dict[Offset, Tensor]
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl  # torch types none
 
@@ -81,11 +77,7 @@ class DenseView(Tensor):
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
-        """Refuse every operation but the one by which `async_save` begins a copy on the CPU.
-
-        Raises:
-            CheckpointError: it is another.
-        """
+        """Refuse every operation but the one by which `async_save` begins a copy on the CPU."""
         if func is torch.ops.aten.new_empty.default:
             view, size = args
             return cls(size, [], view, kwargs.get("device"))
@@ -98,7 +90,7 @@ class DenseView(Tensor):
         return f"DenseView({tuple(self.shape)}, {self.dtype}, {len(self._pieces)} pieces here)"
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        """What this rank can write; a piece that several hold is written by one of them."""
+        """What this rank can write; DCP writes a piece that several ranks hold once."""
         return [
             WriteItem(
                 MetadataIndex(fqn, torch.Size(offset)),
@@ -111,11 +103,7 @@ class DenseView(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank wants to read.
-
-        Raises:
-            EngineError: what is read would be lost.
-        """
+        """What this rank wants to read; EngineError where it would be overwritten."""
         if not self.takes:
             raise EngineError(  # no ValueError: DCP puts a message of its own in its place
                 "the optimizer's masters would undo what dcp.load reads into partitions of ZeRO-3: "
@@ -124,7 +112,7 @@ class DenseView(Tensor):
         return [_chunk(offset, values) for offset, values in self._pieces.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """The piece at a place, to be written or to be read into."""
+        """The piece at an offset, to be written or to be read into."""
         assert index.offset is not None
         return self._pieces[tuple(index.offset)]
 
@@ -136,8 +124,8 @@ def _chunk(offset: Offset, values: Tensor) -> ChunkStorageMetadata:
 def dense_view(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the untiled model, for `dcp.save`, `dcp.async_save` and `dcp.load`.
 
-    No values are copied: each rank writes and reads the pieces that it holds, in place. What is
-    tied comes under every name that it has. Make it anew for each save and load.
+    No values are copied: each rank writes and reads the pieces that it holds, in place. Tied
+    tensors are under each of their names. Make a new view for each save and load.
 
     Args:
         model: tiled or not, over ranks or not, in `DistributedDataParallel` or not.
@@ -159,14 +147,14 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP's or DeepSpeed's, whose names are the untiled model's; or the model."""
+    """The model inside `DistributedDataParallel` or DeepSpeed's engine; or the model itself."""
     engine = type(model).__module__.startswith("deepspeed.")
     inner = model.module if isinstance(model, DistributedDataParallel) or engine else model
     return cast(nn.Module, inner)
 
 
 def let_go(model: nn.Module) -> None:
-    """Have each value at its place: as shards, or at home; refuse what has no dense form.
+    """Reshard what is gathered, and write buffers to their homes; refuse what has no dense form.
 
     Raises:
         ArgumentError: the model is none.
@@ -183,10 +171,10 @@ def let_go(model: nn.Module) -> None:
 
 
 def view_of(dense: DenseParameter, held: Held) -> Tensor:
-    """The dense tensor over what is held for each of its parts; itself where it has one part.
+    """A view of a dense tensor, or the tensor itself where it is one part and no shard of ZeRO-3.
 
     Raises:
-        CheckpointError: they have no values, or do not make the dense tensor.
+        CheckpointError: its parts have no values, or do not make the dense tensor.
     """
     tensors = [held(part) for part in dense.parts]
     if any(tensor.is_meta for tensor in tensors):
@@ -194,27 +182,22 @@ def view_of(dense: DenseParameter, held: Held) -> Tensor:
             f"{dense.name} is on the meta device, where nothing has values; call "
             "model.to_empty(device=…) first"
         )
-    if dense.parts[0].rect is not None:
-        _check(dense, tensors)
-        return DenseView(dense.shape, list(_pieces(dense, tensors)), _held(tensors[0]))
-    if is_partitioned(tensors[0]):
-        pieces = list(local_pieces(tensors[0]))
-        return DenseView(whole_shape(tensors[0]), pieces, _held(tensors[0]))
-    return tensors[0].detach()
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """What has the dtype of its pieces."""
-    return flat_part(tensor) if is_partitioned(tensor) else tensor
-
-
-def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
-    dtypes = sorted({str(_held(tensor).dtype) for tensor in tensors})
+    held_as = [flat_part(each) if is_partitioned(each) else each for each in tensors]
+    if dense.parts[0].rect is None:
+        if not is_partitioned(tensors[0]):
+            return tensors[0].detach()
+        return DenseView(whole_shape(tensors[0]), list(local_pieces(tensors[0])), held_as[0])
+    dtypes = sorted({str(each.dtype) for each in held_as})
     if len(dtypes) > 1:
         raise CheckpointError(
             f"the tiles of {dense.name} are {' and '.join(dtypes)}; a dense tensor has one dtype: "
             "convert the layer with .to(dtype) first"
         )
+    return DenseView(dense.shape, list(_pieces(dense, tensors)), held_as[0])
+
+
+def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[ShardPiece]:
+    """What this rank holds of each part, empty shards left out."""
     for part, tensor in zip(dense.parts, tensors, strict=True):
         assert part.rect is not None
         shape = whole_shape(tensor)
@@ -224,25 +207,17 @@ def _check(dense: DenseParameter, tensors: Sequence[Tensor]) -> None:
                 f"tensor is {part.rect.shape}: it is a shard of a parallel linear, which has no "
                 "dense form here; save model.state_dict()"
             )
-
-
-def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[ShardPiece]:
-    """What this rank holds of each part; nothing where a shard is empty."""
-    for part, tensor in zip(dense.parts, tensors, strict=True):
-        assert part.rect is not None
         corner = (part.rect.out.start, part.rect.into.start)
         for offset, values in local_pieces(tensor):
             if values.numel():
                 place = tuple(start + along for start, along in zip(corner, offset, strict=False))
-                yield (
-                    ShardPiece(place[::-1], values.t())
-                    if part.turned
-                    else ShardPiece(place, values)
-                )
+                if part.turned:
+                    place, values = place[::-1], values.t()
+                yield ShardPiece(place, values)
 
 
 def local_pieces(tensor: Tensor) -> Iterator[ShardPiece]:
-    """What this rank holds of a tensor, which shares memory with it: all of it, or a shard.
+    """What this rank holds of a tensor, sharing its memory: all of it, or a shard.
 
     Raises:
         CheckpointError: its shard is not in memory.
@@ -259,7 +234,7 @@ def local_pieces(tensor: Tensor) -> Iterator[ShardPiece]:
 
 
 def _of_partition(parameter: Any) -> Iterator[ShardPiece]:  # with DeepSpeed's attributes
-    """ZeRO-3 keeps a stretch of the flattened tensor, which is a few rectangles of it."""
+    """The few rectangles that ZeRO-3's shard, a stretch of the flattened tensor, consists of."""
     part = flat_part(parameter)
     start = part.numel() * dist.get_rank(parameter.ds_process_group)
     stop = min(start + part.numel(), parameter.ds_numel)
@@ -270,7 +245,7 @@ def _of_partition(parameter: Any) -> Iterator[ShardPiece]:  # with DeepSpeed's a
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Offset, Offset]]:
-    """(offset, sizes) of the rectangles that a stretch of a flattened tensor is, in its order."""
+    """(offset, sizes) of the rectangles that a stretch of a flattened tensor consists of."""
     if start >= stop:
         return
     if len(shape) < 2:

@@ -1,11 +1,10 @@
-"""Whether ranks exchange the same units in the same order: compared by name while they do.
+"""Checks that ranks exchange the same modules in the same order, by comparing names as they go.
 
 The collectives of a process group are paired by their number alone. Ranks that use other modules
-than the others, because their samples are routed to other experts say, would be given the bytes of
-units that they did not ask for, and compute with them. So each exchange is noted by its name, and
-every few exchanges a hash of all names so far is compared. The number of an exchange says when:
-ranks that wait for each other are at the same one, whatever they are about to exchange, so that
-comparing never waits for a rank that does not compare.
+than the others (samples routed to other experts, say) would get bytes of modules that they did not
+ask for, and compute with them. So each exchange is noted by name, and every few exchanges a hash of
+all names so far is compared. Ranks that wait for each other are at the same number, whatever they
+are about to exchange; so no rank compares alone.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ _orders: "weakref.WeakKeyDictionary[ProcessGroup, ExchangeOrder]" = weakref.Weak
 
 
 def compare_order(model: Any, units: Sequence[Any], groups: Sequence[ProcessGroup]) -> None:
-    """Have the ranks of a sharded model compare what they exchange.
+    """Compare what the ranks of a sharded model exchange.
 
     Nothing is compared where torch does not let exchanges be seen (`set_custom_all_gather`).
 
@@ -55,12 +54,12 @@ def compare_order(model: Any, units: Sequence[Any], groups: Sequence[ProcessGrou
 
 
 def order_in(group: ProcessGroup) -> "ExchangeOrder":
-    """The one order of a group, whichever models exchange something in it."""
+    """The one order of a group, shared by all models that use it."""
     return _orders.setdefault(group, ExchangeOrder(group))
 
 
 class ExchangeOrder:
-    """What this rank exchanged in one process group, one after the other."""
+    """What this rank exchanged in one process group, in order."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.models = 0
@@ -69,13 +68,13 @@ class ExchangeOrder:
         self._recent: list[str] = []  # since the last comparison
 
     def note(self, what: str) -> None:
-        """Note an exchange that is about to begin; compare, where it is one's turn.
+        """Note an exchange before it begins; compare, if this one is to be compared.
 
         Raises:
             EngineError: the ranks are not about to exchange the same; on each rank.
         """
         group = self._group()
-        assert group is not None  # who exchanges something in it holds it
+        assert group is not None  # the caller, who is about to use it, holds it
         if group.size() == 1:
             return
         self._count += 1
@@ -83,19 +82,16 @@ class ExchangeOrder:
         self._hash.update(what.encode())
         if self._count > FIRST and self._count % EVERY:
             return
-        if len(set(_heard(group, self._hash.digest()))) > 1:
-            logs = _heard(group, self._recent)
+        logs, self._recent = self._recent, []
+        if len(set(_of_all_ranks(group, self._hash.digest()))) > 1:
             self._hash = hashlib.blake2b(digest_size=8)  # the ranks are at the same number still
-            self._recent = []
-            raise EngineError(_difference(logs))
-        self._recent = []
+            raise EngineError(_difference(_of_all_ranks(group, logs)))
 
 
-def _heard(group: ProcessGroup, value: Any) -> list[Any]:  # whatever can be pickled
-    """The values of all ranks."""
-    heard: list[Any] = [None] * group.size()
-    dist.all_gather_object(heard, value, group=group)
-    return heard
+def _of_all_ranks(group: ProcessGroup, value: Any) -> list[Any]:  # whatever can be pickled
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _difference(logs: Sequence[Sequence[str]]) -> str:
@@ -112,7 +108,7 @@ def _difference(logs: Sequence[Sequence[str]]) -> str:
 
 
 class _Noted:
-    """torch's own exchange, noted before it begins."""
+    """torch's own collective, noted before it begins."""
 
     def __init__(self, what: str, orders: Sequence[ExchangeOrder]) -> None:
         self._what, self._orders = what, orders
@@ -120,7 +116,7 @@ class _Noted:
     def allocate(
         self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Memory for it, as torch's own takes it."""
+        """The buffer for it, allocated as torch's own does."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def _note(self) -> None:

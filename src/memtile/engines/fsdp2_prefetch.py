@@ -1,7 +1,7 @@
-"""Which unit of FSDP2 is gathered ahead: the next one in forward, the one before in backward.
+"""Which FSDP2 units are gathered ahead: the next ones in forward, the ones before in backward.
 
-Forward goes by the order of the last forward, backward by that of its own. What was brought ahead
-and is not used after all, because a step took another way, is let go of as soon as that is seen.
+Forward follows the order of the last forward, backward that of its own forward. A unit that was
+gathered ahead and is not used, because a step took another path, is freed as soon as that is seen.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,9 +13,7 @@ from torch import nn
 
 from memtile.errors import EngineError
 
-UnitModule = (
-    Any  # the first FSDPModule of those that are gathered together; it is no nn.Module to mypy
-)
+UnitModule = Any  # first FSDPModule of a unit; to mypy, FSDPModule is no nn.Module
 _NONE: Final[list[UnitModule]] = []
 
 
@@ -29,11 +27,11 @@ def bring_ahead(model: nn.Module, units: Sequence[Sequence[nn.Module]], ahead: i
     """
     order = _Order(model, ahead)
     for unit in units:
-        _Ahead(unit, order)
+        _Prefetch(unit, order)
 
 
 class _Order:
-    """The units that a forward uses, one after the other, and what is beside each of them."""
+    """The order in which a forward uses units, and so the neighbours of each."""
 
     def __init__(self, model: nn.Module, ahead: int) -> None:
         self._root: UnitModule = model
@@ -42,13 +40,13 @@ class _Order:
         self._used: list[UnitModule] = []
         self._with_backward: set[UnitModule] = set()  # of this forward
         self._before: dict[UnitModule, list[UnitModule]] = {}  # likewise
-        self._waiting: set[UnitModule] = set()  # brought ahead, and not used yet
+        self._waiting: set[UnitModule] = set()  # gathered ahead, and not used yet
         self._following: dict[UnitModule, list[UnitModule]] = {}
         model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end)
 
     def use(self, unit: UnitModule) -> tuple[list[UnitModule], list[UnitModule]]:
-        """A unit works now; gives what follows it, and what was before, the nearest first.
+        """Note that a unit is used now; give the units after it and before it, nearest first.
 
         Raises:
             EngineError: the model itself was never called, so FSDP2 knows no root.
@@ -61,7 +59,7 @@ class _Order:
             )
         following = self._following.get(unit, _NONE)
         self._waiting.discard(unit)
-        self._let_go_of(self._waiting.difference(following))
+        self._free(self._waiting.difference(following))
         self._waiting.update(following)
         earlier = (each for each in reversed(self._used) if each in self._with_backward)
         before = [each for each, _ in groupby(earlier) if each is not unit][: self._ahead]
@@ -78,13 +76,13 @@ class _Order:
         self._has_begun = True
         for unit in [] if self._has_ended else self._used:  # the forward before raised
             unit.reshard()
-        self._let_go_of(self._waiting)
+        self._free(self._waiting)
         self._has_ended = False
         self._used, self._with_backward, self._before = [], set(), {}
 
     def _end(self, *_: object) -> None:
         self._has_ended = True
-        self._let_go_of(self._waiting)
+        self._free(self._waiting)
         used, ahead = [unit for unit, _ in groupby(self._used)], self._ahead
         places: dict[UnitModule, set[tuple[UnitModule, ...]]] = {}
         for place, unit in enumerate(used):
@@ -93,34 +91,29 @@ class _Order:
             unit: list(found.pop()) if len(found) == 1 else _NONE for unit, found in places.items()
         }
 
-    def _let_go_of(self, units: Iterable[UnitModule]) -> None:
+    def _free(self, units: Iterable[UnitModule]) -> None:
         for unit in list(units):
             self._waiting.discard(unit)
-            unit.unshard()  # what is on its way has to arrive first
+            unit.unshard()  # waits for a gather that is under way
             unit.reshard()
 
 
-class _Ahead:
-    """What one unit brings in ahead, in either direction; nothing where it is recomputed.
+class _Prefetch:
+    """Sets what one unit prefetches in forward and backward; nothing where it is recomputed.
 
     FSDP2 keeps what is recomputed in backward until its own backward: of a checkpointed block, all
-    tiles. So such a unit is let go of right after, and brings in no other. Whether it is recomputed
-    is seen in its first backward, which therefore has nothing ahead.
-
-    Args:
-        unit: its modules.
-        order: of all units.
+    tiles. So such a unit is freed right after its recomputation, and prefetches no other. Its first
+    backward, which shows whether it is recomputed, prefetches nothing.
     """
 
     def __init__(self, unit: Sequence[nn.Module], order: _Order) -> None:
         self._first: UnitModule = unit[0]
         self._order = order
         self._recomputed, self._trained = False, False
-        self._before: list[UnitModule] | None = None
         unit[0].register_forward_pre_hook(self._choose, prepend=True)
         for module in unit:
             module.register_forward_hook(self._note)
-        unit[-1].register_forward_hook(self._let_go)
+        unit[-1].register_forward_hook(self._free)
 
     def _choose(self, *_: object) -> None:
         following, before = _NONE, _NONE
@@ -130,20 +123,19 @@ class _Ahead:
             following, before = self._order.use(self._first)
         self._first.set_modules_to_forward_prefetch(following)
         if torch.is_grad_enabled():
-            self._choose_before(before if self._trained and not self._recomputed else _NONE)
+            if not self._trained or self._recomputed:
+                before = _NONE
+            # The unit itself, gathered already, stands for none: after an empty list FSDP2 guesses,
+            # which left a third unit gathered where a tied one has other units before each use.
+            self._first.set_modules_to_backward_prefetch(before or [self._first])
             self._trained = True
-
-    def _choose_before(self, before: list[UnitModule]) -> None:
-        # A unit that is there already is none: an empty list would be the engine's own guess, which
-        # left a third unit gathered where a tied one has other units before each of its uses.
-        self._first.set_modules_to_backward_prefetch(before or [self._first])
 
     def _note(self, module: nn.Module, inputs: object, result: object) -> None:
         results = result if isinstance(result, tuple) else (result,)
         if any(isinstance(each, torch.Tensor) and each.requires_grad for each in results):
             self._order.will_have_backward(self._first)
 
-    def _let_go(self, *_: object) -> None:
+    def _free(self, *_: object) -> None:
         if _in_backward():
             self._first.reshard()
 

@@ -1,4 +1,4 @@
-"""What is gathered together: a tile, small neighbours of a layer, or a layer without tiles."""
+"""FSDP2 units: a tile, small neighbouring tiles, a tied tile, or a layer without tiles."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,21 @@ def units_of(model: nn.Module, unit_bytes: int) -> list[FsdpUnit]:
     module without tiles whose own parameters have as many bytes; what is smaller is in no unit.
     """
     seen: set[nn.Module] = set()
-    return [unit for layer in _layers(model, unit_bytes) for unit in _cut(layer, unit_bytes, seen)]
+    units: list[FsdpUnit] = []
+    for layer in _layers(model, unit_bytes):
+        unit: FsdpUnit = []
+        for module in _modules(layer):
+            if module in seen:
+                continue
+            seen.add(module)
+            if isinstance(module, SharedTile):
+                units.append([module])
+            elif unit and _nbytes([*unit, module]) <= unit_bytes:
+                unit.append(module)
+            else:
+                unit = [module]
+                units.append(unit)
+    return units
 
 
 def tiled_layers(model: nn.Module) -> list[TiledModule]:
@@ -27,42 +41,24 @@ def tiled_layers(model: nn.Module) -> list[TiledModule]:
     return [module for module in model.modules() if isinstance(module, TiledModule)]
 
 
-def nbytes_of(modules: Sequence[nn.Module]) -> int:
-    """Bytes of their parameters."""
+def _nbytes(modules: Sequence[nn.Module]) -> int:
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())
-
-
-def _cut(layer: nn.Module, unit_bytes: int, seen: set[nn.Module]) -> Iterator[FsdpUnit]:
-    unit: FsdpUnit = []
-    for module in (module for module in _modules(layer) if module not in seen):
-        seen.add(module)
-        if isinstance(module, SharedTile):
-            yield [module]
-            continue
-        if unit and nbytes_of([*unit, module]) > unit_bytes:
-            yield unit
-            unit = []
-        unit = [*unit, module]
-    if unit:
-        yield unit
 
 
 def _layers(model: nn.Module, unit_bytes: int) -> Iterator[nn.Module]:
     """Tiled layers, and modules with enough parameters of their own that no other one shares."""
     inside = {inner for layer in tiled_layers(model) for inner in layer.modules()}
-    places = Counter(
-        id(parameter)
+    own = {
+        module: [parameter for parameter in module._parameters.values() if parameter is not None]
         for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    for module in model.modules():
-        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    }
+    uses = Counter(parameter for parameters in own.values() for parameter in parameters)
+    for module, parameters in own.items():
         if isinstance(module, TiledModule):
             yield module
-        elif own and module not in inside and module is not model and not list(module.children()):
-            alone = all(places[id(parameter)] == 1 for parameter in own)
-            if alone and nbytes_of([module]) >= max(unit_bytes, 1):
+        elif module not in inside and module is not model and not list(module.children()):
+            alone = all(uses[parameter] == 1 for parameter in parameters)
+            if parameters and alone and _nbytes([module]) >= max(unit_bytes, 1):
                 yield module
 
 
@@ -70,17 +66,14 @@ def _modules(layer: nn.Module) -> list[nn.Module]:
     return [tile for _, tile in layer.tiles()] if isinstance(layer, TiledModule) else [layer]
 
 
-_TileOf = tuple[TiledModule, tuple[int, int]]
-
-
 class SharedTile(nn.Linear):
-    """A tile of a head and of an embedding: rows for ids, a product for everything else."""
+    """A tile of a tied head and embedding: an embedding of integers, a linear of anything else."""
 
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows of whole numbers (…) as (…, in_features), or the product (…, out_features)."""
+        """The rows of integers (…) as (…, in_features), or the product (…, out_features)."""
         if input.is_floating_point():
             return super().forward(input)
         return functional.embedding(
@@ -89,25 +82,22 @@ class SharedTile(nn.Linear):
 
 
 def share_tied_tiles(model: nn.Module) -> None:
-    """Put one module in the places of all tiles that share a weight.
+    """Put one module in the places of all tiles that share a weight: FSDP2 shards by module.
 
     Raises:
         EngineError: several of them have biases.
     """
-    for places in list(_tied(model)):
-        shared = _shared([layer.tile(*index) for layer, index in places], places[0][0])
-        for layer, index in places:
+    places: dict[nn.Parameter, list[tuple[TiledModule, tuple[int, int]]]] = {}
+    for layer in tiled_layers(model):
+        for index, tile in layer.tiles():
+            places.setdefault(tile.weight, []).append((layer, index))
+    for tied in places.values():
+        if len(tied) < 2:
+            continue
+        shared = _shared([layer.tile(*index) for layer, index in tied], tied[0][0])
+        for layer, index in tied:
             path, _, name = layer.tile_path(*index).rpartition(".")
             setattr(layer.get_submodule(path), name, shared)
-
-
-def _tied(model: nn.Module) -> Iterator[list[_TileOf]]:
-    places: dict[int, list[_TileOf]] = {}
-    for layer in model.modules():
-        if isinstance(layer, TiledModule):
-            for index, tile in layer.tiles():
-                places.setdefault(id(tile.weight), []).append((layer, index))
-    return (found for found in places.values() if len(found) > 1)
 
 
 def _shared(tiles: list[nn.Module], layer: TiledModule) -> nn.Module:

@@ -1,4 +1,8 @@
-"""What an optimizer keeps for a model's parameters, as a distributed checkpoint sees it."""
+"""An optimizer's state under dense names, for distributed checkpoints: out of it and into it.
+
+The layout is that of `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`, so that an
+untiled model's script reads it with torch's own functions.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence, Set
@@ -23,14 +27,13 @@ from memtile.errors import CheckpointError
 from memtile.optim import DenseParameter, Part, dense_parameters, stored_state
 
 State = dict[str, Any]  # of an optimizer: whatever its class keeps
+Json = dict[str, Any]  # of the record: whatever JSON it has
+
+KEY = "optimizer"
 
 
 class OptimizerState:
-    """The state of torch's optimizers and of `TileOptimizer`.
-
-    Args:
-        model: whose parameters are stepped.
-        optimizer: that steps them.
+    """What torch's optimizers and `TileOptimizer` keep for a model's parameters.
 
     Attributes:
         groups: the optimizer's own, whose options are to be saved and replaced.
@@ -57,21 +60,13 @@ class OptimizerState:
         return stored_state.class_of(self._optimizer)
 
     def check_savable(self) -> None:
-        """Refuse what is of no moment, or of no parameter.
-
-        Raises:
-            OptimizerError: the optimizer is in the middle of a step, or keeps more.
-        """
+        """Raise OptimizerError in the middle of a step, or where it keeps state of no parameter."""
         stored_state.check_between_steps(self._optimizer)
         stored_state.check_keys(self._model, self._optimizer)
 
-    def kept(self, dense: DenseParameter) -> stored_state.KeptState | None:
-        """What is kept for a dense parameter; None before its first step.
-
-        Raises:
-            OptimizerError: there is no dense form of it.
-        """
-        return stored_state.kept_state(self.by_parameter, dense)
+    def is_shaped(self, entry: object, parameter: Tensor) -> bool:
+        """Whether an entry has an element for each of a parameter's."""
+        return stored_state.is_shaped(entry, parameter)
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype that a parameter is stepped in, and its moments have."""
@@ -82,11 +77,7 @@ class OptimizerState:
         return stored_state.keeps(self._optimizer, parameter, key, stepped)
 
     def room(self, part: Part, key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor for a part of an entry of this dense size, to be read into.
-
-        Raises:
-            HomeFullError: there is no room.
-        """
+        """A tensor to read a part of an entry of this dense size into; or HomeFullError."""
         parameter: Tensor = part.parameter
         shape = size if part.rect is None else parameter.shape
         if isinstance(parameter, DTensor) and shape == parameter.shape:
@@ -98,14 +89,9 @@ class OptimizerState:
         self._optimizer.zero_grad()
 
     def put(self, states: Mapping[Any, State]) -> None:
-        """Let these states of parameters be all that is kept."""
+        """Replace all that is kept by these states of parameters."""
         self._optimizer.state.clear()
         self._optimizer.state.update(states)
-
-
-Json = dict[str, Any]  # of the record: whatever JSON it has
-
-KEY = "optimizer"
 
 
 def outgoing_state(kept_by: OptimizerState) -> tuple[State, Json]:
@@ -127,23 +113,22 @@ def outgoing_state(kept_by: OptimizerState) -> tuple[State, Json]:
         }
         record["groups"].append({"names": list(found), "options": written})
         for name, dense in found.items():
-            kept = kept_by.kept(dense)
-            if kept is not None:
-                state["state"][name] = {
-                    **{
-                        key: view_of(of, entry_of(kept_by.by_parameter, key))
-                        for key, of in kept.tensors.items()
-                    },
-                    **kept.numbers,
-                }
-                stepped = kept_by.stepped_dtype(dense.parts[0].parameter)
-                record["stepped"][name] = dtype_name(stepped)
+            kept = stored_state.kept_state(kept_by.by_parameter, dense, kept_by.is_shaped)
+            if kept is None:  # before its first step
+                continue
+            views = {
+                key: view_of(of, entry_of(kept_by.by_parameter, key))
+                for key, of in kept.tensors.items()
+            }
+            state["state"][name] = {**views, **kept.numbers}
+            stepped = kept_by.stepped_dtype(dense.parts[0].parameter)
+            record["stepped"][name] = dtype_name(stepped)
     return state, record
 
 
 @dataclass
 class OptimizerStateLoader:
-    """A saved state on its way into an optimizer: made, it was checked, and has changed nothing.
+    """Loads a saved state into an optimizer: made, it is checked; only `take` changes anything.
 
     Attributes:
         state: to be given to DCP under the name `KEY`.
@@ -181,7 +166,11 @@ class OptimizerStateLoader:
 
     def _check_groups(self, stepped: Set[str]) -> None:
         """Refuse groups of other parameters; frozen ones that were never stepped do not count."""
-        frozen = {dense.name for dense in dense_parameters(self.model) if _is_frozen(dense)}
+        frozen = {
+            dense.name
+            for dense in dense_parameters(self.model)
+            if not any(part.parameter.requires_grad for part in dense.parts)
+        }
         ours = [set(found) for found in self.kept_by.members]
         theirs = [set(group["names"]) for group in self.record["groups"]]
         if len(theirs) != len(ours):
@@ -252,22 +241,14 @@ class OptimizerStateLoader:
             for name in found
         }
         for dense, key in self._alike:
-            value = self.state["state"][dense.name][key]
+            value, group = self.state["state"][dense.name][key], groups[dense.name]
+            on_device = group.get("capturable") or group.get("fused")
             for part in dense.parts:
-                own = _own(value, part, groups[dense.name])
+                own = copy.deepcopy(value)
+                if isinstance(own, Tensor) and on_device:
+                    own = own.to(part.parameter.device)
                 self._states.setdefault(part.parameter, {})[key] = own
         for group, saved in zip(self.kept_by.groups, self.record["groups"], strict=True):
             for option, value in from_json(saved["options"]).items():
                 group[option] = beside(group.get(option), value)
         self.kept_by.put(self._states)
-
-
-def _is_frozen(dense: DenseParameter) -> bool:
-    return not any(part.parameter.requires_grad for part in dense.parts)
-
-
-def _own(value: object, part: Part, group: Mapping[str, Any]) -> object:
-    """A part's own copy of a number; on its device where the step wants it there."""
-    if isinstance(value, Tensor) and (group.get("capturable") or group.get("fused")):
-        return value.to(part.parameter.device, copy=True)
-    return copy.deepcopy(value)

@@ -1,4 +1,4 @@
-"""The processes of a group as one: what fails on one of them is raised by all, and none waits."""
+"""Ranks that act together: all raise the error of one; models and options are compared."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,22 +16,18 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks of a process group, or this process alone where there is none.
+    """The ranks of a process group (None: all), or this process alone where there is no group."""
 
-    Args:
-        group: None: all ranks.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: ProcessGroup | None = None) -> None:
         self.group = group
         self.is_alone = not (dist.is_available() and dist.is_initialized())
         self.number = 0 if self.is_alone else dist.get_rank(group)
 
     def each(self, act: Callable[[], T]) -> T:
-        """What `act` gives on this rank, once it has worked on every rank.
+        """The result of `act` on this rank, once it has succeeded on every rank.
 
         Raises:
-            MemtileError: it failed somewhere; on each rank what the first of them raised.
+            MemtileError: it failed somewhere; every rank raises the error of the first such rank.
             EngineError: a rank is gone.
         """
         result, failure = self._attempt(act)
@@ -47,11 +43,7 @@ class Ranks:
         return result[0]
 
     def check_same(self, what: str, value: object) -> None:
-        """Refuse to go on where ranks were given different things.
-
-        Raises:
-            EngineError: they were; on each rank.
-        """
+        """Raise EngineError on every rank where `str(value)` differs between ranks."""
         theirs = self.first(lambda: str(value))
 
         def compare() -> None:
@@ -64,10 +56,10 @@ class Ranks:
         self.each(compare)
 
     def first(self, act: Callable[[], T]) -> T:
-        """What `act` gives on the first rank, on all of them.
+        """The result of `act`, which runs on the first rank only, on all ranks.
 
         Raises:
-            MemtileError: it failed there; on each rank.
+            MemtileError: it failed; on every rank.
             EngineError: a rank is gone.
         """
         told: list[Any] = [self._attempt(act) if self.number == 0 else None]
@@ -83,11 +75,7 @@ class Ranks:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Inside, what torch raises where another rank is gone becomes one error that says so.
-
-        Raises:
-            EngineError: it is.
-        """
+        """Raise EngineError in place of torch's RuntimeError about a rank that is gone."""
         try:
             yield
         except MemtileError:
@@ -97,11 +85,7 @@ class Ranks:
 
     @contextmanager
     def missing_none(self) -> Iterator[None]:
-        """As `answering`, for code that does more than wait: only what a collective raises.
-
-        Raises:
-            EngineError: another rank is gone.
-        """
+        """As `answering`, for code that does more: errors of no collective pass unchanged."""
         try:
             yield
         except MemtileError:
@@ -131,11 +115,7 @@ class Ranks:
 
 
 def check_process_group() -> None:
-    """Refuse to go on in a process that has no others to talk to.
-
-    Raises:
-        EngineError: there is no process group.
-    """
+    """Raise EngineError where there is no process group."""
     if not dist.is_initialized():
         raise EngineError(
             "there is no process group: start the script with torchrun, and call "
@@ -146,7 +126,7 @@ def check_process_group() -> None:
 def check_agreement(
     model: nn.Module, options: object, groups: Sequence[ProcessGroup | None] = (None,)
 ) -> None:
-    """Compare models and options over ranks: those that differ would wait for each other forever.
+    """Compare models and options over ranks: different ones would wait for each other forever.
 
     Args:
         model: its parameters' names, shapes, dtypes and requires_grad are compared.
@@ -154,7 +134,7 @@ def check_agreement(
         groups: which together reach every rank; None: all ranks.
 
     Raises:
-        EngineError: on every rank.
+        EngineError: they differ; on every rank.
     """
     known = {dist.get_rank(): _digest(model, options)}
     for group in groups:

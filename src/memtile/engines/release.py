@@ -1,6 +1,6 @@
-"""Tiles that an engine lets go of in backward even where their input needs no gradient.
+"""Lets an engine free a tile in backward even where the tile's input needs no gradient.
 
-Engines hang that moment on an input that requires grad; the first layer of a model has none.
+Engines hook the gradient of an input; the inputs of a model's first layer have none.
 """
 
 import inspect
@@ -13,26 +13,26 @@ from torch.autograd import Function
 
 
 class _Attach(Function):
-    """The result as it is; in backward a zero for the token, which is all that it is there for."""
+    """Returns the result unchanged; in backward, the token's gradient is zero."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, token: Tensor | None) -> Tensor:  # torch types no context
-        """The result, which is no view of anything: what is done to it in place is safe."""
+        """The result as a tensor that is no view, so changing it in place is safe."""
         ctx.zero = None if token is None else token.detach()
         return result.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:  # as above
-        """The gradient, and a zero."""
+        """The gradient of the result, and zero for the token."""
         return gradients[0], None if ctx.zero is None else torch.zeros_like(ctx.zero)
 
 
 def release_in_backward(tile: nn.Module) -> None:
     """Give a tile a token that requires grad beside each input that does not.
 
-    Call it after the engine has hooked the tile: the token must be there before its hooks look.
-    Results that are views (a linear's with a bias, of an input of three dimensions) become results
-    of their own, without a copy: FSDP2 warns of views, whose hooks are lost when they are written.
+    Call it after the engine has hooked the tile: the token must be there before those hooks run.
+    Results that are views (a linear's with a bias, of an input of three dimensions) become tensors
+    that are none, without a copy: a view that is written in place loses FSDP2's hooks.
     """
     plain = tile.forward
 
@@ -40,7 +40,9 @@ def release_in_backward(tile: nn.Module) -> None:
         result = plain(input_)
         if not isinstance(result, tuple):
             return _attached(result, token)
-        return (_attached(result[0], token), *map(_outliving, result[1:]))
+        # a bias that is returned is used after its tile is freed: a copy
+        copies = (x.clone() if isinstance(x, Tensor) else x for x in result[1:])
+        return (_attached(result[0], token), *copies)
 
     tile.forward = forward
     hook = partial(_with_token, next(iter(inspect.signature(plain).parameters)))
@@ -54,15 +56,10 @@ def _attached(result: Tensor, token: Tensor | None) -> Tensor:
     return attached
 
 
-def _outliving(result: Any) -> Any:  # a bias or None, mostly
-    """A bias that is returned is used when its tile is gone: a copy."""
-    return result.clone() if isinstance(result, Tensor) else result
-
-
 def _with_token(
     name: str, tile: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The input by position, also where it came by its name, and a token where it needs one."""
+    """Pass the input by position, also where it came by name, and a token where it needs one."""
     if not inputs and name in named:
         named = dict(named)
         inputs = (named.pop(name),)

@@ -1,9 +1,8 @@
-"""The same model on each rank, its tiles parked in each rank's own home; gradients are averaged.
+"""Data parallelism with parked tiles: gradients are averaged over ranks, one parameter at a time.
 
-`DistributedDataParallel` suits resident tiles. Parked ones it would broadcast at once, collect in
-buckets as large as themselves, and reduce when a step in backward has used them already. Here each
-parameter's gradient is averaged by itself, in its home, as soon as it is whole and before any
-optimizer sees it: one reduction for each parameter in each backward.
+For resident tiles use `DistributedDataParallel`. Parked ones it would broadcast all at once, copy
+into buckets of their size, and reduce after a step in backward has used the gradients. Here each
+gradient is averaged in its home as soon as it is complete, before any optimizer reads it.
 """
 
 from collections.abc import Iterator
@@ -28,9 +27,9 @@ _averaged = WeakIdKeyDictionary()
 class Averaging:
     """Averages each gradient of a model over ranks, before hooks that are registered later.
 
-    Make it before the optimizer. Rank 0's values and buffers are sent to all ranks first. Each rank
-    must use the same parameters in the same order, as with any collective: their names are compared
-    while ranks run, at first always, later every few gradients (EngineError on each rank).
+    Make it before the optimizer. Rank 0's parameters and buffers are sent to all ranks first. Each
+    rank must use the same parameters in the same order. Their names are compared during training:
+    the first 64 gradients, then every 32nd (EngineError on each rank).
 
     Args:
         model: the same on each rank.
@@ -59,7 +58,7 @@ class Averaging:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients are only added up; the next backward outside averages the sums."""
+        """A context in which gradients only accumulate; the next backward outside averages them."""
         before, self._on = self._on, False
         try:
             yield
@@ -67,7 +66,7 @@ class Averaging:
             self._on = before
 
     def remove(self) -> None:
-        """Average no more."""
+        """Stop averaging."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self._parameters:
@@ -89,7 +88,7 @@ class Averaging:
 
 @contextmanager
 def _at_home(tensor: Tensor, ring: str) -> Iterator[Tensor]:
-    """The values of a tensor to be changed: its own, or in a slab that is written home."""
+    """A tensor's values, to be changed: in place, or in a slab that is written to its home."""
     berth = berth_of(tensor)
     if berth is None or berth.home.works_in_place:
         yield tensor.detach()
@@ -98,7 +97,7 @@ def _at_home(tensor: Tensor, ring: str) -> Iterator[Tensor]:
     with ferry.borrow((berth,)) as loan:
         yield loan.tensors[0]
         loan.store()
-    ferry.settle()  # whoever comes next may read it through the mapping
+    ferry.settle()  # the next reader may read the home's file mapping
     torch.autograd.graph.increment_version(tensor)
 
 

@@ -1,15 +1,14 @@
-"""PyTorch's FSDP2 holds the tiles: each is a unit of its own, gathered, used and let go of.
+"""Tiles as shards of PyTorch's FSDP2: each tile is a unit, gathered for its use and freed after it.
 
-Source: `torch.distributed.fsdp.fully_shard`. What it does not do for tiles by itself is done here:
-tiles are gathered along the layer's order, one ahead in both directions (`ahead`); they are let go
-of in backward whatever the input is (`release`); a tied tile is one unit with two uses (`ties`);
-ranks that use other modules than the others are told so (`exchange_order`).
+Source: `torch.distributed.fsdp.fully_shard`. Added here, because FSDP2 does not do it for tiles:
+prefetching in the layer's order, in both directions (`fsdp2_prefetch`); freeing a tile in backward
+even where its input needs no gradient (`release`); tied tiles as one unit (`fsdp2_units`); and an
+error where ranks use different modules (`exchange_order`).
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,13 +49,13 @@ def shard(
 ) -> Model:
     """Shard a tiled model over ranks, tile by tile.
 
-    A layer without tiles is gathered by itself too where it has `unit_bytes` of its own; whatever
-    is smaller is one more unit, which is there from the first layer to the last.
+    A layer without tiles is a unit too where it has `unit_bytes` of its own. All smaller ones are
+    one more unit, gathered from the first layer to the last.
 
     Make the optimizer afterwards: the parameters are new ones (`DTensor`s).
 
-    Each rank has to use the same modules in the same order. The names of what ranks exchange are
-    compared while they run, at first always, later every few exchanges: EngineError on each rank.
+    Each rank has to use the same modules in the same order. Their names are compared during
+    training: for the first 64 exchanges, then for every 32nd (EngineError on each rank).
 
     Args:
         model: tiled, its tiles resident; the same on each rank. Seed ranks alike, or
@@ -72,13 +71,12 @@ def shard(
         ArgumentError: nothing is tiled, or a number is out of its range.
         ParkedError: tiles live in a home already.
     """
-    kinds = {
-        "model": (model, nn.Module),
-        "mesh": (mesh, DeviceMesh),
-        "mp_policy": (mp_policy, MixedPrecisionPolicy),
-        "offload_policy": (offload_policy, OffloadPolicy),
-    }
-    _check_kinds(kinds)
+    _check_kinds(
+        model=(model, nn.Module),
+        mesh=(mesh, DeviceMesh),
+        mp_policy=(mp_policy, MixedPrecisionPolicy),
+        offload_policy=(offload_policy, OffloadPolicy),
+    )
     _check(model, unit_bytes, prefetch)
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
@@ -97,8 +95,8 @@ def shard(
     for module in (module for unit in units for module in unit):
         if module in tiles or isinstance(module, nn.Linear | nn.Embedding):  # of one input
             release_in_backward(module)
-        take_whole_values(module)
-    take_ties_once(model)
+        module.register_load_state_dict_pre_hook(_cut_values)
+    _load_tied_tiles_by_one_name(model)
     bring_ahead(model, units, prefetch)
     compare_order(model, [unit[0] for unit in units], groups)
     return model
@@ -106,11 +104,7 @@ def shard(
 
 @contextmanager
 def _refuse_shards(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
-    """The gatherer: a shard is no tile, and what is read or written here would be wrong.
-
-    Raises:
-        EngineError: a parameter is sharded.
-    """
+    """Refuse code that reads or writes whole tiles: these are shards, and it would be wrong."""
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise EngineError(
             f"whole tiles are asked for {'to write' if write else 'to read'} them, and they are "
@@ -124,7 +118,7 @@ def _refuse_shards(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[
 register_gatherer(_refuse_shards)
 
 
-def _check_kinds(given: Mapping[str, tuple[object, type]]) -> None:
+def _check_kinds(**given: tuple[object, type]) -> None:
     for name, (value, kind) in given.items():
         if not isinstance(value, kind) and not (value is None and name != "model"):
             raise ArgumentError(f"{name}={value!r} must be a {kind.__name__}")
@@ -161,70 +155,44 @@ def _device_type(model: nn.Module) -> str:
     return "cuda" if kind == "meta" and torch.cuda.is_available() else kind.replace("meta", "cpu")
 
 
-def take_whole_values(tile: nn.Module) -> None:
-    """Let a sharded tile load whole tensors, which are the same on each rank.
-
-    torch's own state-dict functions cut each parameter once, under one name: a tied tile has two.
-    """
-    tile.register_load_state_dict_pre_hook(_cut)
-
-
-def take_ties_once(model: nn.Module) -> None:
+def _load_tied_tiles_by_one_name(model: nn.Module) -> None:
     """Let a sharded model load tied tiles that come under one of their names.
 
     `set_model_state_dict` with `broadcast_from_rank0` sends each module's values under one name: a
     rank raised for the others, and rank 0 waited for it.
     """
-    places: dict[int, list[_TiedName]] = defaultdict(list)
-    for name, layer in model.named_modules(remove_duplicate=False):
+    names: dict[int, list[tuple[str, str]]] = {}  # of each tied parameter: a tile's, the dense one
+    for layer_name, layer in model.named_modules(remove_duplicate=False):
         for index, tile in layer.tiles() if isinstance(layer, TiledModule) else ():
             if isinstance(tile, SharedTile):
                 for own, parameter in tile.named_parameters():
-                    place = _TiedName(f"{name}.{layer.tile_path(*index)}.{own}", f"{name}.{own}")
-                    places[id(parameter)].append(place)
+                    name = f"{layer_name}.{layer.tile_path(*index)}.{own}"
+                    names.setdefault(id(parameter), []).append((name, f"{layer_name}.{own}"))
 
-    def fill_in(
-        _: nn.Module,
-        state_dict: dict[str, Any],
-        prefix: str,
-        *__: object,  # what else torch passes
-    ) -> None:
-        for tied in places.values():
-            _fill_in(state_dict, prefix, tied)
+    def fill_in(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: object) -> None:
+        for tied in names.values():
+            given = [state_dict[prefix + name] for name, _ in tied if prefix + name in state_dict]
+            for name, dense in tied:
+                if given and prefix + dense not in state_dict:
+                    state_dict.setdefault(prefix + name, given[0])
 
     model.register_load_state_dict_pre_hook(fill_in)
 
 
-class _TiedName(NamedTuple):
-    """Names of a tied tile's parameter: its own, and that of the dense one."""
+def _cut_values(tile: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a tile loads whole tensors, the same on each rank: take this rank's shard of each.
 
-    name: str
-    dense: str
-
-
-def _fill_in(state_dict: dict[str, Any], prefix: str, tied: list[_TiedName]) -> None:
-    given = [state_dict[prefix + p.name] for p in tied if prefix + p.name in state_dict]
-    for place in tied:
-        if given and prefix + place.dense not in state_dict:
-            state_dict.setdefault(prefix + place.name, given[0])
-
-
-def _cut(
-    tile: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    *_: object,  # what else torch passes
-) -> None:
+    torch's own state-dict functions cut each parameter once, under one name: a tied tile has two.
+    """
     parameters: dict[str, Any] = tile._parameters  # a DTensor is a Parameter by its metaclass only
     for name, parameter in parameters.items():
         value = state_dict.get(prefix + name)
-        if isinstance(parameter, DTensor) and isinstance(value, Tensor):
-            state_dict[prefix + name] = _shards_like(value, parameter)
-
-
-def _shards_like(value: Tensor, parameter: DTensor) -> Tensor:
-    if isinstance(value, DTensor) or value.shape != parameter.shape:
-        return value  # torch says what does not fit
-    mesh, placements = parameter.device_mesh, parameter.placements
-    whole = value.to(parameter.device)
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        is_whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+        # a value of another shape stays as it is: torch says what does not fit
+        if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
+            state_dict[prefix + name] = distribute_tensor(
+                value.to(parameter.device),
+                parameter.device_mesh,
+                parameter.placements,
+                src_data_rank=None,
+            )

@@ -1,18 +1,24 @@
 """What torch's optimizer keeps under ZeRO-3, parameter by parameter.
 
-DeepSpeed hands the optimizer one flat tensor for many parameters: this rank's parts of them, end to
-end. A moment is as long, and the count of steps is one for all of them.
+DeepSpeed gives the optimizer one flat tensor for a group of parameters: this rank's parts of them,
+end to end. A moment has the same length, and the count of steps is one for the group.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memtile.engines.optimizer_state import OptimizerState, State
-from memtile.engines.zero3_values import master_of, partition_like, write_masters
+from memtile.engines.zero3_values import (
+    FlatSpan,
+    flat_span,
+    master_of,
+    partition_like,
+    write_masters,
+)
 from memtile.errors import CheckpointError, OptimizerError
 from memtile.layers import whole_shape
 from memtile.optim import DenseParameter, Part, stored_state
@@ -26,31 +32,19 @@ def is_of_zero3(optimizer: object) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
-class _Stretch(NamedTuple):
-    """Where a parameter's part lies: in which flat tensor, and from where to where."""
-
-    flat: int
-    start: int
-    numel: int
-
-
 class PartitionedState(OptimizerState):
-    """The state of torch's optimizer in DeepSpeed's.
-
-    Args:
-        model: the engine's.
-        optimizer: the engine's, of ZeRO-3.
+    """The state of torch's optimizer inside DeepSpeed's; both are the engine's.
 
     Raises:
-        OptimizerError: what it keeps is not all in memory, or not of torch's making.
+        OptimizerError: its state is not all in memory, or it is no optimizer of torch's.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:  # DeepSpeed's, without types
         _check_kind(optimizer)
-        self._model, self._outer, self._inner = model, optimizer, optimizer.optimizer
+        self._model, self._outer, self._optimizer = model, optimizer, optimizer.optimizer
         self._flats: list[Tensor] = optimizer.fp32_partitioned_groups_flat
         self._made: dict[tuple[int, str], Tensor] = {}
-        self.groups = self._inner.param_groups
+        self.groups = self._optimizer.param_groups
         own: list[dict[str, list[nn.Parameter]]] = [{"params": []} for _ in self.groups]
         for number, parameters in enumerate(optimizer.fp16_groups):
             own[optimizer.sub_group_to_group_id[number]]["params"] += parameters
@@ -65,25 +59,16 @@ class PartitionedState(OptimizerState):
             for part in dense.parts
         }
 
-    @property
-    def class_name(self) -> str:
-        """Of torch's optimizer."""
-        return stored_state.class_of(self._inner)
-
     def check_savable(self) -> None:
         """Nothing more: it was checked when this was made."""
 
-    def kept(self, dense: DenseParameter) -> stored_state.KeptState | None:
-        """What is kept for a dense parameter; None before its first step.
-
-        Raises:
-            OptimizerError: there is no dense form of it.
-        """
-        return stored_state.kept_state(self.by_parameter, dense, _is_partitioned)
+    def is_shaped(self, entry: object, parameter: Tensor) -> bool:
+        """An entry that was cut like its parameter is marked as partitioned."""
+        return hasattr(entry, "ds_id")
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype of the master."""
-        return self._flats[self._place(parameter).flat].dtype
+        return self._flats[self._span(parameter).group].dtype
 
     def keeps(self, parameter: Tensor, key: str, stepped: torch.dtype) -> bool:
         """Everything is of use: there is a master for each parameter."""
@@ -93,7 +78,7 @@ class PartitionedState(OptimizerState):
         """This rank's part of an entry, to be read into; in place where there is one.
 
         Raises:
-            CheckpointError: it has no element for each of the parameter's.
+            CheckpointError: the entry is not of the parameter's shape.
         """
         shape = whole_shape(part.parameter)
         if part.rect is None and size != shape:
@@ -101,17 +86,15 @@ class PartitionedState(OptimizerState):
                 f"{key!r} of the checkpoint is {tuple(size)}, the parameter {shape}: ZeRO-3 cuts "
                 "it like the parameter; load under another engine"
             )
-        place = self._place(part.parameter)
-        made = (place.flat, key)
-        if made not in self._made:
-            flat = self._flats[place.flat]
-            found = self._inner.state.get(flat, {}).get(key)
-            is_there = isinstance(found, Tensor) and (found.shape, found.dtype) == (
-                flat.shape,
-                dtype,
-            )
-            self._made[made] = found if is_there else torch.zeros_like(flat, dtype=dtype)
-        return self._part(part.parameter, self._made[made])
+        group = self._span(part.parameter).group
+        if (group, key) not in self._made:
+            flat = self._flats[group]
+            found = self._optimizer.state.get(flat, {}).get(key)
+            is_alike = isinstance(found, Tensor) and found.shape == flat.shape
+            if not is_alike or found.dtype != dtype:
+                found = torch.zeros_like(flat, dtype=dtype)
+            self._made[group, key] = found
+        return self._part(part.parameter, self._made[group, key])
 
     def check_numbers(self, numbers: Mapping[str, State]) -> None:
         """Refuse saved numbers that are not the same for all that is stepped as one.
@@ -122,23 +105,21 @@ class PartitionedState(OptimizerState):
         first: dict[tuple[int, str], tuple[str, object]] = {}
         for name, dense in self._dense().items():
             for key, value in numbers.get(name, {}).items():
-                flats = {self._place(part.parameter).flat for part in dense.parts}
-                found = [first.setdefault((flat, key), (name, value)) for flat in flats]
-                for other, known in found:
-                    if value == known:
-                        continue
-                    raise OptimizerError(
-                        f"{key!r} of {name} is {value} in the checkpoint, and {known} of {other}: "
-                        "DeepSpeed counts the steps of both as one; go on under the engine that "
-                        "saved it, or load the model only"
-                    )
+                for group in {self._span(part.parameter).group for part in dense.parts}:
+                    other, known = first.setdefault((group, key), (name, value))
+                    if value != known:
+                        raise OptimizerError(
+                            f"{key!r} of {name} is {value} in the checkpoint, and {known} of "
+                            f"{other}: DeepSpeed counts the steps of both as one; go on under the "
+                            "engine that saved it, or load the model only"
+                        )
 
     def zero_grad(self) -> None:
         """Drop gradients."""
         self._outer.zero_grad()
 
     def put(self, states: Mapping[Any, State]) -> None:
-        """Let these states of parameters be all that is kept; masters go where masters are.
+        """Replace all that is kept by these states of parameters; masters are copied into place.
 
         A parameter without a state among others that have one gets zeros, as DeepSpeed itself gives
         to one without a gradient.
@@ -150,20 +131,17 @@ class PartitionedState(OptimizerState):
             if master is not None:
                 _master(parameter).copy_(master.ds_tensor)
             for key, value in state.items():
-                place = self._place(parameter)
-                found[place.flat][key] = self._made.get((place.flat, key), value)
-        self._clear_missing(states)
-        for flat, state in zip(self._flats, found, strict=True):
-            self._inner.state.pop(flat, None)
-            if state:
-                self._inner.state[flat] = state
-        write_masters(self._model)
-
-    def _clear_missing(self, states: Mapping[Any, State]) -> None:
-        for (flat, key), made in self._made.items():
-            for parameter in self._outer.fp16_groups[flat]:
+                group = self._span(parameter).group
+                found[group][key] = self._made.get((group, key), value)
+        for (group, key), made in self._made.items():
+            for parameter in self._outer.fp16_groups[group]:
                 if key not in states.get(parameter, {}):
-                    self._slice(parameter, made).zero_()
+                    self._span(parameter).of(made).zero_()
+        for flat, state in zip(self._flats, found, strict=True):
+            self._optimizer.state.pop(flat, None)
+            if state:
+                self._optimizer.state[flat] = state
+        write_masters(self._model)
 
     def _dense(self) -> dict[str, DenseParameter]:
         return {name: dense for found in self.members for name, dense in found.items()}
@@ -174,8 +152,8 @@ class PartitionedState(OptimizerState):
         Raises:
             OptimizerError: something has neither one element nor one for each of the parameter's.
         """
-        flat = self._flats[self._place(parameter).flat]
-        for key, entry in self._inner.state.get(flat, {}).items():
+        flat = self._flats[self._span(parameter).group]
+        for key, entry in self._optimizer.state.get(flat, {}).items():
             if isinstance(entry, Tensor) and entry.dim() and entry.shape == flat.shape:
                 yield key, self._part(parameter, entry)
             elif isinstance(entry, Tensor) and entry.numel() > 1:
@@ -187,15 +165,11 @@ class PartitionedState(OptimizerState):
             else:
                 yield key, entry
 
-    def _place(self, parameter: Any) -> _Stretch:  # an nn.Parameter, with DeepSpeed's attributes
-        return _Stretch(*self._outer.grad_position[self._outer.get_param_id(parameter)])
-
-    def _slice(self, parameter: Tensor, flat: Tensor) -> Tensor:
-        place = self._place(parameter)
-        return flat.detach()[place.start : place.start + place.numel]
+    def _span(self, parameter: Any) -> FlatSpan:  # an nn.Parameter, with DeepSpeed's attributes
+        return flat_span(self._outer, parameter)
 
     def _part(self, parameter: nn.Parameter, flat: Tensor) -> Tensor:
-        return partition_like(parameter, self._slice(parameter, flat))
+        return partition_like(parameter, self._span(parameter).of(flat))
 
 
 def _check_kind(optimizer: Any) -> None:  # DeepSpeed's, without types
@@ -224,10 +198,6 @@ def _whole(dense: DenseParameter) -> DenseParameter:
     if dense.parts[0].rect is not None:
         return dense
     return replace(dense, shape=torch.Size(whole_shape(dense.parts[0].parameter)))
-
-
-def _is_partitioned(entry: object, _: Tensor) -> bool:
-    return hasattr(entry, "ds_id")
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

@@ -1,12 +1,12 @@
-"""Whole values of what DeepSpeed's ZeRO-3 has partitioned: how memtile reads and writes them.
+"""Reads and writes the values of parameters that DeepSpeed's ZeRO-3 has partitioned.
 
-A parameter that is partitioned is empty, and its shape, its number of elements and what gathers it
-are attributes that begin with `ds_`. Nothing of DeepSpeed is imported before one is met.
+A partitioned parameter is empty; its shape, its number of elements and what gathers it are
+attributes that begin with `ds_`. Nothing of DeepSpeed is imported before such a parameter is met.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,18 +33,35 @@ def whole_numel(tensor: Tensor) -> int:
     return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
+class FlatSpan(NamedTuple):
+    """Where this rank's part of a parameter lies in the flat tensors that DeepSpeed steps."""
+
+    group: int
+    start: int
+    numel: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part, sharing memory with the group's flat tensor."""
+        return flat.detach()[self.start : self.start + self.numel]
+
+
+def flat_span(optimizer: Any, parameter: Any) -> FlatSpan:  # DeepSpeed's, without types
+    """The span of a parameter that ZeRO-3's optimizer steps."""
+    return FlatSpan(*optimizer.grad_position[optimizer.get_param_id(parameter)])
+
+
 def master_of(parameter: Any) -> Tensor | None:  # an nn.Parameter, with DeepSpeed's attributes
-    """This rank's part of what the optimizer steps; None where it steps none that is in memory."""
+    """This rank's part of the master that the optimizer steps; None where none is in memory."""
     optimizer = getattr(parameter, "_z3_optimizer", None)
     if optimizer is None or not parameter.requires_grad:
         return None
-    group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    flat: Tensor = optimizer.fp32_partitioned_groups_flat[group]
-    return flat.detach()[start : start + count] if flat.numel() else None
+    span = flat_span(optimizer, parameter)
+    flat: Tensor = optimizer.fp32_partitioned_groups_flat[span.group]
+    return span.of(flat) if flat.numel() else None
 
 
 def flat_part(partitioned: Any) -> Tensor:  # with DeepSpeed's attributes
-    """This rank's part of a partitioned tensor, padding too: of the master where there is one.
+    """This rank's part of a partitioned tensor with its padding; of the master if there is one.
 
     Raises:
         CheckpointError: it is not in memory.
@@ -61,7 +78,7 @@ def flat_part(partitioned: Any) -> Tensor:  # with DeepSpeed's attributes
 
 
 def partition_like(parameter: Any, part: Tensor) -> Tensor:  # with DeepSpeed's attributes
-    """A partitioned tensor of a parameter's shape, of which this rank holds this part."""
+    """A tensor that is partitioned like a parameter, and of which this rank holds this part."""
     found: Any = torch.empty(0, dtype=part.dtype)
     for name in ("ds_id", "ds_shape", "ds_numel", "ds_process_group"):
         setattr(found, name, getattr(parameter, name))
@@ -72,9 +89,9 @@ def partition_like(parameter: Any, part: Tensor) -> Tensor:  # with DeepSpeed's 
 
 
 def write_masters(model: nn.Module) -> None:
-    """Have partitions and the optimizer's masters agree, of which one was written.
+    """Copy the optimizer's masters into partitions, or these into masters that are not in memory.
 
-    That is the master where it is in memory. What is gathered is let go.
+    What is gathered is freed.
     """
     for parameter in model.parameters():
         found: Any = parameter  # with DeepSpeed's attributes
@@ -96,11 +113,10 @@ def _whole_shape(tensor: Tensor) -> tuple[int, ...] | None:
 
 @contextmanager
 def _gather(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[bool]:
-    """The gatherer: what rank 0 writes reaches all ranks, and the optimizer's masters.
+    """Gather parameters; what rank 0 writes reaches all ranks, and the optimizer's masters.
 
     Raises:
-        EngineError: somebody gathered them to read and they are to be written, or writing failed
-            on another rank.
+        EngineError: they are to be written and are gathered already, or another rank failed.
     """
     mine = [parameter for parameter in parameters if is_partitioned(parameter)]
     held = [parameter for parameter in mine if getattr(parameter, _OPEN, 0)]
@@ -130,7 +146,7 @@ def _gather(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[bool]:
 
 @contextmanager
 def _told_to_all(group: Any) -> Iterator[None]:  # DeepSpeed's groups are torch's, or its own
-    """End on every rank when one fails: the others would wait for it at the next tile."""
+    """Raise on every rank when one fails: the others would wait for it at the next tile."""
     failed = torch.zeros(1, dtype=torch.int32)  # named: inside zero.Init the default is 16 bits
     try:
         yield
