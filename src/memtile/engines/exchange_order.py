@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from memtile.engines.ranks import of_all_ranks
 from memtile.errors import EngineError
 
 FIRST: Final = 64
@@ -83,15 +84,9 @@ class ExchangeOrder:
         if self._count > FIRST and self._count % EVERY:
             return
         logs, self._recent = self._recent, []
-        if len(set(_of_all_ranks(group, self._hash.digest()))) > 1:
+        if len(set(of_all_ranks(self._hash.digest(), group))) > 1:
             self._hash = hashlib.blake2b(digest_size=8)  # the ranks are at the same number still
-            raise EngineError(_difference(_of_all_ranks(group, logs)))
-
-
-def _of_all_ranks(group: ProcessGroup, value: Any) -> list[Any]:  # whatever can be pickled
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+            raise EngineError(_difference(of_all_ranks(logs, group)))
 
 
 def _difference(logs: Sequence[Sequence[str]]) -> str:

@@ -87,7 +87,7 @@ def share_tied_tiles(model: nn.Module) -> None:
     Raises:
         EngineError: several of them have biases.
     """
-    places: dict[nn.Parameter, list[tuple[TiledModule, tuple[int, int]]]] = {}
+    places: dict[object, list[tuple[TiledModule, tuple[int, int]]]] = {}
     for layer in tiled_layers(model):
         for index, tile in layer.tiles():
             places.setdefault(tile.weight, []).append((layer, index))

@@ -31,11 +31,10 @@ class Ranks:
             EngineError: a rank is gone.
         """
         result, failure = self._attempt(act)
-        failures: list[Any] = [failure]  # exceptions and None
+        failures = [failure]
         if not self.is_alone:
-            failures = [None] * dist.get_world_size(self.group)
             with self.answering():
-                dist.all_gather_object(failures, failure, group=self.group)
+                failures = of_all_ranks(failure, self.group)
         for found in failures:
             if found is not None:
                 raise found
@@ -114,6 +113,13 @@ class Ranks:
             return None, failure
 
 
+def of_all_ranks(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """The values that all ranks give, in the order of ranks; each can be pickled."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def check_process_group() -> None:
     """Raise EngineError where there is no process group."""
     if not dist.is_initialized():
@@ -138,9 +144,7 @@ def check_agreement(
     """
     known = {dist.get_rank(): _digest(model, options)}
     for group in groups:
-        heard: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(heard, known, group=group)
-        known = {rank: digest for each in heard for rank, digest in each.items()}
+        known = dict(item for each in of_all_ranks(known, group) for item in each.items())
     odd = sorted(rank for rank, digest in known.items() if digest != known[min(known)])
     if odd:
         raise EngineError(

@@ -187,9 +187,10 @@ def _cut_values(tile: nn.Module, state_dict: dict[str, Any], prefix: str, *_: ob
     parameters: dict[str, Any] = tile._parameters  # a DTensor is a Parameter by its metaclass only
     for name, parameter in parameters.items():
         value = state_dict.get(prefix + name)
-        is_whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor):
+            continue
         # a value of another shape stays as it is: torch says what does not fit
-        if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
+        if not isinstance(value, DTensor) and value.shape == parameter.shape:
             state_dict[prefix + name] = distribute_tensor(
                 value.to(parameter.device),
                 parameter.device_mesh,

@@ -1,4 +1,4 @@
-"""Which values of a ZeRO-3 config keep tiles gathered that should be let go of."""
+"""Finds values of a ZeRO-3 config that defeat the tiling: most keep tiles gathered."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def check(
     prefetch: int = 1,
     world_size: int | None = None,
 ) -> list[Finding]:
-    """What a user's own DeepSpeed config does against tiles; nothing for what `config` gives.
+    """Values of your own DeepSpeed config that defeat the tiling; none for what `config` gives.
 
     Args:
         config: as a dictionary, or the file that holds it.
@@ -71,13 +71,17 @@ def check(
     """
     given = config if isinstance(config, Mapping) else _read(Path(config))
     sizes = sizes_of(model)
-    itemsize = _itemsize(given, model)
     zero = _Section("zero_optimization", given.get("zero_optimization", {}))
-    found = [*_of_gathering(zero, sizes, prefetch), *_of_persistence(zero, sizes)]
-    found += _of_reducing(zero, sizes)
     ranks = world_size or ranks_of_launcher()
-    found += [*_of_disk(zero, sizes, ranks, itemsize), *_of_groups(zero, sizes, ranks)]
-    return found + _of_clipping(given)
+    found = [
+        *_of_gathering(zero, sizes, prefetch),
+        *_of_disk(zero, sizes, ranks, _itemsize(given, model)),
+    ]
+    if "gradient_clipping" not in given:
+        reason = "gradients are clipped although nobody asked for it"
+        instead = "0.0, or the norm that is meant,"
+        found.append(Finding("gradient_clipping", 1.0, True, reason, instead))
+    return found
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,12 @@ class _Section:
     given: Given
 
     def value(self, key: str) -> float:
-        """In force: what is given where it is a number, or DeepSpeed's default."""
+        """The value in force: the given number, or DeepSpeed's default."""
         value = self.given.get(key, _DEFAULTS.get(key))
         return _DEFAULTS.get(key, 0.0) if isinstance(value, str) or value is None else value
 
     def finding(self, key: str, reason: str, instead: object) -> Finding:
-        """About a key of this section."""
+        """A finding about a key of this section."""
         given = self.given.get(key)
         if given == "auto":
             reason = f"accelerate fills that in from the width of the model, and then {reason}"
@@ -116,17 +120,15 @@ def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Findi
         prefetch * sizes.largest + 1 + sizes.persistent(threshold),
     )
     if zero.value("stage3_max_live_parameters") > most:
-        reason = f"tiles of {sizes.largest} elements are brought ahead until so many are live"
+        reason = f"tiles of {sizes.largest} elements are gathered ahead until so many are live"
         yield zero.finding("stage3_max_live_parameters", reason, live)
     key = "stage3_prefetch_bucket_size"
     if zero.is_auto(key) or zero.value(key) > sizes.smallest:
-        yield zero.finding(key, "so many elements of tiles are brought ahead at once", 1)
+        yield zero.finding(key, "so many elements of tiles are gathered ahead at once", 1)
 
-
-def _of_persistence(zero: _Section, sizes: Sizes) -> Iterator[Finding]:
     key, instead = "stage3_param_persistence_threshold", sizes.persistent_up_to
     if zero.is_auto(key) or zero.value(key) >= sizes.smallest:
-        reason = f"parameters up to it are never let go of, tiles of {sizes.smallest} among them"
+        reason = f"parameters up to it are never freed, tiles of {sizes.smallest} among them"
         yield zero.finding(key, reason, instead)
     elif zero.value(key) < instead:
         reason = (
@@ -135,8 +137,6 @@ def _of_persistence(zero: _Section, sizes: Sizes) -> Iterator[Finding]:
         )
         yield zero.finding(key, reason, instead)
 
-
-def _of_reducing(zero: _Section, sizes: Sizes) -> Iterator[Finding]:
     key = "reduce_bucket_size"
     if zero.is_auto(key) or zero.value(key) > max(sizes.largest, *sizes.others, 0):
         reason = f"a buffer of so many elements is allocated, and a tile has {sizes.largest}"
@@ -145,8 +145,18 @@ def _of_reducing(zero: _Section, sizes: Sizes) -> Iterator[Finding]:
 
 def _of_disk(zero: _Section, sizes: Sizes, ranks: int, itemsize: int) -> Iterator[Finding]:
     section = _Section(f"{zero.path}.offload_param", zero.given.get("offload_param") or {})
-    if section.given.get("device") != "nvme":
-        return
+    if section.given.get("device") == "nvme":
+        yield from _of_parts_on_disk(section, sizes, ranks, itemsize)
+    if (zero.given.get("offload_optimizer") or {}).get("device") == "nvme":
+        numels = (sizes.smallest, sizes.beside, *sizes.others)
+        if zero.value("sub_group_size") > min(part_of(numel, ranks) for numel in numels if numel):
+            reason = "gradients of parameters that share a group may come back from the disk wrong"
+            yield zero.finding("sub_group_size", reason, 1)
+
+
+def _of_parts_on_disk(
+    section: _Section, sizes: Sizes, ranks: int, itemsize: int
+) -> Iterator[Finding]:
     largest, smallest = part_of(sizes.largest, ranks), part_of(sizes.smallest, ranks)
     if section.value("buffer_size") < largest:
         reason = f"a rank's part of a tile has {largest} elements and is read into one buffer"
@@ -163,22 +173,6 @@ def _of_disk(zero: _Section, sizes: Sizes, ranks: int, itemsize: int) -> Iterato
         )
         least = SWAPPED_BYTES // itemsize * ranks
         yield section.finding("device", reason, f'"cpu", or tiles of {least} elements,')
-
-
-def _of_groups(zero: _Section, sizes: Sizes, ranks: int) -> Iterator[Finding]:
-    if (zero.given.get("offload_optimizer") or {}).get("device") != "nvme":
-        return
-    numels = (sizes.smallest, sizes.beside, *sizes.others)
-    if zero.value("sub_group_size") > min(part_of(numel, ranks) for numel in numels if numel):
-        reason = "gradients of parameters that share a group may come back from the disk wrong"
-        yield zero.finding("sub_group_size", reason, 1)
-
-
-def _of_clipping(given: Given) -> list[Finding]:
-    if "gradient_clipping" in given:
-        return []
-    reason = "gradients are clipped although nobody asked for it"
-    return [Finding("gradient_clipping", 1.0, True, reason, "0.0, or the norm that is meant,")]
 
 
 def _itemsize(given: Given, model: nn.Module) -> int:

@@ -1,6 +1,7 @@
-"""A ZeRO-3 config under which tiles are gathered one at a time, and the next one meanwhile.
+"""Makes a ZeRO-3 config under which one tile is gathered, and the next ones while it is used.
 
-What was seen without a value (16 tiles, two ranks, DeepSpeed 0.19.8) stands beside it.
+Comments beside the values say what was measured without them (16 tiles, two ranks, DeepSpeed
+0.19.8).
 """
 
 import os
@@ -22,7 +23,7 @@ from memtile.layers import TiledModule
 OLDEST: Final = (0, 19)
 """The first release with what `hold` needs: older ones keep what they recompute in backward."""
 SWAPPED_BYTES: Final = 1 << 20
-"""What DeepSpeed swaps to a disk at the least, of one rank's part of a parameter."""
+"""The smallest part of a parameter, on one rank, that DeepSpeed swaps to a disk."""
 Place: TypeAlias = str | os.PathLike[str]
 Json: TypeAlias = dict[str, Any]  # a config is whatever JSON can hold
 
@@ -31,14 +32,14 @@ _SIXTEEN_BITS: Final[Mapping[torch.dtype, str]] = {torch.bfloat16: "bf16", torch
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of elements in a tiled model, whole ones, whoever keeps them.
+    """Numbers of elements in a tiled model, counted before partitioning.
 
     Args:
         largest: of the largest tile.
         smallest: of the smallest tile.
         beside: of the largest parameter that a tile has beside its weight; 0 where there is none.
         others: of every other parameter of the model, each once.
-        most_at_once: parameters that the module with most of them has itself.
+        most_at_once: the most parameters that one module has itself.
     """
 
     largest: int
@@ -49,7 +50,7 @@ class Sizes:
 
     @property
     def persistent_up_to(self) -> int:
-        """The threshold that keeps what tiles have beside their weights gathered, and no tile."""
+        """The threshold under which biases of tiles stay gathered, and no tile does."""
         return min(self.beside, self.smallest - 1)
 
     def persistent(self, threshold: int) -> int:
@@ -57,12 +58,12 @@ class Sizes:
         return sum(numel for numel in self.others if numel <= threshold)
 
     def live(self, prefetch: int, threshold: int) -> int:
-        """The value of `stage3_max_live_parameters` that allows this many tiles ahead and no more.
+        """The `stage3_max_live_parameters` under which `prefetch` tiles are gathered ahead.
 
-        A tile is brought ahead while fewer elements are live: so more than `prefetch` of the
-        largest and what is persistent, and no more than `prefetch + 1` of the smallest. Where tiles
-        differ so much that nothing lies between, memory decides: elements of tiles, not their
-        number, stay within `prefetch + 1` of the largest.
+        DeepSpeed gathers ahead while fewer elements are live: so it is more than `prefetch` of the
+        largest tiles and what is persistent, and at most `prefetch + 1` of the smallest. Where
+        tiles differ so much that no number is both, the elements of tiles, not their number, stay
+        within `prefetch + 1` of the largest.
         """
         enough = prefetch * self.largest + 1
         return max(enough, min(enough + self.persistent(threshold), (prefetch + 1) * self.smallest))
@@ -80,11 +81,11 @@ def config(
     dtype: torch.dtype | None = None,
     world_size: int | None = None,
 ) -> Json:
-    """A config for `deepspeed.initialize`: ZeRO-3 with one tile at work and `prefetch` on the way.
+    """A config for `deepspeed.initialize`: one tile is in use, and `prefetch` are gathered ahead.
 
     Under DeepSpeed's own defaults every tile of a model stays gathered. Add what else you want
-    (`{**config(model), "optimizer": …}`), and ask `check` about what you change. Where there is a
-    process group, each rank calls this: ranks whose models differ are told so.
+    (`{**config(model), "optimizer": …}`), and use `check` on what you change. Where there is a
+    process group, each rank calls this, and models are compared.
 
     Args:
         model: tiled; on the meta device, made inside `deepspeed.zero.Init`, or ordinary.
@@ -92,7 +93,7 @@ def config(
         accumulation: backward passes of one step.
         clip: the norm that gradients are clipped to; None: not at all.
         prefetch: tiles that are gathered ahead of the one that works.
-        offload_param: where parts of parameters live: None with the rank's device, "cpu", or a
+        offload_param: where parts of parameters live: None for the rank's device, "cpu", or a
             folder on a disk.
         offload_optimizer: the same for masters and moments.
         dtype: to train in, with float32 masters; None: the model's own.
@@ -106,11 +107,16 @@ def config(
     """
     check_installed()
     numbers = {"micro_batch": micro_batch, "accumulation": accumulation, "prefetch": prefetch}
-    _check_numbers(numbers | {"world_size": 1 if world_size is None else world_size})
+    ranks = 1 if world_size is None else world_size
+    given: dict[str, object] = {**numbers, "world_size": ranks}
+    for name, value in given.items():
+        least = 0 if name == "prefetch" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")
     dtype = dtype or next(model.parameters()).dtype
     offloads = {"offload_param": offload_param, "offload_optimizer": offload_optimizer}
     if dist.is_initialized():
-        kinds = [None if place is None else _is_folder(place) for place in offloads.values()]
+        kinds = [None if place is None else place != "cpu" for place in offloads.values()]
         check_agreement(model, (numbers, clip, kinds, dtype))
     sizes = sizes_of(model)
     zero = _tiled(sizes, prefetch)
@@ -134,9 +140,9 @@ def _tiled(sizes: Sizes, prefetch: int) -> Json:
         "stage": 3,
         # A prefetch takes a whole parameter: more than one element would take several.
         "stage3_prefetch_bucket_size": 1 if prefetch else 0,
-        # What holds the depth: modules without parameters prefetch too. 2T to 3T: 3 tiles live.
+        # This bounds the depth: modules without parameters prefetch too. 2T to 3T: 3 tiles live.
         "stage3_max_live_parameters": sizes.live(prefetch, threshold),
-        # What is used again within so many elements is kept: 8T: 4 tiles, the default: all.
+        # A tile used again within so many elements is kept: 8T: 4 tiles, the default: all.
         "stage3_max_reuse_distance": 0,
         # Biases stay gathered, tiles do not: one gathered with its bias is copied once more.
         "stage3_param_persistence_threshold": threshold,
@@ -157,14 +163,10 @@ def ranks_of_launcher() -> int:
 
 def _offload(place: Place) -> Json:
     pinned = {"pin_memory": torch.cuda.is_available()}
-    if not _is_folder(place):
+    if place == "cpu":
         return {"device": "cpu", **pinned}
     _check_libaio(place)
     return {"device": "nvme", "nvme_path": str(Path(place)), **pinned}
-
-
-def _is_folder(place: Place) -> bool:
-    return place != "cpu"
 
 
 def _fit_to_disk(zero: Json, sizes: Sizes, prefetch: int, ranks: int, dtype: torch.dtype) -> None:
@@ -180,22 +182,18 @@ def _fit_to_disk(zero: Json, sizes: Sizes, prefetch: int, ranks: int, dtype: tor
             )
         largest = max(sizes.largest, *sizes.others, 0)
         zero["offload_param"]["buffer_size"] = part_of(largest, ranks)
-        # Those that are gathered keep theirs, as many are being read, and one is written.
-        # The default holds parts of a milliard elements in memory, and writes them all the same.
+        # Buffers of what is gathered, as many for what is being read, and one that is written.
+        # The default keeps parts of 10⁹ elements in memory, and writes them nevertheless.
         zero["offload_param"]["max_in_cpu"] = 0
         zero["offload_param"]["buffer_count"] = 2 * max(prefetch + 1, sizes.most_at_once) + 1
     if zero.get("offload_optimizer", {}).get("device") == "nvme":
-        # A parameter by itself: gradients of the second in a group came back wrong where its part
-        # began at an odd place, and after six steps a float32 run's error was 60 000 times as big.
+        # One parameter a group: gradients of the second came back wrong where its part began at an
+        # odd place, and after six steps a float32 run's error was 60 000 times as big.
         zero["sub_group_size"] = 1
 
 
 def check_installed() -> None:
-    """Refuses to go on without a DeepSpeed that is recent enough; imports nothing.
-
-    Raises:
-        EngineError: it is missing, or older.
-    """
+    """Raise EngineError where DeepSpeed is missing or too old; imports nothing."""
     needed = ".".join(map(str, OLDEST))
     way_out = f'pip install "memtile[deepspeed]", which takes deepspeed>={needed}'
     try:
@@ -215,13 +213,6 @@ def _check_libaio(place: Place) -> None:
             "with its headers (Debian: libaio-dev, Fedora: libaio-devel); install it on every "
             'host, or offload to "cpu"'
         )
-
-
-def _check_numbers(numbers: Mapping[str, object]) -> None:
-    for name, value in numbers.items():
-        least = 0 if name == "prefetch" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
 def sizes_of(model: nn.Module) -> Sizes:
