@@ -1,4 +1,4 @@
-"""Train a tiled model over ranks with FSDP2, save it, and take it up again in another grid.
+"""Train a tiled model over ranks with FSDP2, save it, and resume it in another grid.
 
 torchrun --nproc-per-node 2 examples/fsdp2/train.py
 """

@@ -17,13 +17,13 @@ from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
 
 
 def dense() -> nn.Module:
-    """A model that stands for one that does not fit."""
+    """A small model in place of one that does not fit."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 3000), nn.GELU(), nn.Linear(3000, 10))
 
 
 def main() -> None:
-    """A file, a model without values, partitions, and an ordinary loop."""
+    """Write a file, read it into partitions of a model without values, and train."""
     deepspeed.init_distributed("gloo")
     names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)

@@ -33,7 +33,7 @@ def found(request):
 
 
 def test_what_is_written_is_what_was_read(found):
-    """Through shards of another grid, to the bit, ties once, under the same names."""
+    """Loaded into shards of another grid and saved: equal bits and names, tied tensors once."""
     _, files = found
 
     assert files["out"].keys() == files["in"].keys()
@@ -41,7 +41,7 @@ def test_what_is_written_is_what_was_read(found):
 
 
 def test_the_file_is_one_that_the_dense_model_loads(found):
-    """With the function of the single process."""
+    """Loaded by the function for one process."""
     _, files = found
 
     assert all(torch.equal(files["net"][n], value) for n, value in filled().state_dict().items())
@@ -49,7 +49,7 @@ def test_the_file_is_one_that_the_dense_model_loads(found):
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed here")
 def test_partitions_of_zero3_are_read_and_written_too(found):
-    """Stretches of flattened tiles, a convolution and a buffer among them."""
+    """ZeRO-3's stretches of flattened tiles too, of a convolution and a buffer."""
     _, files = found
 
     assert files["zero3"].keys() == files["in"].keys()
@@ -66,14 +66,14 @@ def test_it_may_be_written_in_another_dtype(found):
 
 
 def test_nothing_but_the_checkpoint_stays_in_the_folder(found):
-    """The shards that it went through are gone."""
+    """The temporary folder of shards is removed."""
     _, files = found
 
     assert files["left"] == ["model.safetensors"]
 
 
 def test_a_checkpoint_of_another_model_is_refused_on_every_rank(found):
-    """With the names, before anything is read; none waits for another."""
+    """Every rank raises with the names, before anything is read."""
     ranks, _ = found
 
     assert all("is not a checkpoint of this model" in refused for _, refused, *_ in ranks)
@@ -87,14 +87,14 @@ def test_no_rank_holds_a_dense_layer(found):
 
 
 def test_another_folder_on_a_rank_is_told_to_all(found):
-    """It would be ignored."""
+    """It raises: it would be ignored."""
     ranks, _ = found
 
     assert all("give the same on each rank" in said for _, _, said, _ in ranks)
 
 
 def test_a_folder_that_cannot_be_made_is_told_to_all(found):
-    """With the way out, on each rank."""
+    """Every rank raises, and the message says what to do."""
     ranks, _ = found
 
     assert all("give another folder" in unwritable for *_, unwritable in ranks)

@@ -1,4 +1,4 @@
-"""FSDP2 holds the tiles: real processes over gloo against the dense model in one process."""
+"""Tiles as shards of FSDP2: processes over gloo, compared with the dense model in one process."""
 
 import re
 from statistics import fmean
@@ -57,14 +57,14 @@ def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_those_of_the_dense_model(outcome, dense, name):
-    """Each rank's loss is of its part of the batch; their mean is the dense one."""
+    """Each rank's loss is that of its part of the batch; their mean is the dense loss."""
     means = [fmean(losses) for losses in zip(*_losses(outcome, name), strict=True)]
 
     assert means == pytest.approx(dense[name][0], rel=1e-9)
 
 
 def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
-    """Megatron's, of half the widths each: as they do without an engine."""
+    """Megatron's linears, each of half the width, give the losses they give without FSDP2."""
     expected = parallel_losses(plain_step(ParallelNet()))
 
     assert expected[-1] < expected[0]
@@ -74,19 +74,19 @@ def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
-    """Forward and backward, ids as input, after evaluation, recomputed: the one and the next."""
+    """The tile in use and the next: in forward, backward, recomputation and after evaluation."""
     assert all(rank["live"][name] <= 2 for rank in outcome.ranks)
 
 
 def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):
-    """All of them raise before anything is sharded; none waits for another."""
+    """Every rank raises before anything is sharded; none waits for another."""
     if len(outcome.ranks) == 1:
         pytest.skip("one rank agrees with itself")
     assert all("make the same model" in rank["refused"] for rank in outcome.ranks)
 
 
 def test_ranks_that_use_other_modules_are_told_which_on_every_rank(outcome):
-    """Another expert, one more of them, and another one after many steps alike: never nonsense."""
+    """Ranks that use another expert, or one more, or differ after many equal steps, all raise."""
     if len(outcome.ranks) == 1:
         pytest.skip("one rank agrees with itself")
     wants = [r"rank 0 .* gathers experts\.0.* while rank 1 gathers experts\.1"]
@@ -102,18 +102,18 @@ def test_a_sharded_model_loads_what_another_one_gives(outcome):
 
 
 def test_a_bias_that_is_returned_outlives_its_tile(outcome):
-    """It is added after its tile was let go of, and its gradient finds the way back."""
+    """The bias is added after its tile was freed, and gets its gradient."""
     assert all(rank["returned_bias"] <= 1e-12 for rank in outcome.ranks)
 
 
 def test_a_shard_is_never_read_as_a_tile(outcome):
-    """`.weight` of a sharded layer is refused with the way to its values."""
+    """`.weight` of a sharded layer raises, and the message says how to get its values."""
     assert all("get_model_state_dict" in rank["weight"] for rank in outcome.ranks)
 
 
 @pytest.mark.parametrize("options", [{"unit_bytes": -1}, {"prefetch": True}, {"prefetch": 1.5}])
 def test_numbers_that_mean_nothing_are_refused(alone, options):
-    """What is no number of bytes or of units."""
+    """`unit_bytes` and `prefetch` that are no whole numbers of at least 0 raise."""
     with pytest.raises(ArgumentError, match="whole number"):
         shard(memtile.tile(Net(Case()), out_splits=2), **options)
 
@@ -122,13 +122,13 @@ def test_numbers_that_mean_nothing_are_refused(alone, options):
     "options", [{"mesh": 2}, {"mp_policy": torch.bfloat16}, {"offload_policy": "cpu"}]
 )
 def test_what_is_no_mesh_or_policy_is_refused(alone, options):
-    """torch would ignore some of them, and fail much later with others."""
+    """Other types raise here; torch would ignore some, and fail much later with others."""
     with pytest.raises(ArgumentError, match=next(iter(options))):
         shard(memtile.tile(Net(Case()), out_splits=2), **options)
 
 
 def test_what_is_sharded_is_not_tiled_or_saved_as_if_it_were_whole(alone, tmp_path):
-    """Both say what to do in their place."""
+    """Tiling or saving a sharded model raises, and the message says what to do instead."""
     model = shard(memtile.tile(Net(Case()), out_splits=2), unit_bytes=0)
 
     with pytest.raises(CannotTileError, match="tile the model first"):
@@ -138,13 +138,13 @@ def test_what_is_sharded_is_not_tiled_or_saved_as_if_it_were_whole(alone, tmp_pa
 
 
 def test_a_model_without_tiles_is_refused(alone):
-    """There is nothing to do that torch's own function does not do."""
+    """torch's own `fully_shard` is enough for it."""
     with pytest.raises(ArgumentError, match="nothing of Net is tiled"):
         shard(Net(Case()))
 
 
 def test_layers_without_tiles_are_units_of_their_own(alone):
-    """Of the size that was asked for; what is smaller, or tied, is in the one of the rest."""
+    """From `unit_bytes` on; smaller and tied ones share the root's unit."""
     model = memtile.tile(Net(Case()), out_splits=2, modules=["up"])
     shard(model, unit_bytes=600)
 
@@ -153,7 +153,7 @@ def test_layers_without_tiles_are_units_of_their_own(alone):
 
 
 def test_a_bias_that_modules_share_is_one_shard(alone):
-    """It is gathered with what is in no unit, and gets the gradients of both uses."""
+    """It is gathered with the root, and gets the gradients of both uses."""
 
     def net():
         torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_a_part_that_is_called_before_the_model_is_refused(alone):
 
 
 def test_parked_tiles_are_refused(alone, tmp_path):
-    """A tile has one place to live."""
+    """A tile is either parked in a home or sharded."""
     with memtile.DiskHome(tmp_path) as home:
         model = memtile.tile(Net(Case()), out_splits=2, home=home)
 
@@ -190,7 +190,7 @@ def test_parked_tiles_are_refused(alone, tmp_path):
 
 
 def test_a_model_is_sharded_once(alone):
-    """Twice would hook every tile twice."""
+    """A second `shard` raises: every tile would be hooked twice."""
     model = shard(memtile.tile(Net(Case()), out_splits=2))
 
     with pytest.raises(EngineError, match="sharded already"):
@@ -198,7 +198,7 @@ def test_a_model_is_sharded_once(alone):
 
 
 def test_a_torch_that_is_too_old_is_refused(alone, monkeypatch):
-    """2.6 would fail in the middle of the first forward."""
+    """On a CPU torch 2.6 is refused: it would fail in the middle of the first forward."""
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
 
     with pytest.raises(EngineError, match="install a newer one"):
@@ -206,7 +206,7 @@ def test_a_torch_that_is_too_old_is_refused(alone, monkeypatch):
 
 
 def test_without_a_process_group_the_way_to_one_is_said():
-    """The script was started as one process."""
+    """A script that was started as one process is told to use torchrun."""
     with pytest.raises(EngineError, match="torchrun"):
         shard(memtile.tile(Net(Case()), out_splits=2))
 

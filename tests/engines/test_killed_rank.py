@@ -9,7 +9,7 @@ from killed_rank import ENGINES, killed
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_others_end_with_an_error_when_a_rank_is_killed_in_a_step(engine):
-    """Within the group's timeout, in the collective that waits for the dead one."""
+    """They raise within the group's timeout, in the collective that waits for the killed rank."""
     if engine == "zero3" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed here")
     exits, told = killed(engine)

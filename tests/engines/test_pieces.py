@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor: rectangles that together are its shard."""
+"""The pieces that a rank holds of a tensor: rectangles that together are its shard."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from memtile.engines.distributed_checkpoints import load, save
 
 @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5), (5, 1), (2, 3, 4), (1, 4, 1, 3)])
 def test_the_boxes_of_a_stretch_are_its_elements_in_order(shape):
-    """Of every stretch of the flattened tensor, whatever its ends; at most 2·dimensions - 1."""
+    """For every stretch of a flattened tensor; at most 2·dimensions - 1 boxes."""
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     for start in range(whole.numel()):
         for stop in range(start, whole.numel() + 1):
@@ -38,7 +38,7 @@ def test_a_number_is_one_box():
 
 @pytest.mark.slow
 def test_zero_3_saves_and_loads_dense_names(tmp_path):
-    """What its ranks save a plain model loads; what they load survives the optimizer's step."""
+    """A plain model loads what its ranks save; what they load survives the optimizer's step."""
     pytest.importorskip("deepspeed")
     plain, trained = Net().float(), Net().float()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Plans for ranks against real ones: what FSDP2 holds and sends over gloo is what was predicted."""
+"""FSDP2 holds and sends over gloo the bytes that plans for ranks predict."""
 
 import pytest
 from cases import chosen, with_slow
@@ -7,7 +7,7 @@ from rank_worker import CASES, gathered_at_most, planned, reduced_at_most, spawn
 NAMES = with_slow(CASES, quick=("rows", "recomputed", "columns, 16 bits"))
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 _UNEVEN = ("whole layers", "recomputed")
-"""Here the largest unit is beside a smaller one: the plan supposes two that are as large."""
+"""Here the largest unit is next to a smaller one; the plan assumes two of the largest."""
 
 
 @pytest.fixture(scope="module", params=_WORLDS)

@@ -1,4 +1,4 @@
-"""Plans for ranks against real ones: what ZeRO-3 holds and sends over gloo is as predicted."""
+"""ZeRO-3 holds and sends over gloo the bytes that plans for ranks predict."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""The token that lets an engine release a tile in backward: it changes nothing else."""
+"""The token that lets an engine free a tile in backward changes nothing else."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def tile():
 
 
 def test_a_tile_whose_input_needs_no_gradient_gets_an_input_that_does(tile):
-    """Engines look for one among what the tile is called with."""
+    """Engines hook an input that requires grad."""
     seen = []
     tile.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     tile(torch.ones(2, 5))
@@ -25,7 +25,7 @@ def test_a_tile_whose_input_needs_no_gradient_gets_an_input_that_does(tile):
 
 
 def test_gradients_are_those_of_the_plain_tile(tile):
-    """Bit for bit; the token takes no part."""
+    """Bit for bit: the token does not change them."""
     plain = nn.Linear(5, 3)
     plain.load_state_dict(tile.state_dict())
     x = torch.randn(4, 5)
@@ -73,7 +73,7 @@ def test_the_result_may_be_changed_in_place(tile, requires_grad):
 
 
 def test_a_result_that_backward_needs_is_guarded_still():
-    """A tile that ends in a tanh keeps its result: writing into it is noticed by torch."""
+    """A tanh saves its result for backward: torch still raises where it was written in place."""
     tile = nn.Sequential(nn.Linear(5, 3), nn.Tanh())
     release_in_backward(tile)
     result = tile(torch.ones(2, 5))

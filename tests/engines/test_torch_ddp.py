@@ -38,7 +38,7 @@ def test_ranks_train_as_one_process_does(ranks, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_gradient_is_reduced_once_for_each_averaged_backward(ranks, name):
-    """Also of a tied tile, which is used twice."""
+    """Once for a tied tile too, which is used twice."""
     case = CASES[name]
     backwards = 1 if case.syncs_once else case.parts
 
@@ -46,25 +46,25 @@ def test_each_gradient_is_reduced_once_for_each_averaged_backward(ranks, name):
 
 
 def test_other_grids_on_other_ranks_are_refused_on_both(ranks):
-    """Before anything is sent."""
+    """Both ranks raise before anything is sent."""
     assert all("make the same model" in refused for _, refused, _ in ranks)
 
 
 def test_a_gradient_of_another_parameter_on_the_other_rank_is_refused_on_both(ranks):
-    """The sum of the two would be neither's."""
+    """Their sum would be the gradient of neither parameter."""
     told = r"rank 0 .*averages the gradient of 0\..* while rank 1 averages the gradient of 1\."
 
     assert all(re.match(told, way) for _, _, way in ranks), ranks[0][2]
 
 
 def test_without_a_process_group_the_way_to_one_is_said():
-    """The script was started as one process."""
+    """A script that was started as one process is told to use torchrun."""
     with pytest.raises(EngineError, match="torchrun"):
         Averaging(Net())
 
 
 def test_an_optimizer_that_would_step_first_is_refused(alone):
-    """Steps in backward come in the order in which hooks were registered."""
+    """Hooks run in the order of their registration, so it would step before averaging."""
     model = memtile.tile(Net(), out_splits=2)
     optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward")
 
@@ -74,13 +74,13 @@ def test_an_optimizer_that_would_step_first_is_refused(alone):
 
 
 def test_a_model_without_values_is_refused(alone):
-    """There is nothing to send."""
+    """A model on the meta device has no values to send."""
     with pytest.raises(EngineError, match="meta"):
         Averaging(Net().to("meta"))
 
 
 def test_it_can_be_taken_away(alone):
-    """Then gradients are this rank's own."""
+    """After `remove()` gradients are this rank's own."""
     model, calls = Net(), []
     averaging = Averaging(model)
     averaging._average = calls.append
@@ -92,7 +92,7 @@ def test_it_can_be_taken_away(alone):
 
 
 def test_gradients_are_averaged_once(alone):
-    """A second time is refused, until the first is taken away."""
+    """A second averager of the same model raises, until the first is removed."""
     model = Net()
     averaging = Averaging(model)
 

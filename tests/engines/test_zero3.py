@@ -1,4 +1,4 @@
-"""ZeRO-3 holds the tiles: real processes over gloo against the dense model in one process."""
+"""Tiles as shards of ZeRO-3: processes over gloo, compared with the dense model in one process."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def dense():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
-    """After ten steps of AdamW tiles are as near to the float64 run as dense float32 is, times 4.
+    """After ten steps of AdamW tiles differ from the float64 run at most 4 times as dense float32.
 
     Losses are those of the dense run too, step by step.
     """
@@ -53,7 +53,7 @@ def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
 
 
 def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
-    """Megatron's, of half the widths each: as they do without an engine."""
+    """Megatron's linears, each of half the width, give the losses they give without ZeRO-3."""
     expected = parallel_losses(plain_step(ParallelNet()))
 
     assert expected[-1] < expected[0]
@@ -63,7 +63,7 @@ def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
-    """Forward and backward, ids as input, after evaluation, recomputed: the one and the next."""
+    """The tile in use and the next: in forward, backward, recomputation and after evaluation."""
     for rank in outcome.ranks:
         seen = rank["cases"][name]
         assert seen["elements"] <= 2 * seen["largest"]
@@ -76,18 +76,18 @@ def test_deepspeed_by_itself_keeps_every_tile(outcome):
 
 
 def test_layers_made_inside_init_have_rank_0s_values(outcome):
-    """From a linear on rank 0 only, a partitioned one, tiles of another grid, or drawn."""
+    """Copied from a linear on rank 0, a partitioned one or tiles of another grid, or drawn."""
     for rank in outcome.ranks:
         assert all(rank["inside"].values()), rank["inside"]
 
 
 def test_one_tile_is_gathered_at_a_time(outcome):
-    """While tiles are copied into others, loaded and read, of either layer."""
+    """While tiles of linears and embeddings are copied, loaded and read."""
     assert all(rank["most"] == 1 for rank in outcome.ranks)
 
 
 def test_a_copy_reaches_the_masters(outcome):
-    """After `deepspeed.initialize`, steps leave what was copied: of odd sizes, in 16 bits."""
+    """Values copied after `deepspeed.initialize` survive a step: odd sizes and 16 bits too."""
     for rank in outcome.ranks:
         assert all(rank["masters"].values()), rank["masters"]
 
@@ -104,7 +104,7 @@ def test_a_copy_reaches_the_masters(outcome):
     ],
 )
 def test_what_cannot_work_is_refused_on_every_rank(outcome, case, words):
-    """None waits for another one."""
+    """Every rank raises; none waits for another."""
     if len(outcome.ranks) == 1 and case in ("grids", "another shape"):
         pytest.skip("one rank agrees with itself")
     for rank in outcome.ranks:
@@ -120,7 +120,7 @@ def test_a_config_that_keeps_tiles_is_said(outcome):
 
 
 def test_the_code_of_the_documentation_runs():
-    """In a process of its own, of which DeepSpeed changes torch's functions."""
+    """In a process of its own, because DeepSpeed replaces functions of torch."""
     page = Path(__file__).parents[2] / "docs" / "engines.md"
     (code,) = re.findall(r"```python\n(# not run[^`]*)```", page.read_text(encoding="utf-8"))
     with socket.socket() as free:

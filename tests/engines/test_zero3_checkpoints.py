@@ -1,4 +1,4 @@
-"""Training saved under ZeRO-3 goes on under another engine, world size and grid, and back."""
+"""Training saved under ZeRO-3 resumes under another engine, world size and grid, and back."""
 
 from importlib.util import find_spec
 
@@ -74,7 +74,7 @@ def test_training_goes_on_in_one_plain_process(outcome, dense, name):
 
 
 def test_masters_and_moments_come_back_to_the_bit(outcome):
-    """In 16 bits a break changes nothing, and what is saved of the model are the masters."""
+    """In 16 bits resuming is exact, and the masters are what is saved of the model."""
     folders = ("16 bits whole", "16 bits gone on", "16 bits")
     (whole, kept), (broken, again), (half, _) = (read(outcome.folder / each) for each in folders)
     rounded = {key: value.bfloat16() for key, value in half.state_dict().items()}
@@ -86,7 +86,7 @@ def test_masters_and_moments_come_back_to_the_bit(outcome):
 
 
 def test_masters_of_a_tile_optimizer_are_taken_over(outcome):
-    """In place of the model's rounded values."""
+    """They are loaded in place of the model's rounded values."""
     model, _ = read(outcome.folder / "16 bits taken")
 
     assert_same(torch.load(outcome.folder / "masters.pt"), dict(model.named_parameters()))
@@ -94,7 +94,7 @@ def test_masters_of_a_tile_optimizer_are_taken_over(outcome):
 
 @pytest.mark.parametrize(("source", "steps"), [("scaled new", 3), ("scaled alone", 6)])
 def test_the_smallest_parameter_and_no_state_come_back(outcome, source, steps):
-    """A parameter of one element, of which other ranks have none; state before the first step."""
+    """A parameter of one element, which other ranks have no part of; state before any step."""
     truth, model = Scaled().double(), Scaled()
     stepped, optimizer = (AdamW(each.parameters(), lr=1e-2) for each in (truth, model))
     for _ in range(steps // 3):
@@ -120,7 +120,7 @@ def test_the_smallest_parameter_and_no_state_come_back(outcome, source, steps):
     ],
 )
 def test_what_has_no_dense_form_is_refused_on_every_rank(outcome, what, words):
-    """Before anything is written or changed."""
+    """Every rank raises before anything is written or changed."""
     assert all(words in told[what] for told in outcome.told)
     assert not (outcome.folder / "refused").exists()
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 configs for tiles, and what others do against them: without processes."""
+"""ZeRO-3 configs for tiles, and findings about other configs; no processes are started."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def model(bias=True, device="meta", splits=4):
 
 
 def large():
-    """Tiles of a mebibyte of elements."""
+    """A layer with tiles of 1024 × 1024 elements."""
     return memtile.tile(nn.Sequential(nn.Linear(1024, 4096, device="meta")), out_splits=4)
 
 
@@ -63,7 +63,7 @@ def test_every_key_comes_from_the_tiles():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("splits", [1, 3, 4])
 def test_what_config_gives_is_found_to_be_right(given, offload, bias, splits):
-    """`check` has nothing to say about it."""
+    """`check` finds nothing in a config that `config` made."""
     tiled = model(bias, splits=splits)
     found = config(tiled, offload_param=offload, offload_optimizer=offload, **given)
 
@@ -71,7 +71,7 @@ def test_what_config_gives_is_found_to_be_right(given, offload, bias, splits):
 
 
 def test_tiles_on_a_disk_fit_their_buffers(tmp_path, monkeypatch):
-    """A rank's part of a tile is read into one buffer, and one parameter's masters at a time."""
+    """A buffer holds a rank's part of a tile; masters are in memory for one parameter at a time."""
     monkeypatch.setattr(zero3_config, "_check_libaio", lambda place: None)
     found = config(large(), offload_param=tmp_path, offload_optimizer=tmp_path, world_size=3)
     zero, part = found[ZERO], -(-(1 << 20) // 3)
@@ -97,7 +97,7 @@ def test_the_dtype_is_the_models_own(dtype, key):
 
 
 def test_every_default_of_deepspeeds_is_found():
-    """A user's first config: stage 3, and nothing else."""
+    """A config that says stage 3 and nothing else."""
     findings = check({ZERO: {"stage": 3}}, model())
 
     assert keys(findings) == [
@@ -112,7 +112,7 @@ def test_every_default_of_deepspeeds_is_found():
 
 
 def test_a_finding_is_a_sentence():
-    """The key, its value, whose it is, what it does, what would do instead."""
+    """It gives the key, its value, whether it is a default, its effect, and a better value."""
     first, *_ = check({ZERO: {"stage": 3}}, model())
 
     assert str(first) == (
@@ -138,7 +138,7 @@ def test_a_finding_is_a_sentence():
     ],
 )
 def test_the_first_value_that_is_wrong_is_found(key, value):
-    """One more than what is right, and what accelerate fills in."""
+    """A value one above the right one, and accelerate's "auto", are found."""
     given = config(model())
     given[ZERO][key] = value
 
@@ -161,7 +161,7 @@ def test_a_disk_that_tiles_do_not_fit_is_found(tmp_path):
 
 
 def test_parts_that_stay_in_memory_are_found(tmp_path):
-    """DeepSpeed's default keeps a milliard elements there, of what is offloaded to a disk."""
+    """DeepSpeed's default keeps 10⁹ elements in memory that are offloaded to a disk."""
     given = config(large())
     given[ZERO]["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path)}
 
@@ -170,7 +170,7 @@ def test_parts_that_stay_in_memory_are_found(tmp_path):
 
 
 def test_groups_of_parameters_on_a_disk_are_found(tmp_path):
-    """DeepSpeed's default puts all of them into one; the smallest part alone is no group."""
+    """DeepSpeed's default puts all of them into one; a group of one parameter is right."""
     given = config(model())
     given[ZERO]["offload_optimizer"] = {"device": "nvme", "nvme_path": str(tmp_path)}
 
@@ -182,7 +182,7 @@ def test_groups_of_parameters_on_a_disk_are_found(tmp_path):
 
 
 def test_a_file_is_read(tmp_path):
-    """The file that the launcher gets."""
+    """`check` takes the path of a config file, as the launcher does."""
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps(config(model())))
 
@@ -196,19 +196,19 @@ def test_a_file_is_read(tmp_path):
 
 @pytest.mark.parametrize("given", [{"micro_batch": 0}, {"prefetch": -1}, {"accumulation": True}])
 def test_numbers_that_mean_nothing_are_refused(given):
-    """What is no number of samples or of tiles."""
+    """Counts that are no whole numbers, or too small, raise."""
     with pytest.raises(ArgumentError, match="whole number"):
         config(model(), **given)
 
 
 def test_a_model_without_tiles_is_refused():
-    """There is nothing to say that DeepSpeed does not know."""
+    """DeepSpeed by itself is enough for it."""
     with pytest.raises(ArgumentError, match="nothing of Linear is tiled"):
         config(nn.Linear(2, 2))
 
 
 def test_tiles_that_are_too_small_for_a_disk_are_refused(tmp_path, monkeypatch):
-    """DeepSpeed would keep them in memory without a word."""
+    """They raise here; DeepSpeed would silently keep them in memory."""
     monkeypatch.setattr(zero3_config, "_check_libaio", lambda place: None)
 
     with pytest.raises(ArgumentError, match="at least 262144 elements"):
@@ -216,7 +216,7 @@ def test_tiles_that_are_too_small_for_a_disk_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_missing_deepspeed_is_said(monkeypatch):
-    """With the command that installs it, before anything is allocated."""
+    """The message has the command that installs it."""
 
     def missing(name):
         raise PackageNotFoundError(name)
@@ -228,7 +228,7 @@ def test_a_missing_deepspeed_is_said(monkeypatch):
 
 
 def test_an_old_deepspeed_is_said(monkeypatch):
-    """With the release that is needed."""
+    """The message has the release that is needed."""
     monkeypatch.setattr(zero3_config, "version", lambda name: "0.9.5+abc")
 
     with pytest.raises(EngineError, match=r"0\.9\.5.* is installed, which is too old"):
@@ -236,7 +236,7 @@ def test_an_old_deepspeed_is_said(monkeypatch):
 
 
 def test_a_missing_libaio_is_said(monkeypatch, tmp_path):
-    """With the package that has it."""
+    """The message names the package that has it."""
     builder = SimpleNamespace(is_compatible=lambda verbose: False)
     builders = SimpleNamespace(AsyncIOBuilder=lambda: builder)
     monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", builders)

@@ -47,7 +47,7 @@ def test_tiles_are_in_files_meanwhile(outcome, name):
 
 @pytest.mark.parametrize("name", PLACES)
 def test_at_most_two_tiles_are_gathered_from_a_disk(outcome, name):
-    """The one at work and the next; `check` has nothing to say about the config."""
+    """The tile in use and the next one; `check` finds nothing in the config."""
     for rank in outcome[0]:
         assert 0 < rank[name]["elements"] <= 2 * rank[name]["largest"]
         assert rank[name]["findings"] == []
@@ -55,11 +55,11 @@ def test_at_most_two_tiles_are_gathered_from_a_disk(outcome, name):
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_copy_reaches_the_disk(outcome, name):
-    """Parts and masters: a step that changes nothing leaves it."""
+    """It is in the parts and the masters: a step that changes nothing keeps it."""
     assert all(rank[name]["copied"] for rank in outcome[0])
 
 
 def test_parts_in_another_dtype_are_refused(outcome):
-    """Where DeepSpeed would round float32 to bfloat16 without a word, `hold` says the way out."""
+    """Where DeepSpeed would silently round float32 to bfloat16, `hold` raises with the way out."""
     for rank in outcome[0]:
         assert rank["rounded"] == "" or "deepspeed.zero.Init(module=model" in rank["rounded"]

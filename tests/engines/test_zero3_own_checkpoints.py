@@ -67,7 +67,7 @@ def test_a_universal_checkpoint_resumes_at_another_world_size(elsewhere, name):
 
 
 def test_another_world_size_is_refused_without_conversion(elsewhere):
-    """DeepSpeed says so: nothing is resumed from parts of other sizes."""
+    """DeepSpeed raises: it cannot resume from parts of other sizes."""
     _, told = elsewhere
 
     assert told.keys() == set(ELSEWHERE)

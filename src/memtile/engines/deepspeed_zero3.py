@@ -66,7 +66,7 @@ def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
     setattr(model, _HELD, True)
     for tile in tiles:
         release_in_backward(tile)
-    _Leftovers(model, tiles)
+    _free_leftovers(model, tiles)
     _read_once(model)
     _warn(getattr(engine, "config", None), model, prefetch)
     return engine
@@ -104,31 +104,30 @@ def _read_once(model: nn.Module) -> None:
         files.swap_in = partial(once, files.swap_in)
 
 
-class _Leftovers:
-    """Frees tiles that are gathered, or being gathered, for no use: an evaluation has no backward.
+def _free_leftovers(model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpeed's attributes
+    """Free tiles that are gathered, or being gathered, for no use: evaluation has no backward.
 
     DeepSpeed counts live elements from zero in each forward, so they would be extra: 3 tiles in
     place of 2. And it refuses to read what is being gathered.
     """
-
-    def __init__(self, model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpeed's attributes
-        self._parameters: list[Any] = [p for tile in tiles for p in tile.parameters()]
-        self._in_flight = model.ds_inflight_param_registry
-        model.register_forward_pre_hook(self._free, prepend=True)
-        model.register_forward_hook(self._free_unless_trained)
-
-    def _free_unless_trained(self, *_: object) -> None:
-        if not torch.is_grad_enabled():
-            self._free()
+    parameters: list[Any] = [parameter for tile in tiles for parameter in tile.parameters()]
+    in_flight = model.ds_inflight_param_registry
 
     @torch.no_grad()
-    def _free(self, *_: object) -> None:
-        for parameter in self._parameters:
-            if parameter in self._in_flight:
-                self._in_flight.pop(parameter).wait()
+    def free(*_: object) -> None:
+        for parameter in parameters:
+            if parameter in in_flight:
+                in_flight.pop(parameter).wait()
             gathered = parameter.ds_status.name == "AVAILABLE"
             if gathered and not parameter.ds_persist and not parameter.ds_active_sub_modules:
                 parameter.partition()
+
+    def free_unless_trained(*_: object) -> None:
+        if not torch.is_grad_enabled():
+            free()
+
+    model.register_forward_pre_hook(free, prepend=True)
+    model.register_forward_hook(free_unless_trained)
 
 
 def _warn(given: object, model: nn.Module, prefetch: int) -> None:

@@ -7,7 +7,7 @@ untiled model's script reads it with torch's own functions.
 import copy
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from memtile.optim import DenseParameter, Part, dense_parameters, stored_state
 
 State = dict[str, Any]  # of an optimizer: whatever its class keeps
 Json = dict[str, Any]  # of the record: whatever JSON it has
+_StoredMetadata: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
 
 KEY = "optimizer"
 
@@ -149,7 +150,10 @@ class OptimizerStateLoader:
         self._states: dict[Any, State] = {}  # by parameters
         self._alike: list[tuple[DenseParameter, str]] = []
         self._check_class()
-        stored = self._stored()
+        stored: dict[str, dict[str, _StoredMetadata]] = {}  # by dense names
+        for flat, path in (self.metadata.planner_data or {}).items():
+            if path[:2] == (KEY, "state"):
+                stored.setdefault(path[2], {})[path[3]] = self.metadata.state_dict_metadata[flat]
         self._check_groups(stored.keys())
         for found in self.kept_by.members:
             for name, dense in found.items():
@@ -186,17 +190,7 @@ class OptimizerStateLoader:
                     "made for the run that saved it"
                 )
 
-    def _stored(self) -> dict[str, dict[str, TensorStorageMetadata | BytesStorageMetadata]]:
-        """What the checkpoint has of each parameter."""
-        found: dict[str, dict[str, TensorStorageMetadata | BytesStorageMetadata]] = {}
-        for flat, path in (self.metadata.planner_data or {}).items():
-            if path[:2] == (KEY, "state"):
-                found.setdefault(path[2], {})[path[3]] = self.metadata.state_dict_metadata[flat]
-        return found
-
-    def _prepare(
-        self, dense: DenseParameter, key: str, entry: TensorStorageMetadata | BytesStorageMetadata
-    ) -> None:
+    def _prepare(self, dense: DenseParameter, key: str, entry: _StoredMetadata) -> None:
         """Make room for one entry, in each part's new state and for DCP."""
         stepped = DTYPES[self.record["stepped"][dense.name]]
         if not self.kept_by.keeps(dense.parts[0].parameter, key, stepped):
@@ -212,18 +206,16 @@ class OptimizerStateLoader:
             dtype = entry.properties.dtype
             if dtype == stepped:
                 dtype = self.kept_by.stepped_dtype(dense.parts[0].parameter)
-            self._check_shape(dense, key, entry.size)
+            if dense.parts[0].rect is not None and entry.size != dense.shape:
+                raise CheckpointError(
+                    f"{dense.name}: {key!r} of the checkpoint is {tuple(entry.size)}, the "
+                    f"parameter {tuple(dense.shape)}: it cannot be cut along tiles; load with this "
+                    "layer untiled"
+                )
             for part in dense.parts:
                 room = self.kept_by.room(part, key, entry.size, dtype)
                 self._states.setdefault(part.parameter, {})[key] = room
             entries[key] = view_of(dense, entry_of(self._states, key))
-
-    def _check_shape(self, dense: DenseParameter, key: str, size: torch.Size) -> None:
-        if dense.parts[0].rect is not None and size != dense.shape:
-            raise CheckpointError(
-                f"{dense.name}: {key!r} of the checkpoint is {tuple(size)}, the parameter "
-                f"{tuple(dense.shape)}: it cannot be cut along tiles; load with this layer untiled"
-            )
 
     def numbers(self) -> State:
         """What is one number for a whole parameter, by dense names: to be read as DCP does."""
