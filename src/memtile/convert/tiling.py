@@ -64,7 +64,7 @@ def tile(
         model: any module that holds linears.
         plan: what `memtile.plan` gave for this model: which layers, which grids, which home.
             Parked layers go to its home, unless `home` is given; what it leaves resident stays
-            dense. Or what `memtile.plan_ranks` gave: tiles for an engine, which have no home.
+            dense. Or what `memtile.planner.plan_ranks` gave: tiles for an engine, without a home.
         out_splits: rows of tiles for every module.
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
@@ -134,7 +134,7 @@ def tile(
         why = f"{choices[0].name}: {choices[0].reason}" if choices else "it has no linear"
         raise CannotTileError(
             f"nothing of {type(model).__name__} can be tiled ({why}); "
-            "memtile.select_linears(model, …) gives the reason for each module"
+            "memtile.convert.select_linears(model, …) gives the reason for each module"
         )
     if home is not None and modules is None:
         _refuse_tiled_before(model)

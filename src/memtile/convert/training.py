@@ -269,7 +269,7 @@ def _newest(folder: Path) -> SavedStep:
         )
     raise CheckpointError(
         f"{folder} holds no training checkpoint; give the folder that save_training was given, or "
-        "start anew (memtile.has_training(folder) tells which)"
+        "start anew (memtile.convert.has_training(folder) tells which)"
     )
 
 
