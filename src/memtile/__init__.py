@@ -15,7 +15,7 @@ from memtile.convert import (
     tile,
     untile,
 )
-from memtile.engines import register_zero3_gatherer
+from memtile.engines import register_engines
 from memtile.geometry import partition_uniform
 from memtile.homes import DiskHome, HostHome
 from memtile.integrations import register_all
@@ -67,7 +67,7 @@ _MOVED: Final = {  # names that stood here before, and the module that has them
 }
 
 register_all()
-register_zero3_gatherer()
+register_engines()
 
 if not TYPE_CHECKING:  # type checkers are to report unknown names
 

@@ -75,15 +75,23 @@ def finite(tensor: Outgoing) -> Outgoing:
 
     def flow() -> Iterator[Tensor]:
         for piece in tensor.pieces():
-            if not is_finite(piece):
-                raise NotFiniteError(
-                    f"{tensor.name} is not finite; a run cannot go on from it, so nothing was "
-                    "saved, and what was saved before is as it was: go back to it with a lower lr, "
-                    "or pass check_finite=False"
-                )
+            check_finite(tensor.name, piece)
             yield piece
 
     return replace(tensor, pieces=flow)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse to save a NaN or an infinity.
+
+    Raises:
+        NotFiniteError: there is one.
+    """
+    if not is_finite(values):
+        raise NotFiniteError(
+            f"{name} is not finite; a run cannot go on from it, so nothing was saved, and what was "
+            "saved before is as it was: go back to it with a lower lr, or pass check_finite=False"
+        )
 
 
 def _common_dtype(dense: DenseParameter, name: str, held: Held) -> torch.dtype:
