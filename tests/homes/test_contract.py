@@ -39,11 +39,6 @@ class TestDiskHomeDirect(TestDiskHome):
         return home
 
 
-class TestDiskHomeKept(TestDiskHome):
-    def make_home(self) -> Home:
-        return DiskHome(self.folder, keep=True)
-
-
 _SETTINGS = settings(
     max_examples=25,
     stateful_step_count=30,

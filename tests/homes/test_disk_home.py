@@ -104,15 +104,20 @@ def test_another_system_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_live_home_has_no_name(tmp_path):
-    """Nothing is seen in the folder while a home lives, kept or not, nor after."""
-    for keep in (False, True):
-        home = DiskHome(tmp_path, keep=keep)
-        settle_in(home, torch.ones(5000))
+    """Nothing is seen in the folder while a home is open, nor after."""
+    home = DiskHome(tmp_path)
+    settle_in(home, torch.ones(5000))
 
-        assert os.listdir(tmp_path) == []
-        del home
-        gc.collect()
-        assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == []
+    del home
+    gc.collect()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_home_is_never_kept(tmp_path):
+    """There is no way to keep its file: checkpoints do that."""
+    with pytest.raises(TypeError, match="keep"):
+        DiskHome(tmp_path, keep=True)
 
 
 def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
@@ -532,18 +537,16 @@ def test_without_coherent_direct_io_the_page_cache_serves(tmp_path, monkeypatch,
 
 
 def test_nothing_stays_open(tmp_path):
-    """Closed or only dropped, kept or not, a home leaves no descriptor, thread or file."""
+    """Closed or only dropped, a home leaves no descriptor, thread or file."""
     before, threads = _open_files(), threading.active_count()
-    for keep in (False, True):
-        for close in (False, True):
-            home = DiskHome(tmp_path / ".", keep=keep)
-            settled = settle_in(home, torch.ones(5000))
-            if close:
-                home.close()
-            del home, settled
-            (tmp_path / "tiles.memtile").unlink(missing_ok=True)
+    for close in (False, True):
+        home = DiskHome(tmp_path / ".")
+        settled = settle_in(home, torch.ones(5000))
+        if close:
+            home.close()
+        del home, settled
 
-            assert _open_files() == before, (keep, close)
+        assert _open_files() == before, close
     assert threading.active_count() == threads
     assert os.listdir(tmp_path) == []
 

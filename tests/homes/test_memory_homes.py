@@ -36,7 +36,6 @@ def test_the_exported_names_are_there():
         "DiskHome",
         "Home",
         "HostHome",
-        "SealedFile",
         "Traffic",
         "aligned_buffer",
         "berth_of",

@@ -92,7 +92,6 @@ def tile(
             `modules` cannot be tiled, out_splits and in_splits fit no module at all, or the plan is
             of another model.
         HomeFullError: the home has no room for all tiles; the model is unchanged.
-        SealError: the home was reopened and is not of this model; the model is unchanged.
         CheckpointError: it is missing, damaged, quantized or not of this model; the model is
             unchanged, on the meta device. So it is after an error half-way, but its parameters are
             new objects.
@@ -209,7 +208,7 @@ def replace_chosen(
         )
     stored = None
     if checkpoint is not None:
-        stored = checked_for_empty(model, checkpoint, home, strict=strict)
+        stored = checked_for_empty(model, checkpoint, strict=strict)
         if home == "checkpoint":
             choices = [choice for choice in choices if not _is_made(choice, stored)]
     held = None if home is None else home_for(model, choices, home)

@@ -12,7 +12,6 @@ from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import berth_of, hold_room, register, room_of, settle_in
 from memtile.homes.resolving import resolve_home
 from memtile.homes.scratch import scratch_like
-from memtile.homes.sealed_file import SealedFile
 
 __all__ = [
     "PAGE",
@@ -22,7 +21,6 @@ __all__ = [
     "Home",
     "HostHome",
     "Reservation",
-    "SealedFile",
     "Traffic",
     "aligned_buffer",
     "berth_of",

@@ -222,7 +222,7 @@ class Berth(ABC):
         dtype: of the tensor.
         nbytes: bytes of the tensor.
         room: `nbytes`, rounded up to pages; the bytes from `nbytes` on mean nothing.
-        label: the name under which a kept home records it; None: it is not recorded.
+        label: the tensor's name, for messages; None: it has none.
     """
 
     def __init__(self, home: Home, shape: Sequence[int], dtype: torch.dtype) -> None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, NamedTuple
 
-from memtile.homes.remapping import remap_privately
-
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""
 
@@ -156,12 +154,6 @@ class Segments:
         give = self._returned.append
         room = (extent.segment.offset, extent.start, extent.size, extent.holder)
         return lambda: give(room)
-
-    def make_private(self, fd: int) -> None:
-        """Lets tensors that stay alive keep their values and change the file no more."""
-        with self._lock:
-            for segment in self._all:
-                remap_privately(segment.memory, fd, segment.offset)
 
     def renew_lock(self) -> None:
         """This is the child of a fork: whoever held the lock may be gone."""
