@@ -46,7 +46,7 @@ class Home(ABC):
     """Memory in which tensors are parked; a context manager that closes it.
 
     To write one, give `berth`, `hold` where room can be set aside, and `_release` where there is
-    something to give back at closing; `memtile.testing.HomeContract` has the tests that it must
+    something to give back at closing; `tests/support/home_contract.py` has the tests that it must
     pass.
 
     Attributes:

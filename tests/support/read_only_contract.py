@@ -1,7 +1,4 @@
-"""What a home that is only read promises, promise by promise, as tests to inherit.
-
-They need nothing but a test runner that collects classes, such as pytest.
-"""
+"""What a read-only home promises, as tests to inherit."""
 
 import gc
 from abc import ABC, abstractmethod
@@ -9,11 +6,11 @@ from functools import partial
 from typing import Final
 
 import torch
+from home_probes import assert_raises, in_threads, random_values, read_whole, same
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
 from memtile.homes import PAGE, Berth, Traffic, aligned_buffer, berth_of, register
-from memtile.testing.home_probes import assert_raises, in_threads, random_values, read_whole, same
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8)
 # A scalar, ragged, a page exactly, a byte beyond most dtypes' pages, many pages.

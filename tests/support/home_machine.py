@@ -1,14 +1,16 @@
-"""A state machine that does anything in any order with a home, beside a model of it in memory."""
+"""A hypothesis state machine that uses a home in any order, compared with a model in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+from home_probes import read_whole, write_whole
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
 from memtile.homes import PAGE, Berth, Home
-from memtile.testing.home_probes import read_whole, write_whole
 
 _DTYPES: Final = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _LONGEST: Final = 3 * PAGE
@@ -23,9 +25,8 @@ class _Parked:
     tensors: list[Tensor] = field(default_factory=list)
 
 
-# Any: hypothesis, and so the class that is built on it, is known only inside.
-def home_state_machine(make_home: Callable[[], Home]) -> type[Any]:
-    """A hypothesis `RuleBasedStateMachine` for homes of this kind; its `TestCase` is a test.
+def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMachine]:
+    """A state machine for homes of this kind, for `run_state_machine_as_test`.
 
     It parks, writes through tensors and past them, reads both ways, forgets, reserves, drops
     berths and tensors in any order, and compares with a plain model after every step.
@@ -33,9 +34,6 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[Any]:
     Args:
         make_home: gives a new, open, empty home.
     """
-    from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
     # Any: hypothesis has no type for its draws.
     choices: Any = st.integers(min_value=0)
     bytes_: Any = st.integers(0, 100)

@@ -1,7 +1,4 @@
-"""What every home promises, promise by promise, as tests to inherit.
-
-They need nothing but a test runner that collects classes, such as pytest.
-"""
+"""What every home promises, as tests to inherit."""
 
 import gc
 from abc import ABC, abstractmethod
@@ -10,10 +7,7 @@ from functools import partial
 from typing import Final
 
 import torch
-
-from memtile.errors import ArgumentError, HomeError
-from memtile.homes import PAGE, Home, Traffic, aligned_buffer, berth_of, register, settle_in
-from memtile.testing.home_probes import (
+from home_probes import (
     assert_raises,
     in_threads,
     known_berth,
@@ -22,6 +16,9 @@ from memtile.testing.home_probes import (
     same,
     write_whole,
 )
+
+from memtile.errors import ArgumentError, HomeError
+from memtile.homes import PAGE, Home, Traffic, aligned_buffer, berth_of, register, settle_in
 
 _DTYPES: Final = (
     torch.float32,
