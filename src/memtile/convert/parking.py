@@ -7,8 +7,8 @@ from torch import nn
 
 from memtile.checkpoints import CheckpointHome
 from memtile.convert.select import Choice
-from memtile.homes import PAGE, Home, Reservation, berth_of
-from memtile.layers import TiledModule, home_on
+from memtile.homes import PAGE, Home, Reservation, berth_of, resolve_home
+from memtile.layers import TiledModule
 from memtile.transfer import watch_model
 
 
@@ -22,7 +22,7 @@ def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> R
     if home == "checkpoint":
         return Reservation(CheckpointHome())
     device = next(model.parameters(), torch.empty(0)).device
-    found = home_on(home, "cpu" if device.type == "meta" else device)
+    found = resolve_home(home, "cpu" if device.type == "meta" else device)
     tiles = [*_tiles(model, choices), *_gradients(model, choices)]
     return found.hold([_room(*tile) for tile in tiles])
 

@@ -69,8 +69,8 @@ def tile(
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
         modules: names to tile; all that can be by default (`select_linears` lists them).
-        home: where the tiles' weights are parked: "host", a `DiskHome`, "device"; None: nowhere, as
-            ever. With a home, layers that fit in one tile are parked whole, and a size is optional.
+        home: where the tiles' weights are parked: "disk", "disk:FOLDER", "host", "device" or a
+            `Home`; None: nowhere. With a home, layers that fit in one tile are parked whole, and a size is optional.
             "checkpoint", with a checkpoint: they stay in its files, to be read and never trained.
         checkpoint: a folder, or a file, of safetensors, for a model whose parameters are on the
             meta device (`memtile.empty_model`): their values stream to where the tiles live, so

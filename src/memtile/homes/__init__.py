@@ -10,7 +10,7 @@ from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
 from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import berth_of, hold_room, register, room_of, settle_in
-from memtile.homes.resolving import resolve_home
+from memtile.homes.resolving import resolve_home, word_for
 from memtile.homes.scratch import scratch_like
 
 __all__ = [
@@ -39,4 +39,5 @@ __all__ = [
     "settle_in",
     "trim_heap",
     "usable_folder",
+    "word_for",
 ]

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from memtile import ops
 from memtile.errors import ParkedCopyWarning, ParkedError
-from memtile.homes import DeviceHome, Home, berth_of, register, resolve_home, settle_in
+from memtile.homes import Home, berth_of, register, resolve_home, settle_in
 from memtile.layers import door
 from memtile.layers.gather import register_gatherer
 from memtile.transfer import ParkedSource, layer_call
@@ -38,7 +38,7 @@ class ParkedModule(nn.Module):
 
     def _settle(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
         """Give the tile its home, and room there unless it is made on the meta device."""
-        self.home = home_on(home, device)
+        self.home = resolve_home(home, device)
         if torch.empty(0, device=device).is_meta:
             return
         berth = self.home.berth(shape, dtype or torch.get_default_dtype())
@@ -121,7 +121,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         bias: whether it has one, in ordinary memory.
         device: of the bias; of the weight too where `home` is "device".
         dtype: of both.
-        home: a `Home`, "host" or "device".
+        home: a `Home`, "disk", "disk:FOLDER", "host" or "device".
 
     Raises:
         HomeFullError: the home has no room.
@@ -180,7 +180,7 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
         scale_grad_by_freq: divide each row's gradient by how often its id occurs.
         device: where the rows are parked, where `home` is "device".
         dtype: of the rows.
-        home: a `Home`, "host" or "device".
+        home: a `Home`, "disk", "disk:FOLDER", "host" or "device".
 
     Raises:
         HomeFullError: the home has no room.
@@ -226,17 +226,6 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
     def extra_repr(self) -> str:
         """Rows, width and home."""
         return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
-
-
-def home_on(home: Home | str, device: Any) -> Home:
-    """The home that is meant, where "device" means this device.
-
-    Raises:
-        ArgumentError: it is neither a home nor the name of one.
-    """
-    if isinstance(home, str) and home == "device":
-        return DeviceHome(torch.empty(0, device=device).device)
-    return resolve_home(home)
 
 
 def forget(parameter: Tensor | None) -> None:
