@@ -7,7 +7,7 @@ from torch import nn
 
 from memtile.checkpoints import CheckpointHome
 from memtile.convert.select import Choice
-from memtile.homes import PAGE, Home, Reservation, berth_of, resolve_home
+from memtile.homes import Home, Reservation, berth_of, is_parked, resolve_home, whole_pages
 from memtile.layers import TiledModule
 from memtile.transfer import watch_model
 
@@ -24,7 +24,7 @@ def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> R
     device = next(model.parameters(), torch.empty(0)).device
     found = resolve_home(home, "cpu" if device.type == "meta" else device)
     tiles = [*_tiles(model, choices), *_gradients(model, choices)]
-    return found.hold([_room(*tile) for tile in tiles])
+    return found.hold([whole_pages(shape.numel() * dtype.itemsize) for shape, dtype in tiles])
 
 
 def _gradients(
@@ -47,13 +47,9 @@ def _tiles(model: nn.Module, choices: Sequence[Choice]) -> Iterator[tuple[torch.
                 yield torch.Size(choice.grid.rect(*index).shape), weight.dtype
 
 
-def _room(shape: torch.Size, dtype: torch.dtype) -> int:
-    return -(-shape.numel() * dtype.itemsize // PAGE) * PAGE
-
-
-def is_parked(layer: TiledModule) -> bool:
+def has_parked_weight(layer: TiledModule) -> bool:
     """Whether a tiled layer's weight lives in a home."""
-    return any(berth_of(tile) is not None for tile in layer.tile_parameters("weight").values())
+    return any(map(is_parked, layer.tile_parameters("weight").values()))
 
 
 def settle_down(model: nn.Module, home: Home) -> None:

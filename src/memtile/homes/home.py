@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
+from memtile.geometry import round_up
 from memtile.homes.forks import renew_in_child
 
 _H = TypeVar("_H", bound="Home")
@@ -26,7 +27,7 @@ PAGE: Final = 4096
 
 def whole_pages(nbytes: int) -> int:
     """The number of bytes, rounded up to pages."""
-    return -(-nbytes // PAGE) * PAGE
+    return round_up(nbytes, PAGE)
 
 
 @dataclass(frozen=True)

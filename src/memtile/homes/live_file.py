@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from memtile.errors import HomeError, HomeFullError, HomeIOError, MemtileError, way_out
+from memtile.geometry import round_up
 from memtile.homes import disk_io
 from memtile.homes.buffers import aligned_buffer
 from memtile.homes.home import PAGE
@@ -60,11 +61,11 @@ class LiveFile:
             HomeError: its filesystem maps no more of it; the file is as it was.
         """
         offset = self.size
-        size = _in_units(max(needed, min(_LARGEST_AHEAD, offset), _SMALLEST_GROWTH))
+        size = round_up(max(needed, min(_LARGEST_AHEAD, offset), _SMALLEST_GROWTH), _UNIT)
         try:
             self._allocate(size)
         except HomeFullError:
-            size = _in_units(needed)
+            size = round_up(needed, _UNIT)
             self._allocate(size)
         try:
             memory = self._map(size, offset)
@@ -156,10 +157,6 @@ class LiveFile:
         shared.close()
         del piece, buffer
         return seen_direct and seen_mapped
-
-
-def _in_units(nbytes: int) -> int:
-    return -(-nbytes // _UNIT) * _UNIT
 
 
 def _cannot_open(folder: Path, error: OSError) -> HomeError:

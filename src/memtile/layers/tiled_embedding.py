@@ -51,7 +51,8 @@ class TiledEmbedding(TiledModule):
         out_splits: tiles, 1 to num_embeddings.
         device: of the tiles.
         dtype: of the tiles.
-        home: where the tiles are parked: a `Home`, "disk", "disk:FOLDER", "host" or "device"; None: nowhere.
+        home: where the tiles are parked: a `Home`, "disk", "disk:FOLDER", "host" or
+            "device"; None: nowhere.
 
     Raises:
         SplitsError: `out_splits` is outside its range.
