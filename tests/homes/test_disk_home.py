@@ -182,7 +182,7 @@ def test_what_cannot_be_made_is_told_the_way_out(tmp_path, monkeypatch, error, a
 def test_room_is_used_again(tmp_path):
     """Parking and dropping again and again leaves the file as long as it was."""
     with DiskHome(tmp_path) as home:
-        home.reserve(4 * _MIB)
+        home.hold([4 * _MIB])
         before = _file_bytes(home)
         for turn in range(8):
             kept = [settle_in(home, torch.full((n + 1, 20_000), turn)) for n in range(5)]
@@ -275,7 +275,7 @@ def test_room_is_held_for_the_thread_that_uses_it(tmp_path, monkeypatch):
 def test_every_byte_is_allocated_before_it_is_mapped(tmp_path):
     """Writing a mapped hole of a full disk is a SIGBUS, so the file has no holes."""
     with DiskHome(tmp_path) as home:
-        home.reserve(5 * _MIB)
+        home.hold([5 * _MIB])
 
         assert os.fstat(home._file.fd).st_blocks * 512 >= _file_bytes(home)
 
@@ -293,7 +293,7 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
         with pytest.raises(HomeFullError, match=rf"{9 * _MIB} more bytes needed, \d+ bytes are fr"):
             home.berth((9 * _MIB,), torch.uint8)
         with pytest.raises(HomeFullError) as raised:
-            home.reserve(9 * _MIB)
+            home.hold([9 * _MIB])
         monkeypatch.undo()
 
         assert raised.value.errno == errno.ENOSPC
@@ -305,7 +305,7 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
 def test_an_almost_full_disk_takes_what_is_needed(tmp_path, monkeypatch):
     """Where there is no room to grow ahead, exactly what is needed still fits."""
     with DiskHome(tmp_path) as home:
-        home.reserve(8 * _MIB)
+        home.hold([8 * _MIB])
         kept = home.berth((8 * _MIB,), torch.uint8)
         real = os.posix_fallocate
 

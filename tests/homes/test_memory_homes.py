@@ -86,7 +86,7 @@ def test_a_buffer_is_private_and_freed_with_its_tensor():
 def test_memory_that_is_not_there_is_an_error(make_home):
     """A berth or a reservation beyond all memory is HomeFullError; the home goes on."""
     with make_home() as home:
-        for act in (home.reserve, lambda size: home.berth((size,), torch.uint8)):
+        for act in (lambda size: home.hold([size]), lambda size: home.berth((size,), torch.uint8)):
             with pytest.raises(HomeFullError):
                 act(_TOO_MUCH)
 

@@ -28,7 +28,7 @@ class _Parked:
 def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMachine]:
     """A state machine for homes of this kind, for `run_state_machine_as_test`.
 
-    It parks, writes through tensors and past them, reads both ways, forgets, reserves, drops
+    It parks, writes through tensors and past them, reads both ways, forgets, holds, drops
     berths and tensors in any order, and compares with a plain model after every step.
 
     Args:
@@ -108,8 +108,8 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMach
             self._drop(self._pick(choice))
 
         @rule(pages=st.integers(0, 300))
-        def reserve(self, pages: int) -> None:
-            self.home.reserve(pages * PAGE)
+        def hold(self, pages: int) -> None:
+            self.home.hold([pages * PAGE])
 
         @invariant()
         def tensors_hold_what_they_must(self) -> None:

@@ -40,12 +40,12 @@ class ReadOnlyHomeContract(ABC):
             assert berth.room % PAGE == 0
 
     def test_the_home_says_that_it_is_read_only(self) -> None:
-        """`berth`, `reserve` and `write` raise HomeError, which names the way out."""
+        """`berth`, `hold` and `write` raise HomeError, which names the way out."""
         berth, _ = self._one()
 
         assert berth.home.is_read_only
         assert_raises(HomeError, lambda: berth.home.berth((1,), torch.float32))
-        assert_raises(HomeError, lambda: berth.home.reserve(0))
+        assert_raises(HomeError, lambda: berth.home.hold([]))
         assert_raises(HomeError, lambda: berth.write(aligned_buffer(PAGE)))
 
     def test_pieces_are_read_where_they_belong(self) -> None:

@@ -74,6 +74,6 @@ def _move_others(model: nn.Module, home: CheckpointHome, resting: Resting) -> No
     ]
     weights = {id(m._parameters["weight"]): m._parameters["weight"] for m in others}
     disk = DiskHome()
-    disk.reserve(sum(whole_pages(w.nbytes) for w in weights.values() if w is not None))
+    disk.hold([whole_pages(w.nbytes) for w in weights.values() if w is not None])
     for module in others:
         module.home = disk

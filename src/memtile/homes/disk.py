@@ -23,7 +23,7 @@ from memtile.homes import disk_io
 from memtile.homes.buffers import tensor_over
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.free_memory import free_bytes
-from memtile.homes.home import Berth, Home, Reservation, whole_pages
+from memtile.homes.home import Berth, Home, Reservation
 from memtile.homes.live_file import LiveFile
 from memtile.homes.segments import NOBODY, Segments
 
@@ -78,11 +78,6 @@ class DiskHome(Home):
         """Room for one tensor; see `Home.berth`."""
         with self._growing():
             return _DiskBerth(self, shape, dtype)
-
-    def reserve(self, nbytes: int) -> None:
-        """Allocates so many bytes on the disk now; see `Home.reserve`."""
-        with self._growing():
-            self._segments.reserve(whole_pages(nbytes))
 
     def hold(self, rooms: Sequence[int]) -> Reservation:
         """Allocates the rooms on the disk now, for one owner; see `Home.hold`."""
@@ -174,7 +169,7 @@ class _DiskBerth(Berth):
             self._memory, self._start = extent.segment.memory, extent.start
             self._offset = extent.segment.offset + extent.start
             self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
-            weakref.finalize(self._view, home._segments.giver(extent)).atexit = False
+            home._segments.give_with(self._view, extent)
         self._address = self.tensor().data_ptr()
 
     @property

@@ -83,22 +83,10 @@ class Home(ABC):
             HomeError: the home is closed.
         """
 
-    def reserve(self, nbytes: int) -> None:
-        """Makes sure that berths whose rooms add up to `nbytes` will fit.
-
-        Args:
-            nbytes: the sum of what `Berth.room` will be.
-
-        Raises:
-            HomeFullError: there is no room for them; nothing was changed.
-            HomeError: the home is closed.
-        """
-        self.check_open()
-
     def hold(self, rooms: Sequence[int]) -> "Reservation":
         """Room that stays free for one owner, whoever else parks here.
 
-        A home that has no way to hold room makes sure that it is there now, as `reserve` does.
+        A home that cannot set room aside only checks that it is there now.
 
         Args:
             rooms: what `Berth.room` of each berth will be.
@@ -107,7 +95,7 @@ class Home(ABC):
             HomeFullError: there is no room for them; nothing was changed.
             HomeError: the home is closed.
         """
-        self.reserve(sum(rooms))
+        self.check_open()
         return Reservation(self)
 
     @property
