@@ -24,7 +24,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import BudgetError
-from memtile.planning import format_byte_size, parse_byte_size
+from memtile.planning import Plan, format_byte_size, parse_byte_size
 from memtile.testing import PeakMemory
 
 STEPS = 3
@@ -59,7 +59,7 @@ def write_checkpoint(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def planned(cell: dict[str, Any], budget: int | str) -> memtile.Plan:
+def planned(cell: dict[str, Any], budget: int | str) -> Plan:
     return memtile.plan(
         config_of(cell["model"]),
         budget=budget,

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 import memtile
-from memtile.engines import distributed_checkpoints
 from memtile.engines.torch_fsdp2 import shard
 
 
@@ -46,11 +45,11 @@ def main() -> None:
     model = sharded(max_tile_bytes=256 << 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, steps=5)
-    distributed_checkpoints.save(folder, model, optimizer, step=5)
+    memtile.save_training(folder, model, optimizer, step=5)
 
     model = sharded(max_tile_bytes=64 << 10)  # another grid, and any number of ranks
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    distributed_checkpoints.load(folder, model, optimizer)
+    memtile.resume_training(folder, model, optimizer)
     train(model, optimizer, steps=5)
     dist.destroy_process_group()
 

@@ -1,76 +1,78 @@
 """memtile: linear layers too big for the memory of the device that runs them."""
 
+from typing import TYPE_CHECKING, Final
+
 from memtile import interrupting  # noqa: F401  # before torch, which takes seconds
 
 # isort: split
-from memtile import errors
-from memtile.checkpoints import training_folder
 from memtile.convert import (
-    Choice,
-    Loaded,
-    Recut,
-    Resumed,
-    convert_checkpoint,
     dense_state_dict,
     empty_model,
-    has_training,
     load_checkpoint,
     resume_training,
     save_checkpoint,
     save_training,
-    select_linears,
     tile,
     untile,
 )
-from memtile.engines import register_zero3_gatherer
+from memtile.engines import register_engines
 from memtile.geometry import partition_uniform
-from memtile.homes import DiskHome, Home, HostHome
+from memtile.homes import DiskHome, HostHome
 from memtile.integrations import register_all
-from memtile.layers import ParkedLinear, TiledEmbedding, TiledLinear, TiledLinearReturnBias
+from memtile.layers import TiledEmbedding, TiledLinear, TiledLinearReturnBias
 from memtile.ops import split_tensor_along_last_dim
 from memtile.optim import TileOptimizer
-from memtile.planner import plan, plan_ranks
-from memtile.planning import Budget, Plan, RankPlan, Rates, Speeds
+from memtile.planner import plan
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget",
-    "Choice",
     "DiskHome",
-    "Home",
     "HostHome",
-    "Loaded",
-    "ParkedLinear",
-    "Plan",
-    "RankPlan",
-    "Rates",
-    "Recut",
-    "Resumed",
-    "Speeds",
     "TileOptimizer",
     "TiledEmbedding",
     "TiledLinear",
     "TiledLinearReturnBias",
     "__version__",
-    "convert_checkpoint",
     "dense_state_dict",
     "empty_model",
-    "errors",
-    "has_training",
     "load_checkpoint",
     "partition_uniform",
     "plan",
-    "plan_ranks",
     "resume_training",
     "save_checkpoint",
     "save_training",
-    "select_linears",
     "split_tensor_along_last_dim",
     "tile",
-    "training_folder",
     "untile",
 ]
 
+_MOVED: Final = {  # names that stood here before, and the module that has them
+    "Budget": "planning",
+    "Choice": "convert",
+    "Home": "homes",
+    "Loaded": "convert",
+    "ParkedLinear": "layers",
+    "Plan": "planning",
+    "RankPlan": "planning",
+    "Rates": "planning",
+    "Recut": "convert",
+    "Resumed": "convert",
+    "Speeds": "planning",
+    "convert_checkpoint": "convert",
+    "has_training": "convert",
+    "plan_ranks": "planner",
+    "select_linears": "convert",
+    "training_folder": "checkpoints",
+}
+
 register_all()
-register_zero3_gatherer()
+register_engines()
+
+if not TYPE_CHECKING:  # type checkers are to report unknown names
+
+    def __getattr__(name: str) -> object:
+        """Say where a name is that stood here before."""
+        if name in _MOVED:
+            raise AttributeError(f"memtile.{name} is memtile.{_MOVED[name]}.{name} now")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import memtile
+from memtile.convert import select_linears
 from memtile.errors import ArgumentError, CannotTileError, TileSizeWarning
 
 
@@ -41,13 +42,13 @@ def model() -> nn.Module:
 
 def reasons(**arguments: object) -> dict[str, str]:
     """The refusals by name."""
-    chosen = memtile.select_linears(model(), **arguments)  # type: ignore[arg-type]
+    chosen = select_linears(model(), **arguments)  # type: ignore[arg-type]
     return {choice.name: choice.reason for choice in chosen if not choice.tiled}
 
 
 def test_every_linear_and_embedding_gets_a_verdict_with_a_reason() -> None:
     """Each yes and each no of a model comes with its reason."""
-    found = memtile.select_linears(model())
+    found = select_linears(model())
 
     yes = {choice.name for choice in found if choice.tiled}
     assert yes == {"plain", "small", "embedding"}
@@ -93,7 +94,7 @@ def test_weights_that_fit_stay_dense_with_both_figures() -> None:
 
 def test_no_tile_is_larger_than_max_tile_bytes() -> None:
     """Every chosen grid keeps its largest tile within the bound, rows whole where they fit."""
-    chosen = memtile.select_linears(model(), max_tile_bytes=100)
+    chosen = select_linears(model(), max_tile_bytes=100)
 
     grids = {c.name: c.grid for c in chosen if c.tiled}
     assert grids["plain"] is not None
@@ -105,7 +106,7 @@ def test_no_tile_is_larger_than_max_tile_bytes() -> None:
 
 def test_rows_longer_than_a_tile_are_cut_into_columns_except_in_embeddings() -> None:
     """A long row of a linear is cut; an embedding's row cannot be and says so."""
-    chosen = {c.name: c for c in memtile.select_linears(model(), max_tile_bytes=20)}
+    chosen = {c.name: c for c in select_linears(model(), max_tile_bytes=20)}
 
     grid = chosen["plain"].grid
     assert grid is not None
@@ -152,7 +153,7 @@ def test_a_weight_shared_with_something_dense_keeps_its_owners_dense() -> None:
     )
     built["head"].weight = built["embedding"].weight
 
-    chosen = {c.name: c for c in memtile.select_linears(built, out_splits=2)}
+    chosen = {c.name: c for c in select_linears(built, out_splits=2)}
 
     assert not chosen["head"].tiled
     assert "embedding.weight, which stays dense: max_norm" in chosen["head"].reason
@@ -163,7 +164,7 @@ def test_a_bias_shared_with_another_module_is_kept_whole_and_said_so() -> None:
     built = nn.ModuleDict({"one": nn.Linear(6, 11), "two": nn.Linear(6, 11)})
     built["one"].bias = built["two"].bias
 
-    chosen = memtile.select_linears(built, out_splits=2)
+    chosen = select_linears(built, out_splits=2)
 
     assert [choice.tiled for choice in chosen] == [True, True]
     assert all("its bias kept whole" in choice.reason for choice in chosen)
@@ -171,7 +172,7 @@ def test_a_bias_shared_with_another_module_is_kept_whole_and_said_so() -> None:
 
 def test_a_choice_prints_as_one_line() -> None:
     """What a person sees holds verdict, name, size, grid and reason."""
-    first = memtile.select_linears(model(), out_splits=2)[0]
+    first = select_linears(model(), out_splits=2)[0]
 
     assert str(first) == "yes plain 7×10 → 2×1 tiles: a plain linear"
 
@@ -192,7 +193,7 @@ def test_what_is_no_module_is_refused(built: object) -> None:
     for call in (
         lambda: memtile.tile(built, out_splits=2),  # type: ignore[type-var]
         lambda: memtile.untile(built),  # type: ignore[type-var]
-        lambda: memtile.select_linears(built),  # type: ignore[arg-type]
+        lambda: select_linears(built),  # type: ignore[arg-type]
     ):
         with pytest.raises(ArgumentError, match=r"must be an nn.Module"):
             call()
@@ -224,7 +225,7 @@ def test_parameters_that_stay_above_the_size_are_named_in_a_warning() -> None:
 
 def test_a_linear_as_the_model_itself_is_a_no_with_the_way_out() -> None:
     """select_linears and tile agree about the root."""
-    (choice,) = memtile.select_linears(nn.Linear(4, 4), out_splits=2)
+    (choice,) = select_linears(nn.Linear(4, 4), out_splits=2)
 
     assert not choice.tiled
     assert "from_linear" in choice.reason

@@ -9,6 +9,7 @@ from torch import optim
 import memtile
 from memtile import TileOptimizer
 from memtile.checkpoints import Checkpoint
+from memtile.convert import Resumed
 from memtile.homes import berth_of
 
 ADAMW = {"optimizer_class": optim.AdamW}
@@ -89,7 +90,7 @@ def test_it_goes_on_in_another_grid_and_home(tmp_path, grid, home, plain_before,
     resumed = second.resume(tmp_path / "first")
     other = second.save(tmp_path / "second")
 
-    assert resumed == memtile.Resumed(3, None, None, again)
+    assert resumed == Resumed(3, None, None, again)
     for stem in ("model", "optimizer"):
         ours = Checkpoint.open(other / f"{stem}.safetensors")
         theirs = Checkpoint.open(again / f"{stem}.safetensors")

@@ -14,6 +14,7 @@ from torch import nn, optim
 import memtile
 from memtile import TileOptimizer
 from memtile.checkpoints import record
+from memtile.convert import has_training
 from memtile.errors import (
     ArgumentError,
     CheckpointError,
@@ -136,9 +137,9 @@ def test_where_there_is_none_the_message_says_what_to_do(tmp_path):
     run = a_run()
 
     for name in ("none", "empty", "file"):
-        assert not memtile.has_training(tmp_path / name)
+        assert not has_training(tmp_path / name)
         assert_refused(run, tmp_path / name, "holds no training checkpoint; give")
-    assert not memtile.has_training(tmp_path / "half")
+    assert not has_training(tmp_path / "half")
     assert_refused(run, tmp_path / "half", "half-written, and no checkpoint: .* start it anew")
 
 

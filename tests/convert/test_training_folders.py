@@ -9,8 +9,7 @@ import pytest
 import torch
 from resumable import a_run
 
-import memtile
-from memtile.checkpoints import steps
+from memtile.checkpoints import steps, training_folder
 from memtile.errors import CheckpointWriteError, NotFiniteError
 from memtile.homes import disk_io
 
@@ -70,16 +69,16 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         run.save(tmp_path)
     with (
         pytest.raises(CheckpointWriteError, match="another run is writing into"),
-        memtile.training_folder(tmp_path),
+        training_folder(tmp_path),
     ):
         pass
     os.close(holder)
 
-    with memtile.training_folder(tmp_path):
+    with training_folder(tmp_path):
         run.save(tmp_path)
         with (
             pytest.raises(CheckpointWriteError, match="another run is writing into"),
-            memtile.training_folder(tmp_path),
+            training_folder(tmp_path),
         ):
             pass
     assert not steps._held

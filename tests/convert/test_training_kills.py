@@ -13,8 +13,8 @@ from killed_run import KEEP, begin, go_on
 from processes import context
 from resumable import all_of, differences
 
-import memtile
 from memtile.checkpoints import steps
+from memtile.convert import has_training
 
 KILLS = int(os.environ.get("MEMTILE_KILLS", "15"))
 LONGEST = 0.4  # seconds that a process lives: its start, its resume, and some saved steps
@@ -89,7 +89,7 @@ def test_a_process_may_be_killed_before_it_saves(tmp_path):
     process = start(tmp_path / "run", FOREVER)
     process.kill()
     assert exit_code(process) == -signal.SIGKILL
-    assert not memtile.has_training(tmp_path / "run")
+    assert not has_training(tmp_path / "run")
 
     second = start(tmp_path / "run", 2)
 

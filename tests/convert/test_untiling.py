@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 import memtile
 from memtile import TiledEmbedding, TiledLinear
+from memtile.convert import select_linears
 from memtile.errors import CannotTileError
 
 
@@ -119,7 +120,7 @@ def test_weights_that_share_memory_without_being_one_parameter_stay_dense() -> N
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
     model["b"].weight = nn.Parameter(model["a"].weight.detach().t())
 
-    reasons = [choice.reason for choice in memtile.select_linears(model, out_splits=2)]
+    reasons = [choice.reason for choice in select_linears(model, out_splits=2)]
 
     assert reasons[0].startswith("its weight shares memory with b.weight")
     assert reasons[1].startswith("its weight shares memory with a.weight")

@@ -54,6 +54,10 @@ def test_partitions_of_zero3_are_read_and_written_too(found):
 
     assert files["zero3"].keys() == files["in"].keys()
     assert all(torch.equal(files["zero3"][name], value) for name, value in files["in"].items())
+    assert all(
+        torch.equal(files["zero3 loaded"][name], value)
+        for name, value in files["other values"].items()
+    )
 
 
 def test_it_may_be_written_in_another_dtype(found):
@@ -98,6 +102,17 @@ def test_a_folder_that_cannot_be_made_is_told_to_all(found):
     ranks, _ = found
 
     assert all("give another folder" in unwritable for *_, unwritable in ranks)
+
+
+def test_a_whole_model_is_written_in_another_dtype_too(tmp_path):
+    """Integers stay, and the file is that of the model in this dtype."""
+    net = filled()
+    net.counts = torch.arange(4)
+    memtile.save_checkpoint(memtile.tile(net, out_splits=2), tmp_path, dtype=torch.bfloat16)
+    files = load_file(tmp_path / "model.safetensors")
+
+    assert files["counts"].dtype == torch.int64
+    assert torch.equal(files["up.weight"], filled().up.weight.bfloat16())
 
 
 def test_what_would_be_drawn_on_each_rank_is_refused(tmp_path):

@@ -22,7 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import memtile
 from memtile.engines.distributed_checkpoints import dense_view, load, save
-from memtile.errors import ArgumentError, CannotTileError, CheckpointError, OptimizerError
+from memtile.errors import (
+    ArgumentError,
+    CannotTileError,
+    CheckpointError,
+    NotFiniteError,
+    OptimizerError,
+)
 
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 _ALONE = "ignore:torch.distributed is"  # DCP says that there is one process
@@ -50,7 +56,7 @@ def dense():
 def test_a_plain_model_takes_what_ranks_saved_to_the_last_bit(outcome, name):
     """Parameters, buffers and moments of the shards, and the groups' options."""
     model, optimizer = ruined_plain(name)
-    resumed = load(outcome.folder / name, model, optimizer)
+    resumed = memtile.resume_training(outcome.folder / name, model, optimizer)
 
     half = outcome.states[name]["half"]
     assert (resumed.step, resumed.extra) == (HALF, {"name": name})
@@ -219,6 +225,81 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+class Counting:
+    """A scheduler that counts."""
+
+    def __init__(self, count=0):
+        self.count = count
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+def sharded():
+    """A model in tiles and shards, and its optimizer after some steps."""
+    model, optimizer = tiled(CASES["rows into a ragged grid"], (4, 1))
+    train(model, optimizer, 0)
+    return model, optimizer
+
+
+def test_a_scheduler_goes_with_a_sharded_model(alone, tmp_path):
+    """Into any model; another one, or none, is refused as for a whole model."""
+    memtile.save_training(tmp_path, *sharded(), Counting(7), step=HALF)
+    model, optimizer = ruined_plain("rows into a ragged grid")
+    scheduler = Counting()
+    memtile.resume_training(tmp_path, model, optimizer, scheduler)
+
+    assert scheduler.count == 7
+    with pytest.raises(CheckpointError, match="Counting, and is to be resumed with no scheduler"):
+        memtile.resume_training(tmp_path, *sharded())
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_a_sharded_model_that_is_not_finite_is_not_saved(alone, tmp_path, what):
+    """Unless that is asked for; what is frozen may be anything."""
+    model, optimizer = sharded()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    held = parameter if what == "weight" else optimizer.state[parameter]["exp_avg"]
+    held.detach().to_local().view(-1)[0] = float("nan")
+
+    with pytest.raises(NotFiniteError, match="is not finite; a run cannot go on from it"):
+        memtile.save_training(tmp_path, model, optimizer, step=HALF)
+    model.requires_grad_(False)
+    memtile.save_training(tmp_path, model, optimizer, step=HALF, check_finite=what == "weight")
+
+
+def test_what_an_engine_cannot_do_is_refused_with_the_way_out(alone, tmp_path):
+    """Arguments of sharded models for whole ones, and the reverse."""
+    whole, group = nn.Sequential(nn.Linear(3, 2)), dist.group.WORLD
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+
+    with pytest.raises(ArgumentError, match=r"trainable_only=True.*leave it out"):
+        memtile.save_training(tmp_path, *sharded(), step=1, trainable_only=True)
+    for act in (
+        lambda: memtile.save_checkpoint(whole, tmp_path, process_group=group),
+        lambda: memtile.load_checkpoint(whole, tmp_path, process_group=group),
+        lambda: memtile.save_training(tmp_path, whole, optimizer, step=1, process_group=group),
+        lambda: memtile.resume_training(tmp_path, whole, optimizer, process_group=group),
+    ):
+        with pytest.raises(ArgumentError, match="leave process_group out"):
+            act()
+    with pytest.raises(ArgumentError, match="leave device out"):
+        memtile.load_checkpoint(whole, tmp_path, device="cpu")
+
+
+def test_a_sharded_model_does_not_resume_from_a_whole_one(alone, tmp_path):
+    """The formats are two; the weights alone can be had."""
+    model, (plain, ours) = sharded()[0], ruined_plain("rows into a ragged grid")
+    saved = memtile.save_training(tmp_path, plain, ours, step=HALF)
+
+    with pytest.raises(CheckpointError, match="of a model that was not sharded"):
+        memtile.resume_training(tmp_path, model, None)
+    memtile.load_checkpoint(model, saved)
 
 
 def test_a_wrapped_model_has_the_names_of_the_plain_one(alone, tmp_path):

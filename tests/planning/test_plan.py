@@ -13,6 +13,7 @@ from torch import nn
 import memtile
 from memtile.errors import ArgumentError, BudgetError, CannotTileError, HomeError
 from memtile.homes import keep_freed_memory_out
+from memtile.planning import Budget, Plan
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -25,7 +26,7 @@ def stack() -> nn.Sequential:
     )
 
 
-def planned(budget: object, model: object = None, **options: object) -> memtile.Plan:
+def planned(budget: object, model: object = None, **options: object) -> Plan:
     given = {"tokens": 33, "rates": RATES, **options}
     return memtile.plan(stack() if model is None else model, budget=budget, **given)
 
@@ -269,10 +270,10 @@ def test_memory_homes_are_told_of_disks():
 
 def test_room_on_the_disk_is_a_budget_too():
     """Tiles that do not fit on the disk are no plan."""
-    fits = planned(memtile.Budget(host=3300 * KIB))
+    fits = planned(Budget(host=3300 * KIB))
 
     with pytest.raises(BudgetError, match="disk"):
-        planned(memtile.Budget(host=3300 * KIB, disk=fits.bytes_of("disk") // 4))
+        planned(Budget(host=3300 * KIB, disk=fits.bytes_of("disk") // 4))
 
 
 def test_a_frozen_weight_has_no_moments():

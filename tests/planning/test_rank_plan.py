@@ -7,7 +7,9 @@ from torch import nn
 import memtile
 from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
-from memtile.planning import LooseModule, Parameter, ShardedLayer, Sharding, Uses
+from memtile.layers import ParkedLinear
+from memtile.planner import plan_ranks
+from memtile.planning import LooseModule, Parameter, RankPlan, ShardedLayer, Sharding, Speeds, Uses
 
 MIB = 1 << 20
 TRAINED = Uses(1, 0, 1)
@@ -19,13 +21,13 @@ def stack(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(*layers).to(dtype)
 
 
-def planned(world: int, engine: str = "fsdp2", dtype=torch.float32, **options) -> memtile.RankPlan:
+def planned(world: int, engine: str = "fsdp2", dtype=torch.float32, **options) -> RankPlan:
     def work(model: nn.Module) -> torch.Tensor:
         return model(torch.empty(tokens, 70, dtype=dtype, device="meta")).float().sum()
 
     tokens = options.get("tokens", 33)
     given = {"tokens": tokens, "work": work, **options}
-    return memtile.plan_ranks(stack(dtype), world_size=world, engine=engine, **given)
+    return plan_ranks(stack(dtype), world_size=world, engine=engine, **given)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def padded(elements: int) -> int:
 
 def test_floors_are_bytes_and_operations_over_speeds():
     """The step takes the longest of them; without a speed there is none."""
-    speeds = memtile.Speeds(flops=1e12, link=50e9, disk=7e9)
+    speeds = Speeds(flops=1e12, link=50e9, disk=7e9)
     plan = planned(4, "zero3", offload="nvme", speeds=speeds)
 
     found = {floor.name: floor.seconds for floor in plan.floors}
@@ -211,7 +213,7 @@ def test_tied_weights_keep_a_whole_gradient():
     """Autograd adds up the uses' gradients before any of it can be reduced."""
     tied = nn.Sequential(nn.Embedding(61, 20), nn.Linear(20, 61, bias=False))
     tied[1].weight = tied[0].weight
-    plan = memtile.plan_ranks(tied, world_size=2, engine="fsdp2", tokens=5)
+    plan = plan_ranks(tied, world_size=2, engine="fsdp2", tokens=5)
 
     backward = next(moment for moment in plan.moments if moment.name == "backward")
     found = {term.name: term.nbytes for term in backward.terms}
@@ -228,11 +230,11 @@ def test_inference_holds_shards_alone():
 
 def test_a_plan_for_ranks_comes_back_as_it_was():
     """Every field survives, grids, moments and speeds too."""
-    speeds = memtile.Speeds(link=50e9)
+    speeds = Speeds(link=50e9)
     plan = planned(2, device_memory="30MiB", speeds=speeds)
 
-    assert memtile.RankPlan.from_json(plan.to_json()) == plan
-    assert str(memtile.RankPlan.from_json(plan.to_json())) == str(plan)
+    assert RankPlan.from_json(plan.to_json()) == plan
+    assert str(RankPlan.from_json(plan.to_json())) == str(plan)
 
 
 def test_a_model_is_tiled_as_planned_for_ranks():
@@ -241,7 +243,7 @@ def test_a_model_is_tiled_as_planned_for_ranks():
     model = memtile.tile(stack(), plan)
 
     assert [str(model[i].grid) for i in (0, 2, 4)] == [str(layer.grid) for layer in plan.layers]
-    assert not any(isinstance(module, memtile.ParkedLinear) for module in model.modules())
+    assert not any(isinstance(module, ParkedLinear) for module in model.modules())
     with pytest.raises(ArgumentError, match="leave home out"):
         memtile.tile(stack(), plan, home="host")
 
@@ -265,14 +267,14 @@ def test_what_no_cluster_is_is_refused_by_name(options, words):
     given = {"world_size": 2, "engine": "fsdp2", "tokens": 9, **options}
 
     with pytest.raises(ArgumentError, match=words):
-        memtile.plan_ranks(stack(), **given)
+        plan_ranks(stack(), **given)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "fast"])
 def test_what_is_no_speed_is_refused(value):
     """Each must be a number above 0."""
     with pytest.raises(ArgumentError, match="link="):
-        memtile.Speeds(link=value)
+        Speeds(link=value)
 
 
 def test_the_default_unit_is_the_engines():

@@ -6,6 +6,7 @@ from given_rates import RATES
 
 import memtile
 from memtile.errors import ArgumentError, BudgetError, CannotTileError, CheckpointError
+from memtile.planning import Plan
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,7 +24,7 @@ def config(**options: object) -> object:
     return transformers.LlamaConfig(**{**sizes, **options})
 
 
-def planned(source: object, **options: object) -> memtile.Plan:
+def planned(source: object, **options: object) -> Plan:
     given = {"tokens": 96, "budget": "1GiB", "rates": RATES, **options}
     return memtile.plan(source, **given)
 

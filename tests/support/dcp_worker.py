@@ -124,13 +124,13 @@ def run_case(name: str, rank: int, world: int, folder: Path) -> None:
     case = CASES[name]
     model, optimizer = tiled(case, case.saved)
     train(model, optimizer, 0, rank, world)
-    save(folder / name, model, optimizer, step=HALF, extra={"name": name})
+    memtile.save_training(folder / name, model, optimizer, step=HALF, extra={"name": name})
     dcp.save(dense_view(model), checkpoint_id=folder / f"{name} by torch")
     states = {"half": whole(model, optimizer)}
     for source, key in ((folder / name, "resumed"), (folder / f"{name} alone", "from one")):
         model, optimizer = tiled(case, case.loaded)
         ruined(model)
-        load(source, model, optimizer)
+        memtile.resume_training(source, model, optimizer)
         train(model, optimizer, HALF, rank, world)
         states[key] = whole(model, optimizer)
     model, _ = tiled(case, case.loaded)
@@ -256,11 +256,11 @@ def run_killed(rank: int, world: int, folder: str, doomed: int) -> None:
     place = Path(folder)
     model, optimizer = tiled(Case((4, 1), (4, 1)), (4, 1))
     train(model, optimizer, 0, rank, world)
-    save(place / "run", model, optimizer, step=HALF)
+    memtile.save_training(place / "run", model, optimizer, step=HALF)
     train(model, optimizer, HALF, rank, world)
     if rank == doomed:
         dcp.FileSystemWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    told = message_of(lambda: save(place / "run", model, optimizer, step=STEPS))
+    told = message_of(lambda: memtile.save_training(place / "run", model, optimizer, step=STEPS))
     (place / f"rank{rank}.txt").write_text(told)
     os._exit(0)  # a group without one of its ranks is never destroyed
 

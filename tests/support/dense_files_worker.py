@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memtile
+from memtile import load_checkpoint, save_checkpoint
 from memtile.convert import moving
 from memtile.engines import dense_files
-from memtile.engines.dense_files import load_checkpoint, save_checkpoint
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import CheckpointError, CheckpointWriteError, EngineError
 
@@ -113,7 +113,10 @@ def run(rank: int, world: int, folder: str) -> None:
         save_checkpoint(model, here / "out")
         save_checkpoint(model, here / "half", dtype=torch.bfloat16)
         if find_spec("deepspeed") is not None:
-            save_checkpoint(partitioned(here / "in"), here / "zero3")
+            zero3 = partitioned(here / "in")
+            save_checkpoint(zero3, here / "zero3")
+            load_checkpoint(zero3, here / "other values")
+            save_checkpoint(zero3, here / "zero3 loaded")
     said = other_folders(model, here)
     (here / "file").touch()
     try:
@@ -130,6 +133,7 @@ def spawn(world: int, check: Any) -> list[tuple[int, str, str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         memtile.save_checkpoint(filled(), Path(folder) / "in")
         memtile.save_checkpoint(nn.Linear(3, 2), Path(folder) / "other")
+        memtile.save_checkpoint(Net(), Path(folder) / "other values")
         start_ranks(run, world, world, folder)
         check(Path(folder))
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(world)]

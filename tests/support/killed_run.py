@@ -4,7 +4,8 @@ from pathlib import Path
 
 from resumable import Run, a_run
 
-import memtile
+from memtile.checkpoints import training_folder
+from memtile.convert import has_training
 
 KEEP = 2
 
@@ -17,8 +18,8 @@ def begin() -> Run:
 def go_on(folder: Path, until: int) -> None:
     """Resume where there is something to resume; train and save up to a step."""
     run = begin()
-    with memtile.training_folder(folder):
-        if memtile.has_training(folder):
+    with training_folder(folder):
+        if has_training(folder):
             run.resume(folder)
         while run.done < until:
             run.train(1)

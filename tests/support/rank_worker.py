@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 import memtile
 from memtile.engines import exchange_order
 from memtile.engines.torch_fsdp2 import shard
-from memtile.planning import Moment
+from memtile.planner import plan_ranks
+from memtile.planning import Moment, RankPlan
 
 Wrap = Callable[[Any], Any]  # around a function of torch's, which is private and untyped
 TOKENS = 12
@@ -251,9 +252,9 @@ def _sharded_by(module: nn.Module) -> list[Any]:
 
 
 @cache
-def planned(case: Case, world: int) -> memtile.RankPlan:
+def planned(case: Case, world: int) -> RankPlan:
     """What is predicted of a case."""
-    return memtile.plan_ranks(
+    return plan_ranks(
         Net(case),
         world_size=world,
         engine="fsdp2",
@@ -267,13 +268,13 @@ def planned(case: Case, world: int) -> memtile.RankPlan:
     )
 
 
-def gathered_at_most(plan: memtile.RankPlan) -> int:
+def gathered_at_most(plan: RankPlan) -> int:
     """The most that is predicted to be whole at once, with the buffers it comes in."""
     moments = {"forward", "backward", "the recomputation"}
     return max(_sum(m, _WHOLE) for m in plan.moments if m.name in moments)
 
 
-def reduced_at_most(plan: memtile.RankPlan) -> int:
+def reduced_at_most(plan: RankPlan) -> int:
     """The same of gradients, with the buffers they leave in."""
     return max(_sum(moment, _LEAVING) for moment in plan.moments if moment.name == "backward")
 

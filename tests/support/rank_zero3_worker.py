@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 import memtile
 from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.planner import plan_ranks
+from memtile.planning import RankPlan
 
 _FSDP2_ALONE = ("neighbours together",)
 CASES = {name: case for name, case in EVERY_CASE.items() if name not in _FSDP2_ALONE} | {
@@ -167,9 +169,9 @@ class Probe:
 
 
 @cache
-def planned(case: Case, world: int) -> memtile.RankPlan:
+def planned(case: Case, world: int) -> RankPlan:
     """What is predicted of a case."""
-    return memtile.plan_ranks(
+    return plan_ranks(
         Net(case),
         world_size=world,
         engine="zero3",
@@ -182,7 +184,7 @@ def planned(case: Case, world: int) -> memtile.RankPlan:
     )
 
 
-def gathered_at_most(plan: memtile.RankPlan) -> int:
+def gathered_at_most(plan: RankPlan) -> int:
     """The most that is predicted to be whole at once."""
     names = ("unit at work", "units on their way", "unit that waits")
     return max(
@@ -190,7 +192,7 @@ def gathered_at_most(plan: memtile.RankPlan) -> int:
     )
 
 
-def reduced_at_most(plan: memtile.RankPlan) -> int:
+def reduced_at_most(plan: RankPlan) -> int:
     """The same of gradients outside the bucket."""
     names = ("gradient of a unit, whole", "padded copy of the bucket")
     (backward,) = (moment for moment in plan.moments if moment.name == "backward")

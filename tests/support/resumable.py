@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import memtile
 from memtile import TileOptimizer
+from memtile.convert import Resumed
 from memtile.optim import dense_parameters
 
 INNER = 13
@@ -70,7 +71,7 @@ class Run:
             folder, self.model, self.optimizer, self.scheduler, step=self.done, **options
         )
 
-    def resume(self, folder: Path) -> memtile.Resumed:
+    def resume(self, folder: Path) -> Resumed:
         """Go on from what is in the folder."""
         resumed = memtile.resume_training(folder, self.model, self.optimizer, self.scheduler)
         self.done = resumed.step

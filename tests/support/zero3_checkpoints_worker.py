@@ -91,9 +91,11 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def gone_on(way: Way, grid: tuple[int, int], place: Path, rank: int, world: int) -> dict[str, Any]:
     """Values after the other half of the steps under ZeRO-3; they are saved too."""
     model, engine = under_zero3(way, grid)
-    resumed = load(place, model, engine.optimizer)
+    resumed = memtile.resume_training(place, engine, engine.optimizer)
     train_engine(engine, resumed.step, rank, world)
-    save(place.with_name(f"{place.name} gone on"), model, engine.optimizer, step=STEPS)
+    memtile.save_training(
+        place.with_name(f"{place.name} gone on"), engine, engine.optimizer, step=STEPS
+    )
     found = values(model)
     engine.destroy()
     return found

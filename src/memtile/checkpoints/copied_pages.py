@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from memtile.geometry import round_up
 from memtile.homes import disk_io
 
 _PAGEMAP: Final = "/proc/self/pagemap"
@@ -39,7 +40,7 @@ class CopiedPages:
 
     def kept(self, address: int, nbytes: int) -> Iterator[tuple[int, int]]:
         """The runs, (address, bytes), of whole pages within these bytes that were not copied."""
-        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        first = round_up(address, mmap.PAGESIZE)
         last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         start = first
         for number in self._flags(first, last - first).nonzero().flatten().tolist():

@@ -20,7 +20,7 @@ from torch import Tensor
 from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import HomeError
-from memtile.homes import Berth, Home, cannot_map, disk_io
+from memtile.homes import Berth, Home, Reservation, cannot_map, disk_io
 from memtile.homes.buffers import tensor_over
 
 _log = logging.getLogger("memtile.checkpoints")
@@ -58,7 +58,7 @@ class CheckpointHome(Home):
         """
         self._refuse()
 
-    def reserve(self, nbytes: int) -> None:
+    def hold(self, rooms: Sequence[int]) -> Reservation:
         """Refused, as it is asked for what will be written: gradients, moments.
 
         Raises:

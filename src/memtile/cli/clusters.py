@@ -54,7 +54,7 @@ class ClusterOptions:
                 )
 
     def arguments(self) -> dict[str, Any]:  # keywords of plan_ranks
-        """What `memtile.plan_ranks` takes.
+        """What `memtile.planner.plan_ranks` takes.
 
         Raises:
             ArgumentError: a size or a speed cannot be read.

@@ -19,6 +19,7 @@ from memtile.convert.recutting import Recut, convert_checkpoint
 from memtile.convert.replaced import replacing
 from memtile.convert.saving import save_checkpoint
 from memtile.convert.select import Choice, Cut, choose, select_linears
+from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
@@ -35,6 +36,7 @@ __all__ = [
     "Naming",
     "Recut",
     "Resumed",
+    "ShardedCheckpoints",
     "Work",
     "choose",
     "convert_checkpoint",
@@ -50,6 +52,7 @@ __all__ = [
     "naming_of",
     "persistent_buffers",
     "register_integration",
+    "register_sharded",
     "replace_chosen",
     "replacing",
     "resume_training",

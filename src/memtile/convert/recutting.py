@@ -102,8 +102,8 @@ def convert_checkpoint(
     """
     if cut is not None and not isinstance(cut, Recut):
         raise ArgumentError(
-            f"the cut is a {type(cut).__name__}; give memtile.Recut(['*.mlp.*'], out_splits=4), or "
-            "None for a dense checkpoint"
+            f"the cut is a {type(cut).__name__}; give memtile.convert.Recut(['*.mlp.*'], "
+            "out_splits=4), or None for a dense checkpoint"
         )
     place, out = Path(source), Path(target)
     if out.resolve() in (place.resolve(), place.resolve().parent if place.is_file() else None):

@@ -2,25 +2,36 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
 from memtile.convert.dense import check_stored
 from memtile.convert.kinds import configs_beside
 from memtile.convert.moving import outgoing
+from memtile.convert.sharded import for_sharded
 from memtile.convert.wanted import persistent_buffers, wanted_by
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import berth_of
-from memtile.layers import TiledModule, is_shard
+from memtile.homes import streamed_allocation
+from memtile.layers import TiledModule
 from memtile.transfer import ferries_of
 
 
 def save_checkpoint(
-    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = SHARD_BYTES
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write the dense checkpoint of a model into a folder, as safetensors with index and shards.
+
+    Example:
+        memtile.save_checkpoint(model, "out")
 
     Names, shapes and dtypes are the untiled model's; what is tied is written once, under its first
     name. A few MiB are in memory at a time. A transformers model gets its config.json and
@@ -30,23 +41,40 @@ def save_checkpoint(
     The checkpoint that is there already stays whole until the new one is: killed at any moment, the
     folder holds the one or the other.
 
+    A model that FSDP2 or ZeRO-3 has sharded is saved by all ranks together; each calls this. Its
+    shards take their own size on that disk once more meanwhile.
+
     Args:
-        model: tiled or not, wherever its tiles live.
-        folder: made where it is missing.
+        model: tiled or not, wherever its tiles live, sharded or not.
+        folder: made where it is missing; the same for all ranks, which all see it.
         max_shard_bytes: no file is larger, unless one tensor is.
+        dtype: to write floating-point tensors in; None: their own.
+        process_group: of a sharded model; None: all ranks.
 
     Raises:
-        ArgumentError: the model is none, or `max_shard_bytes` is no size.
+        ArgumentError: the model is none, `max_shard_bytes` is no size, or a process group is given
+            for a model that is not sharded.
         CannotTileError: a tile computes its weight, or a tensor has no values or no dense form.
         CheckpointError: safetensors has no name for a dtype, or tiles make no dense tensor.
         CheckpointWriteError: it could not be written, or somebody else is writing there.
         HomeIOError: gradients or weights on their way home could not be written.
+        EngineError: a rank is gone. Whatever is raised is raised on every rank.
 
         Nothing was written then; what was there is as it was.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
-    write_model(model, folder, outgoing_tensors, max_shard_bytes)
+    sharded = for_sharded(model, process_group=process_group)
+    if sharded is None:
+        write_model(model, folder, outgoing_tensors, max_shard_bytes, dtype)
+    else:
+        sharded.save_checkpoint(
+            model,
+            folder,
+            max_shard_bytes=max_shard_bytes,
+            dtype=dtype,
+            process_group=process_group,
+        )
 
 
 def write_model(
@@ -54,13 +82,22 @@ def write_model(
     folder: str | os.PathLike[str],
     tensors: Callable[[nn.Module], Sequence[Outgoing]],
     max_shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """`save_checkpoint` with the tensors that are given for the model."""
+    """`save_checkpoint` of a whole model with the tensors that are given for it."""
     _check_saveable(model)
-    found = tensors(model)
-    beside = configs_beside(model)
+    found = [_in_dtype(tensor, dtype) for tensor in tensors(model)]
+    beside = configs_beside(model, dtype)
     settle(model)
     write_checkpoint(folder, found, max_shard_bytes=max_shard_bytes, beside=beside)
+
+
+def _in_dtype(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:
+    kept = tensor.dtype
+    if dtype is None or not isinstance(kept, torch.dtype) or not kept.is_floating_point:
+        return tensor
+    pieces = tensor.pieces
+    return replace(tensor, dtype=dtype, pieces=lambda: (piece.to(dtype) for piece in pieces()))
 
 
 def outgoing_tensors(model: nn.Module) -> list[Outgoing]:
@@ -87,11 +124,6 @@ def check_modules(model: nn.Module) -> None:
 def _check_saveable(model: nn.Module) -> None:
     check_modules(model)
     for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
-        if is_shard(tensor):
-            raise CannotTileError(
-                f"{name} is a shard over ranks; memtile.engines.dense_files.save_checkpoint writes "
-                "the dense checkpoint of those, called by each rank"
-            )
         if type(tensor) not in (nn.Parameter, Tensor):
             raise CannotTileError(
                 f"{name} is a {type(tensor).__name__}, which has no dense form; turn it into a "
@@ -106,7 +138,7 @@ def _check_saveable(model: nn.Module) -> None:
 
 def settle(model: nn.Module) -> None:
     """Return once everything that is on its way home has arrived."""
-    homes = {berth.home for berth in map(berth_of, model.parameters()) if berth is not None}
-    for home in homes:
-        if not home.works_in_place and not home.closed:
+    found = map(streamed_allocation, model.parameters())
+    for home in {each.home for each in found if each is not None}:
+        if not home.closed:
             ferries_of(home).settle()

@@ -324,7 +324,7 @@ def _check_names(
         what = "no linear or embedding" if unknown[0] in everything else "no module"
         raise ArgumentError(
             f"{unknown[0]!r} is {what} of {type(model).__name__}; "
-            "memtile.select_linears(model) lists the names that can be tiled"
+            "memtile.convert.select_linears(model) lists the names that can be tiled"
         )
 
 

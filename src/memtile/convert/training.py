@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,6 +20,7 @@ from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_step
 from memtile.convert.moving import bring_in, finite, outgoing
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
 from memtile.convert.saving import settle, write_model
+from memtile.convert.sharded import for_distributed, for_sharded
 from memtile.convert.wanted import wanted_by
 from memtile.errors import ArgumentError, CheckpointError
 from memtile.homes import trim_heap
@@ -69,8 +71,12 @@ def save_training(
     keep: int = 1,
     trainable_only: bool = False,
     check_finite: bool = True,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save all that a run needs to go on bit for bit, as a folder of its own in `folder`.
+
+    Example:
+        memtile.save_training("run", model, optimizer, step=100, position=100)
 
     Weights, persistent buffers, the optimizer's state, the scheduler, and the random state of
     Python, numpy and torch are written tile by tile; a few MiB are in memory at a time. The
@@ -81,10 +87,16 @@ def save_training(
     accumulated), non-persistent buffers, and states of what it is not given, a GradScaler say: put
     those into `extra`.
 
+    A model that FSDP2 or ZeRO-3 has sharded is saved by all ranks together, each its own shards, in
+    the format of `torch.distributed.checkpoint`; each rank calls this. Random states are not saved
+    then. ZeRO-3's masters are saved in float32, where the model itself has 16 bits.
+
     Args:
-        folder: of all checkpoints of the run; made where it is missing.
-        model: tiled or not, wherever its tiles live.
-        optimizer: a `TileOptimizer` or any torch optimizer, over the model or some of it.
+        folder: of all checkpoints of the run; made where it is missing. The same for all ranks,
+            which all see it.
+        model: tiled or not, wherever its tiles live, sharded or not.
+        optimizer: a `TileOptimizer` or any torch optimizer, over the model or some of it. Under
+            ZeRO-3 `engine.optimizer`.
         scheduler: anything with a `state_dict` of numbers, texts, lists and dictionaries.
         step: how many steps are done. A step that is there is replaced; a newer one is refused.
         position: where in the data the run is: any such value.
@@ -94,20 +106,43 @@ def save_training(
             the base of an adapter does.
         check_finite: refuse trained weights, moments and masters with a NaN or an infinity; they
             are looked at while they are written.
+        process_group: of a sharded model; None: all ranks.
 
     Returns:
         The checkpoint's folder, `step-00000010` say.
 
     Raises:
-        ArgumentError: `step` or `keep` is no such number.
+        ArgumentError: `step` or `keep` is no such number, `trainable_only` is given for a sharded
+            model, or a process group for one that is not sharded.
         OptimizerError: a step is under way, or the optimizer is not of this model.
         CannotTileError: there is no dense form of a weight.
         NotFiniteError: with `check_finite`, one is not; the checkpoints before are as they were.
         CheckpointError: something is neither a tensor nor such a value.
         CheckpointWriteError: it could not be written, another run writes there, or a newer step is
             there. The checkpoints that were there are as they were.
+        EngineError: a rank is gone. Of a sharded model, whatever is raised is raised on every rank.
     """
     check_numbers(step, keep)
+    sharded = for_sharded(model, process_group=process_group)
+    if sharded is not None:
+        if trainable_only:
+            raise ArgumentError(
+                "trainable_only=True with a model that is sharded over ranks, of which each saves "
+                "all that it holds: leave it out"
+            )
+        saved: Path = sharded.save_training(
+            folder,
+            model,
+            optimizer,
+            scheduler,
+            step=step,
+            position=position,
+            extra=extra,
+            keep=keep,
+            check_finite=check_finite,
+            process_group=process_group,
+        )
+        return saved
     state, tensors = optimizer_record(model, optimizer)
     tensors = [finite(tensor) for tensor in tensors] if check_finite else tensors
     random = RandomState.now()
@@ -117,7 +152,7 @@ def save_training(
         "position": to_json(position, "position"),
         "extra": to_json(extra, "extra"),
         "trainable_only": trainable_only,
-        "scheduler": _scheduler_record(scheduler),
+        "scheduler": scheduler_record(scheduler),
         "optimizer": state,
         "random": random.to_json(),
     }
@@ -149,8 +184,13 @@ def resume_training(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: Scheduler | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Resumed:
     """Take over the newest checkpoint that `save_training` wrote: everything in place.
+
+    Example:
+        resumed = memtile.resume_training("run", model, optimizer)
 
     All of it is verified before anything is changed. Grid and homes may be others than those that
     it was saved from, and a `TileOptimizer` takes over from the plain optimizer of its class, and
@@ -158,11 +198,16 @@ def resume_training(
     are dropped; random states are set last. Call `optimizer.zero_grad()` before the next backward
     as ever, and go on in the data at `position`.
 
+    What was saved of a model that FSDP2 or ZeRO-3 had sharded is taken over by one that is sharded
+    otherwise, over any number of ranks, or not at all; all ranks call this. Random states are not
+    part of it. That format has pickles in it: load only what you trust.
+
     Args:
         folder: given to `save_training`.
         model: made as it was for the run that was saved.
-        optimizer: of the same class, with the same groups.
+        optimizer: of the same class, with the same groups. Under ZeRO-3 `engine.optimizer`.
         scheduler: of the same class; None where none was saved.
+        process_group: of a sharded model; None: all ranks.
 
     Returns:
         The step, and what was saved with it.
@@ -173,7 +218,14 @@ def resume_training(
             scheduler. Nothing was changed, unless a disk failed while it was read a second time.
         HomeFullError: a home has no room for the optimizer's state; nothing was changed.
         HomeIOError: a home could not be written to: resume again.
+        EngineError: a rank is gone. Of a sharded model, whatever is raised is raised on every rank.
     """
+    sharded = for_sharded(model, process_group=process_group) or for_distributed(Path(folder))
+    if sharded is not None:
+        found: Resumed = sharded.resume_training(
+            folder, model, optimizer, scheduler, process_group=process_group
+        )
+        return found
     given: tuple[object, object] = (model, optimizer)  # callers without types give anything
     if not isinstance(given[0], nn.Module) or not isinstance(given[1], Optimizer):
         raise ArgumentError(
@@ -184,7 +236,7 @@ def resume_training(
     record, weights, tensors, random = _opened(saved)
     held = _held_tensors(model, record["trainable_only"])
     _check_weights(weights, held, model)
-    _check_scheduler(record["scheduler"], scheduler, saved.path)
+    check_scheduler(record["scheduler"], scheduler, saved.path)
     state = IncomingState(record["optimizer"], tensors, model, optimizer)
     settle(model)
     state.take()
@@ -217,7 +269,8 @@ def _version() -> str:
     return str(vars(sys.modules["memtile"])["__version__"])
 
 
-def _scheduler_record(scheduler: Scheduler | None) -> Json | None:
+def scheduler_record(scheduler: Scheduler | None) -> Json | None:
+    """What a checkpoint's record says of a scheduler."""
     if scheduler is None:
         return None
     state = to_json(scheduler.state_dict(), "the scheduler's state_dict()")
@@ -269,7 +322,7 @@ def _newest(folder: Path) -> SavedStep:
         )
     raise CheckpointError(
         f"{folder} holds no training checkpoint; give the folder that save_training was given, or "
-        "start anew (memtile.has_training(folder) tells which)"
+        "start anew (memtile.convert.has_training(folder) tells which)"
     )
 
 
@@ -312,7 +365,12 @@ def _check_weights(
             )
 
 
-def _check_scheduler(saved: Json | None, scheduler: Scheduler | None, place: Path) -> None:
+def check_scheduler(saved: Json | None, scheduler: Scheduler | None, place: Path) -> None:
+    """Refuse a scheduler of another class than the one that was saved.
+
+    Raises:
+        CheckpointError: it is.
+    """
     theirs = "no scheduler" if saved is None else saved["class"]
     ours = "no scheduler" if scheduler is None else _class_name(scheduler)
     if ours != theirs:

@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from memtile.convert.kinds import kind_of
 from memtile.geometry import Rect, Span
-from memtile.layers import TiledModule
+from memtile.layers import TiledModule, whole_shape
 from memtile.optim import DenseParameter, Part, dense_parameters
 
 
@@ -53,7 +53,10 @@ def wanted_by(model: nn.Module) -> list[Wanted]:
     names, turned = _names(model)
     wanted = []
     for dense in dense_parameters(model):
-        key = id(dense.parts[0].parameter)
+        first = dense.parts[0]
+        if first.rect is None:  # ZeRO-3's partitions are empty
+            dense = replace(dense, shape=torch.Size(whole_shape(first.parameter)))
+        key = id(first.parameter)
         wanted.append(Wanted(tuple(names[key]), dense, key in turned))
     buffers: dict[int, list[str]] = defaultdict(list)
     for name, buffer in persistent_buffers(model):

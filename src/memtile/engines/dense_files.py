@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
+from memtile.checkpoints import SHARD_BYTES, Checkpoint, Outgoing, Paths, write_checkpoint
 from memtile.checkpoints.publishing import cannot_write
 from memtile.convert.finding import Findings, Match, checked, find, left_out, some
 from memtile.convert.kinds import configs_beside
+from memtile.convert.loading_checkpoints import Loaded
 from memtile.convert.moving import Source, bring_in
 from memtile.convert.wanted import wanted_by
 from memtile.engines.dcp_files import read_alone, write_shards
@@ -36,7 +37,7 @@ from memtile.engines.dense_views import (
     unwrapped,
 )
 from memtile.engines.ranks import Ranks
-from memtile.engines.zero3_values import is_partitioned
+from memtile.engines.zero3_values import is_partitioned, write_masters
 from memtile.errors import CheckpointError, CheckpointWarning
 from memtile.geometry import Rect, Span
 from memtile.layers import whole_shape
@@ -49,97 +50,80 @@ BAND_BYTES: Final = 32 << 20
 @torch.no_grad()
 def load_checkpoint(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: Paths,
     *,
     device: torch.device | str | None = None,
     strict: bool = False,
     process_group: dist.ProcessGroup | None = None,
-) -> None:
-    """Read a dense checkpoint into a sharded model, each rank its own shards; all ranks call it.
+) -> Loaded:
+    """`memtile.load_checkpoint` of a sharded model, or of any that all ranks load together.
 
-    Every form that `memtile.load_checkpoint` reads is read, and all of the model must be there.
-
-    Args:
-        model: sharded by FSDP2; shards on the meta device get memory. For ZeRO-3 see
-            `deepspeed_zero3.from_checkpoint`.
-        path: a folder, a `.safetensors` file or a `.safetensors.index.json`, seen by all ranks.
-        device: of shards that are on the meta device; None: that of their mesh. With an offload
-            policy, "cpu".
-        strict: refuse a checkpoint that holds more than the model has; False: warn of it.
-        process_group: None: all ranks.
-
-    Raises:
-        CheckpointError: there is no checkpoint, it is damaged, or not of this model; it is as it
-            was, unless a file could not be read half-way.
-        EngineError: a rank is gone.
-
-        Each of them on every rank.
+    Without strict, the first rank warns of what the checkpoint holds besides.
     """
-    ranks = Ranks(process_group)
+    ranks, model = Ranks(process_group), unwrapped(model)
     findings = ranks.each(lambda: found_for(model, path, ranks.number == 0, strict))
     if any(parameter.is_meta for parameter in model.parameters()):
         _give_memory(model, device)
-        findings = find(model, Checkpoint.open(path))
+        findings = find(model, Checkpoint.of(path))
     let_go(model)
     ranks.each(lambda: read_into_shards(findings.matches))
+    ranks.each(lambda: write_masters(model))
+    return Loaded((), tuple(findings.unexpected))
 
 
 def save_checkpoint(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
+    max_shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write the dense checkpoint of a sharded model, as safetensors; all ranks call it.
-
-    The files are those that `memtile.save_checkpoint` writes for the untiled model. Meanwhile the
-    shards take their own size on that disk once more.
-
-    Args:
-        model: tiled or not, sharded or not.
-        folder: made where it is missing; on a filesystem that all ranks see.
-        dtype: to write floating-point tensors in; None: their own.
-        process_group: None: all ranks.
-
-    Raises:
-        CheckpointError, CheckpointWriteError, CannotTileError: as `memtile.save_checkpoint`.
-        EngineError: a rank is gone.
-
-        Each of them on every rank.
-    """
+    """`memtile.save_checkpoint` of a sharded model, or of any that all ranks save together."""
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder", folder)
     view = ranks.each(lambda: dense_view(model))
     with _between(ranks, Path(folder)) as between:
         write_shards(ranks, view, between)
-        ranks.first(lambda: _write(model, view, Path(folder), between, dtype))
+        ranks.first(
+            lambda: write_checkpoint(
+                folder,
+                [_outgoing(name, view[name], between, dtype) for name in _names(model)],
+                max_shard_bytes=max_shard_bytes,
+                beside=configs_beside(model, dtype),
+            )
+        )
 
 
-def found_for(
-    model: nn.Module, path: str | os.PathLike[str], is_first: bool, strict: bool
-) -> Findings:
+def _names(model: nn.Module) -> list[str]:
+    return [wanted.names[0] for wanted in wanted_by(model)]
+
+
+def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Findings:
     """What a checkpoint has for a model, all of it; the first rank verifies checksums and warns.
 
     Raises:
         CheckpointError: there is none, it is damaged, or of another model.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.of(path)
     if is_first:
         findings = checked(model, checkpoint, strict=strict, complete=True)
     else:
         findings = find(model, checkpoint)
-        findings.check(path, strict=strict, complete=True)
+        findings.check(checkpoint.where, strict=strict, complete=True)
     parameters = dict(model.named_parameters())
     known = {*findings.optional, *findings.apart} & parameters.keys()
     lacking = [*findings.made, *(name for name in known if parameters[name].is_meta)]
     if lacking:  # each rank would draw its own
         raise CheckpointError(
-            f"{path} has no {some(sorted(lacking))}, and values are not made over ranks: load the "
-            "model with from_pretrained once, and give the folder that save_pretrained writes"
+            f"{checkpoint.where} has no {some(sorted(lacking))}, and values are not made over "
+            "ranks: load the model with from_pretrained once, and give the folder that "
+            "save_pretrained writes"
         )
     if findings.unexpected and is_first:
-        warnings.warn(left_out(path, findings.unexpected), CheckpointWarning, stacklevel=2)
+        warnings.warn(
+            left_out(checkpoint.where, findings.unexpected), CheckpointWarning, stacklevel=2
+        )
     return findings
 
 
@@ -226,18 +210,6 @@ def _between(ranks: Ranks, folder: Path) -> Iterator[Path]:
     finally:
         if ranks.number == 0:
             shutil.rmtree(between, ignore_errors=True)
-
-
-def _write(
-    model: nn.Module,
-    view: Mapping[str, Tensor],
-    folder: Path,
-    between: Path,
-    dtype: torch.dtype | None,
-) -> None:
-    names = [wanted.names[0] for wanted in wanted_by(model)]
-    tensors = [_outgoing(name, view[name], between, dtype) for name in names]
-    write_checkpoint(folder, tensors, beside=configs_beside(model, dtype))
 
 
 def _outgoing(name: str, like: Tensor, between: Path, dtype: torch.dtype | None) -> Outgoing:

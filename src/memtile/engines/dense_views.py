@@ -107,7 +107,7 @@ class DenseView(Tensor):
         if not self.takes:
             raise EngineError(  # no ValueError: DCP puts a message of its own in its place
                 "the optimizer's masters would undo what dcp.load reads into partitions of ZeRO-3: "
-                "load with memtile's distributed_checkpoints.load, which writes them too"
+                "load with memtile.resume_training, which writes them too"
             )
         return [_chunk(offset, values) for offset, values in self._pieces.items()]
 

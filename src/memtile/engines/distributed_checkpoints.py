@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,19 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.optim import Optimizer
 
 from memtile.checkpoints.exact_json import from_json, to_json
-from memtile.checkpoints.steps import SavedStep, new_step, saved_steps
-from memtile.convert.training import Resumed, check_numbers
+from memtile.checkpoints.steps import RECORD, SavedStep, new_step, saved_steps
+from memtile.convert.moving import check_finite as finite_or_refused
+from memtile.convert.sharded import METADATA
+from memtile.convert.training import (
+    Resumed,
+    Scheduler,
+    check_numbers,
+    check_scheduler,
+    scheduler_record,
+)
+from memtile.convert.wanted import wanted_by
 from memtile.engines.dcp_files import read_alone, read_shards, write_shards
-from memtile.engines.dense_views import DenseView, dense_view, unwrapped
+from memtile.engines.dense_views import DenseView, dense_view, local_pieces, unwrapped
 from memtile.engines.optimizer_state import (
     KEY,
     OptimizerState,
@@ -39,9 +48,6 @@ from memtile.errors import ArgumentError, CheckpointError, EngineError
 
 __all__ = ["dense_view", "load", "save"]
 
-METADATA: Final = ".metadata"
-"""The file by which DCP knows a checkpoint; it is written last."""
-
 _MODEL, _RECORD = "model", "memtile"
 
 Json = dict[str, Any]  # of the record: whatever JSON it has
@@ -51,49 +57,37 @@ def save(
     folder: str | os.PathLike[str],
     model: nn.Module,
     optimizer: Any = None,  # torch's, or DeepSpeed's, which has no types
+    scheduler: Scheduler | None = None,
     *,
     step: int,
     position: object = None,
     extra: object = None,
     keep: int = 1,
+    check_finite: bool = True,
     process_group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Save a model and its optimizer's state as a folder of its own in `folder`; all ranks call it.
+    """`memtile.save_training` of any model in this format; all ranks call it.
 
-    Each rank writes the pieces that it holds, and what several hold is written once. The
-    checkpoints before stay whole until the new one is on the disk: whichever rank is killed at any
-    moment, the folder holds a whole one.
-
-    Args:
-        folder: of all checkpoints of the run, the same on each rank, on a filesystem that all of
-            them see; made where it is missing.
-        model: tiled or not, over ranks or not: as FSDP2 and ZeRO-3 shard it. Of ZeRO-3's masters
-            the float32 values are saved, where the model itself has 16 bits.
-        optimizer: torch's, over the model or some of it; under ZeRO-3 `engine.optimizer`.
-        step: how many steps are done. A step that is there is replaced; a newer one is refused.
-        position: where in the data the run is: numbers, texts, lists, dictionaries.
-        extra: anything else of this kind, `scheduler.state_dict()` say.
-        keep: how many of the newest checkpoints stay.
-        process_group: None: all ranks.
+    Each rank writes the pieces that it holds, and what several hold is written once. The optimizer
+    may be left out. Of use by itself for a model that is not sharded, and whose checkpoint a
+    sharded one is to take over.
 
     Returns:
         The checkpoint's folder. torch's own `dcp.load` reads it: the model under "model", with the
         names of the untiled one, and the optimizer under "optimizer".
-
-    Raises:
-        ArgumentError: `step` or `keep` is no such number, or the optimizer none.
-        OptimizerError: there is no dense form of what the optimizer keeps.
-        CannotTileError: there is none of a weight.
-        CheckpointError: something is neither a tensor nor such a value.
-        CheckpointWriteError: it could not be written; what was there is as it was.
-        EngineError: a rank is gone, or does not see the folder.
-
-        Each of them on every rank.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder and step", f"{folder}, {step}")
     given = {"step": step, "position": position, "extra": extra}
-    state = ranks.each(lambda: _outgoing(model, optimizer, given, keep))
+
+    def outgoing() -> dict[str, Any]:  # what DCP takes
+        check_numbers(step, keep)
+        state = _outgoing(model, optimizer, scheduler, given)
+        if check_finite:
+            _check_finite(model, state)
+        return state
+
+    state = ranks.each(outgoing)
     with _whole(ranks, Path(folder), step, keep) as (partial, target):
         write_shards(ranks, state, partial)
     return target
@@ -104,33 +98,21 @@ def load(
     folder: str | os.PathLike[str],
     model: nn.Module,
     optimizer: Any = None,  # torch's, or DeepSpeed's, which has no types
+    scheduler: Scheduler | None = None,
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> Resumed:
-    """Take over the newest checkpoint that `save` wrote, in place; all ranks call it.
+    """`memtile.resume_training` for a checkpoint of this format; all ranks call it.
 
-    World size, grid and engine may be others than those that it was saved under. Each rank reads
-    the pieces that it holds. Names and shapes are checked before anything is changed. The saved
-    options of the optimizer's groups (`lr` too) replace its own, and gradients are dropped.
-
-    Args:
-        folder: given to `save`.
-        model: tiled or not, over ranks or not.
-        optimizer: of the same class, with the same groups; None: its state is left out. Frozen
-            parameters may be in its groups or not.
-        process_group: None: all ranks.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it is of another model or optimizer.
-        OptimizerError: the optimizer is not of this model, or ZeRO-3 cannot keep the state.
-        EngineError: a rank is gone.
-
-        Each of them on every rank.
+    Each rank reads the pieces that it holds. Names and shapes are checked before anything is
+    changed. Without an optimizer its state is left out. Frozen parameters may be in its groups or
+    not.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder", folder)
     saved = ranks.first(lambda: _newest(Path(folder)))
     metadata, record = ranks.each(lambda: _opened(saved.path))
+    ranks.each(lambda: check_scheduler(record.get("scheduler"), scheduler, saved.path))
     wanted = ranks.each(lambda: _wanted(model, metadata, saved.path))
     state: dict[str, Any] = {_MODEL: wanted}  # what DCP takes: tensors, dictionaries, anything
     incoming = None
@@ -141,20 +123,40 @@ def load(
     ranks.each(lambda: write_masters(model))
     if incoming is not None:
         incoming.take()
+    if scheduler is not None:
+        scheduler.load_state_dict(from_json(record["scheduler"]["state"]))
     return Resumed(
         record["step"], from_json(record["position"]), from_json(record["extra"]), saved.path
     )
 
 
 def _outgoing(
-    model: nn.Module, optimizer: object, given: Mapping[str, Any], keep: int
+    model: nn.Module, optimizer: object, scheduler: Scheduler | None, given: Mapping[str, Any]
 ) -> dict[str, Any]:  # what DCP takes
-    check_numbers(given["step"], keep)
     state: dict[str, Any] = {_MODEL: dense_view(model)}
     record: Json = {name: to_json(value, name) for name, value in given.items()}
+    record["scheduler"] = scheduler_record(scheduler)
     if optimizer is not None:
         state[KEY], record[KEY] = outgoing_state(_state_of(model, optimizer))
     return {**state, _RECORD: json.dumps(record, allow_nan=False)}
+
+
+def _check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse trained weights and moments with a NaN or an infinity among what this rank holds."""
+    tensors: dict[str, Any] = {
+        wanted.names[0]: state[_MODEL][wanted.names[0]]
+        for wanted in wanted_by(model)
+        if any(part.parameter.requires_grad for part in wanted.dense.parts)
+    }
+    for name, kept in state.get(KEY, {"state": {}})["state"].items():
+        tensors |= {f"{key}/{name}": value for key, value in kept.items()}
+    for name, value in tensors.items():
+        if isinstance(value, DenseView):
+            held = list(value._pieces.values())
+        else:
+            held = [piece.values for piece in local_pieces(value)] if torch.is_tensor(value) else []
+        for values in held:
+            finite_or_refused(name, values)
 
 
 @contextmanager
@@ -194,10 +196,15 @@ def _opened(place: Path) -> tuple[Metadata, Json]:
         read_alone(alone, place)
         record: Json = json.loads(alone[_RECORD])
     except (Exception, CheckpointException) as error:
+        if (place / RECORD).is_file():
+            raise CheckpointError(
+                f"{place} was saved of a model that was not sharded, and this one is: resume there "
+                "with an unsharded model, or take the weights alone with "
+                f"memtile.load_checkpoint(model, {str(place)!r})"
+            ) from error
         raise CheckpointError(
-            f"{place} is no distributed checkpoint that memtile's save wrote, or not all of it was "
-            f"copied ({type(error).__name__}); take another copy, or memtile.resume_training for "
-            "what memtile.save_training wrote"
+            f"{place} is no distributed checkpoint that memtile.save_training wrote, or not all of "
+            f"it was copied ({type(error).__name__}); take another copy"
         ) from error
     return metadata, record
 

@@ -29,7 +29,7 @@ from memtile.engines.fsdp2_units import SharedTile, share_tied_tiles, tiled_laye
 from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.engines.release import release_in_backward
 from memtile.errors import ArgumentError, EngineError, ParkedError
-from memtile.homes import berth_of
+from memtile.homes import is_parked
 from memtile.layers import TiledModule, register_gatherer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -143,7 +143,7 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
         for _, tile in layer.tiles():
             if isinstance(tile, FSDPModule):
                 raise EngineError(f"{layer.full_name()} is sharded already: shard a model once")
-            if any(berth_of(parameter) is not None for parameter in tile.parameters()):
+            if any(map(is_parked, tile.parameters())):
                 raise ParkedError(
                     f"{layer.full_name()} is parked in a home, and shards have no other: tile the "
                     "model without home=…, and give offload_policy=CPUOffloadPolicy() instead"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
+from memtile.geometry import round_up
 from memtile.homes.forks import renew_in_child
 
 _H = TypeVar("_H", bound="Home")
@@ -26,7 +27,7 @@ PAGE: Final = 4096
 
 def whole_pages(nbytes: int) -> int:
     """The number of bytes, rounded up to pages."""
-    return -(-nbytes // PAGE) * PAGE
+    return round_up(nbytes, PAGE)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Home(ABC):
     """Memory in which tensors are parked; a context manager that closes it.
 
     To write one, give `berth`, `hold` where room can be set aside, and `_release` where there is
-    something to give back at closing; `memtile.testing.HomeContract` has the tests that it must
+    something to give back at closing; `tests/support/home_contract.py` has the tests that it must
     pass.
 
     Attributes:
@@ -82,22 +83,10 @@ class Home(ABC):
             HomeError: the home is closed.
         """
 
-    def reserve(self, nbytes: int) -> None:
-        """Makes sure that berths whose rooms add up to `nbytes` will fit.
-
-        Args:
-            nbytes: the sum of what `Berth.room` will be.
-
-        Raises:
-            HomeFullError: there is no room for them; nothing was changed.
-            HomeError: the home is closed.
-        """
-        self.check_open()
-
     def hold(self, rooms: Sequence[int]) -> "Reservation":
         """Room that stays free for one owner, whoever else parks here.
 
-        A home that has no way to hold room makes sure that it is there now, as `reserve` does.
+        A home that cannot set room aside only checks that it is there now.
 
         Args:
             rooms: what `Berth.room` of each berth will be.
@@ -106,7 +95,7 @@ class Home(ABC):
             HomeFullError: there is no room for them; nothing was changed.
             HomeError: the home is closed.
         """
-        self.reserve(sum(rooms))
+        self.check_open()
         return Reservation(self)
 
     @property
@@ -222,7 +211,7 @@ class Berth(ABC):
         dtype: of the tensor.
         nbytes: bytes of the tensor.
         room: `nbytes`, rounded up to pages; the bytes from `nbytes` on mean nothing.
-        label: the name under which a kept home records it; None: it is not recorded.
+        label: the tensor's name, for messages; None: it has none.
     """
 
     def __init__(self, home: Home, shape: Sequence[int], dtype: torch.dtype) -> None:

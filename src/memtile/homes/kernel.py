@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from memtile.homes.home import PAGE
+from memtile.homes.home import PAGE, whole_pages
 
 _log = logging.getLogger("memtile.homes")
 _MAPS = Path("/proc/self/maps")
@@ -27,7 +27,7 @@ def page_out(tensor: Tensor) -> None:
     library = _library()
     if library is None or not tensor.is_cpu or not tensor.is_contiguous():
         return
-    start = -(-tensor.data_ptr() // PAGE) * PAGE
+    start = whole_pages(tensor.data_ptr())
     length = (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
     if length > 0 and _is_mapped_file(start):
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGEOUT)

@@ -10,7 +10,7 @@ from torch import Tensor
 from memtile.errors import HomeFullError
 from memtile.homes.buffers import private_view, tensor_over
 from memtile.homes.free_memory import free_bytes
-from memtile.homes.home import Berth, Home
+from memtile.homes.home import Berth, Home, Reservation
 
 
 class DeviceHome(Home):
@@ -31,13 +31,14 @@ class DeviceHome(Home):
         self.check_open()
         return _DeviceBerth(self, shape, dtype)
 
-    def reserve(self, nbytes: int) -> None:
+    def hold(self, rooms: Sequence[int]) -> Reservation:
         """Checks that there is so much memory now; nothing keeps others from taking it."""
-        super().reserve(nbytes)
+        held = super().hold(rooms)
         if self.device.type == "cpu":
-            _check_free(self, nbytes)
+            _check_free(self, sum(rooms))
         else:
-            _allocate(self, torch.Size([nbytes]), torch.uint8)  # its allocator keeps the block
+            _allocate(self, torch.Size([sum(rooms)]), torch.uint8)  # its allocator keeps the block
+        return held
 
     def __repr__(self) -> str:
         return f"DeviceHome({str(self.device)!r})"
@@ -56,10 +57,11 @@ class HostHome(Home):
         self.check_open()
         return _HostBerth(self, shape, dtype)
 
-    def reserve(self, nbytes: int) -> None:
+    def hold(self, rooms: Sequence[int]) -> Reservation:
         """Checks that there is so much memory now; nothing keeps others from taking it."""
-        super().reserve(nbytes)
-        _check_free(self, nbytes)
+        held = super().hold(rooms)
+        _check_free(self, sum(rooms))
+        return held
 
 
 class _DeviceBerth(Berth):

@@ -43,6 +43,31 @@ def berth_of(tensor: Tensor) -> Berth | None:
     return berth
 
 
+def is_parked(tensor: Tensor) -> bool:
+    """Whether the tensor lies in a home."""
+    return berth_of(tensor) is not None
+
+
+def streamed_allocation(tensor: Tensor) -> Berth | None:
+    """The allocation of a tensor that is worked on in slabs; None: it is used where it lies."""
+    berth = berth_of(tensor)
+    return None if berth is None or berth.home.works_in_place else berth
+
+
+def tensor_of(berth: Berth) -> Tensor:
+    """A new tensor over the allocation, registered with it."""
+    tensor = berth.tensor()
+    register(tensor, berth)
+    return tensor
+
+
+def evict(tensor: Tensor | None) -> None:
+    """Drop the pages that reading or writing a parked tensor brought into this process."""
+    berth = None if tensor is None else berth_of(tensor)
+    if berth is not None:
+        berth.forget()
+
+
 def hold_room(tensor: Tensor, held: Reservation) -> None:
     """Makes `room_of(tensor)` use the reservation, as long as its owner keeps it."""
     _held[tensor] = weakref.ref(held)
@@ -67,12 +92,11 @@ def settle_in(home: Home, tensor: Tensor) -> Tensor:
         HomeIOError: writing failed.
     """
     berth = home.berth(tensor.shape, tensor.dtype)
-    settled = berth.tensor()
+    settled = tensor_of(berth)
     if home.works_in_place:
         settled.copy_(tensor.detach())
     else:
         _write_whole(berth, tensor.detach())
-    register(settled, berth)
     return settled
 
 

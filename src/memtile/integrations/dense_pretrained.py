@@ -50,7 +50,7 @@ def save_pretrained(
     if kwargs.get("distributed_checkpoint"):
         raise CannotTileError(
             "distributed_checkpoint=True writes the names of tiles, which no plain model has; "
-            "memtile.engines.dense_files.save_checkpoint(model, folder), called by each rank, "
+            "memtile.save_checkpoint(model, folder), called by each rank, "
             "writes the dense checkpoint"
         )
     if (

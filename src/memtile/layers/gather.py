@@ -43,8 +43,10 @@ def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iter
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor only: torch's `DTensor`, or an engine's own."""
-    return hasattr(tensor, "device_mesh") or whole_shape(tensor) != tuple(tensor.shape)
+    """Whether an engine has the tensor: torch's `DTensor`, or an engine's own, gathered or not."""
+    return hasattr(tensor, "device_mesh") or any(
+        shape_of is not None and shape_of(tensor) is not None for _, shape_of in _gatherers
+    )
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import Berth, berth_of, lock_of_a_module
+from memtile.homes import Berth, lock_of_a_module, streamed_allocation
 from memtile.transfer import ferries_of, is_stepped_in_backward
 
 Clip = Callable[..., Any]  # one of torch's functions
@@ -31,7 +31,7 @@ def clip_gradients(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    for home in {berth.home for berth in map(_parked, gradients) if berth is not None}:
+    for home in {berth.home for berth in map(streamed_allocation, gradients) if berth is not None}:
         ferries_of(home).steps.clear()  # what was read before may have been written since
     norms = _norms(gradients, norm_type)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -50,7 +50,7 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     norms = []
     dtype = reduce(torch.promote_types, {each.dtype for each in gradients}, torch.float32)
     for number, gradient in enumerate(gradients):
-        berth = _parked(gradient)
+        berth = streamed_allocation(gradient)
         if berth is None:
             norm = torch.linalg.vector_norm(gradient, norm_type)
         else:
@@ -64,7 +64,7 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
 def _scale(gradients: Sequence[Tensor], scale: Tensor) -> None:
     homes = set()
     for number, gradient in enumerate(gradients):
-        berth = _parked(gradient)
+        berth = streamed_allocation(gradient)
         if berth is None:
             gradient.mul_(scale.to(gradient.device))
             continue
@@ -80,12 +80,7 @@ def _scale(gradients: Sequence[Tensor], scale: Tensor) -> None:
 
 
 def _cargoes(gradients: Iterable[Tensor]) -> Iterable[tuple[Berth]]:
-    return ((berth,) for berth in map(_parked, gradients) if berth is not None)
-
-
-def _parked(gradient: Tensor) -> Berth | None:
-    berth = berth_of(gradient)
-    return None if berth is None or berth.home.works_in_place else berth
+    return ((berth,) for berth in map(streamed_allocation, gradients) if berth is not None)
 
 
 _CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")

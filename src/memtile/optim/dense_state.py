@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
-from memtile.homes import berth_of, register, room_of, settle_in
+from memtile.homes import evict, room_of, settle_in, streamed_allocation, tensor_of
 
 Index = tuple[int, int]
 Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
@@ -183,21 +183,16 @@ def _joined_entry(
         entry = states[part.parameter][key]
         part.view(out).copy_(entry)
         for tensor in (entry, out):
-            berth = berth_of(tensor)
-            if berth is not None:
-                berth.forget()
+            evict(tensor)
     return out
 
 
 def _room(dense: DenseParameter, like: Tensor) -> Tensor:
     """A tensor of the dense shape, in the home that the state lives in."""
-    berth = berth_of(like)
-    if berth is None or berth.home.works_in_place:
+    berth = streamed_allocation(like)
+    if berth is None:
         return torch.empty(dense.shape, dtype=like.dtype, device=like.device)
-    room = berth.home.berth(dense.shape, like.dtype)
-    out = room.tensor()
-    register(out, room)
-    return out
+    return tensor_of(berth.home.berth(dense.shape, like.dtype))
 
 
 def load_dense_state(
@@ -265,8 +260,8 @@ def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype, key:
     share = part.view(entry.detach())
     if share.is_floating_point():
         share = share.to(dtype)
-    berth = berth_of(part.parameter)
-    if berth is not None and not berth.home.works_in_place:
+    berth = streamed_allocation(part.parameter)
+    if berth is not None:
         with room_of(part.parameter):
             return settle_in(berth.home, share)
     return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)

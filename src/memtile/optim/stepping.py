@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import PAGE, Berth, berth_of, register, room_of, settle_in, trim_heap
+from memtile.homes import (
+    Berth,
+    berth_of,
+    room_of,
+    settle_in,
+    streamed_allocation,
+    tensor_of,
+    trim_heap,
+    whole_pages,
+)
 from memtile.optim.finite import check_gradient, check_gradients
 from memtile.optim.inner import Inner, Piece
 from memtile.transfer import Ferry, Loan, ferries_of
@@ -89,11 +98,11 @@ class Stepper:
     def state_rooms(self, parameter: Tensor, group: Mapping[str, Any]) -> list[int]:
         """Whole pages of each tensor that will be kept for the parameter, its master included."""
         dtypes = self._layout(parameter, group).values()
-        return [-(-parameter.numel() * each.itemsize // PAGE) * PAGE for each in dtypes]
+        return [whole_pages(parameter.numel() * each.itemsize) for each in dtypes]
 
     def cargo(self, parameter: Tensor) -> tuple[Berth, ...]:
         """Everything of a parked parameter that a step works on, empty where it is in memory."""
-        berth = _parked(parameter)
+        berth = streamed_allocation(parameter)
         return () if berth is None else tuple(self._berths(parameter, berth).values())
 
     def check_in_memory(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -102,7 +111,9 @@ class Stepper:
         Raises:
             NotFiniteError: one is not finite.
         """
-        check_gradients(self._model, [each for each in parameters if _parked(each) is None])
+        check_gradients(
+            self._model, [each for each in parameters if streamed_allocation(each) is None]
+        )
 
     def step(
         self,
@@ -127,7 +138,7 @@ class Stepper:
             HomeFullError: there is no room for the state that its first step makes.
             HomeIOError: something could not be read.
         """
-        state, berth = self._state[parameter], _parked(parameter)
+        state, berth = self._state[parameter], streamed_allocation(parameter)
         with (
             torch.no_grad(),
             self._brought_in(
@@ -216,7 +227,7 @@ class Stepper:
         ahead: Iterable[Sequence[Berth]] | None,
         in_backward: bool,
     ) -> Iterator[Work]:
-        berth, tensors = _parked(parameter), self._tensors(parameter)
+        berth, tensors = streamed_allocation(parameter), self._tensors(parameter)
         if berth is None:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
             yield Work({**tensors, **made}, frozenset(made), dict(made))
@@ -225,7 +236,9 @@ class Stepper:
             rooms = {key: berth.home.berth(berth.shape, dtype) for key, dtype in missing.items()}
         berths = self._berths(parameter, berth)
         ferries = ferries_of(berth.home)
-        work = Work(tensors, frozenset(rooms), {key: _at(room) for key, room in rooms.items()})
+        work = Work(
+            tensors, frozenset(rooms), {key: tensor_of(room) for key, room in rooms.items()}
+        )
         with ExitStack() as stack:
 
             def borrow(ring: Ferry, cargo: dict[str, Berth], made: dict[str, Berth]) -> None:
@@ -288,18 +301,6 @@ def _in_place(old: Any, new: Any) -> Any:
     if not (isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape):
         return new
     return old.copy_(new) if old.dtype == new.dtype and old.device == new.device else new
-
-
-def _at(berth: Berth) -> Tensor:
-    tensor = berth.tensor()
-    register(tensor, berth)
-    return tensor
-
-
-def _parked(parameter: Tensor) -> Berth | None:
-    """The berth of a parameter that is not worked on where it lies."""
-    berth = berth_of(parameter)
-    return None if berth is None or berth.home.works_in_place else berth
 
 
 def _refresh(master: Tensor, value: Tensor, is_new: bool) -> None:

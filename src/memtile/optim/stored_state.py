@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
-from memtile.homes import berth_of, register, room_of
+from memtile.homes import berth_of, room_of, streamed_allocation, tensor_of
 from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
 from memtile.optim.stepping import MASTER
 from memtile.optim.tile_optimizer import TileOptimizer
@@ -185,19 +185,15 @@ def room_for(
         HomeFullError: there is no room.
     """
     found = optimizer.state.get(parameter, {}).get(key)
-    berth = berth_of(parameter)
-    is_parked = berth is not None and not berth.home.works_in_place and shape == parameter.shape
+    berth = streamed_allocation(parameter) if shape == parameter.shape else None
     if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
         own = berth_of(found)
-        if not is_parked or (own is not None and berth is not None and own.home is berth.home):
+        if berth is None or (own is not None and own.home is berth.home):
             return found
-    if not is_parked or berth is None:
+    if berth is None:
         return torch.empty(shape, dtype=dtype, device=parameter.device)
     with room_of(parameter):
-        room = berth.home.berth(shape, dtype)
-    out = room.tensor()
-    register(out, room)
-    return out
+        return tensor_of(berth.home.berth(shape, dtype))
 
 
 def _of_own_shape(dense: DenseParameter, key: str, entry: Tensor) -> DenseParameter:

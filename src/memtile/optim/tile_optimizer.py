@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import Home, Reservation, berth_of, hold_room
+from memtile.homes import Home, Reservation, berth_of, hold_room, streamed_allocation
 from memtile.optim.clipping import clip_gradients, refuse_clipping
 from memtile.optim.dense_state import load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
@@ -236,8 +236,7 @@ class TileOptimizer(Optimizer):
 
     def _homes(self) -> set[Home]:
         """Those whose tiles are stepped in slabs."""
-        homes = {berth.home for berth in map(berth_of, self._all()) if berth is not None}
-        return {home for home in homes if not home.works_in_place}
+        return {each.home for each in map(streamed_allocation, self._all()) if each is not None}
 
     def _step_after_backward(self, parameter: nn.Parameter) -> None:
         """The hook of in-backward mode: the parameter's gradient is complete."""

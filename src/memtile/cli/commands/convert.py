@@ -7,6 +7,7 @@ import typer
 
 from memtile.cli.console import interruptible
 from memtile.cli.errors import CommandError
+from memtile.convert import Recut, convert_checkpoint
 from memtile.planning import format_byte_size, parse_byte_size
 
 
@@ -30,15 +31,13 @@ def run_convert(
     memory at a time.
     """
     with interruptible():
-        import memtile
-
         tile_bytes = None if max_tile is None else parse_byte_size(max_tile, "--max-tile")
         if not modules and (tile_bytes or out_splits != 1 or in_splits != 1):
             raise CommandError(
                 "--modules is missing: name the linears to cut, such as --modules '*.mlp.*'."
             )
-        recut = memtile.Recut(modules, out_splits, in_splits, tile_bytes) if modules else None
-        changed = memtile.convert_checkpoint(
+        recut = Recut(modules, out_splits, in_splits, tile_bytes) if modules else None
+        changed = convert_checkpoint(
             source, target, recut, max_shard_bytes=parse_byte_size(max_shard, "--max-shard")
         )
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))

@@ -13,6 +13,7 @@ from memtile.cli.clusters import ClusterOptions
 from memtile.cli.console import interruptible
 from memtile.cli.errors import CommandError
 from memtile.cli.homes import check_home
+from memtile.planner import plan_ranks
 from memtile.planning import parse_byte_size
 
 if TYPE_CHECKING:
@@ -88,11 +89,8 @@ def run_plan(
         given = {**shared, **cluster.arguments()}
         with _counting(model):
             chosen = _optimizer(optimizer)
-            import memtile
 
-            ranks = memtile.plan_ranks(
-                models.empty_of(model, trust_remote_code), optimizer=chosen, **given
-            )
+            ranks = plan_ranks(models.empty_of(model, trust_remote_code), optimizer=chosen, **given)
         print(ranks.to_json() if as_json else ranks)
         return 0
     if budget is None:

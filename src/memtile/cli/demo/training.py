@@ -22,6 +22,7 @@ from memtile.cli.demo.parking import describe_home, make_home
 from memtile.cli.demo.records import Piece, Settings, Side
 from memtile.cli.demo.text import cut_batches, text_of
 from memtile.cli.errors import CommandError, first_line
+from memtile.convert import select_linears
 from memtile.homes import Home
 from memtile.testing import LargestAllocation, PeakMemory
 
@@ -99,7 +100,7 @@ def _prepare(settings: Settings) -> tuple["PreTrainedTokenizerBase", list[torch.
 
 
 def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
-    choices = memtile.select_linears(model, max_tile_bytes=max_tile_bytes)
+    choices = select_linears(model, max_tile_bytes=max_tile_bytes)
     tiles = sum(len(list(choice.grid.indices())) for choice in choices if choice.grid)
     if tiles > _MOST_TILES:
         raise CommandError(

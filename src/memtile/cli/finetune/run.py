@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import memtile
+from memtile.checkpoints import training_folder
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.adapters import with_adapters
@@ -26,6 +27,7 @@ from memtile.cli.finetune.loop import (
 )
 from memtile.cli.finetune.sequences import Heard, Sequences, read_sequences
 from memtile.cli.finetune.settings import Settings
+from memtile.convert import has_training
 from memtile.testing import PeakMemory
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def finetune(
     made = first_missing(options.out)
     with (
         PeakMemory() as memory,
-        memtile.training_folder(options.out / TRAINING),
+        training_folder(options.out / TRAINING),
         nothing_left_of_a_failed_start(options.out, made, options.resume),
     ):
         run = _PlannedRun(settings, options, memory, heard, planned)
@@ -144,12 +146,12 @@ class _PlannedRun(Run):
 
     def resume(self) -> None:
         folder = self.out / TRAINING
-        if memtile.has_training(folder):
+        if has_training(folder):
             resumed = memtile.resume_training(folder, self._model, self._optimizer, self._scheduler)
             self.done = resumed.step
 
     def has_saved(self) -> bool:
-        return memtile.has_training(self.out / TRAINING)
+        return has_training(self.out / TRAINING)
 
     def step(self) -> Entry:
         started, lr = time.perf_counter(), float(self._scheduler.get_last_lr()[0])
