@@ -32,8 +32,8 @@ from memtile.engines.dense_views import (
     DenseView,
     ShardPiece,
     dense_view,
-    let_go,
     local_pieces,
+    reshard_and_flush,
     unwrapped,
 )
 from memtile.engines.ranks import Ranks
@@ -65,7 +65,7 @@ def load_checkpoint(
     if any(parameter.is_meta for parameter in model.parameters()):
         _give_memory(model, device)
         findings = find(model, Checkpoint.of(path))
-    let_go(model)
+    reshard_and_flush(model)
     ranks.each(lambda: read_into_shards(findings.matches))
     ranks.each(lambda: write_masters(model))
     return Loaded((), tuple(findings.unexpected))

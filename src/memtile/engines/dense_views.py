@@ -136,7 +136,7 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: a tensor has no values yet, or tiles make no dense tensor.
     """
     model = unwrapped(model)
-    let_go(model)
+    reshard_and_flush(model)
     views: dict[str, Tensor] = {}
     for wanted in wanted_by(model):
         view = view_of(wanted.dense, values_of)
@@ -153,7 +153,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return cast(nn.Module, inner)
 
 
-def let_go(model: nn.Module) -> None:
+def reshard_and_flush(model: nn.Module) -> None:
     """Reshard what is gathered, and write buffers to their homes; refuse what has no dense form.
 
     Raises:

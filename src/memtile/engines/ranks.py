@@ -61,12 +61,12 @@ class Ranks:
             MemtileError: it failed; on every rank.
             EngineError: a rank is gone.
         """
-        told: list[Any] = [self._attempt(act) if self.number == 0 else None]
+        answers: list[Any] = [self._attempt(act) if self.number == 0 else None]
         if not self.is_alone:
             source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
             with self.answering():
-                dist.broadcast_object_list(told, src=source, group=self.group)
-        result, failure = told[0]
+                dist.broadcast_object_list(answers, src=source, group=self.group)
+        result, failure = answers[0]
         if failure is not None:
             raise failure
         value: T = result[0]

@@ -62,7 +62,7 @@ def shard(
             load a checkpoint: values are not exchanged.
         mesh: of one dimension, or of two (replicate, shard); None: all ranks.
         unit_bytes: neighbouring tiles of a layer are one unit up to this size.
-        prefetch: units that are gathered ahead of the one that works, in both directions.
+        prefetch: units that are gathered ahead of the one in use, in both directions.
         mp_policy: dtypes of gathered parameters and of reduced gradients.
         offload_policy: such as `CPUOffloadPolicy()`: shards, gradients and moments on the CPU.
 

@@ -92,7 +92,7 @@ def config(
         micro_batch: samples of one forward on one rank.
         accumulation: backward passes of one step.
         clip: the norm that gradients are clipped to; None: not at all.
-        prefetch: tiles that are gathered ahead of the one that works.
+        prefetch: tiles that are gathered ahead of the one in use.
         offload_param: where parts of parameters live: None for the rank's device, "cpu", or a
             folder on a disk.
         offload_optimizer: the same for masters and moments.

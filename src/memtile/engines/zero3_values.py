@@ -138,14 +138,14 @@ def _gather(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[bool]:
         if not write:
             yield True
             return
-        with _told_to_all(group):
+        with _raising_on_all(group):
             yield dist.get_rank(group) == 0
     for parameter in closed:
         _write_master(parameter)
 
 
 @contextmanager
-def _told_to_all(group: Any) -> Iterator[None]:  # DeepSpeed's groups are torch's, or its own
+def _raising_on_all(group: Any) -> Iterator[None]:  # DeepSpeed's groups are torch's, or its own
     """Raise on every rank when one fails: the others would wait for it at the next tile."""
     failed = torch.zeros(1, dtype=torch.int32)  # named: inside zero.Init the default is 16 bits
     try:
