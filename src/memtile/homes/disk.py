@@ -170,11 +170,7 @@ class _DiskBerth(Berth):
             self._offset = extent.segment.offset + extent.start
             self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
             home._segments.give_with(self._view, extent)
-        self._address = self.tensor().data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self.address = self.tensor().data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)

@@ -190,9 +190,10 @@ class Reservation:
 class Berth(ABC):
     """The bytes of a home that one tensor has.
 
-    To write one, give `tensor`, `address`, `_fill` and `_take`.
+    To write one, set `address` and give `tensor`, `_fill` and `_take`.
 
     Attributes:
+        address: `data_ptr()` of its tensors; 0 for tensors without elements.
         home: whose bytes they are.
         shape: of the tensor.
         dtype: of the tensor.
@@ -200,6 +201,8 @@ class Berth(ABC):
         room: `nbytes`, rounded up to pages; the bytes from `nbytes` on have no meaning.
         label: the tensor's name, for messages; None: it has none.
     """
+
+    address: int
 
     def __init__(self, home: Home, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.home = home
@@ -212,11 +215,6 @@ class Berth(ABC):
     @abstractmethod
     def tensor(self) -> Tensor:
         """A new tensor over the bytes, contiguous, whose storage is exactly `nbytes` long."""
-
-    @property
-    @abstractmethod
-    def address(self) -> int:
-        """What `data_ptr()` of such tensors is; 0 for tensors without elements."""
 
     def read(self, into: Tensor, start: int = 0) -> None:
         """Fills `into` with the room's bytes from `start` on, from any thread.
