@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import mmap
 import os
 import tempfile
@@ -39,16 +40,8 @@ class LiveFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.size = 0
-        self._open = contextlib.ExitStack()
-        try:  # without a name where the filesystem can do that, else unlinked at once
-            file = self._open.enter_context(
-                tempfile.TemporaryFile(buffering=0, prefix="tiles.memtile-", dir=folder)
-            )
-        except OSError as error:
-            raise HomeError(
-                f"a home in {folder} cannot be made ({error.strerror}); {way_out(error)}"
-            ) from error
-        self.fd = file.fileno()
+        self._open = contextlib.ExitStack()  # what `close` closes
+        self.fd = self._open.enter_context(_file_without_name(folder)).fileno()
         try:
             self._allocate(_UNIT)
             self._map(_UNIT).close()  # a filesystem without maps is refused now, not at `extend`
@@ -145,6 +138,16 @@ class LiveFile:
         shared.close()
         del piece, buffer
         return seen_direct and seen_mapped
+
+
+def _file_without_name(folder: Path) -> io.FileIO:
+    """Where the filesystem has no such files, it is unlinked as soon as it is open."""
+    try:
+        return tempfile.TemporaryFile(buffering=0, prefix="tiles.memtile-", dir=folder)
+    except OSError as error:
+        raise HomeError(
+            f"a home in {folder} cannot be made ({error.strerror}); {way_out(error)}"
+        ) from error
 
 
 def cannot_map(what: str, error: OSError, elsewhere: str) -> MemtileError:
