@@ -35,9 +35,9 @@ def aligned_buffer(nbytes: int) -> Tensor:
     """A page-aligned 1-D uint8 tensor of `nbytes` rounded up to pages, freed with the tensor.
 
     Zeroed at first. Where CUDA is available it is pinned: drop it only after the copies from and to
-    it are done. A forked child finds zeros in it: if it were shared with a child, pages into which
-    the disk is writing would be copied for one of the two, on kernels before 6.3 perhaps for the
-    wrong one.
+    it are done. A forked child finds zeros in it. If it were shared with the child, a page that the
+    disk is writing into would be copied for one of the two processes, and before Linux 6.3 perhaps
+    for the wrong one.
 
     Raises:
         HomeFullError: there is no memory for it, or CUDA cannot pin so much.
