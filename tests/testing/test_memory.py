@@ -12,7 +12,7 @@ from memtile.testing import LargestAllocation, PeakMemory, peak_allocated_bytes
 
 MIB = 1024 * 1024
 # Resident memory is counted by the kernel, page by page and per processor, and the interpreter
-# allocates too; on the 64 MiB that these tests move, 4 MiB either way is ample and still tells them.
+# allocates too; 4 MiB either way is ample beside the 64 MiB that these tests move.
 SLACK = 4 * MIB
 
 
