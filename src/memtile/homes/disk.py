@@ -116,11 +116,6 @@ class DiskHome(Home):
                 "home of its own"
             )
 
-    def _renew(self) -> None:
-        super()._renew()
-        if hasattr(self, "_segments"):  # it may be in the middle of being made
-            self._segments.renew_lock()
-
     def _release(self) -> None:
         self._cleanup()
 
