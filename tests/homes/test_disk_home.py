@@ -1,4 +1,4 @@
-"""A home on disk: which folder, which path, what happens when the disk says no, what it leaves."""
+"""A home on disk: its folder, its I/O path, errors of the disk, and what it leaves behind."""
 
 import errno
 import gc

@@ -1,4 +1,4 @@
-"""A home in memory whose reads and writes are recorded, can be held up, and can be made to fail."""
+"""A home in memory whose reads and writes are recorded, can be delayed, and can be made to fail."""
 
 import errno
 import threading

@@ -1,4 +1,4 @@
-"""What a forked child makes anew: locks that a thread of its parent may hold for ever.
+"""What a forked child makes anew: locks that a thread of its parent may have held.
 
 Only the thread that forks exists in the child.
 """
