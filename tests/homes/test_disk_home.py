@@ -1,4 +1,4 @@
-"""A home on disk: which folder, which path, what happens when the disk says no, what it leaves."""
+"""A home on disk: its folder, its I/O path, errors of the disk, and what it leaves behind."""
 
 import errno
 import gc
@@ -29,12 +29,12 @@ def _file_bytes(home: DiskHome) -> int:
     return os.fstat(home._file.fd).st_size
 
 
-def _refuse(monkeypatch, flag: int, error: int) -> None:
-    """The filesystem refuses to open with this flag."""
+def _refuse(monkeypatch, error: int, *refused: int) -> None:
+    """The filesystem refuses to open with one of these flags."""
     real = os.open
 
     def refusing(path, flags, *rest, **names):
-        if flags & flag == flag:
+        if any(flags & flag == flag for flag in refused):
             raise OSError(error, os.strerror(error))
         return real(path, flags, *rest, **names)
 
@@ -70,7 +70,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
         DiskHome(tmp_path)
     monkeypatch.undo()
 
-    _refuse(monkeypatch, os.O_TMPFILE, errno.EACCES)
+    _refuse(monkeypatch, errno.EACCES, os.O_TMPFILE, os.O_CREAT)
     with pytest.raises(HomeError, match="Permission denied"):
         DiskHome(tmp_path)
 
@@ -122,7 +122,7 @@ def test_a_home_is_never_kept(tmp_path):
 
 def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
     """Where the filesystem has no O_TMPFILE the file is unlinked as soon as it is open."""
-    _refuse(monkeypatch, os.O_TMPFILE, errno.EOPNOTSUPP)
+    _refuse(monkeypatch, errno.EOPNOTSUPP, os.O_TMPFILE)
 
     with DiskHome(tmp_path) as home:
         settled = settle_in(home, torch.arange(5000))
@@ -149,7 +149,7 @@ def test_a_filesystem_that_maps_nothing_is_refused(tmp_path, monkeypatch, direct
     before = _open_files()
     _refuse_maps(monkeypatch, errno.ENODEV)
     if not direct:
-        _refuse(monkeypatch, os.O_DIRECT, errno.EINVAL)
+        _refuse(monkeypatch, errno.EINVAL, os.O_DIRECT)
 
     with pytest.raises(HomeError, match=r"No such device.*FUSE.*give a folder on a local disk"):
         DiskHome(tmp_path)
@@ -170,7 +170,7 @@ def test_a_filesystem_that_maps_nothing_is_refused(tmp_path, monkeypatch, direct
 )
 def test_what_cannot_be_made_is_told_the_way_out(tmp_path, monkeypatch, error, advice):
     """What the system said, and what helps against that."""
-    _refuse(monkeypatch, os.O_TMPFILE, error)
+    _refuse(monkeypatch, error, os.O_TMPFILE, os.O_CREAT)
 
     with pytest.raises(HomeError, match=rf"cannot be made \({os.strerror(error)}\).*{advice}"):
         DiskHome(tmp_path)
@@ -520,7 +520,7 @@ def test_without_coherent_direct_io_the_page_cache_serves(tmp_path, monkeypatch,
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     if why == "refused":
-        _refuse(monkeypatch, os.O_DIRECT, errno.EINVAL)
+        _refuse(monkeypatch, errno.EINVAL, os.O_DIRECT)
     elif why == "stale map":
         monkeypatch.setattr(disk_io, "write_at", lambda fd, piece, offset: len(piece))
     else:

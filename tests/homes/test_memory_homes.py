@@ -29,7 +29,7 @@ _TOO_MUCH = 1 << 60
 
 
 def test_the_exported_names_are_there():
-    """The room's door offers what a home and its users need, and all that it names is there."""
+    """`memtile.homes` exports what a home and its users need, and every exported name exists."""
     assert set(memtile.homes.__all__) >= {
         "PAGE",
         "Berth",

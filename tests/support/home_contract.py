@@ -3,12 +3,11 @@
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import partial
 from typing import Final
 
+import pytest
 import torch
 from home_probes import (
-    assert_raises,
     in_threads,
     known_berth,
     random_values,
@@ -164,8 +163,10 @@ class HomeContract(ABC):
                 (one.view(torch.int32), 0),
                 (one.view(2, -1), 0),
             ):
-                assert_raises(ArgumentError, partial(berth.read, piece, start))
-                assert_raises(ArgumentError, partial(berth.write, piece, start))
+                with pytest.raises(ArgumentError):
+                    berth.read(piece, start)
+                with pytest.raises(ArgumentError):
+                    berth.write(piece, start)
 
     def test_a_room_is_not_used_again_while_a_tensor_lies_over_it(self) -> None:
         """A view that outlives its berth keeps its values, however much is parked after it."""
@@ -300,10 +301,14 @@ class HomeContract(ABC):
 
         home.close()
 
-        assert_raises(HomeError, lambda: home.berth((1,), torch.float32))
-        assert_raises(HomeError, lambda: home.hold([PAGE]))
-        assert_raises(HomeError, lambda: berth.read(piece))
-        assert_raises(HomeError, lambda: berth.write(piece))
+        with pytest.raises(HomeError):
+            home.berth((1,), torch.float32)
+        with pytest.raises(HomeError):
+            home.hold([PAGE])
+        with pytest.raises(HomeError):
+            berth.read(piece)
+        with pytest.raises(HomeError):
+            berth.write(piece)
 
     def test_close_is_idempotent(self) -> None:
         """Closing twice, and closing inside the block that closes too, is closing once."""

@@ -40,15 +40,6 @@ def write_whole(berth: Berth, values: Tensor) -> None:
     berth.write(buffer)
 
 
-def assert_raises(kind: type[Exception], act: Callable[[], object]) -> None:
-    """Fails unless the act raises an error of this kind."""
-    try:
-        act()
-    except kind:
-        return
-    raise AssertionError(f"it must raise {kind.__name__}")
-
-
 def in_threads(work: Callable[[int], None], count: int) -> None:
     """Does the work in so many threads at once, and waits for them."""
     with ThreadPoolExecutor(count) as threads:

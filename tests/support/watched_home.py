@@ -1,4 +1,4 @@
-"""A home in memory whose reads and writes are recorded, can be held up, and can be made to fail."""
+"""A home in memory whose reads and writes are recorded, can be delayed, and can be made to fail."""
 
 import errno
 import threading
@@ -75,11 +75,7 @@ class WatchedBerth(Berth):
 
     def __init__(self, home: WatchedHome, inner: Berth) -> None:
         super().__init__(home, inner.shape, inner.dtype)
-        self._inner = inner
-
-    @property
-    def address(self) -> int:
-        return self._inner.address
+        self._inner, self.address = inner, inner.address
 
     def tensor(self) -> Tensor:
         return self._inner.tensor()

@@ -119,11 +119,7 @@ class _CheckpointBerth(Berth):
         super().__init__(home, shape, dtype)
         self._file, self._offset = file, offset
         self._view = home.map_of(file)[offset : offset + self.nbytes]
-        self._address = self.tensor().data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self.address = self.tensor().data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
@@ -135,13 +131,13 @@ class _CheckpointBerth(Berth):
         if not self.nbytes or not pages.works or self.home.closed:
             return
         library = _c_library()
-        for address, length in pages.kept(self._address, self.nbytes):
+        for address, length in pages.kept(self.address, self.nbytes):
             library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _DONTNEED)
 
     def _fill(self, into: Tensor, start: int) -> None:
         self._file.check_unchanged()
         used = max(0, min(into.numel(), self.nbytes - start))
-        pages, address = self.home.pages, self._address + start
+        pages, address = self.home.pages, self.address + start
         opened = self._file.opened()  # None: replaced, and only the map has the old bytes
         if used and (opened is None or not pages.works or pages.any(address, used)):
             into[:used].copy_(self._bytes()[start : start + used])

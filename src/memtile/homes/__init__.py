@@ -1,6 +1,6 @@
 """Homes: where tiles live while nobody works on them, in memory or on disk."""
 
-from memtile.homes.buffers import aligned_buffer, pieces
+from memtile.homes.buffers import aligned_buffer, pieces, scratch_like
 from memtile.homes.disk import DiskHome
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.forks import lock_of_a_module, renew_in_child
@@ -21,7 +21,6 @@ from memtile.homes.registry import (
     tensor_of,
 )
 from memtile.homes.resolving import resolve_home, word_for
-from memtile.homes.scratch import scratch_like
 
 __all__ = [
     "PAGE",

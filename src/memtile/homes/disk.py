@@ -116,11 +116,6 @@ class DiskHome(Home):
                 "home of its own"
             )
 
-    def _renew(self) -> None:
-        super()._renew()
-        if hasattr(self, "_segments"):  # it may be in the middle of being made
-            self._segments.renew_lock()
-
     def _release(self) -> None:
         self._cleanup()
 
@@ -163,18 +158,14 @@ class _DiskBerth(Berth):
     def __init__(self, home: DiskHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         self._view: memoryview | None = None
-        self._offset = 0
+        self.offset = 0
         if self.room:
             extent = home._segments.take(self.room, home._here.holder)
             self._memory, self._start = extent.segment.memory, extent.start
-            self._offset = extent.segment.offset + extent.start
+            self.offset = extent.segment.offset + extent.start
             self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
             home._segments.give_with(self._view, extent)
-        self._address = self.tensor().data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self.address = self.tensor().data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
@@ -187,11 +178,11 @@ class _DiskBerth(Berth):
             self._memory.madvise(mmap.MADV_DONTNEED, aligned, length)
 
     def _fill(self, into: Tensor, start: int) -> None:
-        disk_io.fill(self.home._fd, disk_io.bytes_of(into), self._offset + start)
+        disk_io.fill(self.home._fd, disk_io.bytes_of(into), self.offset + start)
 
     def _take(self, source: Tensor, start: int) -> None:
         self.home._check_process()
-        disk_io.drain(self.home._fd, disk_io.bytes_of(source), self._offset + start)
+        disk_io.drain(self.home._fd, disk_io.bytes_of(source), self.offset + start)
 
 
 def _clean_up(file: LiveFile, segments: Segments) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import mmap
 import os
 import tempfile
@@ -20,7 +21,6 @@ _SMALLEST_GROWTH: Final = 1 << 20
 _LARGEST_AHEAD: Final = 1 << 30
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LIMITS: Final = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
-_NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT})
 
 
 class LiveFile:
@@ -39,9 +39,9 @@ class LiveFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.direct_fd: int | None = None
         self.size = 0
-        self.fd = self._open()
+        self._open = contextlib.ExitStack()  # what `close` closes
+        self.fd = self._open.enter_context(_file_without_name(folder)).fileno()
         try:
             self._allocate(_UNIT)
             self._map(_UNIT).close()  # a filesystem without maps is refused now, not at `extend`
@@ -76,24 +76,7 @@ class LiveFile:
 
     def close(self) -> None:
         """Closes what is open; a second call does nothing."""
-        fds, self.fd, self.direct_fd = (self.fd, self.direct_fd), -1, None
-        for fd in fds:
-            if fd is not None and fd >= 0:
-                os.close(fd)
-
-    def _open(self) -> int:
-        try:
-            flags = os.O_RDWR | os.O_TMPFILE | os.O_EXCL | os.O_CLOEXEC
-            return os.open(self.folder, flags, 0o600)
-        except OSError as error:
-            if error.errno not in _NO_TMPFILE:
-                raise _cannot_open(self.folder, error) from error
-        try:
-            fd, name = tempfile.mkstemp(prefix="tiles.memtile.partial-", dir=self.folder)
-        except OSError as error:
-            raise _cannot_open(self.folder, error) from error
-        os.unlink(name)
-        return fd
+        self._open.close()
 
     def _allocate(self, more: int) -> None:
         """Allocates on the disk: writing a mapped hole of a full disk would be a SIGBUS."""
@@ -132,15 +115,13 @@ class LiveFile:
             fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         except OSError:
             return None
-        try:
-            if self._coherent(fd):
-                return fd
-        except HomeIOError:
-            pass  # opened, but refuses to read or write
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
+        with contextlib.ExitStack() as failed:
+            failed.callback(os.close, fd)
+            # Some filesystems open it, but refuse to read or write.
+            with contextlib.suppress(HomeIOError):
+                if self._coherent(fd):
+                    self._open.push(failed.pop_all())
+                    return fd
         return None
 
     def _coherent(self, direct: int) -> bool:
@@ -159,8 +140,14 @@ class LiveFile:
         return seen_direct and seen_mapped
 
 
-def _cannot_open(folder: Path, error: OSError) -> HomeError:
-    return HomeError(f"a home in {folder} cannot be made ({error.strerror}); {way_out(error)}")
+def _file_without_name(folder: Path) -> io.FileIO:
+    """Where the filesystem has no such files, it is unlinked as soon as it is open."""
+    try:
+        return tempfile.TemporaryFile(buffering=0, prefix="tiles.memtile-", dir=folder)
+    except OSError as error:
+        raise HomeError(
+            f"a home in {folder} cannot be made ({error.strerror}); {way_out(error)}"
+        ) from error
 
 
 def cannot_map(what: str, error: OSError, elsewhere: str) -> MemtileError:

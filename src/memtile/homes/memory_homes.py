@@ -68,12 +68,8 @@ class _DeviceBerth(Berth):
     def __init__(self, home: DeviceHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         tensor = _allocate(home, self.shape, dtype)
-        self._storage = tensor.untyped_storage()  # not the tensor: a berth keeps none alive
-        self._address = tensor.data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self._storage = tensor.untyped_storage()  # an allocation keeps no tensor alive
+        self.address = tensor.data_ptr()
 
     def tensor(self) -> Tensor:
         return self._over(self.shape, self.dtype)
@@ -100,11 +96,7 @@ class _HostBerth(Berth):
     def __init__(self, home: HostHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         self._view = private_view(self.room) if self.room else None
-        self._address = self.tensor().data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self.address = self.tensor().data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)

@@ -1,7 +1,4 @@
-"""Which berth a tensor lies in, and what room is held for it.
-
-It is known without keeping the tensor alive or marking it.
-"""
+"""Which allocation a tensor lies in, and what room is held for it; it keeps no tensor alive."""
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
@@ -19,17 +16,17 @@ _held = WeakIdKeyDictionary()
 
 
 def register(tensor: Tensor, berth: Berth) -> None:
-    """Makes `berth_of(tensor)` find the berth for as long as the tensor lies over it.
+    """Makes `berth_of(tensor)` find the allocation for as long as the tensor lies over it.
 
-    A parameter made from a registered tensor is a tensor of its own, to be registered too.
+    A parameter made from a registered tensor is another tensor: register it too.
     """
     _berths[tensor] = berth
 
 
 def berth_of(tensor: Tensor) -> Berth | None:
-    """The berth the tensor was registered with, unless it lies elsewhere by now.
+    """The allocation the tensor was registered with; None where there is none, or no more.
 
-    `p.data = other` moves a parameter away: then it is None, and what the home holds is stale.
+    `p.data = other` moves a parameter away: then it is None, and the home's bytes are stale.
     """
     berth: Berth | None = _berths.get(tensor)
     if (
@@ -83,8 +80,8 @@ def room_of(tensor: Tensor) -> AbstractContextManager[None]:
 def settle_in(home: Home, tensor: Tensor) -> Tensor:
     """A new tensor with the tensor's values, of the same shape and dtype, that lives in the home.
 
-    Where the home is not worked in in place, the values are written past the mapping piece by
-    piece, so that no page of it comes into this process's memory.
+    Where the home does not work in place, the values are written with `Berth.write`, in pieces, so
+    that no page of the mapping comes into this process's memory.
 
     Raises:
         HomeFullError: the home has no room for it.

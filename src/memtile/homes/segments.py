@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple
 
+from memtile.homes.forks import renew_in_child
+
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""
 
@@ -82,7 +84,8 @@ class Segments:
     def __init__(self, grow: Callable[[int], Segment]) -> None:
         self._grow = grow
         self._all: list[Segment] = []
-        self._lock = threading.RLock()
+        self._renew_lock()
+        renew_in_child(self, Segments._renew_lock)  # whoever held the lock may be gone there
         self._held: dict[int, dict[int, list[Extent]]] = {}  # by holder and size
         self._holders = count(1)
         # Both are filled by finalizers, which run at any time, also in a thread that is inside
@@ -132,8 +135,7 @@ class Segments:
         room = weakref.ref(extent.segment), extent.start, extent.size, extent.holder
         weakref.finalize(view, self._returned.append, room).atexit = False
 
-    def renew_lock(self) -> None:
-        """To be called in the child of a fork, where whoever held the lock may be gone."""
+    def _renew_lock(self) -> None:
         self._lock = threading.RLock()
 
     def drop(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from memtile.home_names import parse_home
 from memtile.planning.budget import margin
 from memtile.planning.byte_sizes import format_byte_size
 
@@ -40,9 +41,9 @@ def summary(plan: "Plan") -> str:
 
 
 def _at(home: str) -> str:
-    kind, _, folder = home.partition(":")
+    kind, folder = parse_home(home)
     words = {"disk": "on disk", "host": "in host memory", "device": "on the device"}
-    return f"{words.get(kind, f'in {home}')}{f' in {folder}' if folder else ''}"
+    return words[kind] + (f" in {folder}" if folder else "")
 
 
 def layer_lines(layers: "Sequence[PlannedLayer]") -> Iterator[str]:
