@@ -66,7 +66,7 @@ _ALIGNMENT: Final = 8
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file.
 
     Attributes:
@@ -101,7 +101,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """What a file says of itself.
 
     Attributes:
@@ -109,7 +109,7 @@ class Header:
         metadata: other texts.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
@@ -129,7 +129,7 @@ def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
     return int(length)
 
 
-def unpack(raw: bytes, file_bytes: int, where: str) -> Header:
+def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
     """The header with this JSON.
 
     Args:
@@ -155,7 +155,7 @@ def unpack(raw: bytes, file_bytes: int, where: str) -> Header:
         ) from error
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_places(entries, start, file_bytes, where)
-    return Header(MappingProxyType({entry.name: entry for entry in entries}), metadata)
+    return SafetensorsHeader(MappingProxyType({entry.name: entry for entry in entries}), metadata)
 
 
 def parse_json(raw: bytes | str) -> Any:  # any JSON
@@ -228,7 +228,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def _entry(name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, str]) -> Entry:
+def _entry(
+    name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, str]
+) -> TensorEntry:
     kind = fields["dtype"]
     if kind not in BITS:
         raise CheckpointError(
@@ -240,7 +242,7 @@ def _entry(name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, 
     if min(shape, default=0) < 0 or last - first != size_of(kind, shape):
         raise ValueError(f"{name} has {last - first} bytes, not those of {tuple(shape)} {kind}")
     crc = crcs.get(name)
-    return Entry(
+    return TensorEntry(
         name, kind, shape, start + first, last - first, None if crc is None else int(crc, 16)
     )
 
@@ -265,7 +267,7 @@ def _what_else(first: bytes) -> str:
     )
 
 
-def _check_places(entries: Sequence[Entry], start: int, file_bytes: int, where: str) -> None:
+def _check_places(entries: Sequence[TensorEntry], start: int, file_bytes: int, where: str) -> None:
     for entry in entries:
         if entry.offset != start:
             raise CheckpointError(

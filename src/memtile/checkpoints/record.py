@@ -19,10 +19,10 @@ FORMAT: Final = 1
 
 _COPY: Final = "take another copy of it"
 
-Record = dict[str, Any]  # whatever JSON the record has
+TrainingRecord = dict[str, Any]  # whatever JSON the record has
 
 
-def write_record(folder: Path, record: Record) -> None:
+def write_record(folder: Path, record: TrainingRecord) -> None:
     """Write the record of what the folder holds by now; the record comes last.
 
     Raises:
@@ -34,7 +34,7 @@ def write_record(folder: Path, record: Record) -> None:
     write_text(folder / RECORD, text)
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> TrainingRecord:
     """The record, once it and all files that it names were found as they were written.
 
     What the tensors hold is left to their own checksums.
@@ -54,9 +54,9 @@ def read_record(folder: Path) -> Record:
     return record
 
 
-def _read(path: Path) -> Record:
+def _read(path: Path) -> TrainingRecord:
     try:
-        record: Record = header.parse_json(path.read_bytes())
+        record: TrainingRecord = header.parse_json(path.read_bytes())
         crc = record.pop("crc32")
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -72,7 +72,7 @@ def _read(path: Path) -> Record:
     return record
 
 
-def _crc_of(record: Record) -> str:
+def _crc_of(record: TrainingRecord) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x}"
 

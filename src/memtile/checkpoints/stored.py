@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memtile.checkpoints import header
-from memtile.checkpoints.header import Entry
+from memtile.checkpoints.header import TensorEntry
 from memtile.errors import CheckpointError, HomeIOError
 from memtile.homes import disk_io
 
@@ -21,7 +21,7 @@ PIECE_BYTES: Final = 4 << 20
 MOST_OPEN: Final = 64  # of the 256 files that some systems allow a process
 
 
-class _Descriptor:
+class _OpenFile:
     """A file that is open for reading until nothing refers to this any more."""
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +32,7 @@ class _Descriptor:
         self.close = weakref.finalize(self, os.close, self.fd)
 
 
-_recent: OrderedDict[int, _Descriptor] = OrderedDict()
+_recent: OrderedDict[int, _OpenFile] = OrderedDict()
 """Open files by the ids of theirs, the last used one last; each act on it is one of the GIL's."""
 
 
@@ -54,7 +54,7 @@ class StoredFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        opened = _Descriptor(path)
+        opened = _OpenFile(path)
         try:
             self.header = self._read_header(opened.fd)
         except BaseException:
@@ -64,7 +64,7 @@ class StoredFile:
         weakref.finalize(self, _recent.pop, id(self), None).atexit = False
         self._keep(opened)
 
-    def _read_header(self, fd: int) -> header.Header:
+    def _read_header(self, fd: int) -> header.SafetensorsHeader:
         where, size = str(self.path), os.fstat(fd).st_size
         try:
             length = header.header_bytes(os.pread(fd, header.LENGTH_BYTES, 0), size, where)
@@ -73,7 +73,7 @@ class StoredFile:
             raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
         return header.unpack(raw, size, where)
 
-    def opened(self) -> _Descriptor | None:
+    def opened(self) -> _OpenFile | None:
         """What is open for as long as it is kept; None where the name is gone or another file's.
 
         Raises:
@@ -83,13 +83,13 @@ class StoredFile:
         if found is None:
             if not self.path.exists():
                 return None
-            found = _Descriptor(self.path)
+            found = _OpenFile(self.path)
             if not self._is_same(os.fstat(found.fd)):
                 return None
         self._keep(found)
         return found
 
-    def _keep(self, opened: _Descriptor) -> None:
+    def _keep(self, opened: _OpenFile) -> None:
         _recent[id(self)] = opened
         with contextlib.suppress(KeyError):  # another thread's
             _recent.move_to_end(id(self))
@@ -117,7 +117,7 @@ class StoredFile:
         with contextlib.suppress(FileNotFoundError):  # replaced or removed: its bytes are the same
             self._is_same(os.stat(self.path) if found is None else os.fstat(found.fd))
 
-    def descriptor(self) -> _Descriptor:
+    def descriptor(self) -> _OpenFile:
         """What is open for as long as it is kept.
 
         Raises:
@@ -131,7 +131,7 @@ class StoredFile:
             )
         return opened
 
-    def fill(self, entry: Entry, into: Tensor, start: int) -> None:
+    def fill(self, entry: TensorEntry, into: Tensor, start: int) -> None:
         """Read the entry's bytes from `start` on into all of a contiguous CPU tensor.
 
         Raises:
@@ -158,7 +158,7 @@ class StoredTensor:
         entry: its place there.
     """
 
-    def __init__(self, file: StoredFile, entry: Entry) -> None:
+    def __init__(self, file: StoredFile, entry: TensorEntry) -> None:
         self.file, self.entry = file, entry
 
     @property

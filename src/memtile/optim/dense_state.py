@@ -19,12 +19,12 @@ from memtile.geometry import Rect
 from memtile.homes import berth_of, register, room_of, settle_in
 
 Index = tuple[int, int]
-Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
+ParamGroup = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
 Packed = dict[str, Any]  # a state dict of an optimizer, as torch writes it
 
 
 @runtime_checkable
-class Tiled(Protocol):
+class TiledLayer(Protocol):
     """What a layer tells of its tiles."""
 
     weight_is_transposed: bool
@@ -84,7 +84,7 @@ def dense_parameters(model: nn.Module) -> list[DenseParameter]:
 
 
 def _joined(path: str, module: nn.Module) -> Iterator[DenseParameter]:
-    if not isinstance(module, Tiled):
+    if not isinstance(module, TiledLayer):
         return
     for name in ("weight", "bias"):
         tiles = module.tile_parameters(name)
@@ -102,7 +102,7 @@ def _own(path: str, module: nn.Module) -> Iterator[DenseParameter]:
         )
 
 
-def _by_group(model: nn.Module, groups: Sequence[Group]) -> list[list[DenseParameter]]:
+def _by_group(model: nn.Module, groups: Sequence[ParamGroup]) -> list[list[DenseParameter]]:
     """The dense parameters of each group, in the group's order.
 
     Raises:
@@ -128,7 +128,7 @@ def _by_group(model: nn.Module, groups: Sequence[Group]) -> list[list[DenseParam
 
 
 def to_dense_state(
-    model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Group]
+    model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[ParamGroup]
 ) -> Packed:
     """The state dict over the dense model, from what is kept for its tiles.
 

@@ -41,7 +41,7 @@ _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 @dataclass(eq=False)
-class Piece:
+class ParameterSlice:
     """A part of a parameter for one step.
 
     Attributes:
@@ -116,7 +116,7 @@ class Inner:
         latest, known = self._latest
         if asked.keys() == latest.keys() and all(asked[key] is latest[key] for key in asked):
             return dict(known)  # each tile asks, and at every step where nothing is kept for it
-        piece = Piece(stand_in_values(dtype), stand_in_values(dtype))
+        piece = ParameterSlice(stand_in_values(dtype), stand_in_values(dtype))
         with _trying, _NoDraws(self.name):
             self._try_step(piece, group)
         found = layout(self.name, piece.state)
@@ -124,7 +124,7 @@ class Inner:
         self._latest = asked, found
         return dict(found)
 
-    def step(self, pieces: Sequence[Piece], group_options: Mapping[str, Any]) -> None:
+    def step(self, pieces: Sequence[ParameterSlice], group_options: Mapping[str, Any]) -> None:
         """Step all pieces once, bit for bit as the optimizer would step each as a parameter.
 
         Afterwards, and after an exception too, the optimizer refers to nothing of the pieces.
@@ -165,7 +165,7 @@ class Inner:
         return self._construct([nn.Parameter(stand_in_values(torch.float32))])
 
     def _stand_in(
-        self, optimizer: Optimizer, piece: Piece, group: Mapping[str, Any]
+        self, optimizer: Optimizer, piece: ParameterSlice, group: Mapping[str, Any]
     ) -> nn.Parameter:
         """A parameter in the piece's memory, with its gradient, and its state if it has one."""
         stand_in = nn.Parameter(piece.value)
@@ -180,7 +180,7 @@ class Inner:
     def _construct(self, params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Optimizer:
         return construct(self._class, params, self._options)
 
-    def _try_step(self, piece: Piece, group: Mapping[str, Any]) -> None:
+    def _try_step(self, piece: ParameterSlice, group: Mapping[str, Any]) -> None:
         """Step a stand-in, and say by name why it is not possible."""
         try:
             self.step([piece], group)
@@ -249,7 +249,7 @@ class Inner:
         states: list[dict[str, Any]] = [{} for _ in values]
         for gradients in rounds:
             for parts in zip(values, gradients, states, strict=True):
-                self._try_step(Piece(*parts), options)
+                self._try_step(ParameterSlice(*parts), options)
 
     def _not_elementwise(self, dtype: torch.dtype, kept: Sequence[str]) -> str:
         found = f"a {dtype} matrix stepped in halves came out otherwise than stepped whole"
@@ -274,7 +274,7 @@ class _NoDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _hand_back(optimizer: Optimizer, piece: Piece, stand_in: nn.Parameter) -> None:
+def _hand_back(optimizer: Optimizer, piece: ParameterSlice, stand_in: nn.Parameter) -> None:
     kept = optimizer.state.get(stand_in)
     if kept is not None and kept is not piece.state:
         piece.state.clear()

@@ -10,13 +10,13 @@ from types import FrameType
 
 from torch.autograd import Variable
 
-Handler = Callable[[int, FrameType | None], object]
+SignalHandler = Callable[[int, FrameType | None], object]
 
 
 class Deferral:
     """SIGINT's handler for as long as an update is under way: it remembers the first signal."""
 
-    def __init__(self, before: Handler, is_under_way: Callable[[], bool]) -> None:
+    def __init__(self, before: SignalHandler, is_under_way: Callable[[], bool]) -> None:
         self._before, self._is_under_way = before, is_under_way
         self._came = False
 

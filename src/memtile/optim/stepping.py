@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memtile.errors import OptimizerError
 from memtile.homes import PAGE, Berth, berth_of, register, room_of, settle_in, trim_heap
 from memtile.optim.finite import check_gradient, check_gradients
-from memtile.optim.inner import Inner, Piece
+from memtile.optim.inner import Inner, ParameterSlice
 from memtile.transfer import Ferry, Loan, ferries_of
 
 MASTER = "master"
@@ -30,12 +30,12 @@ SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 CHUNK_ELEMENTS = 1 << 18  # four float32 tensors of these are 4 MiB
 _TRIMMED_AFTER = 16 << 20  # bytes of parameters: to trim takes a fraction of a millisecond
 
-State = dict[str, Any]
-Layout = dict[str, torch.dtype]
+ParameterState = dict[str, Any]
+StateDtypes = dict[str, torch.dtype]
 
 
 @dataclass
-class Work:
+class StepTensors:
     """What one step of a parameter works on.
 
     Args:
@@ -47,7 +47,7 @@ class Work:
 
     tensors: dict[str, Tensor]
     new: frozenset[str] = frozenset()
-    made: State = field(default_factory=dict)
+    made: ParameterState = field(default_factory=dict)
     loans: list[tuple[Loan, Sequence[str]]] = field(default_factory=list)
 
     def store(self) -> None:
@@ -69,7 +69,7 @@ class Stepper:
     def __init__(
         self,
         inner: Inner,
-        state: MutableMapping[Tensor, State],
+        state: MutableMapping[Tensor, ParameterState],
         keeps_masters: bool,
         model: nn.Module,
     ) -> None:
@@ -137,8 +137,8 @@ class Stepper:
             if in_backward or berth is not None:
                 check_gradient(self._model, parameter, work.tensors[GRADIENT])
             numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
-            kept: State = {}
-            late: State = {}
+            kept: ParameterState = {}
+            late: ParameterState = {}
             for rows in _chunks(work.tensors[VALUE]):
                 views = {key: tensor[rows] for key, tensor in work.tensors.items()}
                 kept = self._step_rows(views, work.new, numbers, group)
@@ -166,9 +166,9 @@ class Stepper:
         self,
         views: dict[str, Tensor],
         new: frozenset[str],
-        numbers: State,
+        numbers: ParameterState,
         group: Mapping[str, Any],
-    ) -> State:
+    ) -> ParameterState:
         """Step some rows; gives what the optimizer keeps besides tensors of the rows' shape."""
         value, gradient = views.pop(VALUE), views.pop(GRADIENT)
         is_wide = self.stepped_dtype(value) != value.dtype
@@ -177,7 +177,9 @@ class Stepper:
             _refresh(master, value, MASTER in new)
         target = value if master is None else master
         moments = {key: view for key, view in views.items() if key not in new}
-        piece = Piece(target, gradient.to(target.dtype), {**copy.deepcopy(numbers), **moments})
+        piece = ParameterSlice(
+            target, gradient.to(target.dtype), {**copy.deepcopy(numbers), **moments}
+        )
         self._inner.step([piece], group)
         for key, view in views.items():
             if piece.state[key] is not view:
@@ -186,7 +188,7 @@ class Stepper:
             value.copy_(master)
         return {key: entry for key, entry in piece.state.items() if key not in views}
 
-    def _layout(self, parameter: Tensor, group: Mapping[str, Any]) -> Layout:
+    def _layout(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
         """The dtypes of the tensors that are kept for a parameter."""
         dtype = self.stepped_dtype(parameter)
         layout = self._inner.fields(group, dtype) if parameter.dim() else {}
@@ -199,7 +201,7 @@ class Stepper:
             )
         return {**layout, MASTER: dtype}
 
-    def _missing(self, parameter: Tensor, group: Mapping[str, Any]) -> Layout:
+    def _missing(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
         """Those of them that are still to be made: all before the first step."""
         state = self._state[parameter]
         if set(state) - {MASTER}:  # only a master can be wanting: a plain optimizer kept none
@@ -212,20 +214,22 @@ class Stepper:
     def _brought_in(
         self,
         parameter: nn.Parameter,
-        missing: Layout,
+        missing: StateDtypes,
         ahead: Iterable[Sequence[Berth]] | None,
         in_backward: bool,
-    ) -> Iterator[Work]:
+    ) -> Iterator[StepTensors]:
         berth, tensors = _parked(parameter), self._tensors(parameter)
         if berth is None:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
-            yield Work({**tensors, **made}, frozenset(made), dict(made))
+            yield StepTensors({**tensors, **made}, frozenset(made), dict(made))
             return
         with room_of(parameter):
             rooms = {key: berth.home.berth(berth.shape, dtype) for key, dtype in missing.items()}
         berths = self._berths(parameter, berth)
         ferries = ferries_of(berth.home)
-        work = Work(tensors, frozenset(rooms), {key: _at(room) for key, room in rooms.items()})
+        work = StepTensors(
+            tensors, frozenset(rooms), {key: _at(room) for key, room in rooms.items()}
+        )
         with ExitStack() as stack:
 
             def borrow(ring: Ferry, cargo: dict[str, Berth], made: dict[str, Berth]) -> None:
@@ -271,7 +275,7 @@ def _chunks(value: Tensor) -> Iterator[Any]:  # what a tensor is indexed with
         yield slice(start, start + rows)
 
 
-def _move_late(kept: State, late: State, value: Tensor, rows: Any) -> None:
+def _move_late(kept: ParameterState, late: ParameterState, value: Tensor, rows: Any) -> None:
     """Move what the optimizer made in a later step than its first into a tensor of all rows."""
     shape = value[rows].shape
     for key, entry in list(kept.items()):

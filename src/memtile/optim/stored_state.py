@@ -19,7 +19,7 @@ from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
 from memtile.optim.stepping import MASTER
 from memtile.optim.tile_optimizer import TileOptimizer
 
-State = dict[str, Any]  # whatever the optimizer's class keeps
+ParameterState = dict[str, Any]  # whatever the optimizer's class keeps
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def is_shaped(entry: object, parameter: Tensor) -> bool:
 
 
 def kept_state(
-    kept: Mapping[Any, State],
+    kept: Mapping[Any, ParameterState],
     dense: DenseParameter,
     is_shaped: Callable[[object, Tensor], bool] = is_shaped,
 ) -> KeptState | None:

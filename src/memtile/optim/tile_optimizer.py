@@ -19,9 +19,9 @@ from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.stepping import Stepper
 from memtile.transfer import ferries_of, gradient_of, is_stepped_in_backward, step_in_backward
 
-Mode = Literal["classic", "in_backward"]
+StepMode = Literal["classic", "in_backward"]
 Hook = Callable[[nn.Parameter], None]
-Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
+ParamGroup = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
 
 
 class TileOptimizer(Optimizer):
@@ -63,7 +63,7 @@ class TileOptimizer(Optimizer):
         model: nn.Module,
         optimizer_class: type[Optimizer],
         *,
-        mode: Mode = "classic",
+        mode: StepMode = "classic",
         params: Iterable[Any] | None = None,
         masters: bool = True,
         **options: Any,  # the contract passes them to optimizer_class
@@ -73,18 +73,18 @@ class TileOptimizer(Optimizer):
                 f"the model is a {type(model).__name__}; TileOptimizer takes the model itself, and "
                 "parameters or groups of them as params=…"
             )
-        if mode not in get_args(Mode):
+        if mode not in get_args(StepMode):
             raise ArgumentError(
                 f"mode={mode!r} must be 'classic' (accumulates, clips) or 'in_backward' (keeps no "
                 "gradients)"
             )
-        self.mode: Mode = mode
+        self.mode: StepMode = mode
         self._model = model
         self._inner = Inner(optimizer_class, options)
         self._held: list[Reservation] = []
         self._stepped: set[nn.Parameter] = set()
-        self._unfinished: list[tuple[nn.Parameter, Group]] | None = None
-        self._group_of: dict[nn.Parameter, Group] = {}
+        self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
+        self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
         self._check_parameters(model)
@@ -113,7 +113,7 @@ class TileOptimizer(Optimizer):
                 "one first (del optimizer)"
             )
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters with options of their own, as torch optimizers do.
 
         Raises:
@@ -139,7 +139,7 @@ class TileOptimizer(Optimizer):
             self._hooks.append((weakref.ref(parameter), handle))
             step_in_backward(parameter, True)
 
-    def _reserve(self, groups: Iterable[Group]) -> None:
+    def _reserve(self, groups: Iterable[ParamGroup]) -> None:
         """Hold room in each home for what training will park there, for as long as this lives."""
         needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
         places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
@@ -322,7 +322,7 @@ class TileOptimizer(Optimizer):
             after(self)
 
 
-def _with_groups(groups: Iterable[Group]) -> Iterator[tuple[nn.Parameter, Group]]:
+def _with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, ParamGroup]]:
     return ((parameter, group) for group in groups for parameter in group["params"])
 
 
