@@ -11,7 +11,7 @@ from safetensors_files import entry, outgoing_of, raw_file
 from torch import Tensor
 
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
-from memtile.checkpoints.copied_pages import CopiedPages
+from memtile.checkpoints.home import CopiedPages
 from memtile.errors import CheckpointError, HomeError
 from memtile.homes import Berth, aligned_buffer
 from memtile.testing import ReadOnlyHomeContract
@@ -39,7 +39,7 @@ class TestWithoutPagemap(TestCheckpointHome):
 
     @pytest.fixture(autouse=True)
     def _no_pagemap(self, monkeypatch):
-        monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
+        monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
 
 
 def test_the_kernel_tells_of_written_pages():

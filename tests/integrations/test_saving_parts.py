@@ -14,7 +14,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import CannotTileError
-from memtile.integrations.around_tiles import with_tiles
+from memtile.integrations.saving import with_tiles
 
 # ViT's patches are cut by a convolution, which stays as it is and is named in a warning.
 pytestmark = pytest.mark.filterwarnings(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from memtile.convert import Integration, Naming, dense_items, naming_of, persistent_buffers
-from memtile.integrations.around_tiles import with_tiles
+from memtile.integrations.saving import with_tiles
 from memtile.layers import TiledModule
 
 _ADAPTER = "it is part of a PEFT adapter, small and trained"

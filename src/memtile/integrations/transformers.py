@@ -15,9 +15,7 @@ from memtile.convert.kinds import Beside
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.integrations.around_tiles import with_tiles
 from memtile.integrations.configs import configs_of, made_from
-from memtile.integrations.dense_pretrained import save_pretrained
 from memtile.integrations.pretrained import (
     architecture,
     check_files,
@@ -29,6 +27,7 @@ from memtile.integrations.pretrained import (
     refuse_quantized,
     relevant,
 )
+from memtile.integrations.saving import save_pretrained, with_tiles
 from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
 
 

@@ -1,9 +1,11 @@
 """`save_pretrained` of a tiled transformers model: the dense checkpoint, for plain transformers."""
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,7 @@ from memtile.errors import CannotTileError
 from memtile.layers import TiledModule
 from memtile.planning.byte_sizes import parse_byte_size
 
+_MARK = "_knows_tiles"
 _SHARD_BYTES = 50_000_000_000  # what transformers writes into one file
 _TAKEN_OVER = ("hf_quantizer", "hf_device_map", "_hf_peft_config_loaded", "_tp_size")
 
@@ -133,3 +136,41 @@ def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
     if not isinstance(layer, TiledModule):
         return ()
     return (own, layer.weight_is_transposed, *(id(p) for p in layer.tile_parameters(own).values()))
+
+
+def with_tiles(cls: Any, name: str, act: Callable[..., Any]) -> None:
+    """Let a method of models with tiles be `act(plain, model, …)`; once a class.
+
+    Args:
+        cls: the class, which some library has.
+        name: the method's.
+        act: gets the class's own function first, then what that would get.
+
+    Raises:
+        CannotTileError: the method is running at this moment: the class's own, which knows no
+            tiles, has begun.
+    """
+    plain = getattr(cls, name)
+    if hasattr(plain, _MARK):
+        return
+
+    @functools.wraps(plain)
+    def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # as the class's own
+        if not any(isinstance(module, TiledModule) for module in model.modules()):
+            return plain(model, *args, **kwargs)
+        return act(plain, model, *args, **kwargs)
+
+    setattr(method, _MARK, True)
+    setattr(cls, name, method)
+    if _is_running(getattr(plain, "__code__", None)):
+        raise CannotTileError(
+            f"{cls.__name__}.{name} was loaded after the tiles were made, and has begun without "
+            "knowing them: call it again"
+        )
+
+
+def _is_running(code: object) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
