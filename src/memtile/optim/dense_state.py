@@ -1,8 +1,7 @@
-"""An optimizer's state as the plain optimizer over the dense model has it, and back.
+"""An optimizer's state dict over the dense model: joined from the tiles' states, and cut again.
 
-What is kept for the tiles of one weight becomes one tensor of the dense shape under the number that
-the dense parameter has in the dense model. Tiles are known by what their layer can tell of them:
-this room knows no layer.
+Each state tensor of a weight's tiles becomes one tensor of the dense shape, under the index that
+the dense parameter has in the dense model.
 """
 
 import copy
@@ -16,24 +15,24 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
-from memtile.homes import berth_of, register, room_of, settle_in
+from memtile.homes import Berth, Home, berth_of, register, room_of, settle_in
 
 Index = tuple[int, int]
-ParamGroup = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
+ParamGroup = dict[str, Any]  # torch's own: holds whatever the optimizer's class wants
 Packed = dict[str, Any]  # a state dict of an optimizer, as torch writes it
 
 
 @runtime_checkable
 class TiledLayer(Protocol):
-    """What a layer tells of its tiles."""
+    """What is asked of a tiled layer; optim imports no layer."""
 
     weight_is_transposed: bool
 
     def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
-        """The tiles' parameters called `name`, by their place."""
+        """The tiles' parameters called `name`, by their index in the grid."""
 
     def tile_rect(self, name: str, index: Index) -> Rect:
-        """The rectangle of the dense parameter that a tile holds; a bias is one column."""
+        """The tile's rectangle in the dense parameter; a bias is one column."""
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense parameter."""
@@ -41,11 +40,11 @@ class TiledLayer(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of the model, and its place in a dense one.
+    """A parameter of the model, and its rectangle in a dense parameter.
 
     Args:
         parameter: of the model.
-        rect: the rectangle that it is of the dense matrix; None where it is the whole.
+        rect: its rectangle in the dense matrix; None: all of it.
         turned: whether the dense tensor is the matrix transposed.
     """
 
@@ -54,7 +53,7 @@ class Part:
     turned: bool = False
 
     def view(self, dense: Tensor) -> Tensor:
-        """What this part is of a tensor of the dense shape."""
+        """The view of this part in a tensor of the dense shape."""
         if self.rect is None:
             return dense
         if dense.dim() == 1:
@@ -64,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DenseParameter:
-    """A parameter of the dense model: its name, its shape, and the parts that it is kept in."""
+    """A parameter of the dense model: its name, its shape, and the parameters that hold it."""
 
     name: str
     shape: torch.Size
@@ -102,8 +101,8 @@ def _own(path: str, module: nn.Module) -> Iterator[DenseParameter]:
         )
 
 
-def _by_group(model: nn.Module, groups: Sequence[ParamGroup]) -> list[list[DenseParameter]]:
-    """The dense parameters of each group, in the group's order.
+def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[DenseParameter]]:
+    """The dense parameters of each group, in order; those that are not the model's have name "".
 
     Raises:
         OptimizerError: a group holds some tiles of a weight and not all.
@@ -127,22 +126,40 @@ def _by_group(model: nn.Module, groups: Sequence[ParamGroup]) -> list[list[Dense
     return result
 
 
+def is_shaped(entry: object, parameter: Tensor) -> bool:
+    """Whether a state entry has an element for each element of the parameter."""
+    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
+
+
+def parked_berth(tensor: Tensor) -> Berth | None:
+    """The tensor's allocation in a home whose tensors are worked on in slabs; otherwise None."""
+    berth = berth_of(tensor)
+    return None if berth is None or berth.home.works_in_place else berth
+
+
+def empty_at(home: Home, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A new tensor in the home, without values.
+
+    Raises:
+        HomeFullError: there is no room.
+    """
+    berth = home.berth(shape, dtype)
+    tensor = berth.tensor()
+    register(tensor, berth)
+    return tensor
+
+
 def to_dense_state(
     model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[ParamGroup]
 ) -> Packed:
-    """The state dict over the dense model, from what is kept for its tiles.
-
-    Args:
-        model: whose tiles they are.
-        states: by parameter; what keeps nothing counts as not stepped.
-        groups: of the optimizer.
+    """The state dict over the dense model, joined from the tiles' states.
 
     Raises:
         OptimizerError: some tiles of a weight are in a group and some are not.
     """
     result: Packed = {"state": {}, "param_groups": []}
     number = 0
-    for own, members in zip(groups, _by_group(model, groups), strict=True):
+    for own, members in zip(groups, by_group(model, groups), strict=True):
         numbers = list(range(number, number + len(members)))
         number += len(members)
         result["param_groups"].append({**own, "params": numbers})
@@ -165,38 +182,25 @@ def _join(dense: DenseParameter, states: Mapping[nn.Parameter, Any]) -> dict[str
     first = states[dense.parts[0].parameter]
     return {
         key: _joined_entry(dense, key, entry, states)
-        if _is_like(entry, dense.parts[0].parameter)
+        if is_shaped(entry, dense.parts[0].parameter)
         else copy.deepcopy(entry)
         for key, entry in first.items()
     }
 
 
-def _is_like(entry: object, parameter: Tensor) -> bool:
-    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
-
-
 def _joined_entry(
     dense: DenseParameter, key: str, like: Tensor, states: Mapping[nn.Parameter, Any]
 ) -> Tensor:
-    out = _room(dense, like)
+    berth = parked_berth(like)
+    if berth is None:
+        out = torch.empty(dense.shape, dtype=like.dtype, device=like.device)
+    else:
+        out = empty_at(berth.home, dense.shape, like.dtype)
     for part in dense.parts:
         entry = states[part.parameter][key]
         part.view(out).copy_(entry)
-        for tensor in (entry, out):
-            berth = berth_of(tensor)
-            if berth is not None:
-                berth.forget()
-    return out
-
-
-def _room(dense: DenseParameter, like: Tensor) -> Tensor:
-    """A tensor of the dense shape, in the home that the state lives in."""
-    berth = berth_of(like)
-    if berth is None or berth.home.works_in_place:
-        return torch.empty(dense.shape, dtype=like.dtype, device=like.device)
-    room = berth.home.berth(dense.shape, like.dtype)
-    out = room.tensor()
-    register(out, room)
+        for touched in filter(None, map(berth_of, (entry, out))):
+            touched.forget()
     return out
 
 
@@ -206,18 +210,18 @@ def load_dense_state(
     packed: Packed,
     stepped_dtype: Callable[[Tensor], torch.dtype],
 ) -> None:
-    """Cut a state dict over the dense model into the tiles' states, in place.
+    """Cut a state dict over the dense model into the optimizer's `state` and `param_groups`.
 
     Args:
-        optimizer: whose `state` and `param_groups` are filled.
-        model: whose tiles they are.
+        optimizer: takes the state over.
+        model: whose parameters are optimized.
         packed: as torch's optimizers write it over the dense model.
-        stepped_dtype: the dtype that a parameter's state has.
+        stepped_dtype: gives the dtype of a parameter's state.
 
     Raises:
         OptimizerError: it does not fit; nothing was changed.
     """
-    members = _by_group(model, optimizer.param_groups)
+    members = by_group(model, optimizer.param_groups)
     _check(packed, members)
     states: dict[Tensor, dict[str, Any]] = {}
     for group, saved in zip(members, packed["param_groups"], strict=True):
@@ -259,14 +263,14 @@ def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
 
 
 def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype, key: str) -> Any:
-    """One part's share of a state entry, where the part lives; what is no such tensor is copied."""
+    """One part's share of a state entry, in the part's home; other entries are copied."""
     if not isinstance(entry, Tensor) or entry.shape != dense.shape or not entry.dim():
         return copy.deepcopy(entry)
     share = part.view(entry.detach())
     if share.is_floating_point():
         share = share.to(dtype)
-    berth = berth_of(part.parameter)
-    if berth is not None and not berth.home.works_in_place:
+    berth = parked_berth(part.parameter)
+    if berth is not None:
         with room_of(part.parameter):
             return settle_in(berth.home, share)
     return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)

@@ -1,12 +1,11 @@
-"""One step of one parameter, wherever it lives: bring in, step, send home.
+"""One step of one parameter: its values, gradient and state are brought in, stepped, stored.
 
-A parked parameter's values, gradient, moments and master come into slabs, are stepped there, and
-are written home while the next ones are read. What lies in memory is stepped where it lies. A
-tensor that is found in place of a parked one is used as it is.
+A parked parameter's tensors come into slabs, and are written home while the next ones are read.
+Tensors in memory are stepped where they lie, also those that were put in place of parked ones.
 
 A parameter is stepped a few rows at a time. An optimizer makes temporary tensors of the size of
-what it steps: of a whole tile they would cost memory, and leave holes in the heap that grow it
-(1.3 GiB for 80 tiles of 16 MiB, measured), and they would not stay in the cache.
+what it steps: of a whole tile they would cost memory, leave holes in the heap that grow it
+(1.3 GiB for 80 tiles of 16 MiB, measured), and not stay in the cache.
 """
 
 import copy
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import NotFiniteError, OptimizerError
-from memtile.homes import PAGE, Berth, berth_of, register, room_of, settle_in, trim_heap
+from memtile.homes import PAGE, Berth, berth_of, room_of, settle_in, trim_heap
+from memtile.optim.dense_state import empty_at, is_shaped, parked_berth
 from memtile.optim.inner import Inner, ParameterSlice
-from memtile.transfer import Ferry, Loan, ferries_of
+from memtile.transfer import Loan, ferries_of
 
 MASTER = "master"
-VALUE, GRADIENT = "<value>", "<gradient>"  # beside the keys of a state, which are identifiers
+VALUE, GRADIENT = "<value>", "<gradient>"  # no key of a state: those are identifiers
 SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 CHUNK_ELEMENTS = 1 << 18  # four float32 tensors of these are 4 MiB
 _TRIMMED_AFTER = 16 << 20  # bytes of parameters: to trim takes a fraction of a millisecond
@@ -37,32 +37,35 @@ StateDtypes = dict[str, torch.dtype]
 class StepTensors:
     """What one step of a parameter works on.
 
-    Args:
+    Attributes:
         tensors: value, gradient, and the state's tensors by their keys.
-        new: keys of tensors that have no values yet.
-        made: the tensors to keep in the state for them.
-        loans: which of the tensors are in which slab, by number.
+        new: for the keys that have no values yet, the tensors to put into the state.
+        leases: slabs, with the keys of the tensors that they hold.
     """
 
     tensors: dict[str, Tensor]
-    new: frozenset[str] = frozenset()
-    made: ParameterState = field(default_factory=dict)
-    loans: list[tuple[Loan, Sequence[str]]] = field(default_factory=list)
+    new: ParameterState
+    leases: list[tuple[Loan, Sequence[str]]] = field(default_factory=list)
+
+    def add(self, loan: Loan, keys: Sequence[str]) -> None:
+        """Work on the tensors of these keys in slabs."""
+        self.tensors.update(zip(keys, loan.tensors, strict=True))
+        self.leases.append((loan, keys))
 
     def store(self) -> None:
         """Start writing home what was stepped."""
-        for loan, names in self.loans:
-            loan.store(*(number for number, name in enumerate(names) if name != GRADIENT))
+        for loan, keys in self.leases:
+            loan.store(*(number for number, key in enumerate(keys) if key != GRADIENT))
 
 
 class Stepper:
     """Steps parameters one at a time.
 
     Args:
-        inner: the optimizer, applied to pieces.
+        inner: the optimizer, applied to slices of parameters.
         state: of every parameter, as `torch.optim.Optimizer.state`.
         keeps_masters: whether 16-bit parameters are stepped in float32.
-        model: that names the parameters in errors.
+        model: has the parameters' names, for errors.
     """
 
     def __init__(
@@ -81,27 +84,44 @@ class Stepper:
         return torch.float32 if wide else parameter.dtype
 
     def drop_idle_master(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
-        """Keep no master that was loaded for a parameter that is stepped as it is."""
-        if MASTER in self._state[parameter] and MASTER not in self._layout(parameter, group):
+        """Drop a loaded master of a parameter that is stepped in its own dtype."""
+        if MASTER in self._state[parameter] and MASTER not in self._dtypes(parameter, group):
             del self._state[parameter][MASTER]
 
     def state_rooms(self, parameter: Tensor, group: Mapping[str, Any]) -> list[int]:
-        """Whole pages of each tensor that will be kept for the parameter, its master included."""
-        dtypes = self._layout(parameter, group).values()
+        """Bytes, in whole pages, of each tensor of the parameter's state, its master included."""
+        dtypes = self._dtypes(parameter, group).values()
         return [-(-parameter.numel() * each.itemsize // PAGE) * PAGE for each in dtypes]
 
     def cargo(self, parameter: Tensor) -> tuple[Berth, ...]:
-        """Everything of a parked parameter that a step works on, empty where it is in memory."""
-        berth = _parked(parameter)
+        """All allocations that a step of a parked parameter works on; of others none."""
+        berth = parked_berth(parameter)
         return () if berth is None else tuple(self._berths(parameter, berth).values())
 
     def check_in_memory(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Look at those gradients that no slab is needed for, before any parameter is stepped.
+        """Check all gradients that need no slab before any parameter is stepped.
+
+        There is one wait for a device where all are finite.
 
         Raises:
             NotFiniteError: one is not finite.
         """
-        check_gradients(self._model, [each for each in parameters if _parked(each) is None])
+        checked = [each for each in parameters if parked_berth(each) is None]
+        gradients = [each.grad for each in checked if each.grad is not None]
+        sums = [gradient.detach().sum().isfinite() for gradient in gradients]
+        if sums and not torch.stack([each.to(sums[0].device) for each in sums]).all():
+            for parameter in checked:
+                self._check_finite(parameter, parameter.grad)
+
+    def _check_finite(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
+        if gradient is None or is_finite(gradient):
+            return
+        names = (name for name, each in self._model.named_parameters() if each is parameter)
+        raise NotFiniteError(
+            f"the gradient of {next(names, 'a parameter')} is not finite; it was not applied, nor "
+            "those after it: leave this batch out with zero_grad(), or go back to the last "
+            "checkpoint and lower lr; in float16 use a torch.amp.GradScaler, or train in bfloat16"
+        )
 
     def step(
         self,
@@ -112,29 +132,25 @@ class Stepper:
     ) -> None:
         """Step one parameter with its gradient.
 
-        Either all of it is stepped, state included, or nothing: slabs that were not stored are
-        dropped, where memory is not stepped in place.
+        An error leaves a parked parameter and its state as they were: slabs are not stored then.
+        A parameter in memory may be stepped in part.
 
         Args:
-            parameter: has a gradient, which `check_in_memory` has seen, or is looked at here.
-            group: the options of its group.
-            ahead: the cargoes that come next.
+            parameter: has a gradient.
+            group: the options of its parameter group.
+            ahead: the groups of allocations that are needed next.
             in_backward: its values are likely to be in the slabs of forward and backward.
 
         Raises:
-            NotFiniteError: the gradient is not finite.
+            NotFiniteError: the gradient is not finite; only looked for where `check_in_memory`
+                did not.
             HomeFullError: there is no room for the state that its first step makes.
             HomeIOError: something could not be read.
         """
-        state, berth = self._state[parameter], _parked(parameter)
-        with (
-            torch.no_grad(),
-            self._brought_in(
-                parameter, self._missing(parameter, group), ahead, in_backward
-            ) as work,
-        ):
+        state, berth = self._state[parameter], parked_berth(parameter)
+        with torch.no_grad(), self._brought_in(parameter, group, ahead, in_backward) as work:
             if in_backward or berth is not None:
-                check_gradient(self._model, parameter, work.tensors[GRADIENT])
+                self._check_finite(parameter, work.tensors[GRADIENT])
             numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
             kept: ParameterState = {}
             late: ParameterState = {}
@@ -145,14 +161,14 @@ class Stepper:
             if berth is not None:
                 late = {key: settle_in(berth.home, entry) for key, entry in late.items()}
             work.store()
-            state.update({**work.made, **late})
+            state.update({**work.new, **late})
             state.update({key: _in_place(state.get(key), entry) for key, entry in kept.items()})
             if work.new:
-                self._give_back(parameter.nbytes)
+                self._trim_now_and_then(parameter.nbytes)
         torch.autograd.graph.increment_version(parameter)
 
-    def _give_back(self, nbytes: int) -> None:
-        """Free the heap now and then: what first steps make to be kept lies between its holes.
+    def _trim_now_and_then(self, nbytes: int) -> None:
+        """Give free heap back: state that first steps make lies between holes of the heap.
 
         Without it the heap grew by half of what was stepped: 158 MiB for 134 MiB of weights.
         """
@@ -164,11 +180,11 @@ class Stepper:
     def _step_rows(
         self,
         views: dict[str, Tensor],
-        new: frozenset[str],
+        new: Mapping[str, Tensor],
         numbers: ParameterState,
         group: Mapping[str, Any],
     ) -> ParameterState:
-        """Step some rows; gives what the optimizer keeps besides tensors of the rows' shape."""
+        """Step some rows; gives the state entries that are not tensors of `views`."""
         value, gradient = views.pop(VALUE), views.pop(GRADIENT)
         is_wide = self.stepped_dtype(value) != value.dtype
         master = views.pop(MASTER, None) if is_wide else None
@@ -187,81 +203,76 @@ class Stepper:
             value.copy_(master)
         return {key: entry for key, entry in piece.state.items() if key not in views}
 
-    def _layout(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
-        """The dtypes of the tensors that are kept for a parameter."""
+    def _dtypes(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
+        """The dtypes of the parameter-shaped tensors in a parameter's state."""
         dtype = self.stepped_dtype(parameter)
-        layout = self._inner.fields(group, dtype) if parameter.dim() else {}
+        found = self._inner.fields(group, dtype) if parameter.dim() else {}
         if dtype == parameter.dtype:
-            return layout
-        if MASTER in layout:
+            return found
+        if MASTER in found:
             raise OptimizerError(
                 f"{self._inner.name} keeps {MASTER!r} itself, the name of the float32 values that "
                 "16-bit parameters are stepped in: pass masters=False"
             )
-        return {**layout, MASTER: dtype}
+        return {**found, MASTER: dtype}
 
     def _missing(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
-        """Those of them that are still to be made: all before the first step."""
+        """Those that are still to be made: all before the first step."""
         state = self._state[parameter]
-        if set(state) - {MASTER}:  # only a master can be wanting: a plain optimizer kept none
-            is_wanting = self.stepped_dtype(parameter) != parameter.dtype and MASTER not in state
-            return {MASTER: self.stepped_dtype(parameter)} if is_wanting else {}
-        layout = self._layout(parameter, group)
-        return {key: dtype for key, dtype in layout.items() if key not in state}
+        if set(state) - {MASTER}:  # a plain optimizer's state has all but a master
+            lacks_master = self.stepped_dtype(parameter) != parameter.dtype and MASTER not in state
+            return {MASTER: self.stepped_dtype(parameter)} if lacks_master else {}
+        dtypes = self._dtypes(parameter, group)
+        return {key: dtype for key, dtype in dtypes.items() if key not in state}
 
     @contextmanager
     def _brought_in(
         self,
         parameter: nn.Parameter,
-        missing: StateDtypes,
+        group: Mapping[str, Any],
         ahead: Iterable[Sequence[Berth]] | None,
         in_backward: bool,
     ) -> Iterator[StepTensors]:
-        berth, tensors = _parked(parameter), self._tensors(parameter)
+        """The tensors of one step, in slabs where the parameter is parked."""
+        missing = self._missing(parameter, group)
+        berth, tensors = parked_berth(parameter), self._tensors(parameter)
         if berth is None:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
-            yield StepTensors({**tensors, **made}, frozenset(made), dict(made))
+            yield StepTensors({**tensors, **made}, made)
             return
         with room_of(parameter):
-            rooms = {key: berth.home.berth(berth.shape, dtype) for key, dtype in missing.items()}
-        berths = self._berths(parameter, berth)
-        ferries = ferries_of(berth.home)
-        work = StepTensors(
-            tensors, frozenset(rooms), {key: _at(room) for key, room in rooms.items()}
-        )
+            made = {key: empty_at(berth.home, berth.shape, missing[key]) for key in missing}
+        old, new = self._berths(parameter, berth), _berths_of(made)
+        work, rings = StepTensors(tensors, made), ferries_of(berth.home)
         with ExitStack() as stack:
-
-            def borrow(ring: Ferry, cargo: dict[str, Berth], made: dict[str, Berth]) -> None:
-                old, new = tuple(cargo.values()), tuple(made.values())
-                loan = stack.enter_context(ring.borrow(old, made=new, ahead=ahead))
-                tensors.update(zip((*cargo, *made), loan.tensors, strict=True))
-                work.loans.append((loan, (*cargo, *made)))
-
-            # Threads that hold a slab of one ring and wait for the other do it in this order only.
+            # Every thread acquires the rings in this order, or two could wait for each other.
             if in_backward:
-                borrow(ferries.weights, {VALUE: berths.pop(VALUE)}, {})
-            if berths or rooms:
-                borrow(ferries.steps, berths, rooms)
+                values = rings.weights.borrow((old.pop(VALUE),), ahead=ahead)
+                work.add(stack.enter_context(values), [VALUE])
+            if old or new:
+                loan = rings.steps.borrow(
+                    tuple(old.values()), made=tuple(new.values()), ahead=ahead
+                )
+                work.add(stack.enter_context(loan), [*old, *new])
             yield work
 
     def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Value, gradient and state as they are found."""
+        """Value, gradient and parameter-shaped state."""
         assert parameter.grad is not None
-        shaped = {
-            key: entry
-            for key, entry in self._state[parameter].items()
-            if isinstance(entry, Tensor) and entry.shape == parameter.shape and entry.dim()
-        }
+        entries = self._state[parameter].items()
+        shaped = {key: entry for key, entry in entries if is_shaped(entry, parameter)}
         return {VALUE: parameter.detach(), GRADIENT: parameter.grad, **shaped}
 
     def _berths(self, parameter: Tensor, own: Berth) -> dict[str, Berth]:
-        """Those of them that live where the parameter lives."""
-        found = {VALUE: own}
-        for key, entry in [(GRADIENT, parameter.grad), *self._state[parameter].items()]:
-            berth = berth_of(entry) if isinstance(entry, Tensor) else None
-            if berth is not None and berth.home is own.home:
-                found[key] = berth
-        return found
+        """The allocations of those that are in the parameter's own home."""
+        entries = {GRADIENT: parameter.grad, **self._state[parameter]}
+        found = _berths_of({k: each for k, each in entries.items() if isinstance(each, Tensor)})
+        return {VALUE: own} | {k: each for k, each in found.items() if each.home is own.home}
+
+
+def _berths_of(tensors: Mapping[str, Tensor]) -> dict[str, Berth]:
+    found = ((key, berth_of(tensor)) for key, tensor in tensors.items())
+    return {key: berth for key, berth in found if berth is not None}
 
 
 def _chunks(value: Tensor) -> Iterator[Any]:  # what a tensor is indexed with
@@ -275,7 +286,7 @@ def _chunks(value: Tensor) -> Iterator[Any]:  # what a tensor is indexed with
 
 
 def _move_late(kept: ParameterState, late: ParameterState, value: Tensor, rows: Any) -> None:
-    """Move what the optimizer made in a later step than its first into a tensor of all rows."""
+    """Copy tensors that the optimizer makes after its first step into tensors of all rows."""
     shape = value[rows].shape
     for key, entry in list(kept.items()):
         if isinstance(entry, Tensor) and entry.dim() and entry.shape == shape:
@@ -284,7 +295,7 @@ def _move_late(kept: ParameterState, late: ParameterState, value: Tensor, rows: 
 
 
 def _in_place(old: Any, new: Any) -> Any:
-    """A new number, kept where the old one was.
+    """A new number, copied into the old one's tensor where there is one.
 
     A small tensor made anew in each step would lie where a large one lay before, and grow the heap.
     """
@@ -293,20 +304,8 @@ def _in_place(old: Any, new: Any) -> Any:
     return old.copy_(new) if old.dtype == new.dtype and old.device == new.device else new
 
 
-def _at(berth: Berth) -> Tensor:
-    tensor = berth.tensor()
-    register(tensor, berth)
-    return tensor
-
-
-def _parked(parameter: Tensor) -> Berth | None:
-    """The berth of a parameter that is not worked on where it lies."""
-    berth = berth_of(parameter)
-    return None if berth is None or berth.home.works_in_place else berth
-
-
 def _refresh(master: Tensor, value: Tensor, is_new: bool) -> None:
-    """Take the float32 values anew wherever someone wrote to the 16-bit ones since."""
+    """Take over into the float32 master those 16-bit values that were written to since."""
     if is_new:
         master.copy_(value)
         return
@@ -318,38 +317,8 @@ def _refresh(master: Tensor, value: Tensor, is_new: bool) -> None:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 
-    A sum with one of those is none of the finite numbers; only where finite numbers have a sum that
-    is too large are they looked at one by one. It takes 4% of AdamW's time for the same values
-    (measured, one thread).
+    A sum with one of those is not finite. Only where finite numbers have a sum that is too large
+    are they looked at one by one. It takes 4% of AdamW's time for the same values (measured, one
+    thread).
     """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def check_gradients(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Look at gradients that lie in memory; where all are finite, with one wait for a device.
-
-    Raises:
-        NotFiniteError: one is not.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    sums = [gradient.detach().sum().isfinite() for gradient in gradients]
-    if not sums or bool(torch.stack([each.to(sums[0].device) for each in sums]).all()):
-        return
-    for parameter in parameters:
-        check_gradient(model, parameter, parameter.grad)
-
-
-def check_gradient(model: nn.Module, parameter: nn.Parameter, gradient: Tensor | None) -> None:
-    """Refuse a gradient that no step can be taken with.
-
-    Raises:
-        NotFiniteError: it is not finite.
-    """
-    if gradient is None or is_finite(gradient):
-        return
-    names = (name for name, each in model.named_parameters() if each is parameter)
-    raise NotFiniteError(
-        f"the gradient of {next(names, 'a parameter')} is not finite; it was not applied, nor "
-        "those after it: leave this batch out with zero_grad(), or go back to the last checkpoint "
-        "and lower lr; in float16 use a torch.amp.GradScaler, or train in bfloat16"
-    )

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Home, Reservation, berth_of, hold_room
-from memtile.optim.clipping import clip_gradients, refuse_clipping
+from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
@@ -92,7 +92,7 @@ class TileOptimizer(Optimizer):
         self._reserve(self.param_groups)
         self._hook(self._all())
         if mode == "in_backward":
-            refuse_clipping(self)
+            torch_clipping_check.add(self)
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def _check_parameters(self, model: nn.Module) -> None:
