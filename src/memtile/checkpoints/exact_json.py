@@ -1,7 +1,6 @@
-"""Small values as JSON and back, the same to the last bit; what JSON does not have is marked.
+"""Small values as JSON and back, bit for bit; values that JSON does not have are marked.
 
-Python writes each finite float with as many digits as tell it from all others, and reads it back as
-it was. Everything is plain JSON that any reader takes.
+Python writes a finite float with enough digits to read it back exactly.
 """
 
 import math
@@ -24,7 +23,7 @@ _DICTIONARIES: Final[Mapping[str, type]] = MappingProxyType(
 
 
 def to_json(value: object, where: str) -> Any:  # any JSON
-    """The value as what `json` writes.
+    """The value as `json.dumps` takes it.
 
     Args:
         value: None, a number, a text, a tensor of at most one element, or a list, tuple or
@@ -54,11 +53,7 @@ def to_json(value: object, where: str) -> Any:  # any JSON
 
 
 def from_json(found: Any) -> Any:  # any JSON, and whatever it stands for
-    """The value that `to_json` wrote.
-
-    Raises:
-        ValueError: it is nothing that `to_json` writes; KeyError and TypeError likewise.
-    """
+    """The value that `to_json` wrote; ValueError, KeyError or TypeError for anything else."""
     if isinstance(found, list):
         return [from_json(item) for item in found]
     if not isinstance(found, dict):

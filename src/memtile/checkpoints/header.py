@@ -1,8 +1,8 @@
-"""The header of a safetensors file: which tensor lies where, checked before it is trusted.
+"""The header of a safetensors file: read and checked, and written.
 
 A file is the header's length (8 bytes, little endian), the header (JSON), and the tensors' bytes
-without holes. Source: the format's description in the safetensors project. What memtile writes has
-the CRC-32 of each tensor in the header's metadata, which other readers ignore.
+without holes. Source: the format's description in the safetensors project. memtile adds the CRC-32
+of each tensor to the header's metadata, which other readers ignore.
 """
 
 import json
@@ -45,7 +45,7 @@ BITS: Final[Mapping[str, int]] = MappingProxyType(
     {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
     | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 )
-"""Bits of an element of each dtype that safetensors knows; torch has not all of them."""
+"""Bits of an element of each dtype of safetensors; torch has not all of them."""
 CHECKSUMS: Final = "memtile.crc32"
 LENGTH_BYTES: Final = 8
 LARGEST: Final = 100_000_000  # bytes of a header, as the safetensors library has it
@@ -71,11 +71,11 @@ class TensorEntry:
 
     Attributes:
         name: of the tensor.
-        kind: what safetensors calls its dtype.
+        kind: its dtype, as safetensors names it.
         shape: of the tensor.
         offset: where its bytes begin in the file.
         nbytes: how many they are.
-        crc: their CRC-32, where the file tells it.
+        crc: their CRC-32, where the file has it.
     """
 
     name: str
@@ -87,11 +87,7 @@ class TensorEntry:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype.
-
-        Raises:
-            CheckpointError: torch has none for it; its bytes can be copied all the same.
-        """
+        """Its dtype; CheckpointError where torch has none: its bytes can still be copied."""
         if self.kind not in DTYPES:
             raise CheckpointError(
                 f"{self.name!r} is kept as {self.kind}, which memtile can show and copy, but "
@@ -102,23 +98,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What a file says of itself.
-
-    Attributes:
-        entries: the tensors by their names, in the order of their bytes.
-        metadata: other texts.
-    """
+    """The tensors of a file by name, in the order of their bytes, and other texts."""
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
 def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
-    """How long the header is that follows these first bytes of a file.
-
-    Raises:
-        CheckpointError: no header can follow.
-    """
+    """The header's length, from a file's first bytes; CheckpointError where it can be none."""
     if len(raw) < LENGTH_BYTES:
         raise _not_whole(where, f"it has {file_bytes} bytes, fewer than a header")
     (length,) = struct.unpack("<Q", raw[:LENGTH_BYTES])
@@ -130,11 +117,11 @@ def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
 
 
 def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
-    """The header with this JSON.
+    """The header from its JSON, checked.
 
     Args:
-        raw: the header without its length.
-        file_bytes: how long the file is.
+        raw: the JSON.
+        file_bytes: the file's length.
         where: the file, for messages.
 
     Raises:
@@ -159,11 +146,7 @@ def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
 
 
 def parse_json(raw: bytes | str) -> Any:  # any JSON
-    """What JSON says, once no object of it has one name twice: readers differ in whom they believe.
-
-    Raises:
-        ValueError: it is no JSON, or has a name twice.
-    """
+    """Parse JSON; ValueError where an object has a name twice: readers differ on which counts."""
     return json.loads(raw, object_pairs_hook=_named_once)
 
 
@@ -172,12 +155,12 @@ def pack(
     metadata: Mapping[str, str],
     crcs: Mapping[str, int] | None = None,
 ) -> bytes:
-    """The beginning of a file with these tensors one after the other; its length knows no CRC.
+    """The beginning of a file with these tensors in order.
 
     Args:
-        tensors: name, what safetensors calls the dtype, and shape of each.
+        tensors: name, safetensors' name of the dtype, and shape of each.
         metadata: other texts.
-        crcs: of each tensor; zeros by default, to be written over once they are known.
+        crcs: of each tensor; zeros by default. The length does not depend on them.
     """
     known = {name: f"{(crcs or {}).get(name, 0):08x}" for name, _, _ in tensors}
     table: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUMS: json.dumps(known)}}
@@ -196,18 +179,14 @@ def pack(
 
 
 def room_of(name: str, kind: str, shape: Sequence[int]) -> int:
-    """The most bytes that a tensor takes in a header, its checksum included."""
+    """The most bytes of a header that one tensor takes, its checksum included."""
     quoted = json.dumps(name)
     texts = (quoted, json.dumps(quoted), kind, json.dumps(list(shape)))
     return sum(map(len, texts)) + _FIELDS
 
 
 def size_of(kind: str, shape: Sequence[int]) -> int:
-    """The bytes of a tensor.
-
-    Raises:
-        ValueError: it does not end at a whole byte.
-    """
+    """The bytes of a tensor; ValueError where it does not end at a whole byte."""
     # not torch.Size.numel(), which overflows: 2**40 × 2**40 would have no bytes
     nbytes, rest = divmod(math.prod(shape) * BITS[kind], 8)
     if rest:
@@ -216,11 +195,7 @@ def size_of(kind: str, shape: Sequence[int]) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype.
-
-    Raises:
-        CheckpointError: it has no name for it.
-    """
+    """safetensors' name of a dtype; CheckpointError where it has none."""
     if dtype not in _NAMES:
         raise CheckpointError(
             f"safetensors has no name for {dtype}; cast what is {dtype} before it is saved"
@@ -256,7 +231,7 @@ def _named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:  # any JSON
 
 
 def _what_else(first: bytes) -> str:
-    """What a file is that is none of safetensors, as far as its first bytes tell."""
+    """What a file that is not safetensors is, by its first bytes."""
     if first.startswith(b"GGUF"):
         return f"is a GGUF file, and memtile reads safetensors; {NO_GGUF}"
     if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):

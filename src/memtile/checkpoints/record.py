@@ -1,7 +1,7 @@
-"""The record of a training checkpoint: a JSON file that vouches for itself and the files beside it.
+"""The record of a training checkpoint: a JSON file with checksums, and the random state.
 
-Tensors have checksums in their files' headers. The record has one of each header and of each other
-file, and one of itself: a bit that flips anywhere is found.
+Tensors have checksums in their files' headers. The record has one of each header, of each other
+file and of itself, so a flipped bit anywhere is found.
 """
 
 import json
@@ -35,11 +35,7 @@ TrainingRecord = dict[str, Any]  # whatever JSON the record has
 
 
 def write_record(folder: Path, record: TrainingRecord) -> None:
-    """Write the record of what the folder holds by now; the record comes last.
-
-    Raises:
-        CheckpointWriteError: the system could not.
-    """
+    """Write the record of a folder, after all other files of it."""
     files = {path.name: _summary(path) for path in sorted(folder.iterdir())}
     full = {"format": FORMAT, **record, "files": files}
     text = json.dumps({"crc32": _crc_of(full), **full}, allow_nan=False)
@@ -47,9 +43,7 @@ def write_record(folder: Path, record: TrainingRecord) -> None:
 
 
 def read_record(folder: Path) -> TrainingRecord:
-    """The record, once it and all files that it names were found as they were written.
-
-    What the tensors hold is left to their own checksums.
+    """The record; it and all files that it names are checked, except the tensors' bytes.
 
     Raises:
         CheckpointError: the folder is not whole, or damaged, or of another format.
@@ -120,12 +114,11 @@ def _damaged(path: Path) -> CheckpointError:
 
 @dataclass(frozen=True)
 class RandomState:
-    """What Python's, numpy's and torch's own generators are at.
+    """The states of the global random generators of Python, numpy and torch.
 
     Attributes:
-        python: as `random.getstate` gives it.
-        numpy: as `numpy.random.get_state` gives it, with lists for arrays; None where numpy is not
-            loaded.
+        python: of `random.getstate`.
+        numpy: of `numpy.random.get_state`, with lists for arrays; None where numpy is not loaded.
         torch: states of torch's generators, by device.
     """
 
@@ -135,7 +128,7 @@ class RandomState:
 
     @classmethod
     def now(cls) -> "RandomState":
-        """The state at this moment; CUDA's where CUDA is in use."""
+        """The present state; CUDA's where CUDA is in use."""
         states = {_CPU: torch.get_rng_state()}
         if torch.cuda.is_initialized():
             states |= {f"{_CUDA}{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -144,21 +137,17 @@ class RandomState:
         return cls(random.getstate(), found, states)
 
     def to_json(self) -> Any:  # any JSON
-        """What goes into the record."""
+        """The part that goes into the record."""
         both = {"python": self.python, "numpy": self.numpy}
         return to_json(both, "the random state")
 
     def outgoing(self) -> list[Outgoing]:
-        """What goes into a file of tensors."""
+        """The part that goes into a file of tensors."""
         return [Outgoing.of(name, state) for name, state in self.torch.items()]
 
     @classmethod
     def read(cls, found: Any, tensors: Checkpoint) -> "RandomState":  # any JSON
-        """What was saved.
-
-        Raises:
-            CheckpointError: this torch has other generators than the one that saved it.
-        """
+        """The saved state; CheckpointError where this torch's generator has another form."""
         both = from_json(found)
         states = {name: tensor.read() for name, tensor in tensors.items()}
         ours, theirs = torch.get_rng_state(), states.get(_CPU)
@@ -170,11 +159,7 @@ class RandomState:
         return cls(both["python"], both["numpy"], states)
 
     def restore(self) -> None:
-        """Set the generators.
-
-        Warns:
-            UserWarning: some that were in use then are not there now.
-        """
+        """Set the generators; warns of those that are not in this process."""
         random.setstate(self.python)
         numpy = sys.modules.get("numpy")
         if self.numpy is not None and numpy is not None:

@@ -75,14 +75,17 @@ def dense_parameters(model: nn.Module) -> list[DenseParameter]:
     seen: set[nn.Parameter] = set()
     found = []
     for path, module in model.named_modules():
-        for dense in [*_joined(path, module), *_own(path, module)]:
+        prefix = f"{path}." if path else ""
+        own = module.named_parameters(recurse=False)
+        dense_own = [DenseParameter(prefix + name, p.shape, (Part(p),)) for name, p in own]
+        for dense in [*_joined(prefix, module), *dense_own]:
             if dense.parts[0].parameter not in seen:
                 seen.update(part.parameter for part in dense.parts)
                 found.append(dense)
     return found
 
 
-def _joined(path: str, module: nn.Module) -> Iterator[DenseParameter]:
+def _joined(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
     if not isinstance(module, TiledLayer):
         return
     for name in ("weight", "bias"):
@@ -90,15 +93,7 @@ def _joined(path: str, module: nn.Module) -> Iterator[DenseParameter]:
         turned = name == "weight" and module.weight_is_transposed
         parts = tuple(Part(p, module.tile_rect(name, i), turned) for i, p in tiles.items())
         if parts:
-            full = f"{path}.{name}" if path else name
-            yield DenseParameter(full, torch.Size(module.dense_shape(name)), parts)
-
-
-def _own(path: str, module: nn.Module) -> Iterator[DenseParameter]:
-    for name, parameter in module.named_parameters(recurse=False):
-        yield DenseParameter(
-            f"{path}.{name}" if path else name, parameter.shape, (Part(parameter),)
-        )
+            yield DenseParameter(prefix + name, torch.Size(module.dense_shape(name)), parts)
 
 
 def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[DenseParameter]]:

@@ -24,7 +24,7 @@ _WAY_OUT = (
 
 
 def check_class(optimizer_class: object) -> type[Optimizer]:
-    """The class; raises OptimizerError where it is no optimizer class or its step needs a closure."""
+    """The class; OptimizerError where it is no optimizer's, or its step needs a closure."""
     if isinstance(optimizer_class, Optimizer):
         name = type(optimizer_class).__name__
         raise OptimizerError(

@@ -203,50 +203,35 @@ class Inner:
         if (dtype, frozenset(flags)) in self._checked:
             return
         options = {**group, "lr": _CHECKED_LR} if "lr" in group else dict(group)
-        kept: list[str] = []
+        changed: list[str] = []  # options of the group
 
-        def whole(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
-            kept.extend(self._train_plainly(values, rounds, options))
+        def step_whole(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
+            parameters = [nn.Parameter(value) for value in values]
+            optimizer = self._construct([{**options, "params": parameters}])
+            before = dict(optimizer.param_groups[0])
+            for gradients in rounds:
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                bare_step(optimizer)()
+            after = optimizer.param_groups[0]
+            changed.extend(key for key, value in after.items() if value is not before.get(key))
 
-        def in_pieces(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
-            self._train_in_pieces(values, rounds, options)
+        def step_slices(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
+            states: list[dict[str, Any]] = [{} for _ in values]
+            for gradients in rounds:
+                for parts in zip(values, gradients, states, strict=True):
+                    self._try_step(ParameterSlice(*parts), options)
 
-        if not slices_agree(whole, in_pieces, dtype):
-            raise refusal(self.name, self._not_elementwise(dtype, kept))
+        if not slices_agree(step_whole, step_slices, dtype):
+            raise refusal(self.name, self._not_elementwise(dtype, changed))
         self._checked.add((dtype, frozenset(flags)))
 
-    def _train_plainly(
-        self,
-        values: Sequence[Tensor],
-        rounds: Sequence[Sequence[Tensor]],
-        options: Mapping[str, Any],
-    ) -> list[str]:
-        """Step parameters as torch does; gives the keys of their group that this changed."""
-        parameters = [nn.Parameter(value) for value in values]
-        optimizer = self._construct([{**options, "params": parameters}])
-        before = dict(optimizer.param_groups[0])
-        for gradients in rounds:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            bare_step(optimizer)()
-        after = optimizer.param_groups[0]
-        return [key for key, value in after.items() if value is not before.get(key)]
-
-    def _train_in_pieces(
-        self,
-        values: Sequence[Tensor],
-        rounds: Sequence[Sequence[Tensor]],
-        options: Mapping[str, Any],
-    ) -> None:
-        states: list[dict[str, Any]] = [{} for _ in values]
-        for gradients in rounds:
-            for parts in zip(values, gradients, states, strict=True):
-                self._try_step(ParameterSlice(*parts), options)
-
-    def _not_elementwise(self, dtype: torch.dtype, kept: Sequence[str]) -> str:
+    def _not_elementwise(self, dtype: torch.dtype, changed: Sequence[str]) -> str:
         found = f"a {dtype} matrix stepped in halves came out otherwise than stepped whole"
-        if kept:
-            found = f"it counts {', '.join(map(repr, kept))} in its parameter group, at every step"
+        if changed:
+            found = (
+                f"it counts {', '.join(map(repr, changed))} in its parameter group, at every step"
+            )
         return (
             f"is not element-wise: given {spelled(self._options)}, {found}; tiles are stepped one "
             "by one, so a value may depend only on its own gradient, its own state and the options"

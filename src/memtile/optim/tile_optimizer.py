@@ -1,4 +1,4 @@
-"""`TileOptimizer`: any element-wise torch optimizer, stepping tiles where they live."""
+"""`TileOptimizer`: any element-wise torch optimizer, for parameters that live in homes."""
 
 import weakref
 from collections import Counter
@@ -13,47 +13,42 @@ from torch.utils.hooks import RemovableHandle
 from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Home, Reservation, berth_of, hold_room
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
-from memtile.optim.dense_state import load_dense_state, to_dense_state
+from memtile.optim.dense_state import ParamGroup, load_dense_state, parked_berth, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.stepping import Stepper
 from memtile.transfer import ferries_of, gradient_of, is_stepped_in_backward, step_in_backward
 
 StepMode = Literal["classic", "in_backward"]
-Hook = Callable[[nn.Parameter], None]
-ParamGroup = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
 
 
 class TileOptimizer(Optimizer):
-    """A torch optimizer for a model whose tiles may live elsewhere.
+    """A torch optimizer for a model whose tiles may live in homes.
 
     It is a `torch.optim.Optimizer`: parameter groups, schedulers, `zero_grad`, `state_dict` work.
-    Each parameter is stepped by itself, parked ones in slabs, with moments that live in the home of
-    their tile: room for them, and for gradients that go home, is held there from now on, until this
-    is dropped. Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
-    stopped when `step` is called again.
+    Each parameter is stepped by itself, and its moments live in the home of its tile. Room for
+    moments and gradients is held there until the optimizer is dropped. Ctrl-C waits until a step
+    is whole. After an I/O error in `step`, calling it again goes on with what was not stepped.
 
-    A gradient that is not finite is never applied. Gradients that lie in memory are all looked at
-    before the first parameter is stepped, those of parked tiles each when it is there to be
-    applied: then tiles before it were stepped. `clip_grad_norm_(…, error_if_nonfinite=True)` looks
-    at all of them first.
+    A gradient that is not finite is never applied. Gradients in memory are all checked before the
+    first parameter is stepped; that of a parked tile just before it is applied, when tiles before
+    it have been stepped. `clip_grad_norm_(…, error_if_nonfinite=True)` checks all of them first.
 
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
-    gradient is dropped: no gradient memory. `step()` is still called, once after each backward; a
+    gradient is dropped, so gradients take no memory. Call `step()` once after each backward; a
     second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
-    in the middle of such a backward leaves some parameters stepped, also that of a gradient which
-    is not finite.
+    in such a backward, `NotFiniteError` included, leaves some parameters stepped.
 
     Args:
         model: whose parameters are optimized.
-        optimizer_class: an element-wise `torch.optim.Optimizer` class; the check is its own.
+        optimizer_class: an element-wise `torch.optim.Optimizer` class; others are refused.
         mode: "classic" or "in_backward".
         params: parameters or groups of them, as torch optimizers take them; all by default.
         masters: step 16-bit parameters in float32, kept beside the moments; False: in 16 bits.
         **options: go to `optimizer_class`.
 
     Raises:
-        ArgumentError: the model or the mode is none.
+        ArgumentError: `model` is no module, or `mode` is neither of the two.
         OptimizerError: the class is not element-wise, or does not take the options.
         HomeFullError: a home has no room for moments, masters and gradients.
     """
@@ -66,7 +61,7 @@ class TileOptimizer(Optimizer):
         mode: StepMode = "classic",
         params: Iterable[Any] | None = None,
         masters: bool = True,
-        **options: Any,  # the contract passes them to optimizer_class
+        **options: Any,  # whatever optimizer_class takes
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ArgumentError(
@@ -120,7 +115,7 @@ class TileOptimizer(Optimizer):
             HomeFullError: a home has no room for what they need; nothing was added.
         """
         super().add_param_group(param_group)
-        if not hasattr(self, "_stepper"):  # the constructor goes on with all groups at once
+        if not hasattr(self, "_stepper"):  # the constructor reserves for all groups at once
             return
         added = self.param_groups[-1]
         try:
@@ -133,21 +128,31 @@ class TileOptimizer(Optimizer):
     def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.mode == "classic":
             return
-        step: weakref.WeakMethod[Hook] = weakref.WeakMethod(self._step_after_backward)
-        for parameter in filter(lambda parameter: parameter.requires_grad, parameters):
-            handle = parameter.register_post_accumulate_grad_hook(_if_alive(step))
-            self._hooks.append((weakref.ref(parameter), handle))
-            step_in_backward(parameter, True)
+        own = weakref.ref(self)
+
+        def step(parameter: Tensor) -> None:
+            optimizer = own()
+            if optimizer is not None:
+                assert isinstance(parameter, nn.Parameter)
+                optimizer._step_after_backward(parameter)
+
+        for parameter in parameters:
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(step)
+                self._hooks.append((weakref.ref(parameter), handle))
+                step_in_backward(parameter, True)
 
     def _reserve(self, groups: Iterable[ParamGroup]) -> None:
-        """Hold room in each home for what training will park there, for as long as this lives."""
+        """Hold room in each home for state and gradients, while this optimizer lives."""
         needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
         places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
         for parameter, group in _with_groups(groups):
             berth = berth_of(parameter)
             if berth is not None and parameter.requires_grad:
                 rooms = self._stepper.state_rooms(parameter, group)
-                if self.mode == "classic" or places[parameter] > 1:  # ties are summed at home
+                if (
+                    self.mode == "classic" or places[parameter] > 1
+                ):  # a tied gradient is summed in the home
                     rooms.append(berth.room)
                 needed.setdefault(berth.home, []).append((parameter, rooms))
         held = [
@@ -163,7 +168,7 @@ class TileOptimizer(Optimizer):
         return (parameter for parameter, _ in _with_groups(self.param_groups))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients; a step that was not finished, or a backward, is given up."""
+        """Drop all gradients; an unfinished step or backward is given up."""
         self._stepped.clear()
         self._unfinished = None
         super().zero_grad(set_to_none)
@@ -172,7 +177,7 @@ class TileOptimizer(Optimizer):
         """Step every parameter that has a gradient; in backward mode, those not stepped yet.
 
         Raises:
-            OptimizerError: the model has other parameters by now: it was tiled or untiled.
+            OptimizerError: the model was tiled or untiled since, so it has other parameters.
             NotFiniteError: a gradient holds NaN or infinity.
             HomeIOError: a tile could not be read or written. Call `step()` again to go on with the
                 parameters that were not stepped, or `zero_grad()` to give them up.
@@ -199,7 +204,8 @@ class TileOptimizer(Optimizer):
             )
 
     def _step_all(self) -> None:
-        self._forget_read()
+        homes = {berth.home for berth in map(parked_berth, self._all()) if berth is not None}
+        _drop_slabs(homes)
         for parameter in self._stepped:
             parameter.grad = None  # part of one, from a second backward that was refused
         if self._unfinished is None:
@@ -218,48 +224,30 @@ class TileOptimizer(Optimizer):
             del todo[0]
             if self.mode == "in_backward":
                 parameter.grad = None
-        self._settle()
+        for home in homes:
+            ferries_of(home).steps.settle()
+        _drop_slabs(homes)
         self._stepped.clear()
         self._unfinished = None
-
-    def _settle(self) -> None:
-        """Wait until everything is at home."""
-        for home in self._homes():
-            ferries_of(home).steps.settle()
-        self._forget_read()
-
-    def _forget_read(self) -> None:
-        """Use nothing that was read before, by this step or by one that was given up."""
-        for home in self._homes():
-            ferries_of(home).steps.clear()
-            ferries_of(home).weights.clear()
-
-    def _homes(self) -> set[Home]:
-        """Those whose tiles are stepped in slabs."""
-        homes = {berth.home for berth in map(berth_of, self._all()) if berth is not None}
-        return {home for home in homes if not home.works_in_place}
 
     def _step_after_backward(self, parameter: nn.Parameter) -> None:
         """The hook of in-backward mode: the parameter's gradient is complete."""
         with gradient_of(parameter):
-            self._step_complete(parameter)
-
-    def _step_complete(self, parameter: nn.Parameter) -> None:
-        if parameter.grad is None:
-            return
-        if parameter in self._stepped:
+            if parameter.grad is None:
+                return
+            if parameter in self._stepped:
+                parameter.grad = None
+                raise OptimizerError(
+                    "a second backward came before step(): in mode='in_backward' a parameter is "
+                    "stepped by its first one and cannot accumulate; call step() after each "
+                    "backward, or use mode='classic'"
+                )
+            uninterrupted_backward()
+            if not self._stepped:
+                self._group_of = dict(_with_groups(self.param_groups))
+            self._stepper.step(parameter, self._group_of[parameter], in_backward=True)
+            self._stepped.add(parameter)
             parameter.grad = None
-            raise OptimizerError(
-                "a second backward came before step(): in mode='in_backward' a parameter is "
-                "stepped by its first one and cannot accumulate; call step() after each backward, "
-                "or use mode='classic'"
-            )
-        uninterrupted_backward()
-        if not self._stepped:
-            self._group_of = dict(_with_groups(self.param_groups))
-        self._stepper.step(parameter, self._group_of[parameter], in_backward=True)
-        self._stepped.add(parameter)
-        parameter.grad = None
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -267,10 +255,10 @@ class TileOptimizer(Optimizer):
     ) -> Tensor:
         """Scale all gradients so that their norm is at most `max_norm`, tile by tile.
 
-        `torch.nn.utils.clip_grad_norm_` does the same through the mapped memory.
+        `torch.nn.utils.clip_grad_norm_` does the same, through the mapped memory.
 
         Returns:
-            The norm before.
+            The norm before, a scalar.
 
         Raises:
             OptimizerError: in backward mode, where there are no gradients to clip.
@@ -287,9 +275,8 @@ class TileOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as the plain optimizer over the dense model would give it.
 
-        Moments of tiles are joined: in the home of the tiles, so that no memory is needed for them,
-        as room of their own that is given back with the dictionary. Hooks run as with torch's
-        own, and see the dense state.
+        Moments of tiles are joined in the home of the tiles, in new room that is freed with the
+        dictionary. Hooks run as with torch's own optimizers, and see the dense state.
 
         Raises:
             OptimizerError: some tiles of a weight are in a group and some are not.
@@ -299,21 +286,23 @@ class TileOptimizer(Optimizer):
             before(self)
         packed = to_dense_state(self._model, self.state, self.param_groups)
         for after in self._optimizer_state_dict_post_hooks.values():
-            packed = _replaced(packed, after(self, packed))
+            changed = after(self, packed)
+            packed = packed if changed is None else changed
         return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a plain optimizer over the dense model, or of this class.
 
-        Hooks run as with torch's own, and see the dense state.
+        Hooks run as with torch's own optimizers, and see the dense state.
 
         Raises:
             OptimizerError: it is of another model; nothing was changed.
         """
         state_dict = state_dict.copy()  # torch's hooks may change theirs
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _replaced(state_dict, before(self, state_dict))
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         load_dense_state(self, self._model, state_dict, self._stepper.stepped_dtype)
         for parameter, group in _with_groups(self.param_groups):
             if parameter in self.state:
@@ -326,18 +315,11 @@ def _with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, P
     return ((parameter, group) for group in groups for parameter in group["params"])
 
 
-def _replaced(given: dict[str, Any], by_hook: dict[str, Any] | None) -> dict[str, Any]:
-    return given if by_hook is None else by_hook
-
-
-def _if_alive(method: "weakref.WeakMethod[Hook]") -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        step = method()
-        if step is not None:
-            assert isinstance(parameter, nn.Parameter)
-            step(parameter)
-
-    return hook
+def _drop_slabs(homes: Iterable[Home]) -> None:
+    """Use no value that was read before, by this step or by one that was given up."""
+    for home in homes:
+        ferries_of(home).steps.clear()
+        ferries_of(home).weights.clear()
 
 
 def _remove(hooks: list[tuple["weakref.ref[nn.Parameter]", RemovableHandle]]) -> None:
