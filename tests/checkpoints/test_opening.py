@@ -43,7 +43,7 @@ def test_a_folder_a_file_and_an_index_are_opened(tmp_path):
 
 
 def test_parts_of_a_tensor_are_read(tmp_path):
-    """Elements, rows and bands are those of the tensor."""
+    """Elements, rows and pieces of bytes are those of the tensor."""
     tensors = {"m": torch.randn(1000, 1500), "v": torch.randn(7), "scalar": torch.tensor(3.0)}
     save_file(tensors, tmp_path / "other.safetensors")
 
@@ -52,9 +52,9 @@ def test_parts_of_a_tensor_are_read(tmp_path):
     assert torch.equal(found["m"].elements(1499, 1502), tensors["m"].view(-1)[1499:1502])
     assert torch.equal(found["m"].rows(3, 5), tensors["m"][3:5])
     for name, tensor in tensors.items():
-        bands = list(found[name].bands())
-        assert torch.equal(torch.cat([band.view(-1) for _, band in bands]), tensor.view(-1))
-    assert len(list(found["m"].bands())) == 2
+        raw = torch.cat(list(found[name].raw()))
+        assert torch.equal(raw.view(tensor.dtype), tensor.view(-1))
+    assert len(list(found["m"].raw())) == 2
 
 
 @pytest.mark.parametrize(

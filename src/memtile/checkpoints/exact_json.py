@@ -44,7 +44,8 @@ def to_json(value: object, where: str) -> Any:  # any JSON
         return _of_sequence(value, where)
     if type(value) in _DICTIONARIES.values():
         return _of_dictionary(value, where)
-    kind = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else _spelled(value)
+    cls = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    kind = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else f"a {cls}"
     raise CheckpointError(
         f"{where} is {kind}, which cannot be saved: only numbers, texts, None, tensors of one "
         "element, and lists, tuples and dictionaries of these can, and pickles are never used; "
@@ -99,7 +100,3 @@ def _of_dictionary(value: Any, where: str) -> Any:
     kind = next(name for name, one in _DICTIONARIES.items() if type(value) is one)
     marked = [{MARK: "tuple", "items": pair} for pair in pairs]
     return {MARK: kind, "items": marked}
-
-
-def _spelled(value: object) -> str:
-    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("a builtins.", "a ")

@@ -8,7 +8,6 @@ of each tensor to the header's metadata, which other readers ignore.
 import json
 import math
 import operator
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,12 +107,12 @@ def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
     """The header's length, from a file's first bytes; CheckpointError where it can be none."""
     if len(raw) < LENGTH_BYTES:
         raise _not_whole(where, f"it has {file_bytes} bytes, fewer than a header")
-    (length,) = struct.unpack("<Q", raw[:LENGTH_BYTES])
+    length = int.from_bytes(raw[:LENGTH_BYTES], "little")
     if not 2 <= length <= LARGEST:
         raise CheckpointError(f"{where} {_what_else(raw[:LENGTH_BYTES])}")
     if LENGTH_BYTES + length > file_bytes:
         raise _not_whole(where, f"its header has {length} bytes, the file {file_bytes}")
-    return int(length)
+    return length
 
 
 def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
@@ -175,7 +174,7 @@ def pack(
         start += nbytes
     raw = json.dumps(table, separators=(",", ":")).encode()
     raw += b" " * (-(LENGTH_BYTES + len(raw)) % _ALIGNMENT)
-    return struct.pack("<Q", len(raw)) + raw
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
 
 
 def room_of(name: str, kind: str, shape: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -60,7 +60,8 @@ def leftovers(folder: Path) -> list[Path]:
     """Folders that killed runs left half-written or half-removed."""
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if _is_leftover(path)]
+    parts = ((path, path.name.partition(PARTIAL)) for path in folder.iterdir())
+    return [path for path, (name, mark, _) in parts if mark and _NAME.fullmatch(name)]
 
 
 @contextmanager
@@ -101,7 +102,8 @@ def new_step(
         CheckpointWriteError: there is a newer step, another run is writing there, or it could not
             be written; the checkpoints that were there are as they were.
     """
-    with _sole(folder):
+    is_held = folder.is_dir() and _key(folder) in _held
+    with nullcontext() if is_held else sole_writer(folder):
         sync_folder(folder.parent)
         for path in leftovers(folder):
             shutil.rmtree(path, ignore_errors=True)
@@ -121,19 +123,9 @@ def new_step(
         _remove_older(folder, keep, record)
 
 
-def _sole(folder: Path) -> AbstractContextManager[None]:
-    is_held = folder.is_dir() and _key(folder) in _held
-    return nullcontext() if is_held else sole_writer(folder)
-
-
 def _key(folder: Path) -> tuple[int, int, int]:
     found = folder.stat()
     return os.getpid(), found.st_dev, found.st_ino
-
-
-def _is_leftover(path: Path) -> bool:
-    name, mark, _ = path.name.partition(PARTIAL)
-    return bool(mark) and _NAME.fullmatch(name) is not None
 
 
 def _target(folder: Path, step: int) -> Path:

@@ -206,13 +206,6 @@ class StoredTensor:
         width = self.shape[1:].numel()
         return self.elements(start * width, stop * width).view(stop - start, *self.shape[1:])
 
-    def bands(self) -> Iterator[tuple[int, Tensor]]:
-        """Bands of whole rows, in new memory of a few MiB, with the first row of each."""
-        count = self.shape[0] if self.shape else 1
-        height = max(1, PIECE_BYTES * count // max(1, self.nbytes))
-        for start in range(0, count, height):
-            yield start, self.rows(start, min(start + height, count)) if self.shape else self.read()
-
     def check_sum(self) -> bool:
         """Verify the checksum; False where the file has none."""
         if self.entry.crc is None:

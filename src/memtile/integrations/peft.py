@@ -1,4 +1,4 @@
-"""PEFT: the frozen base linears become tiles, adapters stay and are saved as they are."""
+"""PEFT: the frozen base linears are tiled; adapters stay dense and are saved as they are."""
 
 import re
 import sys
@@ -28,7 +28,7 @@ def _keeps(model: nn.Module) -> dict[str, str]:
 
 
 def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The children that stay dense, with the reason."""
+    """The children that stay dense, each with the reason."""
     if isinstance(module, _peft("tuners.trainable_tokens.layer", "TrainableTokensLayer")):
         yield "base_layer", _ROWS
     if isinstance(module, _peft("tuners.tuners_utils", "BaseTunerLayer")):
@@ -38,12 +38,12 @@ def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _peft(module: str, name: str) -> Any:
-    """A class of PEFT, for isinstance; of nothing where that part is not loaded."""
+    """A class of PEFT for isinstance; () where that part is not loaded."""
     return getattr(sys.modules.get(f"peft.{module}"), name, ())
 
 
-def teach_peft() -> None:
-    """Let `save_pretrained` of a PEFT model with tiles in its base write dense names."""
+def patch_peft() -> None:
+    """Have `save_pretrained` of a PEFT model with tiles in its base write dense names."""
     cls = _peft("peft_model", "PeftModel")
     if cls != ():
         with_tiles(cls, "save_pretrained", _save_pretrained)
@@ -56,13 +56,13 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Write the folder; of the base's weights none comes into memory that is not written.
+    """Write the folder; no weight of the base comes into memory that is not written.
 
-    Adapters are modules of their own, but PEFT may save biases of the base beside them
-    (`bias="all"`, `"lora_only"`), and embeddings when it is told to (`save_embedding_layers=True`).
+    Beside adapters PEFT may save biases of the base (`bias="all"`, `"lora_only"`), and embeddings
+    where `save_embedding_layers=True`.
 
     Raises:
-        CannotTileError: a tile computes its weight, so that no dense name can say it.
+        CannotTileError: a tile computes its weight, so it has no dense name.
     """
     given = kwargs.pop("state_dict", None)
     tiles = model.state_dict() if given is None else given
@@ -72,7 +72,7 @@ def _save_pretrained(
 
 
 def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
-    """Names of the weight tiles that PEFT does not save."""
+    """Names of those weight tiles that PEFT does not save."""
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings()) if saves_embeddings else ()
     return {
@@ -84,7 +84,7 @@ def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """Checkpoints of the base have its own names, those of the adapters PEFT's."""
+    """Names in checkpoints: the base's own, and PEFT's for adapters."""
     if not isinstance(model, _peft("peft_model", "PeftModel")):
         return None
     wrapped: Any = model  # a PeftModel, which is not imported here
@@ -104,7 +104,7 @@ def _name_in_base(name: str) -> str:
 
 
 def _names_of_adapters(model: Any, pattern: re.Pattern[str]) -> dict[str, str]:
-    """By their names in the model, the names that PEFT saves tensors of the active adapter by."""
+    """PEFT's names of the active adapter's saved tensors, by their names in the model."""
     tensors = [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model)]
     state = {name: tensor for name, tensor in tensors if pattern.search(name)}
     if not state:
@@ -123,7 +123,7 @@ def _adapter_children(model: nn.Module) -> set[str]:
 
 
 def _filled(model: nn.Module) -> None:
-    """PEFT's copies of whole modules begin as what they are copies of."""
+    """Fill PEFT's copies of whole modules with the values of the originals."""
     for module in model.modules():
         if isinstance(module, _peft("utils.other", "ModulesToSaveWrapper")):
             for copied in module.modules_to_save.values():

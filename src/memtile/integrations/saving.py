@@ -1,4 +1,8 @@
-"""`save_pretrained` of a tiled transformers model: the dense checkpoint, for plain transformers."""
+"""`save_pretrained` of models with tiles writes dense checkpoints.
+
+Methods are replaced on the class, not on a model: a model may be put around tiled layers later, or
+copied. Models without tiles call the class's own method.
+"""
 
 import copy
 import functools
@@ -29,24 +33,24 @@ def save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Write the folder of a tiled model, tile by tile where the names in it are the model's own.
+    """Write the folder of a tiled transformers model, tile by tile where that is possible.
 
-    Where transformers renames or joins weights on saving, and with options or a state dict that
-    are for it to obey, the dense weights exist for as long as it writes them.
+    Where transformers renames or joins weights on saving, or gets options or a state dict, the
+    dense weights are in memory while it writes them.
 
     Args:
         plain: transformers' own function.
         model: a `PreTrainedModel` with tiled layers.
         save_directory: the folder.
         is_main_process: passed on to transformers.
-        state_dict: tile names and others, as a trainer passes it; the model's own by default.
+        state_dict: with names of tiles, as a trainer passes it; the model's own by default.
         *args: passed on to transformers.
         **kwargs: passed on to transformers.
 
     Raises:
-        CannotTileError: a tile computes its weight, so that no dense checkpoint can say it;
-            transformers is to write shards, with the names that they have; or the model's class may
-            make tiles itself, in which case the folder has tiles, and that cannot be known.
+        CannotTileError: a tile computes its weight, so there is no dense checkpoint; transformers
+            is to write shards of tiles; or it cannot be known whether the model's class makes
+            tiles itself, so that its checkpoints have tiles.
     """
     if _own_tiles(model):
         return plain(model, save_directory, is_main_process, state_dict, *args, **kwargs)
@@ -84,7 +88,7 @@ def _own_tiles(model: Any) -> set[str]:
     """Names of tiled layers that the model's class makes itself: its checkpoints have tiles.
 
     Raises:
-        CannotTileError: it cannot be known, or not all tiled layers are of one sort.
+        CannotTileError: it cannot be known, or only some tiled layers are such.
     """
     layers = _tiled(model)
     made = [name for name, layer in layers.items() if not layer.stands_for_dense]
@@ -110,7 +114,7 @@ def _own_tiles(model: Any) -> set[str]:
 
 
 def _is_saved_as_it_is(model: Any) -> bool:
-    """Whether transformers would write the model's own names and values, and its configs."""
+    """Whether transformers would write the model's own names and values."""
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
     mapping = sys.modules.get("transformers.conversion_mapping")
     conversions = getattr(model, "_weight_conversions", None)
@@ -127,7 +131,7 @@ def _is_saved_as_it_is(model: Any) -> bool:
 
 
 def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
-    """What tells a tied tiled weight from another: the identities of its tiles."""
+    """The identities of a tiled weight's tiles: equal for tied weights."""
     parent, _, own = name.rpartition(".")
     try:
         layer = model.get_submodule(parent)
@@ -139,16 +143,10 @@ def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
 
 
 def with_tiles(cls: Any, name: str, act: Callable[..., Any]) -> None:
-    """Let a method of models with tiles be `act(plain, model, …)`; once a class.
-
-    Args:
-        cls: the class, which some library has.
-        name: the method's.
-        act: gets the class's own function first, then what that would get.
+    """Replace a method by `act(own_method, model, …)` for models with tiles; once for each class.
 
     Raises:
-        CannotTileError: the method is running at this moment: the class's own, which knows no
-            tiles, has begun.
+        CannotTileError: the class's own method is running at this moment, without regard to tiles.
     """
     plain = getattr(cls, name)
     if hasattr(plain, _MARK):

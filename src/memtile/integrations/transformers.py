@@ -1,4 +1,4 @@
-"""transformers: its transposed linear, its scaled embeddings, its dense checkpoints."""
+"""transformers: its own kinds of layers, its names and ties, models from its configs."""
 
 import inspect
 import sys
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from memtile.convert import Integration, Kind, Naming, Work, empty_model
-from memtile.convert.kinds import Beside
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
@@ -38,16 +37,16 @@ class TiledConv1D(TiledLinear):
 
     @property
     def nf(self) -> int:
-        """Output features, by their name in `Conv1D`."""
+        """Output features, as `Conv1D` names them."""
         return self.out_features
 
     @property
     def nx(self) -> int:
-        """Input features, by their name in `Conv1D`."""
+        """Input features, as `Conv1D` names them."""
         return self.in_features
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The `Conv1D` that this layer stands for, with `weight` where it is tied."""
+        """The dense `Conv1D`, with `weight` where it is tied."""
         with torch.device("meta"):
             dense: nn.Module = _loaded("pytorch_utils").Conv1D(self.out_features, self.in_features)
         self.hand_over(dense, weight)
@@ -79,7 +78,7 @@ class TiledScaledWordEmbedding(TiledEmbedding):
         return layer
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The embedding of the model's own class, with `weight` where it is tied."""
+        """The dense embedding, of the model's own class, with `weight` where it is tied."""
         with torch.device("meta"):
             dense = self.dense_class(self.num_embeddings, self.embedding_dim, self.padding_idx)
         _move_scale(self, dense)
@@ -94,7 +93,7 @@ class TiledScaledWordEmbedding(TiledEmbedding):
 
 
 def _move_scale(source: nn.Module, target: nn.Module) -> None:
-    """Put the scale, a buffer or a number, where the other class keeps it."""
+    """Copy the scale, a buffer or a number."""
     for name in ("embed_scale", "scalar_embed_scale"):
         if name in source._buffers:
             target.register_buffer(name, source._buffers[name], persistent=False)
@@ -103,13 +102,8 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
 
 
 def _loaded(module: str) -> Any:
-    """A module of transformers, when something has loaded it."""
+    """A module of transformers, or None where nothing has loaded it."""
     return sys.modules.get(f"transformers.{module}")
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    utils = _loaded("pytorch_utils")
-    return utils is not None and type(module) is utils.Conv1D
 
 
 def _derives_from_conv1d(module: nn.Module) -> bool:
@@ -117,8 +111,12 @@ def _derives_from_conv1d(module: nn.Module) -> bool:
     return utils is not None and isinstance(module, utils.Conv1D)
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    return _derives_from_conv1d(module) and type(module) is _loaded("pytorch_utils").Conv1D
+
+
 def _is_scaled_embedding(module: nn.Module) -> bool:
-    """The family of classes that do `super().forward(ids) * embed_scale` and nothing else."""
+    """Whether its class does `super().forward(ids) * embed_scale` and nothing else."""
     cls = type(module)
     return (
         isinstance(module, nn.Embedding)
@@ -129,8 +127,8 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
     )
 
 
-def teach_transformers() -> None:
-    """Let models with tiles in them save dense checkpoints, and keep their ties."""
+def patch_transformers() -> None:
+    """Have models with tiles in them save dense checkpoints, and keep their ties."""
     cls = getattr(_loaded("modeling_utils"), "PreTrainedModel", None)
     if cls is not None:
         with_tiles(cls, "save_pretrained", save_pretrained)
@@ -138,9 +136,9 @@ def teach_transformers() -> None:
 
 
 def _tie_weights(plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Nothing where all ties are there, as `tile` leaves them.
+    """Do nothing where all ties are there, as `tile` leaves them.
 
-    transformers looks for the dense names among the parameters, and pads a tied head's bias.
+    transformers would look for dense names among the parameters, and pad a tied head's bias.
     """
     ties = getattr(model, "all_tied_weights_keys", None)
     if ties is None or not all(_is_tied(model, *names) for names in ties.items()):
@@ -158,7 +156,7 @@ def _is_tied(model: nn.Module, *names: str) -> bool:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """What `from_pretrained` knows of names: the base's prefix, what may be missing or besides."""
+    """`from_pretrained`'s rules for names: the base's prefix, what may be missing or unexpected."""
     if model not in pretrained_models(model):
         return None
     found: Any = model  # a PreTrainedModel, which is not imported here
@@ -169,25 +167,15 @@ def _naming(model: nn.Module) -> Naming | None:
     )
 
 
-def _beside(model: nn.Module, dtype: torch.dtype | None) -> Beside:
-    """`config.json` and what else `save_pretrained` writes beside the weights."""
-    return configs_of(model, dtype) if model in pretrained_models(model) else {}
-
-
-def _read_from(model: nn.Module, folder: Path) -> None:
-    for found in pretrained_models(model)[:1]:
-        made_from(found, folder)
-
-
 def _replaced(old: nn.Module, new: nn.Module) -> None:
-    """Keep transformers' mark of what is initialised, so that `init_weights` draws nothing anew."""
+    """Keep transformers' mark of initialised modules, so that `init_weights` draws nothing anew."""
     if getattr(old, "_is_hf_initialized", False):
         for module in new.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own mark
 
 
 def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
-    """The model of a config or a folder: a causal language model where it can be one."""
+    """The model of a config or a folder, without values."""
     try:
         import transformers
     except ImportError:
@@ -216,7 +204,7 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
 
 
 def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    """What makes the class that the config names, or a causal language model where it can be."""
+    """Makes the class that the config names, or else a causal language model where possible."""
     import transformers
 
     named = architecture(config)
@@ -228,7 +216,7 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
 
 
 def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:
-    """A step of a language model: its loss, or the prompt's pass with a cache for what follows."""
+    """One step of a language model: its loss, or the prompt's forward with a cache."""
     found = pretrained_models(model)
     if not found or not found[0].can_generate():
         return None
@@ -251,7 +239,7 @@ def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | Non
         kept[:] = [twin(input_ids=ids, use_cache=True, **keep)]
         return None
 
-    kept: list[Any] = []  # the cache lives on while text is generated
+    kept: list[Any] = []  # the cache stays in memory while text is generated
     return forward
 
 
@@ -275,8 +263,8 @@ TRANSFORMERS = Integration(
     ),
     replaced=_replaced,
     naming=_naming,
-    beside=_beside,
-    read_from=_read_from,
+    beside=configs_of,
+    read_from=made_from,
     empty=_empty,
     check_files=check_files,
     initialise=initialise,

@@ -225,7 +225,7 @@ def load_dense_state(
                 if number in packed["state"]:
                     entries = packed["state"][number].items()
                     states[part.parameter] = {
-                        key: _cut(dense, part, entry, stepped_dtype(part.parameter), key)
+                        key: _cut(dense, part, entry, stepped_dtype(part.parameter))
                         for key, entry in entries
                     }
     for own, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
@@ -257,7 +257,7 @@ def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
                     )
 
 
-def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype, key: str) -> Any:
+def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype) -> Any:
     """One part's share of a state entry, in the part's home; other entries are copied."""
     if not isinstance(entry, Tensor) or entry.shape != dense.shape or not entry.dim():
         return copy.deepcopy(entry)

@@ -36,19 +36,15 @@ def check_class(optimizer_class: object) -> type[Optimizer]:
             f"{optimizer_class!r} is no optimizer class; give a subclass of torch.optim.Optimizer, "
             "such as torch.optim.AdamW, and its options by name"
         )
-    if _needs_arguments(optimizer_class):
+    _, *arguments = inspect.signature(optimizer_class.step).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(a.default is a.empty and a.kind not in variable for a in arguments):
         raise refusal(
             optimizer_class.__name__,
             "needs a closure in step(), to run the model again; a tile is stepped with the "
             "gradient that it has",
         )
     return optimizer_class
-
-
-def _needs_arguments(optimizer_class: type[Optimizer]) -> bool:
-    _, *arguments = inspect.signature(optimizer_class.step).parameters.values()
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return any(a.default is a.empty and a.kind not in variable for a in arguments)
 
 
 def refuse_differentiable(name: str, options: Mapping[str, Any]) -> None:
@@ -109,7 +105,9 @@ def state_dtypes(name: str, state: Mapping[str, Any]) -> dict[str, torch.dtype]:
     """
     for key, entry in state.items():
         for tensor in _tensors_in(entry):
-            if tensor.numel() != 1 and (tensor is not entry or not _like_a_parameter(tensor)):
+            is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+            is_alike = tensor is entry and is_plain and tensor.shape == _SHAPE
+            if tensor.numel() != 1 and not is_alike:
                 raise refusal(
                     name,
                     f"keeps {key!r}, a {type(tensor).__name__} of shape {tuple(tensor.shape)}, for "
@@ -131,32 +129,24 @@ def _tensors_in(entry: object) -> list[Tensor]:
     return [entry] if isinstance(entry, Tensor) else []
 
 
-def _like_a_parameter(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and tensor.shape == _SHAPE
-
-
 def slices_agree(whole: Training, pieces: Training, dtype: torch.dtype) -> bool:
     """Whether a matrix comes out the same stepped whole, as torch does, and in slices.
 
     Three steps, cut once by rows and once by columns; a few last bits may differ. What happens
     only after more steps, or on another device, is not seen.
     """
-    matrix, gradients = _problem(dtype)
-    truth = matrix.clone()
-    whole([truth], [[gradient.clone()] for gradient in gradients])
-    return all(_agree(truth, _cut_and_stepped(matrix, gradients, *cut, pieces)) for cut in _CUTS)
-
-
-def _problem(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """A matrix, and a gradient for each step, drawn without torch's global generator."""
     generator = torch.Generator(device="cpu").manual_seed(20260101)
 
     def draw() -> Tensor:
         drawn = torch.randn(_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(dtype)
 
-    return draw(), [scale * draw() for scale in _SCALES]
+    matrix, gradients = draw(), [scale * draw() for scale in _SCALES]
+    truth = matrix.clone()
+    whole([truth], [[gradient.clone()] for gradient in gradients])
+    allowed = _ULPS * torch.finfo(dtype).eps * float(truth.abs().max())
+    results = (_cut_and_stepped(matrix, gradients, *cut, pieces) for cut in _CUTS)
+    return all(torch.allclose(r, truth, rtol=0, atol=allowed, equal_nan=True) for r in results)
 
 
 def _cut_and_stepped(
@@ -168,8 +158,3 @@ def _cut_and_stepped(
     pieces = cut(matrix)
     train(pieces, [cut(gradient) for gradient in gradients])
     return torch.cat(pieces, dim)
-
-
-def _agree(truth: Tensor, ours: Tensor) -> bool:
-    allowed = _ULPS * torch.finfo(truth.dtype).eps * float(truth.abs().max())
-    return torch.allclose(ours, truth, rtol=0, atol=allowed, equal_nan=True)

@@ -30,11 +30,6 @@ from memtile.optim.elementwise import (
 )
 
 _CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
-_DRAWS = (
-    "draws random numbers in its step; a matrix stepped in tiles would get others than one "
-    "stepped whole"
-)
-_SPARSE = "steps sparse gradients only; the gradient of a tile is dense"
 _trying = lock_of_a_module()  # torch's flags for a dispatch mode are of the whole process
 _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
@@ -138,7 +133,10 @@ class Inner:
                 optimizer.param_groups = [{**group, "params": stand_ins}]
                 bare_step(optimizer)()
                 for piece, stand_in in zip(pieces, stand_ins, strict=True):
-                    _hand_back(optimizer, piece, stand_in)
+                    kept = optimizer.state.get(stand_in)
+                    if kept is not None and kept is not piece.state:
+                        piece.state.clear()
+                        piece.state.update(kept)
 
     @contextmanager
     def _lent(self) -> Iterator[Optimizer]:
@@ -191,7 +189,9 @@ class Inner:
         if steps(step_alone, dtype, sparse=False):
             return refusal(self.name, f"steps only what it was constructed with: {said}")
         if steps(step_alone, dtype, sparse=True):
-            return refusal(self.name, _SPARSE)
+            return refusal(
+                self.name, "steps sparse gradients only; the gradient of a tile is dense"
+            )
         return refusal(self.name, f"cannot step a dense {dtype} parameter on the CPU: {said}")
 
     def _check_once(self, group: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -247,15 +247,12 @@ class _NoDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise refusal(self._name, _DRAWS)
+            raise refusal(
+                self._name,
+                "draws random numbers in its step; a matrix stepped in tiles would get others than "
+                "one stepped whole",
+            )
         return func(*args, **(kwargs or {}))
-
-
-def _hand_back(optimizer: Optimizer, piece: ParameterSlice, stand_in: nn.Parameter) -> None:
-    kept = optimizer.state.get(stand_in)
-    if kept is not None and kept is not piece.state:
-        piece.state.clear()
-        piece.state.update(kept)
 
 
 def _forget(optimizer: Optimizer) -> None:

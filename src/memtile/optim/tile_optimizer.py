@@ -91,18 +91,19 @@ class TileOptimizer(Optimizer):
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def _check_parameters(self, model: nn.Module) -> None:
+        name, parameters = type(model).__name__, list(self._all())
         if not self._are_of_the_model():
             raise OptimizerError(
-                f"params=… holds parameters that are not of this {type(model).__name__}; make the "
+                f"params=… holds parameters that are not of this {name}; make the "
                 "optimizer after memtile.tile, with parameters of the tiled model"
             )
-        if any(parameter.is_meta for parameter in self._all()):
+        if any(parameter.is_meta for parameter in parameters):
             raise OptimizerError(
-                f"parameters of this {type(model).__name__} are on the meta device, where nothing "
+                f"parameters of this {name} are on the meta device, where nothing "
                 "has values; give it some first, with memtile.tile(model, …, checkpoint=folder) or "
                 "memtile.load_checkpoint(model, folder)"
             )
-        if any(map(is_stepped_in_backward, self._all())):
+        if any(map(is_stepped_in_backward, parameters)):
             raise OptimizerError(
                 "another TileOptimizer steps parameters of this model in its backward; drop that "
                 "one first (del optimizer)"
@@ -150,9 +151,7 @@ class TileOptimizer(Optimizer):
             berth = berth_of(parameter)
             if berth is not None and parameter.requires_grad:
                 rooms = self._stepper.state_rooms(parameter, group)
-                if (
-                    self.mode == "classic" or places[parameter] > 1
-                ):  # a tied gradient is summed in the home
+                if self.mode == "classic" or places[parameter] > 1:  # ties are summed in the home
                     rooms.append(berth.room)
                 needed.setdefault(berth.home, []).append((parameter, rooms))
         held = [
@@ -186,7 +185,12 @@ class TileOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_parameters_remain()
+        if not self._are_of_the_model():
+            raise OptimizerError(
+                f"parameters of this {type(self._model).__name__} are others than when this "
+                "optimizer was made, so they would not be stepped; make it after memtile.tile "
+                "(and anew after memtile.untile)"
+            )
         with uninterrupted():
             self._step_all()
         return loss
@@ -194,14 +198,6 @@ class TileOptimizer(Optimizer):
     def _are_of_the_model(self) -> bool:
         own = set(self._model.parameters())
         return all(parameter in own for parameter in self._all())
-
-    def _check_parameters_remain(self) -> None:
-        if not self._are_of_the_model():
-            raise OptimizerError(
-                f"parameters of this {type(self._model).__name__} are others than when this "
-                "optimizer was made, so they would not be stepped; make it after memtile.tile "
-                "(and anew after memtile.untile)"
-            )
 
     def _step_all(self) -> None:
         homes = {berth.home for berth in map(parked_berth, self._all()) if berth is not None}
