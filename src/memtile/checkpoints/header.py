@@ -116,16 +116,7 @@ def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
 
 
 def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
-    """The header from its JSON, checked.
-
-    Args:
-        raw: the JSON.
-        file_bytes: the file's length.
-        where: the file, for messages.
-
-    Raises:
-        CheckpointError: it is none, or does not describe a file of this length.
-    """
+    """The header from its JSON; CheckpointError where it is not one of a file of this length."""
     try:
         table = parse_json(raw)
         metadata = dict(table.pop("__metadata__", None) or {})
@@ -154,23 +145,17 @@ def pack(
     metadata: Mapping[str, str],
     crcs: Mapping[str, int] | None = None,
 ) -> bytes:
-    """The beginning of a file with these tensors in order.
+    """The beginning of a file with these tensors: name, safetensors' dtype and shape of each.
 
-    Args:
-        tensors: name, safetensors' name of the dtype, and shape of each.
-        metadata: other texts.
-        crcs: of each tensor; zeros by default. The length does not depend on them.
+    Its length does not depend on the checksums.
     """
     known = {name: f"{(crcs or {}).get(name, 0):08x}" for name, _, _ in tensors}
     table: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUMS: json.dumps(known)}}
     start = 0
     for name, kind, shape in tensors:
         nbytes = size_of(kind, shape)
-        table[name] = {
-            "dtype": kind,
-            "shape": list(shape),
-            "data_offsets": [start, start + nbytes],
-        }
+        place = [start, start + nbytes]
+        table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": place}
         start += nbytes
     raw = json.dumps(table, separators=(",", ":")).encode()
     raw += b" " * (-(LENGTH_BYTES + len(raw)) % _ALIGNMENT)

@@ -62,12 +62,7 @@ class CheckpointHome(Home):
         self._refuse()
 
     def rows_of(self, stored: StoredTensor, start: int, shape: Sequence[int]) -> Berth | str:
-        """The allocation over a stored tensor from element `start` on, or why there is none.
-
-        Raises:
-            HomeFullError: the file cannot be mapped.
-            HomeError: the home is closed.
-        """
+        """The allocation over a stored tensor from element `start` on, or why there is none."""
         self.check_open()
         offset = stored.entry.offset + start * stored.dtype.itemsize
         if offset % stored.dtype.itemsize:

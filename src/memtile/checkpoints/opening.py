@@ -55,11 +55,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
 
     @classmethod
     def of(cls, paths: Paths) -> "Checkpoint":
-        """All tensors of one checkpoint, or of several together.
-
-        Raises:
-            CheckpointError: a path is no checkpoint, or two have the same name.
-        """
+        """All tensors of one checkpoint, or of several together; no name may be in two of them."""
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not given:
             raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
@@ -109,11 +105,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         return sum(tensor.nbytes for tensor in self.values())
 
     def check_sums(self) -> int:
-        """Verify every tensor that has a checksum; gives how many these are.
-
-        Raises:
-            CheckpointError: one is damaged.
-        """
+        """Verify every tensor that has a checksum, or raise; gives how many these are."""
         return sum(tensor.check_sum() for tensor in self.values())
 
 

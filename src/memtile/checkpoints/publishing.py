@@ -20,11 +20,7 @@ _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Lock a folder against other writers of checkpoints; it is made where it is missing.
-
-    Raises:
-        CheckpointWriteError: another run holds the lock, or the folder cannot be used.
-    """
+    """Lock a folder, made where it is missing; CheckpointWriteError where another run holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -48,12 +44,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[tuple[int, Path]]:
-    """A new file beside its target: its descriptor and partial path.
+    """A new file beside its target: its descriptor and partial path, to be renamed afterwards.
 
-    It is synced when the block ends, to be renamed then; removed where the block raises.
-
-    Raises:
-        CheckpointWriteError: it could not be written; nothing is left behind.
+    It is synced when the block ends, and removed where the block raises; an OSError becomes a
+    CheckpointWriteError.
     """
     partial = target.with_name(f"{target.name}{PARTIAL}{secrets.token_hex(4)}")
     try:
@@ -78,11 +72,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def put(target: Path, content: bytes | Path) -> None:
-    """Replace a small file by these bytes, or by those of another file.
-
-    Raises:
-        CheckpointWriteError: it could not be written; what was there is as it was.
-    """
+    """Replace a small file by these bytes or by a copy of another file, at once."""
     with new_file(target) as (fd, partial), os.fdopen(os.dup(fd), "wb") as file:
         if isinstance(content, bytes):
             file.write(content)
@@ -93,11 +83,7 @@ def put(target: Path, content: bytes | Path) -> None:
 
 
 def rename(partial: Path, target: Path) -> None:
-    """Give a complete file or folder its name, in place of what has it, and sync.
-
-    Raises:
-        CheckpointWriteError: it could not be renamed; a partial file is removed.
-    """
+    """Give a complete file or folder its name, and sync; where that fails the file is removed."""
     try:
         os.rename(partial, target)
     except OSError as error:

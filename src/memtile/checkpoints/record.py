@@ -43,11 +43,7 @@ def write_record(folder: Path, record: TrainingRecord) -> None:
 
 
 def read_record(folder: Path) -> TrainingRecord:
-    """The record; it and all files that it names are checked, except the tensors' bytes.
-
-    Raises:
-        CheckpointError: the folder is not whole, or damaged, or of another format.
-    """
+    """The record; it and all files that it names are verified, except the tensors' bytes."""
     record = _read(folder / RECORD)
     if record.get("format") != FORMAT:
         raise CheckpointError(

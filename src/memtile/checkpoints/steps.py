@@ -90,13 +90,8 @@ def new_step(
 ) -> Iterator[tuple[Path, Path]]:
     """A new checkpoint: the folder to write into, and its name after the block.
 
-    Where the block raises, nothing of it is left.
-
-    Args:
-        folder: of the checkpoints.
-        step: the number of steps that were done.
-        keep: how many steps stay, this one included.
-        record: the file that marks a checkpoint of this kind; others are never removed.
+    Where the block raises, nothing of it is left. Afterwards only the newest `keep` steps stay, and
+    folders without the file `record`.
 
     Raises:
         CheckpointWriteError: there is a newer step, another run is writing there, or it could not

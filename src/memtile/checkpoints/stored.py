@@ -93,11 +93,7 @@ class StoredFile:
         return header.unpack(raw, size, where)
 
     def opened(self) -> _OpenFile | None:
-        """The file, opened if need be; None where its name is gone or another file's.
-
-        Raises:
-            CheckpointError: it was written to since it was opened first, or cannot be opened.
-        """
+        """The file, opened if need be; None where its name is gone or another file's."""
         found = _recent.get(self)
         if found is None:
             if not self.path.exists():
@@ -126,11 +122,7 @@ class StoredFile:
             self._is_same(os.stat(self.path) if found is None else os.fstat(found.fd))
 
     def descriptor(self) -> _OpenFile:
-        """The file, opened if need be.
-
-        Raises:
-            CheckpointError: it was replaced, removed or changed, or cannot be opened.
-        """
+        """The file, opened if need be; CheckpointError where it was replaced or changed."""
         opened = self.opened()
         if opened is None:
             raise CheckpointError(
@@ -140,11 +132,7 @@ class StoredFile:
         return opened
 
     def fill(self, entry: TensorEntry, into: Tensor, start: int) -> None:
-        """Read the entry's bytes from `start` on into all of a contiguous CPU tensor.
-
-        Raises:
-            CheckpointError: the system could not, or the file is shorter or another by now.
-        """
+        """Read the entry's bytes from `start` on into all of a contiguous CPU tensor."""
         opened = self.descriptor()
         try:
             disk_io.fill(opened.fd, disk_io.bytes_of(into), entry.offset + start)

@@ -50,19 +50,12 @@ def patch_peft() -> None:
 
 
 def _save_pretrained(
-    plain: Callable[..., Any],
-    model: Any,
-    save_directory: str,
-    *args: Any,
-    **kwargs: Any,
+    plain: Callable[..., Any], model: Any, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Write the folder; no weight of the base comes into memory that is not written.
 
     Beside adapters PEFT may save biases of the base (`bias="all"`, `"lora_only"`), and embeddings
-    where `save_embedding_layers=True`.
-
-    Raises:
-        CannotTileError: a tile computes its weight, so it has no dense name.
+    where `save_embedding_layers=True`. CannotTileError where such a tile computes its weight.
     """
     given = kwargs.pop("state_dict", None)
     tiles = model.state_dict() if given is None else given

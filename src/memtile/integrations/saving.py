@@ -38,14 +38,7 @@ def save_pretrained(
     Where transformers renames or joins weights on saving, or gets options or a state dict, the
     dense weights are in memory while it writes them.
 
-    Args:
-        plain: transformers' own function.
-        model: a `PreTrainedModel` with tiled layers.
-        save_directory: the folder.
-        is_main_process: passed on to transformers.
-        state_dict: with names of tiles, as a trainer passes it; the model's own by default.
-        *args: passed on to transformers.
-        **kwargs: passed on to transformers.
+    `plain` is transformers' own method; `state_dict` has names of tiles, as a trainer passes it.
 
     Raises:
         CannotTileError: a tile computes its weight, so there is no dense checkpoint; transformers

@@ -40,12 +40,9 @@ class TiledLayer(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter of the model, and its rectangle in a dense parameter.
+    """A parameter of the model, and its rectangle in a dense matrix; None: it is all of it.
 
-    Args:
-        parameter: of the model.
-        rect: its rectangle in the dense matrix; None: all of it.
-        turned: whether the dense tensor is the matrix transposed.
+    `turned`: the dense tensor is the matrix transposed.
     """
 
     parameter: nn.Parameter
@@ -133,11 +130,7 @@ def parked_berth(tensor: Tensor) -> Berth | None:
 
 
 def empty_at(home: Home, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new tensor in the home, without values.
-
-    Raises:
-        HomeFullError: there is no room.
-    """
+    """A new tensor in the home, without values."""
     berth = home.berth(shape, dtype)
     tensor = berth.tensor()
     register(tensor, berth)
@@ -147,11 +140,7 @@ def empty_at(home: Home, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def to_dense_state(
     model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[ParamGroup]
 ) -> Packed:
-    """The state dict over the dense model, joined from the tiles' states.
-
-    Raises:
-        OptimizerError: some tiles of a weight are in a group and some are not.
-    """
+    """The state dict over the dense model, joined from the tiles' states."""
     result: Packed = {"state": {}, "param_groups": []}
     number = 0
     for own, members in zip(groups, by_group(model, groups), strict=True):
@@ -207,11 +196,7 @@ def load_dense_state(
 ) -> None:
     """Cut a state dict over the dense model into the optimizer's `state` and `param_groups`.
 
-    Args:
-        optimizer: takes the state over.
-        model: whose parameters are optimized.
-        packed: as torch's optimizers write it over the dense model.
-        stepped_dtype: gives the dtype of a parameter's state.
+    `stepped_dtype` gives the dtype of a parameter's state.
 
     Raises:
         OptimizerError: it does not fit; nothing was changed.

@@ -89,14 +89,8 @@ class Inner:
         """The state entries that are tensors shaped like the parameter, and their dtypes.
 
         Found by one step of a stand-in on the CPU, so without entries that the optimizer makes in
-        a later step. Each dtype and set of flags is checked once to be element-wise.
-
-        Args:
-            group_options: a parameter group, with or without its "params".
-            dtype: the parameter's.
-
-        Raises:
-            OptimizerError: with these options, or in this dtype, it cannot step slices.
+        a later step. Each dtype and set of flags is checked once to be element-wise, or refused
+        with OptimizerError.
         """
         refuse_differentiable(self.name, group_options)
         group = {**self.defaults, **group_options}
@@ -119,12 +113,8 @@ class Inner:
         Autograd records nothing. Global hooks
         (`torch.optim.optimizer.register_optimizer_step_pre_hook`) are not called, except where the
         class's own step calls the step of another class. Several threads may step at once: each
-        has an optimizer for itself.
-
-        Args:
-            pieces: what is stepped. Their devices and dtypes may differ.
-            group_options: a parameter group, with or without its "params"; what it lacks is taken
-                from `defaults`.
+        has an optimizer for itself. Devices and dtypes of the slices may differ; options that the
+        group lacks are taken from `defaults`.
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}

@@ -72,11 +72,7 @@ def class_of(optimizer: Optimizer) -> str:
 def members(
     model: nn.Module, groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, DenseParameter]]:
-    """The dense parameters of each of an optimizer's groups by their names.
-
-    Raises:
-        OptimizerError: one is not of the model, or only some tiles of it are in the group.
-    """
+    """The dense parameters of each group by their names; all have to be the model's."""
     result = by_group(model, groups)
     for number, dense in ((n, dense) for n, group in enumerate(result) for dense in group):
         if not dense.name:
@@ -106,12 +102,7 @@ def kept_state(
     dense: DenseParameter,
     is_shaped: Callable[[object, Tensor], bool] = is_shaped,
 ) -> KeptState | None:
-    """The state of a dense parameter; None before its first step.
-
-    Args:
-        kept: the state of an optimizer, by parameter.
-        dense: a parameter of the model.
-        is_shaped: whether a state entry has an element for each element of a parameter.
+    """The state of a dense parameter, from an optimizer's state; None before its first step.
 
     Raises:
         OptimizerError: its tiles were not stepped equally often, so there is no dense state.
@@ -143,13 +134,9 @@ def stepped_dtype(optimizer: Optimizer, parameter: Tensor) -> torch.dtype:
 
 
 def keeps(optimizer: Optimizer, parameter: Tensor, key: str, stepped: torch.dtype) -> bool:
-    """Whether a stored entry is of use: a float32 master is not where none is stepped.
+    """Whether an entry, stored when the parameter was stepped in dtype `stepped`, is of use.
 
-    Args:
-        optimizer: takes it over.
-        parameter: whose entry it is.
-        key: of the entry.
-        stepped: the dtype that the parameter was stepped in when the entry was stored.
+    A float32 master is of none where the parameter is stepped in its own dtype.
     """
     is_master = key == MASTER and stepped != parameter.dtype
     return not is_master or stepped_dtype(optimizer, parameter) == stepped
@@ -158,13 +145,7 @@ def keeps(optimizer: Optimizer, parameter: Tensor, key: str, stepped: torch.dtyp
 def room_for(
     optimizer: Optimizer, parameter: Tensor, key: str, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:
-    """A tensor without values for a state entry, in the parameter's home.
-
-    The present entry is used where it is of this shape and dtype and in that home.
-
-    Raises:
-        HomeFullError: there is no room.
-    """
+    """A tensor for a state entry in the parameter's home: the present one where it fits."""
     found = optimizer.state.get(parameter, {}).get(key)
     berth = parked_berth(parameter) if shape == parameter.shape else None
     if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
