@@ -58,7 +58,7 @@ def test_groups_have_their_own_options(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_group_that_is_added_later_trains_from_then_on(mode):
-    """`add_param_group` after steps: its parameters stood still, and train with its options now."""
+    """Parameters added by `add_param_group` after steps train with its options from then on."""
 
     def run(model: nn.Module, make: Any) -> list[float]:
         late = list(model.up.parameters())
@@ -91,7 +91,7 @@ def test_a_group_that_is_added_later_trains_from_then_on(mode):
     ids=["lambda", "one cycle", "cosine"],
 )
 def test_schedulers(schedule, mode):
-    """Schedulers drive lr and betas as they do with plain torch, and warn of nothing."""
+    """Schedulers set lr and betas as with plain torch, without a warning."""
 
     def run(model: nn.Module, optimizer: optim.Optimizer) -> tuple[list[float], Any]:
         scheduler = schedule(optimizer)
@@ -126,7 +126,7 @@ def test_lr_may_be_a_tensor(mode):
 
 
 def test_zero_grad_can_keep_gradients_as_zeros():
-    """`set_to_none=False` zeroes gradients where they are: at home, and the next ones are added."""
+    """`set_to_none=False` zeroes gradients in their home, and the next ones are added."""
     runs = []
     for to_none in (True, False):
         model = in_home(small(), "disk")
@@ -144,7 +144,7 @@ def test_zero_grad_can_keep_gradients_as_zeros():
 
 
 def test_set_to_none_gives_the_room_back():
-    """Dropped gradients are room again: steps do not make the home grow."""
+    """Dropped gradients free their room: steps do not make the home grow."""
     model = in_home(small(), "disk")
     optimizer = optimizer_for(model)
     (home,) = {tile.home for _, tile in model.up.tiles()}
@@ -238,7 +238,7 @@ def test_gradscaler_drives_it(overflows):
 
 @pytest.mark.parametrize("name", ["Muon", "LBFGS", "Adafactor"])
 def test_optimizers_that_are_not_element_wise_are_refused(name):
-    """They are refused by name before anything of the model was touched."""
+    """They are refused by name before the model is changed."""
     if not hasattr(optim, name):
         pytest.skip(f"this torch has no {name}")
 
@@ -247,13 +247,13 @@ def test_optimizers_that_are_not_element_wise_are_refused(name):
 
 
 def test_an_unknown_mode_is_refused():
-    """A mode that is none is named, and those that there are."""
+    """An unknown mode is refused; the message has the known ones."""
     with pytest.raises(ArgumentError, match=r"mode='deferred' must be 'classic' .* or 'in_b"):
         TileOptimizer(small(), optim.AdamW, mode="deferred")
 
 
 def test_parameters_in_the_place_of_the_model_are_refused():
-    """`TileOptimizer(model.parameters(), …)` is refused, with the way to say it."""
+    """`TileOptimizer(model.parameters(), …)` is refused; the message says what to give."""
     with pytest.raises(ArgumentError, match=r"a generator; TileOptimizer takes the model itself,"):
         TileOptimizer(small().parameters(), optim.AdamW)
 
@@ -268,7 +268,7 @@ def test_parameters_in_the_place_of_the_model_are_refused():
     ids=["value", "name", "differentiable"],
 )
 def test_options_that_the_class_does_not_take_are_refused(options, reason):
-    """Options go to the optimizer's class, and what it refuses is told with its reason."""
+    """Options go to the optimizer's class; its refusal and reason are in the message."""
     with pytest.raises(OptimizerError, match=reason):
         TileOptimizer(small(), optim.AdamW, **options)
 

@@ -16,14 +16,14 @@ def model():
 
 
 def test_parameters_of_another_model_are_refused():
-    """Made before tiling, say: the parameters are not the tiled model's."""
+    """Parameters that are not the model's, for example from before tiling, are refused."""
     with pytest.raises(OptimizerError, match="not of this Sequential"):
         memtile.TileOptimizer(model(), torch.optim.SGD, params=nn.Linear(3, 3).parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize("mode", ["classic", "in_backward"])
 def test_a_second_optimizer_beside_one_that_steps_in_backward_is_refused(mode):
-    """It would find no gradients, or step twice; once the first is dropped it is welcome."""
+    """A second optimizer beside an in-backward one is refused until the first is dropped."""
     ours = model()
     first = memtile.TileOptimizer(ours, torch.optim.SGD, mode="in_backward", lr=0.1)
 
@@ -35,7 +35,7 @@ def test_a_second_optimizer_beside_one_that_steps_in_backward_is_refused(mode):
 
 
 def test_an_optimizer_of_parameters_that_were_replaced_refuses_to_step():
-    """Made before tiling, or kept after untiling, it would train nothing, in silence."""
+    """An optimizer from before tiling or untiling raises in `step` instead of training nothing."""
     ours = nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3))
     early = memtile.TileOptimizer(ours, torch.optim.SGD, lr=0.1)
     memtile.tile(ours, out_splits=2, home="host")
@@ -46,7 +46,7 @@ def test_an_optimizer_of_parameters_that_were_replaced_refuses_to_step():
 
 
 def test_parameters_without_values_are_refused():
-    """A model on the meta device has nothing to step: its checkpoint was forgotten."""
+    """A model on the meta device is refused; the message says how to load values."""
     empty = memtile.empty_model(lambda: nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3)))
 
     with pytest.raises(OptimizerError, match="load_checkpoint"):

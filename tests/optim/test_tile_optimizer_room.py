@@ -129,7 +129,7 @@ def test_a_state_that_is_loaded_takes_it(home):
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_it_is_given_back(home, mode, steps):
-    """When an optimizer is gone, and then its model, their room is everybody's."""
+    """When an optimizer and then its model are gone, their room is free."""
     others = _fill(home)
     before = len(others)
     del others

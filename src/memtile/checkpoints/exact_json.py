@@ -53,7 +53,7 @@ def to_json(value: object, where: str) -> Any:  # any JSON
     )
 
 
-def from_json(found: Any) -> Any:  # any JSON, and whatever it stands for
+def from_json(found: Any) -> Any:  # any JSON
     """The value that `to_json` wrote; ValueError, KeyError or TypeError for anything else."""
     if isinstance(found, list):
         return [from_json(item) for item in found]

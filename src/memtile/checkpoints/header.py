@@ -44,7 +44,7 @@ BITS: Final[Mapping[str, int]] = MappingProxyType(
     {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
     | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 )
-"""Bits of an element of each dtype of safetensors; torch has not all of them."""
+"""Bits of an element of each dtype of safetensors; torch lacks some."""
 CHECKSUMS: Final = "memtile.crc32"
 LENGTH_BYTES: Final = 8
 LARGEST: Final = 100_000_000  # bytes of a header, as the safetensors library has it

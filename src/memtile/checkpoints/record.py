@@ -31,7 +31,7 @@ _CPU, _CUDA = "cpu", "cuda."
 
 _COPY: Final = "take another copy of it"
 
-TrainingRecord = dict[str, Any]  # whatever JSON the record has
+TrainingRecord = dict[str, Any]  # JSON
 
 
 def write_record(folder: Path, record: TrainingRecord) -> None:
@@ -118,8 +118,8 @@ class RandomState:
         torch: states of torch's generators, by device.
     """
 
-    python: Any  # whatever Python's generator says
-    numpy: Any  # whatever numpy's says
+    python: Any  # Python's own form
+    numpy: Any  # numpy's own form
     torch: Mapping[str, Tensor]
 
     @classmethod
@@ -171,8 +171,8 @@ class RandomState:
                 wanting.append(name)
         if wanting:
             warnings.warn(
-                f"the checkpoint has random states of {', '.join(wanting)}, which this process has "
-                "not: random numbers drawn there will be others than without the interruption",
+                f"the checkpoint has random states of {', '.join(wanting)}, which this process "
+                "does not have: random numbers will differ from those of an uninterrupted run",
                 stacklevel=3,
             )
 

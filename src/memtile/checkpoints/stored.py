@@ -177,7 +177,7 @@ class StoredTensor:
         return self.elements(0, self.shape.numel()).view(self.shape)
 
     def raw(self) -> Iterator[Tensor]:
-        """Its bytes, also of dtypes that torch has not, each time in new memory of a few MiB."""
+        """Its bytes, also of dtypes that torch lacks, each time in new memory of a few MiB."""
         for start in range(0, self.nbytes, PIECE_BYTES):
             piece = torch.empty(min(PIECE_BYTES, self.nbytes - start), dtype=torch.uint8)
             self.file.fill(self.entry, piece, start)

@@ -80,7 +80,7 @@ def write_checkpoint(
     stem: str = "model",
     beside: Mapping[str, bytes | Path] | None = None,
 ) -> None:
-    """Write a checkpoint into a folder, in place of the one that is there.
+    """Write a checkpoint into a folder, replacing the one in it.
 
     Args:
         folder: made where it is missing.
@@ -93,7 +93,7 @@ def write_checkpoint(
 
     Raises:
         ArgumentError: `max_shard_bytes` is no size.
-        CheckpointError: a name is there twice, or a dtype has no name in safetensors.
+        CheckpointError: two tensors have one name, or a dtype has no name in safetensors.
         CheckpointWriteError: it could not be written, or another run is writing there; what was
             there is as it was.
     """
@@ -128,7 +128,7 @@ def _check_names(tensors: Iterable[Outgoing]) -> None:
     for tensor in tensors:
         if tensor.name in seen:
             raise CheckpointError(
-                f"{tensor.name!r} is there twice; give each tensor a name of its own"
+                f"two tensors are named {tensor.name!r}; give each a name of its own"
             )
         seen.add(tensor.name)
         if header.room_of(tensor.name, tensor.kind, tensor.shape) > header.LARGEST - _ROOM:

@@ -1,7 +1,7 @@
 """`config.json` and `generation_config.json` of a saved transformers model.
 
 The files of the folder that the model was made from are copied byte for byte, and changed only
-where the model differs. Written anew by transformers they would have other keys: older readers
+where the model differs. If transformers wrote them again, they would have other keys: older readers
 take 10000 for a `rope_theta` that was moved into `rope_parameters`.
 """
 
@@ -22,7 +22,7 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _OF_WRITERS: Final = ("_name_or_path", "_commit_hash", "_from_model_config", "transformers_version")
 _DTYPES: Final = ("dtype", "torch_dtype")  # the second is what older readers know
 
-Json = dict[str, Any]  # whatever a config holds
+Json = dict[str, Any]
 
 
 def configs_of(model: Any, dtype: torch.dtype | None) -> Beside:
@@ -49,7 +49,7 @@ def made_from(model: nn.Module, folder: Path) -> None:
 
 
 def _was_unpacked(model: Any) -> bool:  # a PreTrainedModel
-    """Whether the config says that weights are packed as GGUF, and they are dense by now."""
+    """Whether the config says that weights are packed as GGUF although they are dense."""
     found = getattr(model.config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
     return method == "gguf" and all(weight.is_floating_point() for weight in model.parameters())

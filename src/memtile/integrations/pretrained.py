@@ -16,7 +16,7 @@ from memtile.checkpoints import Checkpoint
 from memtile.convert import WAY_OUT, empty_model, persistent_buffers
 from memtile.errors import CheckpointError
 
-_MARK = "_is_hf_initialized"  # transformers' own: a marked tensor is not drawn anew
+_MARK = "_is_hf_initialized"  # transformers' own: a marked tensor is not initialised again
 _QUANTIZED = ("quantization_config", "compression_config")
 
 
@@ -36,7 +36,7 @@ def outermost(model: nn.Module) -> Iterator[Any]:
 
 
 def architecture(config: Any) -> Any:  # a config's; the class, which is not imported here
-    """The model class that a config names; None where transformers has it not."""
+    """The model class that a config names; None where transformers lacks it."""
     import transformers
 
     names = getattr(config, "architectures", None) or [""]
@@ -53,7 +53,7 @@ def relevant(model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[s
 
 
 def new_names(model: Any, missing: set[str]) -> set[str]:  # of a PreTrainedModel
-    """Those missing names that the checkpoint's own model class has not, a new head's say.
+    """Those missing names that the checkpoint's own model class lacks, such as a new head's.
 
     What that class has was lost from the checkpoint. Where the config names no class, all names
     outside the base model are new.
@@ -124,7 +124,7 @@ def dtype_of(config: Any, folder: Path | None) -> torch.dtype:  # config: a Pret
 
 
 def keep_in_float32(model: nn.Module) -> None:
-    """Make parameters float32 that transformers keeps so in 16-bit models, T5's `wo` say.
+    """Make parameters float32 that transformers keeps so in 16-bit models, such as T5's `wo`.
 
     Args:
         model: has parameters without values.

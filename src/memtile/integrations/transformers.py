@@ -136,7 +136,7 @@ def patch_transformers() -> None:
 
 
 def _tie_weights(plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Do nothing where all ties are there, as `tile` leaves them.
+    """Do nothing where the ties are kept, as `tile` does.
 
     transformers would look for dense names among the parameters, and pad a tied head's bias.
     """
@@ -168,7 +168,7 @@ def _naming(model: nn.Module) -> Naming | None:
 
 
 def _replaced(old: nn.Module, new: nn.Module) -> None:
-    """Keep transformers' mark of initialised modules, so that `init_weights` draws nothing anew."""
+    """Keep transformers' mark of initialised modules, so that `init_weights` skips them."""
     if getattr(old, "_is_hf_initialized", False):
         for module in new.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own mark

@@ -87,8 +87,8 @@ class _ClippingCheck:
 
     A parameter that is stepped in backward has no gradient, so torch would clip nothing and say 0;
     and `p.grad is None` is an ordinary state, which tells nothing. Names in `torch.nn.utils` are
-    left alone: whoever imported them before would not meet the change. All of the functions are
-    made by torch's `@_no_grad`, and hold what they call in a closure: that is exchanged.
+    not replaced: code that imported them before would keep the old ones. All of the functions are
+    made by torch's `@_no_grad`, and hold what they call in a closure; that is replaced.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """One step of one parameter: its values, gradient and state are brought in, stepped, stored.
 
 A parked parameter's tensors come into slabs, and are written home while the next ones are read.
-Tensors in memory are stepped where they lie, also those that were put in place of parked ones.
+Tensors in memory are stepped in place, also those that replaced parked ones.
 
 A parameter is stepped a few rows at a time. An optimizer makes temporary tensors of the size of
 what it steps: of a whole tile they would cost memory, leave holes in the heap that grow it
@@ -168,7 +168,7 @@ class Stepper:
         torch.autograd.graph.increment_version(parameter)
 
     def _trim_now_and_then(self, nbytes: int) -> None:
-        """Give free heap back: state that first steps make lies between holes of the heap.
+        """Give free heap back to the system: a first step's new state leaves holes in it.
 
         Without it the heap grew by half of what was stepped: 158 MiB for 134 MiB of weights.
         """
@@ -297,7 +297,7 @@ def _move_late(kept: ParameterState, late: ParameterState, value: Tensor, rows: 
 def _in_place(old: Any, new: Any) -> Any:
     """A new number, copied into the old one's tensor where there is one.
 
-    A small tensor made anew in each step would lie where a large one lay before, and grow the heap.
+    A new small tensor in each step would take the place of a freed large one, and grow the heap.
     """
     if not (isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape):
         return new

@@ -56,8 +56,8 @@ def check_between_steps(optimizer: Optimizer) -> None:
         )
     if optimizer._stepped:
         raise OptimizerError(
-            f"{len(optimizer._stepped)} parameters were stepped in a backward that step() has not "
-            "closed; call step() before the training is saved"
+            f"{len(optimizer._stepped)} parameters were stepped in backward, and step() was not "
+            "called yet; call step() before the training is saved"
         )
 
 
@@ -78,7 +78,7 @@ def members(
         if not dense.name:
             raise OptimizerError(
                 f"group {number} of the optimizer holds a {tuple(dense.shape)} parameter "
-                f"that this {type(model).__name__} has not; give the model that is trained, "
+                f"that is not in this {type(model).__name__}; give the model that is trained, "
                 "and make the optimizer after memtile.tile"
             )
     return [{dense.name: dense for dense in group} for group in result]

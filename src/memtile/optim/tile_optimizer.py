@@ -99,8 +99,8 @@ class TileOptimizer(Optimizer):
             )
         if any(parameter.is_meta for parameter in parameters):
             raise OptimizerError(
-                f"parameters of this {name} are on the meta device, where nothing "
-                "has values; give it some first, with memtile.tile(model, …, checkpoint=folder) or "
+                f"parameters of this {name} are on the meta device, without values; "
+                "load some first, with memtile.tile(model, …, checkpoint=folder) or "
                 "memtile.load_checkpoint(model, folder)"
             )
         if any(map(is_stepped_in_backward, parameters)):
@@ -187,9 +187,9 @@ class TileOptimizer(Optimizer):
                 loss = closure()
         if not self._are_of_the_model():
             raise OptimizerError(
-                f"parameters of this {type(self._model).__name__} are others than when this "
-                "optimizer was made, so they would not be stepped; make it after memtile.tile "
-                "(and anew after memtile.untile)"
+                f"this {type(self._model).__name__} has other parameters than when this "
+                "optimizer was made, and they would not be stepped; make it after memtile.tile "
+                "(and a new one after memtile.untile)"
             )
         with uninterrupted():
             self._step_all()
