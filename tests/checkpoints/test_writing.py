@@ -88,7 +88,7 @@ def test_a_new_checkpoint_takes_the_place_of_the_old(tmp_path, first, second):
 
 
 def test_files_beside_are_copied_as_they_are(tmp_path):
-    """Files beside the tensors are copied byte for byte, from memory or a file, in subfolders too."""
+    """Files beside the tensors are copied byte for byte, from memory or a file."""
     raw = bytes(range(256)) + b"\r\n"
     source = tmp_path / "source"
     source.write_bytes(raw)

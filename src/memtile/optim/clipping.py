@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
 from memtile.homes import lock_of_a_module
-from memtile.optim.dense_state import parked_berth
+from memtile.optim.stepping import parked_berth
 from memtile.transfer import Loan, ferries_of, is_stepped_in_backward
 
 _CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
-from memtile.homes import Berth, Home, berth_of, register, room_of, settle_in
+from memtile.homes import berth_of, room_of, settle_in
+from memtile.optim.stepping import empty_at, is_shaped, parked_berth
 
 Index = tuple[int, int]
 ParamGroup = dict[str, Any]  # torch's own: holds whatever the optimizer's class wants
@@ -116,25 +117,6 @@ def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list
             ordered.setdefault(id(dense.parts[0].parameter), dense)
         result.append(list(ordered.values()))
     return result
-
-
-def is_shaped(entry: object, parameter: Tensor) -> bool:
-    """Whether a state entry has an element for each element of the parameter."""
-    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
-
-
-def parked_berth(tensor: Tensor) -> Berth | None:
-    """The tensor's allocation in a home whose tensors are worked on in slabs; otherwise None."""
-    berth = berth_of(tensor)
-    return None if berth is None or berth.home.works_in_place else berth
-
-
-def empty_at(home: Home, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new tensor in the home, without values."""
-    berth = home.berth(shape, dtype)
-    tensor = berth.tensor()
-    register(tensor, berth)
-    return tensor
 
 
 def to_dense_state(

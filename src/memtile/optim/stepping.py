@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import NotFiniteError, OptimizerError
-from memtile.homes import PAGE, Berth, berth_of, room_of, settle_in, trim_heap
-from memtile.optim.dense_state import empty_at, is_shaped, parked_berth
+from memtile.homes import PAGE, Berth, Home, berth_of, register, room_of, settle_in, trim_heap
 from memtile.optim.inner import Inner, ParameterSlice
 from memtile.transfer import Loan, ferries_of
 
@@ -322,3 +321,22 @@ def is_finite(tensor: Tensor) -> bool:
     thread).
     """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def is_shaped(entry: object, parameter: Tensor) -> bool:
+    """Whether a state entry has an element for each element of the parameter."""
+    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
+
+
+def parked_berth(tensor: Tensor) -> Berth | None:
+    """The tensor's allocation in a home whose tensors are worked on in slabs; otherwise None."""
+    berth = berth_of(tensor)
+    return None if berth is None or berth.home.works_in_place else berth
+
+
+def empty_at(home: Home, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A new tensor in the home, without values."""
+    berth = home.berth(shape, dtype)
+    tensor = berth.tensor()
+    register(tensor, berth)
+    return tensor

@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Home, Reservation, berth_of, hold_room
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
-from memtile.optim.dense_state import ParamGroup, load_dense_state, parked_berth, to_dense_state
+from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
-from memtile.optim.stepping import Stepper
+from memtile.optim.stepping import Stepper, parked_berth
 from memtile.transfer import ferries_of, gradient_of, is_stepped_in_backward, step_in_backward
 
 StepMode = Literal["classic", "in_backward"]
