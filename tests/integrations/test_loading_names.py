@@ -73,7 +73,7 @@ def test_what_transformers_ignores_is_ignored(kind: str, strict: bool, tmp_path:
     )
     told = memtile.load_checkpoint(model, folder)
 
-    assert told == memtile.Loaded((), ())
+    assert told == memtile.convert.Loaded((), ())
 
 
 @pytest.mark.parametrize("kind", MORE)
@@ -192,7 +192,7 @@ def test_load_checkpoint_makes_what_has_no_values(tmp_path: Path) -> None:
     drawn = model.score.weight.clone()
     memtile.load_checkpoint(model, folder, strict=False)
 
-    assert told == memtile.Loaded(("score.weight",), ("lm_head.weight",))
+    assert told == memtile.convert.Loaded(("score.weight",), ("lm_head.weight",))
     assert drawn.std() > 0
     assert torch.equal(model.score.weight, drawn)
 
@@ -245,7 +245,7 @@ def test_adapters_around_an_empty_model_are_filled(how: str, tmp_path: Path) -> 
         with pytest.warns(CheckpointWarning, match=r"lora_A.*have no values yet.*load_checkpoint"):
             memtile.tile(model, out_splits=3, checkpoint=base)
         told = memtile.load_checkpoint(model, own)
-        assert told == memtile.Loaded((), ())
+        assert told == memtile.convert.Loaded((), ())
     else:
         home = memtile.DiskHome(tmp_path)
         memtile.tile(model, out_splits=3, checkpoint=[base, own], home=home)

@@ -242,7 +242,7 @@ def test_modules_to_save_are_trained_dense_and_saved_under_dense_names(tmp_path:
     model = adapted(False, ["q_proj"], modules_to_save=["lm_head"])
     with pytest.warns(memtile.errors.TileSizeWarning, match="PEFT's own copy"):
         tiled, _ = parked(model)
-    copies = [c for c in memtile.select_linears(tiled, out_splits=2) if "to_save" in c.name]
+    copies = [c for c in memtile.convert.select_linears(tiled, out_splits=2) if "to_save" in c.name]
     train(tiled, tile_optimizer(tiled))
 
     tiled.save_pretrained(tmp_path)

@@ -69,7 +69,7 @@ def test_forward_and_backward(kind: str, cut: dict[str, int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_and_embedding_that_is_large_enough_is_tiled(kind: str) -> None:
     """Layers of these models stay dense only for their size."""
-    choices = memtile.select_linears(build(kind), **RAGGED)
+    choices = memtile.convert.select_linears(build(kind), **RAGGED)
 
     assert sum(choice.tiled for choice in choices) >= 11
     assert all("fit in max_tile_bytes" in choice.reason for choice in choices if not choice.tiled)

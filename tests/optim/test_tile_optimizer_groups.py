@@ -18,6 +18,7 @@ from small_training import (
 from torch import Tensor, nn, optim
 from torch.optim import lr_scheduler
 
+import memtile
 from memtile import TileOptimizer
 from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import berth_of
@@ -277,3 +278,48 @@ def test_an_empty_list_of_parameters_is_refused():
     """params=[] is refused as torch refuses it."""
     with pytest.raises(ValueError, match="empty parameter list"):
         TileOptimizer(small(), optim.AdamW, params=[])
+
+
+def _two_linears():
+    torch.manual_seed(0)
+    return memtile.tile(
+        nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3)), out_splits=2, home="host"
+    )
+
+
+def test_parameters_of_another_model_are_refused():
+    """Parameters that are not the model's, for example from before tiling, are refused."""
+    with pytest.raises(OptimizerError, match="not of this Sequential"):
+        TileOptimizer(_two_linears(), optim.SGD, params=nn.Linear(3, 3).parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("mode", ["classic", "in_backward"])
+def test_a_second_optimizer_beside_one_that_steps_in_backward_is_refused(mode):
+    """A second optimizer beside an in-backward one is refused until the first is dropped."""
+    ours = _two_linears()
+    first = TileOptimizer(ours, optim.SGD, mode="in_backward", lr=0.1)
+
+    with pytest.raises(OptimizerError, match="del optimizer"):
+        TileOptimizer(ours, optim.SGD, mode=mode, lr=0.1)
+
+    del first
+    TileOptimizer(ours, optim.SGD, mode=mode, lr=0.1)
+
+
+def test_an_optimizer_of_parameters_that_were_replaced_refuses_to_step():
+    """An optimizer from before tiling or untiling raises in `step` instead of training nothing."""
+    ours = nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3))
+    early = TileOptimizer(ours, optim.SGD, lr=0.1)
+    memtile.tile(ours, out_splits=2, home="host")
+    ours(torch.ones(2, 11)).sum().backward()
+
+    with pytest.raises(OptimizerError, match=r"after memtile\.tile"):
+        early.step()
+
+
+def test_parameters_without_values_are_refused():
+    """A model on the meta device is refused; the message says how to load values."""
+    empty = memtile.empty_model(lambda: nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3)))
+
+    with pytest.raises(OptimizerError, match="load_checkpoint"):
+        TileOptimizer(empty, optim.SGD, lr=0.1)

@@ -134,15 +134,13 @@ class _CheckpointBerth(Berth):
         pages, address = self.home.pages, self._address + start
         opened = self._file.opened()  # None: replaced, and only the map has the old bytes
         if used and (opened is None or not pages.works or pages.any(address, used)):
-            into[:used].copy_(self._bytes()[start : start + used])
+            mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
+            into[:used].copy_(mapped[start : start + used])
         elif opened is not None:
             disk_io.fill(opened.fd, disk_io.bytes_of(into[:used]), self._offset + start)
 
     def _take(self, source: Tensor, start: int) -> None:
         self.home._refuse()
-
-    def _bytes(self) -> Tensor:
-        return tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
 
 
 def _mapped(file: StoredFile) -> memoryview:
@@ -217,9 +215,7 @@ class CopiedPages:
         entries = torch.zeros(last - first + 1, dtype=torch.int64)
         raw = disk_io.bytes_of(entries)
         if os.preadv(self._fd, [raw], first * _ENTRY_BYTES) != len(raw):
-            return torch.ones(
-                len(entries), dtype=torch.bool
-            )  # take all as copied: they are read through the map
+            return torch.ones(len(entries), dtype=torch.bool)  # all are read through the map then
         is_present, is_files = entries < 0, entries & _FILE != 0
         return (entries & _SWAPPED != 0) | is_present & ~is_files
 

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -217,23 +217,16 @@ def _publish(
 
 def _remove_others(folder: Path, stem: str, names: Sequence[str]) -> None:
     """Remove the old checkpoint, and half-written files of killed processes."""
-    alone = len(names) == 1
+    own = (stem + SUFFIX, stem + INDEX_SUFFIX)
     shard = re.compile(
         rf"{re.escape(stem)}(-[0-9a-f]{{8}})?-\d{{5,}}-of-\d{{5,}}{re.escape(SUFFIX)}"
     )
-    old = stem + (INDEX_SUFFIX if alone else SUFFIX)
     # The index or single file goes first, so that no reader finds an index without its shards.
     with contextlib.suppress(OSError):
-        (folder / old).unlink(missing_ok=True)
+        (folder / (stem + (INDEX_SUFFIX if len(names) == 1 else SUFFIX))).unlink(missing_ok=True)
         sync_folder(folder)
-        for path in list(_leftovers(folder, stem, shard)):
-            if path.name not in names:
+        for path in list(folder.iterdir()):
+            name, mark, _ = path.name.partition(PARTIAL)
+            is_ours = shard.fullmatch(name) or (mark and name in own)
+            if is_ours and path.name not in names:
                 path.unlink(missing_ok=True)
-
-
-def _leftovers(folder: Path, stem: str, shard: "re.Pattern[str]") -> Iterator[Path]:
-    for path in folder.iterdir():
-        name, mark, _ = path.name.partition(PARTIAL)
-        is_ours = name in (stem + SUFFIX, stem + INDEX_SUFFIX) or shard.fullmatch(name)
-        if (mark and is_ours) or (not mark and shard.fullmatch(name)):
-            yield path

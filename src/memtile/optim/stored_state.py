@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 from memtile.errors import OptimizerError
 from memtile.homes import berth_of, room_of
 from memtile.optim.dense_state import DenseParameter, Part, by_group
-from memtile.optim.stepping import MASTER, empty_at, is_shaped, parked_berth
+from memtile.optim.stepping import MASTER, ParameterState, empty_at, is_shaped, parked_berth
 from memtile.optim.tile_optimizer import TileOptimizer
-
-ParameterState = dict[str, Any]  # whatever the optimizer's class keeps
 
 
 @dataclass(frozen=True)
