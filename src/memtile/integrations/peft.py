@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from memtile.convert import Integration, Naming, dense_items, naming_of, persistent_buffers
-from memtile.integrations.saving import with_tiles
+from memtile.integrations.saving import loaded_class, with_tiles
 from memtile.layers import TiledModule
 
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -29,22 +29,19 @@ def _keeps(model: nn.Module) -> dict[str, str]:
 
 def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
     """The children that stay dense, each with the reason."""
-    if isinstance(module, _peft("tuners.trainable_tokens.layer", "TrainableTokensLayer")):
+    if isinstance(
+        module, loaded_class("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")
+    ):
         yield "base_layer", _ROWS
-    if isinstance(module, _peft("tuners.tuners_utils", "BaseTunerLayer")):
+    if isinstance(module, loaded_class("peft.tuners.tuners_utils", "BaseTunerLayer")):
         yield from ((name, _ADAPTER) for name, _ in module.named_children() if name != "base_layer")
-    if isinstance(module, _peft("utils.other", "ModulesToSaveWrapper")):
+    if isinstance(module, loaded_class("peft.utils.other", "ModulesToSaveWrapper")):
         yield "modules_to_save", _COPY
-
-
-def _peft(module: str, name: str) -> Any:
-    """A class of PEFT for isinstance; () where that part is not loaded."""
-    return getattr(sys.modules.get(f"peft.{module}"), name, ())
 
 
 def patch_peft() -> None:
     """Have `save_pretrained` of a PEFT model with tiles in its base write dense names."""
-    cls = _peft("peft_model", "PeftModel")
+    cls = loaded_class("peft.peft_model", "PeftModel")
     if cls != ():
         with_tiles(cls, "save_pretrained", _save_pretrained)
 
@@ -78,7 +75,7 @@ def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
 
 def _naming(model: nn.Module) -> Naming | None:
     """Names in checkpoints: the base's own, and PEFT's for adapters."""
-    if not isinstance(model, _peft("peft_model", "PeftModel")):
+    if not isinstance(model, loaded_class("peft.peft_model", "PeftModel")):
         return None
     wrapped: Any = model  # a PeftModel, which is not imported here
     base = naming_of(wrapped.get_base_model())
@@ -102,7 +99,7 @@ def _names_of_adapters(model: Any, pattern: re.Pattern[str]) -> dict[str, str]:
     state = {name: tensor for name, tensor in tensors if pattern.search(name)}
     if not state:
         return {}
-    saved = _peft("utils.save_and_load", "get_peft_model_state_dict")(
+    saved = loaded_class("peft.utils.save_and_load", "get_peft_model_state_dict")(
         model, state, model.active_adapter, save_embedding_layers=False
     )
     stored = {id(tensor): name for name, tensor in saved.items()}
@@ -118,7 +115,7 @@ def _adapter_children(model: nn.Module) -> set[str]:
 def _filled(model: nn.Module) -> None:
     """Fill PEFT's copies of whole modules with the values of the originals."""
     for module in model.modules():
-        if isinstance(module, _peft("utils.other", "ModulesToSaveWrapper")):
+        if isinstance(module, loaded_class("peft.utils.other", "ModulesToSaveWrapper")):
             for copied in module.modules_to_save.values():
                 _take_values(copied, module.original_module)
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from memtile.checkpoints import Checkpoint
 from memtile.convert import WAY_OUT, empty_model, persistent_buffers
 from memtile.errors import CheckpointError
+from memtile.integrations.saving import loaded_class
 
 _MARK = "_is_hf_initialized"  # transformers' own: a marked tensor is not initialised again
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -22,8 +22,8 @@ _QUANTIZED = ("quantization_config", "compression_config")
 
 def pretrained_models(model: nn.Module) -> list[Any]:
     """All `PreTrainedModel`s in a model, outer ones first."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return [m for m in model.modules() if modeling and isinstance(m, modeling.PreTrainedModel)]
+    cls = loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    return [module for module in model.modules() if isinstance(module, cls)]
 
 
 def outermost(model: nn.Module) -> Iterator[Any]:

@@ -88,14 +88,14 @@ def _own_tiles(model: Any) -> set[str]:
     if not made or not hasattr(model, "config"):
         return set()
     try:
-        twin = empty_model(lambda: type(model)(copy.deepcopy(model.config)))
+        second = empty_model(lambda: type(model)(copy.deepcopy(model.config)))
     except Exception as error:  # whatever a constructor raises
         raise CannotTileError(
             f"{made[0]} was made as a tiled layer, and whether {type(model).__name__} makes it, or "
             f"someone put it there, cannot be known: no second one can be made of its config "
             f"({error}); save with memtile.save_checkpoint(model, folder), which is dense"
         ) from error
-    own = {name for name in made if name in _tiled(twin)}
+    own = {name for name in made if name in _tiled(second)}
     if own and len(own) < len(layers):
         other = next(name for name in layers if name not in own)
         raise CannotTileError(
@@ -108,7 +108,7 @@ def _own_tiles(model: Any) -> set[str]:
 
 def _is_saved_as_it_is(model: Any) -> bool:
     """Whether transformers would write the model's own names and values."""
-    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    base = loaded_class("transformers.modeling_utils", "PreTrainedModel")
     mapping = sys.modules.get("transformers.conversion_mapping")
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None and mapping is not None:
@@ -133,6 +133,11 @@ def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
     if not isinstance(layer, TiledModule):
         return ()
     return (own, layer.weight_is_transposed, *(id(p) for p in layer.tile_parameters(own).values()))
+
+
+def loaded_class(module: str, name: str) -> Any:
+    """A class of an optional package, for isinstance; () where the module is not loaded."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 def with_tiles(cls: Any, name: str, act: Callable[..., Any]) -> None:

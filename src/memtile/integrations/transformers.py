@@ -1,7 +1,6 @@
 """transformers: its own kinds of layers, its names and ties, models from its configs."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from memtile.integrations.pretrained import (
     refuse_quantized,
     relevant,
 )
-from memtile.integrations.saving import save_pretrained, with_tiles
+from memtile.integrations.saving import loaded_class, save_pretrained, with_tiles
 from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -48,7 +47,7 @@ class TiledConv1D(TiledLinear):
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
         """The dense `Conv1D`, with `weight` where it is tied."""
         with torch.device("meta"):
-            dense: nn.Module = _loaded("pytorch_utils").Conv1D(self.out_features, self.in_features)
+            dense: nn.Module = _conv1d()(self.out_features, self.in_features)
         self.hand_over(dense, weight)
         return dense
 
@@ -101,18 +100,8 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
             setattr(target, name, getattr(source, name))
 
 
-def _loaded(module: str) -> Any:
-    """A module of transformers, or None where nothing has loaded it."""
-    return sys.modules.get(f"transformers.{module}")
-
-
-def _derives_from_conv1d(module: nn.Module) -> bool:
-    utils = _loaded("pytorch_utils")
-    return utils is not None and isinstance(module, utils.Conv1D)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return _derives_from_conv1d(module) and type(module) is _loaded("pytorch_utils").Conv1D
+def _conv1d() -> Any:
+    return loaded_class("transformers.pytorch_utils", "Conv1D")
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
@@ -129,8 +118,8 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
 def patch_transformers() -> None:
     """Have models with tiles in them save dense checkpoints, and keep their ties."""
-    cls = getattr(_loaded("modeling_utils"), "PreTrainedModel", None)
-    if cls is not None:
+    cls = loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    if cls != ():
         with_tiles(cls, "save_pretrained", save_pretrained)
         with_tiles(cls, "tie_weights", _tie_weights)
 
@@ -230,13 +219,13 @@ def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | Non
     vocabulary = config.get_text_config().vocab_size
     last = "logits_to_keep" in inspect.signature(found[0].forward).parameters
 
-    def forward(twin: Any) -> Tensor | None:
+    def forward(meta_copy: Any) -> Tensor | None:
         ids = (torch.arange(tokens) * max(1, vocabulary // tokens) % vocabulary).view(batch, -1)
         if trains:
-            loss: Tensor = twin(input_ids=ids, labels=ids, use_cache=False).loss
+            loss: Tensor = meta_copy(input_ids=ids, labels=ids, use_cache=False).loss
             return loss
         keep = {"logits_to_keep": 1} if last else {}
-        kept[:] = [twin(input_ids=ids, use_cache=True, **keep)]
+        kept[:] = [meta_copy(input_ids=ids, use_cache=True, **keep)]
         return None
 
     kept: list[Any] = []  # the cache stays in memory while text is generated
@@ -247,8 +236,8 @@ TRANSFORMERS = Integration(
     kinds=(
         Kind(
             name="transposed linear",
-            matches=_is_conv1d,
-            resembles=_derives_from_conv1d,
+            matches=lambda module: type(module) is _conv1d(),
+            resembles=lambda module: isinstance(module, _conv1d()),
             tiled=TiledConv1D,
             shape=lambda module: (module.nf, module.nx),
         ),

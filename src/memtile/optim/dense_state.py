@@ -7,6 +7,7 @@ the dense parameter has in the dense model.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -183,25 +184,23 @@ def load_dense_state(
     Raises:
         OptimizerError: it does not fit; nothing was changed.
     """
-    members = by_group(model, optimizer.param_groups)
-    _check(packed, members)
+    numbered = _checked(packed, by_group(model, optimizer.param_groups))
     states: dict[Tensor, dict[str, Any]] = {}
-    for group, saved in zip(members, packed["param_groups"], strict=True):
-        for dense, number in zip(group, saved["params"], strict=True):
+    for dense, number in numbered:
+        if number in packed["state"]:
             for part in dense.parts:
-                if number in packed["state"]:
-                    entries = packed["state"][number].items()
-                    states[part.parameter] = {
-                        key: _cut(dense, part, entry, stepped_dtype(part.parameter))
-                        for key, entry in entries
-                    }
+                dtype, entries = stepped_dtype(part.parameter), packed["state"][number].items()
+                states[part.parameter] = {k: _cut(dense, part, v, dtype) for k, v in entries}
     for own, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
         own.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
     optimizer.state.clear()
     optimizer.state.update(states)
 
 
-def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
+def _checked(
+    packed: Packed, members: list[list[DenseParameter]]
+) -> list[tuple[DenseParameter, Any]]:
+    """Each dense parameter with its index in a state dict that fits."""
     if not {"state", "param_groups"} <= packed.keys():
         raise OptimizerError(
             f"a dictionary of {sorted(map(str, packed))[:4]} is no state dict of an optimizer, "
@@ -214,14 +213,16 @@ def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
             f"the state dict has {theirs} parameters in its groups, the dense model {ours}: it is "
             "of another model, or its groups were made otherwise; load it where it was saved"
         )
-    for group, saved in zip(members, packed["param_groups"], strict=True):
-        for dense, number in zip(group, saved["params"], strict=True):
-            for key, entry in packed["state"].get(number, {}).items():
-                if isinstance(entry, Tensor) and entry.numel() > 1 and entry.shape != dense.shape:
-                    raise OptimizerError(
-                        f"{dense.name}: the state dict's {key} is {tuple(entry.shape)}, the "
-                        f"parameter {tuple(dense.shape)}: it is of another model"
-                    )
+    numbers = [number for group in packed["param_groups"] for number in group["params"]]
+    numbered = list(zip(chain(*members), numbers, strict=True))
+    for dense, number in numbered:
+        for key, entry in packed["state"].get(number, {}).items():
+            if isinstance(entry, Tensor) and entry.numel() > 1 and entry.shape != dense.shape:
+                raise OptimizerError(
+                    f"{dense.name}: the state dict's {key} is {tuple(entry.shape)}, the "
+                    f"parameter {tuple(dense.shape)}: it is of another model"
+                )
+    return numbered
 
 
 def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype) -> Any:
