@@ -82,10 +82,6 @@ class HomeIOError(MemtileError, OSError):
     """A read or a write of a home that failed, or moved fewer bytes than it should."""
 
 
-class SealError(MemtileError, ValueError):
-    """A kept home that is not whole, or not of this model: never guessed at."""
-
-
 class ParkedError(MemtileError, RuntimeError):
     """Something that a parked tile cannot do, or that would leave its home behind."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from read_only_contract import ReadOnlyHomeContract
 from safetensors_files import entry, outgoing_of, raw_file
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
 from memtile.checkpoints.home import CopiedPages
 from memtile.errors import CheckpointError, HomeError
 from memtile.homes import Berth, aligned_buffer
-from memtile.testing import ReadOnlyHomeContract
 
 
 def berths_over(folder, tensors):

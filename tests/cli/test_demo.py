@@ -152,7 +152,7 @@ def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
         (["--max-tile", "plenty"], "--max-tile 'plenty' is not a size"),
         (["--max-tile", "0MiB"], "--max-tile '0MiB' is less than one byte"),
         (["--model", "nowhere"], "--model nowhere is no folder"),
-        (["--home", "cloud"], "--home 'cloud' is no home: give disk, disk:FOLDER, host or none"),
+        (["--home", "cloud"], "--home 'cloud' is no home: it must be disk, disk:FOLDER"),
         (["--home", "disk:"], "--home 'disk:' is no home"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read (No such file"),
         (["--text", "."], "--text . cannot be read (Is a directory)"),

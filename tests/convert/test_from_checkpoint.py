@@ -247,19 +247,6 @@ def test_a_buffer_on_meta_is_refused_by_name(tmp_path):
         memtile.tile(model, out_splits=3, checkpoint=tmp_path)
 
 
-def test_a_reopened_home_brings_its_own_tiles(tmp_path):
-    """Two sources of the same values are one too many."""
-    path = write(net().state_dict(), tmp_path / "model.safetensors")
-    with memtile.DiskHome(tmp_path, keep=True) as home:
-        kept = memtile.tile(net(), out_splits=3, home=home)
-    del kept
-    model = memtile.empty_model(net)
-
-    home = memtile.DiskHome.reopen(tmp_path)
-    with home, pytest.raises(ArgumentError, match="was reopened with the tiles that it holds"):
-        memtile.tile(model, out_splits=3, home=home, checkpoint=path)
-
-
 def test_a_copy_of_a_model_from_a_checkpoint_is_whole(tmp_path):
     """A deep copy has values of its own."""
     path = write(net().state_dict(), tmp_path / "model.safetensors")
@@ -269,7 +256,7 @@ def test_a_copy_of_a_model_from_a_checkpoint_is_whole(tmp_path):
 
 
 def test_every_parked_tile_is_at_home_and_has_its_name(tmp_path):
-    """Berths are labelled, so that a kept home can be sealed."""
+    """An allocation is labelled with its parameter's name, for messages."""
     path = write(net().state_dict(), tmp_path / "model.safetensors")
     home = memtile.DiskHome(tmp_path)
     model = memtile.tile(memtile.empty_model(net), out_splits=3, home=home, checkpoint=path)

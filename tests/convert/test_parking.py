@@ -20,7 +20,7 @@ from small_models import build, inputs
 from torch import nn
 
 import memtile
-from memtile.errors import ArgumentError, CannotTileError, HomeError, HomeFullError, SealError
+from memtile.errors import ArgumentError, CannotTileError, HomeError, HomeFullError
 from memtile.homes import DiskHome, HostHome, berth_of
 from memtile.layers import ParkedEmbedding, ParkedLinear
 from memtile.transfer import ferries_of
@@ -173,9 +173,6 @@ def test_a_full_disk_leaves_the_model_unchanged(monkeypatch, has_gradients):
     assert len(weights_of(model)) == 6
 
 
-# Kept homes
-
-
 def train(model: nn.Module) -> None:
     """A few steps of an optimizer that knows nothing of homes."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -184,101 +181,6 @@ def train(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(seed)
         model(torch.randn(5, 13, generator=generator)).square().sum().backward()
         optimizer.step()
-
-
-def test_a_kept_home_restores_what_was_trained(tmp_path):
-    """Closed, reopened and given to an untrained model: the trained weights' bits, twice over."""
-    with DiskHome(tmp_path, keep=True) as home:
-        model = memtile.tile(small_model(), out_splits=3, in_splits=2, home=home)
-        train(model)
-        trained = {n: p.detach().clone() for n, p in weights_of(model).items()}
-    for _ in range(2):
-        with DiskHome.reopen(tmp_path) as home:
-            again = memtile.tile(small_model(seed=1), out_splits=3, in_splits=2, home=home)
-            assert_same_bits({n: p.detach() for n, p in weights_of(again).items()}, trained)
-            train(again)
-            trained = {n: p.detach().clone() for n, p in weights_of(again).items()}
-
-
-def test_a_kept_home_restores_a_tied_model(tmp_path):
-    """Tied tiles are recorded once, under the first of their names."""
-    batch = inputs("llama-tied")
-    with DiskHome(tmp_path, keep=True) as home:
-        model = memtile.tile(build("llama-tied"), out_splits=3, home=home)
-        with torch.no_grad():
-            for p in weights_of(model).values():
-                p.mul_(1.5)
-            expected = model(**batch).logits
-    with DiskHome.reopen(tmp_path) as home:
-        again = memtile.tile(build("llama-tied"), out_splits=3, home=home)
-
-        with torch.no_grad():
-            assert torch.equal(again(**batch).logits, expected)
-
-
-@pytest.mark.parametrize(
-    ("model", "splits", "difference"),
-    [
-        (lambda: small_model(), 2, r"0\.linears\.0\.0\.weight"),
-        (lambda: small_model().double(), 3, r"torch.float64"),
-        (lambda: nn.Sequential(nn.Linear(13, 29), nn.Linear(29, 7)), 3, "it has no"),
-        (lambda: nn.Sequential(nn.Linear(13, 29), nn.Tanh()), 3, r"which the model has not"),
-        (lambda: nn.Sequential(*small_model(), nn.Linear(7, 3)), 3, r"it has no '3\.linears"),
-    ],
-)
-def test_another_model_is_refused_by_name_and_unchanged(tmp_path, model, splits, difference):
-    """The first tile that differs is named; nothing was replaced, and the file is as it was."""
-    with DiskHome(tmp_path, keep=True) as home:
-        kept = memtile.tile(small_model(), out_splits=3, home=home)
-    assert weights_of(kept)
-    sealed, other = (tmp_path / "tiles.memtile").read_bytes(), model()
-    modules = list(other.modules())
-    home = DiskHome.reopen(tmp_path)
-
-    with pytest.raises(SealError, match=difference):
-        memtile.tile(other, out_splits=splits, home=home)
-
-    assert list(other.modules()) == modules
-    home.keep = False
-    home.close()
-    assert (tmp_path / "tiles.memtile").read_bytes() == sealed
-
-
-def test_a_damaged_kept_home_is_refused_before_anything_is_replaced(tmp_path):
-    """One flipped bit of one tile: it is named, and the model keeps its dense modules."""
-    with DiskHome(tmp_path, keep=True) as home:
-        kept = memtile.tile(small_model(), out_splits=3, home=home)
-        label = max(weights_of(kept))
-    home = DiskHome.reopen(tmp_path)
-    with open(tmp_path / "tiles.memtile", "r+b") as file:
-        file.seek(home.sealed.entries[label].offset)
-        (byte,) = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 4]))
-    model = small_model()
-    modules = list(model.modules())
-
-    with pytest.raises(SealError, match=label.replace(".", r"\.")):
-        memtile.tile(model, out_splits=3, home=home)
-
-    assert list(model.modules()) == modules
-    home.keep = False
-    home.close()
-
-
-def test_a_kept_home_whose_model_is_gone_is_not_sealed(tmp_path):
-    """There is nothing to seal: it says so with the first tile's name, and no file is left."""
-    home = DiskHome(tmp_path, keep=True)
-    model = memtile.tile(small_model(), out_splits=3, home=home)
-    memtile.untile(model)
-
-    with pytest.raises(SealError, match=r"tiles are gone.*close the home while the model is alive"):
-        home.close()
-
-    assert not list(tmp_path.iterdir())
-    memtile.tile(model, out_splits=3, home=home)
-    home.close()
-    assert [file.name for file in tmp_path.iterdir()] == ["tiles.memtile"]
 
 
 def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
@@ -294,19 +196,6 @@ def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
     assert len(settled) >= 2
 
 
-def test_a_reopened_home_that_got_no_tiles_leaves_the_file(tmp_path):
-    """Refused or not used, closing it does not replace what was kept with nothing."""
-    with DiskHome(tmp_path, keep=True) as home:
-        kept = memtile.tile(small_model(), out_splits=3, home=home)
-    assert weights_of(kept)
-    sealed = (tmp_path / "tiles.memtile").read_bytes()
-
-    with DiskHome.reopen(tmp_path) as home, pytest.raises(SealError):
-        memtile.tile(small_model(), out_splits=2, home=home)
-
-    assert (tmp_path / "tiles.memtile").read_bytes() == sealed
-
-
 @pytest.mark.parametrize("before", [{}, {"home": "host"}], ids=["in memory", "at home"])
 def test_a_model_that_is_tiled_already_is_refused(before):
     """It would stay where it is: said, with the way out."""
@@ -316,15 +205,8 @@ def test_a_model_that_is_tiled_already_is_refused(before):
         memtile.tile(model, out_splits=3, home=DiskHome())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"keep": True}, r"needs a folder of its own"),
-        ({"folder": ""}, r"folder='' is no folder"),
-        ({"folder": 3}, r"folder=3 is no folder"),
-    ],
-)
-def test_a_home_without_a_place_is_refused(arguments, sentence):
-    """No file in a shared folder by accident, none in the working directory."""
-    with pytest.raises(ArgumentError, match=sentence):
-        DiskHome(**arguments)
+@pytest.mark.parametrize(("folder", "sentence"), [("", "folder=''"), (3, "folder=3")])
+def test_a_home_without_a_place_is_refused(folder, sentence):
+    """No file in the working directory by accident."""
+    with pytest.raises(ArgumentError, match=f"{sentence} is no folder"):
+        DiskHome(folder)

@@ -1,11 +1,12 @@
-"""Every home of ours keeps the contract that memtile.testing ships."""
+"""Every home keeps the contract."""
 
 import pytest
+from home_contract import HomeContract
+from home_machine import home_state_machine
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from memtile.homes import DeviceHome, DiskHome, Home, HostHome
-from memtile.testing import HomeContract, home_state_machine
 
 
 class TestDeviceHome(HomeContract):
@@ -37,11 +38,6 @@ class TestDiskHomeDirect(TestDiskHome):
         if home.path != "direct":
             pytest.skip("the folder's filesystem has no direct I/O")
         return home
-
-
-class TestDiskHomeKept(TestDiskHome):
-    def make_home(self) -> Home:
-        return DiskHome(self.folder, keep=True)
 
 
 _SETTINGS = settings(

@@ -29,12 +29,12 @@ def _file_bytes(home: DiskHome) -> int:
     return os.fstat(home._file.fd).st_size
 
 
-def _refuse(monkeypatch, flag: int, error: int) -> None:
-    """The filesystem refuses to open with this flag."""
+def _refuse(monkeypatch, error: int, *refused: int) -> None:
+    """The filesystem refuses to open with one of these flags."""
     real = os.open
 
     def refusing(path, flags, *rest, **names):
-        if flags & flag == flag:
+        if any(flags & flag == flag for flag in refused):
             raise OSError(error, os.strerror(error))
         return real(path, flags, *rest, **names)
 
@@ -70,7 +70,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
         DiskHome(tmp_path)
     monkeypatch.undo()
 
-    _refuse(monkeypatch, os.O_TMPFILE, errno.EACCES)
+    _refuse(monkeypatch, errno.EACCES, os.O_TMPFILE, os.O_CREAT)
     with pytest.raises(HomeError, match="Permission denied"):
         DiskHome(tmp_path)
 
@@ -104,20 +104,25 @@ def test_another_system_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_live_home_has_no_name(tmp_path):
-    """Nothing is seen in the folder while a home lives, kept or not, nor after."""
-    for keep in (False, True):
-        home = DiskHome(tmp_path, keep=keep)
-        settle_in(home, torch.ones(5000))
+    """Nothing is seen in the folder while a home is open, nor after."""
+    home = DiskHome(tmp_path)
+    settle_in(home, torch.ones(5000))
 
-        assert os.listdir(tmp_path) == []
-        del home
-        gc.collect()
-        assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == []
+    del home
+    gc.collect()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_home_is_never_kept(tmp_path):
+    """There is no way to keep its file: checkpoints do that."""
+    with pytest.raises(TypeError, match="keep"):
+        DiskHome(tmp_path, keep=True)
 
 
 def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
     """Where the filesystem has no O_TMPFILE the file is unlinked as soon as it is open."""
-    _refuse(monkeypatch, os.O_TMPFILE, errno.EOPNOTSUPP)
+    _refuse(monkeypatch, errno.EOPNOTSUPP, os.O_TMPFILE)
 
     with DiskHome(tmp_path) as home:
         settled = settle_in(home, torch.arange(5000))
@@ -144,7 +149,7 @@ def test_a_filesystem_that_maps_nothing_is_refused(tmp_path, monkeypatch, direct
     before = _open_files()
     _refuse_maps(monkeypatch, errno.ENODEV)
     if not direct:
-        _refuse(monkeypatch, os.O_DIRECT, errno.EINVAL)
+        _refuse(monkeypatch, errno.EINVAL, os.O_DIRECT)
 
     with pytest.raises(HomeError, match=r"No such device.*FUSE.*give a folder on a local disk"):
         DiskHome(tmp_path)
@@ -165,7 +170,7 @@ def test_a_filesystem_that_maps_nothing_is_refused(tmp_path, monkeypatch, direct
 )
 def test_what_cannot_be_made_is_told_the_way_out(tmp_path, monkeypatch, error, advice):
     """What the system said, and what helps against that."""
-    _refuse(monkeypatch, os.O_TMPFILE, error)
+    _refuse(monkeypatch, error, os.O_TMPFILE, os.O_CREAT)
 
     with pytest.raises(HomeError, match=rf"cannot be made \({os.strerror(error)}\).*{advice}"):
         DiskHome(tmp_path)
@@ -177,7 +182,7 @@ def test_what_cannot_be_made_is_told_the_way_out(tmp_path, monkeypatch, error, a
 def test_room_is_used_again(tmp_path):
     """Parking and dropping again and again leaves the file as long as it was."""
     with DiskHome(tmp_path) as home:
-        home.reserve(4 * _MIB)
+        home.hold([4 * _MIB])
         before = _file_bytes(home)
         for turn in range(8):
             kept = [settle_in(home, torch.full((n + 1, 20_000), turn)) for n in range(5)]
@@ -270,7 +275,7 @@ def test_room_is_held_for_the_thread_that_uses_it(tmp_path, monkeypatch):
 def test_every_byte_is_allocated_before_it_is_mapped(tmp_path):
     """Writing a mapped hole of a full disk is a SIGBUS, so the file has no holes."""
     with DiskHome(tmp_path) as home:
-        home.reserve(5 * _MIB)
+        home.hold([5 * _MIB])
 
         assert os.fstat(home._file.fd).st_blocks * 512 >= _file_bytes(home)
 
@@ -288,7 +293,7 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
         with pytest.raises(HomeFullError, match=rf"{9 * _MIB} more bytes needed, \d+ bytes are fr"):
             home.berth((9 * _MIB,), torch.uint8)
         with pytest.raises(HomeFullError) as raised:
-            home.reserve(9 * _MIB)
+            home.hold([9 * _MIB])
         monkeypatch.undo()
 
         assert raised.value.errno == errno.ENOSPC
@@ -300,7 +305,7 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
 def test_an_almost_full_disk_takes_what_is_needed(tmp_path, monkeypatch):
     """Where there is no room to grow ahead, exactly what is needed still fits."""
     with DiskHome(tmp_path) as home:
-        home.reserve(8 * _MIB)
+        home.hold([8 * _MIB])
         kept = home.berth((8 * _MIB,), torch.uint8)
         real = os.posix_fallocate
 
@@ -515,7 +520,7 @@ def test_without_coherent_direct_io_the_page_cache_serves(tmp_path, monkeypatch,
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     if why == "refused":
-        _refuse(monkeypatch, os.O_DIRECT, errno.EINVAL)
+        _refuse(monkeypatch, errno.EINVAL, os.O_DIRECT)
     elif why == "stale map":
         monkeypatch.setattr(disk_io, "write_at", lambda fd, piece, offset: len(piece))
     else:
@@ -532,18 +537,16 @@ def test_without_coherent_direct_io_the_page_cache_serves(tmp_path, monkeypatch,
 
 
 def test_nothing_stays_open(tmp_path):
-    """Closed or only dropped, kept or not, a home leaves no descriptor, thread or file."""
+    """Closed or only dropped, a home leaves no descriptor, thread or file."""
     before, threads = _open_files(), threading.active_count()
-    for keep in (False, True):
-        for close in (False, True):
-            home = DiskHome(tmp_path / ".", keep=keep)
-            settled = settle_in(home, torch.ones(5000))
-            if close:
-                home.close()
-            del home, settled
-            (tmp_path / "tiles.memtile").unlink(missing_ok=True)
+    for close in (False, True):
+        home = DiskHome(tmp_path / ".")
+        settled = settle_in(home, torch.ones(5000))
+        if close:
+            home.close()
+        del home, settled
 
-            assert _open_files() == before, (keep, close)
+        assert _open_files() == before, close
     assert threading.active_count() == threads
     assert os.listdir(tmp_path) == []
 

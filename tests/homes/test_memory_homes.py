@@ -22,6 +22,7 @@ from memtile.homes import (
     register,
     resolve_home,
     settle_in,
+    word_for,
 )
 
 _TOO_MUCH = 1 << 60
@@ -36,7 +37,6 @@ def test_the_exported_names_are_there():
         "DiskHome",
         "Home",
         "HostHome",
-        "SealedFile",
         "Traffic",
         "aligned_buffer",
         "berth_of",
@@ -86,7 +86,7 @@ def test_a_buffer_is_private_and_freed_with_its_tensor():
 def test_memory_that_is_not_there_is_an_error(make_home):
     """A berth or a reservation beyond all memory is HomeFullError; the home goes on."""
     with make_home() as home:
-        for act in (home.reserve, lambda size: home.berth((size,), torch.uint8)):
+        for act in (lambda size: home.hold([size]), lambda size: home.berth((size,), torch.uint8)):
             with pytest.raises(HomeFullError):
                 act(_TOO_MUCH)
 
@@ -147,17 +147,25 @@ def test_the_registry_keeps_nothing_alive_and_marks_nothing():
     assert [reference() for reference in gone] == [None, None]
 
 
-def test_a_home_can_be_named():
-    """The names "device" and "host" give homes, and a home is itself."""
+def test_a_home_can_be_named(tmp_path):
+    """Each word gives a home, a home is itself, and the word for a home gives one like it."""
     home = HostHome()
+    kinds = {"device": DeviceHome, "host": HostHome, "disk": DiskHome, f"disk:{tmp_path}": DiskHome}
 
-    assert isinstance(resolve_home("device"), DeviceHome)
-    assert isinstance(resolve_home("host"), HostHome)
+    for word, kind in kinds.items():
+        assert type(resolve_home(word)) is kind
+        assert type(resolve_home(word_for(resolve_home(word)))) is kind
+        assert word_for(word) == word
+    assert resolve_home(f"disk:{tmp_path}").folder == tmp_path
+    assert word_for(DiskHome(tmp_path)) == f"disk:{tmp_path}"
+    assert resolve_home("device", "meta").device.type == "meta"
     assert resolve_home(home) is home
 
 
-@pytest.mark.parametrize("name", ["disk", "HOST", "", None, 3])
-def test_another_name_is_refused_with_the_way_out(name):
-    """What is no home is refused; the message says how to get one on disk."""
-    with pytest.raises(ArgumentError, match=r"DiskHome\(folder\)"):
-        resolve_home(name)
+@pytest.mark.parametrize("name", ["disc", "disk:", "host:/tmp", "HOST", "", "none", None, 3])
+@pytest.mark.parametrize("act", [resolve_home, word_for])
+def test_another_name_is_refused_with_the_way_out(act, name):
+    """What is no home is refused; the message lists the words and names DiskHome."""
+    words = r"must be disk, disk:FOLDER, host or device, or a home such as .*DiskHome\(folder\)"
+    with pytest.raises(ArgumentError, match=words):
+        act(name)

@@ -16,7 +16,7 @@ def test_neighbours_are_joined():
         free.give(start, 10)
 
     assert starts == [0, 10, 20]
-    assert (free.largest, free.total) == (30, 30)
+    assert free.runs == [(0, 30)]
     assert free.take(30) == 0
 
 
@@ -48,5 +48,5 @@ def test_taken_rooms_never_overlap(acts):
         used = [byte for start, size in taken.items() for byte in range(start, start + size)]
         assert len(used) == len(set(used))
         assert all(byte < 40 for byte in used)
-        assert free.total == 40 - len(used)
-        assert (free.largest == 40) == (not used)
+        assert sum(stop - start for start, stop in free.runs) == 40 - len(used)
+        assert (free.runs == [(0, 40)]) == (not used)

@@ -31,7 +31,7 @@ def pair(out_splits: int, home: str, **options: object) -> tuple[nn.Embedding, T
     """A seeded embedding, and its tiled form with parked rows."""
     torch.manual_seed(0)
     dense = nn.Embedding(23, 5, dtype=torch.float64, **options)
-    found = memtile.layers.home_on(home_called(home), "cpu")
+    found = memtile.homes.resolve_home(home_called(home), "cpu")
     return dense, TiledEmbedding.from_dense(dense, Grid.uniform(23, 5, out_splits), home=found)
 
 

@@ -72,10 +72,11 @@ def _refuse_room(monkeypatch):
 
 def _fill(home):
     """Take all the room that the home has already."""
-    _, rooms = home.reserve(4096), []
+    _, rooms = home.hold([4096]), []
     for segment in home._segments._all:
-        while segment.free.largest >= 4096:
-            rooms.append(home.berth((segment.free.largest,), torch.uint8))
+        while segment.free.runs:
+            largest = max(stop - start for start, stop in segment.free.runs)
+            rooms.append(home.berth((largest,), torch.uint8))
     return rooms
 
 

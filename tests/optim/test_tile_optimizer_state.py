@@ -219,7 +219,7 @@ def test_of_a_disk_home_it_is_in_the_home():
     model = in_home(small(), "disk")
     optimizer, home = optimizer_for(model), disk_of(model)
     train(model, optimizer, batches(1))
-    home.reserve(1 << 20)
+    home.hold([1 << 20])
     before, weights = home._file.size, values(model)
 
     for _ in range(40):

@@ -31,8 +31,8 @@ def _threads() -> set[threading.Thread]:
 
 
 def _descriptors() -> int:
-    """How many are open of files without a name, as a live home's is, or of sealed ones."""
-    return sum("(deleted)" in target or "tiles.memtile" in target for target in _targets())
+    """How many are open of files without a name, as a home's is."""
+    return sum("(deleted)" in target for target in _targets())
 
 
 def _targets() -> Iterator[str]:

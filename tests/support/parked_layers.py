@@ -37,7 +37,7 @@ def parked_pair(
 def parked_form(dense: nn.Linear, grid: tuple[int, int], home: str = "disk") -> TiledLinear:
     """The linear's tiled form with parked tiles."""
     cut = Grid.uniform(dense.out_features, dense.in_features, *grid)
-    found = memtile.layers.home_on(home_called(home), "cpu")
+    found = memtile.homes.resolve_home(home_called(home), "cpu")
     return TiledLinear.from_dense(dense, cut, home=found)
 
 

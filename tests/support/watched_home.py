@@ -75,11 +75,7 @@ class WatchedBerth(Berth):
 
     def __init__(self, home: WatchedHome, inner: Berth) -> None:
         super().__init__(home, inner.shape, inner.dtype)
-        self._inner = inner
-
-    @property
-    def address(self) -> int:
-        return self._inner.address
+        self._inner, self.address = inner, inner.address
 
     def tensor(self) -> Tensor:
         return self._inner.tensor()

@@ -8,11 +8,11 @@ from torch import nn
 
 import memtile.testing.memory as memory
 from memtile.errors import MemtileError, UnsupportedPlatformError
-from memtile.testing import LargestAllocation, PeakMemory
+from memtile.testing import LargestAllocation, PeakMemory, peak_allocated_bytes
 
 MIB = 1024 * 1024
 # Resident memory is counted by the kernel, page by page and per processor, and the interpreter
-# breathes too; on the 64 MiB that these tests move, 4 MiB either way is ample and still tells them.
+# allocates too; 4 MiB either way is ample beside the 64 MiB that these tests move.
 SLACK = 4 * MIB
 
 
@@ -197,3 +197,31 @@ def test_what_a_tensor_subclass_does_inside_is_seen():
         wrapped + 1
 
     assert (largest.nbytes, largest.op) == (20 * 30 * 4, "aten.add")
+
+
+def test_the_peak_counts_what_is_held_at_once():
+    """Two tensors held together count together, a freed one does not."""
+
+    def hold() -> torch.Tensor:
+        torch.empty(1000)
+        one = torch.empty(300)
+        return torch.cat([one, torch.empty(200)])
+
+    assert peak_allocated_bytes(hold) >= 4 * 1000
+    assert peak_allocated_bytes(hold) < 4 * 1000 + 4 * 200
+
+
+def test_nothing_allocated_is_zero():
+    """A function that allocates nothing has no peak."""
+    x = torch.ones(7)
+
+    assert peak_allocated_bytes(lambda: x.add_(1)) < 64
+
+
+def test_a_dense_linear_holds_its_output():
+    """The count itself: `nn.Linear` holds its output and nothing more."""
+    layer, x = nn.Linear(192, 640), torch.randn(512, 192)
+
+    peak = peak_allocated_bytes(lambda: layer(x))
+
+    assert peak == 4 * 512 * 640

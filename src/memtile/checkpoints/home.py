@@ -20,7 +20,8 @@ from torch import Tensor
 
 from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import HomeError
-from memtile.homes import Berth, Home, cannot_map, disk_io
+from memtile.geometry import round_up
+from memtile.homes import Berth, Home, Reservation, cannot_map, disk_io
 from memtile.homes.buffers import tensor_over
 
 _log = logging.getLogger("memtile.checkpoints")
@@ -57,7 +58,7 @@ class CheckpointHome(Home):
         """Refused with HomeError: a checkpoint is only read."""
         self._refuse()
 
-    def reserve(self, nbytes: int) -> None:
+    def hold(self, rooms: Sequence[int]) -> Reservation:
         """Refused with HomeError: gradients and moments would be written."""
         self._refuse()
 
@@ -109,11 +110,7 @@ class _CheckpointBerth(Berth):
         super().__init__(home, shape, dtype)
         self._file, self._offset = file, offset
         self._view = home.map_of(file)[offset : offset + self.nbytes]
-        self._address = self.tensor().data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self.address = self.tensor().data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
@@ -125,13 +122,13 @@ class _CheckpointBerth(Berth):
         if not self.nbytes or not pages.works or self.home.closed:
             return
         library = _c_library()
-        for address, length in pages.kept(self._address, self.nbytes):
+        for address, length in pages.kept(self.address, self.nbytes):
             library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _DONTNEED)
 
     def _fill(self, into: Tensor, start: int) -> None:
         self._file.check_unchanged()
         used = max(0, min(into.numel(), self.nbytes - start))
-        pages, address = self.home.pages, self._address + start
+        pages, address = self.home.pages, self.address + start
         opened = self._file.opened()  # None: replaced, and only the map has the old bytes
         if used and (opened is None or not pages.works or pages.any(address, used)):
             mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
@@ -188,7 +185,7 @@ class CopiedPages:
 
     def kept(self, address: int, nbytes: int) -> Iterator[tuple[int, int]]:
         """Runs (address, bytes) of whole pages within these bytes that were not copied."""
-        first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+        first = round_up(address, mmap.PAGESIZE)
         last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         start = first
         for number in self._flags(first, last - first).nonzero().flatten().tolist():

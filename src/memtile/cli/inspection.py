@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -15,10 +14,8 @@ from memtile.checkpoints import Checkpoint, StoredTensor
 from memtile.checkpoints.header import DTYPES, parse_json
 from memtile.checkpoints.steps import saved_steps
 from memtile.cli.errors import CommandError
-from memtile.homes import SealedFile
 from memtile.planning import format_byte_size
 
-_SEALED: Final = "tiles.memtile"
 _TRAINING: Final = "training.json"
 _RUN_PARTS: Final = ("model", "trainable", "optimizer", "random")
 
@@ -56,35 +53,20 @@ class Contents:
 
 
 def inspect(path: Path, verify: bool, progress: Progress) -> Contents:
-    """Looks at a kept home, a run's checkpoint, or a safetensors checkpoint.
+    """Looks at a run's checkpoint, or a safetensors checkpoint.
 
     Raises:
         CommandError: There is nothing at the path.
         CheckpointError: It is no checkpoint, or a damaged one.
-        SealError: It is no kept home, or a damaged one.
     """
     if not path.exists():
-        raise CommandError(f"{path} does not exist: give a checkpoint or a kept home.")
-    sealed = path / _SEALED if path.is_dir() else path
-    if sealed.name.endswith(_SEALED) and sealed.exists():
-        return _kept_home(sealed, verify)
+        raise CommandError(f"{path} does not exist: give a checkpoint.")
     steps = saved_steps(path)
     folder = steps[-1].path if steps and not any(path.glob("*.safetensors")) else path
     if (folder / _TRAINING).is_file():
         return _training(folder, verify, progress)
     checkpoint = Checkpoint.open(path)
     return _contents(path, "safetensors checkpoint", checkpoint.values(), {}, verify, progress)
-
-
-def _kept_home(path: Path, verify: bool) -> Contents:
-    with SealedFile.open(path) as sealed:
-        if verify:
-            sealed.check_sums()
-        rows = [
-            Row(label, tuple(entry.shape), _word(entry.dtype), entry.nbytes, path.name)
-            for label, entry in sealed.entries.items()
-        ]
-    return Contents(str(path), "kept home", rows, {}, len(rows) if verify else 0)
 
 
 def _training(folder: Path, verify: bool, progress: Progress) -> Contents:
@@ -128,11 +110,7 @@ def _tracked(tensors: list[StoredTensor], progress: Progress) -> Iterator[Stored
 
 def _dtype(kind: str) -> str:
     """torch's word for what safetensors calls a dtype, where it has one."""
-    return _word(DTYPES[kind]) if kind in DTYPES else kind
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return str(DTYPES.get(kind, kind)).removeprefix("torch.")
 
 
 def show(contents: Contents, console: Console) -> None:

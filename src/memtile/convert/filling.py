@@ -17,7 +17,7 @@ from memtile.convert.resting import Resting, rest_in_files
 from memtile.convert.untiling import untile
 from memtile.convert.wanted import wanted_by
 from memtile.errors import ArgumentError, CheckpointError
-from memtile.homes import DiskHome, Home, register
+from memtile.homes import Home, register
 from memtile.layers import ParkedModule
 from memtile.optim import DenseParameter
 
@@ -78,20 +78,13 @@ class Stored:
     made: list[str]
 
 
-def checked_for_empty(
-    model: nn.Module, paths: Paths, home: Home | str | None, *, strict: bool
-) -> Stored:
+def checked_for_empty(model: nn.Module, paths: Paths, *, strict: bool) -> Stored:
     """The checkpoint for a model without values, once everything about it is known to be right.
 
     Raises:
-        ArgumentError: the model has values, or the home brings its own.
+        ArgumentError: the model has values.
         CheckpointError: it cannot be loaded, or something would stay on the meta device.
     """
-    if isinstance(home, DiskHome) and home.sealed is not None:
-        raise ArgumentError(
-            f"{home!r} was reopened with the tiles that it holds, and checkpoint=… would give "
-            "others; give one of the two: a new DiskHome, or no checkpoint"
-        )
     checkpoint = Checkpoint.of(paths)
     findings = checked(model, checkpoint, strict=strict, complete=True)
     for match in findings.matches:

@@ -16,7 +16,7 @@ from torch import Tensor
 from memtile.checkpoints import PIECE_BYTES, Outgoing
 from memtile.errors import CheckpointError, NotFiniteError
 from memtile.geometry import Rect, Span
-from memtile.homes import Berth, berth_of, pieces
+from memtile.homes import evict, pieces, streamed_allocation
 from memtile.optim import DenseParameter, Part, is_finite
 
 Held = Callable[[Part], Tensor]  # which tensor of a part is meant: its values, a moment
@@ -140,13 +140,8 @@ def first_element(dense: DenseParameter, part: Part) -> int | None:
     return part.rect.out.start * width
 
 
-def _parked(tensor: Tensor) -> Berth | None:
-    berth = berth_of(tensor)
-    return None if berth is None or berth.home.works_in_place else berth
-
-
 def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    berth = _parked(tensor)
+    berth = streamed_allocation(tensor)
     if berth is None:
         flat = tensor.detach().contiguous().view(-1)
         yield from (piece.cpu() for piece in flat.split(PIECE_BYTES // tensor.element_size()))
@@ -158,7 +153,7 @@ def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _write_flat(tensor: Tensor, source: Source, first: int) -> None:
-    berth = _parked(tensor)
+    berth = streamed_allocation(tensor)
     size = tensor.element_size()
     if berth is not None:
         for start, piece in pieces(berth.room):
@@ -182,7 +177,7 @@ def _joined_bands(dense: DenseParameter, held: Held, dtype: torch.dtype) -> Iter
         for part, tensor, inside, place in _crossing(dense.parts, held, start, band):
             matrix = band.t() if part.turned else band
             matrix[inside.index] = tensor.detach()[place.index].to(band.device)
-            _forget(tensor)
+            evict(tensor)
         yield band
 
 
@@ -193,7 +188,7 @@ def _write_bands(dense: DenseParameter, parts: Iterable[Part], source: Source, h
         for part, tensor, inside, place in _crossing(chosen, held, start, band):
             matrix = band.t() if part.turned else band
             tensor[place.index] = matrix[inside.index].to(tensor)
-            _forget(tensor)
+            evict(tensor)
 
 
 def _bands(shape: torch.Size, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -212,9 +207,3 @@ def _crossing(
         common = part.rect.overlap(place)
         if common is not None:
             yield part, held(part), common.since(place), common.since(part.rect)
-
-
-def _forget(tensor: Tensor) -> None:
-    berth = berth_of(tensor)
-    if berth is not None:
-        berth.forget()

@@ -6,13 +6,10 @@ import torch
 from torch import nn
 
 from memtile.checkpoints import CheckpointHome
-from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice
-from memtile.homes import PAGE, DiskHome, Home, Reservation, berth_of
-from memtile.layers import TiledModule, home_on
+from memtile.homes import Home, Reservation, berth_of, is_parked, resolve_home, whole_pages
+from memtile.layers import TiledModule
 from memtile.transfer import watch_model
-
-Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> Reservation:
@@ -21,17 +18,13 @@ def home_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> R
     Raises:
         ArgumentError: it is neither a home nor the name of one.
         HomeFullError: there is no room.
-        SealError: what it was reopened with are not this model's tiles, or are damaged.
     """
     if home == "checkpoint":
         return Reservation(CheckpointHome())
     device = next(model.parameters(), torch.empty(0)).device
-    found = home_on(home, "cpu" if device.type == "meta" else device)
-    expected = dict(_tiles(model, choices))
-    if isinstance(found, DiskHome) and found.sealed is not None:
-        found.sealed.check_matches(expected)
-        found.sealed.check_sums()
-    return found.hold([_room(*tile) for tile in [*expected.values(), *_gradients(model, choices)]])
+    found = resolve_home(home, "cpu" if device.type == "meta" else device)
+    tiles = [*_tiles(model, choices), *_gradients(model, choices)]
+    return found.hold([whole_pages(shape.numel() * dtype.itemsize) for shape, dtype in tiles])
 
 
 def _gradients(
@@ -41,46 +34,28 @@ def _gradients(
     for choice in choices:
         weight = getattr(model.get_submodule(choice.name), "weight", None)
         if getattr(weight, "grad", None) is not None:
-            yield from (tile for _, tile in _tiles(model, [choice]))
+            yield from _tiles(model, [choice])
 
 
-def _tiles(
-    model: nn.Module, choices: Sequence[Choice]
-) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
-    """Names, shapes and dtypes of all weight tiles that there will be, shared ones once."""
+def _tiles(model: nn.Module, choices: Sequence[Choice]) -> Iterator[tuple[torch.Size, torch.dtype]]:
+    """Shapes and dtypes of all weight tiles that there will be, shared ones once."""
     for choice in choices:
         if choice.tiled and choice.grid is not None and choice.ties[:1] in ((), (choice.name,)):
-            dense = model.get_submodule(choice.name)
-            kind, weight = kind_of(dense), dense.weight
-            assert kind is not None
+            weight = model.get_submodule(choice.name).weight
             assert isinstance(weight, nn.Parameter)
             for index in choice.grid.indices():
-                name = f"{choice.name}.{kind.tiled.tile_path(*index)}.weight"
-                yield name, (torch.Size(choice.grid.rect(*index).shape), weight.dtype)
+                yield torch.Size(choice.grid.rect(*index).shape), weight.dtype
 
 
-def _room(shape: torch.Size, dtype: torch.dtype) -> int:
-    return -(-shape.numel() * dtype.itemsize // PAGE) * PAGE
-
-
-def is_parked(layer: TiledModule) -> bool:
+def has_parked_weight(layer: TiledModule) -> bool:
     """Whether a tiled layer's weight lives in a home."""
-    return any(berth_of(tile) is not None for tile in layer.tile_parameters("weight").values())
+    return any(map(is_parked, layer.tile_parameters("weight").values()))
 
 
 def settle_down(model: nn.Module, home: Home) -> None:
-    """Name the tiles at their home, take over what a reopened one holds, and watch passes.
-
-    Raises:
-        SealError: a tile's checksum is wrong.
-    """
-    sealed = home.sealed if isinstance(home, DiskHome) else None
+    """Name the tiles at their home, and watch the model's iterations."""
     for name, parameter in model.named_parameters():
         berth = berth_of(parameter)
         if berth is not None and berth.home is home:
             berth.label = name
-            if sealed is not None:
-                sealed.copy_to(name, berth)
-    if sealed is not None:
-        sealed.close()
     watch_model(model)

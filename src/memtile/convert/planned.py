@@ -7,7 +7,6 @@ from torch import nn
 from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice, Cut, choose
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import DiskHome, Home
 from memtile.planning import Plan, PlannedLayer, RankPlan
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
@@ -51,16 +50,9 @@ def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan | RankPlan) -
         )
 
 
-def planned_home(plan: Plan) -> Home | str | None:
-    """The home that a plan names; None where it parks nothing.
-
-    Raises:
-        HomeError: tiles cannot live in its folder.
-    """
-    if not plan.parked_layers:
-        return None
-    kind, _, folder = plan.home.partition(":")
-    return DiskHome(folder or None) if kind == "disk" else kind
+def planned_home(plan: Plan) -> str | None:
+    """The word for the home that a plan names; None where it parks nothing."""
+    return plan.home if plan.parked_layers else None
 
 
 def check_checkpointing(model: nn.Module, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from memtile.checkpoints import CheckpointHome, StoredTensor
 from memtile.convert.finding import Match
 from memtile.convert.moving import first_element
-from memtile.homes import PAGE, Berth, DiskHome
+from memtile.homes import Berth, DiskHome, whole_pages
 from memtile.layers import ParkedModule
 from memtile.optim import Part
 
@@ -74,6 +74,6 @@ def _move_others(model: nn.Module, home: CheckpointHome, resting: Resting) -> No
     ]
     weights = {id(m._parameters["weight"]): m._parameters["weight"] for m in others}
     disk = DiskHome()
-    disk.reserve(sum(-(-w.nbytes // PAGE) * PAGE for w in weights.values() if w is not None))
+    disk.hold([whole_pages(w.nbytes) for w in weights.values() if w is not None])
     for module in others:
         module.home = disk

@@ -12,7 +12,7 @@ from memtile.convert.kinds import configs_beside
 from memtile.convert.moving import outgoing
 from memtile.convert.wanted import persistent_buffers, wanted_by
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import berth_of
+from memtile.homes import streamed_allocation
 from memtile.layers import TiledModule, is_shard
 from memtile.transfer import ferries_of
 
@@ -106,7 +106,7 @@ def _check_saveable(model: nn.Module) -> None:
 
 def settle(model: nn.Module) -> None:
     """Return once everything that is on its way home has arrived."""
-    homes = {berth.home for berth in map(berth_of, model.parameters()) if berth is not None}
-    for home in homes:
-        if not home.works_in_place and not home.closed:
+    found = map(streamed_allocation, model.parameters())
+    for home in {each.home for each in found if each is not None}:
+        if not home.closed:
             ferries_of(home).settle()

@@ -11,7 +11,7 @@ from memtile.checkpoints import Paths
 from memtile.convert.filling import Stored, checked_for_empty, fill_or_untile, make_values
 from memtile.convert.finding import left_out, some
 from memtile.convert.kinds import kind_of, replace_module
-from memtile.convert.parking import home_for, is_parked, settle_down
+from memtile.convert.parking import has_parked_weight, home_for, settle_down
 from memtile.convert.planned import (
     check_alone,
     check_checkpointing,
@@ -31,7 +31,7 @@ from memtile.errors import (
     TileSizeWarning,
 )
 from memtile.geometry import Grid
-from memtile.homes import Home, berth_of, keep_freed_memory_out
+from memtile.homes import Home, is_parked, keep_freed_memory_out
 from memtile.layers import TiledLinear, TiledModule, is_shard
 from memtile.planning import Plan, RankPlan
 
@@ -69,9 +69,10 @@ def tile(
         in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
         modules: names to tile; all that can be by default (`select_linears` lists them).
-        home: where the tiles' weights are parked: "host", a `DiskHome`, "device"; None: nowhere, as
-            ever. With a home, layers that fit in one tile are parked whole, and a size is optional.
-            "checkpoint", with a checkpoint: they stay in its files, to be read and never trained.
+        home: where the tiles' weights are parked: "disk", "disk:FOLDER", "host", "device" or a
+            `Home`; None: nowhere. With a home, layers that fit in one tile are parked whole,
+            and a size is optional. "checkpoint", with a checkpoint: they stay in its files, to be
+            read and never trained.
         checkpoint: a folder, or a file, of safetensors, for a model whose parameters are on the
             meta device (`memtile.empty_model`): their values stream to where the tiles live, so
             that the dense model never exists. What is not tiled is in memory afterwards. Or
@@ -92,7 +93,6 @@ def tile(
             `modules` cannot be tiled, out_splits and in_splits fit no module at all, or the plan is
             of another model.
         HomeFullError: the home has no room for all tiles; the model is unchanged.
-        SealError: the home was reopened and is not of this model; the model is unchanged.
         CheckpointError: it is missing, damaged, quantized or not of this model; the model is
             unchanged, on the meta device. So it is after an error half-way, but its parameters are
             new objects.
@@ -209,7 +209,7 @@ def replace_chosen(
         )
     stored = None
     if checkpoint is not None:
-        stored = checked_for_empty(model, checkpoint, home, strict=strict)
+        stored = checked_for_empty(model, checkpoint, strict=strict)
         if home == "checkpoint":
             choices = [choice for choice in choices if not _is_made(choice, stored)]
     held = None if home is None else home_for(model, choices, home)
@@ -256,7 +256,7 @@ def _tell(model: nn.Module, stored: Stored) -> None:
 def _refuse_tiled_before(model: nn.Module) -> None:
     """Tiles that would stay where they are, while their model is thought to be at home."""
     for name, layer in model.named_modules():
-        if isinstance(layer, TiledModule) and not is_parked(layer):
+        if isinstance(layer, TiledModule) and not has_parked_weight(layer):
             raise CannotTileError(
                 f"{name} is tiled already, and its tiles would stay in memory; call "
                 "memtile.untile(model) first, then memtile.tile(model, …, home=…)"
@@ -273,7 +273,7 @@ def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[Choice]) -> None:
     if limit is None and cut.parks:
         limit = _largest_parked(model, choices)
         rule = f"in memory, larger than the largest weight that went home, of {limit} bytes"
-        parameters = {n: p for n, p in parameters.items() if berth_of(p) is None}
+        parameters = {n: p for n, p in parameters.items() if not is_parked(p)}
     larger = {
         name: parameter.nbytes
         for name, parameter in parameters.items()

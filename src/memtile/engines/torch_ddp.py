@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memtile.engines.agreement import check_agreement, check_process_group
 from memtile.engines.exchange_order import order_in
 from memtile.errors import EngineError, OptimizerError
-from memtile.homes import berth_of
+from memtile.homes import streamed_allocation
 from memtile.transfer import ferries_of, is_stepped_in_backward
 
 _averaged = WeakIdKeyDictionary()
@@ -90,8 +90,8 @@ class Averaging:
 @contextmanager
 def _at_home(tensor: Tensor, ring: str) -> Iterator[Tensor]:
     """The values of a tensor to be changed: its own, or in a slab that is written home."""
-    berth = berth_of(tensor)
-    if berth is None or berth.home.works_in_place:
+    berth = streamed_allocation(tensor)
+    if berth is None:
         yield tensor.detach()
         return
     ferry = getattr(ferries_of(berth.home), ring)

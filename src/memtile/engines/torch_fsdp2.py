@@ -31,7 +31,7 @@ from memtile.engines.ties import share_tied_tiles
 from memtile.engines.units import tiled_layers, units_of
 from memtile.engines.whole_values import take_ties_once, take_whole_values
 from memtile.errors import ArgumentError, EngineError, ParkedError
-from memtile.homes import berth_of
+from memtile.homes import is_parked
 from memtile.layers import register_gatherer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -150,7 +150,7 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
         for _, tile in layer.tiles():
             if isinstance(tile, FSDPModule):
                 raise EngineError(f"{layer.full_name()} is sharded already: shard a model once")
-            if any(berth_of(parameter) is not None for parameter in tile.parameters()):
+            if any(map(is_parked, tile.parameters())):
                 raise ParkedError(
                     f"{layer.full_name()} is parked in a home, and shards have no other: tile the "
                     "model without home=…, and give offload_policy=CPUOffloadPolicy() instead"

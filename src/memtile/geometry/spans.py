@@ -1,4 +1,4 @@
-"""Spans: half-open ranges of indices along one dimension."""
+"""Spans: half-open ranges of indices along one dimension; and rounding up to pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +54,11 @@ def partition_uniform(num_items: int, num_parts: int) -> list[int]:
         )
     size, longer = divmod(num_items, num_parts)
     return [part * size + min(part, longer) for part in range(num_parts + 1)]
+
+
+def round_up(nbytes: int, page: int) -> int:
+    """The number of bytes, or the address, rounded up to a multiple of `page`."""
+    return -(-nbytes // page) * page
 
 
 def spans_of(bounds: Sequence[int]) -> tuple[Span, ...]:

@@ -1,18 +1,26 @@
 """Homes: where tiles live while nobody works on them, in memory or on disk."""
 
-from memtile.homes.buffers import aligned_buffer, pieces
+from memtile.homes.buffers import aligned_buffer, pieces, scratch_like
 from memtile.homes.disk import DiskHome
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.forks import lock_of_a_module, renew_in_child
 from memtile.homes.free_memory import fits_page_cache
-from memtile.homes.home import PAGE, Berth, Home, Reservation, Traffic
+from memtile.homes.home import PAGE, Berth, Home, Reservation, Traffic, whole_pages
 from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
 from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
-from memtile.homes.registry import berth_of, hold_room, register, room_of, settle_in
-from memtile.homes.resolving import resolve_home
-from memtile.homes.scratch import scratch_like
-from memtile.homes.sealed_file import SealedFile
+from memtile.homes.registry import (
+    berth_of,
+    evict,
+    hold_room,
+    is_parked,
+    register,
+    room_of,
+    settle_in,
+    streamed_allocation,
+    tensor_of,
+)
+from memtile.homes.resolving import resolve_home, word_for
 
 __all__ = [
     "PAGE",
@@ -22,13 +30,14 @@ __all__ = [
     "Home",
     "HostHome",
     "Reservation",
-    "SealedFile",
     "Traffic",
     "aligned_buffer",
     "berth_of",
     "cannot_map",
+    "evict",
     "fits_page_cache",
     "hold_room",
+    "is_parked",
     "keep_freed_memory_out",
     "lock_of_a_module",
     "page_out",
@@ -39,6 +48,10 @@ __all__ = [
     "room_of",
     "scratch_like",
     "settle_in",
+    "streamed_allocation",
+    "tensor_of",
     "trim_heap",
     "usable_folder",
+    "whole_pages",
+    "word_for",
 ]

@@ -1,14 +1,14 @@
 """Memory from the kernel at its exact size: page-aligned private maps, and tensors over them.
 
-A map that is shared, Python's default, would escape `RLIMIT_DATA`; PyTorch's `pin_memory` rounds
-every block up to a power of two. Here the map is private and, where there is CUDA, registered with
-it page for page.
+A shared map, Python's default, would escape `RLIMIT_DATA`; PyTorch's `pin_memory` rounds every
+block up to a power of two. Here the map is private and, where there is CUDA, registered with it.
 """
 
 import errno
 import mmap
 import os
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
@@ -24,13 +24,20 @@ _WIPE_ON_FORK: Final = 18  # madvise(2); mmap has no name for it
 PIECE: Final = 4 << 20
 """Bytes of the largest piece in which whole tiles are streamed."""
 
+KEPT: Final = 3
+"""Buffers of `scratch_like` that wait to be used again."""
+
+# Filled by finalizers, which may run in any thread and at any time: a deque needs no lock.
+_waiting: deque[memoryview] = deque(maxlen=KEPT)
+
 
 def aligned_buffer(nbytes: int) -> Tensor:
     """A page-aligned 1-D uint8 tensor of `nbytes` rounded up to pages, freed with the tensor.
 
     Zeroed at first. Where CUDA is available it is pinned: drop it only after the copies from and to
-    it are done. A forked child finds zeros in it: shared with a child, pages into which the disk is
-    writing would be copied for one of the two, on kernels before 6.3 perhaps for the wrong one.
+    it are done. A forked child finds zeros in it. If it were shared with the child, a page that the
+    disk is writing into would be copied for one of the two processes, and before Linux 6.3 perhaps
+    for the wrong one.
 
     Raises:
         HomeFullError: there is no memory for it, or CUDA cannot pin so much.
@@ -47,6 +54,24 @@ def pieces(room: int) -> Iterator[tuple[int, Tensor]]:
         yield start, buffer[: min(PIECE, room - start)]
 
 
+def scratch_like(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor of the same shape and dtype, its content undefined.
+
+    It is for short-lived tensors of a tile's size: its memory is used again once it is gone. From
+    the heap they would leave holes, which grow it (`kernel.trim_heap`).
+
+    Raises:
+        HomeFullError: there is no memory for it.
+    """
+    room = whole_pages(tensor.numel() * tensor.element_size())
+    if not room:
+        return tensor_over(None, tensor.shape, tensor.dtype)
+    buffer = _waiting_buffer(room) or private_view(room)
+    lent = buffer[:room]
+    weakref.finalize(lent, _waiting.append, buffer).atexit = False
+    return tensor_over(lent, tensor.shape, tensor.dtype)
+
+
 def private_view(room: int, in_children: bool = True) -> memoryview:
     """A private anonymous map of so many bytes, pinned where CUDA is available.
 
@@ -54,7 +79,7 @@ def private_view(room: int, in_children: bool = True) -> memoryview:
 
     Args:
         room: bytes, whole pages, not 0.
-        in_children: whether a forked child has what is in it; else it finds zeros.
+        in_children: whether a forked child has its content; else it finds zeros.
 
     Raises:
         HomeFullError: there is no memory for it, or CUDA cannot pin so much.
@@ -66,7 +91,7 @@ def private_view(room: int, in_children: bool = True) -> memoryview:
             errno.ENOMEM, f"no memory for {room} more bytes ({error}): park less, or on disk"
         ) from error
     if not in_children:
-        with suppress(OSError):  # a kernel that does not know it: before 4.14
+        with suppress(OSError):  # kernels before 4.14 do not know it
             memory.madvise(_WIPE_ON_FORK)
     view = memoryview(memory)
     if torch.cuda.is_available():
@@ -78,7 +103,7 @@ def tensor_over(view: memoryview | None, shape: torch.Size, dtype: torch.dtype) 
     """A new CPU tensor over the view's first bytes, whose storage keeps the view alive.
 
     Args:
-        view: as long as the tensor at least; None only for a tensor without elements.
+        view: at least as long as the tensor; None only for a tensor without elements.
         shape: of the tensor.
         dtype: of the tensor.
     """
@@ -87,6 +112,15 @@ def tensor_over(view: memoryview | None, shape: torch.Size, dtype: torch.dtype) 
             return torch.empty(shape, dtype=dtype, device="cpu")
         # resize_ and not view: the tensor must be a base of its own to become a leaf
         return torch.frombuffer(view, dtype=dtype, count=shape.numel()).resize_(shape)
+
+
+def _waiting_buffer(room: int) -> memoryview | None:
+    for _ in range(KEPT):
+        with suppress(IndexError):  # none is waiting
+            buffer = _waiting.popleft()
+            if buffer.nbytes >= room:
+                return buffer
+    return None
 
 
 def _pin(view: memoryview, memory: mmap.mmap, room: int) -> None:

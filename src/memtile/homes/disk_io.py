@@ -1,4 +1,4 @@
-"""Reading and writing a file at an offset: every byte that a disk home moves goes through here."""
+"""Reading and writing a file at an offset; all reads and writes of disk homes are made here."""
 
 import ctypes
 import os
@@ -9,12 +9,12 @@ from memtile.errors import HomeIOError
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:
-    """One read of the system; how many bytes came."""
+    """One system call; how many bytes were read."""
     return os.preadv(fd, [buffer], offset)
 
 
 def write_at(fd: int, buffer: memoryview, offset: int) -> int:
-    """One write of the system; how many bytes went."""
+    """One system call; how many bytes were written."""
     return os.pwritev(fd, [buffer], offset)
 
 
@@ -22,7 +22,7 @@ def fill(fd: int, buffer: memoryview, offset: int) -> None:
     """Reads the whole buffer from the file at the offset, with the GIL released.
 
     Raises:
-        HomeIOError: the system could not, or the file ends before.
+        HomeIOError: the system refused, or the file ends too early.
     """
     _move("read", fd, buffer, offset)
 
@@ -31,7 +31,7 @@ def drain(fd: int, buffer: memoryview, offset: int) -> None:
     """Writes the whole buffer to the file at the offset, with the GIL released.
 
     Raises:
-        HomeIOError: the system could not, or wrote nothing more.
+        HomeIOError: the system refused, or wrote no more.
     """
     _move("write", fd, buffer, offset)
 

@@ -1,4 +1,4 @@
-"""In which folder a home's file can be: one on a disk, that may be written to."""
+"""Which folders a home's file can be in: those on a disk that may be written to."""
 
 import os
 import tempfile
@@ -54,7 +54,7 @@ def usable_folder(folder: str | os.PathLike[str] | None) -> Path:
 
 
 def why_unusable(folder: Path) -> str | None:
-    """What keeps a home from being in the folder; None if nothing does."""
+    """Why a home cannot be in the folder; None where it can."""
     if not folder.exists():
         return "there is no such folder"
     if not folder.is_dir():
@@ -82,13 +82,10 @@ def filesystem_of(folder: Path) -> str:
     device = f"{os.major(number)}:{os.minor(number)}"
     above = [mount for mount in _mounts() if real.is_relative_to(mount.point)]
     same = [mount for mount in above if mount.device == device]
-    # Of mounts on one point the last hides the others, so ties go to the later one.
-    longest = max(enumerate(same or above), key=_depth_then_order, default=None)
-    return longest[1].kind if longest else ""
-
-
-def _depth_then_order(numbered: tuple[int, _Mount]) -> tuple[int, int]:
-    return len(numbered[1].point.parts), numbered[0]
+    # Of mounts on one point the last hides the others, and max takes the first of equal ones.
+    last_first = reversed(same or above)
+    longest = max(last_first, key=lambda mount: len(mount.point.parts), default=None)
+    return longest.kind if longest else ""
 
 
 def _mounts() -> list[_Mount]:

@@ -1,7 +1,6 @@
-"""What a forked child makes anew: locks that a thread of its parent may have held for ever.
+"""What a forked child makes anew: locks that a thread of its parent may hold for ever.
 
-Of a process that forks only the thread that forks is there in the child. What the others were in
-the middle of stays as it was, so locks are new ones, and nobody is inside a home.
+Only the thread that forks exists in the child.
 """
 
 import os
@@ -23,7 +22,7 @@ def lock_of_a_module() -> threading.RLock:
 
 
 def renew_in_child(thing: Any, renew: Callable[[Any], None]) -> None:
-    """Call `renew` with the thing in every forked child, as long as it is there.
+    """Call `renew` with the thing in every forked child, while the thing is alive.
 
     The system is told at the first call, and not when memtile is imported.
     """

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: what the system has free, within its cgroup."""
+"""How much memory this process may still use: what the system has free, within its cgroups."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""What a home is: memory in which parked tensors live, and the two ways to their bytes.
+"""What a home is: memory in which tensors are parked (offloaded), and the two ways to their bytes.
 
-A berth is what one tensor has of a home. Its bytes are reached as a tensor that lies over them, or
-past that tensor by `read` and `write`, in whole pages and from any thread; both see each other's
-changes. A berth's room is used again only once the berth and every tensor over it are gone.
+An allocation is the part of a home that one tensor has. Its bytes are reached as a tensor that lies
+over them, or by `read` and `write`, in whole pages and from any thread; both ways see each other's
+changes. The room of an allocation is used again only once the allocation and every tensor over it
+are gone.
 """
 
 import threading
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
+from memtile.geometry import round_up
 from memtile.homes.forks import renew_in_child
 
 _H = TypeVar("_H", bound="Home")
@@ -26,7 +28,7 @@ PAGE: Final = 4096
 
 def whole_pages(nbytes: int) -> int:
     """The number of bytes, rounded up to pages."""
-    return -(-nbytes // PAGE) * PAGE
+    return round_up(nbytes, PAGE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Traffic:
     """How much `Berth.read` and `Berth.write` have moved so far.
 
     Attributes:
-        read_bytes: moved by `read`, whole pages as they were asked for.
+        read_bytes: moved by `read`, in whole pages.
         written_bytes: moved by `write`, likewise.
     """
 
@@ -46,104 +48,79 @@ class Home(ABC):
     """Memory in which tensors are parked; a context manager that closes it.
 
     To write one, give `berth`, `hold` where room can be set aside, and `_release` where there is
-    something to give back at closing; `memtile.testing.HomeContract` has the tests that it must
-    pass.
+    something to give back at closing. `tests/support/home_contract.py` has the tests to pass.
 
     Attributes:
         works_in_place: whether tensors may be worked on where they lie, without a slab.
         is_read_only: whether nothing can be parked or written there.
+        closed: whether the home was closed.
+        traffic: what `read` and `write` have moved; tensors' own reads and writes do not count.
     """
 
     works_in_place: ClassVar[bool] = False
     is_read_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self._begin_to_move()
-        renew_in_child(self, type(self)._renew)
-        self._closed = False
+        self.closed = False
+        self.traffic = Traffic()
         self._before_close: list[Callable[[], None]] = []
-        self._at_close: list[Callable[[], None]] = []
-        self._read_bytes = self._written_bytes = 0
+        self._after_close: list[Callable[[], None]] = []
+        self._renew()
+        renew_in_child(self, type(self)._renew)
 
-    def _begin_to_move(self) -> None:
+    def _renew(self) -> None:
+        """Called in the child of a fork too, where none of the parent's moves goes on."""
         self._change = threading.Condition()
         self._moving = 0
 
-    def _renew(self) -> None:
-        """This is the child of a fork: nobody else is inside, nor comes back."""
-        self._begin_to_move()
-
     @abstractmethod
     def berth(self, shape: Sequence[int], dtype: torch.dtype) -> "Berth":
-        """Room for one tensor; what is in it is undefined.
+        """Room for one tensor; its content is undefined.
 
         Raises:
             HomeFullError: there is no room for it; nothing was changed.
             HomeError: the home is closed.
         """
 
-    def reserve(self, nbytes: int) -> None:
-        """Makes sure that berths whose rooms add up to `nbytes` will fit.
+    def hold(self, rooms: Sequence[int]) -> "Reservation":
+        """Room that stays free for one owner, whoever else parks here.
+
+        A home that cannot set room aside only checks that it is there now.
 
         Args:
-            nbytes: the sum of what `Berth.room` will be.
+            rooms: what `Berth.room` of each allocation will be.
 
         Raises:
             HomeFullError: there is no room for them; nothing was changed.
             HomeError: the home is closed.
         """
         self.check_open()
-
-    def hold(self, rooms: Sequence[int]) -> "Reservation":
-        """Room that stays free for one owner, whoever else parks here.
-
-        A home that has no way to hold room makes sure that it is there now, as `reserve` does.
-
-        Args:
-            rooms: what `Berth.room` of each berth will be.
-
-        Raises:
-            HomeFullError: there is no room for them; nothing was changed.
-            HomeError: the home is closed.
-        """
-        self.reserve(sum(rooms))
         return Reservation(self)
-
-    @property
-    def traffic(self) -> Traffic:
-        """What `read` and `write` have moved so far; tensors' own reads and writes do not count."""
-        with self._change:
-            return Traffic(self._read_bytes, self._written_bytes)
-
-    @property
-    def closed(self) -> bool:
-        """Whether the home was closed."""
-        return self._closed
 
     def close(self) -> None:
         """Ends the home; a second call does nothing.
 
-        Waits for reads and writes under way; later ones, and later berths, raise `HomeError`.
-        Tensors that are still alive stay memory that can be read and written until they die.
+        Waits for reads and writes under way; later ones, and later allocations, raise `HomeError`.
+        Tensors that are still alive can be read and written until they are gone.
         """
         for act in list(self._before_close):
             act()
         with self._change:
             self._change.wait_for(lambda: not self._moving)
-            if not self._closed:
+            if not self.closed:
                 self._release()
-                self._closed = True
+                self.closed = True
         self._before_close.clear()
-        while self._at_close:
-            self._at_close.pop()()
+        while self._after_close:
+            self._after_close.pop()()
 
     def when_closed(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Calls `before` ahead of closing, which it stops by raising, and `after` when it is done.
 
-        Neither is called where the home is merely dropped.
+        Neither is called where the home is only dropped.
         """
         self._before_close.append(before)
-        self._at_close.append(after)
+        self._after_close.append(after)
 
     def check_open(self) -> None:
         """Refuses a closed home.
@@ -151,15 +128,15 @@ class Home(ABC):
         Raises:
             HomeError: it is closed.
         """
-        if self._closed:
+        if self.closed:
             raise HomeError(
                 f"{self!r} is closed: a closed home parks and moves nothing; keep it open for as "
                 "long as its model is used, or call memtile.untile(model) before"
             )
 
     @contextmanager
-    def moving(self) -> Iterator[None]:
-        """A read or a write: inside, the home stays open.
+    def moving(self, read_bytes: int = 0, written_bytes: int = 0) -> Iterator[None]:
+        """Keeps the home open inside; unless an error comes out, the bytes count as moved.
 
         Raises:
             HomeError: it is closed.
@@ -169,21 +146,20 @@ class Home(ABC):
             self._moving += 1
         try:
             yield
+            with self._change:
+                self.traffic = Traffic(
+                    self.traffic.read_bytes + read_bytes,
+                    self.traffic.written_bytes + written_bytes,
+                )
         finally:
             with self._change:
                 self._moving -= 1
                 self._change.notify_all()
 
-    def count(self, *, read_bytes: int = 0, written_bytes: int = 0) -> None:
-        """Adds to the traffic."""
-        with self._change:
-            self._read_bytes += read_bytes
-            self._written_bytes += written_bytes
-
     def _release(self) -> None:  # noqa: B027  # a home may have nothing to give back
-        """Gives back what the home holds; where it raises, the home stays open.
+        """Gives back what the home holds, with no read or write under way.
 
-        No read or write is under way then.
+        Where it raises, the home stays open.
         """
 
     def __enter__(self: _H) -> _H:
@@ -199,7 +175,7 @@ class Home(ABC):
 class Reservation:
     """Room of a home that is held for one owner; it is given back once the reservation is gone.
 
-    Berths that were made of it are not: their room is the owner's again when they are gone.
+    Allocations that were made of it stay: their room is the owner's again when they are gone.
     """
 
     def __init__(self, home: Home) -> None:
@@ -207,23 +183,26 @@ class Reservation:
 
     @contextmanager
     def used_here(self) -> Iterator[None]:
-        """Inside, berths that this thread makes take the held room first, and others after it."""
+        """Inside, this thread's allocations take the held room first, and other room after it."""
         yield
 
 
 class Berth(ABC):
     """The bytes of a home that one tensor has.
 
-    To write one, give `tensor`, `address`, `_fill` and `_take`.
+    To write one, set `address` and give `tensor`, `_fill` and `_take`.
 
     Attributes:
+        address: `data_ptr()` of its tensors; 0 for tensors without elements.
         home: whose bytes they are.
         shape: of the tensor.
         dtype: of the tensor.
         nbytes: bytes of the tensor.
-        room: `nbytes`, rounded up to pages; the bytes from `nbytes` on mean nothing.
-        label: the name under which a kept home records it; None: it is not recorded.
+        room: `nbytes`, rounded up to pages; the bytes from `nbytes` on have no meaning.
+        label: the tensor's name, for messages; None: it has none.
     """
+
+    address: int
 
     def __init__(self, home: Home, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.home = home
@@ -237,13 +216,8 @@ class Berth(ABC):
     def tensor(self) -> Tensor:
         """A new tensor over the bytes, contiguous, whose storage is exactly `nbytes` long."""
 
-    @property
-    @abstractmethod
-    def address(self) -> int:
-        """What `data_ptr()` of such tensors is; 0 for tensors without elements."""
-
     def read(self, into: Tensor, start: int = 0) -> None:
-        """Fills `into` with the room's bytes from `start` on; any number of threads may.
+        """Fills `into` with the room's bytes from `start` on, from any thread.
 
         Args:
             into: 1-D uint8 on the CPU, whole pages of page-aligned memory: an `aligned_buffer`, or
@@ -253,17 +227,16 @@ class Berth(ABC):
         Raises:
             ArgumentError: it is not such a tensor, or reaches past the room.
             HomeError: the home is closed.
-            HomeIOError: the bytes could not be read; what `into` holds is undefined.
+            HomeIOError: the bytes could not be read; the content of `into` is undefined.
         """
         self._check_piece("read", into, start)
-        with self.home.moving():
+        with self.home.moving(read_bytes=into.numel()):
             self._fill(into, start)
-        self.home.count(read_bytes=into.numel())
 
     def write(self, source: Tensor, start: int = 0) -> None:
-        """Writes all of `source` into the room from `start` on: the reverse of `read`.
+        """Writes all of `source` into the room from `start` on, from any thread.
 
-        It is not seen by autograd: who writes under a graph increments the tensor's version.
+        Autograd does not see it: who writes under a graph increments the tensor's version.
 
         Args:
             source: as `into` of `read`.
@@ -272,23 +245,22 @@ class Berth(ABC):
         Raises:
             ArgumentError: it is not such a tensor, or reaches past the room.
             HomeError: the home is closed.
-            HomeIOError: the bytes could not be written; what the piece then holds is undefined.
+            HomeIOError: the bytes could not be written; the content of the piece is undefined.
         """
         self._check_piece("write", source, start)
-        with self.home.moving():
+        with self.home.moving(written_bytes=source.numel()):
             self._take(source, start)
-        self.home.count(written_bytes=source.numel())
 
     def forget(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
         """Drops the pages that tensors brought into this process's memory; contents stay."""
 
     @abstractmethod
     def _fill(self, into: Tensor, start: int) -> None:
-        """`read`, checked and with the home kept open."""
+        """`read`, after its checks."""
 
     @abstractmethod
     def _take(self, source: Tensor, start: int) -> None:
-        """`write`, checked and with the home kept open."""
+        """`write`, after its checks."""
 
     def _check_piece(self, act: str, piece: Tensor, start: int) -> None:
         fits = piece.dtype == torch.uint8 and piece.dim() == 1 and piece.is_contiguous()
@@ -306,4 +278,4 @@ class Berth(ABC):
 
     def __repr__(self) -> str:
         name = f" {self.label!r}" if self.label is not None else ""
-        return f"<berth{name} {tuple(self.shape)} {self.dtype} of {self.home!r}>"
+        return f"<allocation{name} {tuple(self.shape)} {self.dtype} of {self.home!r}>"

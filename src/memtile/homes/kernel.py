@@ -1,4 +1,4 @@
-"""What is asked of the kernel and of the C library about memory: hints, which change no value."""
+"""Hints about memory for the kernel and the C library; they change no value."""
 
 import ctypes
 import logging
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from memtile.homes.home import PAGE
+from memtile.homes.home import PAGE, whole_pages
 
 _log = logging.getLogger("memtile.homes")
 _MAPS = Path("/proc/self/maps")
@@ -19,15 +19,15 @@ _PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to sta
 
 
 def page_out(tensor: Tensor) -> None:
-    """Let go of the pages of a tensor that lies in a mapped file, as loaded checkpoints do.
+    """Drop the pages of a tensor that lies in a mapped file, as loaded checkpoints do.
 
-    They count as this process's memory for as long as the file is mapped. Nothing is lost: a page
-    comes back from the file when it is read again, and one that was written to is kept.
+    They count as this process's memory while the file is mapped. No value is lost: a page is read
+    from the file again when it is needed, and one that was written to is kept.
     """
     library = _library()
     if library is None or not tensor.is_cpu or not tensor.is_contiguous():
         return
-    start = -(-tensor.data_ptr() // PAGE) * PAGE
+    start = whole_pages(tensor.data_ptr())
     length = (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
     if length > 0 and _is_mapped_file(start):
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGEOUT)
@@ -36,9 +36,9 @@ def page_out(tensor: Tensor) -> None:
 def trim_heap() -> None:
     """Give free memory inside the heap back to the kernel.
 
-    glibc carves small allocations out of large freed blocks and grows the heap for the next large
-    one. Training SmolLM2-135M on disk it held 500 MiB that nobody used after three steps; given
-    back after each backward, the peak was 520 MiB in place of 750 (above the imports, measured).
+    glibc puts small allocations into large freed blocks and grows the heap for the next large one.
+    Training SmolLM2-135M on disk, the heap held 500 MiB of free memory after three steps. With this
+    call after each backward, the peak was 520 MiB instead of 750 (above the imports, measured).
     """
     library = _library()
     if library is not None:
@@ -49,10 +49,10 @@ def trim_heap() -> None:
 def keep_freed_memory_out() -> None:
     """From now on, give every large block back to the kernel as soon as it is freed.
 
-    glibc raises the size from which blocks are maps of their own up to 32 MiB, once blocks of that
-    size were freed; smaller ones then leave holes in the heap, and the peak of a process is more
-    than what it holds. It holds for the whole process and costs page faults: 300 blocks of 4 MiB,
-    written to one after another, took none before and 307 500 afterwards.
+    Without it, glibc raises the size from which blocks are maps of their own, up to 32 MiB, once
+    blocks of that size were freed. Smaller blocks then leave holes in the heap, and the peak of the
+    process is more than what it uses. The setting is for the whole process and costs page faults:
+    300 blocks of 4 MiB, written to in turn, took none before and 307 500 afterwards.
     """
     library = _library()
     if library is not None:

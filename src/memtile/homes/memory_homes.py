@@ -10,7 +10,7 @@ from torch import Tensor
 from memtile.errors import HomeFullError
 from memtile.homes.buffers import private_view, tensor_over
 from memtile.homes.free_memory import free_bytes
-from memtile.homes.home import Berth, Home
+from memtile.homes.home import Berth, Home, Reservation
 
 
 class DeviceHome(Home):
@@ -31,13 +31,14 @@ class DeviceHome(Home):
         self.check_open()
         return _DeviceBerth(self, shape, dtype)
 
-    def reserve(self, nbytes: int) -> None:
+    def hold(self, rooms: Sequence[int]) -> Reservation:
         """Checks that there is so much memory now; nothing keeps others from taking it."""
-        super().reserve(nbytes)
+        held = super().hold(rooms)
         if self.device.type == "cpu":
-            _check_free(self, nbytes)
+            _check_free(self, sum(rooms))
         else:
-            _allocate(self, torch.Size([nbytes]), torch.uint8)  # its allocator keeps the block
+            _allocate(self, torch.Size([sum(rooms)]), torch.uint8)  # its allocator keeps the block
+        return held
 
     def __repr__(self) -> str:
         return f"DeviceHome({str(self.device)!r})"
@@ -56,22 +57,19 @@ class HostHome(Home):
         self.check_open()
         return _HostBerth(self, shape, dtype)
 
-    def reserve(self, nbytes: int) -> None:
+    def hold(self, rooms: Sequence[int]) -> Reservation:
         """Checks that there is so much memory now; nothing keeps others from taking it."""
-        super().reserve(nbytes)
-        _check_free(self, nbytes)
+        held = super().hold(rooms)
+        _check_free(self, sum(rooms))
+        return held
 
 
 class _DeviceBerth(Berth):
     def __init__(self, home: DeviceHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         tensor = _allocate(home, self.shape, dtype)
-        self._storage = tensor.untyped_storage()  # not the tensor: a berth keeps none alive
-        self._address = tensor.data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self._storage = tensor.untyped_storage()  # an allocation keeps no tensor alive
+        self.address = tensor.data_ptr()
 
     def tensor(self) -> Tensor:
         return self._over(self.shape, self.dtype)
@@ -98,11 +96,7 @@ class _HostBerth(Berth):
     def __init__(self, home: HostHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         self._view = private_view(self.room) if self.room else None
-        self._address = self.tensor().data_ptr()
-
-    @property
-    def address(self) -> int:
-        return self._address
+        self.address = self.tensor().data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)

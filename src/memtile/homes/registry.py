@@ -1,7 +1,4 @@
-"""Which berth a tensor lies in, and what room is held for it.
-
-It is known without keeping the tensor alive or marking it.
-"""
+"""Which allocation a tensor lies in, and what room is held for it; it keeps no tensor alive."""
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
@@ -19,17 +16,17 @@ _held = WeakIdKeyDictionary()
 
 
 def register(tensor: Tensor, berth: Berth) -> None:
-    """Makes `berth_of(tensor)` find the berth for as long as the tensor lies over it.
+    """Makes `berth_of(tensor)` find the allocation for as long as the tensor lies over it.
 
-    A parameter made from a registered tensor is a tensor of its own, to be registered too.
+    A parameter made from a registered tensor is another tensor: register it too.
     """
     _berths[tensor] = berth
 
 
 def berth_of(tensor: Tensor) -> Berth | None:
-    """The berth the tensor was registered with, unless it lies elsewhere by now.
+    """The allocation the tensor was registered with; None where there is none, or no more.
 
-    `p.data = other` moves a parameter away: then it is None, and what the home holds is stale.
+    `p.data = other` moves a parameter away: then it is None, and the home's bytes are stale.
     """
     berth: Berth | None = _berths.get(tensor)
     if (
@@ -41,6 +38,31 @@ def berth_of(tensor: Tensor) -> Berth | None:
     ):
         return None
     return berth
+
+
+def is_parked(tensor: Tensor) -> bool:
+    """Whether the tensor lies in a home."""
+    return berth_of(tensor) is not None
+
+
+def streamed_allocation(tensor: Tensor) -> Berth | None:
+    """The allocation of a tensor that is worked on in slabs; None: it is used where it lies."""
+    berth = berth_of(tensor)
+    return None if berth is None or berth.home.works_in_place else berth
+
+
+def tensor_of(berth: Berth) -> Tensor:
+    """A new tensor over the allocation, registered with it."""
+    tensor = berth.tensor()
+    register(tensor, berth)
+    return tensor
+
+
+def evict(tensor: Tensor | None) -> None:
+    """Drop the pages that reading or writing a parked tensor brought into this process."""
+    berth = None if tensor is None else berth_of(tensor)
+    if berth is not None:
+        berth.forget()
 
 
 def hold_room(tensor: Tensor, held: Reservation) -> None:
@@ -58,8 +80,8 @@ def room_of(tensor: Tensor) -> AbstractContextManager[None]:
 def settle_in(home: Home, tensor: Tensor) -> Tensor:
     """A new tensor with the tensor's values, of the same shape and dtype, that lives in the home.
 
-    Where the home is not worked in in place, the values are written past the mapping piece by
-    piece, so that no page of it comes into this process's memory.
+    Where the home does not work in place, the values are written with `Berth.write`, in pieces, so
+    that no page of the mapping comes into this process's memory.
 
     Raises:
         HomeFullError: the home has no room for it.
@@ -67,12 +89,11 @@ def settle_in(home: Home, tensor: Tensor) -> Tensor:
         HomeIOError: writing failed.
     """
     berth = home.berth(tensor.shape, tensor.dtype)
-    settled = berth.tensor()
+    settled = tensor_of(berth)
     if home.works_in_place:
         settled.copy_(tensor.detach())
     else:
         _write_whole(berth, tensor.detach())
-    register(settled, berth)
     return settled
 
 

@@ -2,70 +2,55 @@
 
 import mmap
 import threading
+import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple
-
-from memtile.homes.remapping import remap_privately
 
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""
 
 
 class FreeRoom:
-    """The free bytes of one range, as runs that never touch each other; first fit.
+    """The free bytes of one segment; first fit.
 
     Args:
         size: how many bytes, all of them free.
+
+    Attributes:
+        runs: of free bytes, as (start, stop), in order; no run touches another.
     """
 
     def __init__(self, size: int) -> None:
-        self._starts, self._sizes = [0], [size]
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the longest run."""
-        return max(self._sizes, default=0)
-
-    @property
-    def total(self) -> int:
-        """Free bytes."""
-        return sum(self._sizes)
+        self.runs = [(0, size)]
 
     def take(self, size: int) -> int | None:
         """The start of so many bytes, free until now; None where no run is long enough."""
-        for place, free in enumerate(self._sizes):
-            if free >= size:
-                return self._cut(place, size)
+        for place, (start, stop) in enumerate(self.runs):
+            if stop - start >= size:
+                rest = (start + size, stop)
+                self.runs[place : place + 1] = [rest] if rest[0] < stop else []
+                return start
         return None
 
     def give(self, start: int, size: int) -> None:
         """Makes the bytes free again, joined with the free ones at their sides."""
-        place = bisect_left(self._starts, start)
-        if place < len(self._starts) and start + size == self._starts[place]:
-            del self._starts[place]
-            size += self._sizes.pop(place)
-        if place and self._starts[place - 1] + self._sizes[place - 1] == start:
-            self._sizes[place - 1] += size
-        else:
-            self._starts.insert(place, start)
-            self._sizes.insert(place, size)
-
-    def _cut(self, place: int, size: int) -> int:
-        start = self._starts[place]
-        self._starts[place] += size
-        self._sizes[place] -= size
-        if not self._sizes[place]:
-            del self._starts[place], self._sizes[place]
-        return start
+        stop = start + size
+        place = bisect_left(self.runs, (start, stop))
+        if place < len(self.runs) and self.runs[place][0] == stop:
+            stop = self.runs.pop(place)[1]
+        if place and self.runs[place - 1][1] == start:
+            place -= 1
+            start = self.runs.pop(place)[0]
+        self.runs.insert(place, (start, stop))
 
 
-@dataclass
+@dataclass(eq=False)
 class Segment:
-    """A stretch of the file that was made and mapped at once.
+    """A part of the file that was made and mapped at once.
 
     Attributes:
         offset: where it begins in the file.
@@ -87,23 +72,23 @@ class Extent(NamedTuple):
     holder: int = NOBODY
 
 
-@dataclass
 class Segments:
     """All segments of a file, safe to use from any thread.
 
-    Attributes:
+    Args:
         grow: makes a segment with at least so many bytes, or raises and changes nothing.
     """
 
-    grow: Callable[[int], Segment]
-    _all: list[Segment] = field(default_factory=list)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
-    _held: dict[int, dict[int, list[Extent]]] = field(default_factory=dict)  # by holder and size
-    _holders: Iterator[int] = field(default_factory=lambda: count(1))
-    # Both come back from finalizers, which run at any time, also in a thread that is inside
-    # `take`: they only append here, which needs no lock.
-    _returned: deque[tuple[int, int, int, int]] = field(default_factory=deque)
-    _gone: deque[int] = field(default_factory=deque)
+    def __init__(self, grow: Callable[[int], Segment]) -> None:
+        self._grow = grow
+        self._all: list[Segment] = []
+        self._lock = threading.RLock()
+        self._held: dict[int, dict[int, list[Extent]]] = {}  # by holder and size
+        self._holders = count(1)
+        # Both are filled by finalizers, which run at any time, also in a thread that is inside
+        # `take`: appending needs no lock.
+        self._returned: deque[tuple[weakref.ref[Segment], int, int, int]] = deque()
+        self._gone: deque[int] = deque()
 
     def take(self, size: int, holder: int = NOBODY) -> Extent:
         """Room for so many bytes: what is held for the holder, the first that is free, or new."""
@@ -112,7 +97,7 @@ class Segments:
             held = self._held.get(holder, {}).get(size)
             if held:
                 return held.pop()
-            return self._free(size) or self._in(self._add(size), size)
+            return self._first_free(size) or self._new([size])[0]
 
     def hold(self, sizes: Sequence[int]) -> int:
         """Sets rooms of these sizes aside; gives the holder's number, for `take`.
@@ -121,72 +106,51 @@ class Segments:
         """
         with self._lock:
             self._collect()
-            holder, found, missing = next(self._holders), list[Extent](), list[int]()
+            found, missing = list[Extent](), list[int]()
             for size in sorted(sizes, reverse=True):
-                extent = self._free(size)
+                extent = self._first_free(size)
                 if extent is None:
                     missing.append(size)
                 else:
                     found.append(extent)
             try:
-                segment = self._add(sum(missing)) if missing else None
+                found += self._new(missing)
             except BaseException:
                 self._give(found)
                 raise
-            if segment is not None:
-                found.extend(self._in(segment, size) for size in missing)
-            rooms = self._held[holder] = {size: [] for size in sizes}
-            for extent in found:
-                rooms[extent.size].append(extent._replace(holder=holder))
+            holder = next(self._holders)
+            self._held[holder] = {size: [] for size in sizes}
+            self._give(extent._replace(holder=holder) for extent in found)
             return holder
 
     def release(self, holder: int) -> None:
         """Frees what is held and not taken; it takes no lock."""
         self._gone.append(holder)
 
-    def reserve(self, size: int) -> None:
-        """Makes sure that there is one free run of so many bytes."""
-        with self._lock:
-            self._collect()
-            if all(segment.free.largest < size for segment in self._all):
-                self._add(size)
-
-    def giver(self, extent: Extent) -> Callable[[], None]:
-        """What gives the room back when it is called; it keeps no map alive and takes no lock."""
-        give = self._returned.append
-        room = (extent.segment.offset, extent.start, extent.size, extent.holder)
-        return lambda: give(room)
-
-    def make_private(self, fd: int) -> None:
-        """Lets tensors that stay alive keep their values and change the file no more."""
-        with self._lock:
-            for segment in self._all:
-                remap_privately(segment.memory, fd, segment.offset)
+    def give_with(self, view: memoryview, extent: Extent) -> None:
+        """Gives the room back once the view is gone, unless the file is gone before."""
+        room = weakref.ref(extent.segment), extent.start, extent.size, extent.holder
+        weakref.finalize(view, self._returned.append, room).atexit = False
 
     def renew_lock(self) -> None:
-        """This is the child of a fork: whoever held the lock may be gone."""
+        """To be called in the child of a fork, where whoever held the lock may be gone."""
         self._lock = threading.RLock()
 
     def drop(self) -> None:
-        """Lets go of all maps; those that tensors lie over stay until the tensors are gone."""
+        """Drops all maps; those that tensors lie over stay until the tensors are gone."""
         with self._lock:
             self._all.clear()
             self._held.clear()
-
-    def _add(self, size: int) -> Segment:
-        segment = self.grow(size)
-        self._all.append(segment)
-        return segment
 
     def _collect(self) -> None:
         while self._gone:
             rooms = self._held.pop(self._gone.popleft(), {})
             self._give(extent for held in rooms.values() for extent in held)
-        by_offset = {segment.offset: segment for segment in self._all} if self._returned else {}
         while self._returned:
-            offset, *room = self._returned.popleft()
-            if offset in by_offset:  # after `drop` there is none
-                self._give([Extent(by_offset[offset], *room)])
+            reference, *room = self._returned.popleft()
+            segment = reference()
+            if segment is not None:  # None after `drop`
+                self._give([Extent(segment, *room)])
 
     def _give(self, extents: Iterable[Extent]) -> None:
         """Rooms are free again, for the holder that they were held for, if it is still there."""
@@ -197,14 +161,22 @@ class Segments:
             else:
                 rooms[extent.size].append(extent)
 
-    def _free(self, size: int) -> Extent | None:
+    def _first_free(self, size: int) -> Extent | None:
         for segment in self._all:
             start = segment.free.take(size)
             if start is not None:
                 return Extent(segment, start, size)
         return None
 
-    def _in(self, segment: Segment, size: int) -> Extent:
-        start = segment.free.take(size)
-        assert start is not None
-        return Extent(segment, start, size)
+    def _new(self, sizes: Sequence[int]) -> list[Extent]:
+        """Rooms of these sizes in a new segment."""
+        if not sizes:
+            return []
+        segment = self._grow(sum(sizes))
+        self._all.append(segment)
+        starts = map(segment.free.take, sizes)
+        return [
+            Extent(segment, start, size)
+            for start, size in zip(starts, sizes, strict=True)
+            if start is not None
+        ]

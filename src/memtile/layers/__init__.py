@@ -3,7 +3,7 @@
 from memtile.layers.door import is_plain
 from memtile.layers.gather import gathered, is_shard, register_gatherer, whole_shape
 from memtile.layers.handle import DenseHandle
-from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule, home_on
+from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
@@ -19,7 +19,6 @@ __all__ = [
     "TiledLinearReturnBias",
     "TiledModule",
     "gathered",
-    "home_on",
     "is_plain",
     "is_shard",
     "register_gatherer",

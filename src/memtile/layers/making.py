@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from memtile.errors import TileClassError
+from memtile.homes import resolve_home
 from memtile.layers.gather import gathered
-from memtile.layers.parked import ParkedLinear, home_on
+from memtile.layers.parked import ParkedLinear
 from memtile.layers.tiled_module import TiledModule
 
 LinearClass = Callable[..., nn.Module]
@@ -50,7 +51,7 @@ def with_home(linear_cls: LinearClass, arguments: dict[str, Any]) -> LinearClass
         arguments.pop("home", None)
         return linear_cls
     if linear_cls in (nn.Linear, ParkedLinear):
-        arguments["home"] = home_on(arguments.get("home") or "host", arguments.get("device"))
+        arguments["home"] = resolve_home(arguments.get("home") or "host", arguments.get("device"))
         return ParkedLinear
     return linear_cls
 

@@ -19,7 +19,16 @@ from torch.nn import functional
 
 from memtile import ops
 from memtile.errors import ParkedCopyWarning, ParkedError
-from memtile.homes import DeviceHome, Home, berth_of, register, resolve_home, settle_in
+from memtile.homes import (
+    Home,
+    berth_of,
+    evict,
+    is_parked,
+    register,
+    resolve_home,
+    settle_in,
+    tensor_of,
+)
 from memtile.layers import door
 from memtile.layers.gather import register_gatherer
 from memtile.transfer import ParkedSource, layer_call
@@ -38,13 +47,11 @@ class ParkedModule(nn.Module):
 
     def _settle(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
         """Give the tile its home, and room there unless it is made on the meta device."""
-        self.home = home_on(home, device)
+        self.home = resolve_home(home, device)
         if torch.empty(0, device=device).is_meta:
             return
         berth = self.home.berth(shape, dtype or torch.get_default_dtype())
-        settled = berth.tensor()
-        register(settled, berth)
-        self._parameters["weight"] = parameter_of(settled, True)
+        self._parameters["weight"] = parameter_of(tensor_of(berth), True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move what is not parked; the weight stays at home, of its dtype.
@@ -53,7 +60,7 @@ class ParkedModule(nn.Module):
             ParkedError: another dtype is asked for.
         """
         weight = self._parameters.get("weight")  # none where it is pruned or parametrized
-        if weight is None or berth_of(weight) is None:
+        if weight is None or not is_parked(weight):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._park_what_was_meta(weight)
             return self
@@ -98,11 +105,11 @@ class ParkedModule(nn.Module):
     ) -> None:
         """torch's own hook; with `assign=True` the values are copied home, not the tensor kept."""
         weight = self._parameters.get("weight")
-        if weight is not None and berth_of(weight) is not None:
+        if weight is not None and is_parked(weight):
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._park_what_was_meta(weight)
-        forget(weight)
+        evict(weight)
 
     def _park_what_was_meta(self, before: Tensor | None) -> None:
         """A weight that got its memory just now goes home with it."""
@@ -121,7 +128,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         bias: whether it has one, in ordinary memory.
         device: of the bias; of the weight too where `home` is "device".
         dtype: of both.
-        home: a `Home`, "host" or "device".
+        home: a `Home`, "disk", "disk:FOLDER", "host" or "device".
 
     Raises:
         HomeFullError: the home has no room.
@@ -142,7 +149,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         self.reset_parameters()
-        forget(self.weight)
+        evict(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, out_features) of (…, in_features), the weight brought in for the product.
@@ -155,7 +162,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         """
         weight: Any = self.weight  # functional_call and parametrizations put other tensors there
         bias: Tensor | None = self.bias
-        if ops.transformed() or berth_of(weight) is None or not weight.numel():
+        if ops.transformed() or not is_parked(weight) or not weight.numel():
             return functional.linear(input, weight, bias)
         door.check_tensor(_NAME, input)
         door.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
@@ -180,7 +187,7 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
         scale_grad_by_freq: divide each row's gradient by how often its id occurs.
         device: where the rows are parked, where `home` is "device".
         dtype: of the rows.
-        home: a `Home`, "host" or "device".
+        home: a `Home`, "disk", "disk:FOLDER", "host" or "device".
 
     Raises:
         HomeFullError: the home has no room.
@@ -208,42 +215,24 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
         )
         self._settle(home, (num_embeddings, embedding_dim), device, dtype)
         self.reset_parameters()
-        forget(self.weight)
+        evict(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows (…, embedding_dim) of the ids."""
         weight: Any = self.weight  # as above
-        if ops.transformed() or berth_of(weight) is None:
+        if ops.transformed() or not is_parked(weight):
             return super().forward(input)
         source = ParkedSource(weight)
         with layer_call():
             rows = ops.parked_embedding(
                 input, weight, self.padding_idx, self.scale_grad_by_freq, source
             )
-        forget(weight)
+        evict(weight)
         return rows
 
     def extra_repr(self) -> str:
         """Rows, width and home."""
         return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
-
-
-def home_on(home: Home | str, device: Any) -> Home:
-    """The home that is meant, where "device" means this device.
-
-    Raises:
-        ArgumentError: it is neither a home nor the name of one.
-    """
-    if isinstance(home, str) and home == "device":
-        return DeviceHome(torch.empty(0, device=device).device)
-    return resolve_home(home)
-
-
-def forget(parameter: Tensor | None) -> None:
-    """Let go of the pages that reading or writing a parked parameter brought into memory."""
-    berth = None if parameter is None else berth_of(parameter)
-    if berth is not None:
-        berth.forget()
 
 
 def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
@@ -262,7 +251,7 @@ def _forgotten_after(parameters: Sequence[nn.Parameter], write: bool) -> Iterato
         yield
     finally:
         for parameter in parameters:
-            forget(parameter)
+            evict(parameter)
 
 
 register_gatherer(_forgotten_after)

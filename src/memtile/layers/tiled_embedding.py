@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileIndexError
 from memtile.geometry import Grid
-from memtile.homes import Home
+from memtile.homes import Home, resolve_home
 from memtile.layers.door import is_plain
 from memtile.layers.gather import gathered
-from memtile.layers.parked import ParkedEmbedding, home_on
+from memtile.layers.parked import ParkedEmbedding
 from memtile.layers.tiled_module import TiledModule
 from memtile.transfer import layer_call
 
@@ -51,7 +51,8 @@ class TiledEmbedding(TiledModule):
         out_splits: tiles, 1 to num_embeddings.
         device: of the tiles.
         dtype: of the tiles.
-        home: where the tiles are parked: "host", "device", a `Home`; None: nowhere, as ever.
+        home: where the tiles are parked: a `Home`, "disk", "disk:FOLDER", "host" or
+            "device"; None: nowhere.
 
     Raises:
         SplitsError: `out_splits` is outside its range.
@@ -86,7 +87,7 @@ class TiledEmbedding(TiledModule):
         _refuse_options(max_norm, sparse)
         self.max_norm, self.norm_type = None, norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, False
-        parked: Any = {} if home is None else {"home": home_on(home, device)}
+        parked: Any = {} if home is None else {"home": resolve_home(home, device)}
         # Any, like its argument: mypy cannot tell which of the two takes a home
         uninitialised: Any = _UninitialisedParkedEmbedding if parked else _UninitialisedEmbedding
         self.embeddings = nn.ModuleList()

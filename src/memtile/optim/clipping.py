@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import lock_of_a_module
-from memtile.optim.stepping import parked_berth
+from memtile.homes import lock_of_a_module, streamed_allocation
 from memtile.transfer import Loan, ferries_of, is_stepped_in_backward
 
 _CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")
@@ -34,7 +33,7 @@ def clip_gradients(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    homes = {berth.home for berth in map(parked_berth, gradients) if berth is not None}
+    homes = {berth.home for berth in map(streamed_allocation, gradients) if berth is not None}
     for home in homes:
         ferries_of(home).steps.clear()  # gradients may have been written since they were read
     norms = _norms(gradients, norm_type)
@@ -72,11 +71,11 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
 @contextmanager
 def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Loan | None]]:
     """One gradient: itself, or a parked one in a slab, while the next ones are read."""
-    berth = parked_berth(gradients[number])
+    berth = streamed_allocation(gradients[number])
     if berth is None:
         yield gradients[number], None
         return
-    later = map(parked_berth, gradients[number + 1 :])
+    later = map(streamed_allocation, gradients[number + 1 :])
     ahead = ((each,) for each in later if each is not None)
     with ferries_of(berth.home).steps.borrow((berth,), ahead=ahead) as loan:
         yield loan.tensors[0], loan

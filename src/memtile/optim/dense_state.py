@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
-from memtile.homes import berth_of, room_of, settle_in
-from memtile.optim.stepping import empty_at, is_shaped, parked_berth
+from memtile.homes import evict, room_of, settle_in, streamed_allocation, tensor_of
+from memtile.optim.stepping import is_shaped
 
 Index = tuple[int, int]
 ParamGroup = dict[str, Any]  # torch's own: holds whatever the optimizer's class wants
@@ -158,16 +158,16 @@ def _join(dense: DenseParameter, states: Mapping[nn.Parameter, Any]) -> dict[str
 def _joined_entry(
     dense: DenseParameter, key: str, like: Tensor, states: Mapping[nn.Parameter, Any]
 ) -> Tensor:
-    berth = parked_berth(like)
+    berth = streamed_allocation(like)
     if berth is None:
         out = torch.empty(dense.shape, dtype=like.dtype, device=like.device)
     else:
-        out = empty_at(berth.home, dense.shape, like.dtype)
+        out = tensor_of(berth.home.berth(dense.shape, like.dtype))
     for part in dense.parts:
         entry = states[part.parameter][key]
         part.view(out).copy_(entry)
-        for touched in filter(None, map(berth_of, (entry, out))):
-            touched.forget()
+        evict(entry)
+        evict(out)
     return out
 
 
@@ -232,7 +232,7 @@ def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype) -> A
     share = part.view(entry.detach())
     if share.is_floating_point():
         share = share.to(dtype)
-    berth = parked_berth(part.parameter)
+    berth = streamed_allocation(part.parameter)
     if berth is not None:
         with room_of(part.parameter):
             return settle_in(berth.home, share)

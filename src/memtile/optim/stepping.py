@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import NotFiniteError, OptimizerError
-from memtile.homes import PAGE, Berth, Home, berth_of, register, room_of, settle_in, trim_heap
+from memtile.homes import (
+    Berth,
+    berth_of,
+    room_of,
+    settle_in,
+    streamed_allocation,
+    tensor_of,
+    trim_heap,
+    whole_pages,
+)
 from memtile.optim.inner import Inner, ParameterSlice
 from memtile.transfer import Loan, ferries_of
 
@@ -90,11 +99,11 @@ class Stepper:
     def state_rooms(self, parameter: Tensor, group: Mapping[str, Any]) -> list[int]:
         """Bytes, in whole pages, of each tensor of the parameter's state, its master included."""
         dtypes = self._dtypes(parameter, group).values()
-        return [-(-parameter.numel() * each.itemsize // PAGE) * PAGE for each in dtypes]
+        return [whole_pages(parameter.numel() * each.itemsize) for each in dtypes]
 
     def cargo(self, parameter: Tensor) -> tuple[Berth, ...]:
         """All allocations that a step of a parked parameter works on; of others none."""
-        berth = parked_berth(parameter)
+        berth = streamed_allocation(parameter)
         return () if berth is None else tuple(self._berths(parameter, berth).values())
 
     def check_in_memory(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -105,7 +114,7 @@ class Stepper:
         Raises:
             NotFiniteError: one is not finite.
         """
-        checked = [each for each in parameters if parked_berth(each) is None]
+        checked = [each for each in parameters if streamed_allocation(each) is None]
         gradients = [each.grad for each in checked if each.grad is not None]
         sums = [gradient.detach().sum().isfinite() for gradient in gradients]
         if sums and not torch.stack([each.to(sums[0].device) for each in sums]).all():
@@ -146,7 +155,7 @@ class Stepper:
             HomeFullError: there is no room for the state that its first step makes.
             HomeIOError: something could not be read.
         """
-        state, berth = self._state[parameter], parked_berth(parameter)
+        state, berth = self._state[parameter], streamed_allocation(parameter)
         with torch.no_grad(), self._brought_in(parameter, group, ahead, in_backward) as work:
             if in_backward or berth is not None:
                 self._check_finite(parameter, work.tensors[GRADIENT])
@@ -234,14 +243,15 @@ class Stepper:
     ) -> Iterator[StepTensors]:
         """The tensors of one step, in slabs where the parameter is parked."""
         missing = self._missing(parameter, group)
-        berth, tensors = parked_berth(parameter), self._tensors(parameter)
+        berth, tensors = streamed_allocation(parameter), self._tensors(parameter)
         if berth is None:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
             yield StepTensors({**tensors, **made}, made)
             return
         with room_of(parameter):
-            made = {key: empty_at(berth.home, berth.shape, missing[key]) for key in missing}
-        old, new = self._berths(parameter, berth), _berths_of(made)
+            rooms = {key: berth.home.berth(berth.shape, missing[key]) for key in missing}
+        made = {key: tensor_of(room) for key, room in rooms.items()}
+        old, new = self._berths(parameter, berth), rooms
         work, rings = StepTensors(tensors, made), ferries_of(berth.home)
         with ExitStack() as stack:
             # Every thread acquires the rings in this order, or two could wait for each other.
@@ -264,14 +274,12 @@ class Stepper:
 
     def _berths(self, parameter: Tensor, own: Berth) -> dict[str, Berth]:
         """The allocations of those that are in the parameter's own home."""
-        entries = {GRADIENT: parameter.grad, **self._state[parameter]}
-        found = _berths_of({k: each for k, each in entries.items() if isinstance(each, Tensor)})
-        return {VALUE: own} | {k: each for k, each in found.items() if each.home is own.home}
-
-
-def _berths_of(tensors: Mapping[str, Tensor]) -> dict[str, Berth]:
-    found = ((key, berth_of(tensor)) for key, tensor in tensors.items())
-    return {key: berth for key, berth in found if berth is not None}
+        found = {VALUE: own}
+        for key, entry in [(GRADIENT, parameter.grad), *self._state[parameter].items()]:
+            berth = berth_of(entry) if isinstance(entry, Tensor) else None
+            if berth is not None and berth.home is own.home:
+                found[key] = berth
+        return found
 
 
 def _chunks(value: Tensor) -> Iterator[Any]:  # what a tensor is indexed with
@@ -326,17 +334,3 @@ def is_finite(tensor: Tensor) -> bool:
 def is_shaped(entry: object, parameter: Tensor) -> bool:
     """Whether a state entry has an element for each element of the parameter."""
     return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
-
-
-def parked_berth(tensor: Tensor) -> Berth | None:
-    """The tensor's allocation in a home whose tensors are worked on in slabs; otherwise None."""
-    berth = berth_of(tensor)
-    return None if berth is None or berth.home.works_in_place else berth
-
-
-def empty_at(home: Home, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new tensor in the home, without values."""
-    berth = home.berth(shape, dtype)
-    tensor = berth.tensor()
-    register(tensor, berth)
-    return tensor

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
-from memtile.homes import berth_of, room_of
+from memtile.homes import berth_of, room_of, streamed_allocation, tensor_of
 from memtile.optim.dense_state import DenseParameter, Part, by_group
-from memtile.optim.stepping import MASTER, ParameterState, empty_at, is_shaped, parked_berth
+from memtile.optim.stepping import MASTER, ParameterState, is_shaped
 from memtile.optim.tile_optimizer import TileOptimizer
 
 
@@ -138,7 +138,7 @@ def room_for(
 ) -> Tensor:
     """A tensor for a state entry in the parameter's home: the present one where it fits."""
     found = optimizer.state.get(parameter, {}).get(key)
-    berth = parked_berth(parameter) if shape == parameter.shape else None
+    berth = streamed_allocation(parameter) if shape == parameter.shape else None
     if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
         own = berth_of(found)
         if berth is None or (own is not None and own.home is berth.home):
@@ -146,7 +146,7 @@ def room_for(
     if berth is None:
         return torch.empty(shape, dtype=dtype, device=parameter.device)
     with room_of(parameter):
-        return empty_at(berth.home, shape, dtype)
+        return tensor_of(berth.home.berth(shape, dtype))
 
 
 def _of_own_shape(dense: DenseParameter, key: str, entry: Tensor) -> DenseParameter:

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import Home, Reservation, berth_of, hold_room
+from memtile.homes import Home, Reservation, berth_of, hold_room, streamed_allocation
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
-from memtile.optim.stepping import Stepper, parked_berth
+from memtile.optim.stepping import Stepper
 from memtile.transfer import ferries_of, gradient_of, is_stepped_in_backward, step_in_backward
 
 StepMode = Literal["classic", "in_backward"]
@@ -200,7 +200,7 @@ class TileOptimizer(Optimizer):
         return all(parameter in own for parameter in self._all())
 
     def _step_all(self) -> None:
-        homes = {berth.home for berth in map(parked_berth, self._all()) if berth is not None}
+        homes = {each.home for each in map(streamed_allocation, self._all()) if each is not None}
         _drop_slabs(homes)
         for parameter in self._stepped:
             parameter.grad = None  # part of one, from a second backward that was refused

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from memtile.convert import Work
-from memtile.homes import berth_of
+from memtile.homes import is_parked
 from memtile.planning import Counted, Products
 
 _aten = torch.ops.aten
@@ -91,7 +91,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, model: nn.Module, goes_home: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._storages: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
-        parked = _parked(model) if goes_home else ()
+        parked = filter(is_parked, model.parameters()) if goes_home else ()
         self._home = {parameter.untyped_storage()._cdata for parameter in parked}
         self._live, self._in_backward = [0, 0], False
         self._peak, self._kept = (0, 0), 0
@@ -308,7 +308,3 @@ def _tensors(tree: object) -> list[Tensor]:
     elif not isinstance(tree, list | tuple):
         return []
     return [tensor for branch in tree for tensor in _tensors(branch)]
-
-
-def _parked(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in model.parameters() if berth_of(parameter) is not None)

@@ -14,16 +14,8 @@ from torch import nn
 from memtile.convert import Choice, Cut, Work, choose, has_checkpointing
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
-from memtile.homes import (
-    PAGE,
-    DeviceHome,
-    DiskHome,
-    Home,
-    HostHome,
-    fits_page_cache,
-    trim_heap,
-    usable_folder,
-)
+from memtile.home_names import parse_home
+from memtile.homes import PAGE, Home, fits_page_cache, trim_heap, usable_folder, word_for
 from memtile.planner import surveying
 from memtile.planner.rates import rates_of, workspaces_of
 from memtile.planner.sources import model_of
@@ -211,25 +203,16 @@ def checkpointing_choices(model: nn.Module, given: bool | None, trains: bool) ->
     return (False, True) if given is None and can else (bool(given),)
 
 
-def _home(home: object) -> tuple[str, Path | None]:
+def _home(home: Home | str) -> tuple[str, Path | None]:
     """The word for a home, and the folder of one on disk.
 
     Raises:
         ArgumentError: it is no home.
         HomeError: tiles cannot live in its folder.
     """
-    if isinstance(home, DiskHome):
-        return f"disk:{home.folder}", home.folder
-    if isinstance(home, HostHome) or home == "host":
-        return "host", None
-    if isinstance(home, DeviceHome) or home == "device":
-        return "device", None
-    kind, colon, folder = home.partition(":") if isinstance(home, str) else ("", "", "")
-    if kind == "disk" and bool(colon) == bool(folder):
-        return str(home), usable_folder(folder or None)
-    raise ArgumentError(
-        f"home={home!r} must be 'disk', 'disk:FOLDER', 'host', 'device', or a DiskHome"
-    )
+    word = word_for(home)
+    kind, folder = parse_home(word)
+    return word, usable_folder(folder) if kind == "disk" else None
 
 
 def _with_disk(budget: Budget, folder: Path | None) -> Budget:

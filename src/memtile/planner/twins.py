@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memtile.convert import Choice, replace_chosen
-from memtile.homes import DeviceHome, berth_of, register
+from memtile.homes import DeviceHome, is_parked, register
 from memtile.layers import ParkedModule
 
 
@@ -26,6 +26,6 @@ def park_twin(twin: nn.Module, choices: Sequence[Choice]) -> nn.Module:
     replace_chosen(twin, choices, home)
     for module in twin.modules():
         weight = module._parameters.get("weight") if isinstance(module, ParkedModule) else None
-        if weight is not None and berth_of(weight) is None:
+        if weight is not None and not is_parked(weight):
             register(weight, home.berth(weight.shape, weight.dtype))
     return twin

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from memtile.geometry import Grid
+from memtile.geometry import Grid, round_up
 from memtile.planning.counted import Weight
 
 
@@ -27,7 +27,7 @@ class Rings:
 
     def room(self, nbytes: int) -> int:
         """Bytes, rounded up to pages."""
-        return -(-nbytes // self.page) * self.page
+        return round_up(nbytes, self.page)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
+from memtile.home_names import parse_home
 from memtile.planning import table
 from memtile.planning.budget import Budget
 from memtile.planning.counted import Products, check_tokens
@@ -138,14 +139,11 @@ class Plan:
         twice = [name for name, times in names.items() if times > 1]
         if twice:
             raise ArgumentError(f"the plan names {twice[0]!r} twice; make it anew")
-        kind, colon, folder = self.home.partition(":")
-        known = kind in ("disk", "host", "device") and (not colon or (kind == "disk" and folder))
-        for name, value, fits in (
-            ("home", self.home, known),
-            ("device", self.device, self.device == "cpu"),
-        ):
-            if not fits:
-                raise ArgumentError(f"the plan's {name}={value!r} means nothing here; make it anew")
+        parse_home(self.home, "the plan's home=", more="; make the plan anew")
+        if self.device != "cpu":
+            raise ArgumentError(
+                f"the plan's device={self.device!r} means nothing here; make it anew"
+            )
 
     @property
     def place(self) -> Place:

@@ -1,9 +1,9 @@
-"""The float64 yardstick: a result is judged by the error that the dense layer makes in its dtype.
+"""Accuracy against float64: a result's error is compared with the dense layer's in the same dtype.
 
-Fixed tolerances say nothing about sums: their rounding grows with the number of terms and with the
-dtype. So the truth is computed in float64 from the same (rounded) inputs, and a result may be at
-most a factor further from it than the dense layer's own. Both errors are root mean squares; for
-their ratio to be steady to a few percent, compare 16k elements or more.
+A fixed tolerance does not fit sums: their rounding grows with the number of terms and depends on
+the dtype. So the truth is computed in float64 from the same (rounded) inputs, and a result's error
+may be at most a factor larger than the dense layer's. Both errors are root mean squares; for a
+ratio that is steady to a few percent, compare 16k elements or more.
 """
 
 import math

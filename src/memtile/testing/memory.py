@@ -1,12 +1,13 @@
-"""How much memory a block of code takes: the whole process's peak, and its largest single piece."""
+"""How much memory code takes: the process's peak, its tensors' peak, its largest allocation."""
 
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 # Private by name; it is what PyTorch's own docs and tools build dispatch modes on.
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,6 +117,30 @@ class LargestAllocation(TorchDispatchMode):
             if piece not in owned and piece[1] > self.nbytes:
                 self.nbytes, self.op = piece[1], str(func.overloadpacket)
         return result
+
+
+def peak_allocated_bytes(function: Callable[[], Any]) -> int:
+    """The most tensor memory, in bytes, that was allocated at once while the function ran.
+
+    Counted are the allocations of PyTorch's CPU allocator, temporaries inside operations included,
+    above what was there before. What the function returns is alive until the count ends.
+
+    Args:
+        function: called once, without arguments.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result
+    kineto = profiler.profiler
+    assert kineto is not None
+    assert kineto.kineto_results is not None
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.device_type().name == "CPU":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def _status_bytes(field: str) -> int:

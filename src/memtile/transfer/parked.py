@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
-from memtile.homes import Berth, berth_of, register, renew_in_child, room_of, scratch_like
+from memtile.homes import (
+    Berth,
+    berth_of,
+    renew_in_child,
+    room_of,
+    scratch_like,
+    streamed_allocation,
+    tensor_of,
+)
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.passes import current_pass, enter_backward
 
@@ -104,8 +112,8 @@ class ParkedSource:
     @contextmanager
     def values(self, device: torch.device) -> Iterator[Tensor]:
         """The values on this device: only to be read, and not after the block."""
-        berth = berth_of(self.parameter)
-        if berth is None or berth.home.works_in_place:
+        berth = streamed_allocation(self.parameter)
+        if berth is None:
             yield self.parameter.detach().to(device)
             return
         with ferries_of(berth.home).weights.borrow((berth,)) as loan:
@@ -117,10 +125,10 @@ class ParkedSource:
         Threads may enter at once, as in torch's own accumulation. They take turns to add to the
         gradient of one parameter; none waits for another's product to form its own.
         """
-        parameter, berth = self.parameter, berth_of(self.parameter)
+        parameter, berth = self.parameter, streamed_allocation(self.parameter)
         record = _record(parameter)
         stays = record.is_stepped_in_backward and not record.uses
-        if berth is None or berth.home.works_in_place:
+        if berth is None:
             gradient = torch.empty_like(parameter)
             form(gradient)
             _accumulate(parameter, gradient)
@@ -137,8 +145,8 @@ class ParkedSource:
         Raises:
             HomeIOError: one could not be written.
         """
-        berth = berth_of(self.parameter)
-        if berth is not None and not berth.home.works_in_place:
+        berth = streamed_allocation(self.parameter)
+        if berth is not None:
             ferries_of(berth.home).gradients.settle()
 
 
@@ -183,9 +191,7 @@ def _formed_at_home(parameter: nn.Parameter, berth: Berth, form: Form) -> Tensor
     with ferries_of(berth.home).gradients.borrow(made=(new,)) as loan:
         form(loan.tensors[0])
         loan.store()
-    gradient = new.tensor()
-    register(gradient, new)
-    return gradient
+    return tensor_of(new)
 
 
 def _add_at_home(parameter: nn.Parameter, berth: Berth, formed: Tensor) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from memtile.cli import demo, models
 from memtile.cli.console import interruptible, progress
 from memtile.cli.errors import CommandError
+from memtile.cli.homes import check_home
 from memtile.planning import parse_byte_size
 
 _BATCHES: Final = 8
@@ -47,7 +48,7 @@ def run_demo(
         return 0
     _check_numbers(steps, tokens, lr)
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
-    demo.check_home(home)
+    check_home(home, "none")
     if model is not None:
         models.check_folder(model, name="--model")
     demo.text_of(text or demo.SHIPPED_TEXT)

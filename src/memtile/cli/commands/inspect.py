@@ -1,4 +1,4 @@
-"""`memtile inspect`: what a checkpoint, a run's checkpoint or a kept home holds."""
+"""`memtile inspect`: what a checkpoint holds, of a model or of a run."""
 
 import json
 from dataclasses import asdict
@@ -13,13 +13,13 @@ from memtile.cli.console import interruptible, progress
 
 
 def run_inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint's folder or file, or a kept home's.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint's folder or file.")],
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read all bytes, verify checksums.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
 ) -> int:
-    """Show the tensors of a safetensors checkpoint or a kept home, and verify their checksums.
+    """Show the tensors of a safetensors checkpoint, and verify their checksums.
 
     Nothing is loaded as code and nothing is changed. Damage ends with exit code 2.
     """

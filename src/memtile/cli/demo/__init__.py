@@ -4,7 +4,6 @@
 prints it. torch and transformers are loaded in the workers only.
 """
 
-from memtile.cli.demo.parking import check_home
 from memtile.cli.demo.records import Outcome, Settings
 from memtile.cli.demo.sides import ensure_runnable, run_both, smollm2_folder
 from memtile.cli.demo.smollm2 import default_cache
@@ -15,7 +14,6 @@ __all__ = [
     "SHIPPED_TEXT",
     "Outcome",
     "Settings",
-    "check_home",
     "default_cache",
     "ensure_runnable",
     "run_both",

@@ -1,21 +1,6 @@
 """The home of the demo's tiled run: from a word on the command line, and into words again."""
 
-from memtile.cli.errors import CommandError
-from memtile.homes import DiskHome, Home, HostHome
-
-_DISK = "disk"
-
-
-def check_home(word: str) -> str:
-    """The word, when it names a home.
-
-    Raises:
-        CommandError: It does not.
-    """
-    kind, colon, folder = word.partition(":")
-    if word in (_DISK, "host", "none") or (kind == _DISK and colon and folder):
-        return word
-    raise CommandError(f"--home {word!r} is no home: give disk, disk:FOLDER, host or none.")
+from memtile.homes import DiskHome, Home, resolve_home
 
 
 def make_home(word: str) -> Home | None:
@@ -24,10 +9,7 @@ def make_home(word: str) -> Home | None:
     Raises:
         HomeError: Tiles cannot live in that folder.
     """
-    kind, _, folder = word.partition(":")
-    if kind == _DISK:
-        return DiskHome(folder or None)
-    return HostHome() if kind == "host" else None
+    return None if word == "none" else resolve_home(word)
 
 
 def describe_home(home: Home | None) -> str:

@@ -1,7 +1,4 @@
-"""What every home promises, promise by promise, as tests to inherit.
-
-They need nothing but a test runner that collects classes, such as pytest.
-"""
+"""What every home promises, as tests to inherit."""
 
 import gc
 from abc import ABC, abstractmethod
@@ -10,10 +7,7 @@ from functools import partial
 from typing import Final
 
 import torch
-
-from memtile.errors import ArgumentError, HomeError
-from memtile.homes import PAGE, Home, Traffic, aligned_buffer, berth_of, register, settle_in
-from memtile.testing.home_probes import (
+from home_probes import (
     assert_raises,
     in_threads,
     known_berth,
@@ -22,6 +16,9 @@ from memtile.testing.home_probes import (
     same,
     write_whole,
 )
+
+from memtile.errors import ArgumentError, HomeError
+from memtile.homes import PAGE, Home, Traffic, aligned_buffer, berth_of, register, settle_in
 
 _DTYPES: Final = (
     torch.float32,
@@ -223,15 +220,6 @@ class HomeContract(ABC):
             assert same(read_whole(berth), values + 1)
             assert same(tensor, values + 1)
 
-    def test_reserved_room_is_there(self) -> None:
-        """After `reserve`, berths whose rooms add up to it fit."""
-        with self.make_home() as home:
-            home.reserve(64 * PAGE)
-
-            berths = [home.berth((PAGE,), torch.uint8) for _ in range(64)]
-
-            assert len({berth.address for berth in berths}) == 64
-
     def test_held_room_is_there(self) -> None:
         """Berths of the rooms that were held fit, and others may be made beside them."""
         with self.make_home() as home:
@@ -306,14 +294,14 @@ class HomeContract(ABC):
             assert berth.label == "layers.0.weight"
 
     def test_a_closed_home_refuses(self) -> None:
-        """Once closed, `berth`, `reserve`, `read` and `write` raise HomeError."""
+        """Once closed, `berth`, `hold`, `read` and `write` raise HomeError."""
         home = self.make_home()
         berth, piece = home.berth((PAGE,), torch.uint8), aligned_buffer(PAGE)
 
         home.close()
 
         assert_raises(HomeError, lambda: home.berth((1,), torch.float32))
-        assert_raises(HomeError, lambda: home.reserve(PAGE))
+        assert_raises(HomeError, lambda: home.hold([PAGE]))
         assert_raises(HomeError, lambda: berth.read(piece))
         assert_raises(HomeError, lambda: berth.write(piece))
 

@@ -1,7 +1,4 @@
-"""What a home that is only read promises, promise by promise, as tests to inherit.
-
-They need nothing but a test runner that collects classes, such as pytest.
-"""
+"""What a read-only home promises, as tests to inherit."""
 
 import gc
 from abc import ABC, abstractmethod
@@ -9,11 +6,11 @@ from functools import partial
 from typing import Final
 
 import torch
+from home_probes import assert_raises, in_threads, random_values, read_whole, same
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
 from memtile.homes import PAGE, Berth, Traffic, aligned_buffer, berth_of, register
-from memtile.testing.home_probes import assert_raises, in_threads, random_values, read_whole, same
 
 _DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8)
 # A scalar, ragged, a page exactly, a byte beyond most dtypes' pages, many pages.
@@ -43,12 +40,12 @@ class ReadOnlyHomeContract(ABC):
             assert berth.room % PAGE == 0
 
     def test_the_home_says_that_it_is_read_only(self) -> None:
-        """`berth`, `reserve` and `write` raise HomeError, which names the way out."""
+        """`berth`, `hold` and `write` raise HomeError, which names the way out."""
         berth, _ = self._one()
 
         assert berth.home.is_read_only
         assert_raises(HomeError, lambda: berth.home.berth((1,), torch.float32))
-        assert_raises(HomeError, lambda: berth.home.reserve(0))
+        assert_raises(HomeError, lambda: berth.home.hold([]))
         assert_raises(HomeError, lambda: berth.write(aligned_buffer(PAGE)))
 
     def test_pieces_are_read_where_they_belong(self) -> None:

@@ -1,14 +1,16 @@
-"""A state machine that does anything in any order with a home, beside a model of it in memory."""
+"""A hypothesis state machine that uses a home in any order, compared with a model in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+from home_probes import read_whole, write_whole
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
 from memtile.homes import PAGE, Berth, Home
-from memtile.testing.home_probes import read_whole, write_whole
 
 _DTYPES: Final = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _LONGEST: Final = 3 * PAGE
@@ -23,19 +25,15 @@ class _Parked:
     tensors: list[Tensor] = field(default_factory=list)
 
 
-# Any: hypothesis, and so the class that is built on it, is known only inside.
-def home_state_machine(make_home: Callable[[], Home]) -> type[Any]:
-    """A hypothesis `RuleBasedStateMachine` for homes of this kind; its `TestCase` is a test.
+def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMachine]:
+    """A state machine for homes of this kind, for `run_state_machine_as_test`.
 
-    It parks, writes through tensors and past them, reads both ways, forgets, reserves, drops
+    It parks, writes through tensors and past them, reads both ways, forgets, holds, drops
     berths and tensors in any order, and compares with a plain model after every step.
 
     Args:
         make_home: gives a new, open, empty home.
     """
-    from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
     # Any: hypothesis has no type for its draws.
     choices: Any = st.integers(min_value=0)
     bytes_: Any = st.integers(0, 100)
@@ -110,8 +108,8 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[Any]:
             self._drop(self._pick(choice))
 
         @rule(pages=st.integers(0, 300))
-        def reserve(self, pages: int) -> None:
-            self.home.reserve(pages * PAGE)
+        def hold(self, pages: int) -> None:
+            self.home.hold([pages * PAGE])
 
         @invariant()
         def tensors_hold_what_they_must(self) -> None:

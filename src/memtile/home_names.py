@@ -1,0 +1,32 @@
+"""The words that name a home: "disk", "disk:FOLDER", "host" and "device"; knows no torch."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from memtile.errors import ArgumentError
+
+HOMES: Final = ("disk", "disk:FOLDER", "host", "device")
+
+
+def parse_home(
+    word: object, label: str = "home=", known: Sequence[str] = HOMES, more: str = ""
+) -> tuple[str, str | None]:
+    """The kind of home that a word names, and the folder in it; None where it names no folder.
+
+    Args:
+        word: what the user gave.
+        label: what the message begins with.
+        known: words that have a meaning here.
+        more: the end of the message.
+
+    Raises:
+        ArgumentError: it is none of the known words.
+    """
+    kind, colon, folder = word.partition(":") if isinstance(word, str) else ("", "", "")
+    if kind in known and not colon:
+        return kind, None
+    if kind == "disk" and folder and "disk:FOLDER" in known:
+        return kind, folder
+    raise ArgumentError(
+        f"{label}{word!r} is no home: it must be {', '.join(known[:-1])} or {known[-1]}{more}"
+    )
