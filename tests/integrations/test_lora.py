@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import memtile
+from memtile.convert import select_linears
 from memtile.homes import berth_of
 from memtile.testing import assert_as_accurate
 
@@ -242,7 +243,7 @@ def test_modules_to_save_are_trained_dense_and_saved_under_dense_names(tmp_path:
     model = adapted(False, ["q_proj"], modules_to_save=["lm_head"])
     with pytest.warns(memtile.errors.TileSizeWarning, match="PEFT's own copy"):
         tiled, _ = parked(model)
-    copies = [c for c in memtile.convert.select_linears(tiled, out_splits=2) if "to_save" in c.name]
+    copies = [c for c in select_linears(tiled, out_splits=2) if "to_save" in c.name]
     train(tiled, tile_optimizer(tiled))
 
     tiled.save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import torch
 from small_models import build, inputs
 
 import memtile
+from memtile.convert import select_linears
 
 
 def wrapped(kind: str = "llama-tied") -> Any:
@@ -31,7 +32,7 @@ def test_base_linears_become_tiles_and_adapters_stay(kind: str) -> None:
     model = wrapped(kind)
     adapters = [m for n, m in model.named_modules() if "lora_" in n]
 
-    choices = {c.name: c for c in memtile.convert.select_linears(model, out_splits=3)}
+    choices = {c.name: c for c in select_linears(model, out_splits=3)}
     memtile.tile(model, out_splits=3)
 
     assert [m for n, m in model.named_modules() if "lora_" in n] == adapters

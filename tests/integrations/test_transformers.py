@@ -12,6 +12,7 @@ from small_models import KINDS, WRITERS, build, inputs, pair
 from torch import Tensor
 
 import memtile
+from memtile.convert import select_linears
 from memtile.errors import HandleError
 
 # ViT's patches are cut by a convolution, which stays as it is and is named in a warning.
@@ -69,7 +70,7 @@ def test_forward_and_backward(kind: str, cut: dict[str, int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_and_embedding_that_is_large_enough_is_tiled(kind: str) -> None:
     """Layers of these models stay dense only for their size."""
-    choices = memtile.convert.select_linears(build(kind), **RAGGED)
+    choices = select_linears(build(kind), **RAGGED)
 
     assert sum(choice.tiled for choice in choices) >= 11
     assert all("fit in max_tile_bytes" in choice.reason for choice in choices if not choice.tiled)
