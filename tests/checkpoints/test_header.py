@@ -12,7 +12,7 @@ from memtile.errors import CheckpointError
 
 
 def test_what_safetensors_writes_is_read(tmp_path):
-    """Every dtype and shape of a file that the library wrote is found, bit for bit."""
+    """Every dtype and shape of a file written by safetensors is read bit for bit."""
     tensors = ragged_tensors()
     path = tmp_path / "model.safetensors"
     path.write_bytes(save(tensors, {"format": "pt", "more": "words"}))
@@ -69,7 +69,7 @@ def test_a_packed_header_is_what_safetensors_reads():
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(tmp_path, table, why):
-    """Nonsense of any kind is a CheckpointError that names the file."""
+    """An invalid header of any kind gives a CheckpointError that names the file."""
     path = raw_file(tmp_path / "bad.safetensors", table, b"1234")
 
     with pytest.raises(CheckpointError, match=why) as raised:
@@ -78,7 +78,7 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path, table, why):
 
 
 def test_every_dtype_of_safetensors_is_carried(tmp_path):
-    """Also those without elements in torch, and several to a byte: shown, bytes as they are."""
+    """Dtypes that torch lacks, also of less than a byte, are listed and their bytes read."""
     data = bytes(range(1, 25)) + bytes(range(3)) + b"\7"
     table = {
         "a": entry("F8_E8M0", [3, 5], 0, 15),
@@ -150,7 +150,7 @@ def test_no_flipped_bit_of_a_header_is_a_crash(tmp_path):
 
 
 def test_a_dtype_without_a_name_is_refused():
-    """What safetensors cannot hold is said, with the way out."""
+    """A dtype without a name in safetensors is refused; the message says what to do."""
     with pytest.raises(CheckpointError, match=r"no name for torch\.complex128; cast"):
         header.dtype_name(torch.complex128)
 

@@ -12,7 +12,7 @@ from safetensors_files import entry, outgoing_of, raw_file
 from torch import Tensor
 
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
-from memtile.checkpoints.copied_pages import CopiedPages
+from memtile.checkpoints.home import CopiedPages
 from memtile.errors import CheckpointError, HomeError
 from memtile.homes import Berth, aligned_buffer
 
@@ -39,11 +39,11 @@ class TestWithoutPagemap(TestCheckpointHome):
 
     @pytest.fixture(autouse=True)
     def _no_pagemap(self, monkeypatch):
-        monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
+        monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
 
 
 def test_the_kernel_tells_of_written_pages():
-    """Here it does, so the tests above went both ways."""
+    """It does here, so the tests above ran with and without it."""
     assert CopiedPages().works
 
 
@@ -61,7 +61,7 @@ def test_writes_never_reach_the_file(tmp_path):
 
 
 def test_a_file_that_changes_is_noticed_at_the_next_read(tmp_path):
-    """Both reading and forgetting say so: nothing of a file that was rewritten is used."""
+    """Reading and evicting both raise for a file that was rewritten in place."""
     (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
     berth.read(piece := aligned_buffer(4096))
 
@@ -74,7 +74,7 @@ def test_a_file_that_changes_is_noticed_at_the_next_read(tmp_path):
 
 
 def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
-    """A new checkpoint in the same folder is another file."""
+    """A new checkpoint in the same folder does not change the tiles of the old one."""
     (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
 
     write_checkpoint(tmp_path, outgoing_of({"000": torch.zeros(5000)}))
@@ -102,7 +102,7 @@ def test_files_stay_mapped_without_being_open(tmp_path, monkeypatch):
 
 
 def test_a_stretch_is_rows_of_its_tensor(tmp_path):
-    """It begins at the element that is asked for."""
+    """An allocation begins at the element that is asked for."""
     tensor = torch.arange(60.0).view(12, 5)
     write_checkpoint(tmp_path, outgoing_of({"a": torch.ones(3), "m": tensor}))
 
@@ -112,7 +112,7 @@ def test_a_stretch_is_rows_of_its_tensor(tmp_path):
 
 
 def test_a_misaligned_tensor_has_no_stretch(tmp_path):
-    """The reason is said."""
+    """A tensor that is not aligned in its file gives the reason."""
     header = {"a": entry("U8", [3], 0, 3), "m": entry("F32", [2], 3, 11)}
     path = raw_file(tmp_path / "model.safetensors", header, bytes(11))
 
@@ -139,7 +139,7 @@ def test_a_fork_sees_its_own_pages(tmp_path):
 
 
 def test_pages_of_a_stretch_are_dropped(tmp_path):
-    """After `forget`, what was read through the map is no longer in this process's memory."""
+    """Evicted pages of the map are no longer in this process's memory."""
     (berth,) = berths_over(tmp_path, [torch.zeros(8 << 20)])
     berth.tensor().sum()
     before = shared_pages()
@@ -155,7 +155,7 @@ def shared_pages():
 
 
 def test_a_file_that_cannot_be_mapped_is_refused(tmp_path, monkeypatch):
-    """On a filesystem without maps: what is so, and two ways out."""
+    """On a filesystem that cannot map files the message has two ways out."""
     write_checkpoint(tmp_path, outgoing_of({"a": torch.arange(6.0).view(3, 2)}))
     stored, home = Checkpoint.open(tmp_path)["a"], CheckpointHome()
 

@@ -43,7 +43,7 @@ def test_a_folder_a_file_and_an_index_are_opened(tmp_path):
 
 
 def test_parts_of_a_tensor_are_read(tmp_path):
-    """Elements, rows and bands are those of the tensor."""
+    """Elements, rows and pieces of bytes are those of the tensor."""
     tensors = {"m": torch.randn(1000, 1500), "v": torch.randn(7), "scalar": torch.tensor(3.0)}
     save_file(tensors, tmp_path / "other.safetensors")
 
@@ -52,9 +52,9 @@ def test_parts_of_a_tensor_are_read(tmp_path):
     assert torch.equal(found["m"].elements(1499, 1502), tensors["m"].view(-1)[1499:1502])
     assert torch.equal(found["m"].rows(3, 5), tensors["m"][3:5])
     for name, tensor in tensors.items():
-        bands = list(found[name].bands())
-        assert torch.equal(torch.cat([band.view(-1) for _, band in bands]), tensor.view(-1))
-    assert len(list(found["m"].bands())) == 2
+        raw = torch.cat(list(found[name].raw()))
+        assert torch.equal(raw.view(tensor.dtype), tensor.view(-1))
+    assert len(list(found["m"].raw())) == 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_parts_of_a_tensor_are_read(tmp_path):
     ],
 )
 def test_a_folder_without_one_whole_checkpoint_is_refused(tmp_path, prepare, why):
-    """Nothing, pickles, partial files, several files, shards without their index: said by name."""
+    """Each kind of folder without one whole checkpoint is refused by name."""
     prepare(tmp_path)
 
     with pytest.raises(CheckpointError, match=why):
@@ -86,7 +86,7 @@ def test_a_folder_without_one_whole_checkpoint_is_refused(tmp_path, prepare, why
 
 
 def test_a_missing_path_is_refused(tmp_path):
-    """Neither a folder nor a file is there."""
+    """A path that does not exist is refused."""
     with pytest.raises(CheckpointError, match="does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
 
@@ -109,7 +109,7 @@ def test_a_pickle_is_never_loaded(tmp_path):
 
 
 def test_an_index_that_names_a_missing_shard_is_refused(tmp_path):
-    """The shard is named."""
+    """A missing shard is named."""
     _, index = sharded(tmp_path)
     (tmp_path / "s-2.safetensors").unlink()
 
@@ -150,7 +150,7 @@ def test_an_index_cannot_lead_elsewhere(tmp_path, name):
     ],
 )
 def test_an_index_without_meaning_is_refused(tmp_path, text):
-    """Nonsense is said to be no index."""
+    """An invalid index is refused."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
 
@@ -159,7 +159,7 @@ def test_an_index_without_meaning_is_refused(tmp_path, text):
 
 
 def test_a_file_that_is_written_to_is_noticed(tmp_path):
-    """What was opened knows that its file has another time or length."""
+    """A file with another time or length than when it was opened is refused."""
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2)}, path)
     (file,) = Checkpoint.open(path).files
@@ -173,7 +173,7 @@ def test_a_file_that_is_written_to_is_noticed(tmp_path):
 
 
 def test_a_file_that_was_replaced_is_read_as_it_was(tmp_path):
-    """A new file under the same name is another file: what was opened stays whole."""
+    """A file that was replaced is read as it was when it was opened."""
     path, new = tmp_path / "model.safetensors", tmp_path / "new"
     save_file({"a": torch.ones(2)}, path)
     found = Checkpoint.open(path)
@@ -186,7 +186,7 @@ def test_a_file_that_was_replaced_is_read_as_it_was(tmp_path):
 
 
 def test_several_sources_are_one_checkpoint(tmp_path):
-    """All of their tensors, from wherever they lie; a name in two of them is refused."""
+    """Several sources give all their tensors; a name in two of them is refused."""
     tensors = ragged_tensors()
     names = list(tensors)
     one, two, again = (tmp_path / f"{part}.safetensors" for part in ("one", "two", "again"))
@@ -215,7 +215,7 @@ def exists(fd):
 
 
 def test_files_are_open_while_they_are_used(tmp_path, monkeypatch):
-    """Of many shards a few are open at once, whatever is read, and none once nobody has them."""
+    """Of many shards only a few are open at once, and none once they are garbage."""
     monkeypatch.setattr("memtile.checkpoints.stored.MOST_OPEN", 3)
     tensors = {f"t{number}": torch.arange(number, number + 5) for number in range(9)}
     write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)
@@ -232,7 +232,7 @@ def test_files_are_open_while_they_are_used(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_closed_and_replaced_is_refused(tmp_path, monkeypatch):
-    """What must be opened anew is read only if it is the same file, unchanged."""
+    """A file that must be opened again is read only if it is the same and unchanged."""
     monkeypatch.setattr("memtile.checkpoints.stored.MOST_OPEN", 1)
     tensors = {name: torch.ones(3) for name in "abc"}
     write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)
@@ -256,7 +256,7 @@ def test_a_file_that_was_closed_and_replaced_is_refused(tmp_path, monkeypatch):
 
 
 def test_threads_share_the_few_open_files(tmp_path, monkeypatch):
-    """A file that one thread reads is not closed under it by another that opens more."""
+    """A file that one thread reads is not closed by another that opens more."""
     monkeypatch.setattr("memtile.checkpoints.stored.MOST_OPEN", 2)
     tensors = {f"t{number}": torch.full((2000,), number) for number in range(8)}
     write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)

@@ -68,7 +68,7 @@ def test_shards_are_named_as_transformers_names_them(tmp_path):
 @pytest.mark.parametrize("first", [SHARDED, 10**9])
 @pytest.mark.parametrize("second", [SHARDED, 2 * SHARDED, 10**9])
 def test_a_new_checkpoint_takes_the_place_of_the_old(tmp_path, first, second):
-    """However the two are sharded, nothing of the old one is left, and other files are."""
+    """However the two are sharded, the old one is removed, and other files are kept."""
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
     (tmp_path / "model.safetensors.partial-0a1b2c3d").write_bytes(b"half")
     (tmp_path / "config.json").write_text("old")
@@ -88,7 +88,7 @@ def test_a_new_checkpoint_takes_the_place_of_the_old(tmp_path, first, second):
 
 
 def test_files_beside_are_copied_as_they_are(tmp_path):
-    """Bytes that are no text of any encoding, from memory and from a file, also one folder down."""
+    """Files beside the tensors are copied byte for byte, from memory or a file."""
     raw = bytes(range(256)) + b"\r\n"
     source = tmp_path / "source"
     source.write_bytes(raw)
@@ -100,7 +100,7 @@ def test_files_beside_are_copied_as_they_are(tmp_path):
 
 
 def test_no_header_is_larger_than_others_read(tmp_path, monkeypatch):
-    """Names that would fill a header too far go into one file more, each of which is whole."""
+    """Names that would make a header too long are split over more files."""
     monkeypatch.setattr("memtile.checkpoints.header.LARGEST", 3000)
     names = [f'layers."{number}".ümläute.weight' for number in range(40)]
     tensors = {name: torch.full((3, 2), number) for number, name in enumerate(names)}
@@ -116,7 +116,7 @@ def test_no_header_is_larger_than_others_read(tmp_path, monkeypatch):
 
 
 def test_a_name_that_no_header_has_room_for_is_refused(tmp_path, monkeypatch):
-    """Before anything is written; the message has the beginning of the name only."""
+    """A name too long for a header is refused before anything is written."""
     monkeypatch.setattr("memtile.checkpoints.header.LARGEST", 3000)
 
     with pytest.raises(CheckpointError, match=r"the name 'x{40}'… has 2000 characters"):
@@ -155,7 +155,7 @@ def test_nothing_is_in_memory_but_a_piece(tmp_path):
     ],
 )
 def test_what_cannot_be_written_is_refused_before(tmp_path, tensors, size, kind):
-    """A name twice, a dtype without a name, no size: not even the folder is made."""
+    """Invalid arguments are refused before the folder is made."""
     with pytest.raises(kind):
         write_checkpoint(tmp_path / "new", tensors, max_shard_bytes=size)
 
@@ -215,7 +215,7 @@ def test_a_failure_leaves_the_old_checkpoint_and_nothing_else(
 @pytest.mark.parametrize("old", [SHARDED, 10**9])
 @pytest.mark.parametrize("new", [SHARDED, 10**9])
 def test_an_interrupt_at_any_rename_leaves_one_whole_checkpoint(tmp_path, monkeypatch, old, new):
-    """A Ctrl-C before or after any rename: the folder is wholly the old or wholly the new one."""
+    """A Ctrl-C before or after any rename leaves the old or the new checkpoint, complete."""
     before, after = ragged_tensors(1), ragged_tensors(2)
     real, seen = os.rename, []
 
@@ -258,7 +258,7 @@ def test_two_writers_do_not_meet(tmp_path):
 
 
 def test_threads_that_write_into_one_folder_leave_one_of_their_checkpoints(tmp_path):
-    """Whoever comes second is refused; the folder is whole whatever happens."""
+    """Of two processes the second is refused, and the folder is always a complete checkpoint."""
     refused = []
 
     def write(seed):
@@ -279,7 +279,7 @@ def test_threads_that_write_into_one_folder_leave_one_of_their_checkpoints(tmp_p
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
-    """Where no folder can be made, it is said."""
+    """A folder that cannot be made gives an error that says so."""
     (tmp_path / "file").write_text("")
 
     with pytest.raises(CheckpointWriteError, match="could not be written"):
@@ -299,7 +299,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     ],
 )
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, number, way_out):
-    """Each reason has its own way out, and what the folder holds stays."""
+    """Each reason has its own way out in the message, and the folder stays as it was."""
     before = ragged_tensors(1)
     write_checkpoint(tmp_path, outgoing_of(before))
     real = os.open
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, nu
 
 
 def test_every_flipped_bit_of_data_is_noticed(tmp_path):
-    """The checksum of a tensor tells of each damaged bit, and whose it is."""
+    """The checksums find each damaged bit, and name the tensor."""
     write_checkpoint(tmp_path, outgoing_of({"a": torch.arange(3.0), "b": torch.arange(2)}))
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
@@ -333,7 +333,7 @@ def test_every_flipped_bit_of_data_is_noticed(tmp_path):
 
 
 def test_a_killed_writer_leaves_the_old_or_the_new_checkpoint(tmp_path):
-    """kill -9 at any moment, again and again: the folder opens, and is wholly one of the two."""
+    """After kill -9 at any moment the folder is one of the two checkpoints, complete."""
     write_checkpoint(tmp_path, outgoing_of(ragged_tensors(0)))
     done = 0
     for turn in range(10):

@@ -56,7 +56,7 @@ def test_where_nothing_differs_they_are_the_bytes_of_the_folder(
 
 
 def test_what_differs_is_changed_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    """Another dtype, class and setting stand in the file's own words; the model keeps its own."""
+    """A changed dtype, class and setting are written under the file's own keys."""
     model = transformers.LlamaModel.from_pretrained(folder, dtype=torch.bfloat16)
     model.config.rms_norm_eps = 1e-3
     before = model.config.to_dict()
@@ -100,7 +100,7 @@ def test_a_folder_that_is_gone_or_of_another_model_is_not_asked(
 
 
 def test_a_model_from_gguf_is_not_called_packed(folder: Path, tmp_path: Path) -> None:
-    """Its weights are dense by now, and so is what config.json says of them."""
+    """config.json of a model from GGUF no longer has its quantization_config."""
     model = loaded(folder)
     model.config.quantization_config = {"quant_method": "gguf", "gguf_file": "x.gguf"}
 

@@ -66,7 +66,7 @@ def own_class(kind: str) -> Any:
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("kind", OLD)
 def test_what_transformers_ignores_is_ignored(kind: str, strict: bool, tmp_path: Path) -> None:
-    """Buffers in older files are no reason for a refusal, nor for a word."""
+    """Buffers in older files are neither refused nor warned of."""
     folder = saved(kind, tmp_path, OLD[kind])
 
     model = memtile.tile(
@@ -120,7 +120,7 @@ def test_a_new_head_is_drawn_as_transformers_draws_it(
 
 
 def test_a_new_head_is_refused_where_it_is_strict(tmp_path: Path) -> None:
-    """Strict means that nothing is missing."""
+    """A missing name is an error."""
     folder = saved("llama", tmp_path)
     model = empty(HEADS["llama"], folder)
 
@@ -138,7 +138,7 @@ def test_a_new_head_is_refused_where_it_is_strict(tmp_path: Path) -> None:
     ],
 )
 def test_what_was_lost_is_refused(cls: Any, lost: str, tmp_path: Path) -> None:
-    """What the folder's own class has is never drawn at random."""
+    """A missing name of the folder's own class is an error, not initialised."""
     folder = saved("llama", tmp_path)
     state = {k: v for k, v in dense_values(build("llama")).items() if k != lost}
     write(state, folder / "model.safetensors")
@@ -148,7 +148,7 @@ def test_what_was_lost_is_refused(cls: Any, lost: str, tmp_path: Path) -> None:
 
 
 def test_a_config_that_names_no_class_still_tells_a_head_from_the_base(tmp_path: Path) -> None:
-    """Of a config made by hand what is outside the base is new, and nothing of the base is."""
+    """With a config that names no class, only names outside the base are new."""
     folder = saved("llama", tmp_path)
     config = transformers.LlamaConfig(**SIZES, num_labels=5)
     model = memtile.empty_model(lambda: HEADS["llama"](config))
@@ -165,7 +165,7 @@ def test_a_config_that_names_no_class_still_tells_a_head_from_the_base(tmp_path:
 
 
 def test_an_error_half_way_puts_a_new_head_back(tmp_path: Path, monkeypatch: Any) -> None:
-    """The model is dense and without values again, its head too, and a second try is right."""
+    """After an error the model is dense and without values, and a second try works."""
     folder = saved("llama", tmp_path)
     model = empty(HEADS["llama"], folder)
 
@@ -228,7 +228,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("how", ["together", "afterwards", "inside", "by PEFT"])
 def test_adapters_around_an_empty_model_are_filled(how: str, tmp_path: Path) -> None:
-    """From their own folder beside the base's, or by load_checkpoint, however they were made."""
+    """Adapters load from their own folder beside the base's, or by load_checkpoint."""
     truth = adapters(tmp_path)
     base, own = tmp_path / "base", tmp_path / "adapters"
     cls = transformers.LlamaForCausalLM
@@ -290,7 +290,7 @@ def test_a_classifier_is_tuned_over_an_empty_model(tmp_path: Path) -> None:
 
 
 def test_half_of_the_adapters_is_refused(tmp_path: Path) -> None:
-    """A folder that lacks one of them is damaged."""
+    """A folder that lacks an adapter's tensor is refused."""
     adapters(tmp_path)
     file = tmp_path / "adapters" / "adapter_model.safetensors"
     state = dict(memtile.checkpoints.Checkpoint.open(file).items())

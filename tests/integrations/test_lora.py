@@ -282,7 +282,7 @@ def test_an_embedding_of_which_peft_trains_rows_stays_dense() -> None:
 
 
 def test_peft_refuses_a_model_that_is_tiled_already() -> None:
-    """Wrapping comes first: PEFT names the tiled layer, and the model works as before."""
+    """PEFT refuses to wrap a tiled model and names the tiled layer; the model still works."""
     model = memtile.tile(llama(), max_tile_bytes=TILE_BYTES)
     before = dense_values(model)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import CannotTileError
-from memtile.integrations.around_tiles import with_tiles
+from memtile.integrations.saving import with_tiles
 
 # ViT's patches are cut by a convolution, which stays as it is and is named in a warning.
 pytestmark = pytest.mark.filterwarnings(
@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_model_of_which_a_part_is_tiled_saves_dense_weights(part: str, tmp_path: Path) -> None:
-    """The whole was never shown to `tile`; plain transformers loads every bit."""
+    """A model around a tiled one, itself never tiled, saves dense weights."""
     kind, act = PARTS[part]
     dense, tiled = pair(kind)
     act(tiled)
@@ -63,7 +63,7 @@ def test_a_model_that_is_put_around_tiles_saves_dense_weights(tmp_path: Path) ->
 
 
 def test_adapters_over_a_part_in_tiles_have_dense_names(tmp_path: Path) -> None:
-    """What PEFT saves of the base beside them, its biases, too."""
+    """Biases of the base that PEFT saves beside adapters are saved too."""
     dense = peft.get_peft_model(build("qwen2"), peft.LoraConfig(r=2, bias="all"))
     tiled = copy.deepcopy(dense)
     memtile.tile(tiled.base_model.model.model, out_splits=3)
@@ -96,7 +96,7 @@ class OwnTiles(transformers.PreTrainedModel):  # type: ignore[misc]  # likewise
 
 
 def test_a_class_that_makes_tiles_itself_saves_what_it_loads(tmp_path: Path) -> None:
-    """Its own `from_pretrained` makes the tiles again, and looks for their names."""
+    """A class that makes tiles itself saves and loads names of tiles."""
     model = OwnTiles(OwnConfig())
 
     model.save_pretrained(tmp_path)
@@ -105,7 +105,7 @@ def test_a_class_that_makes_tiles_itself_saves_what_it_loads(tmp_path: Path) -> 
 
 
 def test_tiles_of_a_class_beside_tiles_of_tile_are_refused(tmp_path: Path) -> None:
-    """No folder would load: neither into the class, nor into the model in memory."""
+    """A model with own and added tiles is refused: no folder could be loaded."""
     model = memtile.tile(OwnTiles(OwnConfig()), out_splits=2)
 
     with pytest.raises(CannotTileError, match="makes up in tiles, and down was tiled later"):
@@ -124,7 +124,7 @@ def test_where_it_cannot_be_known_who_made_the_tiles_saving_is_refused(
 
 
 def test_shards_with_names_of_tiles_are_refused(tmp_path: Path) -> None:
-    """transformers would write what it finds, whatever state dict it is given."""
+    """distributed_checkpoint=True is refused: transformers would write names of tiles."""
     model = memtile.tile(build("llama"), out_splits=2)
 
     with pytest.raises(CannotTileError, match=r"memtile\.save_checkpoint"):
@@ -132,7 +132,7 @@ def test_shards_with_names_of_tiles_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_class_that_is_loaded_while_tiles_are_there_saves_once_it_is_known() -> None:
-    """The call in which its function is first seen has begun without us: it is refused."""
+    """A method that is running when it is replaced raises and asks to be called again."""
 
     class Late(nn.Module):
         def save_pretrained(self) -> str:

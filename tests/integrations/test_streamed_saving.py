@@ -49,7 +49,7 @@ def test_the_folder_is_transformers_own(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_dense_weights_are_not_made(kind: str, tmp_path: Path) -> None:
-    """Nothing of the size of the largest is allocated while the folder is written."""
+    """Saving allocates nothing as large as the largest weight."""
     model = pair(kind)[0]
     largest = max(parameter.nbytes for parameter in model.parameters())
     memtile.tile(model, max_tile_bytes=700)

@@ -133,7 +133,7 @@ def test_gradients_were_clipped_and_logged(runs: Any) -> None:
 
 
 def test_moments_live_on_disk_and_no_gradient_is_left(runs: Any) -> None:
-    """What accelerate does to model and optimizer brings no moment out of its home."""
+    """accelerate's preparation of model and optimizer leaves every moment in its home."""
     run = runs["tiled"]
     parked = [p for p in run.trainer.model.parameters() if berth_of(p) is not None]
 

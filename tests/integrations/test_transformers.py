@@ -69,7 +69,7 @@ def test_forward_and_backward(kind: str, cut: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_and_embedding_that_is_large_enough_is_tiled(kind: str) -> None:
-    """Nothing of these models is refused for what it is, only for its size."""
+    """Layers of these models stay dense only for their size."""
     choices = select_linears(build(kind), **RAGGED)
 
     assert sum(choice.tiled for choice in choices) >= 11
@@ -242,7 +242,7 @@ def test_reading_weights_as_models_do() -> None:
 
 
 def test_berts_decoder_is_tied_by_weight_and_shares_its_bias(tmp_path: Path) -> None:
-    """Most of its weights go home; what is saved loads in plain transformers, and trains on."""
+    """Most weights are parked; the saved model loads in plain transformers and trains."""
     config = transformers.BertConfig(
         vocab_size=131, hidden_size=24, num_hidden_layers=1, num_attention_heads=4
     )
@@ -284,6 +284,6 @@ def test_resizing_a_tiled_embedding_is_refused_and_loses_nothing() -> None:
 
 
 def test_what_is_no_linear_is_named_in_a_warning() -> None:
-    """ViT's convolution stays above the size, and tile says so."""
+    """ViT's convolution stays above the tile size, and tile warns of it."""
     with pytest.warns(memtile.errors.TileSizeWarning, match="patch_embeddings.*no linear"):
         memtile.tile(build("vit"), **RAGGED)

@@ -106,7 +106,7 @@ def refusal(optimizer_class: Any, options: dict[str, Any] | None = None) -> str:
 
 @pytest.mark.parametrize("optimizer_class", [Clipped, Lamb, RowWise, ColumnWise, CountsItself])
 def test_what_looks_beyond_a_value_is_refused(optimizer_class):
-    """Norms, row and column means, and counts of one's own steps make halves differ: refused."""
+    """Norms, row and column means, and own step counts make slices differ: refused."""
     message = refusal(optimizer_class)
 
     assert message.startswith(
@@ -117,20 +117,20 @@ def test_what_looks_beyond_a_value_is_refused(optimizer_class):
 
 @pytest.mark.parametrize("lr", [0.0, 1e-9, 10.0])
 def test_the_check_sees_whatever_the_lr(lr):
-    """The lr of a warm-up's first step, at which nothing moves, hides nothing."""
+    """The check does not use a warm-up's first lr of 0, at which no value changes."""
     assert "not element-wise" in refusal(Clipped, {"lr": lr})
     assert Inner(optim.AdamW, {"lr": lr}).defaults["lr"] == lr
 
 
 @pytest.mark.skipif(not hasattr(optim, "Muon"), reason="Muon came with torch 2.9")
 def test_muon_is_refused():
-    """Muon orthogonalises the whole matrix."""
+    """Muon, which orthogonalises the whole matrix, is refused."""
     assert refusal(optim.Muon).startswith("Muon is not element-wise: given no options, a torch.f")
 
 
 @pytest.mark.skipif(not hasattr(optim, "Adafactor"), reason="Adafactor came with torch 2.5")
 def test_adafactor_is_refused():
-    """Adafactor keeps one moment a row and one a column: no state of a tile's shape."""
+    """Adafactor keeps a moment for each row and column, so no state of a tile's shape: refused."""
     message = refusal(optim.Adafactor)
 
     assert message.startswith("Adafactor keeps 'row_var', a Tensor of shape (6, 1), for a param")
@@ -145,7 +145,7 @@ def test_counts_in_the_parameter_group_are_named():
 
 
 def test_parameters_kept_outside_the_groups_are_refused():
-    """An optimizer that steps the parameters it was made with would never step a piece."""
+    """An optimizer that steps only the parameters it was constructed with is refused."""
     message = refusal(KeepsItsParameters)
 
     assert message.startswith("KeepsItsParameters steps only what it was constructed with")
@@ -153,7 +153,7 @@ def test_parameters_kept_outside_the_groups_are_refused():
 
 @pytest.mark.parametrize("in_group", [False, True])
 def test_fused_sgd_is_refused_where_it_leaves_values_out(in_group):
-    """torch's fused SGD skips most values in 16 bits on the CPU (pytorch#191763): not silently."""
+    """torch's fused SGD skips most values in 16 bits on the CPU (pytorch#191763): refused."""
     if fused_sgd_steps_all():
         pytest.skip("this torch steps all values: pytorch#191763 is mended in it")
     inner = Inner(optim.SGD, {} if in_group else {"fused": True})
@@ -171,7 +171,7 @@ def fused_sgd_steps_all() -> bool:
 
 
 def test_random_steps_are_refused():
-    """An optimizer that draws random numbers is refused, and the caller's numbers are kept."""
+    """An optimizer that draws random numbers is refused; torch's generator is left as it was."""
     before = torch.get_rng_state()
 
     assert refusal(Noisy).startswith("Noisy draws random numbers in its step")
@@ -179,7 +179,7 @@ def test_random_steps_are_refused():
 
 
 def test_random_steps_in_one_dtype_are_refused_for_it():
-    """Stochastic rounding, done in 16 bits only, is met when the layout in 16 bits is asked for."""
+    """Stochastic rounding, in 16 bits only, is refused when 16-bit state is asked for."""
     inner = Inner(NoisyIn16Bits, {})
 
     assert inner.fields(inner.defaults, torch.float32) == {}
@@ -196,7 +196,7 @@ class Neighboured(optim.SGD):
 
 
 def test_random_numbers_of_other_threads_are_left_alone():
-    """What another thread draws meanwhile is no reason to refuse, and is not drawn again."""
+    """Random draws of another thread during the check do not matter, and are not repeated."""
     before = torch.get_rng_state()
 
     Inner(Neighboured, {"lr": 0.1})
@@ -214,24 +214,24 @@ def test_the_construction_draws_no_random_numbers():
 
 
 def test_closures_are_refused():
-    """LBFGS runs the model in its step."""
+    """LBFGS needs a closure, to run the model in its step: refused."""
     assert refusal(optim.LBFGS).startswith("LBFGS needs a closure in step()")
 
 
 def test_sparse_gradients_are_refused():
-    """SparseAdam takes no dense gradient, and the message does not say that it fails."""
+    """SparseAdam is refused since it takes no dense gradient, and the message says so."""
     assert refusal(optim.SparseAdam).startswith("SparseAdam steps sparse gradients only;")
 
 
 def test_several_tensors_in_one_entry_are_refused():
-    """Buffers in a list cannot be given a place in a home."""
+    """An optimizer that keeps its buffers in a list is refused."""
     message = refusal(ManyBuffers)
 
     assert message.startswith("ManyBuffers keeps 'buffers', a Tensor of shape (6, 10), for a param")
 
 
 def test_a_failing_step_is_refused_with_its_reason():
-    """What a step raises on a small matrix is in the message, and its cause."""
+    """An error of a step on a small matrix is in the message, and is the exception's cause."""
     with pytest.raises(OptimizerError, match=r"Unable cannot step .*nothing here") as caught:
         Inner(Unable, {})
 
@@ -240,12 +240,12 @@ def test_a_failing_step_is_refused_with_its_reason():
 
 @pytest.mark.parametrize("given", [3, None, nn.Linear, optim.AdamW.step])
 def test_what_is_no_optimizer_class_is_refused(given):
-    """Anything but a subclass of `torch.optim.Optimizer` is named, and what to give instead."""
+    """Anything but a subclass of `torch.optim.Optimizer` is refused, with what to give instead."""
     assert "is no optimizer class; give a subclass of torch.optim.Optimizer" in refusal(given)
 
 
 def test_an_instance_is_refused():
-    """An optimizer that exists already is refused: its class is wanted."""
+    """An optimizer instance is refused; the message asks for its class."""
     message = refusal(optim.SGD([torch.ones(1)]))
 
     assert message.startswith("SGD was given as an instance")
@@ -262,7 +262,7 @@ def test_an_instance_is_refused():
     ids=["value", "name", "combination"],
 )
 def test_options_that_the_class_refuses_are_named(options, reason):
-    """What a constructor refuses is refused with the options given and its own reason."""
+    """Options that the constructor refuses are in the message, with its own reason."""
     message = refusal(optim.AdamW, options)
 
     assert message.startswith("AdamW does not take the options (")
@@ -277,6 +277,6 @@ def test_differentiable_steps_are_refused():
 
 
 def test_a_dtype_that_cannot_be_stepped_is_refused():
-    """A layout in a dtype that the optimizer does not step is refused, not a stray error."""
+    """A dtype that the optimizer cannot step is refused with OptimizerError."""
     with pytest.raises(OptimizerError, match=r"SGD cannot step a dense torch\.int32 parameter"):
         Inner(optim.SGD, {"lr": 0.5}).fields({"lr": 0.5}, torch.int32)

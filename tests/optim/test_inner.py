@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from memtile.optim.inner import Inner, Piece
+from memtile.optim.inner import Inner, ParameterSlice
 
 STEPS = 5
 
@@ -83,7 +83,7 @@ def lr_at(step: int, defaults: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=case_id)
 def test_steps_as_torch_does(optimizer_class, options, dtype):
-    """Two pieces stepped together, lr changing, come out bit for bit as two parameters of torch."""
+    """Two slices stepped together, lr changing, equal two parameters of torch bit for bit."""
     inner = Inner(optimizer_class, options)
     starts = [torch.randn(7, 5).to(dtype), torch.randn(13).to(dtype)]
     rounds = [gradients(start.shape, dtype) for start in starts]
@@ -98,7 +98,8 @@ def test_steps_as_torch_does(optimizer_class, options, dtype):
             parameter.grad = grads[step].clone()
             optimizer.step()
         pieces = [
-            Piece(v, r[step].clone(), s) for v, r, s in zip(values, rounds, states, strict=True)
+            ParameterSlice(v, r[step].clone(), s)
+            for v, r, s in zip(values, rounds, states, strict=True)
         ]
         inner.step(pieces, {**inner.defaults, "lr": lr})
 
@@ -116,9 +117,9 @@ def test_steps_as_torch_does(optimizer_class, options, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=case_id)
 def test_fields_are_what_a_step_makes(optimizer_class, options, dtype):
-    """The layout names the tensors shaped like the piece that the first step makes, and dtypes."""
+    """`fields` gives the tensors of the slice's shape that the first step makes, with dtypes."""
     inner = Inner(optimizer_class, options)
-    piece = Piece(torch.ones(7, 5, dtype=dtype), torch.ones(7, 5, dtype=dtype))
+    piece = ParameterSlice(torch.ones(7, 5, dtype=dtype), torch.ones(7, 5, dtype=dtype))
 
     layout = inner.fields(inner.defaults, dtype)
     inner.step([piece], inner.defaults)
@@ -159,7 +160,10 @@ def test_state_in_foreign_memory_is_updated_in_place(optimizer_class, options):
     """State given as views of one buffer is updated there, with the results of state of its own."""
     inner = Inner(optimizer_class, options)
     start, grads = torch.randn(7, 5), gradients((7, 5))
-    own, homed = Piece(start.clone(), grads[0].clone()), Piece(start.clone(), grads[0].clone())
+    own, homed = (
+        ParameterSlice(start.clone(), grads[0].clone()),
+        ParameterSlice(start.clone(), grads[0].clone()),
+    )
     names = sorted(inner.fields(inner.defaults, torch.float32))
     inner.step([own, homed], inner.defaults)
     home = torch.zeros(3, 35)
@@ -183,7 +187,7 @@ def test_a_replaced_entry_is_found_in_the_state():
     home = torch.zeros(3, 4)
     state = {"average": home}
 
-    inner.step([Piece(torch.ones(3, 4), torch.ones(3, 4), state)], {})
+    inner.step([ParameterSlice(torch.ones(3, 4), torch.ones(3, 4), state)], {})
 
     assert state["average"] is not home
     assert torch.allclose(state["average"], torch.full((3, 4), 0.01))
@@ -194,7 +198,7 @@ def test_values_may_be_views_and_their_versions_are_bumped():
     inner = Inner(optim.SGD, {"lr": 1.0})
     dense = torch.zeros(4, 6)
 
-    inner.step([Piece(dense[1:3, 2:5], torch.ones(2, 3))], inner.defaults)
+    inner.step([ParameterSlice(dense[1:3, 2:5], torch.ones(2, 3))], inner.defaults)
 
     assert torch.equal(dense[1:3, 2:5], torch.full((2, 3), -1.0))
     assert dense.sum() == -6
@@ -202,9 +206,9 @@ def test_values_may_be_views_and_their_versions_are_bumped():
 
 
 def test_an_initial_state_is_the_constructors():
-    """What a constructor puts into the state is there for a piece too, from the given options."""
+    """State that a constructor makes is made for a slice too, with the group's options."""
     inner = Inner(optim.Adagrad, {"initial_accumulator_value": 3.0})
-    piece = Piece(torch.ones(3), torch.full((3,), 2.0))
+    piece = ParameterSlice(torch.ones(3), torch.full((3,), 2.0))
 
     inner.step([piece], inner.defaults)
 
@@ -213,9 +217,9 @@ def test_an_initial_state_is_the_constructors():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_stays_referenced(fails):
-    """Value, gradient and state go with the piece, after a step and after an exception alike."""
+    """Nothing keeps value, gradient or state of a slice, after a step or an exception."""
     inner = Inner(HalfWay, {"momentum": 0.9})
-    piece = Piece(torch.ones(3), torch.ones(3))
+    piece = ParameterSlice(torch.ones(3), torch.ones(3))
     inner.step([piece], {})
     references = [weakref.ref(t) for t in (piece.value, piece.gradient, *piece.state.values())]
 
@@ -230,11 +234,11 @@ def test_nothing_stays_referenced(fails):
 
 
 def test_after_an_exception_it_steps_again():
-    """A step that failed leaves an inner that steps other pieces as if nothing had been."""
+    """After a failed step other slices are stepped as usual."""
     inner = Inner(HalfWay, {"lr": 1.0})
     with pytest.raises(ValueError, match="half-way"):
-        inner.step([Piece(torch.ones(3), torch.ones(3))], {"fails": True})
-    piece = Piece(torch.ones(5), torch.ones(5))
+        inner.step([ParameterSlice(torch.ones(3), torch.ones(3))], {"fails": True})
+    piece = ParameterSlice(torch.ones(5), torch.ones(5))
 
     inner.step([piece], {})
 
@@ -252,7 +256,7 @@ def test_steps_inside_a_post_accumulate_hook(optimizer_class, create_graph):
     plain = optimizer_class([twin])
 
     def step(parameter: Tensor) -> None:
-        inner.step([Piece(parameter, parameter.grad, state)], inner.defaults)
+        inner.step([ParameterSlice(parameter, parameter.grad, state)], inner.defaults)
         parameter.grad = None
 
     weight.register_post_accumulate_grad_hook(step)
@@ -272,10 +276,10 @@ def test_fused_sgd_steps_as_torch_does():
 
 
 def test_a_whole_parameter_group_is_taken():
-    """A group as torch holds it, with its parameters and their names, is a group's options."""
+    """A parameter group of torch, with params and names in it, is taken as options."""
     named = [("weight", nn.Parameter(torch.ones(3))), ("bias", nn.Parameter(torch.ones(2)))]
     group = optim.Adagrad(named, lr=0.5).param_groups[0]
-    inner, piece = Inner(optim.Adagrad, {}), Piece(torch.ones(4), torch.ones(4))
+    inner, piece = Inner(optim.Adagrad, {}), ParameterSlice(torch.ones(4), torch.ones(4))
 
     inner.step([piece], group)
 
@@ -284,13 +288,13 @@ def test_a_whole_parameter_group_is_taken():
 
 
 def test_hooks_of_all_optimizers_are_not_called_for_pieces():
-    """A hook for every optimizer's step is called neither by the construction nor by a step."""
+    """A global step hook is called neither by the constructor nor by a step."""
     called = []
     before = register_optimizer_step_pre_hook(lambda *_: called.append("before"))
     after = register_optimizer_step_post_hook(lambda *_: called.append("after"))
     try:
         inner = Inner(optim.AdamW, {})
-        inner.step([Piece(torch.ones(3), torch.ones(3))], inner.defaults)
+        inner.step([ParameterSlice(torch.ones(3), torch.ones(3))], inner.defaults)
     finally:
         before.remove()
         after.remove()
@@ -299,7 +303,7 @@ def test_hooks_of_all_optimizers_are_not_called_for_pieces():
 
 
 def test_a_step_wrapped_by_its_class_is_called_whole():
-    """A decorator that copies the attributes of torch's wrapper is not taken for it."""
+    """A decorator that copies the attributes of torch's wrapper is not taken off."""
     optim.SGD([torch.ones(1)])  # torch wraps the step of a class when it first makes one of it
 
     class Twice(optim.SGD):
@@ -309,7 +313,7 @@ def test_a_step_wrapped_by_its_class_is_called_whole():
             optim.SGD.step(self)
 
     inner = Inner(Twice, {"lr": 1.0})
-    piece = Piece(torch.zeros(3), torch.ones(3))
+    piece = ParameterSlice(torch.zeros(3), torch.ones(3))
 
     inner.step([piece], {})
 
@@ -317,7 +321,7 @@ def test_a_step_wrapped_by_its_class_is_called_whole():
 
 
 def test_a_step_that_an_instance_wears_is_called():
-    """A step put on the instance by its constructor is the one that steps pieces."""
+    """A `step` that the constructor sets on the instance is the one that is used."""
 
     class Doubled(optim.SGD):
         def __init__(self, params: Any, **options: Any):
@@ -325,7 +329,7 @@ def test_a_step_that_an_instance_wears_is_called():
             step = self.step
             self.step = lambda: (step(), step())
 
-    piece = Piece(torch.zeros(3), torch.ones(3))
+    piece = ParameterSlice(torch.zeros(3), torch.ones(3))
 
     Inner(Doubled, {"lr": 1.0}).step([piece], {})
 

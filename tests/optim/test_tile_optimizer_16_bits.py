@@ -151,7 +151,7 @@ def _changed(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("way", ["data", "in place", "load_state_dict"])
 def test_values_written_behind_its_back_are_obeyed(home, way):
-    """Written values are the next step's; those not written keep their master's bits."""
+    """The next step uses values that were written; the others keep their master's bits."""
     model = in_home(small(torch.bfloat16), home)
     optimizer, by_hand = optimizer_for(model, **OPTIONS), ByHand(model, torch.float32)
 
@@ -191,7 +191,7 @@ def test_values_that_are_not_numbers_are_obeyed(home):
 
 
 def test_masters_survive_the_state_dict(home):
-    """Saved and loaded, also through a deep copy, a run goes on bit for bit: masters are in it."""
+    """Saved and loaded, also by deep copy, a run goes on bit for bit: the state has masters."""
     ids, model = batches(2 * STEPS), in_home(small(torch.bfloat16), home)
     optimizer = optimizer_for(model)
     train(model, optimizer, ids[:STEPS])
@@ -210,7 +210,7 @@ def test_masters_survive_the_state_dict(home):
 
 @pytest.mark.parametrize("masters", [False, True])
 def test_a_plain_16_bit_run_is_taken_over_and_given_back(home, masters):
-    """Moments in bfloat16 become the dtype that is stepped in; plain torch loads what is given."""
+    """Loaded bfloat16 moments are cast to the stepped dtype; plain torch loads the result."""
     dense = small(torch.bfloat16)
     plain = optim.AdamW(dense.parameters(), **OPTIONS)
     train(dense, plain, batches(1))
@@ -230,7 +230,7 @@ def test_a_plain_16_bit_run_is_taken_over_and_given_back(home, masters):
 
 
 def test_masters_may_be_turned_off_later(home):
-    """A state dict with masters is taken by an optimizer without: they are left out."""
+    """An optimizer without masters loads a state dict with them, and leaves them out."""
     model = in_home(small(torch.bfloat16), home)
     optimizer = optimizer_for(model)
     train(model, optimizer, batches(1))

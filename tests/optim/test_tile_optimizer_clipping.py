@@ -49,7 +49,7 @@ def _joined(model):
 
 
 def test_gradients_written_after_their_norm_was_asked_for_are_seen():
-    """A norm that asks for no scaling leaves nothing behind that a second one would use."""
+    """After a norm without scaling, a second one reads the gradients again."""
     model = TiledLinear(7, 5, out_splits=2, home=DiskHome())  # fewer gradients than slabs
     optimizer = optimizer_for(model)
     model(torch.randn(3, 7)).square().sum().backward()
@@ -64,7 +64,7 @@ def test_gradients_written_after_their_norm_was_asked_for_are_seen():
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
 def test_it_clips_as_torch_clips_dense_gradients(home, max_norm, norm_type):
-    """Norm and clipped gradients are the dense ones within rounding; a large limit changes none."""
+    """Norm and clipped gradients are the dense ones within rounding; a large limit scales none."""
     (model, optimizer), dense = _with_gradients(home), _dense()
     before = _gradients(model)
 
@@ -100,7 +100,7 @@ def test_torchs_own_clipping_works_too(home, foreach):
 
 
 def test_clipped_gradients_are_what_is_stepped(home):
-    """The step after clipping uses the clipped values, not what was read before."""
+    """The step after clipping uses the clipped values, not values that were read before."""
     model = in_home(small(), home)
     optimizer = optimizer_for(model, torch.optim.SGD, lr=1.0)
     loss_of(model, batches(1)[0]).backward()
@@ -137,14 +137,14 @@ def test_a_norm_that_is_not_finite(home, bad):
 
 
 def test_without_gradients_the_norm_is_zero(home):
-    """Nothing to clip: 0, as torch says."""
+    """Without gradients the norm is 0, as in torch."""
     optimizer = optimizer_for(in_home(small(), home))
 
     assert optimizer.clip_grad_norm_(1.0) == 0
 
 
 def test_gradients_stay_at_home():
-    """Clipping leaves every gradient the tensor it was, at home, and writes it once."""
+    """Clipping keeps every gradient's tensor and home, and writes each once."""
     model, optimizer = _with_gradients("disk")
     gradients = [parameter.grad for parameter in model.parameters()]
     room = sum(berth.room for berth in map(berth_of, gradients) if berth)
@@ -159,7 +159,7 @@ def test_gradients_stay_at_home():
 
 
 def test_only_what_it_optimizes_is_clipped(home):
-    """Gradients of parameters that are none of the optimizer's count for nothing and stay."""
+    """Gradients of parameters that the optimizer does not have are neither counted nor scaled."""
     model = in_home(small(), home)
     optimizer = optimizer_for(model, params=model.down.parameters())
     loss_of(model, batches(1)[0]).backward()
@@ -190,7 +190,7 @@ CLIPS = (
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("given", [iter, list, lambda parameters: next(iter(parameters))])
 def test_torch_refuses_to_clip_what_is_stepped_in_backward(clip, given):
-    """However its function was imported and is called: nothing would be clipped, in silence."""
+    """torch's clipping refuses in-backward parameters, however it was imported and is called."""
     model = in_home(small(), "disk")
     optimizer = optimizer_for(model, mode="in_backward")
     loss_of(model, batches(1)[0]).backward()
@@ -202,7 +202,7 @@ def test_torch_refuses_to_clip_what_is_stepped_in_backward(clip, given):
 
 
 def test_torch_clips_everything_else_meanwhile():
-    """Other models are clipped as ever, and no limit asks for a norm, as the Trainer does."""
+    """Other models are clipped as usual, and an infinite limit gives the norm."""
     model, dense, twin = in_home(small(), "disk"), _dense(), _dense()
     expected = clip_grad_norm_(twin.parameters(), 0.1)
     clip_grad_value_(twin.parameters(), 0.001)
@@ -220,7 +220,7 @@ def test_torch_clips_everything_else_meanwhile():
 
 
 def test_torchs_functions_are_its_own_again():
-    """They are changed while an optimizer steps in backward, until the last of them is gone."""
+    """torch's functions have the check until the last in-backward optimizer is gone."""
     model, other = in_home(small(), "disk"), in_home(small(), "disk")
     before = _called()
     optimizers = [optimizer_for(each, mode="in_backward") for each in (model, other)]

@@ -82,7 +82,7 @@ def _fill(home):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_full_disk_at_construction_changes_nothing(mode, monkeypatch):
-    """HomeFullError before anything is done: no hook, no state, gradients go home as ever."""
+    """HomeFullError leaves no hook and no state, and gradients go home as before."""
     model = in_home(small(), "disk")
     rooms = _fill(disk_of(model))
     before = values(model)
@@ -126,7 +126,7 @@ def test_a_full_disk_when_a_group_is_added_changes_nothing(mode, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_was_reserved_is_enough(mode, dtype, monkeypatch):
-    """All that training parks has room since the construction: it cannot fail half-way for room."""
+    """The constructor holds room for all that training parks: no step fails for room."""
     model, asked = in_home(small(dtype), "disk"), []
     real = disk_of(model).hold
     monkeypatch.setattr(disk_of(model), "hold", lambda rooms: asked.extend(rooms) or real(rooms))
@@ -144,7 +144,7 @@ def test_what_was_reserved_is_enough(mode, dtype, monkeypatch):
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_step_that_the_disk_ended_goes_on(path, disk, act, point, steps):
-    """HomeIOError; once the disk is mended `step()` goes on, and all bits are the undisturbed."""
+    """After a HomeIOError `step()` goes on, and all bits equal those of an undisturbed run."""
     (model, optimizer), (twin, twins) = _prepared(steps=steps), _prepared(steps=steps)
     twins.step()
     twins.zero_grad()
@@ -163,7 +163,7 @@ def test_a_step_that_the_disk_ended_goes_on(path, disk, act, point, steps):
 
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_step_goes_on_as_often_as_it_takes(disk, act):
-    """However often the disk fails, `step()` called until it returns gives the undisturbed bits."""
+    """However often the disk fails, repeating `step()` gives the bits of an undisturbed run."""
     (model, optimizer), (twin, twins) = _prepared(), _prepared()
     twins.step()
     twins.zero_grad()
@@ -184,7 +184,7 @@ def test_a_step_goes_on_as_often_as_it_takes(disk, act):
 
 
 def test_a_write_that_fails_once_is_tried_again(disk):
-    """One failed write of a step is written again, unseen."""
+    """A single failed write of a step is repeated without an error."""
     (model, optimizer), (twin, twins) = _prepared(), _prepared()
     twins.step()
     twins.zero_grad()
@@ -198,7 +198,7 @@ def test_a_write_that_fails_once_is_tried_again(disk):
 
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_step_can_be_given_up(disk, act):
-    """`zero_grad()` gives a step up that the disk ended: the next one steps all, none twice."""
+    """`zero_grad()` gives up a step that an I/O error ended: the next one steps all, none twice."""
     model, optimizer = _prepared()
     disk.fail(act, 7)
     with pytest.raises(HomeIOError):
@@ -235,7 +235,7 @@ def test_a_disk_that_fails_in_backward(disk, act, mode, point):
 
 
 def test_a_disk_that_fails_in_classic_backward_changes_no_weight(disk):
-    """Classic mode: after the failure and `zero_grad()` the run is bit for bit the undisturbed."""
+    """Classic mode: after the failure and `zero_grad()` the run equals an undisturbed one."""
     (model, optimizer), (twin, twins) = _prepared(), _prepared()
     for each in (optimizer, twins):
         each.step()
@@ -274,7 +274,7 @@ def test_an_error_of_someone_elses_in_backward(mode):
 
 @pytest.mark.parametrize("number", [0, 5, 14])
 def test_an_error_of_the_optimizers_in_step(watched, number):
-    """An exception of the inner optimizer leaves its tile whole: `step()` again goes on with it."""
+    """An exception of the inner optimizer leaves its tile as it was: `step()` goes on with it."""
     (model, optimizer), (twin, twins) = _prepared(), _prepared()
     twins.step()
     twins.zero_grad()
@@ -313,7 +313,7 @@ def test_a_step_between_forward_and_backward_is_told(mode):
     [("device", "up"), ("host", "up"), ("disk", "norm"), ("disk", "up")],
 )
 def test_a_gradient_that_is_not_finite_is_never_applied(home, name, bad):
-    """Where it lies in memory nothing is stepped; a parked tile and those after it are not."""
+    """In memory, nothing is stepped; in a home, the tile and those after it are not."""
     model, twin = in_home(small(), home), in_home(small(), home)
     optimizer, twins = optimizer_for(model), optimizer_for(twin)
     loss_of(model, batches(1)[0]).backward()
@@ -337,7 +337,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(home, name, bad):
 
 @pytest.mark.parametrize("home", HOMES)
 def test_a_backward_with_a_gradient_that_is_not_finite_leaves_finite_weights(home):
-    """It raises in the middle of backward, and a later batch is trained on."""
+    """It raises within backward, and a later batch can be trained on."""
     model = in_home(small(), home)
     optimizer = optimizer_for(model, mode="in_backward")
     weight = model.up.tile(1, 0).weight

@@ -54,7 +54,7 @@ def _parameters(model):
 
 
 def test_a_moment_that_was_replaced(home):
-    """Another tensor put into the state is used, and goes on being the state, updated in place."""
+    """Another tensor put into the state is used and updated in place from then on."""
     model, optimizer = _trained(home)
     for parameter in _parameters(model):
         other = torch.full_like(parameter.detach(), 0.25)
@@ -71,7 +71,7 @@ def test_a_moment_that_was_replaced(home):
 
 
 def test_a_moment_that_was_written_to(home):
-    """A moment at home, written in place between steps, is read as it was written."""
+    """A moment in a home that is written in place between steps is used as written."""
     model, optimizer = _trained(home)
     for parameter in _parameters(model):
         optimizer.state[parameter]["exp_avg"].fill_(0.25)
@@ -101,7 +101,7 @@ def test_state_that_was_dropped(home):
 
 
 def test_a_gradient_that_was_assigned(home):
-    """An ordinary tensor put in the place of a gradient at home is what is stepped, and stays."""
+    """An ordinary tensor that replaces a gradient in a home is stepped with, and stays."""
     model, optimizer = _trained(home)
     loss_of(model, batches(1)[0]).backward()
     for parameter in _parameters(model):
@@ -125,7 +125,7 @@ def test_a_gradient_that_was_assigned(home):
 
 
 def test_backward_adds_to_an_assigned_gradient(home):
-    """A gradient that someone put there is added to, not overwritten."""
+    """A gradient that was set before backward is added to, not overwritten."""
     (model, _), (twin, _) = _trained(home), _trained(home)
     ones = {p: torch.ones_like(p) for p in _parameters(model)}
     for parameter, gradient in ones.items():
@@ -140,7 +140,7 @@ def test_backward_adds_to_an_assigned_gradient(home):
 
 
 def test_gradients_written_in_place(home):
-    """Gradients at home, changed where they lie, are stepped as they were changed."""
+    """Gradients in a home that are changed in place are stepped with as changed."""
     model, optimizer = _trained(home)
     loss_of(model, batches(1)[0]).backward()
     pairs = [(parameter, *_reference(optimizer, parameter)) for parameter in _parameters(model)]
@@ -156,7 +156,7 @@ def test_gradients_written_in_place(home):
 
 
 def test_a_parameter_without_a_gradient_is_left_alone(home):
-    """None in the place of a gradient: the parameter and its state stay."""
+    """Without a gradient the parameter and its state stay as they are."""
     model, optimizer = _trained(home)
     loss_of(model, batches(1)[0]).backward()
     parameters = _parameters(model)
@@ -192,7 +192,7 @@ def test_values_that_were_swapped(home, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_written_between_steps(home, mode):
-    """An average of weights put in through `.data` and taken out again is seen by every pass."""
+    """Averaged weights swapped in and out through `.data` are seen by every iteration."""
     (model, optimizer), (twin, twins) = _trained(home, mode), _trained(home, mode)
     kept = values(model)
     for parameter in model.parameters():
@@ -209,7 +209,7 @@ def test_weights_written_between_steps(home, mode):
 
 
 def test_another_optimizer_on_the_same_parameters():
-    """A plain torch optimizer steps parked tiles too; ours goes on from what it left."""
+    """A plain torch optimizer steps parked tiles too; `TileOptimizer` goes on from its values."""
     runs = []
     for home in HOMES:
         model, optimizer = _trained(home)

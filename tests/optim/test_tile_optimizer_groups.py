@@ -18,6 +18,7 @@ from small_training import (
 from torch import Tensor, nn, optim
 from torch.optim import lr_scheduler
 
+import memtile
 from memtile import TileOptimizer
 from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import berth_of
@@ -58,7 +59,7 @@ def test_groups_have_their_own_options(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_group_that_is_added_later_trains_from_then_on(mode):
-    """`add_param_group` after steps: its parameters stood still, and train with its options now."""
+    """Parameters added by `add_param_group` after steps train with its options from then on."""
 
     def run(model: nn.Module, make: Any) -> list[float]:
         late = list(model.up.parameters())
@@ -91,7 +92,7 @@ def test_a_group_that_is_added_later_trains_from_then_on(mode):
     ids=["lambda", "one cycle", "cosine"],
 )
 def test_schedulers(schedule, mode):
-    """Schedulers drive lr and betas as they do with plain torch, and warn of nothing."""
+    """Schedulers set lr and betas as with plain torch, without a warning."""
 
     def run(model: nn.Module, optimizer: optim.Optimizer) -> tuple[list[float], Any]:
         scheduler = schedule(optimizer)
@@ -126,7 +127,7 @@ def test_lr_may_be_a_tensor(mode):
 
 
 def test_zero_grad_can_keep_gradients_as_zeros():
-    """`set_to_none=False` zeroes gradients where they are: at home, and the next ones are added."""
+    """`set_to_none=False` zeroes gradients in their home, and the next ones are added."""
     runs = []
     for to_none in (True, False):
         model = in_home(small(), "disk")
@@ -144,7 +145,7 @@ def test_zero_grad_can_keep_gradients_as_zeros():
 
 
 def test_set_to_none_gives_the_room_back():
-    """Dropped gradients are room again: steps do not make the home grow."""
+    """Dropped gradients free their room: steps do not make the home grow."""
     model = in_home(small(), "disk")
     optimizer = optimizer_for(model)
     (home,) = {tile.home for _, tile in model.up.tiles()}
@@ -238,7 +239,7 @@ def test_gradscaler_drives_it(overflows):
 
 @pytest.mark.parametrize("name", ["Muon", "LBFGS", "Adafactor"])
 def test_optimizers_that_are_not_element_wise_are_refused(name):
-    """They are refused by name before anything of the model was touched."""
+    """They are refused by name before the model is changed."""
     if not hasattr(optim, name):
         pytest.skip(f"this torch has no {name}")
 
@@ -247,13 +248,13 @@ def test_optimizers_that_are_not_element_wise_are_refused(name):
 
 
 def test_an_unknown_mode_is_refused():
-    """A mode that is none is named, and those that there are."""
+    """An unknown mode is refused; the message has the known ones."""
     with pytest.raises(ArgumentError, match=r"mode='deferred' must be 'classic' .* or 'in_b"):
         TileOptimizer(small(), optim.AdamW, mode="deferred")
 
 
 def test_parameters_in_the_place_of_the_model_are_refused():
-    """`TileOptimizer(model.parameters(), …)` is refused, with the way to say it."""
+    """`TileOptimizer(model.parameters(), …)` is refused; the message says what to give."""
     with pytest.raises(ArgumentError, match=r"a generator; TileOptimizer takes the model itself,"):
         TileOptimizer(small().parameters(), optim.AdamW)
 
@@ -268,7 +269,7 @@ def test_parameters_in_the_place_of_the_model_are_refused():
     ids=["value", "name", "differentiable"],
 )
 def test_options_that_the_class_does_not_take_are_refused(options, reason):
-    """Options go to the optimizer's class, and what it refuses is told with its reason."""
+    """Options go to the optimizer's class; its refusal and reason are in the message."""
     with pytest.raises(OptimizerError, match=reason):
         TileOptimizer(small(), optim.AdamW, **options)
 
@@ -277,3 +278,48 @@ def test_an_empty_list_of_parameters_is_refused():
     """params=[] is refused as torch refuses it."""
     with pytest.raises(ValueError, match="empty parameter list"):
         TileOptimizer(small(), optim.AdamW, params=[])
+
+
+def _two_linears():
+    torch.manual_seed(0)
+    return memtile.tile(
+        nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3)), out_splits=2, home="host"
+    )
+
+
+def test_parameters_of_another_model_are_refused():
+    """Parameters that are not the model's, for example from before tiling, are refused."""
+    with pytest.raises(OptimizerError, match="not of this Sequential"):
+        TileOptimizer(_two_linears(), optim.SGD, params=nn.Linear(3, 3).parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("mode", ["classic", "in_backward"])
+def test_a_second_optimizer_beside_one_that_steps_in_backward_is_refused(mode):
+    """A second optimizer beside an in-backward one is refused until the first is dropped."""
+    ours = _two_linears()
+    first = TileOptimizer(ours, optim.SGD, mode="in_backward", lr=0.1)
+
+    with pytest.raises(OptimizerError, match="del optimizer"):
+        TileOptimizer(ours, optim.SGD, mode=mode, lr=0.1)
+
+    del first
+    TileOptimizer(ours, optim.SGD, mode=mode, lr=0.1)
+
+
+def test_an_optimizer_of_parameters_that_were_replaced_refuses_to_step():
+    """An optimizer from before tiling or untiling raises in `step` instead of training nothing."""
+    ours = nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3))
+    early = TileOptimizer(ours, optim.SGD, lr=0.1)
+    memtile.tile(ours, out_splits=2, home="host")
+    ours(torch.ones(2, 11)).sum().backward()
+
+    with pytest.raises(OptimizerError, match=r"after memtile\.tile"):
+        early.step()
+
+
+def test_parameters_without_values_are_refused():
+    """A model on the meta device is refused; the message says how to load values."""
+    empty = memtile.empty_model(lambda: nn.Sequential(nn.Linear(11, 17), nn.Linear(17, 3)))
+
+    with pytest.raises(OptimizerError, match="load_checkpoint"):
+        TileOptimizer(empty, optim.SGD, lr=0.1)

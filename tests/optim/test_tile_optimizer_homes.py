@@ -104,7 +104,7 @@ def test_both_paths_to_the_disk_give_the_same_bits(mode, path, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_nothing(reentrant, mode):
-    """What is recomputed in backward is what was computed, in every home and in both kinds."""
+    """Activation checkpointing, of both kinds, recomputes the same values in every home."""
     _, expected = _trained(small(), "device", optim.AdamW, mode)
 
     for home in HOMES:

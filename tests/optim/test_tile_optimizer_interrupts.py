@@ -63,7 +63,7 @@ def _goes_on(model, optimizer, twin, twins):
 
 @pytest.mark.parametrize("point", POINTS)
 def test_in_a_step_it_waits_for_the_end(watched, handler, point):
-    """KeyboardInterrupt comes once all parameters are stepped, and all bits are the undisturbed."""
+    """KeyboardInterrupt is raised after all parameters are stepped, with the undisturbed bits."""
     (model, optimizer), (twin, twins) = _pair()
     for each in (model, twin):
         loss_of(each, batches(1, seed=8)[0]).backward()
@@ -82,7 +82,7 @@ def test_in_a_step_it_waits_for_the_end(watched, handler, point):
 
 
 def test_in_clipping_it_waits_for_the_end(monkeypatch, handler):
-    """A Ctrl-C in the middle of scaling comes when all gradients are scaled."""
+    """A Ctrl-C during scaling is raised when all gradients are scaled."""
     (model, optimizer), (twin, twins) = _pair()
     for each in (model, twin):
         loss_of(each, batches(1, seed=8)[0]).backward()
@@ -105,7 +105,7 @@ def test_in_clipping_it_waits_for_the_end(monkeypatch, handler):
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_second_one_in_a_step_comes_at_once(watched, handler, point):
-    """Two Ctrl-C end the step where it is; `step()` again goes on with it, bit for bit."""
+    """A second Ctrl-C ends the step at once; `step()` goes on with it, bit for bit."""
     (model, optimizer), (twin, twins) = _pair()
     for each in (model, twin):
         loss_of(each, batches(1, seed=8)[0]).backward()
@@ -132,7 +132,7 @@ def test_a_second_one_in_a_step_comes_at_once(watched, handler, point):
 
 
 def test_a_write_after_a_step_that_was_given_up_is_seen(watched):
-    """Nothing that a step has read ahead is used by the next one: it steps what was written."""
+    """Values that a step has read ahead are not used by the next one."""
     (model, optimizer), (twin, twins) = _pair()
     for each in (model, twin):
         loss_of(each, batches(1, seed=8)[0]).backward()
@@ -156,7 +156,7 @@ def test_a_write_after_a_step_that_was_given_up_is_seen(watched):
 
 @pytest.mark.parametrize("point", POINTS)
 def test_in_a_backward_that_steps_it_waits_for_the_end(watched, handler, point):
-    """in_backward: KeyboardInterrupt comes when the backward is whole, with undisturbed bits."""
+    """in_backward: KeyboardInterrupt is raised after the backward, with the undisturbed bits."""
     (model, optimizer), (twin, twins) = _pair("in_backward")
     loss_of(twin, batches(1, seed=8)[0]).backward()
 
@@ -188,7 +188,7 @@ class _PlainHead(nn.Module):
 
 
 def test_the_end_of_the_pass_is_not_left_out(watched):
-    """A backward whose first stepped parameter is no tile ends its pass, Ctrl-C or not."""
+    """A backward whose first stepped parameter is no tile ends its iteration, also with Ctrl-C."""
     torch.manual_seed(0)
     model = in_home(_PlainHead(), "disk")
     optimizer = optimizer_for(model, Watched, mode="in_backward", lr=0.01)
@@ -207,7 +207,7 @@ def test_the_end_of_the_pass_is_not_left_out(watched):
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_second_one_in_a_backward_comes_at_once(watched, handler, point):
-    """in_backward: two Ctrl-C end it where it is; after `zero_grad()` training goes on."""
+    """in_backward: a second Ctrl-C ends it at once; after `zero_grad()` training goes on."""
     (model, optimizer), _ = _pair("in_backward")
     stepped = []
 
@@ -230,7 +230,7 @@ def test_a_second_one_in_a_backward_comes_at_once(watched, handler, point):
 
 
 def test_after_a_backward_that_failed_it_is_as_ever(watched, handler):
-    """After a backward that failed, the next one puts Ctrl-C off to its end again."""
+    """After a failed backward, the next one defers Ctrl-C to its end again."""
     (model, optimizer), _ = _pair("in_backward")
 
     def fail():
@@ -256,7 +256,7 @@ def test_after_a_backward_that_failed_it_is_as_ever(watched, handler):
 
 
 def test_in_a_backward_that_fails_it_is_not_put_off_for_ever(watched, handler):
-    """A backward that failed half-way leaves SIGINT to whom it was before."""
+    """A failed backward restores the earlier handler of SIGINT."""
     (model, optimizer), _ = _pair("in_backward")
 
     def fail():
@@ -294,7 +294,7 @@ def test_elsewhere_it_comes_at_once(handler, where):
 
 
 def test_in_another_thread_signals_are_left_alone(handler):
-    """Steps and backwards of another thread take no handler, and step as ever."""
+    """Steps and backwards of another thread set no handler, and step as usual."""
     (model, optimizer), (twin, twins) = _pair("in_backward")
     seen = []
 
@@ -312,7 +312,7 @@ def test_in_another_thread_signals_are_left_alone(handler):
 
 
 def test_a_handler_of_the_users_is_called_at_the_end(watched):
-    """Who handles SIGINT by a function of their own gets the call after the step, once."""
+    """A user's own handler of SIGINT is called once, after the step."""
     (model, optimizer), _ = _pair()
     loss_of(model, batches(1)[0]).backward()
     calls, stepped = [], []

@@ -64,7 +64,7 @@ def test_gradients_are_gone_after_backward(home):
 
 
 def test_step_steps_nothing_twice(home):
-    """`step()` after a backward leaves weights and state as the backward left them."""
+    """`step()` after a backward changes neither weights nor state."""
     model = in_home(small(), home)
     optimizer = optimizer_for(model, mode="in_backward")
     loss_of(model, batches(1)[0]).backward()
@@ -78,7 +78,7 @@ def test_step_steps_nothing_twice(home):
 
 
 def test_schedulers_count_its_steps(home):
-    """A scheduler sees `step()` called, does not warn, and its lr is the next backward's."""
+    """A scheduler sees the call of `step()`, does not warn, and the next backward uses its lr."""
     runs = []
     for mode in ("classic", "in_backward"):
         model = in_home(small(), home)
@@ -92,7 +92,7 @@ def test_schedulers_count_its_steps(home):
 
 
 def test_a_second_backward_is_refused(home):
-    """It raises with the way out, and changes no weight; after `step()` training goes on."""
+    """A second backward raises and changes no weight; after `step()` training goes on."""
     model, (first, second, third) = in_home(small(), home), batches(3)
     optimizer = optimizer_for(model, mode="in_backward")
     loss_of(model, first).backward()
@@ -110,7 +110,7 @@ def test_a_second_backward_is_refused(home):
 
 
 def test_after_a_refused_backward_training_goes_on_as_if_it_had_not_been(home):
-    """With `step()` after the refusal, the rest of the run is bit for bit the undisturbed."""
+    """With `step()` after the refusal, the run goes on bit for bit as an undisturbed one."""
     runs = []
     for disturbed in (False, True):
         model = in_home(small(), home)
@@ -128,7 +128,7 @@ def test_after_a_refused_backward_training_goes_on_as_if_it_had_not_been(home):
 
 
 def test_zero_grad_gives_a_backward_up(home):
-    """After `zero_grad()` another backward is welcome, without `step()` between."""
+    """After `zero_grad()` another backward is allowed without `step()` between."""
     model, (first, second) = in_home(small(), home), batches(2)
     optimizer = optimizer_for(model, mode="in_backward")
     loss_of(model, first).backward()
@@ -140,7 +140,7 @@ def test_zero_grad_gives_a_backward_up(home):
 
 
 def test_clipping_is_refused(home):
-    """There is nothing to clip: ours and torch's own raise with the way out."""
+    """Clipping raises, by `TileOptimizer` and by torch, and the message says what to do."""
     model = in_home(small(), home)
     optimizer = optimizer_for(model, mode="in_backward")
     loss_of(model, batches(1)[0]).backward()
@@ -163,7 +163,7 @@ class _Tied(nn.Module):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_only_sums_of_tied_tiles_go_home(tied):
-    """Each tile is written once a step, without its gradient; one that is used twice, once more."""
+    """Each tile is written once a step, without its gradient; one that is used twice, twice."""
     dense = _Tied() if tied else nn.Sequential(nn.Embedding(23, 10), nn.Linear(10, 23))
     model = in_home(dense, "disk", {"out_splits": 3})
     room = sum(berth.room for berth in map(berth_of, model.parameters()) if berth)
@@ -190,7 +190,7 @@ def test_classic_gradients_are_at_home():
 
 
 def test_a_dropped_optimizer_takes_its_hooks_along(home):
-    """A dropped optimizer is gone: backward leaves gradients again and changes no weight."""
+    """After the optimizer is dropped, backward leaves gradients and changes no weight."""
     model, ids = in_home(small(), home), batches(1)[0]
     optimizer = optimizer_for(model, mode="in_backward")
     train(model, optimizer, [ids])
@@ -221,7 +221,7 @@ def test_an_exception_in_the_constructor_leaves_no_hooks():
 
 
 def test_gradients_that_others_put_are_stepped_by_step(home):
-    """In backward mode, `step()` steps what has a gradient all the same, and drops it."""
+    """In backward mode, `step()` steps parameters that still have a gradient, and drops it."""
     model = in_home(small(), home)
     optimizer = optimizer_for(model, torch.optim.SGD, mode="in_backward", lr=1.0)
     parameter = model.up.tile(0, 0).weight
@@ -235,7 +235,7 @@ def test_gradients_that_others_put_are_stepped_by_step(home):
 
 
 def test_a_layer_alone_is_a_model():
-    """A parked layer that no `tile` call made is trained in both modes alike."""
+    """A parked layer made without `tile` is trained the same in both modes."""
     runs = []
     for mode in ("classic", "in_backward"):
         torch.manual_seed(0)

@@ -68,7 +68,7 @@ def _watch(monkeypatch, act):
 
 
 def test_the_next_tile_is_being_read(layer, monkeypatch):
-    """Where writes keep up, the read of the next tile begins before a tile's step does."""
+    """While no write is pending, the next tile's read begins before a tile's step does."""
     model, optimizer = layer
     gate, seen = Gate(monkeypatch, model), []
     ring = ferries_of(model.linears[0][0].home).steps
@@ -87,7 +87,7 @@ def test_the_next_tile_is_being_read(layer, monkeypatch):
 
 @pytest.mark.parametrize("held", [0, 2, TILES - 2])
 def test_a_step_does_not_wait_for_the_last_write(layer, monkeypatch, held):
-    """A tile is stepped while the one before it is still being written, and nothing is lost."""
+    """A tile is stepped while the one before it is still being written."""
     model, optimizer = layer
     gate, seen = Gate(monkeypatch, model), []
     gate.held = held
@@ -142,7 +142,7 @@ def test_no_more_is_read_than_is_stepped(layer):
 
 
 def test_slow_writes_change_no_bits(layer, monkeypatch):
-    """Held back or not, the writes end with the same weights as plain torch's."""
+    """Whether writes are delayed or not, the weights are those of plain torch."""
     model, optimizer = layer
     twins = [torch.nn.Parameter(tile.weight.detach().clone()) for _, tile in model.tiles()]
     plain = torch.optim.AdamW(twins, lr=0.01)

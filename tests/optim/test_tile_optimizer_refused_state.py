@@ -102,7 +102,7 @@ def test_a_full_home_changes_nothing_at_loading(monkeypatch):
 
 
 def test_groups_that_split_a_weight_have_no_state_dict(home):
-    """They train, but the dense state dict is refused with the group and the weight's name."""
+    """Tiles of a weight in two groups train; the dense state dict is refused by names."""
     model = in_home(small(), home)
     parameters = list(model.parameters())
     chosen = model.up.tile(1, 0).weight

@@ -110,7 +110,7 @@ def test_rows_of_16_bits(few_rows, masters):
 
 
 def test_state_is_kept_whole(few_rows):
-    """What is kept is of the parameter's shape and at home, and numbers count steps, not rows."""
+    """State tensors have the parameter's shape and home, and counters count steps, not rows."""
     _, _, optimizer = _trained("disk", Late, "classic")
 
     for parameter, state in optimizer.state.items():
@@ -121,7 +121,7 @@ def test_state_is_kept_whole(few_rows):
 
 
 def test_a_whole_parameter_is_stepped_in_so_many_parts(few_rows, monkeypatch):
-    """The optimizer gets no more rows at once than were allowed, and each of them once."""
+    """The optimizer gets no more rows at once than allowed, and each row once."""
     model, parts = in_home(small(), "disk"), []
     optimizer = optimizer_for(model, Watched, lr=0.01)
     train(model, optimizer, batches(1))
@@ -155,7 +155,7 @@ def test_a_step_by_rows_that_the_disk_ended_goes_on(few_rows, monkeypatch, act):
 
 
 def test_the_name_of_the_masters_is_taken(few_rows):
-    """An optimizer with a moment of that name is refused for 16 bits, unless without masters."""
+    """An optimizer with its own entry of that name is refused for 16 bits with masters."""
     model = in_home(small(torch.bfloat16), "disk")
 
     with pytest.raises(OptimizerError, match=r"Own keeps 'master' itself, .* pass masters=False"):

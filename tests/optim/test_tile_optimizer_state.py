@@ -101,7 +101,7 @@ def _equal(ours: Any, theirs: Any) -> bool:
 @pytest.mark.parametrize("kind", ["small", "turned"])
 @pytest.mark.parametrize("optimizer_class", [optim.AdamW, Element])
 def test_it_is_the_plain_optimizers(optimizer_class, kind, home, grouped):
-    """Given the same gradients, all of the state dict is what torch has for the dense model."""
+    """With the same gradients the state dict equals torch's for the dense model."""
     dense, model = _dense(kind), in_home(_dense(kind), home)
     make = _groups if grouped else lambda model: list(model.parameters())
     plain = optimizer_class(make(dense), lr=0.01)
@@ -134,7 +134,7 @@ def _close(ours: Any, theirs: Any) -> bool:
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("kind", ["small", "turned"])
 def test_it_can_be_taken_over_and_given_back(kind, home, grouped):
-    """What a plain optimizer had, loaded and given again, is the same, bit for bit."""
+    """A plain optimizer's state, loaded and saved again, is the same bit for bit."""
     dense = _dense(kind)
     make = _groups if grouped else lambda model: list(model.parameters())
     plain = optim.AdamW(make(dense), lr=0.01, amsgrad=True)
@@ -274,7 +274,7 @@ def test_a_gradient_on_its_way_does_not_matter():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_state_it_is_empty_after_a_step_too(mode):
-    """SGD without momentum keeps nothing, and torch's own state dict of it has no entries."""
+    """SGD without momentum has no state, and its state dict no entries."""
     model = in_home(small(), "disk")
     optimizer = optimizer_for(model, optim.SGD, mode=mode)
 
@@ -312,7 +312,7 @@ def test_hooks_see_the_dense_state():
 
 
 def test_a_hook_that_returns_nothing_changes_in_place():
-    """What a pre-hook does to its shallow copy is loaded; the caller's dictionary stays."""
+    """A pre-hook's changes to its shallow copy are loaded; the caller's dictionary stays."""
     model = in_home(small(), "disk")
     optimizer = optimizer_for(model)
     packed = optimizer.state_dict()

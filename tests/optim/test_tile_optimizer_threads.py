@@ -133,7 +133,7 @@ def _works(seed):
 
 
 def test_many_threads_give_the_bits_of_one():
-    """Models, optimizers and homes, of one thread or of several, come out as from one thread."""
+    """Models, optimizers and homes used from several threads give the results of one thread."""
     works, twins = _works(seed=1), _works(seed=1)
 
     with switching_often():
@@ -161,7 +161,7 @@ def test_two_threads_step_disjoint_halves_in_backward(home):
 
 @pytest.mark.parametrize("mode", ["classic", "in_backward"])
 def test_optimizers_that_share_a_disk_step_in_threads_of_their_own(mode):
-    """As many optimizers as slabs make their moments at once: nobody waits for ever."""
+    """As many optimizers as slabs make their moments at once without a deadlock."""
     home = DiskHome()
     models = [tile(small(), **GRID, home=home) for _ in range(3)]
     optimizers = [optimizer_for(model, mode=mode) for model in models]

@@ -98,8 +98,7 @@ def changed(before, after):
         name
         for name in one
         if any(
-            not torch.equal(a.view(torch.int16), b.view(torch.int16))
-            for (_, a), (_, b) in zip(one[name].bands(), other[name].bands(), strict=True)
+            not torch.equal(a, b) for a, b in zip(one[name].raw(), other[name].raw(), strict=True)
         )
     ]
 

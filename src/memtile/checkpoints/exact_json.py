@@ -1,7 +1,6 @@
-"""Small values as JSON and back, the same to the last bit; what JSON does not have is marked.
+"""Small values as JSON and back, bit for bit; values that JSON does not have are marked.
 
-Python writes each finite float with as many digits as tell it from all others, and reads it back as
-it was. Everything is plain JSON that any reader takes.
+Python writes a finite float with enough digits to read it back exactly.
 """
 
 import math
@@ -24,7 +23,7 @@ _DICTIONARIES: Final[Mapping[str, type]] = MappingProxyType(
 
 
 def to_json(value: object, where: str) -> Any:  # any JSON
-    """The value as what `json` writes.
+    """The value as `json.dumps` takes it.
 
     Args:
         value: None, a number, a text, a tensor of at most one element, or a list, tuple or
@@ -45,7 +44,8 @@ def to_json(value: object, where: str) -> Any:  # any JSON
         return _of_sequence(value, where)
     if type(value) in _DICTIONARIES.values():
         return _of_dictionary(value, where)
-    kind = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else _spelled(value)
+    cls = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    kind = f"a {tuple(value.shape)} tensor" if isinstance(value, Tensor) else f"a {cls}"
     raise CheckpointError(
         f"{where} is {kind}, which cannot be saved: only numbers, texts, None, tensors of one "
         "element, and lists, tuples and dictionaries of these can, and pickles are never used; "
@@ -53,12 +53,8 @@ def to_json(value: object, where: str) -> Any:  # any JSON
     )
 
 
-def from_json(found: Any) -> Any:  # any JSON, and whatever it stands for
-    """The value that `to_json` wrote.
-
-    Raises:
-        ValueError: it is nothing that `to_json` writes; KeyError and TypeError likewise.
-    """
+def from_json(found: Any) -> Any:  # any JSON
+    """The value that `to_json` wrote; ValueError, KeyError or TypeError for anything else."""
     if isinstance(found, list):
         return [from_json(item) for item in found]
     if not isinstance(found, dict):
@@ -104,7 +100,3 @@ def _of_dictionary(value: Any, where: str) -> Any:
     kind = next(name for name, one in _DICTIONARIES.items() if type(value) is one)
     marked = [{MARK: "tuple", "items": pair} for pair in pairs]
     return {MARK: kind, "items": marked}
-
-
-def _spelled(value: object) -> str:
-    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("a builtins.", "a ")

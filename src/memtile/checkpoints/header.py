@@ -1,14 +1,13 @@
-"""The header of a safetensors file: which tensor lies where, checked before it is trusted.
+"""The header of a safetensors file: read and checked, and written.
 
 A file is the header's length (8 bytes, little endian), the header (JSON), and the tensors' bytes
-without holes. Source: the format's description in the safetensors project. What memtile writes has
-the CRC-32 of each tensor in the header's metadata, which other readers ignore.
+without holes. Source: the format's description in the safetensors project. memtile adds the CRC-32
+of each tensor to the header's metadata, which other readers ignore.
 """
 
 import json
 import math
 import operator
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ BITS: Final[Mapping[str, int]] = MappingProxyType(
     {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
     | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 )
-"""Bits of an element of each dtype that safetensors knows; torch has not all of them."""
+"""Bits of an element of each dtype of safetensors; torch lacks some."""
 CHECKSUMS: Final = "memtile.crc32"
 LENGTH_BYTES: Final = 8
 LARGEST: Final = 100_000_000  # bytes of a header, as the safetensors library has it
@@ -66,16 +65,16 @@ _ALIGNMENT: Final = 8
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file.
 
     Attributes:
         name: of the tensor.
-        kind: what safetensors calls its dtype.
+        kind: its dtype, as safetensors names it.
         shape: of the tensor.
         offset: where its bytes begin in the file.
         nbytes: how many they are.
-        crc: their CRC-32, where the file tells it.
+        crc: their CRC-32, where the file has it.
     """
 
     name: str
@@ -87,11 +86,7 @@ class Entry:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype.
-
-        Raises:
-            CheckpointError: torch has none for it; its bytes can be copied all the same.
-        """
+        """Its dtype; CheckpointError where torch has none: its bytes can still be copied."""
         if self.kind not in DTYPES:
             raise CheckpointError(
                 f"{self.name!r} is kept as {self.kind}, which memtile can show and copy, but "
@@ -101,45 +96,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a file says of itself.
+class SafetensorsHeader:
+    """The tensors of a file by name, in the order of their bytes, and other texts."""
 
-    Attributes:
-        entries: the tensors by their names, in the order of their bytes.
-        metadata: other texts.
-    """
-
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
 def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
-    """How long the header is that follows these first bytes of a file.
-
-    Raises:
-        CheckpointError: no header can follow.
-    """
+    """The header's length, from a file's first bytes; CheckpointError where it can be none."""
     if len(raw) < LENGTH_BYTES:
         raise _not_whole(where, f"it has {file_bytes} bytes, fewer than a header")
-    (length,) = struct.unpack("<Q", raw[:LENGTH_BYTES])
+    length = int.from_bytes(raw[:LENGTH_BYTES], "little")
     if not 2 <= length <= LARGEST:
         raise CheckpointError(f"{where} {_what_else(raw[:LENGTH_BYTES])}")
     if LENGTH_BYTES + length > file_bytes:
         raise _not_whole(where, f"its header has {length} bytes, the file {file_bytes}")
-    return int(length)
+    return length
 
 
-def unpack(raw: bytes, file_bytes: int, where: str) -> Header:
-    """The header with this JSON.
-
-    Args:
-        raw: the header without its length.
-        file_bytes: how long the file is.
-        where: the file, for messages.
-
-    Raises:
-        CheckpointError: it is none, or does not describe a file of this length.
-    """
+def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
+    """The header from its JSON; CheckpointError where it is not one of a file of this length."""
     try:
         table = parse_json(raw)
         metadata = dict(table.pop("__metadata__", None) or {})
@@ -155,15 +132,11 @@ def unpack(raw: bytes, file_bytes: int, where: str) -> Header:
         ) from error
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_places(entries, start, file_bytes, where)
-    return Header(MappingProxyType({entry.name: entry for entry in entries}), metadata)
+    return SafetensorsHeader(MappingProxyType({entry.name: entry for entry in entries}), metadata)
 
 
 def parse_json(raw: bytes | str) -> Any:  # any JSON
-    """What JSON says, once no object of it has one name twice: readers differ in whom they believe.
-
-    Raises:
-        ValueError: it is no JSON, or has a name twice.
-    """
+    """Parse JSON; ValueError where an object has a name twice: readers differ on which counts."""
     return json.loads(raw, object_pairs_hook=_named_once)
 
 
@@ -172,42 +145,32 @@ def pack(
     metadata: Mapping[str, str],
     crcs: Mapping[str, int] | None = None,
 ) -> bytes:
-    """The beginning of a file with these tensors one after the other; its length knows no CRC.
+    """The beginning of a file with these tensors: name, safetensors' dtype and shape of each.
 
-    Args:
-        tensors: name, what safetensors calls the dtype, and shape of each.
-        metadata: other texts.
-        crcs: of each tensor; zeros by default, to be written over once they are known.
+    Its length does not depend on the checksums.
     """
     known = {name: f"{(crcs or {}).get(name, 0):08x}" for name, _, _ in tensors}
     table: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUMS: json.dumps(known)}}
     start = 0
     for name, kind, shape in tensors:
         nbytes = size_of(kind, shape)
-        table[name] = {
-            "dtype": kind,
-            "shape": list(shape),
-            "data_offsets": [start, start + nbytes],
-        }
+        place = [start, start + nbytes]
+        table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": place}
         start += nbytes
     raw = json.dumps(table, separators=(",", ":")).encode()
     raw += b" " * (-(LENGTH_BYTES + len(raw)) % _ALIGNMENT)
-    return struct.pack("<Q", len(raw)) + raw
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
 
 
 def room_of(name: str, kind: str, shape: Sequence[int]) -> int:
-    """The most bytes that a tensor takes in a header, its checksum included."""
+    """The most bytes of a header that one tensor takes, its checksum included."""
     quoted = json.dumps(name)
     texts = (quoted, json.dumps(quoted), kind, json.dumps(list(shape)))
     return sum(map(len, texts)) + _FIELDS
 
 
 def size_of(kind: str, shape: Sequence[int]) -> int:
-    """The bytes of a tensor.
-
-    Raises:
-        ValueError: it does not end at a whole byte.
-    """
+    """The bytes of a tensor; ValueError where it does not end at a whole byte."""
     # not torch.Size.numel(), which overflows: 2**40 × 2**40 would have no bytes
     nbytes, rest = divmod(math.prod(shape) * BITS[kind], 8)
     if rest:
@@ -216,11 +179,7 @@ def size_of(kind: str, shape: Sequence[int]) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype.
-
-    Raises:
-        CheckpointError: it has no name for it.
-    """
+    """safetensors' name of a dtype; CheckpointError where it has none."""
     if dtype not in _NAMES:
         raise CheckpointError(
             f"safetensors has no name for {dtype}; cast what is {dtype} before it is saved"
@@ -228,7 +187,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def _entry(name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, str]) -> Entry:
+def _entry(
+    name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, str]
+) -> TensorEntry:
     kind = fields["dtype"]
     if kind not in BITS:
         raise CheckpointError(
@@ -240,7 +201,7 @@ def _entry(name: str, fields: Mapping[str, Any], start: int, crcs: Mapping[str, 
     if min(shape, default=0) < 0 or last - first != size_of(kind, shape):
         raise ValueError(f"{name} has {last - first} bytes, not those of {tuple(shape)} {kind}")
     crc = crcs.get(name)
-    return Entry(
+    return TensorEntry(
         name, kind, shape, start + first, last - first, None if crc is None else int(crc, 16)
     )
 
@@ -254,7 +215,7 @@ def _named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:  # any JSON
 
 
 def _what_else(first: bytes) -> str:
-    """What a file is that is none of safetensors, as far as its first bytes tell."""
+    """What a file that is not safetensors is, by its first bytes."""
     if first.startswith(b"GGUF"):
         return f"is a GGUF file, and memtile reads safetensors; {NO_GGUF}"
     if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
@@ -265,7 +226,7 @@ def _what_else(first: bytes) -> str:
     )
 
 
-def _check_places(entries: Sequence[Entry], start: int, file_bytes: int, where: str) -> None:
+def _check_places(entries: Sequence[TensorEntry], start: int, file_bytes: int, where: str) -> None:
     for entry in entries:
         if entry.offset != start:
             raise CheckpointError(

@@ -1,8 +1,8 @@
-"""A home that is a checkpoint: tiles lie in its unmodified files, to be read and never written.
+"""The home of tiles in the unmodified files of a checkpoint, which are only read.
 
-Rows of a tensor follow one another in a safetensors file, so a row tile is a stretch of it. What
-writes to such a tile's memory gets pages of its own, in this process only: the file stays as it is,
-and reads notice those pages and take them.
+Rows of a tensor follow one another in a safetensors file, so a row tile is a stretch of it. The
+files are mapped privately: a write to a tile's memory copies its pages in this process and leaves
+the file as it is; reads notice copied pages and take those.
 """
 
 import ctypes
@@ -10,16 +10,17 @@ import logging
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, Final, NoReturn
 
 import torch
 from torch import Tensor
 
-from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import HomeError
+from memtile.geometry import round_up
 from memtile.homes import Berth, Home, Reservation, cannot_map, disk_io
 from memtile.homes.buffers import tensor_over
 
@@ -27,16 +28,19 @@ _log = logging.getLogger("memtile.checkpoints")
 
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE on Linux: mmap has no name for it before 3.13
 _DONTNEED: Final = 4
+_PAGEMAP: Final = "/proc/self/pagemap"
+_ENTRY_BYTES: Final = 8
+_SWAPPED, _FILE = 1 << 62, 1 << 61  # bit 63, present, is the sign of an int64
 _FAILED: Final = ctypes.c_void_p(-1).value  # MAP_FAILED
 
 
 class CheckpointHome(Home):
-    """The files of a checkpoint as a home for inference, and for layers that are frozen.
+    """The files of a checkpoint as a home, for inference and for frozen layers.
 
     `memtile.tile(model, …, checkpoint=folder, home="checkpoint")` makes it. The files must not be
-    rewritten in place while it is used: a file that is longer, shorter or newer is an error at the
-    next read, and one that was cut short may end the process. Replacing them by new files, as
-    `save_checkpoint` does, is fine.
+    rewritten in place while it is used: a changed size or time is an error at the next read, and a
+    file that was cut short may end the process. Replacing them by new files, as `save_checkpoint`
+    does, is fine.
     """
 
     works_in_place: ClassVar[bool] = False
@@ -51,28 +55,15 @@ class CheckpointHome(Home):
             _log.info("the kernel does not tell of written pages: tiles are read through the map")
 
     def berth(self, shape: Sequence[int], dtype: torch.dtype) -> Berth:
-        """Refused: nothing new can lie in a checkpoint.
-
-        Raises:
-            HomeError: always.
-        """
+        """Refused with HomeError: a checkpoint is only read."""
         self._refuse()
 
     def hold(self, rooms: Sequence[int]) -> Reservation:
-        """Refused, as it is asked for what will be written: gradients, moments.
-
-        Raises:
-            HomeError: always.
-        """
+        """Refused with HomeError: gradients and moments would be written."""
         self._refuse()
 
     def rows_of(self, stored: StoredTensor, start: int, shape: Sequence[int]) -> Berth | str:
-        """The stretch of a stored tensor that begins at this element; or why it cannot be one.
-
-        Raises:
-            HomeFullError: the file cannot be mapped.
-            HomeError: the home is closed.
-        """
+        """The allocation over a stored tensor from element `start` on, or why there is none."""
         self.check_open()
         offset = stored.entry.offset + start * stored.dtype.itemsize
         if offset % stored.dtype.itemsize:
@@ -80,7 +71,7 @@ class CheckpointHome(Home):
         return _CheckpointBerth(self, stored.file, offset, shape, stored.dtype)
 
     def map_of(self, file: StoredFile) -> memoryview:
-        """A file's bytes, mapped once; a write makes a page this process's own."""
+        """A file's bytes, mapped privately once."""
         view = self._maps.get(file)
         if view is None:
             try:
@@ -125,7 +116,7 @@ class _CheckpointBerth(Berth):
         return tensor_over(self._view, self.shape, self.dtype)
 
     def forget(self) -> None:
-        """Drops the pages that are the file's; those that were written to are kept."""
+        """Drop the file's pages from memory; copied pages stay."""
         self._file.check_unchanged()
         pages = self.home.pages
         if not self.nbytes or not pages.works or self.home.closed:
@@ -140,19 +131,17 @@ class _CheckpointBerth(Berth):
         pages, address = self.home.pages, self.address + start
         opened = self._file.opened()  # None: replaced, and only the map has the old bytes
         if used and (opened is None or not pages.works or pages.any(address, used)):
-            into[:used].copy_(self._bytes()[start : start + used])
+            mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
+            into[:used].copy_(mapped[start : start + used])
         elif opened is not None:
             disk_io.fill(opened.fd, disk_io.bytes_of(into[:used]), self._offset + start)
 
     def _take(self, source: Tensor, start: int) -> None:
         self.home._refuse()
 
-    def _bytes(self) -> Tensor:
-        return tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
-
 
 def _mapped(file: StoredFile) -> memoryview:
-    """A private map of a file; Python's own would keep a descriptor of it open."""
+    """A private map of a file; Python's `mmap` would keep a descriptor of it open."""
     opened, library = file.descriptor(), _c_library()
     size = os.fstat(opened.fd).st_size
     access = mmap.PROT_READ | mmap.PROT_WRITE
@@ -173,3 +162,70 @@ def _c_library() -> Any:  # ctypes knows no types of what it loads
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     return library
+
+
+class CopiedPages:
+    """Tells which pages of a private map were written to, and so were copied.
+
+    The kernel's pagemap (proc(5)) has bits for each page: 63, in memory; 62, in swap; 61, the
+    file's. A page in memory or in swap that is not the file's was copied. The bits need no
+    privilege. A forked child opens its own pagemap.
+
+    Attributes:
+        works: whether the kernel tells, tried out on a map that is written to.
+    """
+
+    def __init__(self) -> None:
+        self._fd, self._owner = -1, -1
+        self.works = self._try_out()
+
+    def any(self, address: int, nbytes: int) -> bool:
+        """Whether any page of these bytes was copied."""
+        return bool(self._flags(address, nbytes).any())
+
+    def kept(self, address: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Runs (address, bytes) of whole pages within these bytes that were not copied."""
+        first = round_up(address, mmap.PAGESIZE)
+        last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        start = first
+        for number in self._flags(first, last - first).nonzero().flatten().tolist():
+            here = first + number * mmap.PAGESIZE
+            if here > start:
+                yield start, here - start
+            start = here + mmap.PAGESIZE
+        if last > start:
+            yield start, last - start
+
+    def close(self) -> None:
+        """Close the pagemap."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = self._owner = -1
+
+    def _flags(self, address: int, nbytes: int) -> Tensor:
+        if nbytes <= 0:
+            return torch.zeros(0, dtype=torch.bool)
+        if self._owner != os.getpid():  # a parent's descriptor shows the parent's pages
+            self.close()
+            self._fd, self._owner = os.open(_PAGEMAP, os.O_RDONLY | os.O_CLOEXEC), os.getpid()
+        first, last = address // mmap.PAGESIZE, (address + nbytes - 1) // mmap.PAGESIZE
+        entries = torch.zeros(last - first + 1, dtype=torch.int64)
+        raw = disk_io.bytes_of(entries)
+        if os.preadv(self._fd, [raw], first * _ENTRY_BYTES) != len(raw):
+            return torch.ones(len(entries), dtype=torch.bool)  # all are read through the map then
+        is_present, is_files = entries < 0, entries & _FILE != 0
+        return (entries & _SWAPPED != 0) | is_present & ~is_files
+
+    def _try_out(self) -> bool:
+        try:
+            with Path(__file__).open("rb") as file:
+                memory = mmap.mmap(
+                    file.fileno(), 1, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            bytes(memory)  # reads the page in: it is the file's
+            before = self.any(address, 1)
+            memory[0] = 0
+            return not before and self.any(address, 1)
+        except OSError:
+            return False

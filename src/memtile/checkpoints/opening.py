@@ -1,4 +1,4 @@
-"""Finding what a folder holds: one safetensors file, or shards that an index names."""
+"""Opening checkpoints: one safetensors file, or the shards that an index names."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from memtile.errors import CheckpointError
 
 OnePath = str | os.PathLike[str]
 Paths = OnePath | Sequence[OnePath]
-"""One source of tensors, or several whose names differ."""
+"""A checkpoint, or several without a common tensor name."""
 
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -22,7 +22,7 @@ PARTIAL: Final = ".partial-"
 _SHARD: Final = re.compile(r".*-\d{5,}-of-\d{5,}" + re.escape(SUFFIX))
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _WEIGHTS: Final = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"}
-_TEMPLATES: Final = "additional_chat_templates"  # a folder of small texts, the only one
+_TEMPLATES: Final = "additional_chat_templates"  # the only folder in a checkpoint's folder
 _OF_TOKENIZER: Final = (
     *("*token*.json", "tokenizer.*", "vocab*", "merges*", "*.model", "*.tiktoken", "*.spm"),
     *("*.jinja", "chat_template*", "*processor_config.json", "special_tokens_map.json"),
@@ -34,9 +34,9 @@ class Checkpoint(Mapping[str, StoredTensor]):
     """The tensors of a checkpoint by their names; made by `Checkpoint.open`.
 
     Attributes:
-        path: what was opened; of several, the first.
-        paths: all that was opened.
-        files: the files that hold them.
+        path: the path that was opened; of several, the first.
+        paths: all paths that were opened.
+        files: the files with tensors.
     """
 
     def __init__(self, paths: Sequence[Path], tensors: Iterable[StoredTensor]) -> None:
@@ -55,11 +55,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
 
     @classmethod
     def of(cls, paths: Paths) -> "Checkpoint":
-        """All tensors of one source, or of several together.
-
-        Raises:
-            CheckpointError: one is none, or two hold the same name.
-        """
+        """All tensors of one checkpoint, or of several together; no name may be in two of them."""
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not given:
             raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
@@ -77,11 +73,11 @@ class Checkpoint(Mapping[str, StoredTensor]):
 
     @classmethod
     def open(cls, path: OnePath, stem: str = "model") -> "Checkpoint":
-        """The checkpoint in a folder, or the one that a file is or an index names.
+        """The checkpoint in a folder, of one file, or of an index.
 
         Args:
             path: a folder, a `.safetensors` file or a `.safetensors.index.json`.
-            stem: what the files in a folder are called; where none is, a single other one is taken.
+            stem: of the file's name in a folder; without such a file a single other one is taken.
 
         Raises:
             CheckpointError: there is none, more than one, or one that is not whole. Pickles are
@@ -100,7 +96,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
 
     @property
     def where(self) -> str:
-        """What was opened, for messages."""
+        """The paths, for messages."""
         return " and ".join(map(str, self.paths))
 
     @property
@@ -109,16 +105,12 @@ class Checkpoint(Mapping[str, StoredTensor]):
         return sum(tensor.nbytes for tensor in self.values())
 
     def check_sums(self) -> int:
-        """Verify every tensor whose checksum is known; how many these are.
-
-        Raises:
-            CheckpointError: one is damaged.
-        """
+        """Verify every tensor that has a checksum, or raise; gives how many these are."""
         return sum(tensor.check_sum() for tensor in self.values())
 
 
 def files_beside(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint's folder that hold no weights, by their names in it."""
+    """The files of a checkpoint's folder without weights, by their names in it."""
     places = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*.jinja")]
     return {
         str(path.relative_to(folder)): path
@@ -132,7 +124,7 @@ def files_beside(folder: Path) -> dict[str, Path]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Those of them that make the tokenizer, the processor and the model's own code."""
+    """The files of the tokenizer, the processor and the model's own code."""
     return {
         name: path
         for name, path in files_beside(folder).items()

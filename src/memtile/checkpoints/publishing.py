@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a partial name, synced, renamed."""
+"""Files that appear whole or not at all: written under a partial name, synced and renamed."""
 
 import contextlib
 import errno
@@ -14,17 +14,13 @@ from typing import Final
 from memtile.checkpoints.opening import PARTIAL
 from memtile.errors import CheckpointWriteError, way_out
 
-# Some network filesystems have no locks: there nobody can be kept out.
+# Some network filesystems have no locks: there another writer cannot be noticed.
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Nobody else writes checkpoints into the folder meanwhile; it is made where it is missing.
-
-    Raises:
-        CheckpointWriteError: somebody does, or the folder cannot be used.
-    """
+    """Lock a folder, made where it is missing; CheckpointWriteError where another run holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -48,12 +44,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[tuple[int, Path]]:
-    """A file beside its target: descriptor and partial path; removed where the block raises.
+    """A new file beside its target: its descriptor and partial path, to be renamed afterwards.
 
-    It is on the disk when the block ends; `rename` gives it its name.
-
-    Raises:
-        CheckpointWriteError: the system could not; nothing is left behind.
+    It is synced when the block ends, and removed where the block raises; an OSError becomes a
+    CheckpointWriteError.
     """
     partial = target.with_name(f"{target.name}{PARTIAL}{secrets.token_hex(4)}")
     try:
@@ -73,20 +67,12 @@ def new_file(target: Path) -> Iterator[tuple[int, Path]]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Replace a small file at once.
-
-    Raises:
-        CheckpointWriteError: the system could not; what was there is as it was.
-    """
+    """Replace a small file, as `put` does."""
     put(target, text.encode())
 
 
 def put(target: Path, content: bytes | Path) -> None:
-    """Replace a small file at once, by these bytes or by those of another file.
-
-    Raises:
-        CheckpointWriteError: the system could not; what was there is as it was.
-    """
+    """Replace a small file by these bytes or by a copy of another file, at once."""
     with new_file(target) as (fd, partial), os.fdopen(os.dup(fd), "wb") as file:
         if isinstance(content, bytes):
             file.write(content)
@@ -97,11 +83,7 @@ def put(target: Path, content: bytes | Path) -> None:
 
 
 def rename(partial: Path, target: Path) -> None:
-    """Give a complete file or folder its name, in place of one that has it, for good.
-
-    Raises:
-        CheckpointWriteError: the system could not; a partial file is removed.
-    """
+    """Give a complete file or folder its name, and sync; where that fails the file is removed."""
     try:
         os.rename(partial, target)
     except OSError as error:
@@ -111,14 +93,14 @@ def rename(partial: Path, target: Path) -> None:
 
 
 def discard(partial: Path) -> None:
-    """Remove a file, where the system lets it."""
+    """Remove a file where that is possible."""
     with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    with contextlib.suppress(OSError):  # some network filesystems cannot; the names are there
+    """Sync the names in a folder to the disk."""
+    with contextlib.suppress(OSError):  # some network filesystems cannot
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
@@ -127,7 +109,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def cannot_write(place: Path, error: OSError) -> CheckpointWriteError:
-    """What to say of a place that cannot be written to."""
+    """The error for a path that could not be written to."""
     if isinstance(error, CheckpointWriteError):
         return error
     return CheckpointWriteError(

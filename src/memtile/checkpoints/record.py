@@ -1,47 +1,49 @@
-"""The record of a training checkpoint: a JSON file that vouches for itself and the files beside it.
+"""The record of a training checkpoint: a JSON file with checksums, and the random state.
 
-Tensors have checksums in their files' headers. The record has one of each header and of each other
-file, and one of itself: a bit that flips anywhere is found.
+Tensors have checksums in their files' headers. The record has one of each header, of each other
+file and of itself, so a flipped bit anywhere is found.
 """
 
 import json
+import random
+import sys
+import warnings
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+
 from memtile.checkpoints import header
-from memtile.checkpoints.opening import SUFFIX
+from memtile.checkpoints.exact_json import from_json, to_json
+from memtile.checkpoints.opening import SUFFIX, Checkpoint
 from memtile.checkpoints.publishing import write_text
 from memtile.checkpoints.steps import RECORD
+from memtile.checkpoints.writing import Outgoing
 from memtile.errors import CheckpointError
 
 FORMAT: Final = 1
 
+_CPU, _CUDA = "cpu", "cuda."
+
 _COPY: Final = "take another copy of it"
 
-Record = dict[str, Any]  # whatever JSON the record has
+TrainingRecord = dict[str, Any]  # JSON
 
 
-def write_record(folder: Path, record: Record) -> None:
-    """Write the record of what the folder holds by now; the record comes last.
-
-    Raises:
-        CheckpointWriteError: the system could not.
-    """
+def write_record(folder: Path, record: TrainingRecord) -> None:
+    """Write the record of a folder, after all other files of it."""
     files = {path.name: _summary(path) for path in sorted(folder.iterdir())}
     full = {"format": FORMAT, **record, "files": files}
     text = json.dumps({"crc32": _crc_of(full), **full}, allow_nan=False)
     write_text(folder / RECORD, text)
 
 
-def read_record(folder: Path) -> Record:
-    """The record, once it and all files that it names were found as they were written.
-
-    What the tensors hold is left to their own checksums.
-
-    Raises:
-        CheckpointError: the folder is not whole, or damaged, or of another format.
-    """
+def read_record(folder: Path) -> TrainingRecord:
+    """The record; it and all files that it names are verified, except the tensors' bytes."""
     record = _read(folder / RECORD)
     if record.get("format") != FORMAT:
         raise CheckpointError(
@@ -54,9 +56,9 @@ def read_record(folder: Path) -> Record:
     return record
 
 
-def _read(path: Path) -> Record:
+def _read(path: Path) -> TrainingRecord:
     try:
-        record: Record = header.parse_json(path.read_bytes())
+        record: TrainingRecord = header.parse_json(path.read_bytes())
         crc = record.pop("crc32")
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -72,7 +74,7 @@ def _read(path: Path) -> Record:
     return record
 
 
-def _crc_of(record: Record) -> str:
+def _crc_of(record: TrainingRecord) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x}"
 
@@ -104,3 +106,78 @@ def _check(path: Path, summary: dict[str, Any]) -> None:
 
 def _damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: it is not what was written; {_COPY}")
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The states of the global random generators of Python, numpy and torch.
+
+    Attributes:
+        python: of `random.getstate`.
+        numpy: of `numpy.random.get_state`, with lists for arrays; None where numpy is not loaded.
+        torch: states of torch's generators, by device.
+    """
+
+    python: Any  # Python's own form
+    numpy: Any  # numpy's own form
+    torch: Mapping[str, Tensor]
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """The present state; CUDA's where CUDA is in use."""
+        states = {_CPU: torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            states |= {f"{_CUDA}{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
+        numpy = sys.modules.get("numpy")
+        found = None if numpy is None else _plain(numpy.random.get_state(legacy=False))
+        return cls(random.getstate(), found, states)
+
+    def to_json(self) -> Any:  # any JSON
+        """The part that goes into the record."""
+        both = {"python": self.python, "numpy": self.numpy}
+        return to_json(both, "the random state")
+
+    def outgoing(self) -> list[Outgoing]:
+        """The part that goes into a file of tensors."""
+        return [Outgoing.of(name, state) for name, state in self.torch.items()]
+
+    @classmethod
+    def read(cls, found: Any, tensors: Checkpoint) -> "RandomState":  # any JSON
+        """The saved state; CheckpointError where this torch's generator has another form."""
+        both = from_json(found)
+        states = {name: tensor.read() for name, tensor in tensors.items()}
+        ours, theirs = torch.get_rng_state(), states.get(_CPU)
+        if theirs is None or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+            raise CheckpointError(
+                f"{tensors.path} holds no state of this torch's generator of random numbers; "
+                "resume with the torch that saved it"
+            )
+        return cls(both["python"], both["numpy"], states)
+
+    def restore(self) -> None:
+        """Set the generators; warns of those that are not in this process."""
+        random.setstate(self.python)
+        numpy = sys.modules.get("numpy")
+        if self.numpy is not None and numpy is not None:
+            numpy.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch[_CPU])
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        wanting = [] if self.numpy is None or numpy is not None else ["numpy"]
+        for name, state in self.torch.items():
+            number = name.removeprefix(_CUDA)
+            if name != _CPU and int(number) < count:
+                torch.cuda.set_rng_state(state, int(number))
+            elif name != _CPU:
+                wanting.append(name)
+        if wanting:
+            warnings.warn(
+                f"the checkpoint has random states of {', '.join(wanting)}, which this process "
+                "does not have: random numbers will differ from those of an uninterrupted run",
+                stacklevel=3,
+            )
+
+
+def _plain(state: Any) -> Any:  # what numpy's generators say of themselves, and the same as JSON
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return state.tolist() if hasattr(state, "tolist") else state

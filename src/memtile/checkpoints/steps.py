@@ -1,8 +1,8 @@
-"""A folder of training checkpoints, one folder for each saved step, the newest always whole.
+"""A folder of training checkpoints, one folder for each saved step; the newest is always whole.
 
-A new one is written under a partial name, and one rename makes it the newest; only then older ones
-go, which are renamed first too. So whatever a `kill -9` leaves behind is either whole or has a
-partial name.
+A step is written under a partial name and renamed when it is complete. Older ones are renamed back
+to a partial name before they are removed. So whatever a `kill -9` leaves is whole or has a partial
+name.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +24,7 @@ from memtile.errors import CheckpointWriteError
 RECORD: Final = "training.json"
 
 _NAME: Final = re.compile(r"step-(?P<step>\d{8,})(\.(?P<again>\d+))?")
-_held: set[tuple[int, int, int]] = set()  # this process's folders: its id, device, inode
+_held: set[tuple[int, int, int]] = set()  # process id, device and inode of `training_folder`s
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +34,7 @@ class SavedStep:
     Attributes:
         step: the number of steps that were done.
         again: how many times the same step had been saved before.
-        path: the checkpoint's folder.
+        path: of the checkpoint's folder.
     """
 
     step: int
@@ -43,7 +43,7 @@ class SavedStep:
 
 
 def saved_steps(folder: Path) -> list[SavedStep]:
-    """The checkpoints that have their final names, the newest last."""
+    """The complete checkpoints, the newest last."""
     try:
         paths = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -57,18 +57,19 @@ def saved_steps(folder: Path) -> list[SavedStep]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed runs left half-written, or half-removed."""
+    """Folders that killed runs left half-written or half-removed."""
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if _is_leftover(path)]
+    parts = ((path, path.name.partition(PARTIAL)) for path in folder.iterdir())
+    return [path for path, (name, mark, _) in parts if mark and _NAME.fullmatch(name)]
 
 
 @contextmanager
 def training_folder(folder: "str | os.PathLike[str]") -> Iterator[Path]:
-    """Nobody else saves training into the folder meanwhile; it is made where it is missing.
+    """Lock a folder of training checkpoints, so that no other process saves into it.
 
-    Inside, this process's `save_training` goes on working. Without it, each `save_training` holds
-    the folder for itself only while it writes.
+    The folder is made where it is missing. This process's `save_training` works inside. Without
+    this, each `save_training` locks the folder only while it writes.
 
     Raises:
         CheckpointWriteError: another run holds the folder, or it cannot be used.
@@ -87,28 +88,27 @@ def training_folder(folder: "str | os.PathLike[str]") -> Iterator[Path]:
 def new_step(
     folder: Path, step: int, keep: int, record: str = RECORD
 ) -> Iterator[tuple[Path, Path]]:
-    """A new checkpoint: the folder to write it into, and what it is called when the block ends.
+    """A new checkpoint: the folder to write into, and its name after the block.
 
-    Where the block raises, nothing of it is left.
-
-    Args:
-        folder: of the checkpoints.
-        step: the number of steps that were done.
-        keep: how many steps stay, this one included.
-        record: the file by which a checkpoint of this kind is known; others are never removed.
+    Where the block raises, nothing of it is left. Afterwards only the newest `keep` steps stay, and
+    folders without the file `record`.
 
     Raises:
-        CheckpointWriteError: there is a newer step, somebody else is writing there, or it could not
+        CheckpointWriteError: there is a newer step, another run is writing there, or it could not
             be written; the checkpoints that were there are as they were.
     """
-    with _sole(folder):
+    is_held = folder.is_dir() and _key(folder) in _held
+    with nullcontext() if is_held else sole_writer(folder):
         sync_folder(folder.parent)
         for path in leftovers(folder):
             shutil.rmtree(path, ignore_errors=True)
         target = _target(folder, step)
         partial = _partial_name(target)
         try:
-            _make(partial)
+            try:
+                partial.mkdir()
+            except OSError as error:
+                raise cannot_write(partial, error) from error
             yield partial, target
             sync_folder(partial)
             rename(partial, target)
@@ -118,19 +118,9 @@ def new_step(
         _remove_older(folder, keep, record)
 
 
-def _sole(folder: Path) -> AbstractContextManager[None]:
-    is_held = folder.is_dir() and _key(folder) in _held
-    return nullcontext() if is_held else sole_writer(folder)
-
-
 def _key(folder: Path) -> tuple[int, int, int]:
     found = folder.stat()
     return os.getpid(), found.st_dev, found.st_ino
-
-
-def _is_leftover(path: Path) -> bool:
-    name, mark, _ = path.name.partition(PARTIAL)
-    return bool(mark) and _NAME.fullmatch(name) is not None
 
 
 def _target(folder: Path, step: int) -> Path:
@@ -147,15 +137,8 @@ def _target(folder: Path, step: int) -> Path:
     return folder / f"{name}.{newest.again + 1}"
 
 
-def _make(partial: Path) -> None:
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise cannot_write(partial, error) from error
-
-
 def _remove_older(folder: Path, keep: int, record: str) -> None:
-    """Remove what is not to be kept; what cannot be removed stays for the next time."""
+    """Remove all but the newest steps; a folder that cannot be removed stays."""
     found = saved_steps(folder)
     kept = {saved.step: saved for saved in found}  # the last of each step
     newest = [kept[step] for step in sorted(kept)[-keep:]]

@@ -1,4 +1,4 @@
-"""Tensors that lie in safetensors files, read piece by piece and never mapped."""
+"""Tensors in safetensors files, read a few MiB at a time and never mapped."""
 
 import contextlib
 import os
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from memtile.checkpoints import header
-from memtile.checkpoints.header import Entry
+from memtile.checkpoints.header import TensorEntry
 from memtile.errors import CheckpointError, HomeIOError
 from memtile.homes import disk_io
 
 PIECE_BYTES: Final = 4 << 20
-MOST_OPEN: Final = 64  # of the 256 files that some systems allow a process
+MOST_OPEN: Final = 64  # files: some systems allow a process 256
 
 
-class _Descriptor:
-    """A file that is open for reading until nothing refers to this any more."""
+class _OpenFile:
+    """A file that is open for reading until this is garbage."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -32,21 +32,40 @@ class _Descriptor:
         self.close = weakref.finalize(self, os.close, self.fd)
 
 
-_recent: OrderedDict[int, _Descriptor] = OrderedDict()
-"""Open files by the ids of theirs, the last used one last; each act on it is one of the GIL's."""
+class _RecentFiles:
+    """The `MOST_OPEN` files that were used last; each act on the dictionary is atomic."""
+
+    def __init__(self) -> None:
+        self._opened: OrderedDict[int, _OpenFile] = OrderedDict()  # by id, the last used one last
+
+    def get(self, stored_file: "StoredFile") -> _OpenFile | None:
+        """The file, where it is open."""
+        return self._opened.get(id(stored_file))
+
+    def keep(self, stored_file: "StoredFile", opened: _OpenFile) -> None:
+        """Keep the file open; of too many, let go of those that were used first."""
+        self._opened[id(stored_file)] = opened
+        with contextlib.suppress(KeyError):  # another thread let go of it
+            self._opened.move_to_end(id(stored_file))
+            while len(self._opened) > MOST_OPEN:
+                self._opened.popitem(last=False)
+
+    def drop_with(self, stored_file: "StoredFile") -> None:
+        """Let go of the file once the `StoredFile` is garbage."""
+        weakref.finalize(stored_file, self._opened.pop, id(stored_file), None).atexit = False
+
+
+_recent = _RecentFiles()
 
 
 class StoredFile:
-    """One safetensors file: open while it is among the `MOST_OPEN` that were used last.
+    """One safetensors file, open while it is among the `MOST_OPEN` that were used last.
 
-    A file that was replaced by another is read as it was for as long as it is open.
-
-    Args:
-        path: of the file.
+    A file that was replaced by another is read as it was while it is open.
 
     Attributes:
         path: of the file.
-        header: what it holds.
+        header: the tensors in it.
 
     Raises:
         CheckpointError: it cannot be opened, or is not a whole safetensors file.
@@ -54,17 +73,17 @@ class StoredFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        opened = _Descriptor(path)
+        opened = _OpenFile(path)
         try:
             self.header = self._read_header(opened.fd)
         except BaseException:
             opened.close()  # not when the traceback goes
             raise
         self._identity = _identity(os.fstat(opened.fd))
-        weakref.finalize(self, _recent.pop, id(self), None).atexit = False
-        self._keep(opened)
+        _recent.drop_with(self)
+        _recent.keep(self, opened)
 
-    def _read_header(self, fd: int) -> header.Header:
+    def _read_header(self, fd: int) -> header.SafetensorsHeader:
         where, size = str(self.path), os.fstat(fd).st_size
         try:
             length = header.header_bytes(os.pread(fd, header.LENGTH_BYTES, 0), size, where)
@@ -73,31 +92,20 @@ class StoredFile:
             raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
         return header.unpack(raw, size, where)
 
-    def opened(self) -> _Descriptor | None:
-        """What is open for as long as it is kept; None where the name is gone or another file's.
-
-        Raises:
-            CheckpointError: it was written to since it was opened first, or cannot be opened.
-        """
-        found = _recent.get(id(self))
+    def opened(self) -> _OpenFile | None:
+        """The file, opened if need be; None where its name is gone or another file's."""
+        found = _recent.get(self)
         if found is None:
             if not self.path.exists():
                 return None
-            found = _Descriptor(self.path)
+            found = _OpenFile(self.path)
             if not self._is_same(os.fstat(found.fd)):
                 return None
-        self._keep(found)
+        _recent.keep(self, found)
         return found
 
-    def _keep(self, opened: _Descriptor) -> None:
-        _recent[id(self)] = opened
-        with contextlib.suppress(KeyError):  # another thread's
-            _recent.move_to_end(id(self))
-            while len(_recent) > MOST_OPEN:
-                _recent.popitem(last=False)
-
     def _is_same(self, found: os.stat_result) -> bool:
-        """Whether this is the file, and not another one with its name; refuses a changed one."""
+        """Whether this is the file, not another of its name; CheckpointError where it changed."""
         if (found.st_dev, found.st_ino) != self._identity[:2]:
             return False
         if _identity(found) != self._identity:
@@ -108,21 +116,13 @@ class StoredFile:
         return True
 
     def check_unchanged(self) -> None:
-        """Refuses a file that was written to since it was opened first.
-
-        Raises:
-            CheckpointError: it was.
-        """
-        found = _recent.get(id(self))
-        with contextlib.suppress(FileNotFoundError):  # replaced or removed: its bytes are the same
+        """Raise CheckpointError where the file was written to since it was opened first."""
+        found = _recent.get(self)
+        with contextlib.suppress(FileNotFoundError):  # a removed file's bytes stay the same
             self._is_same(os.stat(self.path) if found is None else os.fstat(found.fd))
 
-    def descriptor(self) -> _Descriptor:
-        """What is open for as long as it is kept.
-
-        Raises:
-            CheckpointError: its name is gone or another file's, and it was not kept open.
-        """
+    def descriptor(self) -> _OpenFile:
+        """The file, opened if need be; CheckpointError where it was replaced or changed."""
         opened = self.opened()
         if opened is None:
             raise CheckpointError(
@@ -131,12 +131,8 @@ class StoredFile:
             )
         return opened
 
-    def fill(self, entry: Entry, into: Tensor, start: int) -> None:
-        """Read the entry's bytes from `start` on into all of a contiguous CPU tensor.
-
-        Raises:
-            CheckpointError: the system could not, or the file is shorter or another by now.
-        """
+    def fill(self, entry: TensorEntry, into: Tensor, start: int) -> None:
+        """Read the entry's bytes from `start` on into all of a contiguous CPU tensor."""
         opened = self.descriptor()
         try:
             disk_io.fill(opened.fd, disk_io.bytes_of(into), entry.offset + start)
@@ -151,14 +147,14 @@ def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
 
 
 class StoredTensor:
-    """One tensor of a checkpoint.
+    """One tensor of a checkpoint. Everything that reads it may raise `CheckpointError`.
 
     Attributes:
-        file: which holds it.
-        entry: its place there.
+        file: holds it.
+        entry: its name, dtype, shape and place in the file.
     """
 
-    def __init__(self, file: StoredFile, entry: Entry) -> None:
+    def __init__(self, file: StoredFile, entry: TensorEntry) -> None:
         self.file, self.entry = file, entry
 
     @property
@@ -168,11 +164,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype in the file.
-
-        Raises:
-            CheckpointError: torch has none for it.
-        """
+        """Its dtype in the file; CheckpointError where torch has none for it."""
         return self.entry.dtype
 
     @property
@@ -181,56 +173,29 @@ class StoredTensor:
         return self.entry.nbytes
 
     def read(self) -> Tensor:
-        """All of it, in new memory.
-
-        Raises:
-            CheckpointError: it could not be read.
-        """
+        """All of it, in new memory."""
         return self.elements(0, self.shape.numel()).view(self.shape)
 
     def raw(self) -> Iterator[Tensor]:
-        """Its bytes, whatever they mean, in new memory of a few MiB.
-
-        Raises:
-            CheckpointError: they could not be read.
-        """
+        """Its bytes, also of dtypes that torch lacks, each time in new memory of a few MiB."""
         for start in range(0, self.nbytes, PIECE_BYTES):
             piece = torch.empty(min(PIECE_BYTES, self.nbytes - start), dtype=torch.uint8)
             self.file.fill(self.entry, piece, start)
             yield piece
 
     def elements(self, start: int, stop: int) -> Tensor:
-        """Elements of the flattened tensor, in new memory.
-
-        Raises:
-            CheckpointError: they could not be read.
-        """
+        """Elements of the flattened tensor, in new memory."""
         out = torch.empty(stop - start, dtype=self.dtype)
         self.file.fill(self.entry, out, start * self.dtype.itemsize)
         return out
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Some rows, whole, in new memory.
-
-        Raises:
-            CheckpointError: they could not be read.
-        """
+        """Whole rows, in new memory."""
         width = self.shape[1:].numel()
         return self.elements(start * width, stop * width).view(stop - start, *self.shape[1:])
 
-    def bands(self) -> Iterator[tuple[int, Tensor]]:
-        """Where each band of whole rows starts, and the band, in new memory of a few MiB."""
-        count = self.shape[0] if self.shape else 1
-        height = max(1, PIECE_BYTES * count // max(1, self.nbytes))
-        for start in range(0, count, height):
-            yield start, self.rows(start, min(start + height, count)) if self.shape else self.read()
-
     def check_sum(self) -> bool:
-        """Verify the bytes; False where the file does not tell their checksum.
-
-        Raises:
-            CheckpointError: they are not those that were written.
-        """
+        """Verify the checksum; False where the file has none."""
         if self.entry.crc is None:
             return False
         crc, buffer = 0, torch.empty(min(PIECE_BYTES, self.nbytes), dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """Writing checkpoints tensor by tensor, with shards and index as transformers names them.
 
 The old checkpoint of a folder stays whole until the new one is: new shards never take a name that
-is in use, and one rename, of the only file or of the index, turns from the old to the new.
+is in use, and one rename, of the only file or of the index, replaces the old one.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,21 +34,21 @@ from memtile.homes import disk_io
 
 SHARD_BYTES: Final = 5_000_000_000  # what the Hub recommends
 
-_ROOM: Final = 200  # bytes of a header that are of no tensor
+_ROOM: Final = 200  # bytes of a header beside its tensors
 _SHOWN: Final = 40  # characters of a name that is too long
 _METADATA: Final[Mapping[str, str]] = {"format": "pt"}  # transformers asks for it
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """One tensor that is to be written.
+    """One tensor to be written.
 
     Args:
         name: of the tensor.
-        dtype: of the tensor, or what safetensors calls it: torch need not know it.
+        dtype: of torch, or by safetensors' name.
         shape: of the tensor.
         pieces: gives its bytes in order, in contiguous CPU tensors; each is written before the next
-            is taken.
+            is asked for.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Outgoing:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Outgoing":
-        """One that lies in memory as a whole."""
+        """One that is in memory as a whole."""
         return cls(name, tensor.dtype, tensor.shape, lambda: [tensor.detach().cpu().contiguous()])
 
     @property
@@ -68,11 +68,7 @@ class Outgoing:
 
     @property
     def kind(self) -> str:
-        """What safetensors calls its dtype.
-
-        Raises:
-            CheckpointError: it has no name for it.
-        """
+        """safetensors' name of its dtype; CheckpointError where it has none."""
         return self.dtype if isinstance(self.dtype, str) else header.dtype_name(self.dtype)
 
 
@@ -84,21 +80,21 @@ def write_checkpoint(
     stem: str = "model",
     beside: Mapping[str, bytes | Path] | None = None,
 ) -> None:
-    """Write a checkpoint into a folder, in place of the one that is there.
+    """Write a checkpoint into a folder, replacing the one in it.
 
     Args:
         folder: made where it is missing.
         tensors: what to write.
-        max_shard_bytes: no file is larger, unless one tensor is. There are more files where a
-            header would be larger than safetensors reads.
-        stem: what the files are called.
-        beside: small files, by their names: what they hold, or the file to copy. Each is replaced
-            at once, all of them just before the tensors are.
+        max_shard_bytes: no file is larger, unless one tensor is. A header larger than safetensors
+            reads is split too.
+        stem: of the files' names.
+        beside: small files by name: their content, or the file to copy. They are replaced just
+            before the tensors are.
 
     Raises:
         ArgumentError: `max_shard_bytes` is no size.
-        CheckpointError: a name is there twice, or a dtype has no name in safetensors.
-        CheckpointWriteError: it could not be written, or somebody else is writing there; what was
+        CheckpointError: two tensors have one name, or a dtype has no name in safetensors.
+        CheckpointWriteError: it could not be written, or another run is writing there; what was
             there is as it was.
     """
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
@@ -132,7 +128,7 @@ def _check_names(tensors: Iterable[Outgoing]) -> None:
     for tensor in tensors:
         if tensor.name in seen:
             raise CheckpointError(
-                f"{tensor.name!r} is there twice; give each tensor a name of its own"
+                f"two tensors are named {tensor.name!r}; give each a name of its own"
             )
         seen.add(tensor.name)
         if header.room_of(tensor.name, tensor.kind, tensor.shape) > header.LARGEST - _ROOM:
@@ -143,7 +139,7 @@ def _check_names(tensors: Iterable[Outgoing]) -> None:
 
 
 def _in_shards(tensors: Sequence[Outgoing], max_shard_bytes: int) -> list[list[Outgoing]]:
-    """Tensors file by file: no more of them than a header may tell of, or than are asked for."""
+    """The tensors of each file, by the limits of its bytes and of its header's."""
     shards: list[list[Outgoing]] = [[]]
     size = room = 0
     for tensor in tensors:
@@ -159,7 +155,7 @@ def _in_shards(tensors: Sequence[Outgoing], max_shard_bytes: int) -> list[list[O
 
 
 def _free_names(folder: Path, stem: str, count: int) -> list[str]:
-    """Names for the files: shards take none that is there, in case the old index names it."""
+    """Names for the files; shards take no existing one, since an old index may name it."""
     if count == 1:
         return [stem + SUFFIX]
     for mark in ("", f"-{secrets.token_hex(4)}"):
@@ -170,7 +166,7 @@ def _free_names(folder: Path, stem: str, count: int) -> list[str]:
 
 
 def _write_partial(target: Path, tensors: Sequence[Outgoing]) -> Path:
-    """One file, complete under its partial name. The header comes last: it has the checksums."""
+    """One complete file under a partial name; the header is written last, with the checksums."""
     ordered = sorted(tensors, key=lambda tensor: -header.BITS[tensor.kind])  # each one aligned
     shapes = [(tensor.name, tensor.kind, tensor.shape) for tensor in ordered]
     offset = len(header.pack(shapes, _METADATA))
@@ -199,7 +195,7 @@ def _write_tensor(fd: int, tensor: Outgoing, offset: int) -> int:
 def _publish(
     folder: Path, stem: str, names: list[str], partials: list[Path], shards: list[list[Outgoing]]
 ) -> None:
-    """Name the shards, then turn to them by the index."""
+    """Rename the shards, then replace the index."""
     places = {
         tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
     }
@@ -212,7 +208,7 @@ def _publish(
             rename(partial, folder / name)
         write_text(index, text)
     except BaseException:
-        # A Ctrl-C may come when the index has its name already: then the new shards are the truth.
+        # After a Ctrl-C the index may be the new one already: then the new shards are needed.
         if not (index.exists() and index.read_text() == text):
             for name in names:
                 discard(folder / name)
@@ -220,24 +216,17 @@ def _publish(
 
 
 def _remove_others(folder: Path, stem: str, names: Sequence[str]) -> None:
-    """Remove the old checkpoint, and what a killed process left half-written."""
-    alone = len(names) == 1
+    """Remove the old checkpoint, and half-written files of killed processes."""
+    own = (stem + SUFFIX, stem + INDEX_SUFFIX)
     shard = re.compile(
         rf"{re.escape(stem)}(-[0-9a-f]{{8}})?-\d{{5,}}-of-\d{{5,}}{re.escape(SUFFIX)}"
     )
-    old = stem + (INDEX_SUFFIX if alone else SUFFIX)
-    # First the name that others look for, so that nobody finds an index without its shards.
+    # The index or single file goes first, so that no reader finds an index without its shards.
     with contextlib.suppress(OSError):
-        (folder / old).unlink(missing_ok=True)
+        (folder / (stem + (INDEX_SUFFIX if len(names) == 1 else SUFFIX))).unlink(missing_ok=True)
         sync_folder(folder)
-        for path in list(_leftovers(folder, stem, shard)):
-            if path.name not in names:
+        for path in list(folder.iterdir()):
+            name, mark, _ = path.name.partition(PARTIAL)
+            is_ours = shard.fullmatch(name) or (mark and name in own)
+            if is_ours and path.name not in names:
                 path.unlink(missing_ok=True)
-
-
-def _leftovers(folder: Path, stem: str, shard: "re.Pattern[str]") -> Iterator[Path]:
-    for path in folder.iterdir():
-        name, mark, _ = path.name.partition(PARTIAL)
-        is_ours = name in (stem + SUFFIX, stem + INDEX_SUFFIX) or shard.fullmatch(name)
-        if (mark and is_ours) or (not mark and shard.fullmatch(name)):
-            yield path

@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.checkpoints.exact_json import from_json, to_json
-from memtile.checkpoints.random_state import RandomState
-from memtile.checkpoints.record import read_record, write_record
+from memtile.checkpoints.record import RandomState, read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
 from memtile.convert.moving import bring_in, finite, outgoing
 from memtile.convert.optimizer_file import IncomingState, optimizer_record

@@ -1,14 +1,14 @@
-"""Doors to other libraries; importing them loads none: each looks at what is loaded already."""
+"""Support for models of other libraries; importing it loads none of them."""
 
 from memtile.convert import register_integration
-from memtile.integrations.peft import PEFT, teach_peft
-from memtile.integrations.transformers import TRANSFORMERS, teach_transformers
+from memtile.integrations.peft import PEFT, patch_peft
+from memtile.integrations.transformers import TRANSFORMERS, patch_transformers
 from memtile.layers import watch_tiles
 
 
 def register_all() -> None:
-    """Make `memtile.tile` and `memtile.untile` know the models of these libraries."""
+    """Let `memtile.tile` and `memtile.untile` take models of transformers and PEFT."""
     for integration in (TRANSFORMERS, PEFT):
         register_integration(integration)
-    for watcher in (teach_transformers, teach_peft):
+    for watcher in (patch_transformers, patch_peft):
         watch_tiles(watcher)

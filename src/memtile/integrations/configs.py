@@ -1,8 +1,8 @@
 """`config.json` and `generation_config.json` of a saved transformers model.
 
-Those of the folder that the model was made from stay as they are, byte for byte; where the model
-differs, only that is changed in them. What is parsed and written anew has other words: older
-readers take a `rope_theta` that was moved into `rope_parameters` for 10000.
+The files of the folder that the model was made from are copied byte for byte, and changed only
+where the model differs. If transformers wrote them again, they would have other keys: older readers
+take 10000 for a `rope_theta` that was moved into `rope_parameters`.
 """
 
 import copy
@@ -16,22 +16,20 @@ import torch
 from torch import nn
 
 from memtile.convert.kinds import Beside
+from memtile.integrations.pretrained import pretrained_models
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _OF_WRITERS: Final = ("_name_or_path", "_commit_hash", "_from_model_config", "transformers_version")
 _DTYPES: Final = ("dtype", "torch_dtype")  # the second is what older readers know
 
-Json = dict[str, Any]  # whatever a config holds
+Json = dict[str, Any]
 
 
-def configs_of(model: Any, dtype: torch.dtype | None) -> Beside:  # a PreTrainedModel
-    """The configs of a folder that holds the model's weights.
-
-    Args:
-        model: of transformers.
-        dtype: of the weights there; None: the model's own.
-    """
-    config = copy.deepcopy(model.config)  # what is set here is not to stay on the model's own
+def configs_of(model: Any, dtype: torch.dtype | None) -> Beside:
+    """The config files beside a `PreTrainedModel`'s weights, for its own dtype or `dtype`."""
+    if model not in pretrained_models(model):
+        return {}
+    config = copy.deepcopy(model.config)  # the model's own stays as it is
     config.dtype = str(dtype or model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     if _was_unpacked(model):
@@ -44,21 +42,21 @@ def configs_of(model: Any, dtype: torch.dtype | None) -> Beside:  # a PreTrained
 
 
 def made_from(model: nn.Module, folder: Path) -> None:
-    """Note the folder that a model got its values from, where the model knows of none."""
-    config: Any = getattr(model, "config", None)  # a PreTrainedModel's
-    if config is not None and not config._name_or_path and (folder / _CONFIG).is_file():
-        config._name_or_path = str(folder)
+    """Note the folder of a model's values in its config, where the config has none."""
+    for found in pretrained_models(model)[:1]:
+        if not found.config._name_or_path and (folder / _CONFIG).is_file():
+            found.config._name_or_path = str(folder)
 
 
 def _was_unpacked(model: Any) -> bool:  # a PreTrainedModel
-    """Whether it came from a GGUF file and is dense by now: its config still says it is packed."""
+    """Whether the config says that weights are packed as GGUF although they are dense."""
     found = getattr(model.config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else found and found.quant_method
     return method == "gguf" and all(weight.is_floating_point() for weight in model.parameters())
 
 
 def _config(ours: Any, source: str, name: str) -> bytes:  # a config of transformers
-    """One config: the source's file where it has one, with what differs."""
+    """One config file: the source's with what differs, or a new one."""
     try:
         raw = (Path(source) / name).read_bytes()
         file: Json = json.loads(raw)
@@ -70,7 +68,7 @@ def _config(ours: Any, source: str, name: str) -> bytes:  # a config of transfor
         return _written(ours, name)
     after = _plain(ours)
     if not any(word in file for word in _DTYPES) and after.get("dtype") == "float32":
-        before["dtype"] = "float32"  # what everybody takes where none is told
+        before["dtype"] = "float32"  # the default of all readers
     changed = _changed(file, before, after)
     if changed == file:
         return raw
@@ -83,7 +81,7 @@ def _plain(config: Any) -> Json:
 
 
 def _changed(file: Json, before: Mapping[str, Any], after: Mapping[str, Any]) -> Json:
-    """What a file holds, with that changed in which its config and another one differ."""
+    """The file's content, changed where the configs `before` and `after` differ."""
     changed = dict(file)
     for name in [*after, *(name for name in before if name not in after)]:
         old, new = before.get(name), after.get(name)
@@ -101,7 +99,7 @@ def _changed(file: Json, before: Mapping[str, Any], after: Mapping[str, Any]) ->
 
 
 def _written(ours: Any, name: str) -> bytes:
-    """What `save_pretrained` writes."""
+    """The file that the config's `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         return (Path(folder) / name).read_bytes()

@@ -1,4 +1,4 @@
-"""PEFT: the frozen base linears become tiles, adapters stay and are saved as they are."""
+"""PEFT: the frozen base linears are tiled; adapters stay dense and are saved as they are."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from memtile.convert import Integration, Naming, dense_items, naming_of, persistent_buffers
-from memtile.integrations.around_tiles import with_tiles
+from memtile.integrations.saving import loaded_class, with_tiles
 from memtile.layers import TiledModule
 
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -28,41 +28,31 @@ def _keeps(model: nn.Module) -> dict[str, str]:
 
 
 def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The children that stay dense, with the reason."""
-    if isinstance(module, _peft("tuners.trainable_tokens.layer", "TrainableTokensLayer")):
+    """The children that stay dense, each with the reason."""
+    if isinstance(
+        module, loaded_class("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")
+    ):
         yield "base_layer", _ROWS
-    if isinstance(module, _peft("tuners.tuners_utils", "BaseTunerLayer")):
+    if isinstance(module, loaded_class("peft.tuners.tuners_utils", "BaseTunerLayer")):
         yield from ((name, _ADAPTER) for name, _ in module.named_children() if name != "base_layer")
-    if isinstance(module, _peft("utils.other", "ModulesToSaveWrapper")):
+    if isinstance(module, loaded_class("peft.utils.other", "ModulesToSaveWrapper")):
         yield "modules_to_save", _COPY
 
 
-def _peft(module: str, name: str) -> Any:
-    """A class of PEFT, for isinstance; of nothing where that part is not loaded."""
-    return getattr(sys.modules.get(f"peft.{module}"), name, ())
-
-
-def teach_peft() -> None:
-    """Let `save_pretrained` of a PEFT model with tiles in its base write dense names."""
-    cls = _peft("peft_model", "PeftModel")
+def patch_peft() -> None:
+    """Have `save_pretrained` of a PEFT model with tiles in its base write dense names."""
+    cls = loaded_class("peft.peft_model", "PeftModel")
     if cls != ():
         with_tiles(cls, "save_pretrained", _save_pretrained)
 
 
 def _save_pretrained(
-    plain: Callable[..., Any],
-    model: Any,
-    save_directory: str,
-    *args: Any,
-    **kwargs: Any,
+    plain: Callable[..., Any], model: Any, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """Write the folder; of the base's weights none comes into memory that is not written.
+    """Write the folder; no weight of the base comes into memory that is not written.
 
-    Adapters are modules of their own, but PEFT may save biases of the base beside them
-    (`bias="all"`, `"lora_only"`), and embeddings when it is told to (`save_embedding_layers=True`).
-
-    Raises:
-        CannotTileError: a tile computes its weight, so that no dense name can say it.
+    Beside adapters PEFT may save biases of the base (`bias="all"`, `"lora_only"`), and embeddings
+    where `save_embedding_layers=True`. CannotTileError where such a tile computes its weight.
     """
     given = kwargs.pop("state_dict", None)
     tiles = model.state_dict() if given is None else given
@@ -72,7 +62,7 @@ def _save_pretrained(
 
 
 def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
-    """Names of the weight tiles that PEFT does not save."""
+    """Names of those weight tiles that PEFT does not save."""
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings()) if saves_embeddings else ()
     return {
@@ -84,8 +74,8 @@ def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """Checkpoints of the base have its own names, those of the adapters PEFT's."""
-    if not isinstance(model, _peft("peft_model", "PeftModel")):
+    """Names in checkpoints: the base's own, and PEFT's for adapters."""
+    if not isinstance(model, loaded_class("peft.peft_model", "PeftModel")):
         return None
     wrapped: Any = model  # a PeftModel, which is not imported here
     base = naming_of(wrapped.get_base_model())
@@ -104,12 +94,12 @@ def _name_in_base(name: str) -> str:
 
 
 def _names_of_adapters(model: Any, pattern: re.Pattern[str]) -> dict[str, str]:
-    """By their names in the model, the names that PEFT saves tensors of the active adapter by."""
+    """PEFT's names of the active adapter's saved tensors, by their names in the model."""
     tensors = [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model)]
     state = {name: tensor for name, tensor in tensors if pattern.search(name)}
     if not state:
         return {}
-    saved = _peft("utils.save_and_load", "get_peft_model_state_dict")(
+    saved = loaded_class("peft.utils.save_and_load", "get_peft_model_state_dict")(
         model, state, model.active_adapter, save_embedding_layers=False
     )
     stored = {id(tensor): name for name, tensor in saved.items()}
@@ -123,9 +113,9 @@ def _adapter_children(model: nn.Module) -> set[str]:
 
 
 def _filled(model: nn.Module) -> None:
-    """PEFT's copies of whole modules begin as what they are copies of."""
+    """Fill PEFT's copies of whole modules with the values of the originals."""
     for module in model.modules():
-        if isinstance(module, _peft("utils.other", "ModulesToSaveWrapper")):
+        if isinstance(module, loaded_class("peft.utils.other", "ModulesToSaveWrapper")):
             for copied in module.modules_to_save.values():
                 _take_values(copied, module.original_module)
 

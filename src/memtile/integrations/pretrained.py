@@ -1,9 +1,8 @@
-"""What transformers' `from_pretrained` does besides reading values, by transformers' own rules."""
+"""What transformers' `from_pretrained` does besides reading values: names, dtypes, new weights."""
 
 import copy
 import json
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,19 +14,20 @@ from torch import Tensor, nn
 from memtile.checkpoints import Checkpoint
 from memtile.convert import WAY_OUT, empty_model, persistent_buffers
 from memtile.errors import CheckpointError
+from memtile.integrations.saving import loaded_class
 
-_MARK = "_is_hf_initialized"  # transformers': what has values is not drawn anew
+_MARK = "_is_hf_initialized"  # transformers' own: a marked tensor is not initialised again
 _QUANTIZED = ("quantization_config", "compression_config")
 
 
 def pretrained_models(model: nn.Module) -> list[Any]:
-    """The `PreTrainedModel`s of a model, those in others too, outer ones first."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return [m for m in model.modules() if modeling and isinstance(m, modeling.PreTrainedModel)]
+    """All `PreTrainedModel`s in a model, outer ones first."""
+    cls = loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    return [module for module in model.modules() if isinstance(module, cls)]
 
 
 def outermost(model: nn.Module) -> Iterator[Any]:
-    """The `PreTrainedModel`s of a model that are in no other."""
+    """The `PreTrainedModel`s in a model that are in no other one."""
     inner: set[int] = set()
     for found in pretrained_models(model):
         if id(found) not in inner:
@@ -36,7 +36,7 @@ def outermost(model: nn.Module) -> Iterator[Any]:
 
 
 def architecture(config: Any) -> Any:  # a config's; the class, which is not imported here
-    """The class that a config says its weights are of; None where transformers has it not."""
+    """The model class that a config names; None where transformers lacks it."""
     import transformers
 
     names = getattr(config, "architectures", None) or [""]
@@ -45,25 +45,18 @@ def architecture(config: Any) -> Any:  # a config's; the class, which is not imp
     return named if hasattr(named, "_from_config") else None
 
 
-def relevant(
-    model: Any,  # a PreTrainedModel
-    missing: set[str],
-    unexpected: set[str],
-) -> tuple[set[str], set[str]]:
-    """What is left of names that are missing or unexpected, without those that are ignored."""
+def relevant(model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+    """The missing and the unexpected names without those that the model's class ignores."""
     info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)
     return info.missing_keys, info.unexpected_keys
 
 
-def new_names(
-    model: Any,  # a PreTrainedModel
-    missing: set[str],
-) -> set[str]:
-    """Of missing names those that the class of the checkpoint has not: a new head's say.
+def new_names(model: Any, missing: set[str]) -> set[str]:  # of a PreTrainedModel
+    """Those missing names that the checkpoint's own model class lacks, such as a new head's.
 
-    What that class has and the checkpoint lacks was lost. Where the config names no class, what is
-    outside the base is new.
+    What that class has was lost from the checkpoint. Where the config names no class, all names
+    outside the base model are new.
     """
     named, prefix = architecture(model.config), f"{model.base_model_prefix}."
     if not missing or named is type(model):
@@ -78,12 +71,7 @@ def new_names(
 
 
 def initialise(model: nn.Module, names: Collection[str]) -> None:
-    """Draw parameters by the rule of their `PreTrainedModel`; nothing else of it is touched.
-
-    Args:
-        model: holds them, with memory.
-        names: of them.
-    """
+    """Draw these parameters of the model by the rules of their `PreTrainedModel`, and no others."""
     made = {id(model.get_parameter(name)) for name in names}
     for found in outermost(model) if made else ():
         others = [t for t in (*found.parameters(), *found.buffers()) if id(t) not in made]
@@ -91,7 +79,7 @@ def initialise(model: nn.Module, names: Collection[str]) -> None:
         for tensor in marked:
             setattr(tensor, _MARK, True)
         for name, parameter in found.named_parameters(remove_duplicate=False):
-            while name and id(parameter) in made:  # rules may stand in any module around it
+            while name and id(parameter) in made:  # any module around it may have the rule
                 name = name.rpartition(".")[0]
                 setattr(found.get_submodule(name), _MARK, False)
         found.initialize_weights()
@@ -100,15 +88,7 @@ def initialise(model: nn.Module, names: Collection[str]) -> None:
 
 
 def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
-    """Refuse the config of quantized weights, whose scales nothing here applies.
-
-    Args:
-        config: what a `config.json` holds.
-        where: it was found.
-
-    Raises:
-        CheckpointError: it is one.
-    """
+    """Raise CheckpointError for the content of a `config.json` of quantized weights."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     for found in (part[key] for part in parts for key in _QUANTIZED if part.get(key)):
         method = found.get("quant_method") if isinstance(found, Mapping) else None
@@ -119,22 +99,18 @@ def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
 
 
 def check_files(path: Path) -> None:
-    """Refuse a folder, or a file in one, whose config says that its weights are quantized.
-
-    Raises:
-        CheckpointError: it does.
-    """
+    """Raise CheckpointError where a folder, or a file's folder, has the config of such weights."""
     folder = path if path.is_dir() else path.parent
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
-        return  # no folder of transformers, or one that is refused where its config is needed
+        return  # not transformers', or an error where the config is needed
     if isinstance(config, dict):
         refuse_quantized(config, path)
 
 
 def dtype_of(config: Any, folder: Path | None) -> torch.dtype:  # config: a PretrainedConfig
-    """The dtype that a model is made in: its config's; without one, its files'; or float32."""
+    """The dtype of a new model: its config's, else that of its files, else float32."""
     named = getattr(config, "dtype", None)
     if isinstance(named, str):
         named = getattr(torch, named, None)
@@ -142,16 +118,16 @@ def dtype_of(config: Any, folder: Path | None) -> torch.dtype:  # config: a Pret
         try:
             dtypes = (tensor.dtype for tensor in Checkpoint.open(folder).values())
             named = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
-        except CheckpointError:  # there is a config alone; loading says what is wrong
+        except CheckpointError:  # no weights, or an error that loading reports
             pass
     return named or torch.float32
 
 
 def keep_in_float32(model: nn.Module) -> None:
-    """Make float32 what transformers keeps so in a model of 16 bits, T5's `wo` say.
+    """Make parameters float32 that transformers keeps so in 16-bit models, such as T5's `wo`.
 
     Args:
-        model: its parameters without values.
+        model: has parameters without values.
     """
     for found in outermost(model):
         dtype = found.config.dtype

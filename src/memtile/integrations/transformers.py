@@ -1,7 +1,6 @@
-"""transformers: its transposed linear, its scaled embeddings, its dense checkpoints."""
+"""transformers: its own kinds of layers, its names and ties, models from its configs."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from memtile.convert import Integration, Kind, Naming, Work, empty_model
-from memtile.convert.kinds import Beside
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.integrations.around_tiles import with_tiles
 from memtile.integrations.configs import configs_of, made_from
-from memtile.integrations.dense_pretrained import save_pretrained
 from memtile.integrations.pretrained import (
     architecture,
     check_files,
@@ -29,6 +25,7 @@ from memtile.integrations.pretrained import (
     refuse_quantized,
     relevant,
 )
+from memtile.integrations.saving import loaded_class, save_pretrained, with_tiles
 from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -39,18 +36,18 @@ class TiledConv1D(TiledLinear):
 
     @property
     def nf(self) -> int:
-        """Output features, by their name in `Conv1D`."""
+        """Output features, as `Conv1D` names them."""
         return self.out_features
 
     @property
     def nx(self) -> int:
-        """Input features, by their name in `Conv1D`."""
+        """Input features, as `Conv1D` names them."""
         return self.in_features
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The `Conv1D` that this layer stands for, with `weight` where it is tied."""
+        """The dense `Conv1D`, with `weight` where it is tied."""
         with torch.device("meta"):
-            dense: nn.Module = _loaded("pytorch_utils").Conv1D(self.out_features, self.in_features)
+            dense: nn.Module = _conv1d()(self.out_features, self.in_features)
         self.hand_over(dense, weight)
         return dense
 
@@ -80,7 +77,7 @@ class TiledScaledWordEmbedding(TiledEmbedding):
         return layer
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The embedding of the model's own class, with `weight` where it is tied."""
+        """The dense embedding, of the model's own class, with `weight` where it is tied."""
         with torch.device("meta"):
             dense = self.dense_class(self.num_embeddings, self.embedding_dim, self.padding_idx)
         _move_scale(self, dense)
@@ -95,7 +92,7 @@ class TiledScaledWordEmbedding(TiledEmbedding):
 
 
 def _move_scale(source: nn.Module, target: nn.Module) -> None:
-    """Put the scale, a buffer or a number, where the other class keeps it."""
+    """Copy the scale, a buffer or a number."""
     for name in ("embed_scale", "scalar_embed_scale"):
         if name in source._buffers:
             target.register_buffer(name, source._buffers[name], persistent=False)
@@ -103,23 +100,12 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
             setattr(target, name, getattr(source, name))
 
 
-def _loaded(module: str) -> Any:
-    """A module of transformers, when something has loaded it."""
-    return sys.modules.get(f"transformers.{module}")
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    utils = _loaded("pytorch_utils")
-    return utils is not None and type(module) is utils.Conv1D
-
-
-def _derives_from_conv1d(module: nn.Module) -> bool:
-    utils = _loaded("pytorch_utils")
-    return utils is not None and isinstance(module, utils.Conv1D)
+def _conv1d() -> Any:
+    return loaded_class("transformers.pytorch_utils", "Conv1D")
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
-    """The family of classes that do `super().forward(ids) * embed_scale` and nothing else."""
+    """Whether its class does `super().forward(ids) * embed_scale` and nothing else."""
     cls = type(module)
     return (
         isinstance(module, nn.Embedding)
@@ -130,18 +116,18 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
     )
 
 
-def teach_transformers() -> None:
-    """Let models with tiles in them save dense checkpoints, and keep their ties."""
-    cls = getattr(_loaded("modeling_utils"), "PreTrainedModel", None)
-    if cls is not None:
+def patch_transformers() -> None:
+    """Have models with tiles in them save dense checkpoints, and keep their ties."""
+    cls = loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    if cls != ():
         with_tiles(cls, "save_pretrained", save_pretrained)
         with_tiles(cls, "tie_weights", _tie_weights)
 
 
 def _tie_weights(plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Nothing where all ties are there, as `tile` leaves them.
+    """Do nothing where the ties are kept, as `tile` does.
 
-    transformers looks for the dense names among the parameters, and pads a tied head's bias.
+    transformers would look for dense names among the parameters, and pad a tied head's bias.
     """
     ties = getattr(model, "all_tied_weights_keys", None)
     if ties is None or not all(_is_tied(model, *names) for names in ties.items()):
@@ -159,7 +145,7 @@ def _is_tied(model: nn.Module, *names: str) -> bool:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """What `from_pretrained` knows of names: the base's prefix, what may be missing or besides."""
+    """`from_pretrained`'s rules for names: the base's prefix, what may be missing or unexpected."""
     if model not in pretrained_models(model):
         return None
     found: Any = model  # a PreTrainedModel, which is not imported here
@@ -170,25 +156,15 @@ def _naming(model: nn.Module) -> Naming | None:
     )
 
 
-def _beside(model: nn.Module, dtype: torch.dtype | None) -> Beside:
-    """`config.json` and what else `save_pretrained` writes beside the weights."""
-    return configs_of(model, dtype) if model in pretrained_models(model) else {}
-
-
-def _read_from(model: nn.Module, folder: Path) -> None:
-    for found in pretrained_models(model)[:1]:
-        made_from(found, folder)
-
-
 def _replaced(old: nn.Module, new: nn.Module) -> None:
-    """Keep transformers' mark of what is initialised, so that `init_weights` draws nothing anew."""
+    """Keep transformers' mark of initialised modules, so that `init_weights` skips them."""
     if getattr(old, "_is_hf_initialized", False):
         for module in new.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own mark
 
 
 def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
-    """The model of a config or a folder: a causal language model where it can be one."""
+    """The model of a config or a folder, without values."""
     try:
         import transformers
     except ImportError:
@@ -217,7 +193,7 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
 
 
 def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    """What makes the class that the config names, or a causal language model where it can be."""
+    """Makes the class that the config names, or else a causal language model where possible."""
     import transformers
 
     named = architecture(config)
@@ -229,7 +205,7 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
 
 
 def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:
-    """A step of a language model: its loss, or the prompt's pass with a cache for what follows."""
+    """One step of a language model: its loss, or the prompt's forward with a cache."""
     found = pretrained_models(model)
     if not found or not found[0].can_generate():
         return None
@@ -243,16 +219,16 @@ def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | Non
     vocabulary = config.get_text_config().vocab_size
     last = "logits_to_keep" in inspect.signature(found[0].forward).parameters
 
-    def forward(twin: Any) -> Tensor | None:
+    def forward(meta_copy: Any) -> Tensor | None:
         ids = (torch.arange(tokens) * max(1, vocabulary // tokens) % vocabulary).view(batch, -1)
         if trains:
-            loss: Tensor = twin(input_ids=ids, labels=ids, use_cache=False).loss
+            loss: Tensor = meta_copy(input_ids=ids, labels=ids, use_cache=False).loss
             return loss
         keep = {"logits_to_keep": 1} if last else {}
-        kept[:] = [twin(input_ids=ids, use_cache=True, **keep)]
+        kept[:] = [meta_copy(input_ids=ids, use_cache=True, **keep)]
         return None
 
-    kept: list[Any] = []  # the cache lives on while text is generated
+    kept: list[Any] = []  # the cache stays in memory while text is generated
     return forward
 
 
@@ -260,8 +236,8 @@ TRANSFORMERS = Integration(
     kinds=(
         Kind(
             name="transposed linear",
-            matches=_is_conv1d,
-            resembles=_derives_from_conv1d,
+            matches=lambda module: type(module) is _conv1d(),
+            resembles=lambda module: isinstance(module, _conv1d()),
             tiled=TiledConv1D,
             shape=lambda module: (module.nf, module.nx),
         ),
@@ -276,8 +252,8 @@ TRANSFORMERS = Integration(
     ),
     replaced=_replaced,
     naming=_naming,
-    beside=_beside,
-    read_from=_read_from,
+    beside=configs_of,
+    read_from=made_from,
     empty=_empty,
     check_files=check_files,
     initialise=initialise,

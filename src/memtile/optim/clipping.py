@@ -1,9 +1,10 @@
-"""Clipping of gradients that live in homes, tile by tile, and of those that are gone: refused."""
+"""Clipping of gradients that live in homes, and the refusal to clip those that are gone."""
 
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce, wraps
 from types import CellType, GeneratorType
 from typing import Any, Final  # torch's own functions take what they take
@@ -12,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import Berth, lock_of_a_module, streamed_allocation
-from memtile.transfer import ferries_of, is_stepped_in_backward
+from memtile.homes import lock_of_a_module, streamed_allocation
+from memtile.transfer import Loan, ferries_of, is_stepped_in_backward
 
-Clip = Callable[..., Any]  # one of torch's functions
+_CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")
+ClipFunction = Callable[..., Any]  # one of torch's
 
 
 def clip_gradients(
     parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
-    """Scale the parameters' gradients to a norm of at most `max_norm`; gives the norm before.
+    """Scale the gradients to a norm of at most `max_norm`; gives the norm before.
 
-    Source: the formula, the 1e-6 included, is that of `torch.nn.utils.clip_grad_norm_`.
+    Source: the formula, with its 1e-6, is that of `torch.nn.utils.clip_grad_norm_`.
 
     Raises:
         OptimizerError: with `error_if_nonfinite`, the norm is not finite; nothing was scaled.
@@ -31,8 +33,9 @@ def clip_gradients(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    for home in {berth.home for berth in map(streamed_allocation, gradients) if berth is not None}:
-        ferries_of(home).steps.clear()  # what was read before may have been written since
+    homes = {berth.home for berth in map(streamed_allocation, gradients) if berth is not None}
+    for home in homes:
+        ferries_of(home).steps.clear()  # gradients may have been written since they were read
     norms = _norms(gradients, norm_type)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if error_if_nonfinite and not total.isfinite():
@@ -42,82 +45,80 @@ def clip_gradients(
         )
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     if scale.item() != 1.0:  # NaN scales too, as in torch
-        _scale(gradients, scale)
+        for number, gradient in enumerate(gradients):
+            with _in_memory(gradients, number) as (values, loan):
+                values.mul_(scale.to(values.device))
+                if loan is not None:
+                    loan.store()
+            if loan is not None:
+                torch.autograd.graph.increment_version(gradient)
+        for home in homes:
+            ferries_of(home).steps.settle()
+            ferries_of(home).steps.clear()
     return total
 
 
 def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
-    norms = []
     dtype = reduce(torch.promote_types, {each.dtype for each in gradients}, torch.float32)
-    for number, gradient in enumerate(gradients):
-        berth = streamed_allocation(gradient)
-        if berth is None:
-            norm = torch.linalg.vector_norm(gradient, norm_type)
-        else:
-            ahead = _cargoes(gradients[number + 1 :])
-            with ferries_of(berth.home).steps.borrow((berth,), ahead=ahead) as loan:
-                norm = torch.linalg.vector_norm(loan.tensors[0], norm_type)
+    norms = []
+    for number in range(len(gradients)):
+        with _in_memory(gradients, number) as (values, _):
+            norm = torch.linalg.vector_norm(values, norm_type)
         norms.append(norm.to(gradients[0].device, dtype))
     return norms
 
 
-def _scale(gradients: Sequence[Tensor], scale: Tensor) -> None:
-    homes = set()
-    for number, gradient in enumerate(gradients):
-        berth = streamed_allocation(gradient)
-        if berth is None:
-            gradient.mul_(scale.to(gradient.device))
-            continue
-        homes.add(berth.home)
-        ahead = _cargoes(gradients[number + 1 :])
-        with ferries_of(berth.home).steps.borrow((berth,), ahead=ahead) as loan:
-            loan.tensors[0].mul_(scale)
-            loan.store()
-        torch.autograd.graph.increment_version(gradient)
-    for home in homes:
-        ferries_of(home).steps.settle()
-        ferries_of(home).steps.clear()
+@contextmanager
+def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Loan | None]]:
+    """One gradient: itself, or a parked one in a slab, while the next ones are read."""
+    berth = streamed_allocation(gradients[number])
+    if berth is None:
+        yield gradients[number], None
+        return
+    later = map(streamed_allocation, gradients[number + 1 :])
+    ahead = ((each,) for each in later if each is not None)
+    with ferries_of(berth.home).steps.borrow((berth,), ahead=ahead) as loan:
+        yield loan.tensors[0], loan
 
 
-def _cargoes(gradients: Iterable[Tensor]) -> Iterable[tuple[Berth]]:
-    return ((berth,) for berth in map(streamed_allocation, gradients) if berth is not None)
+class _ClippingCheck:
+    """Has torch's clipping functions refuse parameters that are stepped in backward.
 
-
-_CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")
-_installing = lock_of_a_module()  # a finalizer may come while its thread is inside
-_owners: set[object] = set()
-_originals: list[tuple[CellType, Clip]] = []
-
-
-def refuse_clipping(owner: object) -> None:
-    """Have torch's clipping refuse parameters that are stepped in backward, while the owner lives.
-
-    It would find no gradients, clip nothing and say 0, and nothing that a parameter offers could
-    tell: `p.grad is None` is an ordinary state. So torch's functions are changed, for as long as an
-    optimizer is there that needs it. Not their names in `torch.nn.utils`: who imported them before
-    would not meet the change. All of them are made by torch's `@_no_grad`, and hold what is called
-    in a closure; that is exchanged, so that every name that leads to them leads to the check.
+    A parameter that is stepped in backward has no gradient, so torch would clip nothing and say 0;
+    and `p.grad is None` is an ordinary state, which tells nothing. Names in `torch.nn.utils` are
+    not replaced: code that imported them before would keep the old ones. All of the functions are
+    made by torch's `@_no_grad`, and hold what they call in a closure; that is replaced.
     """
-    token = object()
-    with _installing:
-        _owners.add(token)
-        if not _originals:
-            for cell in _cells():
-                _originals.append((cell, cell.cell_contents))
-                cell.cell_contents = _checked(cell.cell_contents)
-    weakref.finalize(owner, _allow_clipping, token).atexit = False
+
+    def __init__(self) -> None:
+        self._lock = lock_of_a_module()  # a finalizer may run while its thread is inside
+        self._owners: set[object] = set()
+        self._originals: list[tuple[CellType, ClipFunction]] = []
+
+    def add(self, owner: object) -> None:
+        """Check for as long as the owner lives."""
+        token = object()
+        with self._lock:
+            self._owners.add(token)
+            if not self._originals:
+                for cell in _cells():
+                    self._originals.append((cell, cell.cell_contents))
+                    cell.cell_contents = _checked(cell.cell_contents)
+        weakref.finalize(owner, self._remove, token).atexit = False
+
+    def _remove(self, token: object) -> None:
+        with self._lock:
+            self._owners.discard(token)
+            while self._originals and not self._owners:
+                cell, original = self._originals.pop()
+                cell.cell_contents = original
 
 
-def _allow_clipping(token: object) -> None:
-    with _installing:
-        _owners.discard(token)
-        while _originals and not _owners:
-            cell, original = _originals.pop()
-            cell.cell_contents = original
+torch_clipping_check = _ClippingCheck()  # of the process, as torch's functions are
 
 
 def _cells() -> list[CellType]:
-    """Where torch's functions for clipping hold what they call."""
+    """The closure cells in which torch's clipping functions hold what they call."""
     functions = [vars(torch.nn.utils.clip_grad).get(name) for name in _CLIPPING]
     held = [
         dict(zip(found.__code__.co_freevars, found.__closure__ or (), strict=True)).get("func")
@@ -127,8 +128,8 @@ def _cells() -> list[CellType]:
     return [cell for cell in held if cell is not None]
 
 
-def _checked(clip: Clip) -> Clip:
-    """The function, which looks first whether there can be something to clip."""
+def _checked(clip: ClipFunction) -> ClipFunction:
+    """The function, with a check of its parameters before."""
     signature = inspect.signature(clip)
 
     @wraps(clip)
@@ -139,7 +140,7 @@ def _checked(clip: Clip) -> Clip:
             listed = list(parameters)
             if listed or not isinstance(parameters, GeneratorType):  # torch warns of empty ones
                 bound.arguments[first] = parameters = listed
-        if math.isfinite(limit):  # without a limit it is only asked for the norm
+        if math.isfinite(limit):  # an infinite limit only asks for the norm
             _refuse_stepped([parameters] if isinstance(parameters, Tensor) else parameters)
         return clip(*bound.args, **bound.kwargs)
 

@@ -1,13 +1,13 @@
-"""An optimizer's state as the plain optimizer over the dense model has it, and back.
+"""An optimizer's state dict over the dense model: joined from the tiles' states, and cut again.
 
-What is kept for the tiles of one weight becomes one tensor of the dense shape under the number that
-the dense parameter has in the dense model. Tiles are known by what their layer can tell of them:
-this room knows no layer.
+Each state tensor of a weight's tiles becomes one tensor of the dense shape, under the index that
+the dense parameter has in the dense model.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,23 +17,24 @@ from torch.optim import Optimizer
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
 from memtile.homes import evict, room_of, settle_in, streamed_allocation, tensor_of
+from memtile.optim.stepping import is_shaped
 
 Index = tuple[int, int]
-Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
+ParamGroup = dict[str, Any]  # torch's own: holds whatever the optimizer's class wants
 Packed = dict[str, Any]  # a state dict of an optimizer, as torch writes it
 
 
 @runtime_checkable
-class Tiled(Protocol):
-    """What a layer tells of its tiles."""
+class TiledLayer(Protocol):
+    """What is asked of a tiled layer; optim imports no layer."""
 
     weight_is_transposed: bool
 
     def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
-        """The tiles' parameters called `name`, by their place."""
+        """The tiles' parameters called `name`, by their index in the grid."""
 
     def tile_rect(self, name: str, index: Index) -> Rect:
-        """The rectangle of the dense parameter that a tile holds; a bias is one column."""
+        """The tile's rectangle in the dense parameter; a bias is one column."""
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense parameter."""
@@ -41,12 +42,9 @@ class Tiled(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of the model, and its place in a dense one.
+    """A parameter of the model, and its rectangle in a dense matrix; None: it is all of it.
 
-    Args:
-        parameter: of the model.
-        rect: the rectangle that it is of the dense matrix; None where it is the whole.
-        turned: whether the dense tensor is the matrix transposed.
+    `turned`: the dense tensor is the matrix transposed.
     """
 
     parameter: nn.Parameter
@@ -54,7 +52,7 @@ class Part:
     turned: bool = False
 
     def view(self, dense: Tensor) -> Tensor:
-        """What this part is of a tensor of the dense shape."""
+        """The view of this part in a tensor of the dense shape."""
         if self.rect is None:
             return dense
         if dense.dim() == 1:
@@ -64,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DenseParameter:
-    """A parameter of the dense model: its name, its shape, and the parts that it is kept in."""
+    """A parameter of the dense model: its name, its shape, and the parameters that hold it."""
 
     name: str
     shape: torch.Size
@@ -76,34 +74,29 @@ def dense_parameters(model: nn.Module) -> list[DenseParameter]:
     seen: set[nn.Parameter] = set()
     found = []
     for path, module in model.named_modules():
-        for dense in [*_joined(path, module), *_own(path, module)]:
+        prefix = f"{path}." if path else ""
+        own = module.named_parameters(recurse=False)
+        dense_own = [DenseParameter(prefix + name, p.shape, (Part(p),)) for name, p in own]
+        for dense in [*_joined(prefix, module), *dense_own]:
             if dense.parts[0].parameter not in seen:
                 seen.update(part.parameter for part in dense.parts)
                 found.append(dense)
     return found
 
 
-def _joined(path: str, module: nn.Module) -> Iterator[DenseParameter]:
-    if not isinstance(module, Tiled):
+def _joined(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
+    if not isinstance(module, TiledLayer):
         return
     for name in ("weight", "bias"):
         tiles = module.tile_parameters(name)
         turned = name == "weight" and module.weight_is_transposed
         parts = tuple(Part(p, module.tile_rect(name, i), turned) for i, p in tiles.items())
         if parts:
-            full = f"{path}.{name}" if path else name
-            yield DenseParameter(full, torch.Size(module.dense_shape(name)), parts)
+            yield DenseParameter(prefix + name, torch.Size(module.dense_shape(name)), parts)
 
 
-def _own(path: str, module: nn.Module) -> Iterator[DenseParameter]:
-    for name, parameter in module.named_parameters(recurse=False):
-        yield DenseParameter(
-            f"{path}.{name}" if path else name, parameter.shape, (Part(parameter),)
-        )
-
-
-def _by_group(model: nn.Module, groups: Sequence[Group]) -> list[list[DenseParameter]]:
-    """The dense parameters of each group, in the group's order.
+def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[DenseParameter]]:
+    """The dense parameters of each group, in order; those that are not the model's have name "".
 
     Raises:
         OptimizerError: a group holds some tiles of a weight and not all.
@@ -128,21 +121,12 @@ def _by_group(model: nn.Module, groups: Sequence[Group]) -> list[list[DenseParam
 
 
 def to_dense_state(
-    model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Group]
+    model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[ParamGroup]
 ) -> Packed:
-    """The state dict over the dense model, from what is kept for its tiles.
-
-    Args:
-        model: whose tiles they are.
-        states: by parameter; what keeps nothing counts as not stepped.
-        groups: of the optimizer.
-
-    Raises:
-        OptimizerError: some tiles of a weight are in a group and some are not.
-    """
+    """The state dict over the dense model, joined from the tiles' states."""
     result: Packed = {"state": {}, "param_groups": []}
     number = 0
-    for own, members in zip(groups, _by_group(model, groups), strict=True):
+    for own, members in zip(groups, by_group(model, groups), strict=True):
         numbers = list(range(number, number + len(members)))
         number += len(members)
         result["param_groups"].append({**own, "params": numbers})
@@ -165,34 +149,26 @@ def _join(dense: DenseParameter, states: Mapping[nn.Parameter, Any]) -> dict[str
     first = states[dense.parts[0].parameter]
     return {
         key: _joined_entry(dense, key, entry, states)
-        if _is_like(entry, dense.parts[0].parameter)
+        if is_shaped(entry, dense.parts[0].parameter)
         else copy.deepcopy(entry)
         for key, entry in first.items()
     }
 
 
-def _is_like(entry: object, parameter: Tensor) -> bool:
-    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
-
-
 def _joined_entry(
     dense: DenseParameter, key: str, like: Tensor, states: Mapping[nn.Parameter, Any]
 ) -> Tensor:
-    out = _room(dense, like)
+    berth = streamed_allocation(like)
+    if berth is None:
+        out = torch.empty(dense.shape, dtype=like.dtype, device=like.device)
+    else:
+        out = tensor_of(berth.home.berth(dense.shape, like.dtype))
     for part in dense.parts:
         entry = states[part.parameter][key]
         part.view(out).copy_(entry)
-        for tensor in (entry, out):
-            evict(tensor)
+        evict(entry)
+        evict(out)
     return out
-
-
-def _room(dense: DenseParameter, like: Tensor) -> Tensor:
-    """A tensor of the dense shape, in the home that the state lives in."""
-    berth = streamed_allocation(like)
-    if berth is None:
-        return torch.empty(dense.shape, dtype=like.dtype, device=like.device)
-    return tensor_of(berth.home.berth(dense.shape, like.dtype))
 
 
 def load_dense_state(
@@ -201,36 +177,30 @@ def load_dense_state(
     packed: Packed,
     stepped_dtype: Callable[[Tensor], torch.dtype],
 ) -> None:
-    """Cut a state dict over the dense model into the tiles' states, in place.
+    """Cut a state dict over the dense model into the optimizer's `state` and `param_groups`.
 
-    Args:
-        optimizer: whose `state` and `param_groups` are filled.
-        model: whose tiles they are.
-        packed: as torch's optimizers write it over the dense model.
-        stepped_dtype: the dtype that a parameter's state has.
+    `stepped_dtype` gives the dtype of a parameter's state.
 
     Raises:
         OptimizerError: it does not fit; nothing was changed.
     """
-    members = _by_group(model, optimizer.param_groups)
-    _check(packed, members)
+    numbered = _checked(packed, by_group(model, optimizer.param_groups))
     states: dict[Tensor, dict[str, Any]] = {}
-    for group, saved in zip(members, packed["param_groups"], strict=True):
-        for dense, number in zip(group, saved["params"], strict=True):
+    for dense, number in numbered:
+        if number in packed["state"]:
             for part in dense.parts:
-                if number in packed["state"]:
-                    entries = packed["state"][number].items()
-                    states[part.parameter] = {
-                        key: _cut(dense, part, entry, stepped_dtype(part.parameter), key)
-                        for key, entry in entries
-                    }
+                dtype, entries = stepped_dtype(part.parameter), packed["state"][number].items()
+                states[part.parameter] = {k: _cut(dense, part, v, dtype) for k, v in entries}
     for own, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
         own.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
     optimizer.state.clear()
     optimizer.state.update(states)
 
 
-def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
+def _checked(
+    packed: Packed, members: list[list[DenseParameter]]
+) -> list[tuple[DenseParameter, Any]]:
+    """Each dense parameter with its index in a state dict that fits."""
     if not {"state", "param_groups"} <= packed.keys():
         raise OptimizerError(
             f"a dictionary of {sorted(map(str, packed))[:4]} is no state dict of an optimizer, "
@@ -243,18 +213,20 @@ def _check(packed: Packed, members: list[list[DenseParameter]]) -> None:
             f"the state dict has {theirs} parameters in its groups, the dense model {ours}: it is "
             "of another model, or its groups were made otherwise; load it where it was saved"
         )
-    for group, saved in zip(members, packed["param_groups"], strict=True):
-        for dense, number in zip(group, saved["params"], strict=True):
-            for key, entry in packed["state"].get(number, {}).items():
-                if isinstance(entry, Tensor) and entry.numel() > 1 and entry.shape != dense.shape:
-                    raise OptimizerError(
-                        f"{dense.name}: the state dict's {key} is {tuple(entry.shape)}, the "
-                        f"parameter {tuple(dense.shape)}: it is of another model"
-                    )
+    numbers = [number for group in packed["param_groups"] for number in group["params"]]
+    numbered = list(zip(chain(*members), numbers, strict=True))
+    for dense, number in numbered:
+        for key, entry in packed["state"].get(number, {}).items():
+            if isinstance(entry, Tensor) and entry.numel() > 1 and entry.shape != dense.shape:
+                raise OptimizerError(
+                    f"{dense.name}: the state dict's {key} is {tuple(entry.shape)}, the "
+                    f"parameter {tuple(dense.shape)}: it is of another model"
+                )
+    return numbered
 
 
-def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype, key: str) -> Any:
-    """One part's share of a state entry, where the part lives; what is no such tensor is copied."""
+def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype) -> Any:
+    """One part's share of a state entry, in the part's home; other entries are copied."""
     if not isinstance(entry, Tensor) or entry.shape != dense.shape or not entry.dim():
         return copy.deepcopy(entry)
     share = part.view(entry.detach())

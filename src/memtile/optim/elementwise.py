@@ -1,4 +1,4 @@
-"""Which optimizers can step a parameter in pieces: the others are refused here, by name."""
+"""The checks that an optimizer can step a parameter in slices; others are refused by name."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 
-# Steps pieces in place, all of them once for each of the given rounds of gradients.
+# Steps slices in place, all of them once for each of the given rounds of gradients.
 Training = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]]], None]
 
 _SHAPE = (6, 10)
-_CUTS = ((0, (2, 4)), (1, (3, 7)))  # (dimension, sizes): ragged, so that no mean is the same
-_SCALES = (1.0, 100.0, 0.01)  # of the gradients, step by step: no threshold on a norm stays unseen
-_ULPS = 8  # a value may be computed in a vector or in its scalar tail: another rounding, no more
+_CUTS = ((0, (2, 4)), (1, (3, 7)))  # (dimension, sizes): ragged, so that no two means agree
+_SCALES = (1.0, 100.0, 0.01)  # of each step's gradients: shows a threshold on a norm
+_ULPS = 8  # vector loop and scalar tail may round differently
 _WAY_OUT = (
     "use it in an optimizer of its own, on parameters that are not parked, or choose an "
     "element-wise one, such as AdamW, Adam, SGD or Adagrad"
@@ -24,11 +24,7 @@ _WAY_OUT = (
 
 
 def check_class(optimizer_class: object) -> type[Optimizer]:
-    """The class, when it is one of optimizers whose step needs no closure.
-
-    Raises:
-        OptimizerError: it is something else, or its step needs a closure.
-    """
+    """The class; OptimizerError where it is no optimizer's, or its step needs a closure."""
     if isinstance(optimizer_class, Optimizer):
         name = type(optimizer_class).__name__
         raise OptimizerError(
@@ -40,7 +36,9 @@ def check_class(optimizer_class: object) -> type[Optimizer]:
             f"{optimizer_class!r} is no optimizer class; give a subclass of torch.optim.Optimizer, "
             "such as torch.optim.AdamW, and its options by name"
         )
-    if _needs_arguments(optimizer_class):
+    _, *arguments = inspect.signature(optimizer_class.step).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(a.default is a.empty and a.kind not in variable for a in arguments):
         raise refusal(
             optimizer_class.__name__,
             "needs a closure in step(), to run the model again; a tile is stepped with the "
@@ -49,18 +47,8 @@ def check_class(optimizer_class: object) -> type[Optimizer]:
     return optimizer_class
 
 
-def _needs_arguments(optimizer_class: type[Optimizer]) -> bool:
-    _, *arguments = inspect.signature(optimizer_class.step).parameters.values()
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return any(a.default is a.empty and a.kind not in variable for a in arguments)
-
-
 def refuse_differentiable(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that ask for a step which autograd records.
-
-    Raises:
-        OptimizerError: `differentiable` is true.
-    """
+    """Raise OptimizerError for options that ask for a step which autograd records."""
     if options.get("differentiable"):
         raise OptimizerError(
             f"{name} was given differentiable=True; a piece is stepped in place, in memory that is "
@@ -71,11 +59,7 @@ def refuse_differentiable(name: str, options: Mapping[str, Any]) -> None:
 def construct(
     optimizer_class: type[Optimizer], params: Iterable[Any], options: Mapping[str, Any]
 ) -> Optimizer:
-    """The optimizer that its class makes of these parameters, or groups of them, and options.
-
-    Raises:
-        OptimizerError: the class refuses, whatever it raises.
-    """
+    """The optimizer of these parameters or groups; OptimizerError whatever the class raises."""
     try:
         return optimizer_class(params, **options)
     except Exception as error:  # the constructor may be anyone's
@@ -86,7 +70,7 @@ def construct(
 
 
 def spelled(options: Mapping[str, Any]) -> str:
-    """The options as they are written in a call, for a sentence."""
+    """The options as written in a call, for messages."""
     written = ", ".join(f"{key}={value!r}" for key, value in options.items())
     return f"the options ({written})" if written else "no options"
 
@@ -103,25 +87,27 @@ def steps(step: Callable[[nn.Parameter], object], dtype: torch.dtype, *, sparse:
 
 
 def stand_in_values(dtype: torch.dtype) -> Tensor:
-    """The values of a small parameter, of a shape that no part of an optimizer's state has."""
+    """The values of a small parameter, of a shape that no other state tensor is likely to have."""
     return torch.ones(_SHAPE, dtype=dtype, device="cpu")
 
 
 def refusal(name: str, why: str) -> OptimizerError:
-    """The error for an optimizer that cannot step pieces, with the way out."""
+    """The error for an optimizer that cannot step slices."""
     return OptimizerError(f"{name} {why}: {_WAY_OUT}")
 
 
-def layout(name: str, state: Mapping[str, Any]) -> dict[str, torch.dtype]:
+def state_dtypes(name: str, state: Mapping[str, Any]) -> dict[str, torch.dtype]:
     """The dtypes of the entries of a stand-in's state that are shaped like it.
 
     Raises:
-        OptimizerError: a tensor in it is shaped neither like the stand-in nor like one number, is
-            one of several in an entry, or is more than a plain dense tensor.
+        OptimizerError: a tensor in it is neither one number nor a plain dense tensor of the
+            stand-in's shape, in an entry of its own.
     """
     for key, entry in state.items():
         for tensor in _tensors_in(entry):
-            if tensor.numel() != 1 and (tensor is not entry or not _like_a_parameter(tensor)):
+            is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+            is_alike = tensor is entry and is_plain and tensor.shape == _SHAPE
+            if tensor.numel() != 1 and not is_alike:
                 raise refusal(
                     name,
                     f"keeps {key!r}, a {type(tensor).__name__} of shape {tuple(tensor.shape)}, for "
@@ -143,37 +129,24 @@ def _tensors_in(entry: object) -> list[Tensor]:
     return [entry] if isinstance(entry, Tensor) else []
 
 
-def _like_a_parameter(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and tensor.shape == _SHAPE
-
-
-def pieces_agree(whole: Training, pieces: Training, dtype: torch.dtype) -> bool:
-    """Whether a matrix stepped in pieces comes out as it does stepped whole.
+def slices_agree(whole: Training, pieces: Training, dtype: torch.dtype) -> bool:
+    """Whether a matrix comes out the same stepped whole, as torch does, and in slices.
 
     Three steps, cut once by rows and once by columns; a few last bits may differ. What happens
     only after more steps, or on another device, is not seen.
-
-    Args:
-        whole: Steps with the optimizer as torch uses it.
-        pieces: Steps with the optimizer as it is used on pieces.
-        dtype: Of the matrix.
     """
-    matrix, gradients = _problem(dtype)
-    truth = matrix.clone()
-    whole([truth], [[gradient.clone()] for gradient in gradients])
-    return all(_agree(truth, _cut_and_stepped(matrix, gradients, *cut, pieces)) for cut in _CUTS)
-
-
-def _problem(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """A matrix and a gradient for each step, from a generator of their own."""
     generator = torch.Generator(device="cpu").manual_seed(20260101)
 
     def draw() -> Tensor:
         drawn = torch.randn(_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(dtype)
 
-    return draw(), [scale * draw() for scale in _SCALES]
+    matrix, gradients = draw(), [scale * draw() for scale in _SCALES]
+    truth = matrix.clone()
+    whole([truth], [[gradient.clone()] for gradient in gradients])
+    allowed = _ULPS * torch.finfo(dtype).eps * float(truth.abs().max())
+    results = (_cut_and_stepped(matrix, gradients, *cut, pieces) for cut in _CUTS)
+    return all(torch.allclose(r, truth, rtol=0, atol=allowed, equal_nan=True) for r in results)
 
 
 def _cut_and_stepped(
@@ -185,8 +158,3 @@ def _cut_and_stepped(
     pieces = cut(matrix)
     train(pieces, [cut(gradient) for gradient in gradients])
     return torch.cat(pieces, dim)
-
-
-def _agree(truth: Tensor, ours: Tensor) -> bool:
-    allowed = _ULPS * torch.finfo(truth.dtype).eps * float(truth.abs().max())
-    return torch.allclose(ours, truth, rtol=0, atol=allowed, equal_nan=True)

@@ -1,8 +1,7 @@
-"""Any element-wise torch optimizer, applied to pieces of parameters whose state lives elsewhere.
+"""Any element-wise torch optimizer, applied to slices of parameters, whose state is kept elsewhere.
 
-A piece is stepped as if it were a parameter of its own: a stand-in, an `nn.Parameter` in the
-piece's memory, is put before the optimizer together with the piece's gradient and state, and taken
-away again after the step. The optimizer itself owns nothing between two steps.
+A slice is stepped as if it were a parameter: the optimizer gets an `nn.Parameter` in the slice's
+memory, a stand-in, with the slice's gradient and state. Between two steps it holds nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,38 +20,31 @@ from memtile.homes import lock_of_a_module
 from memtile.optim.elementwise import (
     check_class,
     construct,
-    layout,
-    pieces_agree,
     refusal,
     refuse_differentiable,
+    slices_agree,
     spelled,
     stand_in_values,
+    state_dtypes,
     steps,
 )
 
 _CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
-_DRAWS = (
-    "draws random numbers in its step; a matrix stepped in tiles would get others than one "
-    "stepped whole"
-)
-_SPARSE = "steps sparse gradients only; the gradient of a tile is dense"
-_trying = lock_of_a_module()  # flags that torch keeps for a mode are of the whole process
+_trying = lock_of_a_module()  # torch's flags for a dispatch mode are of the whole process
 _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 @dataclass(eq=False)
-class Piece:
+class ParameterSlice:
     """A part of a parameter for one step.
 
     Attributes:
-        value: Its values, a plain tensor with as many dimensions as the parameter; updated in
-            place. An optimizer that writes through `.data` does not bump its version.
-        gradient: Of the value's shape, dtype and device; as with torch, an optimizer may use its
-            memory.
-        state: What the optimizer keeps for it: empty before its first step, and afterwards filled
-            by the optimizer. Tensors may be views of memory of the caller's, and are updated in
-            place; where the optimizer replaces an entry, the new one is found here afterwards, and
-            copying it back is left to the caller.
+        value: a plain tensor with as many dimensions as the parameter; updated in place. An
+            optimizer that writes through `.data` does not bump its version.
+        gradient: of the value's shape, dtype and device; an optimizer may overwrite it.
+        state: what the optimizer keeps for it, empty before its first step. Tensors may be views,
+            and are updated in place; where the optimizer replaces an entry, the new one is here
+            afterwards, and the caller copies it back.
     """
 
     value: Tensor
@@ -61,25 +53,22 @@ class Piece:
 
 
 class Inner:
-    """An optimizer class applied to pieces: its options, the layout of its state, and its step.
+    """An optimizer class applied to slices of parameters.
 
-    The class is constructed on stand-ins only, and the construction steps a small matrix whole
-    and in halves, to see that it is element-wise; torch's random numbers are left as they were.
+    The class is constructed on stand-ins only. A small matrix is stepped whole and in slices, to
+    see that the class is element-wise; torch's random numbers are left as they were.
 
     Args:
-        optimizer_class: A subclass of `torch.optim.Optimizer`.
-        options: What its constructor takes besides the parameters.
+        optimizer_class: a subclass of `torch.optim.Optimizer`.
+        options: what its constructor takes besides the parameters.
 
     Attributes:
-        name: The class's name, for messages.
-        defaults: What a parameter group holds that says nothing else.
+        name: the class's name, for messages.
+        defaults: the options of a parameter group that sets none.
 
     Raises:
-        OptimizerError: it is no such class, does not take the options, or cannot step pieces.
+        OptimizerError: it is no such class, does not take the options, or cannot step slices.
     """
-
-    name: str
-    defaults: dict[str, Any]
 
     def __init__(self, optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:
         self._class = check_class(optimizer_class)
@@ -99,16 +88,9 @@ class Inner:
     ) -> dict[str, torch.dtype]:
         """The state entries that are tensors shaped like the parameter, and their dtypes.
 
-        Learnt from a stand-in on the CPU, stepped once. An entry that the optimizer makes only in
-        a later step is not among them. A dtype, or a set of flags, that was not asked for before
-        is also checked to be stepped in pieces as it is whole.
-
-        Args:
-            group_options: All of a parameter group, with or without its "params".
-            dtype: The parameter's.
-
-        Raises:
-            OptimizerError: with these options, or in this dtype, it cannot step pieces.
+        Found by one step of a stand-in on the CPU, so without entries that the optimizer makes in
+        a later step. Each dtype and set of flags is checked once to be element-wise, or refused
+        with OptimizerError.
         """
         refuse_differentiable(self.name, group_options)
         group = {**self.defaults, **group_options}
@@ -116,28 +98,23 @@ class Inner:
         latest, known = self._latest
         if asked.keys() == latest.keys() and all(asked[key] is latest[key] for key in asked):
             return dict(known)  # each tile asks, and at every step where nothing is kept for it
-        piece = Piece(stand_in_values(dtype), stand_in_values(dtype))
+        piece = ParameterSlice(stand_in_values(dtype), stand_in_values(dtype))
         with _trying, _NoDraws(self.name):
             self._try_step(piece, group)
-        found = layout(self.name, piece.state)
+        found = state_dtypes(self.name, piece.state)
         self._check_once(group, dtype)
         self._latest = asked, found
         return dict(found)
 
-    def step(self, pieces: Sequence[Piece], group_options: Mapping[str, Any]) -> None:
-        """Step all pieces once, bit for bit as the optimizer would step each as a parameter.
+    def step(self, pieces: Sequence[ParameterSlice], group_options: Mapping[str, Any]) -> None:
+        """Step all slices once, bit for bit as the optimizer would step each as a parameter.
 
-        Afterwards, and after an exception too, the optimizer refers to nothing of the pieces.
-        Autograd records nothing, and hooks for steps of all optimizers
-        (`torch.optim.optimizer.register_optimizer_step_pre_hook`) are not called for pieces,
-        except where the class's own step calls the step of another class.
-
-        Any number of threads may be here at once: each has an optimizer for itself.
-
-        Args:
-            pieces: What is stepped. Their devices and dtypes may differ.
-            group_options: All of a parameter group, with or without its "params"; what it lacks is
-                taken from `defaults`.
+        Afterwards, also after an exception, the optimizer refers to nothing of the slices.
+        Autograd records nothing. Global hooks
+        (`torch.optim.optimizer.register_optimizer_step_pre_hook`) are not called, except where the
+        class's own step calls the step of another class. Several threads may step at once: each
+        has an optimizer for itself. Devices and dtypes of the slices may differ; options that the
+        group lacks are taken from `defaults`.
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}
@@ -146,11 +123,14 @@ class Inner:
                 optimizer.param_groups = [{**group, "params": stand_ins}]
                 bare_step(optimizer)()
                 for piece, stand_in in zip(pieces, stand_ins, strict=True):
-                    _hand_back(optimizer, piece, stand_in)
+                    kept = optimizer.state.get(stand_in)
+                    if kept is not None and kept is not piece.state:
+                        piece.state.clear()
+                        piece.state.update(kept)
 
     @contextmanager
     def _lent(self) -> Iterator[Optimizer]:
-        """An optimizer that nobody else uses meanwhile."""
+        """An optimizer that no other thread uses meanwhile."""
         try:
             optimizer = self._idle.pop()  # a list's pop and append need no lock
         except IndexError:
@@ -165,9 +145,9 @@ class Inner:
         return self._construct([nn.Parameter(stand_in_values(torch.float32))])
 
     def _stand_in(
-        self, optimizer: Optimizer, piece: Piece, group: Mapping[str, Any]
+        self, optimizer: Optimizer, piece: ParameterSlice, group: Mapping[str, Any]
     ) -> nn.Parameter:
-        """A parameter in the piece's memory, with its gradient, and its state if it has one."""
+        """A parameter in the slice's memory, with its gradient and state."""
         stand_in = nn.Parameter(piece.value)
         stand_in.grad = piece.gradient
         if not piece.state and self._begins_with_state:
@@ -180,8 +160,8 @@ class Inner:
     def _construct(self, params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Optimizer:
         return construct(self._class, params, self._options)
 
-    def _try_step(self, piece: Piece, group: Mapping[str, Any]) -> None:
-        """Step a stand-in, and say by name why it is not possible."""
+    def _try_step(self, piece: ParameterSlice, group: Mapping[str, Any]) -> None:
+        """Step a slice; an error of the optimizer's becomes an OptimizerError that says why."""
         try:
             self.step([piece], group)
         except OptimizerError:
@@ -199,11 +179,13 @@ class Inner:
         if steps(step_alone, dtype, sparse=False):
             return refusal(self.name, f"steps only what it was constructed with: {said}")
         if steps(step_alone, dtype, sparse=True):
-            return refusal(self.name, _SPARSE)
+            return refusal(
+                self.name, "steps sparse gradients only; the gradient of a tile is dense"
+            )
         return refusal(self.name, f"cannot step a dense {dtype} parameter on the CPU: {said}")
 
     def _check_once(self, group: Mapping[str, Any], dtype: torch.dtype) -> None:
-        """Check that halves agree with the whole, once for a dtype and flags: they choose kernels.
+        """Check that the class is element-wise, once for each dtype and flags: they choose kernels.
 
         In 16 bits too: torch's fused SGD on the CPU leaves values out there (pytorch#191763).
         """
@@ -211,50 +193,35 @@ class Inner:
         if (dtype, frozenset(flags)) in self._checked:
             return
         options = {**group, "lr": _CHECKED_LR} if "lr" in group else dict(group)
-        kept: list[str] = []
+        changed: list[str] = []  # options of the group
 
-        def whole(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
-            kept.extend(self._train_plainly(values, rounds, options))
+        def step_whole(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
+            parameters = [nn.Parameter(value) for value in values]
+            optimizer = self._construct([{**options, "params": parameters}])
+            before = dict(optimizer.param_groups[0])
+            for gradients in rounds:
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                bare_step(optimizer)()
+            after = optimizer.param_groups[0]
+            changed.extend(key for key, value in after.items() if value is not before.get(key))
 
-        def in_pieces(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
-            self._train_in_pieces(values, rounds, options)
+        def step_slices(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
+            states: list[dict[str, Any]] = [{} for _ in values]
+            for gradients in rounds:
+                for parts in zip(values, gradients, states, strict=True):
+                    self._try_step(ParameterSlice(*parts), options)
 
-        if not pieces_agree(whole, in_pieces, dtype):
-            raise refusal(self.name, self._not_elementwise(dtype, kept))
+        if not slices_agree(step_whole, step_slices, dtype):
+            raise refusal(self.name, self._not_elementwise(dtype, changed))
         self._checked.add((dtype, frozenset(flags)))
 
-    def _train_plainly(
-        self,
-        values: Sequence[Tensor],
-        rounds: Sequence[Sequence[Tensor]],
-        options: Mapping[str, Any],
-    ) -> list[str]:
-        """Step parameters as torch does, and name what that changed in their group."""
-        parameters = [nn.Parameter(value) for value in values]
-        optimizer = self._construct([{**options, "params": parameters}])
-        before = dict(optimizer.param_groups[0])
-        for gradients in rounds:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            bare_step(optimizer)()
-        after = optimizer.param_groups[0]
-        return [key for key, value in after.items() if value is not before.get(key)]
-
-    def _train_in_pieces(
-        self,
-        values: Sequence[Tensor],
-        rounds: Sequence[Sequence[Tensor]],
-        options: Mapping[str, Any],
-    ) -> None:
-        states: list[dict[str, Any]] = [{} for _ in values]
-        for gradients in rounds:
-            for parts in zip(values, gradients, states, strict=True):
-                self._try_step(Piece(*parts), options)
-
-    def _not_elementwise(self, dtype: torch.dtype, kept: Sequence[str]) -> str:
+    def _not_elementwise(self, dtype: torch.dtype, changed: Sequence[str]) -> str:
         found = f"a {dtype} matrix stepped in halves came out otherwise than stepped whole"
-        if kept:
-            found = f"it counts {', '.join(map(repr, kept))} in its parameter group, at every step"
+        if changed:
+            found = (
+                f"it counts {', '.join(map(repr, changed))} in its parameter group, at every step"
+            )
         return (
             f"is not element-wise: given {spelled(self._options)}, {found}; tiles are stepped one "
             "by one, so a value may depend only on its own gradient, its own state and the options"
@@ -262,7 +229,7 @@ class Inner:
 
 
 class _NoDraws(TorchDispatchMode):
-    """Refuses what would draw random numbers, in this thread: torch's are shared by all."""
+    """Refuses random draws in this thread: torch's generators are shared by all threads."""
 
     def __init__(self, name: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -270,15 +237,12 @@ class _NoDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise refusal(self._name, _DRAWS)
+            raise refusal(
+                self._name,
+                "draws random numbers in its step; a matrix stepped in tiles would get others than "
+                "one stepped whole",
+            )
         return func(*args, **(kwargs or {}))
-
-
-def _hand_back(optimizer: Optimizer, piece: Piece, stand_in: nn.Parameter) -> None:
-    kept = optimizer.state.get(stand_in)
-    if kept is not None and kept is not piece.state:
-        piece.state.clear()
-        piece.state.update(kept)
 
 
 def _forget(optimizer: Optimizer) -> None:
@@ -287,9 +251,9 @@ def _forget(optimizer: Optimizer) -> None:
 
 
 def bare_step(optimizer: Optimizer) -> Callable[[], object]:
-    """The optimizer's step without what torch wraps around it: profiling, and all hooks.
+    """The optimizer's step without torch's own wrapper, which profiles and calls hooks.
 
-    Only torch's own wrapper is taken off, known by its code; any other step is called as it is.
+    The wrapper is known by its code; any other step is called as it is.
     """
     step = type(optimizer).step
     if "step" in vars(optimizer) or getattr(step, "__code__", None) is not _HOOKED:

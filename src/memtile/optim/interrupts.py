@@ -1,4 +1,4 @@
-"""Ctrl-C during a step: it waits until the step is whole, a second one does not."""
+"""Ctrl-C during a step waits until the step is whole; a second one does not wait."""
 
 import signal
 import threading
@@ -10,39 +10,39 @@ from types import FrameType
 
 from torch.autograd import Variable
 
-Handler = Callable[[int, FrameType | None], object]
+SignalHandler = Callable[[int, FrameType | None], object]
 
 
 class Deferral:
-    """SIGINT's handler for as long as an update is under way: it remembers the first signal."""
+    """SIGINT's handler while an update is under way: it remembers the first signal."""
 
-    def __init__(self, before: Handler, is_under_way: Callable[[], bool]) -> None:
+    def __init__(self, before: SignalHandler, is_under_way: Callable[[], bool]) -> None:
         self._before, self._is_under_way = before, is_under_way
         self._came = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """A signal: it waits, unless one waits already or the update was given up."""
+        """Remember the signal, unless one waits already or the update was given up."""
         if self._came or not self._is_under_way():
             self.stand_down()
             self._before(number, frame)
         self._came = True
 
     def end(self) -> None:
-        """The update is whole: what waited is raised now."""
+        """The update is whole: handle the signal that waited."""
         self.stand_down()
         if self._came:
             self._came = False
             self._before(signal.SIGINT, None)
 
     def stand_down(self) -> None:
-        """Leave the signal to whom it was left before, in the thread that may."""
+        """Set the handler that was there before, where this thread may."""
         current: object = signal.getsignal(signal.SIGINT)
         if current is self and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._before)
 
 
 def _begin(is_under_way: Callable[[], bool]) -> Deferral | None:
-    """A deferral where signals can be had: in the main thread, with a handler to call later."""
+    """A deferral in the main thread, where there is a handler to call later."""
     if threading.current_thread() is not threading.main_thread():
         return None
     before = signal.getsignal(signal.SIGINT)
@@ -55,7 +55,7 @@ def _begin(is_under_way: Callable[[], bool]) -> Deferral | None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, Ctrl-C waits for the end, so that what is done here is done as a whole."""
+    """Inside, Ctrl-C waits for the end of the block."""
     deferral = _begin(lambda: True)
     try:
         yield
@@ -65,14 +65,14 @@ def uninterrupted() -> Iterator[None]:
 
 
 class _Task:
-    """What the engine holds for one backward; it is dropped with it, also where that fails."""
+    """Held by autograd's callbacks: gone with the backward, also where that fails."""
 
 
 def uninterrupted_backward() -> None:
-    """The same from now to the end of the backward that is running.
+    """From now to the end of the running backward, Ctrl-C waits.
 
-    A backward that ends with an exception leaves the signal to whom it was left before. Of nested
-    backwards (reentrant checkpointing) it is the one that is running now.
+    After a backward that fails, the handler from before is in place. Of nested backwards
+    (reentrant checkpointing) it is the innermost that counts.
     """
     task = _Task()
     running = weakref.ref(task)
@@ -83,7 +83,7 @@ def uninterrupted_backward() -> None:
 
 
 def _end_last(task: _Task, deferral: Deferral) -> None:
-    """After all other callbacks, since the engine leaves out those that follow an exception."""
+    """Run after all other callbacks: autograd skips those that follow an exception."""
     Variable._execution_engine.queue_callback(partial(_end, task, deferral))
 
 

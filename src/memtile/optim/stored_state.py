@@ -1,8 +1,7 @@
-"""What an optimizer keeps for each dense parameter, to be stored and taken back; it knows no files.
+"""An optimizer's state for each dense parameter, as a checkpoint stores it; no file is opened here.
 
-Tensors of a parameter's shape are kept in parts, one for each tile, and are to be streamed. What
-else is kept, counters of steps for the most part, must be the same for all tiles of a weight: there
-is one of it in the dense model.
+Tensors of a parameter's shape are in parts, one for each tile, and are streamed. Anything else,
+step counters for the most part, must be equal for all tiles of a weight.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,22 +14,19 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.homes import berth_of, room_of, streamed_allocation, tensor_of
-from memtile.optim.dense_state import DenseParameter, Part, dense_parameters
-from memtile.optim.stepping import MASTER
+from memtile.optim.dense_state import DenseParameter, Part, by_group
+from memtile.optim.stepping import MASTER, ParameterState, is_shaped
 from memtile.optim.tile_optimizer import TileOptimizer
-
-State = dict[str, Any]  # whatever the optimizer's class keeps
 
 
 @dataclass(frozen=True)
 class KeptState:
-    """What is kept for one dense parameter.
+    """The state of one dense parameter.
 
     Attributes:
         dense: the parameter.
-        tensors: by their keys, the tensors to be streamed: their shape, and the parts whose states
-            hold them.
-        numbers: everything else by its key, one for all parts.
+        tensors: by key, the tensors to stream: their shape, and the parts whose states hold them.
+        numbers: everything else by key, equal for all parts.
         keys: of both, in their order.
     """
 
@@ -41,11 +37,7 @@ class KeptState:
 
 
 def check_between_steps(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose step is under way: nothing that it keeps is of one moment.
-
-    Raises:
-        OptimizerError: it is.
-    """
+    """Raise OptimizerError where a step is under way: some parameters are stepped, some not."""
     if not isinstance(optimizer, TileOptimizer):
         return
     if optimizer._unfinished is not None:
@@ -55,13 +47,13 @@ def check_between_steps(optimizer: Optimizer) -> None:
         )
     if optimizer._stepped:
         raise OptimizerError(
-            f"{len(optimizer._stepped)} parameters were stepped in a backward that step() has not "
-            "closed; call step() before the training is saved"
+            f"{len(optimizer._stepped)} parameters were stepped in backward, and step() was not "
+            "called yet; call step() before the training is saved"
         )
 
 
 def class_of(optimizer: Optimizer) -> str:
-    """The name of the class whose rule is applied, be it tile by tile or not."""
+    """The full name of the optimizer's class; of a `TileOptimizer`, of the class it applies."""
     own = type(optimizer)
     if isinstance(optimizer, TileOptimizer):
         own = optimizer._inner._class
@@ -71,39 +63,20 @@ def class_of(optimizer: Optimizer) -> str:
 def members(
     model: nn.Module, groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, DenseParameter]]:
-    """The dense parameters of each of an optimizer's groups by their names.
-
-    Raises:
-        OptimizerError: one is not of the model, or only some tiles of it are in the group.
-    """
-    of = {part.parameter: dense for dense in dense_parameters(model) for part in dense.parts}
-    result = []
-    for number, group in enumerate(groups):
-        held, found = set(group["params"]), dict[str, DenseParameter]()
-        for parameter in group["params"]:
-            dense = of.get(parameter)
-            if dense is None:
-                raise OptimizerError(
-                    f"group {number} of the optimizer holds a {tuple(parameter.shape)} parameter "
-                    f"that this {type(model).__name__} has not; give the model that is trained, "
-                    "and make the optimizer after memtile.tile"
-                )
-            if not all(part.parameter in held for part in dense.parts):
-                raise OptimizerError(
-                    f"group {number} holds some tiles of {dense.name} and not all, so there is no "
-                    "dense state of it; put all tiles of a weight into one group"
-                )
-            found[dense.name] = dense
-        result.append(found)
-    return result
+    """The dense parameters of each group by their names; all have to be the model's."""
+    result = by_group(model, groups)
+    for number, dense in ((n, dense) for n, group in enumerate(result) for dense in group):
+        if not dense.name:
+            raise OptimizerError(
+                f"group {number} of the optimizer holds a {tuple(dense.shape)} parameter "
+                f"that is not in this {type(model).__name__}; give the model that is trained, "
+                "and make the optimizer after memtile.tile"
+            )
+    return [{dense.name: dense for dense in group} for group in result]
 
 
 def check_keys(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse what an optimizer keeps for nothing that is a parameter of the model.
-
-    Raises:
-        OptimizerError: it does.
-    """
+    """Raise OptimizerError where the optimizer has state for what is no parameter of the model."""
     known = set(model.parameters())
     keys: Iterable[object] = optimizer.state  # torch says tensors, and checks nothing
     for key in keys:
@@ -115,25 +88,15 @@ def check_keys(model: nn.Module, optimizer: Optimizer) -> None:
             )
 
 
-def is_shaped(entry: object, parameter: Tensor) -> bool:
-    """Whether an entry of a parameter's state has an element for each of the parameter's."""
-    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
-
-
 def kept_state(
-    kept: Mapping[Any, State],
+    kept: Mapping[Any, ParameterState],
     dense: DenseParameter,
     is_shaped: Callable[[object, Tensor], bool] = is_shaped,
 ) -> KeptState | None:
-    """What is kept for a dense parameter; None before its first step.
-
-    Args:
-        kept: the state of an optimizer, by parameters.
-        dense: one of the model.
-        is_shaped: whether an entry has an element for each of a parameter's.
+    """The state of a dense parameter, from an optimizer's state; None before its first step.
 
     Raises:
-        OptimizerError: its tiles were not stepped alike, so that there is no dense state.
+        OptimizerError: its tiles were not stepped equally often, so there is no dense state.
     """
     states = [kept.get(part.parameter, {}) for part in dense.parts]
     if not any(states):
@@ -155,20 +118,16 @@ def kept_state(
 
 
 def stepped_dtype(optimizer: Optimizer, parameter: Tensor) -> torch.dtype:
-    """The dtype that a parameter is stepped in, and its moments have."""
+    """The dtype that a parameter is stepped in, which is also that of its moments."""
     if isinstance(optimizer, TileOptimizer):
         return optimizer._stepper.stepped_dtype(parameter)
     return parameter.dtype
 
 
 def keeps(optimizer: Optimizer, parameter: Tensor, key: str, stepped: torch.dtype) -> bool:
-    """Whether a stored entry is of use: the master of one that is stepped as it is, is not.
+    """Whether an entry, stored when the parameter was stepped in dtype `stepped`, is of use.
 
-    Args:
-        optimizer: that is to take it over.
-        parameter: whose entry it is.
-        key: of the entry.
-        stepped: the dtype in which the parameter was stepped when the entry was stored.
+    A float32 master is of none where the parameter is stepped in its own dtype.
     """
     is_master = key == MASTER and stepped != parameter.dtype
     return not is_master or stepped_dtype(optimizer, parameter) == stepped
@@ -177,13 +136,7 @@ def keeps(optimizer: Optimizer, parameter: Tensor, key: str, stepped: torch.dtyp
 def room_for(
     optimizer: Optimizer, parameter: Tensor, key: str, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:
-    """A tensor for an entry of a parameter's state, where the parameter lives.
-
-    It is the one that is there, where that is of this shape and dtype. What it holds is undefined.
-
-    Raises:
-        HomeFullError: there is no room.
-    """
+    """A tensor for a state entry in the parameter's home: the present one where it fits."""
     found = optimizer.state.get(parameter, {}).get(key)
     berth = streamed_allocation(parameter) if shape == parameter.shape else None
     if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):

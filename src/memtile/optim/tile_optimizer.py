@@ -1,4 +1,4 @@
-"""`TileOptimizer`: any element-wise torch optimizer, stepping tiles where they live."""
+"""`TileOptimizer`: any element-wise torch optimizer, for parameters that live in homes."""
 
 import weakref
 from collections import Counter
@@ -12,48 +12,43 @@ from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Home, Reservation, berth_of, hold_room, streamed_allocation
-from memtile.optim.clipping import clip_gradients, refuse_clipping
-from memtile.optim.dense_state import load_dense_state, to_dense_state
+from memtile.optim.clipping import clip_gradients, torch_clipping_check
+from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.stepping import Stepper
 from memtile.transfer import ferries_of, gradient_of, is_stepped_in_backward, step_in_backward
 
-Mode = Literal["classic", "in_backward"]
-Hook = Callable[[nn.Parameter], None]
-Group = dict[str, Any]  # torch's own parameter groups: whatever the optimizer's class wants
+StepMode = Literal["classic", "in_backward"]
 
 
 class TileOptimizer(Optimizer):
-    """A torch optimizer for a model whose tiles may live elsewhere.
+    """A torch optimizer for a model whose tiles may live in homes.
 
     It is a `torch.optim.Optimizer`: parameter groups, schedulers, `zero_grad`, `state_dict` work.
-    Each parameter is stepped by itself, parked ones in slabs, with moments that live in the home of
-    their tile: room for them, and for gradients that go home, is held there from now on, until this
-    is dropped. Ctrl-C waits until a step is whole. A step that an I/O error ended goes on where it
-    stopped when `step` is called again.
+    Each parameter is stepped by itself, and its moments live in the home of its tile. Room for
+    moments and gradients is held there until the optimizer is dropped. Ctrl-C waits until a step
+    is whole. After an I/O error in `step`, calling it again goes on with what was not stepped.
 
-    A gradient that is not finite is never applied. Gradients that lie in memory are all looked at
-    before the first parameter is stepped, those of parked tiles each when it is there to be
-    applied: then tiles before it were stepped. `clip_grad_norm_(…, error_if_nonfinite=True)` looks
-    at all of them first.
+    A gradient that is not finite is never applied. Gradients in memory are all checked before the
+    first parameter is stepped; that of a parked tile just before it is applied, when tiles before
+    it have been stepped. `clip_grad_norm_(…, error_if_nonfinite=True)` checks all of them first.
 
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
-    gradient is dropped: no gradient memory. `step()` is still called, once after each backward; a
+    gradient is dropped, so gradients take no memory. Call `step()` once after each backward; a
     second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
-    in the middle of such a backward leaves some parameters stepped, also that of a gradient which
-    is not finite.
+    in such a backward, `NotFiniteError` included, leaves some parameters stepped.
 
     Args:
         model: whose parameters are optimized.
-        optimizer_class: an element-wise `torch.optim.Optimizer` class; the check is its own.
+        optimizer_class: an element-wise `torch.optim.Optimizer` class; others are refused.
         mode: "classic" or "in_backward".
         params: parameters or groups of them, as torch optimizers take them; all by default.
         masters: step 16-bit parameters in float32, kept beside the moments; False: in 16 bits.
         **options: go to `optimizer_class`.
 
     Raises:
-        ArgumentError: the model or the mode is none.
+        ArgumentError: `model` is no module, or `mode` is neither of the two.
         OptimizerError: the class is not element-wise, or does not take the options.
         HomeFullError: a home has no room for moments, masters and gradients.
     """
@@ -63,28 +58,28 @@ class TileOptimizer(Optimizer):
         model: nn.Module,
         optimizer_class: type[Optimizer],
         *,
-        mode: Mode = "classic",
+        mode: StepMode = "classic",
         params: Iterable[Any] | None = None,
         masters: bool = True,
-        **options: Any,  # the contract passes them to optimizer_class
+        **options: Any,  # whatever optimizer_class takes
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ArgumentError(
                 f"the model is a {type(model).__name__}; TileOptimizer takes the model itself, and "
                 "parameters or groups of them as params=…"
             )
-        if mode not in get_args(Mode):
+        if mode not in get_args(StepMode):
             raise ArgumentError(
                 f"mode={mode!r} must be 'classic' (accumulates, clips) or 'in_backward' (keeps no "
                 "gradients)"
             )
-        self.mode: Mode = mode
+        self.mode: StepMode = mode
         self._model = model
         self._inner = Inner(optimizer_class, options)
         self._held: list[Reservation] = []
         self._stepped: set[nn.Parameter] = set()
-        self._unfinished: list[tuple[nn.Parameter, Group]] | None = None
-        self._group_of: dict[nn.Parameter, Group] = {}
+        self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
+        self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
         self._check_parameters(model)
@@ -92,35 +87,36 @@ class TileOptimizer(Optimizer):
         self._reserve(self.param_groups)
         self._hook(self._all())
         if mode == "in_backward":
-            refuse_clipping(self)
+            torch_clipping_check.add(self)
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def _check_parameters(self, model: nn.Module) -> None:
+        name, parameters = type(model).__name__, list(self._all())
         if not self._are_of_the_model():
             raise OptimizerError(
-                f"params=… holds parameters that are not of this {type(model).__name__}; make the "
+                f"params=… holds parameters that are not of this {name}; make the "
                 "optimizer after memtile.tile, with parameters of the tiled model"
             )
-        if any(parameter.is_meta for parameter in self._all()):
+        if any(parameter.is_meta for parameter in parameters):
             raise OptimizerError(
-                f"parameters of this {type(model).__name__} are on the meta device, where nothing "
-                "has values; give it some first, with memtile.tile(model, …, checkpoint=folder) or "
+                f"parameters of this {name} are on the meta device, without values; "
+                "load some first, with memtile.tile(model, …, checkpoint=folder) or "
                 "memtile.load_checkpoint(model, folder)"
             )
-        if any(map(is_stepped_in_backward, self._all())):
+        if any(map(is_stepped_in_backward, parameters)):
             raise OptimizerError(
                 "another TileOptimizer steps parameters of this model in its backward; drop that "
                 "one first (del optimizer)"
             )
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters with options of their own, as torch optimizers do.
 
         Raises:
             HomeFullError: a home has no room for what they need; nothing was added.
         """
         super().add_param_group(param_group)
-        if not hasattr(self, "_stepper"):  # the constructor goes on with all groups at once
+        if not hasattr(self, "_stepper"):  # the constructor reserves for all groups at once
             return
         added = self.param_groups[-1]
         try:
@@ -133,21 +129,29 @@ class TileOptimizer(Optimizer):
     def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.mode == "classic":
             return
-        step: weakref.WeakMethod[Hook] = weakref.WeakMethod(self._step_after_backward)
-        for parameter in filter(lambda parameter: parameter.requires_grad, parameters):
-            handle = parameter.register_post_accumulate_grad_hook(_if_alive(step))
-            self._hooks.append((weakref.ref(parameter), handle))
-            step_in_backward(parameter, True)
+        own = weakref.ref(self)
 
-    def _reserve(self, groups: Iterable[Group]) -> None:
-        """Hold room in each home for what training will park there, for as long as this lives."""
+        def step(parameter: Tensor) -> None:
+            optimizer = own()
+            if optimizer is not None:
+                assert isinstance(parameter, nn.Parameter)
+                optimizer._step_after_backward(parameter)
+
+        for parameter in parameters:
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(step)
+                self._hooks.append((weakref.ref(parameter), handle))
+                step_in_backward(parameter, True)
+
+    def _reserve(self, groups: Iterable[ParamGroup]) -> None:
+        """Hold room in each home for state and gradients, while this optimizer lives."""
         needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
         places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
         for parameter, group in _with_groups(groups):
             berth = berth_of(parameter)
             if berth is not None and parameter.requires_grad:
                 rooms = self._stepper.state_rooms(parameter, group)
-                if self.mode == "classic" or places[parameter] > 1:  # ties are summed at home
+                if self.mode == "classic" or places[parameter] > 1:  # ties are summed in the home
                     rooms.append(berth.room)
                 needed.setdefault(berth.home, []).append((parameter, rooms))
         held = [
@@ -163,7 +167,7 @@ class TileOptimizer(Optimizer):
         return (parameter for parameter, _ in _with_groups(self.param_groups))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients; a step that was not finished, or a backward, is given up."""
+        """Drop all gradients; an unfinished step or backward is given up."""
         self._stepped.clear()
         self._unfinished = None
         super().zero_grad(set_to_none)
@@ -172,7 +176,7 @@ class TileOptimizer(Optimizer):
         """Step every parameter that has a gradient; in backward mode, those not stepped yet.
 
         Raises:
-            OptimizerError: the model has other parameters by now: it was tiled or untiled.
+            OptimizerError: the model was tiled or untiled since, so it has other parameters.
             NotFiniteError: a gradient holds NaN or infinity.
             HomeIOError: a tile could not be read or written. Call `step()` again to go on with the
                 parameters that were not stepped, or `zero_grad()` to give them up.
@@ -181,7 +185,12 @@ class TileOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_parameters_remain()
+        if not self._are_of_the_model():
+            raise OptimizerError(
+                f"this {type(self._model).__name__} has other parameters than when this "
+                "optimizer was made, and they would not be stepped; make it after memtile.tile "
+                "(and a new one after memtile.untile)"
+            )
         with uninterrupted():
             self._step_all()
         return loss
@@ -190,16 +199,9 @@ class TileOptimizer(Optimizer):
         own = set(self._model.parameters())
         return all(parameter in own for parameter in self._all())
 
-    def _check_parameters_remain(self) -> None:
-        if not self._are_of_the_model():
-            raise OptimizerError(
-                f"parameters of this {type(self._model).__name__} are others than when this "
-                "optimizer was made, so they would not be stepped; make it after memtile.tile "
-                "(and anew after memtile.untile)"
-            )
-
     def _step_all(self) -> None:
-        self._forget_read()
+        homes = {each.home for each in map(streamed_allocation, self._all()) if each is not None}
+        _drop_slabs(homes)
         for parameter in self._stepped:
             parameter.grad = None  # part of one, from a second backward that was refused
         if self._unfinished is None:
@@ -218,47 +220,30 @@ class TileOptimizer(Optimizer):
             del todo[0]
             if self.mode == "in_backward":
                 parameter.grad = None
-        self._settle()
+        for home in homes:
+            ferries_of(home).steps.settle()
+        _drop_slabs(homes)
         self._stepped.clear()
         self._unfinished = None
-
-    def _settle(self) -> None:
-        """Wait until everything is at home."""
-        for home in self._homes():
-            ferries_of(home).steps.settle()
-        self._forget_read()
-
-    def _forget_read(self) -> None:
-        """Use nothing that was read before, by this step or by one that was given up."""
-        for home in self._homes():
-            ferries_of(home).steps.clear()
-            ferries_of(home).weights.clear()
-
-    def _homes(self) -> set[Home]:
-        """Those whose tiles are stepped in slabs."""
-        return {each.home for each in map(streamed_allocation, self._all()) if each is not None}
 
     def _step_after_backward(self, parameter: nn.Parameter) -> None:
         """The hook of in-backward mode: the parameter's gradient is complete."""
         with gradient_of(parameter):
-            self._step_complete(parameter)
-
-    def _step_complete(self, parameter: nn.Parameter) -> None:
-        if parameter.grad is None:
-            return
-        if parameter in self._stepped:
+            if parameter.grad is None:
+                return
+            if parameter in self._stepped:
+                parameter.grad = None
+                raise OptimizerError(
+                    "a second backward came before step(): in mode='in_backward' a parameter is "
+                    "stepped by its first one and cannot accumulate; call step() after each "
+                    "backward, or use mode='classic'"
+                )
+            uninterrupted_backward()
+            if not self._stepped:
+                self._group_of = dict(_with_groups(self.param_groups))
+            self._stepper.step(parameter, self._group_of[parameter], in_backward=True)
+            self._stepped.add(parameter)
             parameter.grad = None
-            raise OptimizerError(
-                "a second backward came before step(): in mode='in_backward' a parameter is "
-                "stepped by its first one and cannot accumulate; call step() after each backward, "
-                "or use mode='classic'"
-            )
-        uninterrupted_backward()
-        if not self._stepped:
-            self._group_of = dict(_with_groups(self.param_groups))
-        self._stepper.step(parameter, self._group_of[parameter], in_backward=True)
-        self._stepped.add(parameter)
-        parameter.grad = None
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -266,10 +251,10 @@ class TileOptimizer(Optimizer):
     ) -> Tensor:
         """Scale all gradients so that their norm is at most `max_norm`, tile by tile.
 
-        `torch.nn.utils.clip_grad_norm_` does the same through the mapped memory.
+        `torch.nn.utils.clip_grad_norm_` does the same, through the mapped memory.
 
         Returns:
-            The norm before.
+            The norm before, a scalar.
 
         Raises:
             OptimizerError: in backward mode, where there are no gradients to clip.
@@ -286,9 +271,8 @@ class TileOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as the plain optimizer over the dense model would give it.
 
-        Moments of tiles are joined: in the home of the tiles, so that no memory is needed for them,
-        as room of their own that is given back with the dictionary. Hooks run as with torch's
-        own, and see the dense state.
+        Moments of tiles are joined in the home of the tiles, in new room that is freed with the
+        dictionary. Hooks run as with torch's own optimizers, and see the dense state.
 
         Raises:
             OptimizerError: some tiles of a weight are in a group and some are not.
@@ -298,21 +282,23 @@ class TileOptimizer(Optimizer):
             before(self)
         packed = to_dense_state(self._model, self.state, self.param_groups)
         for after in self._optimizer_state_dict_post_hooks.values():
-            packed = _replaced(packed, after(self, packed))
+            changed = after(self, packed)
+            packed = packed if changed is None else changed
         return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a plain optimizer over the dense model, or of this class.
 
-        Hooks run as with torch's own, and see the dense state.
+        Hooks run as with torch's own optimizers, and see the dense state.
 
         Raises:
             OptimizerError: it is of another model; nothing was changed.
         """
         state_dict = state_dict.copy()  # torch's hooks may change theirs
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _replaced(state_dict, before(self, state_dict))
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         load_dense_state(self, self._model, state_dict, self._stepper.stepped_dtype)
         for parameter, group in _with_groups(self.param_groups):
             if parameter in self.state:
@@ -321,22 +307,15 @@ class TileOptimizer(Optimizer):
             after(self)
 
 
-def _with_groups(groups: Iterable[Group]) -> Iterator[tuple[nn.Parameter, Group]]:
+def _with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, ParamGroup]]:
     return ((parameter, group) for group in groups for parameter in group["params"])
 
 
-def _replaced(given: dict[str, Any], by_hook: dict[str, Any] | None) -> dict[str, Any]:
-    return given if by_hook is None else by_hook
-
-
-def _if_alive(method: "weakref.WeakMethod[Hook]") -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        step = method()
-        if step is not None:
-            assert isinstance(parameter, nn.Parameter)
-            step(parameter)
-
-    return hook
+def _drop_slabs(homes: Iterable[Home]) -> None:
+    """Use no value that was read before, by this step or by one that was given up."""
+    for home in homes:
+        ferries_of(home).steps.clear()
+        ferries_of(home).weights.clear()
 
 
 def _remove(hooks: list[tuple["weakref.ref[nn.Parameter]", RemovableHandle]]) -> None:

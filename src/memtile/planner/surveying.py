@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memtile.convert import Choice, kind_of
-from memtile.optim import CHUNK_ELEMENTS, Inner, Piece
+from memtile.optim import CHUNK_ELEMENTS, Inner, ParameterSlice
 from memtile.planner.counting import live_peak
 from memtile.planning import LooseModule, Parameter, Rest, ShardedLayer, State, Uses, Weight
 
@@ -139,7 +139,7 @@ def _stepping(inner: Inner, model: nn.Module) -> int:
     """What the optimizer makes while it steps the rows that are stepped at once."""
     largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     value = torch.zeros(min(largest, CHUNK_ELEMENTS))
-    piece = Piece(value, torch.zeros_like(value))
+    piece = ParameterSlice(value, torch.zeros_like(value))
     inner.step([piece], inner.defaults)
     return live_peak(lambda: inner.step([piece], inner.defaults)) + value.nbytes
 

@@ -1,9 +1,15 @@
-"""`save_pretrained` of a tiled transformers model: the dense checkpoint, for plain transformers."""
+"""`save_pretrained` of models with tiles writes dense checkpoints.
+
+Methods are replaced on the class, not on a model: a model may be put around tiled layers later, or
+copied. Models without tiles call the class's own method.
+"""
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -13,6 +19,7 @@ from memtile.errors import CannotTileError
 from memtile.layers import TiledModule
 from memtile.planning.byte_sizes import parse_byte_size
 
+_MARK = "_knows_tiles"
 _SHARD_BYTES = 50_000_000_000  # what transformers writes into one file
 _TAKEN_OVER = ("hf_quantizer", "hf_device_map", "_hf_peft_config_loaded", "_tp_size")
 
@@ -26,24 +33,17 @@ def save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Write the folder of a tiled model, tile by tile where the names in it are the model's own.
+    """Write the folder of a tiled transformers model, tile by tile where that is possible.
 
-    Where transformers renames or joins weights on saving, and with options or a state dict that
-    are for it to obey, the dense weights exist for as long as it writes them.
+    Where transformers renames or joins weights on saving, or gets options or a state dict, the
+    dense weights are in memory while it writes them.
 
-    Args:
-        plain: transformers' own function.
-        model: a `PreTrainedModel` with tiled layers.
-        save_directory: the folder.
-        is_main_process: passed on to transformers.
-        state_dict: tile names and others, as a trainer passes it; the model's own by default.
-        *args: passed on to transformers.
-        **kwargs: passed on to transformers.
+    `plain` is transformers' own method; `state_dict` has names of tiles, as a trainer passes it.
 
     Raises:
-        CannotTileError: a tile computes its weight, so that no dense checkpoint can say it;
-            transformers is to write shards, with the names that they have; or the model's class may
-            make tiles itself, in which case the folder has tiles, and that cannot be known.
+        CannotTileError: a tile computes its weight, so there is no dense checkpoint; transformers
+            is to write shards of tiles; or it cannot be known whether the model's class makes
+            tiles itself, so that its checkpoints have tiles.
     """
     if _own_tiles(model):
         return plain(model, save_directory, is_main_process, state_dict, *args, **kwargs)
@@ -81,21 +81,21 @@ def _own_tiles(model: Any) -> set[str]:
     """Names of tiled layers that the model's class makes itself: its checkpoints have tiles.
 
     Raises:
-        CannotTileError: it cannot be known, or not all tiled layers are of one sort.
+        CannotTileError: it cannot be known, or only some tiled layers are such.
     """
     layers = _tiled(model)
     made = [name for name, layer in layers.items() if not layer.stands_for_dense]
     if not made or not hasattr(model, "config"):
         return set()
     try:
-        twin = empty_model(lambda: type(model)(copy.deepcopy(model.config)))
+        second = empty_model(lambda: type(model)(copy.deepcopy(model.config)))
     except Exception as error:  # whatever a constructor raises
         raise CannotTileError(
             f"{made[0]} was made as a tiled layer, and whether {type(model).__name__} makes it, or "
             f"someone put it there, cannot be known: no second one can be made of its config "
             f"({error}); save with memtile.save_checkpoint(model, folder), which is dense"
         ) from error
-    own = {name for name in made if name in _tiled(twin)}
+    own = {name for name in made if name in _tiled(second)}
     if own and len(own) < len(layers):
         other = next(name for name in layers if name not in own)
         raise CannotTileError(
@@ -107,8 +107,8 @@ def _own_tiles(model: Any) -> set[str]:
 
 
 def _is_saved_as_it_is(model: Any) -> bool:
-    """Whether transformers would write the model's own names and values, and its configs."""
-    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    """Whether transformers would write the model's own names and values."""
+    base = loaded_class("transformers.modeling_utils", "PreTrainedModel")
     mapping = sys.modules.get("transformers.conversion_mapping")
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None and mapping is not None:
@@ -124,7 +124,7 @@ def _is_saved_as_it_is(model: Any) -> bool:
 
 
 def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
-    """What tells a tied tiled weight from another: the identities of its tiles."""
+    """The identities of a tiled weight's tiles: equal for tied weights."""
     parent, _, own = name.rpartition(".")
     try:
         layer = model.get_submodule(parent)
@@ -133,3 +133,40 @@ def _tile_storages(model: nn.Module, name: str) -> tuple[Any, ...]:
     if not isinstance(layer, TiledModule):
         return ()
     return (own, layer.weight_is_transposed, *(id(p) for p in layer.tile_parameters(own).values()))
+
+
+def loaded_class(module: str, name: str) -> Any:
+    """A class of an optional package, for isinstance; () where the module is not loaded."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def with_tiles(cls: Any, name: str, act: Callable[..., Any]) -> None:
+    """Replace a method by `act(own_method, model, …)` for models with tiles; once for each class.
+
+    Raises:
+        CannotTileError: the class's own method is running at this moment, without regard to tiles.
+    """
+    plain = getattr(cls, name)
+    if hasattr(plain, _MARK):
+        return
+
+    @functools.wraps(plain)
+    def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # as the class's own
+        if not any(isinstance(module, TiledModule) for module in model.modules()):
+            return plain(model, *args, **kwargs)
+        return act(plain, model, *args, **kwargs)
+
+    setattr(method, _MARK, True)
+    setattr(cls, name, method)
+    if _is_running(getattr(plain, "__code__", None)):
+        raise CannotTileError(
+            f"{cls.__name__}.{name} was loaded after the tiles were made, and has begun without "
+            "knowing them: call it again"
+        )
+
+
+def _is_running(code: object) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
