@@ -43,17 +43,13 @@ def test_gradients_are_formed_at_the_same_time(home, sums):
     tile = ParkedLinear(7, 5, bias=False, home=home_called(home))
     source, meeting = ParkedSource(tile.weight), threading.Barrier(2)
     if sums:
-        source.deliver(lambda out: out.fill_(1))
+        with source.gradient() as out:
+            out.fill_(1)
 
     def deliver():
-        met = []
-
-        def form(out):
-            if not met:
-                met.append(meeting.wait(PATIENCE_SECONDS))
+        with source.gradient() as out:
+            meeting.wait(PATIENCE_SECONDS)
             out.fill_(3)
-
-        source.deliver(form)
 
     together(deliver, deliver)
     source.settle()

@@ -12,8 +12,8 @@ Where someone looks on (tensor hooks on the parameter, `autograd.grad`, `create_
 gradients) dW goes through autograd as anyone's does.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -36,8 +36,8 @@ class Source(Protocol):
     def values(self, device: torch.device) -> AbstractContextManager[Tensor]:
         """The values on this device, to be read inside the block only."""
 
-    def deliver(self, form: Callable[[Tensor], None]) -> None:
-        """Put or add the gradient that `form` writes into the tensor it is given."""
+    def gradient(self) -> AbstractContextManager[Tensor]:
+        """A tensor to write the gradient into; after the block it is in `.grad`, or added to it."""
 
     def settle(self) -> None:
         """Return once the gradients that were delivered are where they are to go."""
@@ -105,37 +105,38 @@ def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
-    """None when it went home."""
+    """What backward returns for the weight: None where its gradient went home."""
     (x,) = ctx.saved_tensors
+    with _gradient(ctx, ctx.next_functions[1][0]) as (out, returned):
+        if out is not None:
+            _write_product(out, _as_matrix(grad).t(), _as_matrix(x))
+    return returned
 
-    def form(out: Tensor) -> None:
-        _product_into(out, _as_matrix(grad).t(), _as_matrix(x))
 
-    return send_gradient(ctx.weight, ctx.next_functions[1][0], ctx.source, form)
+@contextmanager
+def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """A tensor to write the weight's gradient into, and what backward returns for the weight.
 
-
-def send_gradient(
-    parameter: Tensor, node: Any, source: Source, form: Callable[[Tensor], None]
-) -> Tensor | None:
-    """Send a parameter's gradient home, or give it back for autograd to handle.
+    Both are the same where autograd is to have the gradient; the first is None where nobody is.
 
     Args:
-        parameter: what it is the gradient of.
-        node: the node of the graph that accumulates it.
-        source: takes it home.
-        form: writes it into a tensor.
+        ctx: has the weight and its source.
+        node: the node of the graph that accumulates the weight's gradients.
     """
     try:
-        wanted = torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # autograd.grad with respect to the parameter: it is to be returned
-        return _formed(parameter, form)
-    if not wanted:  # backward(inputs=…) of others must leave it untouched
-        return None
-    if parameter._backward_hooks or not parameter.is_leaf:
-        return _formed(parameter, form)
-    source.deliver(form)
-    _settle_before(node, source)
-    return None
+        is_accumulated = torch._C._will_engine_execute_node(node)
+        is_returned = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
+    except RuntimeError:  # autograd.grad with respect to the parameter
+        is_accumulated = is_returned = True
+    if not is_accumulated:  # backward(inputs=…) of other tensors must leave .grad untouched
+        yield None, None
+    elif is_returned:
+        out = torch.empty_like(ctx.weight)
+        yield out, out
+    else:
+        with ctx.source.gradient() as out:
+            yield out, None
+        _settle_before(node, ctx.source)
 
 
 def _settle_before(node: Any, source: Source) -> None:
@@ -155,13 +156,7 @@ def _settle_before(node: Any, source: Source) -> None:
     handle = node.register_prehook(settle)
 
 
-def _formed(parameter: Tensor, form: Callable[[Tensor], None]) -> Tensor:
-    gradient = torch.empty_like(parameter)
-    form(gradient)
-    return gradient
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.dtype == a.dtype and out.device == a.device:
         sum_of_products(out, [(a, b)], 1)
         return
@@ -231,14 +226,12 @@ class _ParkedEmbedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), grad = ctx.saved_tensors, grads[0]
         ctx.source.resume(ctx.use)
-        rows, width = ctx.weight.shape[0], grad.reshape(-1, ctx.weight.shape[1])
-        formed = torch.ops.aten.embedding_dense_backward
-
-        def form(out: Tensor) -> None:
-            out.copy_(formed(width, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
-
+        rows, formed = ctx.weight.shape[0], torch.ops.aten.embedding_dense_backward
         if torch.is_grad_enabled() or is_batched(grad):
             dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
             return None, dense.to(ctx.weight), None, None, None
-        dw = send_gradient(ctx.weight, ctx.next_functions[-1][0], ctx.source, form)
-        return None, dw, None, None, None
+        with _gradient(ctx, ctx.next_functions[-1][0]) as (out, returned):
+            if out is not None:
+                flat = grad.reshape(-1, ctx.weight.shape[1])
+                out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
+        return None, returned, None, None, None

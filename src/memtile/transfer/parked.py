@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -13,8 +13,6 @@ from memtile.errors import ParkedError
 from memtile.homes import Berth, berth_of, register, renew_in_child, room_of, scratch_like
 from memtile.transfer.ferries import ferries_of
 from memtile.transfer.passes import current_pass, enter_backward
-
-Form = Callable[[Tensor], object]  # writes the gradient into a tensor
 
 
 class Use:
@@ -111,23 +109,26 @@ class ParkedSource:
         with ferries_of(berth.home).weights.borrow((berth,)) as loan:
             yield loan.tensors[0].to(device)
 
-    def deliver(self, form: Form) -> None:
-        """Put the gradient that `form` writes to the parameter's, or add it.
+    @contextmanager
+    def gradient(self) -> Iterator[Tensor]:
+        """A tensor to write the gradient into; after the block it is in `.grad`, or added to it.
 
         Threads may enter at once, as in torch's own accumulation. They take turns to add to the
-        gradient of one parameter; none waits for another's product to form its own.
+        gradient of one parameter; none waits for another's product.
         """
         parameter, berth = self.parameter, berth_of(self.parameter)
         record = _record(parameter)
-        stays = record.is_stepped_in_backward and not record.uses
         if berth is None or berth.home.works_in_place:
-            gradient = torch.empty_like(parameter)
-            form(gradient)
-            _accumulate(parameter, gradient)
-        elif stays:
-            _accumulate(parameter, _formed(parameter, form), home_sum_stays=True)
+            out = torch.empty_like(parameter)
+            yield out
+            _accumulate(parameter, out)
+        elif record.is_stepped_in_backward and not record.uses:
+            out = scratch_like(parameter)
+            yield out
+            _accumulate(parameter, out, replaces_sum_at_home=True)
         else:
-            _send_home(parameter, berth, form)
+            with _gradient_at_home(parameter, berth) as out:
+                yield out
             if parameter._post_accumulate_grad_hooks:
                 self.settle()  # they may read it
 
@@ -142,62 +143,65 @@ class ParkedSource:
             ferries_of(berth.home).gradients.settle()
 
 
-def _formed(parameter: nn.Parameter, form: Form) -> Tensor:
-    """A gradient that soon goes elsewhere."""
-    gradient = scratch_like(parameter)
-    form(gradient)
-    return gradient
+def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool = False) -> None:
+    """Put `new` into `.grad`, in memory, or add it to what is there.
 
-
-def _accumulate(parameter: nn.Parameter, new: Tensor, home_sum_stays: bool = False) -> None:
-    """Put or add a gradient in memory; a sum that was sent home before comes back to it."""
+    With `replaces_sum_at_home` a sum that was sent home before comes back into memory.
+    """
     with gradient_of(parameter):
         old = parameter.grad
         berth = berth_of(old) if old is not None else None
         if old is None:
             parameter.grad = new
-        elif berth is None or not home_sum_stays:
+        elif berth is None or not replaces_sum_at_home:
             old.add_(new)
         else:
             with ferries_of(berth.home).gradients.borrow((berth,)) as loan:
                 parameter.grad = new.add_(loan.tensors[0])
 
 
-def _send_home(parameter: nn.Parameter, berth: Berth, form: Form) -> None:
+@contextmanager
+def _gradient_at_home(parameter: nn.Parameter, berth: Berth) -> Iterator[Tensor]:
+    """A tensor whose content is sent home after the block, to be `.grad` or added to it."""
     lock = _record(parameter).lock
     if parameter.grad is None and lock.acquire(blocking=False):
         try:
-            if parameter.grad is None:  # formed where it stays; others' are added once it is whole
-                parameter.grad = _formed_at_home(parameter, berth, form)
+            if parameter.grad is None:  # other threads add theirs once this one is whole
+                with _new_gradient(parameter, berth) as out:
+                    yield out
                 return
         finally:
             lock.release()
-    formed = _formed(parameter, form)
+    out = scratch_like(parameter)
+    yield out
     with lock:
-        _add_at_home(parameter, berth, formed)
+        _add_at_home(parameter, berth, out)
 
 
-def _formed_at_home(parameter: nn.Parameter, berth: Berth, form: Form) -> Tensor:
+@contextmanager
+def _new_gradient(parameter: nn.Parameter, berth: Berth) -> Iterator[Tensor]:
+    """A slab to write the first gradient into; after the block it is `.grad`, at home."""
     with room_of(parameter):
         new = berth.home.berth(parameter.shape, parameter.dtype)
     with ferries_of(berth.home).gradients.borrow(made=(new,)) as loan:
-        form(loan.tensors[0])
+        yield loan.tensors[0]
         loan.store()
     gradient = new.tensor()
     register(gradient, new)
-    return gradient
+    parameter.grad = gradient
 
 
-def _add_at_home(parameter: nn.Parameter, berth: Berth, formed: Tensor) -> None:
+def _add_at_home(parameter: nn.Parameter, berth: Berth, new: Tensor) -> None:
     old = parameter.grad
-    if old is None:  # someone has taken it meanwhile
-        parameter.grad = _formed_at_home(parameter, berth, lambda out: out.copy_(formed))
+    if old is None:  # another thread has taken it since
+        with _new_gradient(parameter, berth) as out:
+            out.copy_(new)
         return
     old_berth = berth_of(old)
     if old_berth is None:
-        old.add_(formed)
+        old.add_(new)
         return
     with ferries_of(old_berth.home).gradients.borrow((old_berth,)) as loan:
-        loan.tensors[0].add_(formed)
+        loan.tensors[0].add_(new)
         loan.store()
     torch.autograd.graph.increment_version(old)
