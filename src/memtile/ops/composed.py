@@ -220,3 +220,20 @@ class _Edge(torch.autograd.Function):
 def join_rows(rows: Sequence[Tensor]) -> Tensor:
     """The rows of an output side by side along the last dimension."""
     return rows[0] if len(rows) == 1 else torch.cat(list(rows), dim=-1)
+
+
+def split_tensor_along_last_dim(
+    tensor: Tensor, partitions: Sequence[int], contiguous_split_chunks: bool = False
+) -> tuple[Tensor, ...]:
+    """Chunks of the given sizes along the last dimension.
+
+    Args:
+        tensor: (…, width).
+        partitions: sizes that add up to the width.
+        contiguous_split_chunks: give contiguous copies instead of views.
+
+    Returns:
+        One view of `tensor` for each size, or one contiguous copy.
+    """
+    chunks = torch.split(tensor, list(partitions), dim=-1)
+    return tuple(chunk.contiguous() for chunk in chunks) if contiguous_split_chunks else chunks

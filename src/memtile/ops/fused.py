@@ -21,8 +21,13 @@ import torch
 from torch import Tensor
 
 from memtile.geometry import Grid, Span
-from memtile.ops.context import is_batched, transformed
-from memtile.ops.products import multiply, needs_float32_sum, sum_of_products
+from memtile.ops.products import (
+    is_batched,
+    multiply,
+    needs_float32_sum,
+    sum_of_products,
+    transformed,
+)
 
 Rows = list[tuple[int, Tensor]]
 

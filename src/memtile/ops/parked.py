@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memtile.ops.context import is_batched
-from memtile.ops.products import sum_of_products
+from memtile.ops.products import is_batched, sum_of_products
 
 
 class Source(Protocol):
