@@ -13,7 +13,6 @@ from torch import nn
 from memtile import DiskHome, tile
 from memtile.errors import HomeError
 from memtile.homes import aligned_buffer, berth_of, disk_io
-from memtile.transfer import ferries as ferries_module
 from memtile.transfer import ferries_of, passes
 from memtile.transfer.parked import gradient_of
 
@@ -57,8 +56,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
         with ExitStack() as stack:
             rings = [ferry._changed for ferry in ferries.all()]
             locks = [
-                passes._lock,
-                ferries_module._lock,
+                passes._state.lock,
                 gradient_of(_weight(model)),
                 home._change,
                 home._segments._lock,

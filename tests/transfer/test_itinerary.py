@@ -5,8 +5,8 @@ from itertools import islice
 from watched_home import WatchedHome
 
 from memtile.homes import Berth
-from memtile.transfer import Itinerary
-from memtile.transfer.itinerary import cargo_of, key_of
+from memtile.transfer.ferry import Itinerary
+from memtile.transfer.slabs import cargo_of, key_of
 
 
 def walk(itinerary: Itinerary, order: list[Berth]) -> None:

@@ -11,8 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
 from memtile.homes import Berth, berth_of, register, renew_in_child, room_of, scratch_like
-from memtile.transfer.ferries import ferries_of
-from memtile.transfer.passes import current_pass, enter_backward
+from memtile.transfer.passes import current_pass, enter_backward, ferries_of
 
 
 class Use:
