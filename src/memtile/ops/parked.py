@@ -26,11 +26,11 @@ from memtile.ops.products import is_batched, sum_of_products
 class Source(Protocol):
     """Where a tile's values come from and its gradient goes: an operation knows no home."""
 
-    def use(self) -> Any:
-        """A note that backward will need the values again."""
+    def note_use(self) -> None:
+        """Backward will need the values again."""
 
-    def resume(self, use: Any) -> None:
-        """Backward of the node with this note begins; raises where the values have changed."""
+    def resume(self) -> None:
+        """Backward begins; raises where the values have changed since the use was noted."""
 
     def values(self, device: torch.device) -> AbstractContextManager[Tensor]:
         """The values on this device, to be read inside the block only."""
@@ -68,7 +68,8 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_weight else None)
         ctx.source, ctx.weight, ctx.lead = source, weight, x.shape[:-1]
-        ctx.use = source.use() if needs_x or needs_weight else None
+        if needs_x or needs_weight:
+            source.note_use()
         out = x.new_empty((*ctx.lead, weight.shape[0]))
         with _no_autocast(x), source.values(x.device) as values:
             factors = [(_as_matrix(x), values.to(x.dtype).t())]
@@ -80,8 +81,7 @@ class _ParkedLinear(torch.autograd.Function):
         grad, needed = grads[0], ctx.needs_input_grad
         if grad is None:
             return None, None, None, None
-        if ctx.use is not None:  # None where only the bias is trained
-            ctx.source.resume(ctx.use)
+        ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
             return *_differentiably(ctx, grad), None
         dx = dw = db = None
@@ -217,14 +217,15 @@ class _ParkedEmbedding(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.padding, ctx.by_frequency = -1 if padding_idx is None else padding_idx, by_frequency
         ctx.source, ctx.weight = source, weight
-        ctx.use = source.use() if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1]:
+            source.note_use()
         rows = functional.embedding(ids.to(weight.device), weight.detach())
         return rows.to(ids.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), grad = ctx.saved_tensors, grads[0]
-        ctx.source.resume(ctx.use)
+        ctx.source.resume()
         rows, formed = ctx.weight.shape[0], torch.ops.aten.embedding_dense_backward
         if torch.is_grad_enabled() or is_batched(grad):
             dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)

@@ -3,7 +3,6 @@
 from memtile.transfer.ferry import Ferry, Loan
 from memtile.transfer.parked import (
     ParkedSource,
-    Use,
     gradient_of,
     is_stepped_in_backward,
     step_in_backward,
@@ -25,7 +24,6 @@ __all__ = [
     "Holder",
     "Loan",
     "ParkedSource",
-    "Use",
     "ferries_of",
     "gradient_of",
     "is_stepped_in_backward",

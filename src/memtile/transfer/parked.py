@@ -1,4 +1,4 @@
-"""A parked parameter as an operation sees it: values to bring in, a gradient to send home."""
+"""A parked parameter as an operation sees it: values to read, a place to write its gradient."""
 
 import threading
 import weakref
@@ -14,18 +14,11 @@ from memtile.homes import Berth, berth_of, register, renew_in_child, room_of, sc
 from memtile.transfer.passes import current_pass, enter_backward, ferries_of
 
 
-class Use:
-    """One node of a graph that will bring the parameter in again."""
-
-    def __init__(self, version: int) -> None:
-        self.version, self.number = version, current_pass()
-
-
 class _Trained:
-    """What is known of a parked parameter while it is trained.
+    """What is known of a parameter while it is trained.
 
     Attributes:
-        uses: nodes whose backward has not run.
+        uses: sources of nodes whose backward has not run.
         is_stepped_in_backward: a hook takes the gradient, so it need not go home.
         lock: held by a thread that adds to the gradient, or takes it.
     """
@@ -33,7 +26,7 @@ class _Trained:
     def __init__(self) -> None:
         self._renew_lock()
         renew_in_child(self, _Trained._renew_lock)
-        self.uses: weakref.WeakSet[Use] = weakref.WeakSet()
+        self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()
         self.is_stepped_in_backward = False
 
     def _renew_lock(self) -> None:
@@ -67,36 +60,38 @@ def step_in_backward(parameter: Tensor, yes: bool) -> None:
 
 
 class ParkedSource:
-    """The values of one parked parameter, and where its gradient goes.
+    """The values of one parked parameter for one node of a graph, and a place for its gradient.
 
     Args:
-        parameter: one that has a berth.
+        parameter: one that has an allocation.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
+        self._noted: tuple[int, int] | None = None  # version and iteration in forward
 
-    def use(self) -> Use:
-        """Note that a graph will need the parameter again."""
-        use = Use(self.parameter._version)
-        _record(self.parameter).uses.add(use)
-        return use
+    def note_use(self) -> None:
+        """The node will need the parameter in its backward."""
+        self._noted = self.parameter._version, current_pass()
+        _record(self.parameter).uses.add(self)
 
-    def resume(self, use: Use) -> None:
-        """A node that noted its use runs backward now.
+    def resume(self) -> None:
+        """The node's backward begins.
 
         Raises:
-            ParkedError: the parameter was written to since.
+            ParkedError: the parameter was written to since the use was noted.
         """
-        if self.parameter._version != use.version:
+        if self._noted is None:
+            return
+        (version, iteration), now = self._noted, self.parameter._version
+        if version != now:
             raise ParkedError(
                 f"a parked tile of shape {tuple(self.parameter.shape)} was modified between its "
-                f"forward (version {use.version}) and its backward (version "
-                f"{self.parameter._version}): gradients would be wrong; run backward before the "
-                "optimizer steps or weights are written"
+                f"forward (version {version}) and its backward (version {now}): gradients would be "
+                "wrong; run backward before the optimizer steps or weights are written"
             )
-        enter_backward(use.number)
-        _record(self.parameter).uses.discard(use)
+        enter_backward(iteration)
+        _record(self.parameter).uses.discard(self)
 
     @contextmanager
     def values(self, device: torch.device) -> Iterator[Tensor]:
