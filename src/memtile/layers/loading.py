@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import MemtileError
-from memtile.layers.gather import gathered
-from memtile.layers.values import Index, Values
+from memtile.layers.values import Index, Values, gathered
 
 if TYPE_CHECKING:
     from memtile.layers.tiled_module import TiledModule

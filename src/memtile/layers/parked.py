@@ -9,8 +9,7 @@ is used as it is, and never replaced by the home's bytes. Biases are never parke
 import copy
 import copyreg
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from memtile import ops
 from memtile.errors import ParkedCopyWarning, ParkedError
 from memtile.homes import DeviceHome, Home, berth_of, register, resolve_home, settle_in
 from memtile.layers import door
-from memtile.layers.gather import register_gatherer
+from memtile.layers.values import forget
 from memtile.transfer import ParkedSource, layer_call
 
 _NAME = "ParkedLinear"  # in messages: a tile does not know its own
@@ -239,13 +238,6 @@ def home_on(home: Home | str, device: Any) -> Home:
     return resolve_home(home)
 
 
-def forget(parameter: Tensor | None) -> None:
-    """Let go of the pages that reading or writing a parked parameter brought into memory."""
-    berth = None if parameter is None else berth_of(parameter)
-    if berth is not None:
-        berth.forget()
-
-
 def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     """A parameter that lies where the values lie, at home if they do."""
     parameter = nn.Parameter(values, requires_grad=requires_grad)
@@ -253,16 +245,3 @@ def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     if berth is not None:
         register(parameter, berth)
     return parameter
-
-
-@contextmanager
-def _forgotten_after(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
-    """Whole values are read and written where they lie; their pages are let go of behind it."""
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            forget(parameter)
-
-
-register_gatherer(_forgotten_after)

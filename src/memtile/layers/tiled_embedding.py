@@ -11,26 +11,12 @@ from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileI
 from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.layers.door import is_plain
-from memtile.layers.gather import gathered
 from memtile.layers.parked import ParkedEmbedding, home_on
-from memtile.layers.tiled_module import TiledModule
+from memtile.layers.tiled_module import TiledModule, uninitialised
+from memtile.layers.values import gathered
 from memtile.transfer import layer_call
 
 Self = TypeVar("Self", bound="TiledEmbedding")
-
-
-class _UninitialisedEmbedding(nn.Embedding):
-    """An `nn.Embedding` whose rows are left as allocated."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: whoever made this tile fills it."""
-
-
-class _UninitialisedParkedEmbedding(ParkedEmbedding):
-    """A `ParkedEmbedding` whose rows are left as they are found at home."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: whoever made this tile fills it."""
 
 
 class TiledEmbedding(TiledModule):
@@ -87,11 +73,10 @@ class TiledEmbedding(TiledModule):
         self.max_norm, self.norm_type = None, norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, False
         parked: Any = {} if home is None else {"home": home_on(home, device)}
-        # Any, like its argument: mypy cannot tell which of the two takes a home
-        uninitialised: Any = _UninitialisedParkedEmbedding if parked else _UninitialisedEmbedding
         self.embeddings = nn.ModuleList()
         for span in self.grid.out_spans:
-            tile: nn.Module = uninitialised(
+            tile = uninitialised(
+                ParkedEmbedding if parked else nn.Embedding,
                 span.size,
                 embedding_dim,
                 padding_idx=self._padding_inside(span.start, span.stop),
@@ -100,7 +85,6 @@ class TiledEmbedding(TiledModule):
                 dtype=dtype,
                 **parked,
             )
-            tile.__class__ = ParkedEmbedding if parked else nn.Embedding
             self.embeddings.append(tile)
         self.reset_parameters()
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +17,10 @@ from memtile.errors import (
 )
 from memtile.geometry import Grid, Rect, Span
 from memtile.homes import Home, page_out, settle_in
-from memtile.layers.gather import gathered
 from memtile.layers.handle import DenseHandle
 from memtile.layers.loading import load_any_form, problems_of
 from memtile.layers.parked import ParkedModule, parameter_of
-from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy
+from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy, gathered
 
 DENSE_NAMES = ("weight", "bias")
 _watchers: list[Callable[[], None]] = []
@@ -356,3 +356,15 @@ def _values_for(owner: nn.Module, name: str, piece: Tensor) -> Tensor:
     if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
         return settle_in(owner.home, piece)
     return piece.clone(memory_format=torch.contiguous_format)
+
+
+def uninitialised(cls: Any, *args: Any, **options: Any) -> nn.Module:  # what the class takes
+    """A module of the class whose parameters are left as allocated, to be filled by the caller."""
+    module: nn.Module = _without_drawing(cls)(*args, **options)
+    module.__class__ = cls
+    return module
+
+
+@lru_cache
+def _without_drawing(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})

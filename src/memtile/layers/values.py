@@ -1,9 +1,14 @@
-"""Where the values of a weight or bias come from, whatever grid they were stored in.
+"""The values of a weight or bias, whatever grid they are stored in and whoever shards them.
 
 A bias (out_features,) is treated as a weight with one column, so that both are read by rectangles.
+
+Whoever copies, reads, resets, loads or saves values of tiles does it inside `gathered`. Tiles in
+this process are whole already. An engine that shards them over ranks registers a gatherer, which
+makes the parameters whole inside the context and, where they were written, keeps what rank 0 wrote.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +16,66 @@ from torch import Tensor, nn
 
 from memtile.errors import StateDictError, TileShapeError
 from memtile.geometry import Grid, Rect, Span
-from memtile.layers.gather import gathered, whole_shape
+from memtile.homes import berth_of
 
 Index = tuple[int, int]
 ONE_COLUMN = (0, 1)
+Gatherer = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[bool | None]]
+ShapeOf = Callable[[Tensor], tuple[int, ...] | None]
+
+_gatherers: list[tuple[Gatherer, ShapeOf | None]] = []
+
+
+def register_gatherer(gatherer: Gatherer, shape_of: ShapeOf | None = None) -> Callable[[], None]:
+    """Let an engine make parameters whole wherever memtile touches their values.
+
+    Args:
+        gatherer: called with the parameters and whether they will be written; gives a context, and
+            from it False where what this rank writes is dropped for another rank's.
+        shape_of: the whole shape of a parameter that the engine keeps in another; None: not its.
+
+    Returns:
+        A function that takes the gatherer away again.
+    """
+    entry = (gatherer, shape_of)
+    _gatherers.append(entry)
+    return lambda: _gatherers.remove(entry)
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[bool]:
+    """Inside, the parameters hold their whole values; with `write`, what is written is kept.
+
+    Gives whether it is this rank's writing that is kept: no other needs to have the values.
+    """
+    try:
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            yield False not in [enter(gatherer(parameters, write)) for gatherer, _ in _gatherers]
+    finally:
+        for parameter in parameters:
+            forget(parameter)
+
+
+def forget(parameter: Tensor | None) -> None:
+    """Drop the pages that reading or writing a parked parameter brought into memory."""
+    berth = None if parameter is None else berth_of(parameter)
+    if berth is not None:
+        berth.forget()
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process has a part of the tensor only: torch's `DTensor`, or an engine's own."""
+    return hasattr(tensor, "device_mesh") or whole_shape(tensor) != tuple(tensor.shape)
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape that a tensor has when it is gathered."""
+    for _, shape_of in _gatherers:
+        shape = None if shape_of is None else shape_of(tensor)
+        if shape is not None:
+            return shape
+    return tuple(tensor.shape)
 
 
 @dataclass(frozen=True)
