@@ -10,6 +10,7 @@ import copy
 import copyreg
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -245,3 +246,15 @@ def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     if berth is not None:
         register(parameter, berth)
     return parameter
+
+
+def uninitialised(cls: Any, *args: Any, **options: Any) -> nn.Module:  # what the class takes
+    """A module of the class whose parameters are left as allocated, to be filled by the caller."""
+    module: nn.Module = _without_drawing(cls)(*args, **options)
+    module.__class__ = cls
+    return module
+
+
+@lru_cache
+def _without_drawing(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})

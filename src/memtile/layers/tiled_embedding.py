@@ -11,8 +11,8 @@ from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileI
 from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.layers.door import is_plain
-from memtile.layers.parked import ParkedEmbedding, home_on
-from memtile.layers.tiled_module import TiledModule, uninitialised
+from memtile.layers.parked import ParkedEmbedding, home_on, uninitialised
+from memtile.layers.tiled_module import TiledModule
 from memtile.layers.values import gathered
 from memtile.transfer import layer_call
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -118,16 +117,18 @@ class TiledModule(nn.Module):
 
     def owner(self, name: str, index: Index) -> nn.Module:
         """The tile that has the parameter called `name` at this place, or this layer itself."""
-        if name == "bias" and self.whole_bias is not None:
-            return self
-        return self.tile(index[0], index[1] if name == "weight" else self.grid.in_splits - 1)
+        tile = self._owning_tile(name, index)
+        return self if tile is None else self.tile(*tile)
 
     def parameter_path(self, name: str, index: Index) -> str:
         """The name below this layer of the parameter called `name` at this place."""
-        if name == "bias" and self.whole_bias is not None:
-            return name
-        column = index[1] if name == "weight" else self.grid.in_splits - 1
-        return f"{self.tile_path(index[0], column)}.{name}"
+        tile = self._owning_tile(name, index)
+        return name if tile is None else f"{self.tile_path(*tile)}.{name}"
+
+    def _owning_tile(self, name: str, index: Index) -> Index | None:
+        if name == "weight":
+            return index
+        return (index[0], self.grid.in_splits - 1) if self.whole_bias is None else None
 
     def tile_rect(self, name: str, index: Index) -> Rect:
         """The rectangle of the dense weight, or of the bias as one column, that a tile holds."""
@@ -139,9 +140,9 @@ class TiledModule(nn.Module):
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense parameter, as the dense module keeps it."""
-        shape = (self.grid.out_features, self.grid.in_features)
         if name == "bias":
-            return shape[:1]
+            return (self.grid.out_features,)
+        shape = (self.grid.out_features, self.grid.in_features)
         return shape[::-1] if self.weight_is_transposed else shape
 
     def dense_tensor(self, name: str) -> Tensor:
@@ -159,10 +160,10 @@ class TiledModule(nn.Module):
         return self.assemble(name, gradients)
 
     def assemble(self, name: str, tensors: Mapping[Index, Any]) -> Tensor:
-        """The dense tensor, as the dense module keeps it, that tensors by their place make."""
-        shape = (self.grid.out_features, self.grid.in_features)
-        dense = dense_copy(tensors, shape if name == "weight" else shape[:1])
-        return dense.t() if name == "weight" and self.weight_is_transposed else dense
+        """The dense tensor that tensors by their place make, as the dense module keeps it."""
+        if name == "weight" and self.weight_is_transposed:
+            return dense_copy(tensors, self.dense_shape(name)[::-1]).t()
+        return dense_copy(tensors, self.dense_shape(name))
 
     @property
     def weight(self) -> Tensor:
@@ -192,8 +193,7 @@ class TiledModule(nn.Module):
                 f"{self.full_name()}.{name} = … would not reach the tiles, so nothing would "
                 "change: write values with layer.copy_params_from(linear); to tie two tiled "
                 "layers of the same grid, call layer.share_tiles_with(other); to tie layers of "
-                "a model, tie them "
-                "first and call memtile.tile(model), which keeps ties"
+                "a model, tie them first and call memtile.tile(model), which keeps ties"
             )
 
     def _is_own(self, name: str, value: Any) -> bool:
@@ -283,14 +283,11 @@ class TiledModule(nn.Module):
 
     def hand_over(self, dense: nn.Module, weight: nn.Parameter | None = None) -> None:
         """Give parameters and mode to a dense module, or `weight` where it is tied to another."""
-        for name in DENSE_NAMES if self.whole_bias is None else DENSE_NAMES[:1]:
-            parameter = (
-                weight if name == "weight" and weight is not None else self.dense_parameter(name)
-            )
+        weight = self.dense_parameter("weight") if weight is None else weight
+        bias = self.dense_parameter("bias") if self.whole_bias is None else self.whole_bias
+        for name, parameter in zip(DENSE_NAMES, (weight, bias), strict=True):
             if parameter is not None:
                 setattr(dense, name, parameter)
-        if self.whole_bias is not None:
-            dense.bias = self.whole_bias  # the same one: others share it
         dense.train(self.training)
 
     @classmethod
@@ -324,21 +321,13 @@ class TiledModule(nn.Module):
         _tell_watchers()
         super()._save_to_state_dict(*given)
 
-    def _load_from_state_dict(  # torch's own hook for one module's part of a checkpoint
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
+        """torch's own hook for one module's part of a checkpoint; `rest` ends with `error_msgs`."""
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        error_msgs.extend(load_any_form(self, state_dict, prefix, assign))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        rest[-1].extend(load_any_form(self, state_dict, prefix, assign))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
 def _tell_watchers() -> None:
@@ -352,19 +341,7 @@ def _piece(dense: Tensor, rect: Rect, turned: bool, like: Tensor) -> Tensor:
 
 
 def _values_for(owner: nn.Module, name: str, piece: Tensor) -> Tensor:
-    """A copy of a piece: at its tile's home where the tile has one."""
+    """A copy of a piece, in its tile's home where the tile has one."""
     if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
         return settle_in(owner.home, piece)
     return piece.clone(memory_format=torch.contiguous_format)
-
-
-def uninitialised(cls: Any, *args: Any, **options: Any) -> nn.Module:  # what the class takes
-    """A module of the class whose parameters are left as allocated, to be filled by the caller."""
-    module: nn.Module = _without_drawing(cls)(*args, **options)
-    module.__class__ = cls
-    return module
-
-
-@lru_cache
-def _without_drawing(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
