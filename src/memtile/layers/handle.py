@@ -9,7 +9,7 @@ compiler a read gives the assembled tensor itself, which costs nothing in the gr
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,115 +17,48 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from memtile.errors import HandleError
 
+Layer = Any  # a TiledModule, whose file imports this one
 
-class Tiled(Protocol):
-    """What a handle needs to know of its layer."""
-
-    def tile_parameters(self, name: str) -> dict[tuple[int, int], nn.Parameter]:
-        """The parameters called `name` of the tiles, by their place."""
-
-    def dense_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the dense parameter called `name`."""
-
-    def dense_tensor(self, name: str) -> Tensor:
-        """The dense parameter called `name`, assembled."""
-
-    def dense_gradient(self, name: str) -> Tensor | None:
-        """Its gradient, assembled; None while a tile has none."""
-
-    def full_name(self) -> str:
-        """The layer's name for messages."""
-
-
-_FREE_PROPERTIES = [
-    "shape",
-    "dtype",
-    "device",
-    "layout",
-    "ndim",
-    "requires_grad",
-    "is_leaf",
-    "grad_fn",
-    "is_cpu",
-    "is_cuda",
-    "is_meta",
-    "is_mps",
-    "is_nested",
-    "is_quantized",
-    "is_sparse",
-    "is_sparse_csr",
-    "is_xpu",
-    "itemsize",
-    "nbytes",
-    "names",
-    "output_nr",
-]
-_FREE_METHODS = [
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "element_size",
-    "stride",
-    "storage_offset",
-    "is_contiguous",
-    "is_floating_point",
-    "is_complex",
-    "is_signed",
-    "is_inference",
-    "get_device",
-    "__len__",
-    "__hash__",
-    "type",
-]
-_REFUSED = frozenset(
+_FREE_PROPERTIES = (
+    {"shape", "ndim", "layout", "dtype", "device", "itemsize", "nbytes", "names"}
+    | {"requires_grad", "is_leaf", "grad_fn", "output_nr"}
+    | {"is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
+    | {"is_nested", "is_quantized", "is_sparse", "is_sparse_csr"}
+)
+_FREE_METHODS = (
+    {"size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"}
+    | {"is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference"}
+    | {"get_device", "__len__", "__hash__", "type"}
+)
+_REFUSED = (
     {"data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"}
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "__setitem__"}
-    | {
-        f"__i{name}__"
-        for name in [
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "and",
-            "or",
-            "xor",
-            "lshift",
-            "rshift",
-        ]
-    }
+    | {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
+    | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 )
-
 
 _OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors: stubs do not have them
 _READ_GRADIENT, _READ_VERSION = _OF_C_BASE["grad"].__get__, _OF_C_BASE["_version"].__get__
 _READ_DATA = _OF_C_BASE["data"].__get__
 
 
-def _free_functions() -> frozenset[Any]:
-    properties = [
-        getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)
-    ]
-    return frozenset([*properties, *(getattr(Tensor, name) for name in _FREE_METHODS)])
+_FREE = frozenset(
+    [getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)]
+    + [getattr(Tensor, name) for name in _FREE_METHODS]
+)
 
 
 class DenseHandle(Tensor):
     """The dense `.weight` or `.bias` of a tiled layer, assembled when it is used."""
 
-    _free: ClassVar[frozenset[Any]] = _free_functions()
-    _layer: Tiled
+    _layer: Layer
     _name: str
     _of_gradient: bool
     _of_data: bool
 
     @staticmethod
     def __new__(
-        cls, layer: Tiled, name: str, of_gradient: bool = False, of_data: bool = False
+        cls, layer: Layer, name: str, of_gradient: bool = False, of_data: bool = False
     ) -> "DenseHandle":
         """A handle of the layer's "weight" or "bias", of its gradient, or of the `.data` of one."""
         is_values = of_gradient or of_data
@@ -202,7 +135,7 @@ class DenseHandle(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in cls._free:
+        if func in _FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func == _READ_GRADIENT:

@@ -7,7 +7,7 @@ beside another form are no part of a checkpoint: torch's `set_model_state_dict` 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from memtile.errors import MemtileError
 from memtile.layers.values import Index, Values, gathered
 
-if TYPE_CHECKING:
-    from memtile.layers.tiled_module import TiledModule
-
+Layer = Any  # a TiledModule, whose file imports this one
 NAMES = ("weight", "bias")
 
 
 def problems_of(
-    layer: "TiledModule", state_dict: Mapping[str, Any], strict: bool, assign: bool
+    layer: Layer, state_dict: Mapping[str, Any], strict: bool, assign: bool
 ) -> list[str]:
     """Every reason, as a sentence, why the dictionary cannot be loaded into the layer."""
     found = _Found(layer, state_dict, "")
@@ -41,9 +39,7 @@ def problems_of(
     return problems
 
 
-def load_any_form(
-    layer: "TiledModule", state_dict: dict[str, Any], prefix: str, assign: bool
-) -> list[str]:
+def load_any_form(layer: Layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> list[str]:
     """Rewrite the layer's entries of `state_dict` into names and values of its own tiles, in place.
 
     Args:
@@ -66,7 +62,7 @@ def load_any_form(
 class _Found:
     """What a checkpoint holds for one layer."""
 
-    def __init__(self, layer: "TiledModule", state_dict: Mapping[str, Any], prefix: str) -> None:
+    def __init__(self, layer: Layer, state_dict: Mapping[str, Any], prefix: str) -> None:
         self.layer, self.state_dict, self.prefix = layer, state_dict, prefix
         self.own = {name: layer.stored_parameters(name) for name in NAMES}
         self.keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]

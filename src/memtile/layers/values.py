@@ -19,7 +19,6 @@ from memtile.geometry import Grid, Rect, Span
 from memtile.homes import berth_of
 
 Index = tuple[int, int]
-ONE_COLUMN = (0, 1)
 Gatherer = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[bool | None]]
 ShapeOf = Callable[[Tensor], tuple[int, ...] | None]
 
@@ -152,7 +151,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def bias_rect(rows: Span) -> Rect:
     """The rectangle of a bias that covers these rows."""
-    return Rect(rows, Span(*ONE_COLUMN))
+    return Rect(rows, Span(0, 1))
 
 
 def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...]) -> Tensor:
