@@ -1,4 +1,4 @@
-"""What is checked before a tiled linear works: are its tiles plain, does its input fit."""
+"""Checks of a call: whether its tiles are plain, whether input and results fit."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,26 +16,16 @@ from memtile.errors import (
 from memtile.geometry import Grid, partition_uniform
 from memtile.ops import autocast_dtype
 
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-_LINEAR_FORWARD = nn.Linear.forward
-_LINEAR_CALL = nn.Linear.__call__
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LINEAR_FORWARD, _LINEAR_CALL = nn.Linear.forward, nn.Linear.__call__
 
 
 def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
-    """Whether calling the tile does what its class does, and nothing that anyone hooked on."""
-    own = tile.__dict__
-    parameters = tile._parameters
+    """Whether calling the tile does what its class does and nothing else: it has no hooks, say."""
+    own, parameters = tile.__dict__, tile._parameters
     return (
         type(tile) is cls
-        and not tile._forward_hooks
-        and not tile._forward_pre_hooks
-        and not tile._backward_hooks
-        and not tile._backward_pre_hooks
+        and not any(own[hooks] for hooks in _HOOKS)
         and type(parameters.get("weight")) is nn.Parameter
         and type(parameters.get("bias")) in (nn.Parameter, type(None))
         and "forward" not in own
@@ -45,7 +35,7 @@ def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
 
 def all_plain(tiles: Sequence[nn.Module]) -> bool:
     """Whether all tiles are plain, on one device and of one dtype, and nothing global is hooked."""
-    if any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
+    if any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS):
         return False
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.Linear.__call__ is not _LINEAR_CALL:
         return False
@@ -64,10 +54,9 @@ def all_plain(tiles: Sequence[nn.Module]) -> bool:
 
 
 def column_widths(row: Sequence[nn.Module]) -> list[int] | None:
-    """The input width of each column where its tile declares the one that it takes, else None."""
-    widths = [_declared_width(tile) for tile in row]
-    known = [width for width in widths if width is not None]
-    return known if len(known) == len(widths) else None
+    """The input width of each column; None where a tile does not declare the one that it takes."""
+    widths = [width for width in map(_declared_width, row) if width is not None]
+    return widths if len(widths) == len(row) else None
 
 
 def _declared_width(tile: nn.Module) -> int | None:
@@ -106,7 +95,8 @@ def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | N
     the tiles declare their own widths.
 
     Raises:
-        TileShapeError: the width is not what the tiles declare, or too small to be cut.
+        TileShapeError: the width is not what the tiles declare.
+        SplitsError: it is too small to be cut.
     """
     if declared is not None and width != sum(declared):
         raise TileShapeError(
@@ -127,6 +117,7 @@ def check_chunks(
     """Check an input that arrives split: number of chunks, their widths, their other dimensions.
 
     Raises:
+        TileDtypeError: it is no sequence of tensors.
         TileShapeError: one of them is wrong.
     """
     if not isinstance(chunks, Sequence):

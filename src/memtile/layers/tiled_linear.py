@@ -21,8 +21,8 @@ from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.layers.parked import ParkedLinear, home_on, uninitialised
-from memtile.layers.tiled_module import DENSE_NAMES, TiledModule
-from memtile.layers.values import Index, Values, gathered, whole_shape
+from memtile.layers.tiled_module import TiledModule
+from memtile.layers.values import DENSE_NAMES, Index, Values, gathered, whole_shape
 from memtile.layers.walks import WalkedLinear
 
 LinearClass = Callable[..., nn.Module]

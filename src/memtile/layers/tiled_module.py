@@ -19,9 +19,16 @@ from memtile.homes import Home, page_out, settle_in
 from memtile.layers.handle import DenseHandle
 from memtile.layers.loading import load_any_form, problems_of
 from memtile.layers.parked import ParkedModule, parameter_of
-from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy, gathered
+from memtile.layers.values import (
+    DENSE_NAMES,
+    Index,
+    Values,
+    as_matrix,
+    bias_rect,
+    dense_copy,
+    gathered,
+)
 
-DENSE_NAMES = ("weight", "bias")
 _watchers: list[Callable[[], None]] = []
 
 

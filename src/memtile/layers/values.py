@@ -19,6 +19,7 @@ from memtile.geometry import Grid, Rect, Span
 from memtile.homes import berth_of
 
 Index = tuple[int, int]
+DENSE_NAMES = ("weight", "bias")
 Gatherer = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[bool | None]]
 ShapeOf = Callable[[Tensor], tuple[int, ...] | None]
 
