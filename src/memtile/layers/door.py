@@ -34,13 +34,13 @@ def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
 
 
 def all_plain(tiles: Sequence[nn.Module]) -> bool:
-    """Whether all tiles are plain, on one device and of one dtype, and nothing global is hooked."""
+    """Whether all tiles are plain, of one device and dtype, and there are no global hooks."""
     if any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS):
         return False
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.Linear.__call__ is not _LINEAR_CALL:
         return False
     first = tiles[0]._parameters.get("weight")
-    if first is None or not first.is_floating_point():  # complex gradients want conjugates
+    if first is None or not first.is_floating_point():  # complex gradients need conjugates
         return False
     dtype, device = first.dtype, first.device
     return all(
@@ -72,7 +72,7 @@ def _declared_width(tile: nn.Module) -> int | None:
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """The value, when it is a tensor with at least one dimension.
+    """The value, checked to be a tensor with at least one dimension.
 
     Raises:
         TileDtypeError: it is no tensor.
@@ -91,8 +91,7 @@ def check_tensor(name: str, value: object) -> Tensor:
 def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | None) -> list[int]:
     """How an input of this width is cut into columns.
 
-    The cut follows the width that arrives (a tensor-parallel linear feeds its local one), unless
-    the tiles declare their own widths.
+    Tiles that declare no width take what arrives: the local width of a tensor-parallel linear, say.
 
     Raises:
         TileShapeError: the width is not what the tiles declare.
@@ -144,7 +143,7 @@ def check_chunks(
 
 
 def check_kinds(name: str, chunks: Sequence[object], weight: Tensor) -> None:
-    """Check devices and dtypes against plain tiles, as they are after what autocast casts.
+    """Check devices and dtypes against plain tiles, after the casts that autocast makes.
 
     Raises:
         TileDeviceError: the devices differ.
@@ -160,7 +159,7 @@ def check_kinds(name: str, chunks: Sequence[object], weight: Tensor) -> None:
 
 
 def check_dtypes(name: str, chunks: Sequence[object], weight: Tensor) -> None:
-    """Check dtypes against plain or parked tiles, as they are after what autocast casts.
+    """Check dtypes against plain or parked tiles, after the casts that autocast makes.
 
     Raises:
         TileDtypeError: the dtypes differ.
@@ -181,8 +180,7 @@ def check_width(
 ) -> None:
     """Check that a tile which holds all rows of its span returns them all.
 
-    A narrower result is right only for a shard of a tensor-parallel linear, whose weight is
-    narrower too.
+    A narrower result is right only for a tensor-parallel shard, whose weight is narrower too.
 
     Raises:
         TileClassError: the result is not as wide as the tile's weight is high.

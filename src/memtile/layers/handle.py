@@ -1,11 +1,11 @@
-"""What a read of a tiled layer's `.weight` or `.bias` gives: a tensor without data.
+"""`DenseHandle`: what reading a tiled layer's `.weight` or `.bias` gives, a tensor without data.
 
 Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
-dense tensor, differentiably. What would silently change only a copy (in-place operations,
-`nn.init`, assignments to `.data` and `.grad`) is refused, for the handles that `.grad` and `.data`
-give too, and so is `torch.autograd.grad` with respect to it. What cannot be seen from here: writing
-into `layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
-compiler a read gives the assembled tensor itself, which costs nothing in the graph if unused.
+dense tensor, differentiably. What would change only a copy (in-place operations, `nn.init`,
+assignments to `.data` and `.grad`) raises HandleError, also on the handles that `.grad` and `.data`
+give, and so does `torch.autograd.grad` with respect to it. Not detected: writing into
+`layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
+compiler a read gives the assembled tensor itself, which the graph drops if it is unused.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ _REFUSED = (
     | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 )
 
-_OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors: stubs do not have them
+_OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors, which stubs lack
 _READ_GRADIENT, _READ_VERSION = _OF_C_BASE["grad"].__get__, _OF_C_BASE["_version"].__get__
 _READ_DATA = _OF_C_BASE["data"].__get__
 
@@ -176,12 +176,12 @@ def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[s
 def _written(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[str, Any]:
-    """The function's name, and the arguments that it writes to, or whose memory it gives away."""
+    """The function's name, and the arguments that it writes to or whose memory it exposes."""
     name = getattr(func, "__name__", "")
     if name in {"__get__", "__set__"}:
         attribute = getattr(getattr(func, "__self__", None), "__name__", name)
         return attribute, args[:1] if name == "__set__" or attribute in _REFUSED else ()
-    if func is torch.autograd.grad:  # an assembled copy is not in the graph: its tiles are
+    if func is torch.autograd.grad:  # the graph holds the tiles, not an assembled copy
         return "torch.autograd.grad", (args[1:2], kwargs.get("inputs"))
     if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):
         return name, (args[:1], kwargs.get("tensor"), kwargs.get("input"), kwargs.get("self"))

@@ -45,10 +45,10 @@ def load_any_form(layer: Layer, state_dict: dict[str, Any], prefix: str, assign:
         layer: the tiled layer.
         state_dict: the module's own copy of the checkpoint's dictionary.
         prefix: the layer's name in it, with a dot, or nothing.
-        assign: torch will put the entries themselves into the tiles: they must be copies.
+        assign: torch will make the entries the tiles' parameters, so they must be copies.
 
     Returns:
-        What is wrong, as sentences; then the tiles keep their values.
+        What is wrong, as sentences; the tiles keep their values then.
     """
     found = _Found(layer, state_dict, prefix)
     problems = found.problems(assign)
@@ -88,7 +88,7 @@ class _Found:
         return self.state_dict[self.prefix + key]
 
     def _is_known(self, key: str) -> bool:
-        """Whether a key is a subclass's own, or a tile's in another way (more parameters)."""
+        """Whether a key belongs to a subclass, or to another parameter of a tile."""
         tiles = (self.layer.tile_path(*index) + "." for index in self.layer.grid.indices())
         return key in self.layer.state_dict() or any(map(key.startswith, tiles))
 
@@ -108,7 +108,7 @@ class _Found:
         )
 
     def problems(self, assign: bool) -> list[str]:
-        """What keeps the weight or the bias from being loaded, a sentence each."""
+        """Why the weight or the bias cannot be loaded, a sentence each."""
         problems = []
         for name in filter(self.has, DENSE_NAMES):
             try:
@@ -182,7 +182,7 @@ class _Found:
         return {_place(name, index): self.value(key) for index, key in self.tiles[name].items()}
 
     def rewrite(self, name: str, *, keep: bool, assign: bool) -> None:
-        """Put this layer's tiles into the dictionary, with their old values or the found ones."""
+        """Put this layer's tiles into the dictionary, with their old or the found values."""
         assert isinstance(self.state_dict, dict)
         values = None if keep else self._values(name)
         for key in [name, *self.tiles[name].values()]:
@@ -194,7 +194,7 @@ class _Found:
     def _entry(
         self, name: str, index: Index, parameter: nn.Parameter, values: Values | None, assign: bool
     ) -> Tensor:
-        """What torch will load into one tile; the parameter itself where it is written already."""
+        """What torch will load into one tile; the parameter itself where it is already written."""
         if values is None:
             return parameter
         rect = self.layer.tile_rect(name, index)

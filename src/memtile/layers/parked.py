@@ -1,9 +1,9 @@
-"""Tiles that live elsewhere: a linear and an embedding whose weight is parked in a home.
+"""Parked tiles: a linear and an embedding whose weight lives in a home.
 
-The weight is an ordinary `nn.Parameter` on the CPU whose memory happens to be the home's, so all
-code that reads or writes parameters goes on working. Its values are brought in for each product and
-for each backward. A tensor found in its place (`functional_call`, `.data = …`, a swapped parameter)
-is used as it is, and never replaced by the home's bytes. Biases are never parked.
+The weight is an ordinary `nn.Parameter` on the CPU whose memory is the home's, so code that reads
+or writes parameters works as usual. Its values are read into a slab for each product. A tensor
+found in its place (`functional_call`, `.data = …`, a swapped parameter) is used as it is, and never
+replaced by the home's bytes. Biases are never parked.
 """
 
 import copy
@@ -24,11 +24,11 @@ from memtile.layers import door
 from memtile.layers.values import forget
 from memtile.transfer import ParkedSource, layer_call
 
-_NAME = "ParkedLinear"  # in messages: a tile does not know its own
+_NAME = "ParkedLinear"  # in messages: a tile does not know its name
 
 
 class ParkedModule(nn.Module):
-    """A tile whose weight is parked; its base class is what it is a tile of.
+    """A tile whose weight is parked; subclasses are an `nn.Linear` or an `nn.Embedding` too.
 
     Attributes:
         home: where the weight lives.
@@ -37,7 +37,7 @@ class ParkedModule(nn.Module):
     home: Home
 
     def _settle(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
-        """Give the tile its home, and room there unless it is made on the meta device."""
+        """Give the tile its home, and memory there unless it is on the meta device."""
         self.home = home_on(home, device)
         if torch.empty(0, device=device).is_meta:
             return
@@ -47,7 +47,7 @@ class ParkedModule(nn.Module):
         self._parameters["weight"] = parameter_of(settled, True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move what is not parked; the weight stays at home, of its dtype.
+        """Move what is not parked; the weight stays in its home with its dtype.
 
         Raises:
             ParkedError: another dtype is asked for.
@@ -96,7 +96,7 @@ class ParkedModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """torch's own hook; with `assign=True` the values are copied home, not the tensor kept."""
+        """torch's own hook; `assign=True` copies the values home too, and keeps no tensor."""
         weight = self._parameters.get("weight")
         if weight is not None and berth_of(weight) is not None:
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
@@ -105,7 +105,7 @@ class ParkedModule(nn.Module):
         forget(weight)
 
     def _park_what_was_meta(self, before: Tensor | None) -> None:
-        """A weight that got its memory just now goes home with it."""
+        """Move a weight home that has just got memory."""
         weight = self._parameters.get("weight")
         if before is not None and before.is_meta and weight is not None and not weight.is_meta:
             settled = settle_in(self.home, weight.detach())
@@ -145,7 +145,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         forget(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(…, out_features) of (…, in_features), the weight brought in for the product.
+        """(…, out_features) of (…, in_features), the weight in memory for the product only.
 
         Raises:
             TileShapeError: wrong width or rank.
@@ -171,7 +171,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
 
 
 class ParkedEmbedding(ParkedModule, nn.Embedding):
-    """An `nn.Embedding` whose rows are parked; a lookup touches only the pages of its rows.
+    """An `nn.Embedding` whose rows are parked; a lookup reads only the pages of its rows.
 
     Args:
         num_embeddings: rows.
@@ -229,7 +229,7 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
 
 
 def home_on(home: Home | str, device: Any) -> Home:
-    """The home that is meant, where "device" means this device.
+    """The home of this name, where "device" means the device given.
 
     Raises:
         ArgumentError: it is neither a home nor the name of one.
@@ -240,7 +240,7 @@ def home_on(home: Home | str, device: Any) -> Home:
 
 
 def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
-    """A parameter that lies where the values lie, at home if they do."""
+    """A parameter in the memory of the values, parked if they are."""
     parameter = nn.Parameter(values, requires_grad=requires_grad)
     berth = berth_of(values)
     if berth is not None:

@@ -1,4 +1,4 @@
-"""`TiledEmbedding`: rows of the vocabulary are its tiles, which a tiled head can share."""
+"""`TiledEmbedding`: its tiles are rows of the vocabulary, which a tiled head can share."""
 
 import re
 from typing import Any, ClassVar, TypeVar
@@ -23,7 +23,7 @@ class TiledEmbedding(TiledModule):
     """An embedding cut into `out_splits` tiles of consecutive rows; tile o is `embeddings[o]`.
 
     `share_tiles_with` (of this layer or of a `TiledLinear` with in_splits=1) ties it to a head: one
-    set of tiles, with the gradients of both uses.
+    set of tiles, which gets the gradients of both.
 
     Args:
         num_embeddings: rows of the vocabulary.
@@ -31,13 +31,13 @@ class TiledEmbedding(TiledModule):
         padding_idx: a row that gets no gradient from lookups and starts at zero; negative counts
             from the end.
         max_norm: refused: it rewrites looked-up rows in place during forward.
-        norm_type: accepted for `nn.Embedding`'s sake, means nothing without `max_norm`.
+        norm_type: as in `nn.Embedding`; unused without `max_norm`.
         scale_grad_by_freq: divide each row's gradient by how often its id occurs in the batch.
         sparse: refused: a sparse gradient would have to be cut along its tiles.
         out_splits: tiles, 1 to num_embeddings.
         device: of the tiles.
         dtype: of the tiles.
-        home: where the tiles are parked: "host", "device", a `Home`; None: nowhere, as ever.
+        home: where the tiles are parked: "host", "device", a `Home`; None: not parked.
 
     Raises:
         SplitsError: `out_splits` is outside its range.
@@ -134,10 +134,7 @@ class TiledEmbedding(TiledModule):
         tied_to: TiledModule | None = None,
         home: Home | None = None,
     ) -> Self:
-        """The same for a grid that is there already, its tiles shared where it is tied.
-
-        With a `home` they are parked there.
-        """
+        """The same for a given grid; shares the tiles of `tied_to`, or parks its own in `home`."""
         assert isinstance(dense, nn.Embedding)
         layer = cls(
             grid.out_features,
@@ -161,7 +158,7 @@ class TiledEmbedding(TiledModule):
         return embedding
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The untiled module that this layer stands for, with `weight` where it is tied."""
+        """The untiled module that this layer replaces, with `weight` where it is tied."""
         embedding = nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,
@@ -186,7 +183,7 @@ class TiledEmbedding(TiledModule):
             TileDtypeError: the ids are no int32 or int64 tensor.
             TileDeviceError: they are on another device than the tiles.
             TileIndexError: an id is outside the vocabulary; of one tile on an accelerator, and
-                under compilers and transforms, torch says so itself.
+                under compilers and transforms, torch raises its own error.
             ArgumentError: `scale_grad_by_freq` in training under a compiler or a transform.
         """
         tiles, spans = list(self.embeddings), self.grid.out_spans
@@ -201,14 +198,14 @@ class TiledEmbedding(TiledModule):
             self._check_static()
             return ops.gather_rows_statically(input, tiles, spans)
         free = not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
-        # A tile may be skipped where no engine or hook counts its calls.
+        # Tiles may be skipped only where no engine or hook counts on their calls.
         free = free and all(is_plain(tile, type(tile)) for tile in tiles)
         gather = ops.gather_some_rows if free else ops.gather_rows
         with layer_call():
             return gather(input, tiles, spans, self.embedding_dim)
 
     def _check_static(self) -> None:
-        """A static lookup asks every tile for every id, so a tile cannot count its own."""
+        """Refuse `scale_grad_by_freq`: static lookups give every tile all ids, not only its own."""
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.scale_grad_by_freq and trained:
             raise ArgumentError(

@@ -1,7 +1,7 @@
 """`TiledLinear`: a linear layer whose weight is a grid of tiles, each a module of its own.
 
 Source: the memory-centric tiling of DeepSpeed ZeRO-3 (ZeRO-Infinity, arXiv 2104.07857, §5.1.3),
-whose contract it keeps: names, defaults, points for subclasses, state dict names.
+whose contract it keeps: names, defaults, override hooks, state dict names.
 
 A tile that initialised itself would use its own fan-in: with in_splits columns its weights would be
 √in_splits too large. So plain tiles are made without starting values, and drawn once, from the
@@ -30,7 +30,7 @@ Self = TypeVar("Self", bound="TiledLinear")
 
 
 class TiledLinear(WalkedLinear):
-    """A linear layer cut into `out_splits × in_splits` tiles that are worked on in turn.
+    """A linear layer cut into `out_splits × in_splits` tiles that are computed one at a time.
 
     Tile (o, i) is `linears[o][i]`, a `linear_cls(in_i, out_o, bias=…, **kwargs)`; the bias of a row
     belongs to its last column. Starting values have `nn.Linear`'s distribution for the whole layer.
@@ -110,10 +110,7 @@ class TiledLinear(WalkedLinear):
         return f"linears.{row}.{column}"
 
     def keep_bias(self, bias: nn.Parameter) -> None:
-        """Add this bias, whole and not copied, as other modules that share it do.
-
-        For a layer whose tiles have none.
-        """
+        """Add this bias itself, shared with other modules; for a layer whose tiles have none."""
         self._parameters["bias"] = bias  # not register_parameter, which the property refuses
         self.use_bias = True
 
@@ -230,7 +227,7 @@ class TiledLinear(WalkedLinear):
         home: Home | None = None,
         **options: bool,
     ) -> Self:
-        """The same for a grid that is there already, its weight tiles shared where it is tied.
+        """The same for a given grid; with `tied_to` it shares that layer's weight tiles.
 
         With a `home`, the weight's tiles are parked there.
         """
@@ -259,16 +256,16 @@ class TiledLinear(WalkedLinear):
         return linear
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The untiled module that this layer stands for, with `weight` where it is tied."""
+        """The untiled module that this layer replaces, with `weight` where it is tied."""
         linear = nn.Linear(self.in_features, self.out_features, self.use_bias, device="meta")
         self.hand_over(linear, weight)
         return linear
 
 
 def _with_home(linear_cls: LinearClass, arguments: dict[str, Any]) -> LinearClass:
-    """The class that a `home` among the arguments asks for; tiles of one layer share one home.
+    """The class to use with these arguments: `ParkedLinear` where a `home` is given.
 
-    With a class of the user's the argument is passed on as it is.
+    Tiles of one layer share one home. A user's own class gets the argument as it is.
     """
     if linear_cls is nn.Linear and arguments.get("home") is None:
         arguments.pop("home", None)
@@ -319,7 +316,7 @@ def _make_tile(
 
 
 def _draws_like_linear(tile: nn.Module) -> bool:
-    """Whether a tile starts with `nn.Linear`'s values, so that the whole layer's apply."""
+    """Whether a tile draws its starting values as `nn.Linear` does."""
     drawn = getattr(type(tile), "reset_parameters", None)
     return isinstance(tile, nn.Linear) and drawn is nn.Linear.reset_parameters
 

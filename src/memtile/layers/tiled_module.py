@@ -1,4 +1,4 @@
-"""What every tiled layer has: a grid, tiles with parameters of their own, their dense forms."""
+"""`TiledModule`: a grid, tiles with parameters of their own, and the dense forms of both."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,7 @@ _watchers: list[Callable[[], None]] = []
 
 
 def watch_tiles(watcher: Callable[[], None]) -> None:
-    """Call `watcher` whenever a tiled layer comes into being, and before its state is read."""
+    """Call `watcher` whenever a tiled layer is made or unpickled, and before its state is saved."""
     _watchers.append(watcher)
 
 
@@ -44,7 +44,7 @@ class TiledModule(nn.Module):
         grid: how the weight is cut.
         weight_is_transposed: whether the dense module keeps its weight as (in, out).
         tile_pattern: the state dict names of tiles, with groups row, column (or none) and name.
-        stands_for_dense: whether it was made of a dense module, in its place.
+        stands_for_dense: whether it was made from a dense module, to replace it.
     """
 
     weight_is_transposed: ClassVar[bool] = False
@@ -86,7 +86,7 @@ class TiledModule(nn.Module):
     def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
         """The tiles' parameters called `name` by their place; biases are one column.
 
-        A bias that is kept whole stands there as the one of a single row.
+        A bias that is kept whole is the only entry, at (0, 0).
         """
         whole = self.whole_bias if name == "bias" else None
         if whole is not None:
@@ -99,7 +99,7 @@ class TiledModule(nn.Module):
         return found
 
     def stored_parameters(self, name: str) -> dict[Index, nn.Parameter]:
-        """Those that tiles, and so state dicts, keep under this name: none that is computed."""
+        """Those that tiles, and so state dicts, hold under this name: not the computed ones."""
         return {
             index: parameter
             for index, parameter in self.tile_parameters(name).items()
@@ -174,7 +174,7 @@ class TiledModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A light handle of the dense weight: reading its shape or dtype costs nothing."""
+        """A handle of the dense weight, assembled when it is used: its shape and dtype are free."""
         weight = self._read("weight")
         if weight is None:
             raise AttributeError("the tiles have no weight")  # so that hasattr is False
@@ -182,14 +182,14 @@ class TiledModule(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """A light handle of the dense bias, the bias itself where it is kept whole, or None."""
+        """A handle of the dense bias, the bias itself where it is kept whole, or None."""
         return self._read("bias") if self.whole_bias is None else self.whole_bias
 
     def _read(self, name: str) -> Tensor | None:
         if not self.tile_parameters(name):
             return None
         if torch.compiler.is_compiling():
-            return self.dense_tensor(name)  # no handle can be traced; what is unused is dropped
+            return self.dense_tensor(name)  # handles cannot be traced; unused tensors are dropped
         return DenseHandle(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -211,7 +211,7 @@ class TiledModule(nn.Module):
 
     @torch.no_grad()
     def share_tiles_with(self, other: "TiledModule") -> None:
-        """Use the other layer's tile weights from now on: one set of tiles, ties included.
+        """Use the other layer's tile weights from now on: one set of tiles for both.
 
         Raises:
             TileShapeError: the grids differ.
@@ -227,7 +227,7 @@ class TiledModule(nn.Module):
 
     @torch.no_grad()
     def copy_values(self, name: str, values: Values) -> None:
-        """Copy values of any grid into the tiles, one tile after the other."""
+        """Copy values of any grid into the tiles, one tile at a time."""
         for index, parameter in self.writable_parameters(name).items():
             with gathered([parameter], write=True) as kept:
                 values.write_to(parameter, self.tile_rect(name, index), kept=kept)
@@ -258,7 +258,7 @@ class TiledModule(nn.Module):
         """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.
 
         Raises:
-            CannotTileError: some tiles are frozen and some are not, so no dense one can be right.
+            CannotTileError: some tiles are frozen and some are not.
         """
         tiles = list(self.tile_parameters(name).values())
         if not tiles:

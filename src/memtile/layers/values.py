@@ -32,7 +32,7 @@ def register_gatherer(gatherer: Gatherer, shape_of: ShapeOf | None = None) -> Ca
     Args:
         gatherer: called with the parameters and whether they will be written; gives a context, and
             from it False where what this rank writes is dropped for another rank's.
-        shape_of: the whole shape of a parameter that the engine keeps in another; None: not its.
+        shape_of: the whole shape of a parameter that the engine stores in another shape, else None.
 
     Returns:
         A function that takes the gatherer away again.
@@ -46,7 +46,7 @@ def register_gatherer(gatherer: Gatherer, shape_of: ShapeOf | None = None) -> Ca
 def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[bool]:
     """Inside, the parameters hold their whole values; with `write`, what is written is kept.
 
-    Gives whether it is this rank's writing that is kept: no other needs to have the values.
+    Gives whether what this rank writes is kept: other ranks need not have the values.
     """
     try:
         with ExitStack() as stack:
@@ -65,7 +65,7 @@ def forget(parameter: Tensor | None) -> None:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor only: torch's `DTensor`, or an engine's own."""
+    """Whether this process holds only a part of it: a `DTensor`, or an engine's own shard."""
     return hasattr(tensor, "device_mesh") or whole_shape(tensor) != tuple(tensor.shape)
 
 
@@ -122,7 +122,7 @@ class Values:
     def write_to(self, target: Tensor, rect: Rect, *, kept: bool = True) -> None:
         """Copy the values inside `rect` into `target`, in place, converting dtype and device.
 
-        Without `kept` they are gathered as on the other ranks, and nothing is written.
+        Without `kept` they are only gathered, since all ranks must, and nothing is written.
         """
         matrix = as_matrix(target)
         for place, part in self._pieces(rect):
@@ -130,7 +130,7 @@ class Values:
                 matrix[place.index].copy_(part)
 
     def _pieces(self, rect: Rect) -> Iterator[tuple[Rect, Tensor]]:
-        """What each tensor has inside `rect`, and where there: one is gathered at a time."""
+        """(rectangle within `rect`, values) of each tensor; one is gathered at a time."""
         for index, shared in self.grid.overlapping(rect):
             tensor = self.tensors[index]
             with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
@@ -165,7 +165,7 @@ def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...])
     Raises:
         TileShapeError: they add up to another shape (tensor-parallel shards, say).
     """
-    if torch.compiler.is_compiling():  # which can trace neither engines nor the writes below
+    if torch.compiler.is_compiling():  # cannot trace engines or the writes below
         return _cat(parameters)
     values = Values.tiles(parameters)
     if values.shape != (shape if len(shape) == 2 else (*shape, 1)):

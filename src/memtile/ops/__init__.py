@@ -1,4 +1,4 @@
-"""Mathematics and autograd of tiled products; knows no home and no module."""
+"""Mathematics and autograd of tiled products and lookups; imports no home and no module."""
 
 from memtile.ops.composed import (
     ResultShapes,

@@ -1,4 +1,4 @@
-"""The fused walk: one autograd function for a layer whose tiles are resident and plain.
+"""The fused path: one autograd function for a layer whose tiles are resident plain linears.
 
 Shapes: N tokens, W (out_o, in_i) one tile; x is (…, in_features), or the in_splits chunks
 (…, in_i) of an input that arrives split; x_i (N, in_i) and g_o (N, out_o) are slices of the input
@@ -103,9 +103,13 @@ class _FusedLinear(torch.autograd.Function):
         rows, needed = _gradient_rows(ctx.spec, ctx.lead, grads), ctx.needs_input_grad[1:]
         if not rows:
             return (None,) * len(ctx.needs_input_grad)
-        plainly = torch.is_grad_enabled() or transformed() or is_batched(rows[0][1])
-        form = _differentiable_backward if plainly else _backward
-        return (None, *form(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed))
+        traced = torch.is_grad_enabled() or transformed() or is_batched(rows[0][1])
+        form = _differentiable_backward if traced else _backward
+        results = form(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed)
+        for o, g in rows:
+            if ctx.spec.has_bias and needed[ctx.spec.bias(o)]:
+                results[ctx.spec.bias(o)] = g.sum(0)
+        return (None, *results)
 
 
 def _needed_later(
@@ -162,9 +166,6 @@ def _backward(
             deque(visit, maxlen=0)
         else:
             sum_of_products(target, visit, len(rows))
-    for o, g in rows:
-        if spec.has_bias and needed[spec.bias(o)]:
-            results[spec.bias(o)] = g.sum(0)
     return results
 
 
@@ -175,7 +176,7 @@ def _empty_input_gradients(
     needed: Sequence[bool],
     results: list[Tensor | None],
 ) -> list[Tensor | None]:
-    """Allocate the input's gradients in `results`; give the matrices of its columns to write."""
+    """Allocate the input's gradients in `results`; gives the matrices of its columns to write."""
     widths = [span.size for span in spec.grid.in_spans]
     for place in range(spec.chunks):
         if needed[place]:
@@ -198,7 +199,7 @@ def _visit_column(
     needed: Sequence[bool],
     results: list[Tensor | None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The factors of the column's input gradient; weight gradients are formed on the way."""
+    """The factors of the column's input gradient; puts its weight gradients into `results`."""
     trained = any(needed[spec.weight(o, column)] for o, _ in rows)
     x = _input_columns(spec, saved)[column] if trained else None
     for o, g in rows:
@@ -224,9 +225,6 @@ def _differentiable_backward(
         results[: spec.chunks] = columns
     elif needed[0]:
         results[0] = torch.cat([column for column in columns if column is not None], dim=-1)
-    for o, g in rows:
-        if spec.has_bias and needed[spec.bias(o)]:
-            results[spec.bias(o)] = g.sum(0)
     return results
 
 

@@ -1,15 +1,15 @@
-"""A parked tile in autograd: one function a tile, which brings the weight in anew for backward.
+"""A parked tile in autograd: one function a tile, which reads the weight again in backward.
 
 Shapes: N tokens, W (M, K); x (…, K), y (…, M), g the gradient of y.
 
-Forward: y = x Wᵀ + b. Backward: dx = g W, and dW = gᵀ x is formed where it is to go.
+Forward: y = x Wᵀ + b. Backward: dx = g W, and dW = gᵀ x is written where it is to be kept.
 
-One function for a whole layer would return all its tiles' gradients at once, and so hold a layer's
-worth of them. Of each tile only its slice of the input is kept, and a note of the parameter's
-version: no slab is ever saved in a graph. dW goes home inside backward, which returns None for it;
-autograd calls the parameter's post-accumulate-grad hooks all the same, once, after its last use.
-Where someone looks on (tensor hooks on the parameter, `autograd.grad`, `create_graph=True`, batched
-gradients) dW goes through autograd as anyone's does.
+One function for a whole layer would return the gradients of all its tiles at once, and so hold
+them all. A graph keeps of a tile its slice of the input and the parameter's version, never a slab.
+dW goes home inside backward, which returns None for it; autograd calls the parameter's
+post-accumulate-grad hooks all the same, once, after its last use. dW is returned to autograd as
+usual where it is needed there: tensor hooks on the parameter, `autograd.grad`, `create_graph=True`,
+batched gradients.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from memtile.ops.products import is_batched, sum_of_products
 
 
 class Source(Protocol):
-    """Where a tile's values come from and its gradient goes: an operation knows no home."""
+    """Where a tile's values come from and its gradient goes; `transfer.ParkedSource` is one."""
 
     def note_use(self) -> None:
         """Backward will need the values again."""
@@ -43,11 +43,11 @@ class Source(Protocol):
 
 
 def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source) -> Tensor:
-    """y (…, M), with the weight brought in for the product only.
+    """y (…, M), with the weight in memory for the product only.
 
     Args:
         x: (…, K), of the dtype that the product is to have.
-        weight: (M, K), the parameter itself, for autograd: its values are not read.
+        weight: (M, K), the parameter, for autograd only: its values are not read.
         bias: (M,) of x's dtype, or None.
         source: of the weight's values.
     """
@@ -116,7 +116,7 @@ def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
 def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """A tensor to write the weight's gradient into, and what backward returns for the weight.
 
-    Both are the same where autograd is to have the gradient; the first is None where nobody is.
+    Both are the same where autograd takes the gradient; both are None where it is not needed.
 
     Args:
         ctx: has the weight and its source.
@@ -139,9 +139,9 @@ def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | Non
 
 
 def _settle_before(node: Any, source: Source) -> None:
-    """Let what else autograd has for the parameter, of an L2 term say, be added to ours at home.
+    """Wait for our gradient to be home before autograd adds another one, of an L2 term say.
 
-    It adds in place: a write of ours that is still under way would undo it.
+    Autograd adds in place: a write of ours that is still under way would undo it.
     """
     task = torch._C._current_graph_task_id()
 
@@ -165,7 +165,7 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The same in ordinary operations on the parameter itself, through its mapping."""
+    """Backward in ordinary operations on the parameter itself, in its home's memory."""
     needed = ctx.needs_input_grad
     (x,) = ctx.saved_tensors
     flat = grad.reshape(-1, grad.shape[-1])
@@ -182,7 +182,7 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Casts are explicit: autocast's cache would serve the last tile's weight for a new slab."""
+    """Casts are explicit: autocast's cache would return the last tile's weight for a new slab."""
     if tensor.is_meta:  # where torch has no autocast to turn off
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
@@ -191,14 +191,14 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def parked_embedding(
     ids: Tensor, weight: Tensor, padding_idx: int | None, by_frequency: bool, source: Source
 ) -> Tensor:
-    """The rows (ids…, D) of a parked tile, of which only the pages with these rows are read.
+    """The rows (ids…, D) of a parked tile; only the pages that hold them are read.
 
     Args:
         ids: whole numbers within the tile.
         weight: (K, D), the parameter; its rows are read where they lie.
         padding_idx: a row whose gradient is zero, or None.
         by_frequency: divide each row's gradient by how often its id occurs.
-        source: takes the gradient home.
+        source: of the weight.
     """
     result: Tensor = _ParkedEmbedding.apply(ids, weight, padding_idx, by_frequency, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result

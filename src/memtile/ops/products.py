@@ -74,7 +74,7 @@ def _sum_narrow(out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], bias: Tenso
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as a new matrix, differentiable; a narrow one is summed in blocks of terms."""
+    """a @ b as a new matrix, differentiable; a narrow result is summed in blocks of terms."""
     wide = min(a.shape[0], b.shape[1]) >= NARROW_SIDE
     if wide or a.dtype in SIXTEEN_BITS or not a.is_cpu:
         return torch.mm(a, b)
@@ -121,7 +121,7 @@ def multiply_to_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache
 def writes_float32(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this kind of device can write a product of this dtype in float32: tried once."""
+    """Whether this kind of device can write a product of this dtype in float32; tried once."""
     if device_type == "cpu":
         return False
     tiny = torch.zeros(16, 16, dtype=dtype, device=device_type)
@@ -133,10 +133,10 @@ def writes_float32(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a compiler, an exporter, a `torch.func` transform or forward-mode AD looks on.
+    """Whether the call is compiled, exported, in a `torch.func` transform or in forward-mode AD.
 
-    They need operations without in-place writes into one output: the slice writer cannot be
-    vmapped, since `mark_dirty` and generated vmap rules exclude each other.
+    These need operations without in-place writes into one output: the function that writes slices
+    cannot be vmapped, since `mark_dirty` and generated vmap rules exclude each other.
     """
     return (
         torch.compiler.is_compiling()
@@ -153,11 +153,11 @@ def is_batched(gradient: Tensor) -> bool:
 
 
 def autocast_dtype(tensor: Tensor, device_type: str | None = None) -> torch.dtype | None:
-    """The dtype that autocast gives this tensor in a matrix product, or None when it is off.
+    """The dtype that autocast gives this tensor in a matrix product; None where it is off.
 
     Args:
         tensor: what is multiplied.
-        device_type: where, if not where the tensor lies.
+        device_type: of the product, where it is not the tensor's.
     """
     if tensor.is_meta or not tensor.is_floating_point():  # asked about meta, torch raises
         return None

@@ -55,7 +55,7 @@ def is_stepped_in_backward(parameter: Tensor) -> bool:
 
 
 def step_in_backward(parameter: Tensor, yes: bool) -> None:
-    """Leave gradients in memory after the parameter's last use, for a hook that takes them."""
+    """Keep its gradient in memory after its last use, for a hook that takes it."""
     _record(parameter).is_stepped_in_backward = yes
 
 
