@@ -9,6 +9,7 @@ compiler a read gives the assembled tensor itself, which the graph drops if it i
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -95,18 +96,12 @@ class DenseHandle(Tensor):
 
     def assemble(self) -> Tensor:
         """The dense tensor, differentiable with respect to the tiles where gradients are on."""
-        if self._of_data:
-            with torch.no_grad():
-                return self._values()
-        return self._values()
-
-    def _values(self) -> Tensor:
-        if not self._of_gradient:
-            return self._layer.dense_tensor(self._name)
-        gradient = self._layer.dense_gradient(self._name)
-        if gradient is None:
+        read = self._layer.dense_gradient if self._of_gradient else self._layer.dense_tensor
+        with torch.no_grad() if self._of_data else nullcontext():
+            values: Tensor | None = read(self._name)
+        if values is None:
             raise HandleError(f"{self.full_name()}: the gradient is gone; read it again")
-        return gradient
+        return values
 
     def is_of_tiles(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether the handle stands for exactly these parameters, in this order."""

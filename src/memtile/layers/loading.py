@@ -173,9 +173,7 @@ class _Found:
 
     def _values(self, name: str) -> Values:
         if name in self.dense:
-            tensor = self.value(name)
-            turned = name == "weight" and self.layer.weight_is_transposed
-            return Values.dense(tensor.t() if turned else tensor)
+            return Values.dense(self.layer.transposed(name, self.value(name)))
         return Values.tiles(self._tiles_by_place(name))
 
     def _tiles_by_place(self, name: str) -> dict[Index, Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
@@ -161,13 +161,14 @@ class TiledLinear(WalkedLinear):
             self._check_source(other, own, must_have_values=kept)
         for name in filter(own.get, DENSE_NAMES):
             source = getattr(other, name)
-            if isinstance(other, TiledModule) and self._lies_like(other):
-                self.copy_values(name, Values.tiles(other.tile_parameters(name)))
-            elif isinstance(other, TiledModule):
-                self._copy_dense(name, other.dense_tensor(name))
-            else:
+            if not isinstance(other, TiledModule):
                 with gathered([source]):
-                    self._copy_dense(name, source)
+                    self.copy_values(name, Values.dense(self.transposed(name, source)))
+            elif other.weight_is_transposed == self.weight_is_transposed:
+                self.copy_values(name, Values.tiles(other.tile_parameters(name)))
+            else:
+                dense = self.transposed(name, other.dense_tensor(name))
+                self.copy_values(name, Values.dense(dense))
 
     def _check_source(
         self, other: nn.Module, own: dict[str, dict[Index, nn.Parameter]], must_have_values: bool
@@ -187,13 +188,6 @@ class TiledLinear(WalkedLinear):
                     f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is "
                     "on the meta device, where nothing has values; load or initialise it first"
                 )
-
-    def _lies_like(self, other: TiledModule) -> bool:
-        return other.weight_is_transposed == self.weight_is_transposed
-
-    def _copy_dense(self, name: str, dense: Tensor) -> None:
-        turned = name == "weight" and self.weight_is_transposed
-        self.copy_values(name, Values.dense(dense.t() if turned else dense))
 
     @classmethod
     def from_linear(

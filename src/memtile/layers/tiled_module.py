@@ -88,9 +88,8 @@ class TiledModule(nn.Module):
 
         A bias that is kept whole is the only entry, at (0, 0).
         """
-        whole = self.whole_bias if name == "bias" else None
-        if whole is not None:
-            return {(0, 0): whole}
+        if name == "bias" and self.whole_bias is not None:
+            return {(0, 0): self.whole_bias}
         found: dict[Index, Any] = {}  # a computed one is a Tensor only
         for index, tile in self.tiles():
             parameter = getattr(tile, name, None)
@@ -168,9 +167,12 @@ class TiledModule(nn.Module):
 
     def assemble(self, name: str, tensors: Mapping[Index, Any]) -> Tensor:
         """The dense tensor that tensors by their place make, as the dense module keeps it."""
-        if name == "weight" and self.weight_is_transposed:
-            return dense_copy(tensors, self.dense_shape(name)[::-1]).t()
-        return dense_copy(tensors, self.dense_shape(name))
+        shape = (self.grid.out_features, self.grid.in_features)
+        return self.transposed(name, dense_copy(tensors, shape if name == "weight" else shape[:1]))
+
+    def transposed(self, name: str, tensor: Tensor) -> Tensor:
+        """The dense tensor as the tiles have it, or back: transposed where the weight is."""
+        return tensor.t() if name == "weight" and self.weight_is_transposed else tensor
 
     @property
     def weight(self) -> Tensor:
@@ -236,23 +238,29 @@ class TiledModule(nn.Module):
     def adopt(self, name: str, dense: Tensor) -> None:
         """Give every tile a new parameter: its piece of `dense`, copied.
 
-        dtype, device, requires_grad, an existing gradient and attributes that others set on the
-        parameter stay.
+        dtype, device, requires_grad, a gradient and attributes set on the parameter are kept.
 
         Args:
             name: "weight" or "bias".
             dense: the dense parameter as the dense module keeps it.
         """
-        turned = name == "weight" and self.weight_is_transposed
         for index, old in self.tile_parameters(name).items():
-            owner, rect = self.owner(name, index), self.tile_rect(name, index)
-            piece = _piece(dense, rect, turned, old)
-            parameter = parameter_of(_values_for(owner, name, piece), dense.requires_grad)
+            values = self._piece(name, index, dense, old.shape)
+            parameter = parameter_of(values, dense.requires_grad)
             parameter.__dict__.update(dense.__dict__)
             if dense.grad is not None:
-                parameter.grad = _values_for(owner, name, _piece(dense.grad, rect, turned, old))
-            setattr(owner, name, parameter)
+                parameter.grad = self._piece(name, index, dense.grad, old.shape)
+            setattr(self.owner(name, index), name, parameter)
         page_out(dense)
+
+    def _piece(self, name: str, index: Index, dense: Tensor, shape: torch.Size) -> Tensor:
+        """A copy of a tile's part of the dense tensor, in the tile's home where it has one."""
+        matrix, owner = as_matrix(self.transposed(name, dense.detach())), self.owner(name, index)
+        piece = matrix[self.tile_rect(name, index).index]
+        piece = piece.view(shape) if name == "bias" else piece
+        if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
+            return settle_in(owner.home, piece)
+        return piece.clone(memory_format=torch.contiguous_format)
 
     def dense_parameter(self, name: str) -> nn.Parameter | None:
         """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.
@@ -340,15 +348,3 @@ class TiledModule(nn.Module):
 def _tell_watchers() -> None:
     for watcher in _watchers:
         watcher()
-
-
-def _piece(dense: Tensor, rect: Rect, turned: bool, like: Tensor) -> Tensor:
-    matrix = dense.detach().t() if turned else as_matrix(dense.detach())
-    return matrix[rect.index].view(like.shape) if dense.dim() == 1 else matrix[rect.index]
-
-
-def _values_for(owner: nn.Module, name: str, piece: Tensor) -> Tensor:
-    """A copy of a piece, in its tile's home where the tile has one."""
-    if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
-        return settle_in(owner.home, piece)
-    return piece.clone(memory_format=torch.contiguous_format)
