@@ -209,21 +209,18 @@ class Ferry:
         """
         self.settle()
         with self._changing():
-            self._clear()
+            self.clear()
             self._itinerary.start()
 
     def clear(self) -> None:
         """Forget everything that was read; what is still to be written stays."""
         with self._changing():
-            self._clear()
-
-    def _clear(self) -> None:
-        self._delayed = []
-        for slab in self._slabs:
-            if slab.users:  # emptied when it is released, unless it was stored
-                slab.is_spoiled = not slab.is_unwritten
-            elif not slab.is_unwritten:
-                slab.let_go()
+            self._delayed = []
+            for slab in self._slabs:
+                if slab.users:  # emptied when it is released, unless it was stored
+                    slab.is_spoiled = not slab.is_unwritten
+                elif not slab.is_unwritten:
+                    slab.let_go()
 
     def _board(self, cargoes: Sequence[Cargo], slabs: list[Slab], made: Cargo) -> None:
         """Put a slab for each group into the list, all at once.
