@@ -142,28 +142,21 @@ def check_chunks(
             )
 
 
-def check_kinds(name: str, chunks: Sequence[object], weight: Tensor) -> None:
-    """Check devices and dtypes against plain tiles, after the casts that autocast makes.
+def check_kinds(
+    name: str, chunks: Sequence[object], weight: Tensor, *, same_device: bool = True
+) -> None:
+    """Check dtypes and devices against plain or parked tiles, after the casts of autocast.
 
     Raises:
-        TileDeviceError: the devices differ.
+        TileDeviceError: the devices differ and `same_device` is True.
         TileDtypeError: the dtypes differ.
     """
     for chunk in chunks:
-        if isinstance(chunk, Tensor) and chunk.device != weight.device:
+        if isinstance(chunk, Tensor) and same_device and chunk.device != weight.device:
             raise TileDeviceError(
                 f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; "
                 "move one of them"
             )
-    check_dtypes(name, chunks, weight)
-
-
-def check_dtypes(name: str, chunks: Sequence[object], weight: Tensor) -> None:
-    """Check dtypes against plain or parked tiles, after the casts that autocast makes.
-
-    Raises:
-        TileDtypeError: the dtypes differ.
-    """
     for chunk in chunks:
         if not isinstance(chunk, Tensor):
             continue

@@ -159,7 +159,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
             return functional.linear(input, weight, bias)
         door.check_tensor(_NAME, input)
         door.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
-        door.check_dtypes(_NAME, [input], weight)
+        door.check_kinds(_NAME, [input], weight, same_device=False)
         x = input.to(ops.autocast_dtype(input) or input.dtype)
         with layer_call():
             bias = None if bias is None else bias.to(x.dtype)

@@ -73,14 +73,14 @@ class WalkedLinear(TiledModule):
         whole = self._check_input(input_, declared)
         transformed = ops.transformed()
         plain = not transformed and door.all_plain(tiles)
-        if not transformed and type(tiles[0]) is ParkedLinear:
-            door.check_dtypes(self.full_name(), whole, tiles[0].weight)
-        if plain:
-            door.check_kinds(self.full_name(), whole, tiles[0].weight)
+        parked = type(tiles[0]) is ParkedLinear
+        if plain or (parked and not transformed):
+            weight: Any = tiles[0].weight  # a Tensor, which mypy does not know
+            door.check_kinds(self.full_name(), whole, weight, same_device=plain)
         own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
         if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
             return self._walk_fused(whole, tiles)
-        if plain or type(tiles[0]) is ParkedLinear or (transformed and type(tiles[0]) is nn.Linear):
+        if plain or parked or (transformed and type(tiles[0]) is nn.Linear):
             whole = _cast_as_autocast(whole)
         chunks = self._split(whole, declared)
         walk = self._walk_composed if own and not transformed else self._walk_points
