@@ -56,7 +56,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
         with ExitStack() as stack:
             rings = [ferry._changed for ferry in ferries.all()]
             locks = [
-                passes._state.lock,
+                passes.state.lock,
                 gradient_of(_weight(model)),
                 home._change,
                 home._segments._lock,

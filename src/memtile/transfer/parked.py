@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
 from memtile.homes import Berth, berth_of, register, renew_in_child, room_of, scratch_like
-from memtile.transfer.passes import current_pass, enter_backward, ferries_of
+from memtile.transfer.passes import enter_backward, ferries_of, state
 
 
 class _Trained:
@@ -33,13 +32,10 @@ class _Trained:
         self.lock = threading.RLock()
 
 
-_trained = WeakIdKeyDictionary()
-
-
 def _record(parameter: Tensor) -> _Trained:
-    found: _Trained | None = _trained.get(parameter)
+    found: _Trained | None = state.trained.get(parameter)
     if found is None:  # `setdefault`: another thread may have made one meanwhile
-        found = _trained.setdefault(parameter, _Trained())
+        found = state.trained.setdefault(parameter, _Trained())
     return found
 
 
@@ -50,7 +46,7 @@ def gradient_of(parameter: Tensor) -> AbstractContextManager[object]:
 
 def is_stepped_in_backward(parameter: Tensor) -> bool:
     """Whether a hook takes its gradients."""
-    found: _Trained | None = _trained.get(parameter)
+    found: _Trained | None = state.trained.get(parameter)
     return found is not None and found.is_stepped_in_backward
 
 
@@ -72,7 +68,7 @@ class ParkedSource:
 
     def note_use(self) -> None:
         """The node will need the parameter in its backward."""
-        self._noted = self.parameter._version, current_pass()
+        self._noted = self.parameter._version, state.iteration
         _record(self.parameter).uses.add(self)
 
     def resume(self) -> None:

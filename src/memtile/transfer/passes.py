@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.homes import Home, lock_of_a_module, renew_in_child, trim_heap
 from memtile.transfer.ferry import Ferry
@@ -96,15 +97,17 @@ class _Thread(threading.local):
     depth = 0
 
 
-class _State:
-    """What this process knows of its homes and of its iterations.
+class State:
+    """What this process knows of its homes, iterations and parameters.
 
     Attributes:
-        lock: guards the rest; nothing is moved or computed under it.
+        lock: guards rings, iteration and backwards; nothing is moved or computed under it.
         rings: of each home, gone with it.
+        newest: the number of the iteration that began last.
         iteration: the number of the one that the slabs were read for.
         backwards: graph tasks of the engine that have read tiles.
         thread: what the thread that asks is in.
+        trained: what `transfer.parked` knows of each parameter, gone with it.
     """
 
     def __init__(self) -> None:
@@ -113,6 +116,7 @@ class _State:
         self.newest = self.iteration = 0
         self.backwards: set[int] = set()
         self.thread = _Thread()
+        self.trained = WeakIdKeyDictionary()
 
     def all_rings(self) -> list[Ferry]:
         """Those in use, of all homes."""
@@ -135,7 +139,7 @@ class _State:
             ferry.clear()
 
 
-_state = _State()
+state = State()
 
 
 def ferries_of(home: Home) -> Ferries:
@@ -144,26 +148,21 @@ def ferries_of(home: Home) -> Ferries:
     Raises:
         HomeError: the home is closed.
     """
-    with _state.lock:  # two rings for the same tiles would not know of each other's writes
-        found = _state.rings.get(home)
+    with state.lock:  # two rings for the same tiles would not know of each other's writes
+        found = state.rings.get(home)
         if found is None or not found.works:
             home.check_open()
-            found = _state.rings[home] = Ferries()
+            found = state.rings[home] = Ferries()
             home.when_closed(found.settle, found.close)
         return found
-
-
-def current_pass() -> int:
-    """The number of the running iteration, for nodes of its graph to keep."""
-    return _state.iteration
 
 
 @contextmanager
 def layer_call() -> Iterator[None]:
     """One call of a tiled layer: an iteration of its own unless it is part of one."""
-    thread = _state.thread
+    thread = state.thread
     if not thread.depth and not in_backward() and not _is_in_model():
-        _state.begin()
+        state.begin()
     thread.depth += 1
     try:
         yield
@@ -176,13 +175,13 @@ def _is_in_model() -> bool:
 
     The stack is asked, since a Ctrl-C may skip the hook that leaves the model.
     """
-    model = None if _state.thread.model is None else _state.thread.model()
+    model = None if state.thread.model is None else state.thread.model()
     frame: FrameType | None = None if model is None else sys._getframe()
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals["self"] is model:
             return True
         frame = frame.f_back
-    _state.thread.model = None
+    state.thread.model = None
     return False
 
 
@@ -211,15 +210,15 @@ def unwatch_model(model: nn.Module) -> None:
 
 def _enter_model(module: nn.Module, arguments: Any) -> None:  # whatever the model takes
     if not torch.compiler.is_compiling() and not in_backward():
-        _state.thread.model = weakref.ref(module)
-        _state.begin()
+        state.thread.model = weakref.ref(module)
+        state.begin()
 
 
 def _leave_model(module: nn.Module, arguments: Any, output: Any) -> None:  # likewise
     if not torch.compiler.is_compiling() and not in_backward():
-        _state.thread.model = None
+        state.thread.model = None
         if not torch.is_grad_enabled():
-            _state.end()
+            state.end()
 
 
 def enter_backward(number: int) -> None:
@@ -229,24 +228,24 @@ def enter_backward(number: int) -> None:
         number: the iteration that made the node.
     """
     task = torch._C._current_graph_task_id()
-    with _state.lock:
-        if task in _state.backwards:
+    with state.lock:
+        if task in state.backwards:
             return
         # after a backward that failed, inside another backward, or of an older graph
-        if _state.backwards or number != _state.iteration:
-            _state.end()
-            _state.iteration = number
-        _state.backwards.add(task)
+        if state.backwards or number != state.iteration:
+            state.end()
+            state.iteration = number
+        state.backwards.add(task)
     Variable._execution_engine.queue_callback(lambda: _end_backward(task))
 
 
 def _end_backward(task: int) -> None:
-    with _state.lock:
-        _state.backwards.discard(task)
+    with state.lock:
+        state.backwards.discard(task)
     try:
-        for ferry in _state.all_rings():
+        for ferry in state.all_rings():
             ferry.settle()
     finally:
-        _state.end()
-        if _state.all_rings():
+        state.end()
+        if state.all_rings():
             trim_heap()  # what was made meanwhile lies around the activations that were freed
