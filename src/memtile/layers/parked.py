@@ -10,7 +10,6 @@ import copy
 import copyreg
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -248,13 +247,15 @@ def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     return parameter
 
 
-def uninitialised(cls: Any, *args: Any, **options: Any) -> nn.Module:  # what the class takes
-    """A module of the class whose parameters are left as allocated, to be filled by the caller."""
-    module: nn.Module = _without_drawing(cls)(*args, **options)
+# Made at import: contexts such as DeepSpeed's zero.Init patch the classes that are made inside them.
+_WITHOUT_DRAWING: dict[type[nn.Module], type[nn.Module]] = {
+    cls: type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+    for cls in (nn.Linear, nn.Embedding, ParkedLinear, ParkedEmbedding)
+}
+
+
+def uninitialised(cls: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
+    """An uninitialised linear or embedding, resident or parked, to be filled by the caller."""
+    module: nn.Module = _WITHOUT_DRAWING[cls](*args, **options)  # Any: as the class takes them
     module.__class__ = cls
     return module
-
-
-@lru_cache
-def _without_drawing(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
