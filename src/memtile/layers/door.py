@@ -72,12 +72,7 @@ def _declared_width(tile: nn.Module) -> int | None:
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """The value, checked to be a tensor with at least one dimension.
-
-    Raises:
-        TileDtypeError: it is no tensor.
-        TileShapeError: it has no dimension.
-    """
+    """The value, checked to be a tensor with at least one dimension."""
     if not isinstance(value, Tensor):
         raise TileDtypeError(
             f"{name}: the input is a {type(value).__name__}, it must be a tensor (…, in_features); "
@@ -92,10 +87,6 @@ def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | N
     """How an input of this width is cut into columns.
 
     Tiles that declare no width take what arrives: the local width of a tensor-parallel linear, say.
-
-    Raises:
-        TileShapeError: the width is not what the tiles declare.
-        SplitsError: it is too small to be cut.
     """
     if declared is not None and width != sum(declared):
         raise TileShapeError(
@@ -113,12 +104,7 @@ def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | N
 def check_chunks(
     name: str, chunks: Sequence[Tensor], columns: int, declared: Sequence[int] | None
 ) -> None:
-    """Check an input that arrives split: number of chunks, their widths, their other dimensions.
-
-    Raises:
-        TileDtypeError: it is no sequence of tensors.
-        TileShapeError: one of them is wrong.
-    """
+    """Check an input that arrives split: number of chunks, their widths, their other dimensions."""
     if not isinstance(chunks, Sequence):
         raise TileDtypeError(
             f"{name}: the input is a {type(chunks).__name__}; a layer made with "
@@ -145,21 +131,13 @@ def check_chunks(
 def check_kinds(
     name: str, chunks: Sequence[object], weight: Tensor, *, same_device: bool = True
 ) -> None:
-    """Check dtypes and devices against plain or parked tiles, after the casts of autocast.
-
-    Raises:
-        TileDeviceError: the devices differ and `same_device` is True.
-        TileDtypeError: the dtypes differ.
-    """
-    for chunk in chunks:
-        if isinstance(chunk, Tensor) and same_device and chunk.device != weight.device:
+    """Check dtypes and devices against plain or parked tiles, after the casts of autocast."""
+    for chunk in (chunk for chunk in chunks if isinstance(chunk, Tensor)):
+        if same_device and chunk.device != weight.device:
             raise TileDeviceError(
                 f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; "
                 "move one of them"
             )
-    for chunk in chunks:
-        if not isinstance(chunk, Tensor):
-            continue
         needed = autocast_dtype(weight, chunk.device.type) or weight.dtype
         if (autocast_dtype(chunk) or chunk.dtype) != needed:
             raise TileDtypeError(
@@ -174,9 +152,6 @@ def check_width(
     """Check that a tile which holds all rows of its span returns them all.
 
     A narrower result is right only for a tensor-parallel shard, whose weight is narrower too.
-
-    Raises:
-        TileClassError: the result is not as wide as the tile's weight is high.
     """
     weight, rows = tile._parameters.get("weight"), grid.out_spans[index[0]].size
     if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.shape[0] != rows:

@@ -247,7 +247,7 @@ def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     return parameter
 
 
-# Made at import: contexts such as DeepSpeed's zero.Init patch the classes that are made inside them.
+# Made at import: contexts such as DeepSpeed's zero.Init patch classes that are made inside them.
 _WITHOUT_DRAWING: dict[type[nn.Module], type[nn.Module]] = {
     cls: type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
     for cls in (nn.Linear, nn.Embedding, ParkedLinear, ParkedEmbedding)

@@ -184,8 +184,7 @@ class Ferry:
     def settle(self) -> None:
         """Return once everything that was stored is at home.
 
-        Raises:
-            HomeIOError: something could not be written; it stays in its slab and is tried again.
+        What could not be written stays in its slab, is tried again, and raises HomeIOError.
         """
         problems = []
         for slab in self._slabs:
@@ -200,12 +199,9 @@ class Ferry:
             raise problems[0]
 
     def start(self) -> None:
-        """Begin an iteration: forget what was read for another one.
+        """Begin an iteration: write what is unwritten, as `settle`, and forget the rest.
 
         Nothing is read before its first request, since it may be one of another home.
-
-        Raises:
-            HomeIOError: something of an earlier iteration could still not be written.
         """
         self.settle()
         with self._changing():
@@ -258,8 +254,7 @@ class Ferry:
     def _wait_for_a_slab(self) -> None:
         """Wait until a user, a reader or a writer has ended.
 
-        Raises:
-            HomeIOError: a slab is held back because it could not be written, and still cannot be.
+        A slab that could not be written is written again: HomeIOError where that fails too.
         """
         failed = [slab for slab in self._slabs if slab.failed_to_write and not slab.users]
         if failed:

@@ -56,11 +56,7 @@ def step_in_backward(parameter: Tensor, yes: bool) -> None:
 
 
 class ParkedSource:
-    """The values of one parked parameter for one node of a graph, and a place for its gradient.
-
-    Args:
-        parameter: one that has an allocation.
-    """
+    """The values of one parked parameter for one node of a graph, and a place for its gradient."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
@@ -72,11 +68,7 @@ class ParkedSource:
         _record(self.parameter).uses.add(self)
 
     def resume(self) -> None:
-        """The node's backward begins.
-
-        Raises:
-            ParkedError: the parameter was written to since the use was noted.
-        """
+        """The node's backward begins; ParkedError where the parameter was written to since."""
         if self._noted is None:
             return
         (version, iteration), now = self._noted, self.parameter._version
@@ -123,11 +115,7 @@ class ParkedSource:
                 self.settle()  # they may read it
 
     def settle(self) -> None:
-        """Return once gradients on their way home have arrived.
-
-        Raises:
-            HomeIOError: one could not be written.
-        """
+        """Return once stored gradients are at home; HomeIOError where one could not be written."""
         berth = berth_of(self.parameter)
         if berth is not None and not berth.home.works_in_place:
             ferries_of(berth.home).gradients.settle()

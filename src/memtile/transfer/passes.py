@@ -63,11 +63,7 @@ class Ferries:
         return self._process == os.getpid() and not self._is_closed
 
     def settle(self) -> None:
-        """Return once everything that was stored is at home.
-
-        Raises:
-            HomeIOError: something could not be written.
-        """
+        """Return once everything that was stored is at home; HomeIOError where it cannot be."""
         if self.works:
             for ferry in self.all():
                 ferry.settle()
@@ -143,11 +139,7 @@ state = State()
 
 
 def ferries_of(home: Home) -> Ferries:
-    """The slab rings of this home in this process, made when they are first needed.
-
-    Raises:
-        HomeError: the home is closed.
-    """
+    """The slab rings of this home, made when first needed; HomeError where it is closed."""
     with state.lock:  # two rings for the same tiles would not know of each other's writes
         found = state.rings.get(home)
         if found is None or not found.works:
@@ -222,11 +214,7 @@ def _leave_model(module: nn.Module, arguments: Any, output: Any) -> None:  # lik
 
 
 def enter_backward(number: int) -> None:
-    """A node of a graph is about to read a tile, or to send a gradient home.
-
-    Args:
-        number: the iteration that made the node.
-    """
+    """A node that was made in iteration `number` is about to read a tile in its backward."""
     task = torch._C._current_graph_task_id()
     with state.lock:
         if task in state.backwards:

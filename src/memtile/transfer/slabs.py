@@ -126,11 +126,7 @@ class Slab:
         self._reads = [read for read in self._reads if not read.done()]
 
     def wait_until_read(self) -> None:
-        """Return once the content is there.
-
-        Raises:
-            HomeIOError: a read failed.
-        """
+        """Return once the content is there; HomeIOError where a read failed."""
         for read in self._reads:
             read.result()
 
@@ -154,11 +150,7 @@ class Slab:
             wait_for(ended)
 
     def write_again(self) -> None:
-        """Write what writers failed to write; nobody else may work on the slab.
-
-        Raises:
-            HomeIOError: it failed again; the slab still holds what its home does not have.
-        """
+        """Write what writers failed to write, in a slab that nobody uses; HomeIOError again."""
         for berth, room in self._unwritten:
             berth.write(room)
         self._unwritten, self._writes = [], []
