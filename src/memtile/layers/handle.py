@@ -73,7 +73,7 @@ class DenseHandle(Tensor):
         )
         handle._layer, handle._name = layer, name
         handle._of_gradient, handle._of_data = of_gradient, of_data
-        handle._is_param = not is_values  # so isinstance(handle, nn.Parameter): libraries ask
+        handle._is_param = not is_values  # libraries check isinstance(handle, nn.Parameter)
         return handle
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes

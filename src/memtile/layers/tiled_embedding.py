@@ -134,7 +134,7 @@ class TiledEmbedding(TiledModule):
         tied_to: TiledModule | None = None,
         home: Home | None = None,
     ) -> Self:
-        """The same for a given grid; shares the tiles of `tied_to`, or parks its own in `home`."""
+        """`from_embedding` for a given grid; its tiles are those of `tied_to`, or parked in `home`."""
         assert isinstance(dense, nn.Embedding)
         layer = cls(
             grid.out_features,
@@ -189,7 +189,7 @@ class TiledEmbedding(TiledModule):
         tiles, spans = list(self.embeddings), self.grid.out_spans
         _check_ids(self.full_name(), input, tiles[0])
         static = ops.transformed() or input.is_meta or type(input) is not Tensor
-        if not static and (input.is_cpu or len(tiles) > 1):  # it waits for an accelerator
+        if not static and (input.is_cpu or len(tiles) > 1):  # an accelerator would be waited for
             _check_range(self.full_name(), input, self.num_embeddings)
         if len(tiles) == 1:
             rows: Tensor = tiles[0](input)

@@ -221,10 +221,7 @@ class TiledLinear(WalkedLinear):
         home: Home | None = None,
         **options: bool,
     ) -> Self:
-        """The same for a given grid; with `tied_to` it shares that layer's weight tiles.
-
-        With a `home`, the weight's tiles are parked there.
-        """
+        """`from_linear` for a given grid; weight tiles may be those of `tied_to`, or in `home`."""
         has_bias = getattr(dense, "bias", None) is not None
         layer = cls(
             grid.in_features,

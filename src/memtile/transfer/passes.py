@@ -31,6 +31,8 @@ READERS = 8
 SLABS = 3  # the tile that is worked on, the next, and one that is written or read
 GRADIENT_SLABS = 2
 
+_CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forward
+
 
 class Ferries:
     """The slab rings of one home, with one set of reader threads.
@@ -175,9 +177,6 @@ def _is_in_model() -> bool:
         frame = frame.f_back
     state.thread.model = None
     return False
-
-
-_CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forward
 
 
 def in_backward() -> bool:

@@ -150,7 +150,7 @@ class Slab:
             wait_for(ended)
 
     def write_again(self) -> None:
-        """Write what writers failed to write, in a slab that nobody uses; HomeIOError again."""
+        """Write what writers failed to write, in a slab that nobody uses, or raise HomeIOError."""
         for berth, room in self._unwritten:
             berth.write(room)
         self._unwritten, self._writes = [], []
