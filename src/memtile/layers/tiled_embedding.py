@@ -134,7 +134,7 @@ class TiledEmbedding(TiledModule):
         tied_to: TiledModule | None = None,
         home: Home | None = None,
     ) -> Self:
-        """`from_embedding` for a given grid; its tiles are those of `tied_to`, or parked in `home`."""
+        """`from_embedding` for a given grid; tiles may be those of `tied_to`, or in `home`."""
         assert isinstance(dense, nn.Embedding)
         layer = cls(
             grid.out_features,
