@@ -339,7 +339,7 @@ def test_the_repr_shows_the_grid():
 
 @pytest.mark.parametrize("walk", ["fused", "composed", "points"])
 def test_the_walk_taken_is_the_one_that_fits(walk):
-    """Plain tiles are fused, hooked tiles composed, overridden points walked point by point."""
+    """Plain tiles take the fused path, hooked ones the composed, overridden hooks the traceable."""
     _, layer = pair((3, 2))
 
     assert walk_of(walking(walk, layer)(torch.randn(4, 13))) == walk

@@ -96,7 +96,7 @@ def test_autocast_gives_the_dtype_that_the_dense_layer_gives(weights, x):
     ("weights", "x"), [(torch.float64, torch.float32), (torch.float32, torch.float64)]
 )
 def test_autocast_does_not_hide_a_dtype_that_it_leaves_alone(weights, x):
-    """float64 beside float32 is refused at the door, under autocast too."""
+    """float64 beside float32 raises TileDtypeError, under autocast too."""
     _, tiled = pair((3, 2), dtype=weights)
 
     with (
@@ -196,7 +196,7 @@ def test_layer_hooks_and_tile_hooks_run() -> None:
 
 
 def test_global_hooks_see_every_tile() -> None:
-    """A global forward hook is called for each tile: the fused walk steps aside."""
+    """A global forward hook is called for each tile: the fused path is not taken."""
     _, tiled = pair((3, 2))
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))

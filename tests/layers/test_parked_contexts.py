@@ -35,7 +35,7 @@ def batch(*lead: int, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tens
 @pytest.mark.parametrize("grid", [(1, 1), (1, 3), (9, 1), (9, 4)], ids=grid_id)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_never_served_another_tile_from_its_cache(grid, dtype):
-    """Many tiles of one shape pass through the same slab, and each is cast anew."""
+    """Many tiles of one shape use the same slab, and each is cast again."""
     torch.manual_seed(0)
     dense = nn.Linear(36, 45)
     results = []

@@ -1,4 +1,4 @@
-"""Graphs through parked tiles: hooked, frozen, shared, walked twice, outlived, recomputed."""
+"""Graphs through parked tiles: hooked, frozen, shared, used twice, freed, recomputed."""
 
 import copy
 import gc
@@ -175,7 +175,7 @@ def test_a_graph_that_is_freed_says_so():
 
 
 def test_a_graph_that_is_older_than_a_later_forward_is_right():
-    """Two graphs, walked in either order, together, or with an evaluation between."""
+    """Backward through two graphs in either order, together, or with an evaluation between."""
     resident, parked = twins()
     for order in ([0, 1], [1, 0]):
         for model in (resident, parked):

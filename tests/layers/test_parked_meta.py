@@ -28,7 +28,7 @@ def test_a_layer_on_meta_is_parked_when_it_is_loaded(splits):
 
 
 def test_a_layer_on_meta_is_parked_when_it_gets_memory():
-    """`to_empty` gives room at home; what is in it is undefined, as ever."""
+    """`to_empty` allocates at home; the content is undefined, as with torch."""
     layer = TiledLinear(11, 17, out_splits=2, home=DiskHome(), device="meta")
 
     layer.to_empty(device="cpu")

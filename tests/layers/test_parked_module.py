@@ -270,7 +270,7 @@ def test_a_parked_linear_by_itself_is_a_linear(home, bias):
 
 
 def test_linears_without_rows_or_columns_work():
-    """A weight without elements has nothing to bring in."""
+    """A weight without elements is not read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of initialising nothing
         assert ParkedLinear(5, 0)(torch.randn(2, 5)).shape == (2, 0)

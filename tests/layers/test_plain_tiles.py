@@ -48,7 +48,7 @@ def test_a_hook_of_any_kind_on_one_tile_runs_once(kind):
 
 @pytest.mark.parametrize("kind", HOOKS)
 def test_a_layer_is_fused_again_when_its_hook_is_gone(kind):
-    """Nothing is remembered: removing the hook restores the fast walk."""
+    """Removing the hook restores the fused path."""
     _, layer = pair((3, 2))
     handle = HOOKS[kind](layer.tile(0, 0), lambda *args: None)
     handle.remove()

@@ -1,4 +1,4 @@
-"""The points made for subclasses: what was overridden for the original is honoured here."""
+"""The override hooks: what subclasses of the original overrode works here."""
 
 import functools
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ def test_a_tile_that_no_id_touches_gets_a_gradient_of_zeros(form):
 
 
 def test_without_gradients_only_tiles_that_hold_an_id_are_asked():
-    """Inference leaves the other tiles alone, wherever they live; no ids ask the first one."""
+    """Inference does not call the other tiles; without ids it calls the first one."""
     asked: list[int] = []
     spans = Grid.uniform(7, 3, 3).out_spans
 

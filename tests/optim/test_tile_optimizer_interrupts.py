@@ -193,14 +193,14 @@ def test_the_end_of_the_pass_is_not_left_out(watched):
     model = in_home(_PlainHead(), "disk")
     optimizer = optimizer_for(model, Watched, mode="in_backward", lr=0.01)
     train(model, optimizer, batches(1))
-    before = set(passes._backwards)  # of backwards that failed
+    before = set(passes.state.backwards)  # of backwards that failed
 
     watched(at_step(0, _ctrl_c))
     with pytest.raises(KeyboardInterrupt):
         loss_of(model, batches(1)[0]).backward()
     optimizer.step()
 
-    assert passes._backwards <= before
+    assert passes.state.backwards <= before
     train(model, optimizer, batches(1))
     assert slabs_are_free(disk_of(model))
 

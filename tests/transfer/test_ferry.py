@@ -36,7 +36,7 @@ def test_nothing_is_read_ahead_in_an_unknown_order(make_ferry):
 
 
 def test_the_beginning_of_a_pass_reads_nothing(make_ferry):
-    """Which home it will ask is not known yet: other models' passes read nothing of this one."""
+    """The next request may be one of another home, so nothing is read before it."""
     home = WatchedHome()
     tiles, ferry = home.tiles(5), make_ferry()
     walk(ferry, tiles)
@@ -50,7 +50,7 @@ def test_the_beginning_of_a_pass_reads_nothing(make_ferry):
 
 
 def test_what_is_named_is_read_ahead_instead_of_what_is_known(make_ferry):
-    """`ahead` goes before the itinerary."""
+    """`ahead` takes precedence over the prefetch order."""
     home = WatchedHome()
     tiles, ferry = home.tiles(5), make_ferry()
     walk(ferry, tiles)
@@ -111,7 +111,7 @@ def test_the_turn_from_forward_to_backward_reads_nothing_anew(make_ferry, number
 
 @pytest.mark.parametrize("slabs", [1, 2, 3])
 def test_capacity_does_not_grow_with_the_number_of_tiles(make_ferry, slabs):
-    """40 tiles go through as few bytes as the slabs have."""
+    """40 tiles use no more memory than the slabs have."""
     home = WatchedHome()
     tiles, ferry = home.tiles(40, length=PAGE // 4 + 1), make_ferry(slabs)
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ferry):
 
 
 def test_a_cargo_of_several_tensors_is_one_slab(make_ferry):
-    """A weight and its moments, of any dtype, come in together, and some of them go home."""
+    """A weight and its moments, of any dtype, are read together, and some of them are written."""
     home = WatchedHome()
     first, second = home.tile("first", 1), home.berth((2, 3), torch.float64)
     second.label = "second"

@@ -1,4 +1,4 @@
-"""What goes wrong on the way: no slab is lost, no garbage is served, nobody waits for ever."""
+"""Errors: no slab is lost, no wrong values are given, no thread waits for ever."""
 
 import gc
 import threading
@@ -17,7 +17,7 @@ from memtile.transfer import Ferry, Holder, ferries_of
 
 
 def test_a_failed_read_returns_the_slab_and_is_tried_again(make_ferry):
-    """An I/O error reaches the borrower; once the disk works the same tile is right."""
+    """An I/O error is raised where the tile is acquired; once the disk works the tile is right."""
     home = WatchedHome()
     tiles, ferry = home.tiles(5), make_ferry()
     walk(ferry, tiles)
@@ -33,7 +33,7 @@ def test_a_failed_read_returns_the_slab_and_is_tried_again(make_ferry):
 
 
 def test_a_failed_read_ahead_is_nobodys_error(make_ferry):
-    """A guess that could not be read is read when it is asked for."""
+    """A tile that could not be read ahead is read when it is asked for."""
     home = WatchedHome()
     tiles, ferry = home.tiles(3), make_ferry()
     walk(ferry, tiles)
@@ -54,7 +54,7 @@ def test_a_failed_read_ahead_is_nobodys_error(make_ferry):
 
 
 def test_an_error_does_not_keep_the_home_alive():
-    """A future keeps its exception, whose traceback keeps the berth: it is let go of."""
+    """A future keeps its exception, and so the allocation: the slab drops failed futures."""
     home = WatchedHome()
     tile, alive = home.tile("0", 0), weakref.ref(home)
     home.broken = {"read"}
@@ -69,7 +69,7 @@ def test_an_error_does_not_keep_the_home_alive():
 
 @pytest.mark.parametrize("got", [0, PAGE])
 def test_a_short_read_of_a_file_is_an_error(tmp_path, monkeypatch, got):
-    """A file that ends too early raises, and leaves no slab behind that passes for read."""
+    """A file that ends too early raises, and no slab counts as read."""
     with DiskHome(tmp_path) as home:
         berth = home.berth((3 * PAGE,), torch.uint8)
         berth.tensor().fill_(7)
@@ -90,7 +90,7 @@ def test_a_short_read_of_a_file_is_an_error(tmp_path, monkeypatch, got):
 def test_an_exception_in_the_block_returns_the_slab_and_its_content_is_not_trusted(
     make_ferry, error
 ):
-    """What was half changed in a slab is read anew, and no slab is lost, however often."""
+    """What was half changed in a slab is read again, and no slab is lost, however often."""
     home = WatchedHome()
     tiles, ferry = home.tiles(2), make_ferry()
     for _ in range(5):
@@ -124,7 +124,7 @@ def test_ctrl_c_while_a_tile_is_read_leaves_the_slab_to_its_readers(make_ferry, 
 
 
 def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ferry, monkeypatch):
-    """Who waited for a slab and gave up leaves the ring as it was."""
+    """A Ctrl-C in the wait leaves the ring as it was."""
     home = WatchedHome()
     tiles, ferry = home.tiles(2), make_ferry(1)
 
@@ -141,7 +141,7 @@ def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ferry, monkeypatch):
 
 
 def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():
-    """Without threads every borrow raises, the second one too, and gives no garbage."""
+    """Without threads every request raises, the second one too, and gives no wrong values."""
     home, executor = WatchedHome(), ThreadPoolExecutor(1)
     (tile,), ferry = home.tiles(1), Ferry(executor, 2)
     executor.shutdown()
@@ -154,7 +154,7 @@ def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():
 
 
 def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ferry):
-    """`settle` tries again and raises while it fails; who borrows the tile finds what was made."""
+    """`settle` tries again and raises while it fails; the tile is read from its slab meanwhile."""
     home = WatchedHome()
     (tile,), ferry = home.tiles(1), make_ferry()
     home.broken = {"write"}
@@ -178,7 +178,7 @@ def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ferry)
 
 
 def test_slabs_that_cannot_be_written_make_others_raise_and_not_wait(make_ferry):
-    """With every slab held back, a borrower tries the write once more and gets its error."""
+    """With every slab unwritten, a request tries the write once more and raises its error."""
     home = WatchedHome()
     tiles, ferry = home.tiles(3), make_ferry(2)
     home.broken = {"write"}
@@ -198,7 +198,7 @@ def test_slabs_that_cannot_be_written_make_others_raise_and_not_wait(make_ferry)
 
 
 def test_an_exception_after_a_store_does_not_undo_it(make_ferry):
-    """What was handed over to be written is written."""
+    """What was stored is written."""
     home = WatchedHome()
     (tile,), ferry = home.tiles(1), make_ferry(1)
     with pytest.raises(RuntimeError, match="the test"):
@@ -210,7 +210,7 @@ def test_an_exception_after_a_store_does_not_undo_it(make_ferry):
 
 
 def test_what_was_written_does_not_keep_the_home_alive():
-    """A gradient that has come home is let go of at once, and not in the next pass."""
+    """A written gradient is released at once, not in the next iteration."""
     home = WatchedHome()
     (tile,), ferry, alive = home.tiles(1), ferries_of(home).gradients, weakref.ref(home)
     with ferry.borrow((tile,)) as loan:
@@ -300,7 +300,7 @@ def test_a_closed_home_has_no_ferries_and_no_threads():
 
 
 def test_ferries_are_of_one_home_and_go_with_it():
-    """Two homes share nothing; slabs and threads go with a home, and wait for no collector."""
+    """Two homes share nothing; slabs and threads end with a home, without garbage collection."""
     one, other = WatchedHome(), WatchedHome()
     assert ferries_of(one) is ferries_of(one)
     assert ferries_of(one) is not ferries_of(other)

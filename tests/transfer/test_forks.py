@@ -1,4 +1,4 @@
-"""A child that is forked at any moment reads its parent's tiles, hangs nowhere, changes nothing."""
+"""A child forked at any moment reads its parent's tiles; it never hangs and changes nothing."""
 
 import os
 import threading
@@ -13,7 +13,6 @@ from torch import nn
 from memtile import DiskHome, tile
 from memtile.errors import HomeError
 from memtile.homes import aligned_buffer, berth_of, disk_io
-from memtile.transfer import ferries as ferries_module
 from memtile.transfer import ferries_of, passes
 from memtile.transfer.parked import gradient_of
 
@@ -48,7 +47,7 @@ def _weight(model):
 
 
 def test_locks_that_other_threads_hold_are_free_in_the_child():
-    """It computes as its parent does, and closes the home, whatever was held when it came."""
+    """The child computes as its parent does and closes the home, whatever locks were held."""
     model = _called()
     expected, home, ferries = model(_X), _home(model), ferries_of(_home(model))
     held, done = threading.Event(), threading.Event()
@@ -57,8 +56,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
         with ExitStack() as stack:
             rings = [ferry._changed for ferry in ferries.all()]
             locks = [
-                passes._lock,
-                ferries_module._lock,
+                passes.state.lock,
                 gradient_of(_weight(model)),
                 home._change,
                 home._segments._lock,
@@ -86,7 +84,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
 
 
 def test_a_child_that_comes_during_a_forward(monkeypatch):
-    """While the parent's readers read, and its forward waits for them; both give the values."""
+    """Forked while the parent's forward waits for a read: both processes give the right values."""
     model = _called()
     expected, home, parent = model(_X), _home(model), os.getpid()
     reading, go_on, real = threading.Event(), threading.Event(), disk_io.read_at
@@ -119,7 +117,7 @@ def test_a_child_that_comes_during_a_forward(monkeypatch):
 
 
 def test_a_child_writes_no_tile_of_its_parents():
-    """It shares the file: a write there would be a change here, so it is refused by name."""
+    """The child shares the file, so a write there raises HomeError."""
     model = _called()
     berth, before = berth_of(_weight(model)), _weight(model).detach().clone()
 
@@ -133,7 +131,7 @@ def test_a_child_writes_no_tile_of_its_parents():
 
 
 def test_a_fork_while_a_tile_is_worked_on_is_told():
-    """The child finds no values in its slabs, so it neither goes on with it nor stores it."""
+    """The child has no values in its slabs: storing and releasing the tile raise HomeError."""
     model = _called()
     berth = berth_of(_weight(model))
     loan = ferries_of(_home(model)).weights.borrow((berth,))
@@ -151,7 +149,7 @@ def test_a_fork_while_a_tile_is_worked_on_is_told():
 
 
 def test_a_buffer_for_the_disk_is_not_shared_with_a_child():
-    """No page of it is: where both had it, what the disk brings could land with the wrong one."""
+    """A read from disk into a shared page could end up in the other process."""
     buffer = aligned_buffer(3 * 4096).fill_(7)
 
     assert child_says(lambda: not buffer.any())

@@ -1,4 +1,4 @@
-"""Whatever wrote to a parked weight, the next pass works with what was written.
+"""Whatever wrote to a parked weight, the next iteration uses what was written.
 
 Each write is done to a model on disk and to the same model with resident tiles: they must agree bit
 for bit. The passes before have filled slabs, and learnt what to read ahead.
@@ -175,7 +175,7 @@ MODES = [
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_write_is_seen_by_the_next_pass(write: Writer, mode: Callable[[nn.Module], Any]) -> None:
-    """No slab, and nothing that was read ahead, outlives the pass that it was read for."""
+    """Nothing in a slab is used after the iteration that it was read for."""
     resident, parked = twins()
     for model in (resident, parked):
         for _ in range(2):
@@ -241,7 +241,7 @@ def test_gradients_flow_to_the_tensors_of_functional_call():
 
 
 def test_a_write_between_two_forwards_without_a_backward_is_seen():
-    """Read ahead for a backward that never came is not used by the next forward."""
+    """What was read ahead for a backward that never came is not used by the next forward."""
     resident, parked = twins()
     for _ in range(3):
         ours, theirs = parked(X), resident(X)
@@ -285,7 +285,7 @@ def failing_twins() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("mode", [trains, evaluates, calls_one_layer])
 def test_a_write_after_an_exception_in_forward_is_seen(mode):
-    """A pass that broke off leaves nothing behind, whoever comes next."""
+    """An iteration that failed leaves no stale values, whatever runs next."""
     resident, parked = failing_twins()
     trains(parked)
     parked[2].fails = True
@@ -307,7 +307,7 @@ def interrupt(*args: object) -> None:
 
 
 def test_a_write_after_ctrl_c_in_a_tile_is_seen_by_a_layer_alone():
-    """torch calls no hook of the model's then, and still no pass stays open for ever."""
+    """torch calls no hook of the model then; the iteration ends all the same."""
     resident, parked = twins()
     trains(parked)
     tile = parked[2].tile(1, 0)
@@ -324,7 +324,7 @@ def test_a_write_after_ctrl_c_in_a_tile_is_seen_by_a_layer_alone():
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_write_after_ctrl_c_between_tiles_is_seen(where):
-    """A Ctrl-C in an ordinary module of the model leaves no pass open, for whoever comes next."""
+    """A Ctrl-C in an ordinary module of the model ends the iteration, whatever runs next."""
     resident, parked = twins()
     trains(parked)
     register = {"forward": "register_forward_hook", "backward": "register_full_backward_hook"}
@@ -386,7 +386,7 @@ def test_gradients_zeroed_between_forward_and_backward_are_zero(to_none):
 
 
 def test_gradients_written_between_two_backwards_are_added_to():
-    """Whoever scales or sets a gradient at home is obeyed by the next accumulation."""
+    """A gradient at home that was scaled or set is added to as it is then."""
     resident, parked = twins()
     for number in range(4):
         for model in (resident, parked):
@@ -457,7 +457,7 @@ def test_a_model_within_a_model_is_fresh_too():
 
 @pytest.mark.parametrize("home", [HostHome, DiskHome])
 def test_a_closed_home_stops_its_own_model_only(home):
-    """Another model goes on; the closed home's own says what is the matter, every time."""
+    """Another model works on; that of the closed home raises HomeError, every time."""
     resident, other = twins()
     closing = home()
     model = memtile.tile(small_model(), out_splits=3, home=closing)
@@ -474,7 +474,7 @@ def test_a_closed_home_stops_its_own_model_only(home):
 
 
 def test_a_broken_home_stops_its_own_model_only(monkeypatch):
-    """What one home could not read is no error of another's."""
+    """A failed read of one home raises nothing in models of other homes."""
     resident, parked = twins()
     broken = memtile.tile(small_model(), out_splits=3, home=DiskHome())
     real = memtile.homes.disk_io.fill

@@ -1,12 +1,12 @@
-"""The itinerary: what came after what, learnt, unlearnt and forgotten."""
+"""The prefetch order: what is needed after what is learnt, corrected and forgotten."""
 
 from itertools import islice
 
 from watched_home import WatchedHome
 
 from memtile.homes import Berth
-from memtile.transfer import Itinerary
-from memtile.transfer.itinerary import cargo_of, key_of
+from memtile.transfer.ferry import Itinerary
+from memtile.transfer.slabs import cargo_of, key_of
 
 
 def walk(itinerary: Itinerary, order: list[Berth]) -> None:
@@ -17,13 +17,13 @@ def walk(itinerary: Itinerary, order: list[Berth]) -> None:
 
 
 def foreseen(itinerary: Itinerary, number: int = 9) -> list[str | None]:
-    """Labels of what it says comes next."""
+    """Labels of what is predicted to come next."""
     cargoes = [cargo_of(key) for key in islice(itinerary.ahead(), number)]
     return [None if cargo is None else cargo[0].label for cargo in cargoes]
 
 
 def test_nothing_is_foreseen_at_first():
-    """An itinerary that has seen nothing says nothing."""
+    """Without any request nothing is predicted."""
     itinerary = Itinerary()
     itinerary.start()
 
@@ -31,7 +31,7 @@ def test_nothing_is_foreseen_at_first():
 
 
 def test_an_order_is_known_after_one_pass_and_ends_where_the_pass_ended():
-    """From the start on, all of the pass is foreseen in its order, and nothing behind its end."""
+    """The whole iteration is predicted in its order, and nothing after its end."""
     tiles, itinerary = WatchedHome().tiles(4), Itinerary()
     walk(itinerary, tiles)
 
@@ -51,7 +51,7 @@ def test_one_tile_there_and_back_is_told_apart_by_what_came_before():
 
 
 def test_a_wrong_guess_corrects_itself_by_the_next_pass():
-    """Another order replaces the one that was known, from where they part on."""
+    """Another order replaces the known one, from where they differ."""
     (a, b, c), itinerary = WatchedHome().tiles(3), Itinerary()
     walk(itinerary, [a, b, c])
     walk(itinerary, [a, c, b])
@@ -62,7 +62,7 @@ def test_a_wrong_guess_corrects_itself_by_the_next_pass():
 
 
 def test_berths_are_not_kept_alive_and_dead_ones_are_forgotten():
-    """Cargoes that are new in every pass, as gradients are, do not pile up."""
+    """Groups that are new in every iteration, as gradients are, do not accumulate."""
     home, itinerary = WatchedHome(), Itinerary()
     for _ in range(50):
         walk(itinerary, home.tiles(3))

@@ -1,4 +1,4 @@
-"""Threads at one home: nobody waits for ever, nor for others' products, and nothing is lost."""
+"""Threads at one home: no deadlock, no wait for another thread's product, no lost gradient."""
 
 import threading
 
@@ -39,21 +39,17 @@ def test_two_slabs_are_taken_at_once(make_ferry):
 @pytest.mark.parametrize("sums", [False, True], ids=["first", "sum"])
 @pytest.mark.parametrize("home", HOMES)
 def test_gradients_are_formed_at_the_same_time(home, sums):
-    """Two threads are in their products at once, be it for one parameter, and both are added."""
+    """Two threads compute gradients of one parameter at the same time, and both are added."""
     tile = ParkedLinear(7, 5, bias=False, home=home_called(home))
     source, meeting = ParkedSource(tile.weight), threading.Barrier(2)
     if sums:
-        source.deliver(lambda out: out.fill_(1))
+        with source.gradient() as out:
+            out.fill_(1)
 
     def deliver():
-        met = []
-
-        def form(out):
-            if not met:
-                met.append(meeting.wait(PATIENCE_SECONDS))
+        with source.gradient() as out:
+            meeting.wait(PATIENCE_SECONDS)
             out.fill_(3)
-
-        source.deliver(form)
 
     together(deliver, deliver)
     source.settle()
@@ -62,7 +58,7 @@ def test_gradients_are_formed_at_the_same_time(home, sums):
 
 
 def test_threads_that_are_the_first_share_rings_and_locks():
-    """Two rings of one home would not know of each other's writes; two locks would lock nothing."""
+    """All threads get the same ring of a home, and the same lock of a parameter."""
 
     def ask(home, parameter, found):
         found.append((ferries_of(home).weights, gradient_of(parameter)))

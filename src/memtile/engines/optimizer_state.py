@@ -24,7 +24,7 @@ from memtile.checkpoints.header import DTYPES, dtype_name
 from memtile.convert.optimizer_file import OWN_OPTIONS, beside, entry_of
 from memtile.engines.dense_views import view_of
 from memtile.errors import CheckpointError
-from memtile.optim import DenseParameter, Part, dense_parameters, stored_state
+from memtile.optim import DenseParameter, Part, dense_parameters, stepping, stored_state
 
 State = dict[str, Any]  # of an optimizer: whatever its class keeps
 Json = dict[str, Any]  # of the record: whatever JSON it has
@@ -67,7 +67,7 @@ class OptimizerState:
 
     def is_shaped(self, entry: object, parameter: Tensor) -> bool:
         """Whether an entry has an element for each of a parameter's."""
-        return stored_state.is_shaped(entry, parameter)
+        return stepping.is_shaped(entry, parameter)
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype that a parameter is stepped in, and its moments have."""

@@ -1,6 +1,5 @@
 """Spans and grids: where the tiles of a weight begin and end. Knows no torch."""
 
-from memtile.geometry.grid import Grid, Rect
-from memtile.geometry.spans import Span, partition_uniform, round_up, spans_of
+from memtile.geometry.grid import Grid, Rect, Span, partition_uniform, round_up, spans_of
 
 __all__ = ["Grid", "Rect", "Span", "partition_uniform", "round_up", "spans_of"]

@@ -1,13 +1,13 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
 from memtile.layers.door import is_plain
-from memtile.layers.gather import gathered, is_shard, register_gatherer, whole_shape
 from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule, watch_tiles
+from memtile.layers.values import gathered, is_shard, register_gatherer, whole_shape
 
 __all__ = [
     "DenseHandle",

@@ -1,4 +1,4 @@
-"""What is checked before a tiled linear works: are its tiles plain, does its input fit."""
+"""Checks of a call: whether its tiles are plain, whether input and results fit."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,26 +16,16 @@ from memtile.errors import (
 from memtile.geometry import Grid, partition_uniform
 from memtile.ops import autocast_dtype
 
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-_LINEAR_FORWARD = nn.Linear.forward
-_LINEAR_CALL = nn.Linear.__call__
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LINEAR_FORWARD, _LINEAR_CALL = nn.Linear.forward, nn.Linear.__call__
 
 
 def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
-    """Whether calling the tile does what its class does, and nothing that anyone hooked on."""
-    own = tile.__dict__
-    parameters = tile._parameters
+    """Whether calling the tile does what its class does and nothing else: it has no hooks, say."""
+    own, parameters = tile.__dict__, tile._parameters
     return (
         type(tile) is cls
-        and not tile._forward_hooks
-        and not tile._forward_pre_hooks
-        and not tile._backward_hooks
-        and not tile._backward_pre_hooks
+        and not any(own[hooks] for hooks in _HOOKS)
         and type(parameters.get("weight")) is nn.Parameter
         and type(parameters.get("bias")) in (nn.Parameter, type(None))
         and "forward" not in own
@@ -44,13 +34,13 @@ def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
 
 
 def all_plain(tiles: Sequence[nn.Module]) -> bool:
-    """Whether all tiles are plain, on one device and of one dtype, and nothing global is hooked."""
-    if any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
+    """Whether all tiles are plain, of one device and dtype, and there are no global hooks."""
+    if any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS):
         return False
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.Linear.__call__ is not _LINEAR_CALL:
         return False
     first = tiles[0]._parameters.get("weight")
-    if first is None or not first.is_floating_point():  # complex gradients want conjugates
+    if first is None or not first.is_floating_point():  # complex gradients need conjugates
         return False
     dtype, device = first.dtype, first.device
     return all(
@@ -64,10 +54,9 @@ def all_plain(tiles: Sequence[nn.Module]) -> bool:
 
 
 def column_widths(row: Sequence[nn.Module]) -> list[int] | None:
-    """The input width of each column where its tile declares the one that it takes, else None."""
-    widths = [_declared_width(tile) for tile in row]
-    known = [width for width in widths if width is not None]
-    return known if len(known) == len(widths) else None
+    """The input width of each column; None where a tile does not declare the one that it takes."""
+    widths = [width for width in map(_declared_width, row) if width is not None]
+    return widths if len(widths) == len(row) else None
 
 
 def _declared_width(tile: nn.Module) -> int | None:
@@ -83,12 +72,7 @@ def _declared_width(tile: nn.Module) -> int | None:
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """The value, when it is a tensor with at least one dimension.
-
-    Raises:
-        TileDtypeError: it is no tensor.
-        TileShapeError: it has no dimension.
-    """
+    """The value, checked to be a tensor with at least one dimension."""
     if not isinstance(value, Tensor):
         raise TileDtypeError(
             f"{name}: the input is a {type(value).__name__}, it must be a tensor (…, in_features); "
@@ -102,11 +86,7 @@ def check_tensor(name: str, value: object) -> Tensor:
 def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | None) -> list[int]:
     """How an input of this width is cut into columns.
 
-    The cut follows the width that arrives (a tensor-parallel linear feeds its local one), unless
-    the tiles declare their own widths.
-
-    Raises:
-        TileShapeError: the width is not what the tiles declare, or too small to be cut.
+    Tiles that declare no width take what arrives: the local width of a tensor-parallel linear, say.
     """
     if declared is not None and width != sum(declared):
         raise TileShapeError(
@@ -124,11 +104,7 @@ def split_sizes(name: str, width: int, columns: int, declared: Sequence[int] | N
 def check_chunks(
     name: str, chunks: Sequence[Tensor], columns: int, declared: Sequence[int] | None
 ) -> None:
-    """Check an input that arrives split: number of chunks, their widths, their other dimensions.
-
-    Raises:
-        TileShapeError: one of them is wrong.
-    """
+    """Check an input that arrives split: number of chunks, their widths, their other dimensions."""
     if not isinstance(chunks, Sequence):
         raise TileDtypeError(
             f"{name}: the input is a {type(chunks).__name__}; a layer made with "
@@ -152,31 +128,16 @@ def check_chunks(
             )
 
 
-def check_kinds(name: str, chunks: Sequence[object], weight: Tensor) -> None:
-    """Check devices and dtypes against plain tiles, as they are after what autocast casts.
-
-    Raises:
-        TileDeviceError: the devices differ.
-        TileDtypeError: the dtypes differ.
-    """
-    for chunk in chunks:
-        if isinstance(chunk, Tensor) and chunk.device != weight.device:
+def check_kinds(
+    name: str, chunks: Sequence[object], weight: Tensor, *, same_device: bool = True
+) -> None:
+    """Check dtypes and devices against plain or parked tiles, after the casts of autocast."""
+    for chunk in (chunk for chunk in chunks if isinstance(chunk, Tensor)):
+        if same_device and chunk.device != weight.device:
             raise TileDeviceError(
                 f"{name}: the input is on {chunk.device}, the tiles are on {weight.device}; "
                 "move one of them"
             )
-    check_dtypes(name, chunks, weight)
-
-
-def check_dtypes(name: str, chunks: Sequence[object], weight: Tensor) -> None:
-    """Check dtypes against plain or parked tiles, as they are after what autocast casts.
-
-    Raises:
-        TileDtypeError: the dtypes differ.
-    """
-    for chunk in chunks:
-        if not isinstance(chunk, Tensor):
-            continue
         needed = autocast_dtype(weight, chunk.device.type) or weight.dtype
         if (autocast_dtype(chunk) or chunk.dtype) != needed:
             raise TileDtypeError(
@@ -190,11 +151,7 @@ def check_width(
 ) -> None:
     """Check that a tile which holds all rows of its span returns them all.
 
-    A narrower result is right only for a shard of a tensor-parallel linear, whose weight is
-    narrower too.
-
-    Raises:
-        TileClassError: the result is not as wide as the tile's weight is high.
+    A narrower result is right only for a tensor-parallel shard, whose weight is narrower too.
     """
     weight, rows = tile._parameters.get("weight"), grid.out_spans[index[0]].size
     if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.shape[0] != rows:

@@ -1,15 +1,16 @@
-"""What a read of a tiled layer's `.weight` or `.bias` gives: a tensor without data.
+"""`DenseHandle`: what reading a tiled layer's `.weight` or `.bias` gives, a tensor without data.
 
 Shape, dtype, device and the like cost nothing; the first operation on the handle assembles the
-dense tensor, differentiably. What would silently change only a copy (in-place operations,
-`nn.init`, assignments to `.data` and `.grad`) is refused, for the handles that `.grad` and `.data`
-give too, and so is `torch.autograd.grad` with respect to it. What cannot be seen from here: writing
-into `layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
-compiler a read gives the assembled tensor itself, which costs nothing in the graph if unused.
+dense tensor, differentiably. What would change only a copy (in-place operations, `nn.init`,
+assignments to `.data` and `.grad`) raises HandleError, also on the handles that `.grad` and `.data`
+give, and so does `torch.autograd.grad` with respect to it. Not detected: writing into
+`layer.weight[0]`, a slice of an assembled copy, and `backward(inputs=[layer.weight])`. Under a
+compiler a read gives the assembled tensor itself, which the graph drops if it is unused.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,115 +18,48 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from memtile.errors import HandleError
 
+Layer = Any  # a TiledModule, whose file imports this one
 
-class Tiled(Protocol):
-    """What a handle needs to know of its layer."""
-
-    def tile_parameters(self, name: str) -> dict[tuple[int, int], nn.Parameter]:
-        """The parameters called `name` of the tiles, by their place."""
-
-    def dense_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the dense parameter called `name`."""
-
-    def dense_tensor(self, name: str) -> Tensor:
-        """The dense parameter called `name`, assembled."""
-
-    def dense_gradient(self, name: str) -> Tensor | None:
-        """Its gradient, assembled; None while a tile has none."""
-
-    def full_name(self) -> str:
-        """The layer's name for messages."""
-
-
-_FREE_PROPERTIES = [
-    "shape",
-    "dtype",
-    "device",
-    "layout",
-    "ndim",
-    "requires_grad",
-    "is_leaf",
-    "grad_fn",
-    "is_cpu",
-    "is_cuda",
-    "is_meta",
-    "is_mps",
-    "is_nested",
-    "is_quantized",
-    "is_sparse",
-    "is_sparse_csr",
-    "is_xpu",
-    "itemsize",
-    "nbytes",
-    "names",
-    "output_nr",
-]
-_FREE_METHODS = [
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "element_size",
-    "stride",
-    "storage_offset",
-    "is_contiguous",
-    "is_floating_point",
-    "is_complex",
-    "is_signed",
-    "is_inference",
-    "get_device",
-    "__len__",
-    "__hash__",
-    "type",
-]
-_REFUSED = frozenset(
+_FREE_PROPERTIES = (
+    {"shape", "ndim", "layout", "dtype", "device", "itemsize", "nbytes", "names"}
+    | {"requires_grad", "is_leaf", "grad_fn", "output_nr"}
+    | {"is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
+    | {"is_nested", "is_quantized", "is_sparse", "is_sparse_csr"}
+)
+_FREE_METHODS = (
+    {"size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "storage_offset"}
+    | {"is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference"}
+    | {"get_device", "__len__", "__hash__", "type"}
+)
+_REFUSED = (
     {"data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_"}
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "__setitem__"}
-    | {
-        f"__i{name}__"
-        for name in [
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "and",
-            "or",
-            "xor",
-            "lshift",
-            "rshift",
-        ]
-    }
+    | {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
+    | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 )
 
-
-_OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors: stubs do not have them
+_OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors, which stubs lack
 _READ_GRADIENT, _READ_VERSION = _OF_C_BASE["grad"].__get__, _OF_C_BASE["_version"].__get__
 _READ_DATA = _OF_C_BASE["data"].__get__
 
 
-def _free_functions() -> frozenset[Any]:
-    properties = [
-        getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)
-    ]
-    return frozenset([*properties, *(getattr(Tensor, name) for name in _FREE_METHODS)])
+_FREE = frozenset(
+    [getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)]
+    + [getattr(Tensor, name) for name in _FREE_METHODS]
+)
 
 
 class DenseHandle(Tensor):
     """The dense `.weight` or `.bias` of a tiled layer, assembled when it is used."""
 
-    _free: ClassVar[frozenset[Any]] = _free_functions()
-    _layer: Tiled
+    _layer: Layer
     _name: str
     _of_gradient: bool
     _of_data: bool
 
     @staticmethod
     def __new__(
-        cls, layer: Tiled, name: str, of_gradient: bool = False, of_data: bool = False
+        cls, layer: Layer, name: str, of_gradient: bool = False, of_data: bool = False
     ) -> "DenseHandle":
         """A handle of the layer's "weight" or "bias", of its gradient, or of the `.data` of one."""
         is_values = of_gradient or of_data
@@ -139,7 +73,7 @@ class DenseHandle(Tensor):
         )
         handle._layer, handle._name = layer, name
         handle._of_gradient, handle._of_data = of_gradient, of_data
-        handle._is_param = not is_values  # so isinstance(handle, nn.Parameter): libraries ask
+        handle._is_param = not is_values  # libraries check isinstance(handle, nn.Parameter)
         return handle
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes
@@ -162,18 +96,12 @@ class DenseHandle(Tensor):
 
     def assemble(self) -> Tensor:
         """The dense tensor, differentiable with respect to the tiles where gradients are on."""
-        if self._of_data:
-            with torch.no_grad():
-                return self._values()
-        return self._values()
-
-    def _values(self) -> Tensor:
-        if not self._of_gradient:
-            return self._layer.dense_tensor(self._name)
-        gradient = self._layer.dense_gradient(self._name)
-        if gradient is None:
+        read = self._layer.dense_gradient if self._of_gradient else self._layer.dense_tensor
+        with torch.no_grad() if self._of_data else nullcontext():
+            values: Tensor | None = read(self._name)
+        if values is None:
             raise HandleError(f"{self.full_name()}: the gradient is gone; read it again")
-        return gradient
+        return values
 
     def is_of_tiles(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether the handle stands for exactly these parameters, in this order."""
@@ -202,7 +130,7 @@ class DenseHandle(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in cls._free:
+        if func in _FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func == _READ_GRADIENT:
@@ -243,12 +171,12 @@ def _refuse_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[s
 def _written(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[str, Any]:
-    """The function's name, and the arguments that it writes to, or whose memory it gives away."""
+    """The function's name, and the arguments that it writes to or whose memory it exposes."""
     name = getattr(func, "__name__", "")
     if name in {"__get__", "__set__"}:
         attribute = getattr(getattr(func, "__self__", None), "__name__", name)
         return attribute, args[:1] if name == "__set__" or attribute in _REFUSED else ()
-    if func is torch.autograd.grad:  # an assembled copy is not in the graph: its tiles are
+    if func is torch.autograd.grad:  # the graph holds the tiles, not an assembled copy
         return "torch.autograd.grad", (args[1:2], kwargs.get("inputs"))
     if name in _REFUSED or (name.endswith("_") and not name.endswith("__")):
         return name, (args[:1], kwargs.get("tensor"), kwargs.get("input"), kwargs.get("self"))

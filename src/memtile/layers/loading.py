@@ -1,35 +1,31 @@
 """Reading a layer from a checkpoint in any form: dense names, or tiles of any grid.
 
 torch loads a module's children after the module itself, from the same dictionary, so the layer
-rewrites its part of the dictionary into its own tiles' names before they look. What does not
-describe the layer loads nothing into it and is reported as one sentence. The layer's own tiles
-beside another form are no part of a checkpoint: torch's `set_model_state_dict` adds them.
+rewrites its part of the dictionary into its own tiles' names before they look. If that part does
+not describe the layer, nothing is loaded into it and the reasons are reported as sentences. The
+layer's own tiles beside another form are ignored: torch's `set_model_state_dict` adds them.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memtile.errors import MemtileError
-from memtile.layers.gather import gathered
-from memtile.layers.values import Index, Values
+from memtile.layers.values import DENSE_NAMES, Index, Values, gathered
 
-if TYPE_CHECKING:
-    from memtile.layers.tiled_module import TiledModule
-
-NAMES = ("weight", "bias")
+Layer = Any  # a TiledModule, whose file imports this one
 
 
 def problems_of(
-    layer: "TiledModule", state_dict: Mapping[str, Any], strict: bool, assign: bool
+    layer: Layer, state_dict: Mapping[str, Any], strict: bool, assign: bool
 ) -> list[str]:
     """Every reason, as a sentence, why the dictionary cannot be loaded into the layer."""
     found = _Found(layer, state_dict, "")
     problems = found.problems(assign)
     if strict:
-        missing = [name for name in NAMES if found.own[name] and not found.has(name)]
+        missing = [name for name in DENSE_NAMES if found.own[name] and not found.has(name)]
         if missing:
             problems.append(
                 f"{layer.full_name()}: the checkpoint has no {' and no '.join(missing)}, neither "
@@ -42,23 +38,21 @@ def problems_of(
     return problems
 
 
-def load_any_form(
-    layer: "TiledModule", state_dict: dict[str, Any], prefix: str, assign: bool
-) -> list[str]:
+def load_any_form(layer: Layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> list[str]:
     """Rewrite the layer's entries of `state_dict` into names and values of its own tiles, in place.
 
     Args:
         layer: the tiled layer.
         state_dict: the module's own copy of the checkpoint's dictionary.
         prefix: the layer's name in it, with a dot, or nothing.
-        assign: torch will put the entries themselves into the tiles: they must be copies.
+        assign: torch will make the entries the tiles' parameters, so they must be copies.
 
     Returns:
-        What is wrong, as sentences; then the tiles keep their values.
+        What is wrong, as sentences; the tiles keep their values then.
     """
     found = _Found(layer, state_dict, prefix)
     problems = found.problems(assign)
-    for name in NAMES:
+    for name in DENSE_NAMES:
         if found.has(name) and (problems or not found.is_own_form(name) or assign):
             found.rewrite(name, keep=bool(problems), assign=assign)
     return problems
@@ -67,41 +61,34 @@ def load_any_form(
 class _Found:
     """What a checkpoint holds for one layer."""
 
-    def __init__(self, layer: "TiledModule", state_dict: Mapping[str, Any], prefix: str) -> None:
+    def __init__(self, layer: Layer, state_dict: Mapping[str, Any], prefix: str) -> None:
         self.layer, self.state_dict, self.prefix = layer, state_dict, prefix
-        self.own = {name: layer.stored_parameters(name) for name in NAMES}
+        self.own = {name: layer.stored_parameters(name) for name in DENSE_NAMES}
         self.keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
-        self.dense = {name for name in NAMES if name in self.keys}
-        self.tiles: dict[str, dict[Index, str]] = {name: {} for name in NAMES}
+        self.dense = {name for name in DENSE_NAMES if name in self.keys}
+        self.tiles: dict[str, dict[Index, str]] = {name: {} for name in DENSE_NAMES}
         self.extra: list[str] = []
         for key in self.keys:
             match = layer.tile_pattern.fullmatch(key)
             if match:
                 row, column = int(match["row"]), int(match.groupdict().get("column") or 0)
                 self.tiles[match["name"]][row, column] = key
-            elif key not in NAMES and not self._is_known(key):
+            elif key not in DENSE_NAMES and not self._is_known(key):
                 self.extra.append(key)
-        for name in NAMES:
-            if not self.is_own_form(name):
-                self.tiles[name] = self._given(name)
+        for name in DENSE_NAMES:
+            if not self.is_own_form(name):  # then the layer's own tiles are no part of it
+                self.tiles[name] = {
+                    index: key
+                    for index, key in self.tiles[name].items()
+                    if not _same_memory(self.value(key), self.own[name].get(_place(name, index)))
+                }
 
-    def _given(self, name: str) -> dict[Index, str]:
-        """The tiles that are not this layer's own, as they are in it now."""
-        own = {key for index, key in self._by_place(name) if self._is_in_place(name, index, key)}
-        return {index: key for index, key in self.tiles[name].items() if key not in own}
-
-    def _is_in_place(self, name: str, index: Index, key: str) -> bool:
-        return _same_memory(self.state_dict[self.prefix + key], self.own[name].get(index))
-
-    def _by_place(self, name: str) -> list[tuple[Index, str]]:
-        """Names of tiles by their place; a bias stands in the last column of its row."""
-        return [
-            (index if name == "weight" else (index[0], 0), key)
-            for index, key in self.tiles[name].items()
-        ]
+    def value(self, key: str) -> Any:
+        """What the checkpoint holds under the layer's name `key`."""
+        return self.state_dict[self.prefix + key]
 
     def _is_known(self, key: str) -> bool:
-        """Whether a key is a subclass's own, or a tile's in another way (more parameters)."""
+        """Whether a key belongs to a subclass, or to another parameter of a tile."""
         tiles = (self.layer.tile_path(*index) + "." for index in self.layer.grid.indices())
         return key in self.layer.state_dict() or any(map(key.startswith, tiles))
 
@@ -112,7 +99,7 @@ class _Found:
         """Whether these are this layer's own tiles, which torch can load by itself."""
         if name == "bias" and self.layer.whole_bias is not None:
             return not self.tiles[name]
-        found = {key: self.state_dict[self.prefix + key] for key in self.tiles[name].values()}
+        found = {key: self.value(key) for key in self.tiles[name].values()}
         own = {self.layer.parameter_path(name, index): p for index, p in self.own[name].items()}
         return (
             name not in self.dense
@@ -121,9 +108,9 @@ class _Found:
         )
 
     def problems(self, assign: bool) -> list[str]:
-        """What keeps the weight or the bias from being loaded, a sentence each."""
+        """Why the weight or the bias cannot be loaded, a sentence each."""
         problems = []
-        for name in filter(self.has, NAMES):
+        for name in filter(self.has, DENSE_NAMES):
             try:
                 problem = self._unreadable(name, assign) or self._unfitting(name)
             except MemtileError as error:
@@ -139,7 +126,7 @@ class _Found:
         if name == "bias" and len(set(rows)) < len(rows):
             return f"the checkpoint holds more than one for a row of tiles: {self.tiles[name]}"
         for key in [name] if name in self.dense else self.tiles[name].values():
-            value = self.state_dict[self.prefix + key]
+            value = self.value(key)
             if not isinstance(value, Tensor):
                 return f"the checkpoint's {key} is a {type(value).__name__}, not a tensor"
             if value.is_meta and not (assign or all(p.is_meta for p in self.own[name].values())):
@@ -158,32 +145,25 @@ class _Found:
             )
         expected = self.layer.dense_shape(name)
         if name in self.dense:
-            shape = tuple(self.state_dict[self.prefix + name].shape)
-            return (
-                "" if shape == expected else f"the checkpoint's is {shape}, the layer's {expected}"
-            )
-        if self.is_own_form(name):
-            return self._of_two_dtypes(name)
-        grid = self.layer.grid
-        values, whole = self._values(name), (grid.out_features, grid.in_features)
-        whole = whole if name == "weight" else (grid.out_features, 1)
-        if values.shape != whole:
-            return f"the checkpoint's tiles make {values.shape}, the layer's {whole}"
-        return ""
-
-    def _of_two_dtypes(self, name: str) -> str:
-        """Own tiles may differ in dtype where the layer's tiles do."""
-        found = {index: tensor.dtype for index, tensor in self._tiles_by_place(name).items()}
-        dtypes = sorted({str(dtype) for dtype in found.values()})
-        if len(dtypes) == 1 or found == {i: p.dtype for i, p in self.own[name].items()}:
+            found, what = tuple(self.value(name).shape), "is"
+        elif self.is_own_form(name):
+            tiles = self._tiles_by_place(name)
+            if any(tile.dtype != self.own[name][index].dtype for index, tile in tiles.items()):
+                Values.tiles(tiles)  # raises where they are of several dtypes
             return ""
-        return f"the tiles have different dtypes ({', '.join(dtypes)}); save them in one"
+        else:
+            found, what = self._values(name).shape, "tiles make"
+            grid = self.layer.grid
+            expected = (grid.out_features, grid.in_features if name == "weight" else 1)
+        return (
+            "" if found == expected else f"the checkpoint's {what} {found}, the layer's {expected}"
+        )
 
     def _of_two_grids(self) -> list[str]:
         """Tiles of the weight and of the bias that were not cut together."""
-        if not all(self.tiles.values()) or all(map(self.is_own_form, NAMES)):
+        if not all(self.tiles.values()) or all(map(self.is_own_form, DENSE_NAMES)):
             return []
-        parts = [self._values(name).grid.out_parts for name in NAMES]
+        parts = [self._values(name).grid.out_parts for name in DENSE_NAMES]
         if parts[0] == parts[1]:
             return []
         return [
@@ -193,16 +173,14 @@ class _Found:
 
     def _values(self, name: str) -> Values:
         if name in self.dense:
-            tensor = self.state_dict[self.prefix + name]
-            turned = name == "weight" and self.layer.weight_is_transposed
-            return Values.dense(tensor.t() if turned else tensor)
+            return Values.dense(self.layer.transposed(name, self.value(name)))
         return Values.tiles(self._tiles_by_place(name))
 
     def _tiles_by_place(self, name: str) -> dict[Index, Tensor]:
-        return {index: self.state_dict[self.prefix + key] for index, key in self._by_place(name)}
+        return {_place(name, index): self.value(key) for index, key in self.tiles[name].items()}
 
     def rewrite(self, name: str, *, keep: bool, assign: bool) -> None:
-        """Put this layer's tiles into the dictionary, with their old values or the found ones."""
+        """Put this layer's tiles into the dictionary, with their old or the found values."""
         assert isinstance(self.state_dict, dict)
         values = None if keep else self._values(name)
         for key in [name, *self.tiles[name].values()]:
@@ -214,7 +192,7 @@ class _Found:
     def _entry(
         self, name: str, index: Index, parameter: nn.Parameter, values: Values | None, assign: bool
     ) -> Tensor:
-        """What torch will load into one tile; the parameter itself where it is written already."""
+        """What torch will load into one tile; the parameter itself where it is already written."""
         if values is None:
             return parameter
         rect = self.layer.tile_rect(name, index)
@@ -223,6 +201,11 @@ class _Found:
         with torch.no_grad(), gathered([parameter], write=True) as kept:
             values.write_to(parameter, rect, kept=kept)
         return parameter
+
+
+def _place(name: str, index: Index) -> Index:
+    """A tile's place in its tensor: biases, which stand in the last column, are one column."""
+    return index if name == "weight" else (index[0], 0)
 
 
 def _same_memory(value: object, own: Tensor | None) -> bool:

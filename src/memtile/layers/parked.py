@@ -1,16 +1,15 @@
-"""Tiles that live elsewhere: a linear and an embedding whose weight is parked in a home.
+"""Parked tiles: a linear and an embedding whose weight lives in a home.
 
-The weight is an ordinary `nn.Parameter` on the CPU whose memory happens to be the home's, so all
-code that reads or writes parameters goes on working. Its values are brought in for each product and
-for each backward. A tensor found in its place (`functional_call`, `.data = …`, a swapped parameter)
-is used as it is, and never replaced by the home's bytes. Biases are never parked.
+The weight is an ordinary `nn.Parameter` on the CPU whose memory is the home's, so code that reads
+or writes parameters works as usual. Its values are read into a slab for each product. A tensor
+found in its place (`functional_call`, `.data = …`, a swapped parameter) is used as it is, and never
+replaced by the home's bytes. Biases are never parked.
 """
 
 import copy
 import copyreg
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +29,13 @@ from memtile.homes import (
     tensor_of,
 )
 from memtile.layers import door
-from memtile.layers.gather import register_gatherer
 from memtile.transfer import ParkedSource, layer_call
 
-_NAME = "ParkedLinear"  # in messages: a tile does not know its own
+_NAME = "ParkedLinear"  # in messages: a tile does not know its name
 
 
 class ParkedModule(nn.Module):
-    """A tile whose weight is parked; its base class is what it is a tile of.
+    """A tile whose weight is parked; subclasses are an `nn.Linear` or an `nn.Embedding` too.
 
     Attributes:
         home: where the weight lives.
@@ -46,7 +44,7 @@ class ParkedModule(nn.Module):
     home: Home
 
     def _settle(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
-        """Give the tile its home, and room there unless it is made on the meta device."""
+        """Give the tile its home, and memory there unless it is on the meta device."""
         self.home = resolve_home(home, device)
         if torch.empty(0, device=device).is_meta:
             return
@@ -54,7 +52,7 @@ class ParkedModule(nn.Module):
         self._parameters["weight"] = parameter_of(tensor_of(berth), True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move what is not parked; the weight stays at home, of its dtype.
+        """Move what is not parked; the weight stays in its home with its dtype.
 
         Raises:
             ParkedError: another dtype is asked for.
@@ -103,7 +101,7 @@ class ParkedModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """torch's own hook; with `assign=True` the values are copied home, not the tensor kept."""
+        """torch's own hook; `assign=True` copies the values home too, and keeps no tensor."""
         weight = self._parameters.get("weight")
         if weight is not None and is_parked(weight):
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
@@ -112,7 +110,7 @@ class ParkedModule(nn.Module):
         evict(weight)
 
     def _park_what_was_meta(self, before: Tensor | None) -> None:
-        """A weight that got its memory just now goes home with it."""
+        """Move a weight home that has just got memory."""
         weight = self._parameters.get("weight")
         if before is not None and before.is_meta and weight is not None and not weight.is_meta:
             settled = settle_in(self.home, weight.detach())
@@ -152,7 +150,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         evict(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(…, out_features) of (…, in_features), the weight brought in for the product.
+        """(…, out_features) of (…, in_features), the weight in memory for the product only.
 
         Raises:
             TileShapeError: wrong width or rank.
@@ -166,7 +164,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
             return functional.linear(input, weight, bias)
         door.check_tensor(_NAME, input)
         door.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
-        door.check_dtypes(_NAME, [input], weight)
+        door.check_kinds(_NAME, [input], weight, same_device=False)
         x = input.to(ops.autocast_dtype(input) or input.dtype)
         with layer_call():
             bias = None if bias is None else bias.to(x.dtype)
@@ -178,7 +176,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
 
 
 class ParkedEmbedding(ParkedModule, nn.Embedding):
-    """An `nn.Embedding` whose rows are parked; a lookup touches only the pages of its rows.
+    """An `nn.Embedding` whose rows are parked; a lookup reads only the pages of its rows.
 
     Args:
         num_embeddings: rows.
@@ -236,7 +234,7 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
 
 
 def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
-    """A parameter that lies where the values lie, at home if they do."""
+    """A parameter in the memory of the values, parked if they are."""
     parameter = nn.Parameter(values, requires_grad=requires_grad)
     berth = berth_of(values)
     if berth is not None:
@@ -244,14 +242,15 @@ def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     return parameter
 
 
-@contextmanager
-def _forgotten_after(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
-    """Whole values are read and written where they lie; their pages are let go of behind it."""
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            evict(parameter)
+# Made at import: contexts such as DeepSpeed's zero.Init patch classes that are made inside them.
+_WITHOUT_DRAWING: dict[type[nn.Module], type[nn.Module]] = {
+    cls: type(cls.__name__, (cls,), {"reset_parameters": lambda self: None})
+    for cls in (nn.Linear, nn.Embedding, ParkedLinear, ParkedEmbedding)
+}
 
 
-register_gatherer(_forgotten_after)
+def uninitialised(cls: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
+    """An uninitialised linear or embedding, resident or parked, to be filled by the caller."""
+    module: nn.Module = _WITHOUT_DRAWING[cls](*args, **options)  # Any: as the class takes them
+    module.__class__ = cls
+    return module

@@ -16,13 +16,13 @@ from memtile.layers.walks import Results, own_point
 class TiledLinearReturnBias(TiledLinear):
     """A `TiledLinear` of a `linear_cls` whose forward returns `(output, bias)`.
 
-    Such are Megatron's linears with `skip_bias_add`. Outputs are summed, returned biases are not:
+    Megatron's linears with `skip_bias_add` do. Outputs are summed, returned biases are not:
     `forward` gives `(output, bias)` with the biases of the rows joined, or None when no tile
     returns one; without `combine_out_splits` a list of such pairs.
     """
 
     def _can_fuse(self, whole: list[Any], tiles: list[nn.Module]) -> bool:
-        """Never: a plain tile returns no pair, which the composed walk says."""
+        """Never: a plain tile returns no pair, which the composed path reports."""
         return False
 
     def _walk_composed(self, results: Results) -> Any:

@@ -1,4 +1,4 @@
-"""`TiledEmbedding`: rows of the vocabulary are its tiles, which a tiled head can share."""
+"""`TiledEmbedding`: its tiles are rows of the vocabulary, which a tiled head can share."""
 
 import re
 from typing import Any, ClassVar, TypeVar
@@ -11,33 +11,19 @@ from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileI
 from memtile.geometry import Grid
 from memtile.homes import Home, resolve_home
 from memtile.layers.door import is_plain
-from memtile.layers.gather import gathered
-from memtile.layers.parked import ParkedEmbedding
+from memtile.layers.parked import ParkedEmbedding, uninitialised
 from memtile.layers.tiled_module import TiledModule
+from memtile.layers.values import gathered
 from memtile.transfer import layer_call
 
 Self = TypeVar("Self", bound="TiledEmbedding")
-
-
-class _UninitialisedEmbedding(nn.Embedding):
-    """An `nn.Embedding` whose rows are left as allocated."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: whoever made this tile fills it."""
-
-
-class _UninitialisedParkedEmbedding(ParkedEmbedding):
-    """A `ParkedEmbedding` whose rows are left as they are found at home."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: whoever made this tile fills it."""
 
 
 class TiledEmbedding(TiledModule):
     """An embedding cut into `out_splits` tiles of consecutive rows; tile o is `embeddings[o]`.
 
     `share_tiles_with` (of this layer or of a `TiledLinear` with in_splits=1) ties it to a head: one
-    set of tiles, with the gradients of both uses.
+    set of tiles, which gets the gradients of both.
 
     Args:
         num_embeddings: rows of the vocabulary.
@@ -45,14 +31,14 @@ class TiledEmbedding(TiledModule):
         padding_idx: a row that gets no gradient from lookups and starts at zero; negative counts
             from the end.
         max_norm: refused: it rewrites looked-up rows in place during forward.
-        norm_type: accepted for `nn.Embedding`'s sake, means nothing without `max_norm`.
+        norm_type: as in `nn.Embedding`; unused without `max_norm`.
         scale_grad_by_freq: divide each row's gradient by how often its id occurs in the batch.
         sparse: refused: a sparse gradient would have to be cut along its tiles.
         out_splits: tiles, 1 to num_embeddings.
         device: of the tiles.
         dtype: of the tiles.
         home: where the tiles are parked: a `Home`, "disk", "disk:FOLDER", "host" or
-            "device"; None: nowhere.
+            "device"; None: not parked.
 
     Raises:
         SplitsError: `out_splits` is outside its range.
@@ -88,11 +74,10 @@ class TiledEmbedding(TiledModule):
         self.max_norm, self.norm_type = None, norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, False
         parked: Any = {} if home is None else {"home": resolve_home(home, device)}
-        # Any, like its argument: mypy cannot tell which of the two takes a home
-        uninitialised: Any = _UninitialisedParkedEmbedding if parked else _UninitialisedEmbedding
         self.embeddings = nn.ModuleList()
         for span in self.grid.out_spans:
-            tile: nn.Module = uninitialised(
+            tile = uninitialised(
+                ParkedEmbedding if parked else nn.Embedding,
                 span.size,
                 embedding_dim,
                 padding_idx=self._padding_inside(span.start, span.stop),
@@ -101,7 +86,6 @@ class TiledEmbedding(TiledModule):
                 dtype=dtype,
                 **parked,
             )
-            tile.__class__ = ParkedEmbedding if parked else nn.Embedding
             self.embeddings.append(tile)
         self.reset_parameters()
 
@@ -151,10 +135,7 @@ class TiledEmbedding(TiledModule):
         tied_to: TiledModule | None = None,
         home: Home | None = None,
     ) -> Self:
-        """The same for a grid that is there already, its tiles shared where it is tied.
-
-        With a `home` they are parked there.
-        """
+        """`from_embedding` for a given grid; tiles may be those of `tied_to`, or in `home`."""
         assert isinstance(dense, nn.Embedding)
         layer = cls(
             grid.out_features,
@@ -178,7 +159,7 @@ class TiledEmbedding(TiledModule):
         return embedding
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The untiled module that this layer stands for, with `weight` where it is tied."""
+        """The untiled module that this layer replaces, with `weight` where it is tied."""
         embedding = nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,
@@ -203,13 +184,13 @@ class TiledEmbedding(TiledModule):
             TileDtypeError: the ids are no int32 or int64 tensor.
             TileDeviceError: they are on another device than the tiles.
             TileIndexError: an id is outside the vocabulary; of one tile on an accelerator, and
-                under compilers and transforms, torch says so itself.
+                under compilers and transforms, torch raises its own error.
             ArgumentError: `scale_grad_by_freq` in training under a compiler or a transform.
         """
         tiles, spans = list(self.embeddings), self.grid.out_spans
         _check_ids(self.full_name(), input, tiles[0])
         static = ops.transformed() or input.is_meta or type(input) is not Tensor
-        if not static and (input.is_cpu or len(tiles) > 1):  # it waits for an accelerator
+        if not static and (input.is_cpu or len(tiles) > 1):  # an accelerator would be waited for
             _check_range(self.full_name(), input, self.num_embeddings)
         if len(tiles) == 1:
             rows: Tensor = tiles[0](input)
@@ -218,14 +199,14 @@ class TiledEmbedding(TiledModule):
             self._check_static()
             return ops.gather_rows_statically(input, tiles, spans)
         free = not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
-        # A tile may be skipped where no engine or hook counts its calls.
+        # Tiles may be skipped only where no engine or hook counts on their calls.
         free = free and all(is_plain(tile, type(tile)) for tile in tiles)
         gather = ops.gather_some_rows if free else ops.gather_rows
         with layer_call():
             return gather(input, tiles, spans, self.embedding_dim)
 
     def _check_static(self) -> None:
-        """A static lookup asks every tile for every id, so a tile cannot count its own."""
+        """Refuse `scale_grad_by_freq`: static lookups give every tile all ids, not only its own."""
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.scale_grad_by_freq and trained:
             raise ArgumentError(

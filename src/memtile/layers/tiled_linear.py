@@ -1,35 +1,36 @@
 """`TiledLinear`: a linear layer whose weight is a grid of tiles, each a module of its own.
 
 Source: the memory-centric tiling of DeepSpeed ZeRO-3 (ZeRO-Infinity, arXiv 2104.07857, §5.1.3),
-whose contract it keeps: names, defaults, points for subclasses, state dict names.
+whose contract it keeps: names, defaults, override hooks, state dict names.
+
+A tile that initialised itself would use its own fan-in: with in_splits columns its weights would be
+√in_splits too large. So plain tiles are made without starting values, and drawn once, from the
+distribution of the whole layer, tile by tile and without a full-size temporary. Row tiles on the
+CPU are bit-identical to `nn.Linear` under the same seed, since the draws follow one another.
 """
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
-from memtile.homes import Home
-from memtile.layers.gather import gathered, whole_shape
-from memtile.layers.making import (
-    LinearClass,
-    draw_like_whole_linear,
-    draws_like_linear,
-    make_tile,
-    with_home,
-)
-from memtile.layers.tiled_module import DENSE_NAMES, TiledModule
-from memtile.layers.values import Index, Values
+from memtile.homes import Home, resolve_home
+from memtile.layers.parked import ParkedLinear, uninitialised
+from memtile.layers.tiled_module import TiledModule
+from memtile.layers.values import DENSE_NAMES, Index, Values, gathered, whole_shape
 from memtile.layers.walks import WalkedLinear
 
+LinearClass = Callable[..., nn.Module]
 Self = TypeVar("Self", bound="TiledLinear")
 
 
 class TiledLinear(WalkedLinear):
-    """A linear layer cut into `out_splits × in_splits` tiles that are worked on in turn.
+    """A linear layer cut into `out_splits × in_splits` tiles that are computed one at a time.
 
     Tile (o, i) is `linears[o][i]`, a `linear_cls(in_i, out_o, bias=…, **kwargs)`; the bias of a row
     belongs to its last column. Starting values have `nn.Linear`'s distribution for the whole layer.
@@ -72,7 +73,7 @@ class TiledLinear(WalkedLinear):
         **kwargs: Any,  # the contract passes them to linear_cls
     ) -> None:
         super().__init__()
-        linear_cls = with_home(linear_cls, kwargs)
+        linear_cls = _with_home(linear_cls, kwargs)
         self.grid = Grid.uniform(out_features, in_features, out_splits, in_splits)
         self.in_features, self.out_features = self.grid.in_features, self.grid.out_features
         self.in_splits, self.out_splits = self.grid.in_splits, self.grid.out_splits
@@ -82,7 +83,7 @@ class TiledLinear(WalkedLinear):
         self.combine_out_splits = combine_out_splits
         self.linears = nn.ModuleList(
             nn.ModuleList(
-                make_tile(
+                _make_tile(
                     linear_cls,
                     into.size,
                     out.size,
@@ -95,8 +96,8 @@ class TiledLinear(WalkedLinear):
         )
         if init_linear is not None:
             self.copy_params_from(init_linear)
-        elif draws_like_linear(self.tile(0, 0)):
-            draw_like_whole_linear(self)
+        elif _draws_like_linear(self.tile(0, 0)):
+            _draw_like_whole_linear(self)
 
     def tile(self, row: int, column: int) -> nn.Module:
         """The tile at (row, column)."""
@@ -109,10 +110,7 @@ class TiledLinear(WalkedLinear):
         return f"linears.{row}.{column}"
 
     def keep_bias(self, bias: nn.Parameter) -> None:
-        """Add this bias, whole and not copied, as other modules that share it do.
-
-        For a layer whose tiles have none.
-        """
+        """Add this bias itself, shared with other modules; for a layer whose tiles have none."""
         self._parameters["bias"] = bias  # not register_parameter, which the property refuses
         self.use_bias = True
 
@@ -130,8 +128,8 @@ class TiledLinear(WalkedLinear):
         Raises:
             TileClassError: the tiles are no plain linears and cannot reset themselves.
         """
-        if draws_like_linear(self.tile(0, 0)):
-            draw_like_whole_linear(self)
+        if _draws_like_linear(self.tile(0, 0)):
+            _draw_like_whole_linear(self)
             return
         for _, tile in self.tiles():
             reset = getattr(tile, "reset_parameters", None)
@@ -163,13 +161,14 @@ class TiledLinear(WalkedLinear):
             self._check_source(other, own, must_have_values=kept)
         for name in filter(own.get, DENSE_NAMES):
             source = getattr(other, name)
-            if isinstance(other, TiledModule) and self._lies_like(other):
-                self.copy_values(name, Values.tiles(other.tile_parameters(name)))
-            elif isinstance(other, TiledModule):
-                self._copy_dense(name, other.dense_tensor(name))
-            else:
+            if not isinstance(other, TiledModule):
                 with gathered([source]):
-                    self._copy_dense(name, source)
+                    self.copy_values(name, Values.dense(self.transposed(name, source)))
+            elif other.weight_is_transposed == self.weight_is_transposed:
+                self.copy_values(name, Values.tiles(other.tile_parameters(name)))
+            else:
+                dense = self.transposed(name, other.dense_tensor(name))
+                self.copy_values(name, Values.dense(dense))
 
     def _check_source(
         self, other: nn.Module, own: dict[str, dict[Index, nn.Parameter]], must_have_values: bool
@@ -189,13 +188,6 @@ class TiledLinear(WalkedLinear):
                     f"{self.full_name()}.copy_params_from({type(other).__name__}): its {name} is "
                     "on the meta device, where nothing has values; load or initialise it first"
                 )
-
-    def _lies_like(self, other: TiledModule) -> bool:
-        return other.weight_is_transposed == self.weight_is_transposed
-
-    def _copy_dense(self, name: str, dense: Tensor) -> None:
-        turned = name == "weight" and self.weight_is_transposed
-        self.copy_values(name, Values.dense(dense.t() if turned else dense))
 
     @classmethod
     def from_linear(
@@ -229,10 +221,7 @@ class TiledLinear(WalkedLinear):
         home: Home | None = None,
         **options: bool,
     ) -> Self:
-        """The same for a grid that is there already, its weight tiles shared where it is tied.
-
-        With a `home`, the weight's tiles are parked there.
-        """
+        """`from_linear` for a given grid; weight tiles may be those of `tied_to`, or in `home`."""
         has_bias = getattr(dense, "bias", None) is not None
         layer = cls(
             grid.in_features,
@@ -258,7 +247,79 @@ class TiledLinear(WalkedLinear):
         return linear
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """The untiled module that this layer stands for, with `weight` where it is tied."""
+        """The untiled module that this layer replaces, with `weight` where it is tied."""
         linear = nn.Linear(self.in_features, self.out_features, self.use_bias, device="meta")
         self.hand_over(linear, weight)
         return linear
+
+
+def _with_home(linear_cls: LinearClass, arguments: dict[str, Any]) -> LinearClass:
+    """The class to use with these arguments: `ParkedLinear` where a `home` is given.
+
+    Tiles of one layer share one home. A user's own class gets the argument as it is.
+    """
+    if linear_cls is nn.Linear and arguments.get("home") is None:
+        arguments.pop("home", None)
+        return linear_cls
+    if linear_cls in (nn.Linear, ParkedLinear):
+        arguments["home"] = resolve_home(arguments.get("home") or "host", arguments.get("device"))
+        return ParkedLinear
+    return linear_cls
+
+
+def _make_tile(
+    linear_cls: LinearClass, in_features: int, out_features: int, bias: bool, **kwargs: Any
+) -> nn.Module:
+    """One tile; a plain `nn.Linear` comes without starting values.
+
+    Args:
+        linear_cls: called as `linear_cls(in_features, out_features, bias=bias, **kwargs)`.
+        in_features: columns of the tile.
+        out_features: rows of the tile.
+        bias: whether the tile carries its row's bias.
+        **kwargs: the user's own, passed on by contract.
+
+    Raises:
+        TileClassError: the class ignores `bias=False`, is none, or gives no module.
+    """
+    if linear_cls in (nn.Linear, ParkedLinear):
+        return uninitialised(linear_cls, in_features, out_features, bias=bias, **kwargs)
+    name = getattr(linear_cls, "__qualname__", repr(linear_cls))
+    if not callable(linear_cls):
+        raise TileClassError(f"linear_cls={name} must be a class, or a function that makes a tile")
+    tile = linear_cls(in_features, out_features, bias=bias, **kwargs)
+    if isinstance(tile, TiledModule):
+        raise TileClassError(
+            f"linear_cls={name} makes tiled layers, and a tile of tiles has no values of its own; "
+            "use one layer with more splits"
+        )
+    if not isinstance(tile, nn.Module):
+        raise TileClassError(
+            f"linear_cls={name} made a {type(tile).__name__}; it must make an nn.Module"
+        )
+    if not bias and getattr(tile, "bias", None) is not None:
+        raise TileClassError(
+            f"linear_cls={name} was asked for bias=False and made a bias: a bias belongs to the "
+            "last column of tiles only, or it is added once for each; make the class honour "
+            "bias=False"
+        )
+    return tile
+
+
+def _draws_like_linear(tile: nn.Module) -> bool:
+    """Whether a tile draws its starting values as `nn.Linear` does."""
+    drawn = getattr(type(tile), "reset_parameters", None)
+    return isinstance(tile, nn.Linear) and drawn is nn.Linear.reset_parameters
+
+
+@torch.no_grad()
+def _draw_like_whole_linear(layer: TiledModule) -> None:
+    """Draw all tiles from the distribution that `nn.Linear` gives the whole layer."""
+    fan_in = layer.grid.in_features
+    gain = nn.init.calculate_gain("leaky_relu", math.sqrt(5))
+    bounds = {"weight": math.sqrt(3.0) * (gain / math.sqrt(fan_in)), "bias": 1 / math.sqrt(fan_in)}
+    parameters = {name: layer.writable_parameters(name) for name in bounds}
+    for name, bound in bounds.items():
+        for parameter in parameters[name].values():
+            with gathered([parameter], write=True):
+                parameter.uniform_(-bound, bound)

@@ -1,4 +1,4 @@
-"""What every tiled layer has: a grid, tiles with parameters of their own, their dense forms."""
+"""`TiledModule`: a grid, tiles with parameters of their own, and the dense forms of both."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,18 +16,24 @@ from memtile.errors import (
 )
 from memtile.geometry import Grid, Rect, Span
 from memtile.homes import Home, page_out, settle_in
-from memtile.layers.gather import gathered
 from memtile.layers.handle import DenseHandle
 from memtile.layers.loading import load_any_form, problems_of
 from memtile.layers.parked import ParkedModule, parameter_of
-from memtile.layers.values import Index, Values, as_matrix, bias_rect, dense_copy
+from memtile.layers.values import (
+    DENSE_NAMES,
+    Index,
+    Values,
+    as_matrix,
+    bias_rect,
+    dense_copy,
+    gathered,
+)
 
-DENSE_NAMES = ("weight", "bias")
 _watchers: list[Callable[[], None]] = []
 
 
 def watch_tiles(watcher: Callable[[], None]) -> None:
-    """Call `watcher` whenever a tiled layer comes into being, and before its state is read."""
+    """Call `watcher` whenever a tiled layer is made or unpickled, and before its state is saved."""
     _watchers.append(watcher)
 
 
@@ -38,7 +44,7 @@ class TiledModule(nn.Module):
         grid: how the weight is cut.
         weight_is_transposed: whether the dense module keeps its weight as (in, out).
         tile_pattern: the state dict names of tiles, with groups row, column (or none) and name.
-        stands_for_dense: whether it was made of a dense module, in its place.
+        stands_for_dense: whether it was made from a dense module, to replace it.
     """
 
     weight_is_transposed: ClassVar[bool] = False
@@ -80,11 +86,10 @@ class TiledModule(nn.Module):
     def tile_parameters(self, name: str) -> dict[Index, nn.Parameter]:
         """The tiles' parameters called `name` by their place; biases are one column.
 
-        A bias that is kept whole stands there as the one of a single row.
+        A bias that is kept whole is the only entry, at (0, 0).
         """
-        whole = self.whole_bias if name == "bias" else None
-        if whole is not None:
-            return {(0, 0): whole}
+        if name == "bias" and self.whole_bias is not None:
+            return {(0, 0): self.whole_bias}
         found: dict[Index, Any] = {}  # a computed one is a Tensor only
         for index, tile in self.tiles():
             parameter = getattr(tile, name, None)
@@ -93,7 +98,7 @@ class TiledModule(nn.Module):
         return found
 
     def stored_parameters(self, name: str) -> dict[Index, nn.Parameter]:
-        """Those that tiles, and so state dicts, keep under this name: none that is computed."""
+        """Those that tiles, and so state dicts, hold under this name: not the computed ones."""
         return {
             index: parameter
             for index, parameter in self.tile_parameters(name).items()
@@ -118,16 +123,18 @@ class TiledModule(nn.Module):
 
     def owner(self, name: str, index: Index) -> nn.Module:
         """The tile that has the parameter called `name` at this place, or this layer itself."""
-        if name == "bias" and self.whole_bias is not None:
-            return self
-        return self.tile(index[0], index[1] if name == "weight" else self.grid.in_splits - 1)
+        tile = self._owning_tile(name, index)
+        return self if tile is None else self.tile(*tile)
 
     def parameter_path(self, name: str, index: Index) -> str:
         """The name below this layer of the parameter called `name` at this place."""
-        if name == "bias" and self.whole_bias is not None:
-            return name
-        column = index[1] if name == "weight" else self.grid.in_splits - 1
-        return f"{self.tile_path(index[0], column)}.{name}"
+        tile = self._owning_tile(name, index)
+        return name if tile is None else f"{self.tile_path(*tile)}.{name}"
+
+    def _owning_tile(self, name: str, index: Index) -> Index | None:
+        if name == "weight":
+            return index
+        return (index[0], self.grid.in_splits - 1) if self.whole_bias is None else None
 
     def tile_rect(self, name: str, index: Index) -> Rect:
         """The rectangle of the dense weight, or of the bias as one column, that a tile holds."""
@@ -139,9 +146,9 @@ class TiledModule(nn.Module):
 
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense parameter, as the dense module keeps it."""
-        shape = (self.grid.out_features, self.grid.in_features)
         if name == "bias":
-            return shape[:1]
+            return (self.grid.out_features,)
+        shape = (self.grid.out_features, self.grid.in_features)
         return shape[::-1] if self.weight_is_transposed else shape
 
     def dense_tensor(self, name: str) -> Tensor:
@@ -159,14 +166,17 @@ class TiledModule(nn.Module):
         return self.assemble(name, gradients)
 
     def assemble(self, name: str, tensors: Mapping[Index, Any]) -> Tensor:
-        """The dense tensor, as the dense module keeps it, that tensors by their place make."""
+        """The dense tensor that tensors by their place make, as the dense module keeps it."""
         shape = (self.grid.out_features, self.grid.in_features)
-        dense = dense_copy(tensors, shape if name == "weight" else shape[:1])
-        return dense.t() if name == "weight" and self.weight_is_transposed else dense
+        return self.transposed(name, dense_copy(tensors, shape if name == "weight" else shape[:1]))
+
+    def transposed(self, name: str, tensor: Tensor) -> Tensor:
+        """The dense tensor as the tiles have it, or back: transposed where the weight is."""
+        return tensor.t() if name == "weight" and self.weight_is_transposed else tensor
 
     @property
     def weight(self) -> Tensor:
-        """A light handle of the dense weight: reading its shape or dtype costs nothing."""
+        """A handle of the dense weight, assembled when it is used: its shape and dtype are free."""
         weight = self._read("weight")
         if weight is None:
             raise AttributeError("the tiles have no weight")  # so that hasattr is False
@@ -174,14 +184,14 @@ class TiledModule(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """A light handle of the dense bias, the bias itself where it is kept whole, or None."""
+        """A handle of the dense bias, the bias itself where it is kept whole, or None."""
         return self._read("bias") if self.whole_bias is None else self.whole_bias
 
     def _read(self, name: str) -> Tensor | None:
         if not self.tile_parameters(name):
             return None
         if torch.compiler.is_compiling():
-            return self.dense_tensor(name)  # no handle can be traced; what is unused is dropped
+            return self.dense_tensor(name)  # handles cannot be traced; unused tensors are dropped
         return DenseHandle(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -192,8 +202,7 @@ class TiledModule(nn.Module):
                 f"{self.full_name()}.{name} = … would not reach the tiles, so nothing would "
                 "change: write values with layer.copy_params_from(linear); to tie two tiled "
                 "layers of the same grid, call layer.share_tiles_with(other); to tie layers of "
-                "a model, tie them "
-                "first and call memtile.tile(model), which keeps ties"
+                "a model, tie them first and call memtile.tile(model), which keeps ties"
             )
 
     def _is_own(self, name: str, value: Any) -> bool:
@@ -204,7 +213,7 @@ class TiledModule(nn.Module):
 
     @torch.no_grad()
     def share_tiles_with(self, other: "TiledModule") -> None:
-        """Use the other layer's tile weights from now on: one set of tiles, ties included.
+        """Use the other layer's tile weights from now on: one set of tiles for both.
 
         Raises:
             TileShapeError: the grids differ.
@@ -220,7 +229,7 @@ class TiledModule(nn.Module):
 
     @torch.no_grad()
     def copy_values(self, name: str, values: Values) -> None:
-        """Copy values of any grid into the tiles, one tile after the other."""
+        """Copy values of any grid into the tiles, one tile at a time."""
         for index, parameter in self.writable_parameters(name).items():
             with gathered([parameter], write=True) as kept:
                 values.write_to(parameter, self.tile_rect(name, index), kept=kept)
@@ -229,29 +238,35 @@ class TiledModule(nn.Module):
     def adopt(self, name: str, dense: Tensor) -> None:
         """Give every tile a new parameter: its piece of `dense`, copied.
 
-        dtype, device, requires_grad, an existing gradient and attributes that others set on the
-        parameter stay.
+        dtype, device, requires_grad, a gradient and attributes set on the parameter are kept.
 
         Args:
             name: "weight" or "bias".
             dense: the dense parameter as the dense module keeps it.
         """
-        turned = name == "weight" and self.weight_is_transposed
         for index, old in self.tile_parameters(name).items():
-            owner, rect = self.owner(name, index), self.tile_rect(name, index)
-            piece = _piece(dense, rect, turned, old)
-            parameter = parameter_of(_values_for(owner, name, piece), dense.requires_grad)
+            values = self._piece(name, index, dense, old.shape)
+            parameter = parameter_of(values, dense.requires_grad)
             parameter.__dict__.update(dense.__dict__)
             if dense.grad is not None:
-                parameter.grad = _values_for(owner, name, _piece(dense.grad, rect, turned, old))
-            setattr(owner, name, parameter)
+                parameter.grad = self._piece(name, index, dense.grad, old.shape)
+            setattr(self.owner(name, index), name, parameter)
         page_out(dense)
+
+    def _piece(self, name: str, index: Index, dense: Tensor, shape: torch.Size) -> Tensor:
+        """A copy of a tile's part of the dense tensor, in the tile's home where it has one."""
+        matrix, owner = as_matrix(self.transposed(name, dense.detach())), self.owner(name, index)
+        piece = matrix[self.tile_rect(name, index).index]
+        piece = piece.view(shape) if name == "bias" else piece
+        if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
+            return settle_in(owner.home, piece)
+        return piece.clone(memory_format=torch.contiguous_format)
 
     def dense_parameter(self, name: str) -> nn.Parameter | None:
         """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.
 
         Raises:
-            CannotTileError: some tiles are frozen and some are not, so no dense one can be right.
+            CannotTileError: some tiles are frozen and some are not.
         """
         tiles = list(self.tile_parameters(name).values())
         if not tiles:
@@ -283,14 +298,11 @@ class TiledModule(nn.Module):
 
     def hand_over(self, dense: nn.Module, weight: nn.Parameter | None = None) -> None:
         """Give parameters and mode to a dense module, or `weight` where it is tied to another."""
-        for name in DENSE_NAMES if self.whole_bias is None else DENSE_NAMES[:1]:
-            parameter = (
-                weight if name == "weight" and weight is not None else self.dense_parameter(name)
-            )
+        weight = self.dense_parameter("weight") if weight is None else weight
+        bias = self.dense_parameter("bias") if self.whole_bias is None else self.whole_bias
+        for name, parameter in zip(DENSE_NAMES, (weight, bias), strict=True):
             if parameter is not None:
                 setattr(dense, name, parameter)
-        if self.whole_bias is not None:
-            dense.bias = self.whole_bias  # the same one: others share it
         dense.train(self.training)
 
     @classmethod
@@ -324,35 +336,15 @@ class TiledModule(nn.Module):
         _tell_watchers()
         super()._save_to_state_dict(*given)
 
-    def _load_from_state_dict(  # torch's own hook for one module's part of a checkpoint
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
+        """torch's own hook for one module's part of a checkpoint; `rest` ends with `error_msgs`."""
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        error_msgs.extend(load_any_form(self, state_dict, prefix, assign))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        rest[-1].extend(load_any_form(self, state_dict, prefix, assign))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
 def _tell_watchers() -> None:
     for watcher in _watchers:
         watcher()
-
-
-def _piece(dense: Tensor, rect: Rect, turned: bool, like: Tensor) -> Tensor:
-    matrix = dense.detach().t() if turned else as_matrix(dense.detach())
-    return matrix[rect.index].view(like.shape) if dense.dim() == 1 else matrix[rect.index]
-
-
-def _values_for(owner: nn.Module, name: str, piece: Tensor) -> Tensor:
-    """A copy of a piece: at its tile's home where the tile has one."""
-    if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
-        return settle_in(owner.home, piece)
-    return piece.clone(memory_format=torch.contiguous_format)

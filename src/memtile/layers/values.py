@@ -1,9 +1,14 @@
-"""Where the values of a weight or bias come from, whatever grid they were stored in.
+"""The values of a weight or bias, whatever grid they are stored in and whoever shards them.
 
 A bias (out_features,) is treated as a weight with one column, so that both are read by rectangles.
+
+Whoever copies, reads, resets, loads or saves values of tiles does it inside `gathered`. Tiles in
+this process are whole already. An engine that shards them over ranks registers a gatherer, which
+makes the parameters whole inside the context and, where they were written, keeps what rank 0 wrote.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +16,61 @@ from torch import Tensor, nn
 
 from memtile.errors import StateDictError, TileShapeError
 from memtile.geometry import Grid, Rect, Span
-from memtile.layers.gather import gathered, whole_shape
+from memtile.homes import evict
 
 Index = tuple[int, int]
-ONE_COLUMN = (0, 1)
+DENSE_NAMES = ("weight", "bias")
+Gatherer = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[bool | None]]
+ShapeOf = Callable[[Tensor], tuple[int, ...] | None]
+
+_gatherers: list[tuple[Gatherer, ShapeOf | None]] = []
+
+
+def register_gatherer(gatherer: Gatherer, shape_of: ShapeOf | None = None) -> Callable[[], None]:
+    """Let an engine make parameters whole wherever memtile touches their values.
+
+    Args:
+        gatherer: called with the parameters and whether they will be written; gives a context, and
+            from it False where what this rank writes is dropped for another rank's.
+        shape_of: the whole shape of a parameter that the engine stores in another shape, else None.
+
+    Returns:
+        A function that takes the gatherer away again.
+    """
+    entry = (gatherer, shape_of)
+    _gatherers.append(entry)
+    return lambda: _gatherers.remove(entry)
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[bool]:
+    """Inside, the parameters hold their whole values; with `write`, what is written is kept.
+
+    Gives whether what this rank writes is kept: other ranks need not have the values.
+    """
+    try:
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            yield False not in [enter(gatherer(parameters, write)) for gatherer, _ in _gatherers]
+    finally:
+        for parameter in parameters:
+            evict(parameter)
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether an engine has the tensor: torch's `DTensor`, or an engine's own, gathered or not."""
+    return hasattr(tensor, "device_mesh") or any(
+        shape_of is not None and shape_of(tensor) is not None for _, shape_of in _gatherers
+    )
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape that a tensor has when it is gathered."""
+    for _, shape_of in _gatherers:
+        shape = None if shape_of is None else shape_of(tensor)
+        if shape is not None:
+            return shape
+    return tuple(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -61,7 +117,7 @@ class Values:
     def write_to(self, target: Tensor, rect: Rect, *, kept: bool = True) -> None:
         """Copy the values inside `rect` into `target`, in place, converting dtype and device.
 
-        Without `kept` they are gathered as on the other ranks, and nothing is written.
+        Without `kept` they are only gathered, since all ranks must, and nothing is written.
         """
         matrix = as_matrix(target)
         for place, part in self._pieces(rect):
@@ -69,7 +125,7 @@ class Values:
                 matrix[place.index].copy_(part)
 
     def _pieces(self, rect: Rect) -> Iterator[tuple[Rect, Tensor]]:
-        """What each tensor has inside `rect`, and where there: one is gathered at a time."""
+        """(rectangle within `rect`, values) of each tensor; one is gathered at a time."""
         for index, shared in self.grid.overlapping(rect):
             tensor = self.tensors[index]
             with gathered([tensor] if isinstance(tensor, nn.Parameter) else []):
@@ -91,7 +147,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def bias_rect(rows: Span) -> Rect:
     """The rectangle of a bias that covers these rows."""
-    return Rect(rows, Span(*ONE_COLUMN))
+    return Rect(rows, Span(0, 1))
 
 
 def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...]) -> Tensor:
@@ -104,7 +160,7 @@ def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...])
     Raises:
         TileShapeError: they add up to another shape (tensor-parallel shards, say).
     """
-    if torch.compiler.is_compiling():  # which can trace neither engines nor the writes below
+    if torch.compiler.is_compiling():  # cannot trace engines or the writes below
         return _cat(parameters)
     values = Values.tiles(parameters)
     if values.shape != (shape if len(shape) == 2 else (*shape, 1)):

@@ -1,10 +1,10 @@
-"""One call of a tiled linear: three walks over its grid, and the points that subclasses override.
+"""One call of a tiled linear: three paths over its grid, and the hooks that subclasses override.
 
 - fused, when every tile is resident and plain: one autograd function (`ops.fused`);
-- composed, when a tile is anything more (hooks, another class, an engine, autocast): each tile is
-  called as the module that it is, its result written where it belongs (`ops.composed`);
-- by points, under compilers and transforms and in subclasses that override how results are reduced
-  or combined: the three points below, in ordinary operations.
+- composed, when a tile is anything more (hooks, another class, parked, an engine, autocast): each
+  tile is called as a module and its result written into the output (`ops.composed`);
+- traceable, under compilers and transforms and in subclasses that override how results are reduced
+  or combined: the three override hooks below, in ordinary operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,16 +28,16 @@ Point = TypeVar("Point", bound=Callable[..., Any])
 
 
 def own_point(function: Point) -> Point:
-    """Mark a point as memtile's own, so that an override of it is seen.
+    """Mark an override hook as memtile's own, so that an override is detected.
 
-    The mark is the function itself: `functools.wraps` copies marks to functions that are not.
+    The mark is the function itself, since `functools.wraps` copies attributes to other functions.
     """
     function.own_point = function  # type: ignore[attr-defined]  # functions take attributes
     return function
 
 
 class WalkedLinear(TiledModule):
-    """How a grid of linear tiles is called; `TiledLinear` says how it is made."""
+    """How a grid of linear tiles is called; `TiledLinear` makes the grid."""
 
     in_features: int
     in_splits: int
@@ -73,14 +73,14 @@ class WalkedLinear(TiledModule):
         whole = self._check_input(input_, declared)
         transformed = ops.transformed()
         plain = not transformed and door.all_plain(tiles)
-        if not transformed and type(tiles[0]) is ParkedLinear:
-            door.check_dtypes(self.full_name(), whole, tiles[0].weight)
-        if plain:
-            door.check_kinds(self.full_name(), whole, tiles[0].weight)
+        parked = type(tiles[0]) is ParkedLinear
+        if plain or (parked and not transformed):
+            weight: Any = tiles[0].weight  # a Tensor, which mypy does not know
+            door.check_kinds(self.full_name(), whole, weight, same_device=plain)
         own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
         if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
             return self._walk_fused(whole, tiles)
-        if plain or type(tiles[0]) is ParkedLinear or (transformed and type(tiles[0]) is nn.Linear):
+        if plain or parked or (transformed and type(tiles[0]) is nn.Linear):
             whole = _cast_as_autocast(whole)
         chunks = self._split(whole, declared)
         walk = self._walk_composed if own and not transformed else self._walk_points
@@ -115,7 +115,7 @@ class WalkedLinear(TiledModule):
             and all(
                 tile._parameters.get("bias") is None
                 or (self.use_bias and number % self.in_splits == last)
-                for number, tile in enumerate(tiles)  # a tile that someone put there may differ
+                for number, tile in enumerate(tiles)  # a tile that was replaced may differ
             )
             and all(type(chunk) in (Tensor, nn.Parameter) for chunk in whole)
             and ops.autocast_dtype(whole[0]) is None
@@ -139,7 +139,7 @@ class WalkedLinear(TiledModule):
         return list(self._split_global_input(input_, sizes))
 
     def _results(self, chunks: Sequence[Any]) -> Results:
-        """((row, column), what the tile returned), each tile called when it is drawn."""
+        """((row, column), what the tile returned); each tile is called when its item is taken."""
         split = ops.float32_casts if ops.transformed() else ops.float32_edges
         edges = [
             split(chunk, self.out_splits)
@@ -151,12 +151,12 @@ class WalkedLinear(TiledModule):
         for row, column in self.grid.indices():
             result = self.tile(row, column)(next(edges[column]))
             if biases and column == self.in_splits - 1:
-                result = result + biases[row].to(result.dtype)  # as autocast would have it
+                result = result + biases[row].to(result.dtype)  # as under autocast
             yield (row, column), result
-            del result  # or each one would be kept beside the next
+            del result  # otherwise it would be kept beside the next one
 
     def _bias_rows(self) -> Sequence[Tensor]:
-        """What each row of tiles adds of a bias that the layer keeps whole; else nothing."""
+        """The part of each row of tiles in a bias that the layer keeps whole; else nothing."""
         whole = self.whole_bias
         return () if whole is None else whole.split([span.size for span in self.grid.out_spans])
 
@@ -167,7 +167,7 @@ class WalkedLinear(TiledModule):
         return ops.write_rows(checked, self.grid)
 
     def _checked(self, result: tuple[Index, Any]) -> tuple[Index, Tensor]:
-        """For `map`: a generator's variables would keep each result beside the next one's."""
+        """For `map`: a generator would keep each result in a variable beside the next one."""
         return result[0], self._check_result(*result)
 
     def _check_result(self, index: Index, result: Any) -> Tensor:
@@ -225,7 +225,7 @@ class WalkedLinear(TiledModule):
 
 
 def _the_one(cls: type, input_: Any, by_name: Any) -> Any:
-    """The input under whichever of its names it was given; as Python, where it is not one."""
+    """The input by either of its names; TypeError, as Python's own, unless one is given."""
     if (input_ is _NOTHING) == (by_name is _NOTHING):
         what = (
             "missing 1 required positional argument:"
@@ -237,7 +237,7 @@ def _the_one(cls: type, input_: Any, by_name: Any) -> Any:
 
 
 def _cast_as_autocast(whole: list[Any]) -> list[Any]:
-    """The input cast once, as autocast would cast it for each tile of a row anew."""
+    """The input cast once, where autocast would cast it again for each tile."""
     return [
         chunk.to(ops.autocast_dtype(chunk) or chunk.dtype) if isinstance(chunk, Tensor) else chunk
         for chunk in whole

@@ -1,19 +1,18 @@
-"""Mathematics and autograd of tiled products; knows no home and no module."""
+"""Mathematics and autograd of tiled products and lookups; imports no home and no module."""
 
 from memtile.ops.composed import (
     ResultShapes,
     float32_casts,
     float32_edges,
     join_rows,
+    split_tensor_along_last_dim,
     write_results,
     write_rows,
 )
-from memtile.ops.context import autocast_dtype, transformed
 from memtile.ops.embedding import gather_rows, gather_rows_statically, gather_some_rows
 from memtile.ops.fused import FusedSpec, fused_linear
 from memtile.ops.parked import parked_embedding, parked_linear
-from memtile.ops.products import needs_float32_sum
-from memtile.ops.splitting import split_tensor_along_last_dim
+from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
 
 __all__ = [
     "FusedSpec",

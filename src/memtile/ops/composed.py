@@ -1,13 +1,12 @@
-"""The composed walk: results of tiles written straight into the one output.
+"""The composed path: results of tiles that were called as modules, written into the one output.
 
-Each tile was called as the module that it is; here its result is put into its slice of the
-output, in place, by an autograd function that hands the slice of the gradient back: no clone, no
-`cat`. Partial sums of 16-bit results are float32.
+An autograd function puts each result into its slice of the output, in place, and gives the slice
+of the gradient back: no clone, no `cat`. Partial sums of 16-bit results are float32.
 
 `float32_edges` makes autograd sum the input gradient over many rows of tiles in float32 too: each
-tile gets its input through an edge from a node that owns no memory, receives every tile's
-gradient in float32 and casts the sum once. Without it the engine adds in 16 bits: 5.9 × the dense
-error at 64 rows, 1.4 × with it.
+tile gets its input through a node that owns no memory, receives every tile's gradient in float32
+and casts the sum once. Without it the engine adds in 16 bits: 5.9 × the dense error at 64 rows,
+1.4 × with it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ def write_results(feed: Feed, grid: Grid) -> Tensor:
     """The output (…, out_features) that the tiles' results make, each summed into its row.
 
     Args:
-        feed: ((row, column), result) in row-major order, each drawn when the last was written.
+        feed: ((row, column), result) in row-major order, each taken after the last was written.
         grid: the grid of the tiles. Where results are narrower than their span by a whole factor
             (shards of a tensor-parallel linear), the output is narrower by it too.
     """
@@ -44,7 +43,7 @@ def write_results(feed: Feed, grid: Grid) -> Tensor:
 
 
 def write_rows(feed: Feed, grid: Grid) -> list[Tensor]:
-    """The rows of the output as tensors of their own, for a layer that does not combine them."""
+    """The rows of the output as separate tensors, for a layer that does not combine them."""
     rows: list[Tensor] = []
     shapes, writer = None, None
     for (row, column), result in feed:
@@ -132,8 +131,8 @@ class _Writer:
 class _Place(torch.autograd.Function):
     """Write, or add, one result into its slice of the output; the gradient is that slice.
 
-    The running float32 total is no part of the graph: the slice is the sum of its results, so each
-    result's gradient is the slice's, whichever way the sum was formed.
+    The running float32 total is not in the graph: each result's gradient is the slice's gradient,
+    whichever way the sum was computed.
     """
 
     @staticmethod
@@ -179,7 +178,7 @@ def float32_edges(chunk: Tensor, rows: int) -> Iterator[Tensor]:
 
 
 def float32_casts(chunk: Tensor, rows: int) -> Iterator[Tensor]:
-    """The same in operations that every transform knows, at the price of a copy a row."""
+    """The same in operations that every transform supports; costs a copy for each row."""
     if rows == 1 or chunk.dtype not in SIXTEEN_BITS:
         yield from (chunk for _ in range(rows))
         return
@@ -193,7 +192,7 @@ def _tracked(tensor: Tensor) -> bool:
 
 
 class _Float32Node(torch.autograd.Function):
-    """A float32 stand-in of the input that owns no memory; its gradient is cast once."""
+    """A float32 tensor of the input's shape that owns no memory; its gradient is cast once."""
 
     @staticmethod
     def forward(ctx: Any, chunk: Tensor) -> Tensor:
@@ -220,3 +219,20 @@ class _Edge(torch.autograd.Function):
 def join_rows(rows: Sequence[Tensor]) -> Tensor:
     """The rows of an output side by side along the last dimension."""
     return rows[0] if len(rows) == 1 else torch.cat(list(rows), dim=-1)
+
+
+def split_tensor_along_last_dim(
+    tensor: Tensor, partitions: Sequence[int], contiguous_split_chunks: bool = False
+) -> tuple[Tensor, ...]:
+    """Chunks of the given sizes along the last dimension.
+
+    Args:
+        tensor: (…, width).
+        partitions: sizes that add up to the width.
+        contiguous_split_chunks: give contiguous copies instead of views.
+
+    Returns:
+        One view of `tensor` for each size, or one contiguous copy.
+    """
+    chunks = torch.split(tensor, list(partitions), dim=-1)
+    return tuple(chunk.contiguous() for chunk in chunks) if contiguous_split_chunks else chunks

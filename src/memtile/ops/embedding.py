@@ -16,10 +16,10 @@ Lookup = Callable[[Tensor], Tensor]
 
 
 def gather_rows(ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], dim: int) -> Tensor:
-    """The rows of `ids`, each tile asked only for the ids that it holds.
+    """The rows of `ids`; each tile is called with the ids that it holds only.
 
-    Every tile is called, also with no ids at all: an untouched tile's gradient is zero, not
-    missing, as in a dense embedding.
+    Tiles that hold none of the ids are called too: their gradient is zero, not None, as in a dense
+    embedding.
 
     Args:
         ids: whole numbers within the spans, any shape.
@@ -44,7 +44,7 @@ def gather_rows(ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], d
 def gather_some_rows(
     ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], dim: int
 ) -> Tensor:
-    """The same without gradients: tiles that hold none of the ids are left alone."""
+    """The same without gradients: tiles that hold none of the ids are not called."""
     stops = torch.tensor([span.stop for span in spans], device=ids.device)
     found = torch.bucketize(ids.reshape(-1), stops, right=True)
     owners = torch.unique(found).tolist() or [0]
@@ -56,7 +56,7 @@ def gather_rows_statically(ids: Tensor, lookups: Sequence[Lookup], spans: Sequen
     out: Tensor | None = None
     for lookup, span in zip(lookups, spans, strict=True):
         held = (ids >= span.start) & (ids < span.stop)
-        # Ids that no tile holds reach the first or the last one as they are: torch refuses them.
+        # Ids that no tile holds reach the first or the last tile unchanged: torch refuses them.
         low = None if span.start == 0 else 0
         high = None if span.stop == spans[-1].stop else span.size - 1
         inside = ids - span.start

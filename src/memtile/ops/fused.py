@@ -1,4 +1,4 @@
-"""The fused walk: one autograd function for a layer whose tiles are resident and plain.
+"""The fused path: one autograd function for a layer whose tiles are resident plain linears.
 
 Shapes: N tokens, W (out_o, in_i) one tile; x is (…, in_features), or the in_splits chunks
 (…, in_i) of an input that arrives split; x_i (N, in_i) and g_o (N, out_o) are slices of the input
@@ -21,8 +21,13 @@ import torch
 from torch import Tensor
 
 from memtile.geometry import Grid, Span
-from memtile.ops.context import is_batched, transformed
-from memtile.ops.products import multiply, needs_float32_sum, sum_of_products
+from memtile.ops.products import (
+    is_batched,
+    multiply,
+    needs_float32_sum,
+    sum_of_products,
+    transformed,
+)
 
 Rows = list[tuple[int, Tensor]]
 
@@ -98,9 +103,8 @@ class _FusedLinear(torch.autograd.Function):
         rows, needed = _gradient_rows(ctx.spec, ctx.lead, grads), ctx.needs_input_grad[1:]
         if not rows:
             return (None,) * len(ctx.needs_input_grad)
-        plainly = torch.is_grad_enabled() or transformed() or is_batched(rows[0][1])
-        form = _differentiable_backward if plainly else _backward
-        return (None, *form(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed))
+        traced = torch.is_grad_enabled() or transformed() or is_batched(rows[0][1])
+        return (None, *_backward(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed, traced))
 
 
 def _needed_later(
@@ -147,42 +151,44 @@ def _gradient_rows(spec: FusedSpec, lead: torch.Size, grads: Sequence[Tensor | N
 
 
 def _backward(
-    spec: FusedSpec, lead: torch.Size, saved: Sequence[Tensor], rows: Rows, needed: Sequence[bool]
+    spec: FusedSpec,
+    lead: torch.Size,
+    saved: Sequence[Tensor],
+    rows: Rows,
+    needed: Sequence[bool],
+    traced: bool,
 ) -> list[Tensor | None]:
+    """The gradients, computed column by column; in differentiable operations when `traced`."""
     results: list[Tensor | None] = [None] * len(needed)
-    targets = _empty_input_gradients(spec, lead, rows[0][1], needed, results)
-    for i, target in enumerate(targets):
+    columns: list[Tensor] = []
+    for i, span in enumerate(spec.grid.in_spans):
         visit = _visit_column(spec, saved, rows, i, needed, results)
-        if target is None:
+        if not needed[spec.input(i)]:
             deque(visit, maxlen=0)
-        else:
+        elif not traced:
+            target = _empty_input_gradient(spec, lead, rows[0][1], i, results)
             sum_of_products(target, visit, len(rows))
+        else:
+            columns.append(_differentiable_sum(visit, len(rows)).reshape(*lead, span.size))
+            results[spec.input(i)] = columns[-1]
+    if columns and spec.chunks == 1:
+        results[0] = torch.cat(columns, dim=-1)
     for o, g in rows:
         if spec.has_bias and needed[spec.bias(o)]:
             results[spec.bias(o)] = g.sum(0)
     return results
 
 
-def _empty_input_gradients(
-    spec: FusedSpec,
-    lead: torch.Size,
-    like: Tensor,
-    needed: Sequence[bool],
-    results: list[Tensor | None],
-) -> list[Tensor | None]:
-    """Allocate the input's gradients in `results`; give the matrices of its columns to write."""
-    widths = [span.size for span in spec.grid.in_spans]
-    for place in range(spec.chunks):
-        if needed[place]:
-            width = widths[place] if spec.chunks > 1 else spec.grid.in_features
-            results[place] = like.new_empty((*lead, width))
-    flat = [
-        None if gradient is None else gradient.view(lead.numel(), gradient.shape[-1])
-        for gradient in results[: spec.chunks]
-    ]
-    if spec.chunks > 1:
-        return flat
-    return [None] * len(widths) if flat[0] is None else [*_columns(flat[0], spec.grid.in_spans)]
+def _empty_input_gradient(
+    spec: FusedSpec, lead: torch.Size, like: Tensor, column: int, results: list[Tensor | None]
+) -> Tensor:
+    """A matrix to write the column's input gradient into: a slice of what is in `results`."""
+    span, gradient = spec.grid.in_spans[column], results[spec.input(column)]
+    if gradient is None:
+        width = span.size if spec.chunks > 1 else spec.grid.in_features
+        gradient = results[spec.input(column)] = like.new_empty((*lead, width))
+    matrix = gradient.view(lead.numel(), gradient.shape[-1])
+    return matrix if spec.chunks > 1 else matrix[:, span.as_slice()]
 
 
 def _visit_column(
@@ -193,7 +199,7 @@ def _visit_column(
     needed: Sequence[bool],
     results: list[Tensor | None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The factors of the column's input gradient; weight gradients are formed on the way."""
+    """The factors of the column's input gradient; puts its weight gradients into `results`."""
     trained = any(needed[spec.weight(o, column)] for o, _ in rows)
     x = _input_columns(spec, saved)[column] if trained else None
     for o, g in rows:
@@ -201,28 +207,6 @@ def _visit_column(
         if x is not None and needed[place]:
             results[place] = multiply(g.t(), x)
         yield g, saved[place]
-
-
-def _differentiable_backward(
-    spec: FusedSpec, lead: torch.Size, saved: Sequence[Tensor], rows: Rows, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    results: list[Tensor | None] = [None] * len(needed)
-    columns: list[Tensor | None] = []
-    for i, span in enumerate(spec.grid.in_spans):
-        visit = _visit_column(spec, saved, rows, i, needed, results)
-        if needed[spec.input(i)]:
-            columns.append(_differentiable_sum(visit, len(rows)).reshape(*lead, span.size))
-        else:
-            deque(visit, maxlen=0)
-            columns.append(None)
-    if spec.chunks > 1:
-        results[: spec.chunks] = columns
-    elif needed[0]:
-        results[0] = torch.cat([column for column in columns if column is not None], dim=-1)
-    for o, g in rows:
-        if spec.has_bias and needed[spec.bias(o)]:
-            results[spec.bias(o)] = g.sum(0)
-    return results
 
 
 def _differentiable_sum(factors: Iterator[tuple[Tensor, Tensor]], parts: int) -> Tensor:

@@ -1,54 +1,53 @@
-"""A parked tile in autograd: one function a tile, which brings the weight in anew for backward.
+"""A parked tile in autograd: one function a tile, which reads the weight again in backward.
 
 Shapes: N tokens, W (M, K); x (…, K), y (…, M), g the gradient of y.
 
-Forward: y = x Wᵀ + b. Backward: dx = g W, and dW = gᵀ x is formed where it is to go.
+Forward: y = x Wᵀ + b. Backward: dx = g W, and dW = gᵀ x is written where it is to be kept.
 
-One function for a whole layer would return all its tiles' gradients at once, and so hold a layer's
-worth of them. Of each tile only its slice of the input is kept, and a note of the parameter's
-version: no slab is ever saved in a graph. dW goes home inside backward, which returns None for it;
-autograd calls the parameter's post-accumulate-grad hooks all the same, once, after its last use.
-Where someone looks on (tensor hooks on the parameter, `autograd.grad`, `create_graph=True`, batched
-gradients) dW goes through autograd as anyone's does.
+One function for a whole layer would return the gradients of all its tiles at once, and so hold
+them all. A graph keeps of a tile its slice of the input and the parameter's version, never a slab.
+dW goes home inside backward, which returns None for it; autograd calls the parameter's
+post-accumulate-grad hooks all the same, once, after its last use. dW is returned to autograd as
+usual where it is needed there: tensor hooks on the parameter, `autograd.grad`, `create_graph=True`,
+batched gradients.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memtile.ops.context import is_batched
-from memtile.ops.products import sum_of_products
+from memtile.ops.products import is_batched, sum_of_products
 
 
 class Source(Protocol):
-    """Where a tile's values come from and its gradient goes: an operation knows no home."""
+    """Where a tile's values come from and its gradient goes; `transfer.ParkedSource` is one."""
 
-    def use(self) -> Any:
-        """A note that backward will need the values again."""
+    def note_use(self) -> None:
+        """Backward will need the values again."""
 
-    def resume(self, use: Any) -> None:
-        """Backward of the node with this note begins; raises where the values have changed."""
+    def resume(self) -> None:
+        """Backward begins; raises where the values have changed since the use was noted."""
 
     def values(self, device: torch.device) -> AbstractContextManager[Tensor]:
         """The values on this device, to be read inside the block only."""
 
-    def deliver(self, form: Callable[[Tensor], None]) -> None:
-        """Put or add the gradient that `form` writes into the tensor it is given."""
+    def gradient(self) -> AbstractContextManager[Tensor]:
+        """A tensor to write the gradient into; after the block it is in `.grad`, or added to it."""
 
     def settle(self) -> None:
         """Return once the gradients that were delivered are where they are to go."""
 
 
 def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source) -> Tensor:
-    """y (…, M), with the weight brought in for the product only.
+    """y (…, M), with the weight in memory for the product only.
 
     Args:
         x: (…, K), of the dtype that the product is to have.
-        weight: (M, K), the parameter itself, for autograd: its values are not read.
+        weight: (M, K), the parameter, for autograd only: its values are not read.
         bias: (M,) of x's dtype, or None.
         source: of the weight's values.
     """
@@ -69,7 +68,8 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_weight else None)
         ctx.source, ctx.weight, ctx.lead = source, weight, x.shape[:-1]
-        ctx.use = source.use() if needs_x or needs_weight else None
+        if needs_x or needs_weight:
+            source.note_use()
         out = x.new_empty((*ctx.lead, weight.shape[0]))
         with _no_autocast(x), source.values(x.device) as values:
             factors = [(_as_matrix(x), values.to(x.dtype).t())]
@@ -81,8 +81,7 @@ class _ParkedLinear(torch.autograd.Function):
         grad, needed = grads[0], ctx.needs_input_grad
         if grad is None:
             return None, None, None, None
-        if ctx.use is not None:  # None where only the bias is trained
-            ctx.source.resume(ctx.use)
+        ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
             return *_differentiably(ctx, grad), None
         dx = dw = db = None
@@ -105,43 +104,44 @@ def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
-    """None when it went home."""
+    """What backward returns for the weight: None where its gradient went home."""
     (x,) = ctx.saved_tensors
+    with _gradient(ctx, ctx.next_functions[1][0]) as (out, returned):
+        if out is not None:
+            _write_product(out, _as_matrix(grad).t(), _as_matrix(x))
+    return returned
 
-    def form(out: Tensor) -> None:
-        _product_into(out, _as_matrix(grad).t(), _as_matrix(x))
 
-    return send_gradient(ctx.weight, ctx.next_functions[1][0], ctx.source, form)
+@contextmanager
+def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """A tensor to write the weight's gradient into, and what backward returns for the weight.
 
-
-def send_gradient(
-    parameter: Tensor, node: Any, source: Source, form: Callable[[Tensor], None]
-) -> Tensor | None:
-    """Send a parameter's gradient home, or give it back for autograd to handle.
+    Both are the same where autograd takes the gradient; both are None where it is not needed.
 
     Args:
-        parameter: what it is the gradient of.
-        node: the node of the graph that accumulates it.
-        source: takes it home.
-        form: writes it into a tensor.
+        ctx: has the weight and its source.
+        node: the node of the graph that accumulates the weight's gradients.
     """
     try:
-        wanted = torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # autograd.grad with respect to the parameter: it is to be returned
-        return _formed(parameter, form)
-    if not wanted:  # backward(inputs=…) of others must leave it untouched
-        return None
-    if parameter._backward_hooks or not parameter.is_leaf:
-        return _formed(parameter, form)
-    source.deliver(form)
-    _settle_before(node, source)
-    return None
+        is_accumulated = torch._C._will_engine_execute_node(node)
+        is_returned = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
+    except RuntimeError:  # autograd.grad with respect to the parameter
+        is_accumulated = is_returned = True
+    if not is_accumulated:  # backward(inputs=…) of other tensors must leave .grad untouched
+        yield None, None
+    elif is_returned:
+        out = torch.empty_like(ctx.weight)
+        yield out, out
+    else:
+        with ctx.source.gradient() as out:
+            yield out, None
+        _settle_before(node, ctx.source)
 
 
 def _settle_before(node: Any, source: Source) -> None:
-    """Let what else autograd has for the parameter, of an L2 term say, be added to ours at home.
+    """Wait for our gradient to be home before autograd adds another one, of an L2 term say.
 
-    It adds in place: a write of ours that is still under way would undo it.
+    Autograd adds in place: a write of ours that is still under way would undo it.
     """
     task = torch._C._current_graph_task_id()
 
@@ -155,13 +155,7 @@ def _settle_before(node: Any, source: Source) -> None:
     handle = node.register_prehook(settle)
 
 
-def _formed(parameter: Tensor, form: Callable[[Tensor], None]) -> Tensor:
-    gradient = torch.empty_like(parameter)
-    form(gradient)
-    return gradient
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.dtype == a.dtype and out.device == a.device:
         sum_of_products(out, [(a, b)], 1)
         return
@@ -171,7 +165,7 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The same in ordinary operations on the parameter itself, through its mapping."""
+    """Backward in ordinary operations on the parameter itself, in its home's memory."""
     needed = ctx.needs_input_grad
     (x,) = ctx.saved_tensors
     flat = grad.reshape(-1, grad.shape[-1])
@@ -188,7 +182,7 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Casts are explicit: autocast's cache would serve the last tile's weight for a new slab."""
+    """Casts are explicit: autocast's cache would return the last tile's weight for a new slab."""
     if tensor.is_meta:  # where torch has no autocast to turn off
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
@@ -197,14 +191,14 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 def parked_embedding(
     ids: Tensor, weight: Tensor, padding_idx: int | None, by_frequency: bool, source: Source
 ) -> Tensor:
-    """The rows (ids…, D) of a parked tile, of which only the pages with these rows are read.
+    """The rows (ids…, D) of a parked tile; only the pages that hold them are read.
 
     Args:
         ids: whole numbers within the tile.
         weight: (K, D), the parameter; its rows are read where they lie.
         padding_idx: a row whose gradient is zero, or None.
         by_frequency: divide each row's gradient by how often its id occurs.
-        source: takes the gradient home.
+        source: of the weight.
     """
     result: Tensor = _ParkedEmbedding.apply(ids, weight, padding_idx, by_frequency, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
@@ -223,22 +217,21 @@ class _ParkedEmbedding(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.padding, ctx.by_frequency = -1 if padding_idx is None else padding_idx, by_frequency
         ctx.source, ctx.weight = source, weight
-        ctx.use = source.use() if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1]:
+            source.note_use()
         rows = functional.embedding(ids.to(weight.device), weight.detach())
         return rows.to(ids.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), grad = ctx.saved_tensors, grads[0]
-        ctx.source.resume(ctx.use)
-        rows, width = ctx.weight.shape[0], grad.reshape(-1, ctx.weight.shape[1])
-        formed = torch.ops.aten.embedding_dense_backward
-
-        def form(out: Tensor) -> None:
-            out.copy_(formed(width, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
-
+        ctx.source.resume()
+        rows, formed = ctx.weight.shape[0], torch.ops.aten.embedding_dense_backward
         if torch.is_grad_enabled() or is_batched(grad):
             dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
             return None, dense.to(ctx.weight), None, None, None
-        dw = send_gradient(ctx.weight, ctx.next_functions[-1][0], ctx.source, form)
-        return None, dw, None, None, None
+        with _gradient(ctx, ctx.next_functions[-1][0]) as (out, returned):
+            if out is not None:
+                flat = grad.reshape(-1, ctx.weight.shape[1])
+                out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
+        return None, returned, None, None, None

@@ -1,4 +1,4 @@
-"""Sums of matrix products, written where they belong and accumulated in float32.
+"""Sums of matrix products, written in place and accumulated in float32; what surrounds a call.
 
 Shapes: N tokens, K inner, M outer; a (N, K), b (K, M), out (N, M), any of them a slice.
 
@@ -74,7 +74,7 @@ def _sum_narrow(out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], bias: Tenso
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as a new matrix, differentiable; a narrow one is summed in blocks of terms."""
+    """a @ b as a new matrix, differentiable; a narrow result is summed in blocks of terms."""
     wide = min(a.shape[0], b.shape[1]) >= NARROW_SIDE
     if wide or a.dtype in SIXTEEN_BITS or not a.is_cpu:
         return torch.mm(a, b)
@@ -121,7 +121,7 @@ def multiply_to_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache
 def writes_float32(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this kind of device can write a product of this dtype in float32: tried once."""
+    """Whether this kind of device can write a product of this dtype in float32; tried once."""
     if device_type == "cpu":
         return False
     tiny = torch.zeros(16, 16, dtype=dtype, device=device_type)
@@ -130,3 +130,38 @@ def writes_float32(device_type: str, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):  # an older torch, or a device without such a kernel
         return False
     return True
+
+
+def transformed() -> bool:
+    """Whether the call is compiled, exported, in a `torch.func` transform or in forward-mode AD.
+
+    These need operations without in-place writes into one output: the function that writes slices
+    cannot be vmapped, since `mark_dirty` and generated vmap rules exclude each other.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it is a batch of gradients (`is_grads_batched=True`), which out= cannot write."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
+def autocast_dtype(tensor: Tensor, device_type: str | None = None) -> torch.dtype | None:
+    """The dtype that autocast gives this tensor in a matrix product; None where it is off.
+
+    Args:
+        tensor: what is multiplied.
+        device_type: of the product, where it is not the tensor's.
+    """
+    if tensor.is_meta or not tensor.is_floating_point():  # asked about meta, torch raises
+        return None
+    device_type = device_type or tensor.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type)

@@ -1,7 +1,7 @@
-"""The ferry: a ring of slabs between one home and those who work on its tiles.
+"""A ring of slabs for the tiles of one home, and the order in which they are read ahead.
 
-A cargo is one tile, or the few tensors that are worked on together (a weight, its gradient and its
-moments). `borrow` gives a cargo in memory and starts reading what the itinerary says comes next.
+A group is one tile, or the few tensors that are worked on together (a weight, its gradient and its
+moments). `borrow` gives a group in memory and starts reading what is expected to be needed next.
 """
 
 import os
@@ -17,17 +17,51 @@ from torch import Tensor
 
 from memtile.errors import HomeError
 from memtile.homes import Berth
-from memtile.transfer.itinerary import Itinerary, Key, cargo_of, key_of
-from memtile.transfer.slabs import Holder, Slab
+from memtile.transfer.slabs import Cargo, Holder, Key, Slab, cargo_of, key_of
 
-Cargo = Sequence[Berth]
+
+class Itinerary:
+    """The prefetch order: which group is needed after which, learnt while running.
+
+    A table (previous, this) → next, updated at every request. A wrong guess costs one wait and
+    corrects itself, so training, evaluation, generation and recomputation may alternate.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[tuple[Key | None, Key | None], Key] = {}
+        self._before: Key | None = None
+        self._last: Key | None = None
+        self._swept = 0
+
+    def start(self) -> None:
+        """An iteration begins: what came before it does not predict what comes."""
+        self._before = self._last = None
+        if len(self._next) > 2 * self._swept:  # gradients are new groups in every iteration
+            self._next = {pair: key for pair, key in self._next.items() if _is_alive(*pair, key)}
+            self._swept = len(self._next)
+
+    def note(self, key: Key) -> None:
+        """This group was asked for now."""
+        self._next[self._before, self._last] = key
+        self._before, self._last = self._last, key
+
+    def ahead(self) -> Iterator[Key]:
+        """What was asked for after this the last time, and after that, and so on."""
+        before, last = self._before, self._last
+        while (following := self._next.get((before, last))) is not None:
+            yield following
+            before, last = last, following
+
+
+def _is_alive(*keys: Key | None) -> bool:
+    return all(reference() is not None for key in keys if key is not None for reference in key)
 
 
 class Loan:
-    """What was borrowed at once, in memory for as long as it is borrowed.
+    """Groups that were acquired at once, in memory until they are released.
 
     Attributes:
-        tensors: one for each berth, in its slab: not to be kept.
+        tensors: one for each allocation, in its slab: not to be kept.
     """
 
     def __init__(self, ferry: "Ferry", slabs: Sequence[Slab], cargoes: Sequence[Cargo]) -> None:
@@ -40,7 +74,7 @@ class Loan:
         self.tensors: list[Tensor] = [slab.tensors[number] for slab, number, _ in self._places]
 
     def store(self, *numbers: int) -> None:
-        """Write the tensors home: all of them, or those with these numbers. Does not wait."""
+        """Start writing the tensors home: all of them, or those with these numbers."""
         chosen = [self._places[number] for number in numbers] or self._places
         for slab in self._slabs:
             own = [(number, berth) for holder, number, berth in chosen if holder is slab]
@@ -49,11 +83,11 @@ class Loan:
 
 
 class Ferry:
-    """A ring of slabs, and the order in which they were needed.
+    """A ring of slabs.
 
     Args:
-        executor: runs reads and writes; shared by the ferries of one home.
-        slabs: how many there are. Each is as large as the largest cargo that it ever held.
+        executor: runs reads and writes; shared by the rings of one home.
+        slabs: how many there are. Each is as large as the largest group that it ever held.
     """
 
     def __init__(self, executor: Executor, slabs: int) -> None:
@@ -81,21 +115,25 @@ class Ferry:
     def borrow(
         self, cargo: Cargo = (), *, made: Cargo = (), ahead: Iterable[Cargo] | None = None
     ) -> Iterator[Loan]:
-        """The cargo in memory; afterwards its slabs are the ring's again, whatever happens.
+        """The group in memory; its slabs go back to the ring after the block, also after an error.
 
         Args:
-            cargo: berths of one home.
-            made: berths whose content is made now: their slab, another one, holds anything at
-                first. Their tensors come after the cargo's.
-            ahead: what will be needed next; by default what was the last time.
+            cargo: allocations of one home.
+            made: allocations whose content is computed in the block, in a slab of their own with
+                undefined content. Their tensors come after the group's.
+            ahead: what will be needed next; by default what was needed the last time.
 
         Raises:
-            HomeIOError: it could not be read, or no slab is free because none could be written.
+            HomeIOError: it could not be read, or no slab is free since none could be written.
+            HomeError: the process was forked inside the block.
         """
         cargoes, slabs = [part for part in (cargo, made) if part], list[Slab]()
         try:
             self._board(cargoes, slabs, made)
-            self._look_ahead({key_of(part) for part in cargoes}, ahead)
+            keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
+            # No memory for a slab, say: reported when that group itself is asked for.
+            with self._changing(), suppress(OSError, MemoryError):
+                self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in cargoes})
             for slab in slabs:
                 slab.wait_until_read()
             yield Loan(self, slabs, cargoes)
@@ -114,14 +152,14 @@ class Ferry:
             )
 
     def renew_lock(self) -> None:
-        """Nobody holds the lock: at first, and in a forked child, where whoever did is gone."""
+        """Make the lock; again in a forked child, where the thread that held it does not exist."""
         self._depth = 0  # of changes that are under way, in the thread that holds the lock
         self._changed = threading.Condition()
-        # No method: futures keep it, and the ferry would keep itself alive.
+        # Futures keep it: a bound method would keep the ring alive.
         self._notify = partial(_notify, weakref.ref(self), self._changed)
 
     def write_home(self, slab: Slab, berths: Sequence[tuple[int, Berth]]) -> None:
-        """Start writing these tensors of a borrowed slab home."""
+        """Start writing these tensors of an acquired slab home."""
         self._check_process()
         slab.wait_until_written()
         changed, reference = self._changed, weakref.ref(self)
@@ -133,24 +171,20 @@ class Ferry:
 
         with self._changing():
             slab.store(berths, self._executor, wrote)
-            slab.is_spoiled = False  # it is the truth now, whatever others have begun meanwhile
-            self._drop_others(slab)
+            # Newest values; other slabs that hold these tensors are stale.
+            slab.is_spoiled = False
+            for other in self._slabs:
+                if other is not slab and not set(other.key or ()).isdisjoint(slab.key or ()):
+                    if other.users:
+                        other.is_spoiled = True
+                    elif not other.is_unwritten:
+                        other.let_go()
             slab.forget_written()  # where the writers were faster than `store`
-
-    def _drop_others(self, newest: Slab) -> None:
-        """Forget what other slabs hold of the same tensors: it was read before they were stored."""
-        for slab in self._slabs:
-            if slab is not newest and not set(slab.key or ()).isdisjoint(newest.key or ()):
-                if slab.users:
-                    slab.is_spoiled = True
-                elif not slab.is_unwritten:
-                    slab.let_go()
 
     def settle(self) -> None:
         """Return once everything that was stored is at home.
 
-        Raises:
-            HomeIOError: something could not be written; it stays in its slab and is tried again.
+        What could not be written stays in its slab, is tried again, and raises HomeIOError.
         """
         problems = []
         for slab in self._slabs:
@@ -165,35 +199,29 @@ class Ferry:
             raise problems[0]
 
     def start(self) -> None:
-        """A pass begins: forget what was read for another one.
+        """Begin an iteration: write what is unwritten, as `settle`, and forget the rest.
 
-        Nothing is read ahead of its first request: which home it will ask is not known yet.
-
-        Raises:
-            HomeIOError: something of an earlier pass could still not be written.
+        Nothing is read before its first request, since it may be one of another home.
         """
         self.settle()
         with self._changing():
-            self._clear()
+            self.clear()
             self._itinerary.start()
 
     def clear(self) -> None:
         """Forget everything that was read; what is still to be written stays."""
         with self._changing():
-            self._clear()
-
-    def _clear(self) -> None:
-        self._delayed = []
-        for slab in self._slabs:
-            if slab.users:  # emptied when it comes back, unless it was stored
-                slab.is_spoiled = not slab.is_unwritten
-            elif not slab.is_unwritten:
-                slab.let_go()
+            self._delayed = []
+            for slab in self._slabs:
+                if slab.users:  # emptied when it is released, unless it was stored
+                    slab.is_spoiled = not slab.is_unwritten
+                elif not slab.is_unwritten:
+                    slab.let_go()
 
     def _board(self, cargoes: Sequence[Cargo], slabs: list[Slab], made: Cargo) -> None:
-        """Put a slab for each cargo into the list, all at once.
+        """Put a slab for each group into the list, all at once.
 
-        Whoever held one and waited for another would wait for ever, where others do the same.
+        Two threads that each hold one and wait for another would wait for ever.
         """
         keys = [key_of(cargo) for cargo in cargoes]
         with self._changing():
@@ -202,34 +230,31 @@ class Ferry:
             while (chosen := self._choose(keys)) is None:
                 self._wait_for_a_slab()
             for slab, key, cargo in zip(chosen, keys, cargoes, strict=True):
-                if self._holding(key) is not slab:
-                    self._take_in(slab, cargo, is_made=cargo is made)
+                if self._holding(key) is slab:
+                    continue
+                if cargo is made:
+                    slab.claim(cargo)
+                else:
+                    slab.load(cargo, self._executor, self._notify)
             for slab in chosen:
                 slab.users += 1
-                slabs.append(slab)  # next to the line above: a Ctrl-C between them would lose it
+                slabs.append(slab)  # at once: a Ctrl-C in between would lose the slab
                 self._last_use[slab] = next(self._clock)
 
     def _choose(self, keys: Sequence[Key]) -> list[Slab] | None:
         """For each key the slab that holds it, or one that may be overwritten; None: too few."""
         chosen: list[Slab] = []
-        for key in keys:  # what is made now comes last, and no slab holds it
+        for key in keys:  # no slab holds what is made now, and it comes last
             slab = self._holding(key) or self._idle(set(keys), chosen)
             if slab is None:
                 return None
             chosen.append(slab)
         return chosen
 
-    def _take_in(self, slab: Slab, cargo: Cargo, is_made: bool) -> None:
-        if is_made:
-            slab.claim(cargo)
-        else:
-            slab.load(cargo, self._executor, self._notify)
-
     def _wait_for_a_slab(self) -> None:
         """Wait until a user, a reader or a writer has ended.
 
-        Raises:
-            HomeIOError: a slab is held back because it could not be written, and still cannot be.
+        A slab that could not be written is written again: HomeIOError where that fails too.
         """
         failed = [slab for slab in self._slabs if slab.failed_to_write and not slab.users]
         if failed:
@@ -240,12 +265,6 @@ class Ferry:
                 self._changed.wait()
             finally:
                 self._depth = depth
-
-    def _look_ahead(self, keys_now: set[Key], ahead: Iterable[Cargo] | None) -> None:
-        keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
-        # No memory for a slab, say: who asks for what could not be read ahead is told then.
-        with self._changing(), suppress(OSError, MemoryError):
-            self._fetch(islice(keys, len(self._slabs) - 1), keys_now)
 
     def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
         """Start reading these, as far as slabs are idle that hold none of them."""
@@ -264,8 +283,8 @@ class Ferry:
     def fetch_delayed(self) -> None:
         """Start reading what there was no slab for.
 
-        Not inside another change of the ring: a future that is done already calls back at once, in
-        the thread that is just giving a slab away.
+        Not inside another change of the ring: a future that is already done calls back at once, in
+        the thread that is making the change.
         """
         with self._changing():
             if self._delayed and self._depth == 1:
@@ -273,7 +292,7 @@ class Ferry:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """The ring is this thread's to change."""
+        """Inside, only this thread changes the ring."""
         with self._changed:
             self._depth += 1
             try:
@@ -288,7 +307,7 @@ class Ferry:
         return None
 
     def _idle(self, protected: set[Key], taken: Sequence[Slab] = ()) -> Slab | None:
-        """A slab that may be overwritten: an empty one, one not wanted soon, the oldest."""
+        """A slab that may be overwritten: an empty one, one not needed soon, the oldest."""
         idle = (Holder.NOBODY, Holder.ITS_TILES)
         free = [slab for slab in self._slabs if slab not in taken and slab.holder in idle]
 
@@ -309,7 +328,7 @@ class Ferry:
 
 
 def _notify(reference: "weakref.ref[Ferry]", changed: threading.Condition) -> None:
-    """A read or a write has ended: who waits may look again, and a slab may be idle now."""
+    """A read or a write has ended: wake threads that wait, and use a slab that became idle."""
     with changed:
         changed.notify_all()
         ferry = reference()

@@ -1,13 +1,12 @@
-"""A parked parameter as an operation sees it: values to bring in, a gradient to send home."""
+"""A parked parameter as an operation sees it: values to read, a place to write its gradient."""
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ParkedError
 from memtile.homes import (
@@ -19,24 +18,14 @@ from memtile.homes import (
     streamed_allocation,
     tensor_of,
 )
-from memtile.transfer.ferries import ferries_of
-from memtile.transfer.passes import current_pass, enter_backward
-
-Form = Callable[[Tensor], object]  # writes the gradient into a tensor
-
-
-class Use:
-    """One node of a graph that will bring the parameter in again."""
-
-    def __init__(self, version: int) -> None:
-        self.version, self.number = version, current_pass()
+from memtile.transfer.passes import enter_backward, ferries_of, state
 
 
 class _Trained:
-    """What is known of a parked parameter while it is trained.
+    """What is known of a parameter while it is trained.
 
     Attributes:
-        uses: nodes whose backward has not run.
+        uses: sources of nodes whose backward has not run.
         is_stepped_in_backward: a hook takes the gradient, so it need not go home.
         lock: held by a thread that adds to the gradient, or takes it.
     """
@@ -44,20 +33,17 @@ class _Trained:
     def __init__(self) -> None:
         self._renew_lock()
         renew_in_child(self, _Trained._renew_lock)
-        self.uses: weakref.WeakSet[Use] = weakref.WeakSet()
+        self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()
         self.is_stepped_in_backward = False
 
     def _renew_lock(self) -> None:
         self.lock = threading.RLock()
 
 
-_trained = WeakIdKeyDictionary()
-
-
 def _record(parameter: Tensor) -> _Trained:
-    found: _Trained | None = _trained.get(parameter)
+    found: _Trained | None = state.trained.get(parameter)
     if found is None:  # `setdefault`: another thread may have made one meanwhile
-        found = _trained.setdefault(parameter, _Trained())
+        found = state.trained.setdefault(parameter, _Trained())
     return found
 
 
@@ -68,46 +54,40 @@ def gradient_of(parameter: Tensor) -> AbstractContextManager[object]:
 
 def is_stepped_in_backward(parameter: Tensor) -> bool:
     """Whether a hook takes its gradients."""
-    found: _Trained | None = _trained.get(parameter)
+    found: _Trained | None = state.trained.get(parameter)
     return found is not None and found.is_stepped_in_backward
 
 
 def step_in_backward(parameter: Tensor, yes: bool) -> None:
-    """Leave gradients in memory after the parameter's last use, for a hook that takes them."""
+    """Keep its gradient in memory after its last use, for a hook that takes it."""
     _record(parameter).is_stepped_in_backward = yes
 
 
 class ParkedSource:
-    """The values of one parked parameter, and where its gradient goes.
-
-    Args:
-        parameter: one that has a berth.
-    """
+    """The values of one parked parameter for one node of a graph, and a place for its gradient."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
+        self._noted: tuple[int, int] | None = None  # version and iteration in forward
 
-    def use(self) -> Use:
-        """Note that a graph will need the parameter again."""
-        use = Use(self.parameter._version)
-        _record(self.parameter).uses.add(use)
-        return use
+    def note_use(self) -> None:
+        """The node will need the parameter in its backward."""
+        self._noted = self.parameter._version, state.iteration
+        _record(self.parameter).uses.add(self)
 
-    def resume(self, use: Use) -> None:
-        """A node that noted its use runs backward now.
-
-        Raises:
-            ParkedError: the parameter was written to since.
-        """
-        if self.parameter._version != use.version:
+    def resume(self) -> None:
+        """The node's backward begins; ParkedError where the parameter was written to since."""
+        if self._noted is None:
+            return
+        (version, iteration), now = self._noted, self.parameter._version
+        if version != now:
             raise ParkedError(
                 f"a parked tile of shape {tuple(self.parameter.shape)} was modified between its "
-                f"forward (version {use.version}) and its backward (version "
-                f"{self.parameter._version}): gradients would be wrong; run backward before the "
-                "optimizer steps or weights are written"
+                f"forward (version {version}) and its backward (version {now}): gradients would be "
+                "wrong; run backward before the optimizer steps or weights are written"
             )
-        enter_backward(use.number)
-        _record(self.parameter).uses.discard(use)
+        enter_backward(iteration)
+        _record(self.parameter).uses.discard(self)
 
     @contextmanager
     def values(self, device: torch.device) -> Iterator[Tensor]:
@@ -119,91 +99,93 @@ class ParkedSource:
         with ferries_of(berth.home).weights.borrow((berth,)) as loan:
             yield loan.tensors[0].to(device)
 
-    def deliver(self, form: Form) -> None:
-        """Put the gradient that `form` writes to the parameter's, or add it.
+    @contextmanager
+    def gradient(self) -> Iterator[Tensor]:
+        """A tensor to write the gradient into; after the block it is in `.grad`, or added to it.
 
         Threads may enter at once, as in torch's own accumulation. They take turns to add to the
-        gradient of one parameter; none waits for another's product to form its own.
+        gradient of one parameter; none waits for another's product.
         """
         parameter, berth = self.parameter, streamed_allocation(self.parameter)
         record = _record(parameter)
-        stays = record.is_stepped_in_backward and not record.uses
         if berth is None:
-            gradient = torch.empty_like(parameter)
-            form(gradient)
-            _accumulate(parameter, gradient)
-        elif stays:
-            _accumulate(parameter, _formed(parameter, form), home_sum_stays=True)
+            out = torch.empty_like(parameter)
+            yield out
+            _accumulate(parameter, out)
+        elif record.is_stepped_in_backward and not record.uses:
+            out = scratch_like(parameter)
+            yield out
+            _accumulate(parameter, out, replaces_sum_at_home=True)
         else:
-            _send_home(parameter, berth, form)
+            with _gradient_at_home(parameter, berth) as out:
+                yield out
             if parameter._post_accumulate_grad_hooks:
                 self.settle()  # they may read it
 
     def settle(self) -> None:
-        """Return once gradients on their way home have arrived.
-
-        Raises:
-            HomeIOError: one could not be written.
-        """
+        """Return once stored gradients are at home; HomeIOError where one could not be written."""
         berth = streamed_allocation(self.parameter)
         if berth is not None:
             ferries_of(berth.home).gradients.settle()
 
 
-def _formed(parameter: nn.Parameter, form: Form) -> Tensor:
-    """A gradient that soon goes elsewhere."""
-    gradient = scratch_like(parameter)
-    form(gradient)
-    return gradient
+def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool = False) -> None:
+    """Put `new` into `.grad`, in memory, or add it to what is there.
 
-
-def _accumulate(parameter: nn.Parameter, new: Tensor, home_sum_stays: bool = False) -> None:
-    """Put or add a gradient in memory; a sum that was sent home before comes back to it."""
+    With `replaces_sum_at_home` a sum that was sent home before comes back into memory.
+    """
     with gradient_of(parameter):
         old = parameter.grad
         berth = berth_of(old) if old is not None else None
         if old is None:
             parameter.grad = new
-        elif berth is None or not home_sum_stays:
+        elif berth is None or not replaces_sum_at_home:
             old.add_(new)
         else:
             with ferries_of(berth.home).gradients.borrow((berth,)) as loan:
                 parameter.grad = new.add_(loan.tensors[0])
 
 
-def _send_home(parameter: nn.Parameter, berth: Berth, form: Form) -> None:
+@contextmanager
+def _gradient_at_home(parameter: nn.Parameter, berth: Berth) -> Iterator[Tensor]:
+    """A tensor whose content is sent home after the block, to be `.grad` or added to it."""
     lock = _record(parameter).lock
     if parameter.grad is None and lock.acquire(blocking=False):
         try:
-            if parameter.grad is None:  # formed where it stays; others' are added once it is whole
-                parameter.grad = _formed_at_home(parameter, berth, form)
+            if parameter.grad is None:  # other threads add theirs once this one is whole
+                with _new_gradient(parameter, berth) as out:
+                    yield out
                 return
         finally:
             lock.release()
-    formed = _formed(parameter, form)
+    out = scratch_like(parameter)
+    yield out
     with lock:
-        _add_at_home(parameter, berth, formed)
+        _add_at_home(parameter, berth, out)
 
 
-def _formed_at_home(parameter: nn.Parameter, berth: Berth, form: Form) -> Tensor:
+@contextmanager
+def _new_gradient(parameter: nn.Parameter, berth: Berth) -> Iterator[Tensor]:
+    """A slab to write the first gradient into; after the block it is `.grad`, at home."""
     with room_of(parameter):
         new = berth.home.berth(parameter.shape, parameter.dtype)
     with ferries_of(berth.home).gradients.borrow(made=(new,)) as loan:
-        form(loan.tensors[0])
+        yield loan.tensors[0]
         loan.store()
-    return tensor_of(new)
+    parameter.grad = tensor_of(new)
 
 
-def _add_at_home(parameter: nn.Parameter, berth: Berth, formed: Tensor) -> None:
+def _add_at_home(parameter: nn.Parameter, berth: Berth, new: Tensor) -> None:
     old = parameter.grad
-    if old is None:  # someone has taken it meanwhile
-        parameter.grad = _formed_at_home(parameter, berth, lambda out: out.copy_(formed))
+    if old is None:  # another thread has taken it since
+        with _new_gradient(parameter, berth) as out:
+            out.copy_(new)
         return
     old_berth = berth_of(old)
     if old_berth is None:
-        old.add_(formed)
+        old.add_(new)
         return
     with ferries_of(old_berth.home).gradients.borrow((old_berth,)) as loan:
-        loan.tensors[0].add_(formed)
+        loan.tensors[0].add_(new)
         loan.store()
     torch.autograd.graph.increment_version(old)

@@ -1,73 +1,181 @@
-"""Where a pass begins and ends, so that no slab is used that could be older than its tile.
+"""The slab rings of each home, and the iterations after which nothing in them is used again.
 
-Writes through `.data`, by foreign optimizers or through a mapping cannot be seen from here. So no
-slab outlives the pass that filled it: a forward, with the backward through it. A pass begins when
-the outermost module is entered that memtile knows (the model that was tiled, or else a tiled layer
-by itself), and every slab is emptied then. It ends with the last node of its backward. What is
-recomputed inside backward belongs to the pass that it is recomputed for.
+Writes through `.data`, by foreign optimizers or through a mapping cannot be seen from here. So what
+a slab holds is only used in the iteration that read it: a forward, with the backward through it.
+An iteration begins when the outermost module that memtile knows is entered (the model that was
+tiled, or else a tiled layer by itself): every slab is emptied then. It ends with the last node of
+its backward. What is recomputed inside backward belongs to the iteration it is recomputed for.
 """
 
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils.weak import WeakIdKeyDictionary
 
-from memtile.homes import lock_of_a_module, trim_heap
-from memtile.transfer.ferries import every_ferry
+from memtile.homes import Home, lock_of_a_module, renew_in_child, trim_heap
+from memtile.transfer.ferry import Ferry
+
+# Threads a home. Four saturate an idle disk; while products keep all cores busy a thread waits for
+# its turn to ask for more, and with eight pieces under way the disk does not wait with it.
+READERS = 8
+SLABS = 3  # the tile that is worked on, the next, and one that is written or read
+GRADIENT_SLABS = 2
+
+_CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forward
 
 
-class _Here(threading.local):
-    """The model that this thread has entered and not left, and how deep it is in tiled layers."""
+class Ferries:
+    """The slab rings of one home, with one set of reader threads.
+
+    Attributes:
+        weights: tiles that are worked on in forward and backward.
+        gradients: gradients on their way home.
+        steps: what an optimizer works on.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
+        self._process, self._is_closed = os.getpid(), False
+        self._empty()
+        renew_in_child(self, Ferries._renew_locks)
+
+    def _empty(self) -> None:
+        """New rings: their slabs have no memory before they are used."""
+        self.weights = Ferry(self._executor, SLABS)
+        self.gradients = Ferry(self._executor, GRADIENT_SLABS)
+        self.steps = Ferry(self._executor, SLABS)
+
+    def all(self) -> Iterator[Ferry]:
+        """Each of them."""
+        return iter((self.weights, self.gradients, self.steps))
+
+    @property
+    def works(self) -> bool:
+        """Whether its threads run: not in a fork, which has none of them, nor once closed."""
+        return self._process == os.getpid() and not self._is_closed
+
+    def settle(self) -> None:
+        """Return once everything that was stored is at home; HomeIOError where it cannot be."""
+        if self.works:
+            for ferry in self.all():
+                ferry.settle()
+
+    def close(self) -> None:
+        """End the reader threads, without waiting for them, and free the slabs."""
+        self._is_closed = True
+        if self._process == os.getpid():  # a child has none, and their locks are as they were
+            self._executor.shutdown(wait=False)
+        self._empty()
+
+    def _renew_locks(self) -> None:
+        """In the child of a fork: a tile that is in a slab now is still to be released."""
+        for ferry in self.all():
+            ferry.renew_lock()
+
+
+class _Thread(threading.local):
+    """What one thread is in.
+
+    Attributes:
+        model: that it has entered and not left.
+        depth: of tiled layers.
+    """
 
     model: "weakref.ref[nn.Module] | None" = None
     depth = 0
 
 
-_here = _Here()
-_CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forward
-_numbers = count(1)
-_current = 0  # the number of the pass whose tiles the slabs hold
-_backwards: set[int] = set()  # graph tasks of the engine that have brought tiles in
-_lock = lock_of_a_module()
+class State:
+    """What this process knows of its homes, iterations and parameters.
+
+    Attributes:
+        lock: guards rings, iteration and backwards; nothing is moved or computed under it.
+        rings: of each home, gone with it.
+        newest: the number of the iteration that began last.
+        iteration: the number of the one that the slabs were read for.
+        backwards: graph tasks of the engine that have read tiles.
+        thread: what the thread that asks is in.
+        trained: what `transfer.parked` knows of each parameter, gone with it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = lock_of_a_module()
+        self.rings: weakref.WeakKeyDictionary[Home, Ferries] = weakref.WeakKeyDictionary()
+        self.newest = self.iteration = 0
+        self.backwards: set[int] = set()
+        self.thread = _Thread()
+        self.trained = WeakIdKeyDictionary()
+
+    def all_rings(self) -> list[Ferry]:
+        """Those in use, of all homes."""
+        with self.lock:
+            every = list(self.rings.values())
+        return [ferry for found in every if found.works for ferry in found.all()]
+
+    def begin(self) -> None:
+        """Begin an iteration."""
+        with self.lock:
+            self.newest += 1
+            self.iteration = self.newest
+            self.backwards.clear()  # what is left are those that failed
+        for ferry in self.all_rings():
+            ferry.start()
+
+    def end(self) -> None:
+        """End it: forget everything that was read."""
+        for ferry in self.all_rings():
+            ferry.clear()
 
 
-def current_pass() -> int:
-    """The number of the running pass, for nodes of its graph to keep."""
-    return _current
+state = State()
+
+
+def ferries_of(home: Home) -> Ferries:
+    """The slab rings of this home, made when first needed; HomeError where it is closed."""
+    with state.lock:  # two rings for the same tiles would not know of each other's writes
+        found = state.rings.get(home)
+        if found is None or not found.works:
+            home.check_open()
+            found = state.rings[home] = Ferries()
+            home.when_closed(found.settle, found.close)
+        return found
 
 
 @contextmanager
 def layer_call() -> Iterator[None]:
-    """One call of a tiled layer: a pass of its own unless it is part of one."""
-    if not _here.depth and not in_backward() and not _is_in_model():
-        _begin()
-    _here.depth += 1
+    """One call of a tiled layer: an iteration of its own unless it is part of one."""
+    thread = state.thread
+    if not thread.depth and not in_backward() and not _is_in_model():
+        state.begin()
+    thread.depth += 1
     try:
         yield
     finally:
-        _here.depth -= 1
+        thread.depth -= 1
 
 
 def _is_in_model() -> bool:
     """Whether the call of the model that this thread has entered is still under way.
 
-    The stack is asked: a Ctrl-C, wherever it comes, passes by the hook that leaves the model.
+    The stack is asked, since a Ctrl-C may skip the hook that leaves the model.
     """
-    model = None if _here.model is None else _here.model()
+    model = None if state.thread.model is None else state.thread.model()
     frame: FrameType | None = None if model is None else sys._getframe()
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals["self"] is model:
             return True
         frame = frame.f_back
-    _here.model = None
+    state.thread.model = None
     return False
 
 
@@ -77,14 +185,14 @@ def in_backward() -> bool:
 
 
 def watch_model(model: nn.Module) -> None:
-    """Let calls of this model be passes, read ahead from layer to layer."""
+    """Make each call of this model one iteration, so that tiles are read ahead across layers."""
     if _enter_model not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter_model)
         model.register_forward_hook(_leave_model, always_call=True)
 
 
 def unwatch_model(model: nn.Module) -> None:
-    """Take it back."""
+    """Take the hooks of `watch_model` away."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number in [n for n, hook in hooks.items() if hook in (_enter_model, _leave_model)]:
             del hooks[number]
@@ -92,59 +200,39 @@ def unwatch_model(model: nn.Module) -> None:
 
 
 def _enter_model(module: nn.Module, arguments: Any) -> None:  # whatever the model takes
-    if torch.compiler.is_compiling() or in_backward():
-        return
-    _here.model = weakref.ref(module)
-    _begin()
+    if not torch.compiler.is_compiling() and not in_backward():
+        state.thread.model = weakref.ref(module)
+        state.begin()
 
 
 def _leave_model(module: nn.Module, arguments: Any, output: Any) -> None:  # likewise
-    if torch.compiler.is_compiling() or in_backward():
-        return
-    _here.model = None
-    if not torch.is_grad_enabled():
-        _end()
-
-
-def _begin() -> None:
-    global _current
-    with _lock:
-        _current = next(_numbers)
-        _backwards.clear()  # what is left are those that failed
-    for ferry in every_ferry():
-        ferry.start()
-
-
-def _end() -> None:
-    for ferry in every_ferry():
-        ferry.clear()
+    if not torch.compiler.is_compiling() and not in_backward():
+        state.thread.model = None
+        if not torch.is_grad_enabled():
+            state.end()
 
 
 def enter_backward(number: int) -> None:
-    """A node of a graph brings a tile in, or sends a gradient home.
-
-    Args:
-        number: the pass that made the node.
-    """
-    global _current
+    """A node that was made in iteration `number` is about to read a tile in its backward."""
     task = torch._C._current_graph_task_id()
-    with _lock:
-        if task in _backwards:
+    with state.lock:
+        if task in state.backwards:
             return
-        if _backwards or number != _current:  # one that failed, a nested one, or an older graph
-            _end()
-            _current = number
-        _backwards.add(task)
+        # after a backward that failed, inside another backward, or of an older graph
+        if state.backwards or number != state.iteration:
+            state.end()
+            state.iteration = number
+        state.backwards.add(task)
     Variable._execution_engine.queue_callback(lambda: _end_backward(task))
 
 
 def _end_backward(task: int) -> None:
-    with _lock:
-        _backwards.discard(task)
+    with state.lock:
+        state.backwards.discard(task)
     try:
-        for ferry in every_ferry():
+        for ferry in state.all_rings():
             ferry.settle()
     finally:
-        _end()
-        if every_ferry():
-            trim_heap()  # activations were freed in the middle of what was made meanwhile
+        state.end()
+        if state.all_rings():
+            trim_heap()  # what was made meanwhile lies around the activations that were freed
