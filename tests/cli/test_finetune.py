@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
-from memtile.cli.finetune import digests
-from memtile.cli.finetune.run import _PlannedRun
+from memtile.cli.finetune.run import Run
+from memtile.cli.finetune.settings import digests
 
 STEPS = 6
 
@@ -288,14 +288,16 @@ def test_a_gradient_that_is_no_number_stops_the_run(
     tiny_model, text, tmp_path, capsys, monkeypatch
 ):
     """The loss is finite, and the last checkpoint stays the one of finite numbers."""
-    out, step = tmp_path / "out", _PlannedRun.step
+    out, step = tmp_path / "out", Run.step
 
     def overflowing(run):
         if run.done == 2:
-            next(iter(run._model.parameters())).register_hook(lambda gradient: gradient * math.inf)
+            next(iter(run.backend.model.parameters())).register_hook(
+                lambda gradient: gradient * math.inf
+            )
         return step(run)
 
-    monkeypatch.setattr(_PlannedRun, "step", overflowing)
+    monkeypatch.setattr(Run, "step", overflowing)
 
     assert main(arguments(tiny_model, text, out, "--save-every", "1")) == 2
     said = capsys.readouterr().err
@@ -311,16 +313,16 @@ def test_a_gradient_that_is_no_number_stops_the_run(
 
 def test_weights_that_are_no_numbers_are_not_saved(tiny_model, text, tmp_path, capsys, monkeypatch):
     """Whatever made them so, the checkpoint before stays, and is named."""
-    out, save = tmp_path / "out", _PlannedRun.save
+    out, save = tmp_path / "out", Run.save
 
-    def overflown(run):
+    def overflown(run, folder):
         if run.done == 2:
-            weight = next(p for p in run._model.parameters() if p.dim() == 2)
+            weight = next(p for p in run.backend.model.parameters() if p.dim() == 2)
             with torch.no_grad():
                 weight[0, 0] = math.inf
-        save(run)
+        save(run, folder)
 
-    monkeypatch.setattr(_PlannedRun, "save", overflown)
+    monkeypatch.setattr(Run, "save", overflown)
 
     assert main(arguments(tiny_model, text, out, "--save-every", "1")) == 2
     assert "is not finite after 2 of 6 steps; the last good state is in" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
 from memtile.cli.finetune.sequences import read_sequences
-from memtile.cli.finetune.sharding import _check_shards
+from memtile.cli.finetune.sharded import check_shards
 from memtile.errors import NotFiniteError
 
 STEPS, TOKENS, LR = 5, 16, 1e-2
@@ -160,10 +160,10 @@ def test_a_gradient_that_is_not_finite_ends_every_rank():
     try:
         model = torch.nn.Linear(3, 5)
         model(torch.ones(2, 3)).sum().backward()
-        _check_shards(model)
+        check_shards(model)
         model.weight.grad[1, 2] = float("inf")
 
         with pytest.raises(NotFiniteError, match="the gradient of weight is not finite; nothing"):
-            _check_shards(model)
+            check_shards(model)
     finally:
         dist.destroy_process_group()

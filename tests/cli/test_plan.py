@@ -8,8 +8,8 @@ import pytest
 
 import memtile
 from memtile.cli import main, models
-from memtile.cli.commands.finetune import run_finetune
-from memtile.cli.commands.plan import run_plan
+from memtile.cli.finetune.command import run_finetune
+from memtile.cli.plan import run_plan
 from memtile.planning import Plan, RankPlan
 
 

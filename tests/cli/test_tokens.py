@@ -11,12 +11,11 @@ import transformers
 from rich.console import Console
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from memtile.cli.demo.text import cut_batches
+from memtile.cli.demo.training import cut_batches
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.display import Display
-from memtile.cli.finetune.sequences import read_sequences, shuffled
+from memtile.cli.finetune.sequences import read_sequences, shuffled, text_pieces
 from memtile.cli.finetune.tokens import OVERLAP, TokenFile, document_tokens
-from memtile.cli.texts import text_pieces
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -115,8 +114,9 @@ def test_the_demo_takes_the_document_whole_too():
     """Its first batch begins as `generate` begins a text, and no other one does."""
     tokenizer, text = trained(words), some_text(1000)
 
-    first, second = cut_batches(text, tokenizer, batches=2, tokens=9)
+    batches = cut_batches(text, tokenizer, batches=2, tokens=9)
 
+    first, second = batches.at(0), batches.at(1)
     assert [*first[0], *second[0]] == tokenizer(text).input_ids[:18]
     assert first[0, 0] == 1
 

@@ -261,7 +261,7 @@ def test_what_the_system_says_is_one_sentence(here, capsys, monkeypatch, error, 
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("memtile.cli.inspection.inspect", fail)
+    monkeypatch.setattr("memtile.cli.inspect.inspect", fail)
 
     assert sentence in refused(here, capsys, ["inspect", "model"])
 
@@ -272,7 +272,7 @@ def test_a_bug_of_ours_shows_its_traceback(here, monkeypatch):
     def fail(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("memtile.cli.inspection.inspect", fail)
+    monkeypatch.setattr("memtile.cli.inspect.inspect", fail)
 
     with pytest.raises(ValueError, match="a bug"):
         main(["inspect", "model"])

@@ -1,4 +1,4 @@
-"""A transformers folder as the commands use it: checked, its tokenizer, its model without weights.
+"""Checks a transformers folder, and loads its tokenizer and its model without weights.
 
 Nothing is downloaded, and no code of a folder is run unless the user says so.
 """
@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -19,13 +20,13 @@ from memtile.checkpoints.header import NO_GGUF
 from memtile.checkpoints.opening import tokenizer_files
 from memtile.checkpoints.publishing import put
 from memtile.cli.errors import CommandError, first_line, is_our_bug
+from memtile.convert import empty_model
 from memtile.convert.finding import find
 from memtile.errors import BudgetError, CheckpointWarning, MemtileError, NewWeightsWarning
 from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 TrustsCode = Annotated[
     bool,
@@ -34,19 +35,38 @@ TrustsCode = Annotated[
         help="Run Python code that the folder brings with it (auto_map): read it first.",
     ),
 ]
-"""The option without which no code of a folder is run."""
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse a folder that holds more than the model has.")
+]
 
 _HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+_NO_MODEL: Final = "is no causal language model of this transformers"
+_TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
+_MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
+_SETTINGS_WAY_OUT: Final = "correct it, or remove it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a command loads a model.
+
+    Args:
+        budget: bytes above the imports.
+        home: where tiles live: "disk", "disk:FOLDER" or "host".
+        strict: refuse a folder that holds more than the model has, or lacks a head.
+        trusts_code: whether code of the folder may run.
+    """
+
+    budget: int
+    home: str
+    strict: bool = False
+    trusts_code: bool = False
 
 
 def check_folder(folder: Path, *, name: str = "MODEL", needs_weights: bool = True) -> None:
-    """Refuses what is no transformers folder, before anything slow begins.
-
-    Args:
-        folder: That was given.
-        name: Of the argument that gave it, for messages.
-        needs_weights: Whether a config alone is too little.
+    """Refuses what is no transformers folder; messages call it by `name`.
 
     Raises:
         CommandError: It is none.
@@ -121,10 +141,10 @@ def _architectures(folder: Path) -> list[str]:
 
 @contextmanager
 def within(budget: int, used: int, others: str) -> Iterator[int]:
-    """What is left of a budget for the model itself, once others took some of it.
+    """Yields what is left of a budget for the model, when others have taken some of it.
 
     Raises:
-        CommandError: Nothing.
+        CommandError: Nothing is left.
         BudgetError: A plan made inside does not fit in it.
     """
     before = f"--budget {format_byte_size(budget)}, of which {others} took {format_byte_size(used)}"
@@ -137,7 +157,7 @@ def within(budget: int, used: int, others: str) -> Iterator[int]:
 
 
 def taken(budget: int, used: int, others: str) -> str:
-    """Why a plan is for less than the budget."""
+    """Says why a plan is for less than the budget."""
     return (
         f"{others} took {format_byte_size(used)} of {format_byte_size(budget)}; the plan is for "
         f"the other {format_byte_size(budget - used)}"
@@ -145,11 +165,7 @@ def taken(budget: int, used: int, others: str) -> str:
 
 
 def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder.
-
-    Args:
-        folder: That is known to have a config.
-        trusts_code: Whether code of the folder may run.
+    """The tokenizer of a folder that has a config.
 
     Raises:
         CommandError: It has none that can be loaded.
@@ -167,30 +183,23 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
 
 
 def carry_tokenizer(folder: Path, out: Path) -> None:
-    """Copy what makes the tokenizer of a folder into another one, as it is.
+    """Copies the files of a tokenizer.
 
     Written anew by this transformers, its class has a name that older readers refuse.
-
-    Raises:
-        CheckpointWriteError: The system could not.
     """
     for name, path in tokenizer_files(folder).items():
         put(out / name, path)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files of one; a plan needs none."""
+    """Whether the folder has files of a tokenizer."""
     return any(
         (folder / f"tokenizer{end}").is_file() for end in (".json", "_config.json", ".model")
     )
 
 
 def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
-    """The causal language model of a folder, its parameters on the meta device.
-
-    Args:
-        folder: That is known to have a config.
-        trusts_code: Whether code of the folder may run.
+    """The causal language model of a folder that has a config, parameters on the meta device.
 
     Raises:
         CommandError: The model is of another kind, transformers does not know it, or the weights
@@ -199,7 +208,6 @@ def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    from memtile import empty_model
     from memtile.integrations.pretrained import dtype_of
 
     config = _config_of(folder, trusts_code)
@@ -217,13 +225,10 @@ def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
 
 @contextmanager
 def told(*, trains: bool = True) -> Iterator[None]:
-    """Says what a folder and a model do not have in common, a line each, on stderr.
-
-    Args:
-        trains: whether weights that the folder lacks may be made anew.
+    """Prints what a folder and a model do not have in common, a line each, on stderr.
 
     Raises:
-        CommandError: They were, and are not trained.
+        CommandError: Weights that the folder lacks were made anew, and are not to be trained.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointWarning)
@@ -246,16 +251,7 @@ def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
 
 
 def check_length(model: "PreTrainedModel", tokens: int, given: str) -> None:
-    """Refuse a sequence that is longer than the model reads at once.
-
-    Args:
-        model: That will read it.
-        tokens: Of the sequence.
-        given: What they come of, for the message.
-
-    Raises:
-        CommandError: It is.
-    """
+    """Refuses a sequence that is longer than the model reads at once; `given` says what made it."""
     longest = getattr(model.config, "max_position_embeddings", None) or tokens
     if tokens > longest:
         raise CommandError(
@@ -264,7 +260,7 @@ def check_length(model: "PreTrainedModel", tokens: int, given: str) -> None:
 
 
 def _check_weights(model: "PreTrainedModel", folder: Path) -> None:
-    """Refuse weights that are not the model's, by their names and shapes."""
+    """Refuses weights whose names or shapes are not the model's."""
     found = find(model, Checkpoint.open(folder))
     wrong = [*found.problems, *(f"{name} is missing" for name in found.missing)]
     if wrong:
@@ -280,7 +276,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def read_settings(model: "PreTrainedModel", folder: Path) -> None:
-    """Give a model the settings of generation that its folder has.
+    """Gives a model the generation settings of its folder.
 
     Raises:
         CommandError: They cannot be read, or contradict each other.
@@ -294,16 +290,9 @@ def read_settings(model: "PreTrainedModel", folder: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-_NO_MODEL: Final = "is no causal language model of this transformers"
-_TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-_TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
-_MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
-_SETTINGS_WAY_OUT: Final = "correct it, or remove it"
-
-
 @contextmanager
 def _reading(folder: Path, problem: str, way_out: str) -> Iterator[None]:
-    """Whatever transformers makes of a folder's files, as one sentence."""
+    """Turns any error of transformers about a folder's files into one sentence."""
     try:
         yield
     except MemtileError:

@@ -1,7 +1,7 @@
-"""The demo's worker process: does one task, reports it on stdout as one JSON document a line.
+"""The demo's worker process: does one task, and reports on stdout, one JSON document a line.
 
 A line is {"step": …, "loss": …} while it trains, and {"result": …} or {"mistake": "a sentence"} at
-the end. Whatever else is printed goes to stderr, which the parent keeps as a log.
+the end. Everything else that is printed goes to stderr, which the parent keeps as a log.
 """
 
 import json
@@ -54,7 +54,7 @@ def _say(lines: TextIO, **document: object) -> None:
 def _quieten() -> None:
     from transformers.utils import logging
 
-    warnings.simplefilter("ignore")  # a demo's log is not the place to learn of deprecations
+    warnings.simplefilter("ignore")  # deprecations
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

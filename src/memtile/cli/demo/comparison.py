@@ -1,6 +1,9 @@
-"""Both runs set against each other: the differences, and the verdict on each promise."""
+"""Compares both runs: the differences, and whether each bound was kept."""
 
+import os
+import platform
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -11,14 +14,13 @@ LOGITS_BOUND: Final = 2e-5
 LOSS_BOUND: Final = 1e-5
 MEMORY_BOUND: Final = 0.25
 
+_CPUINFO: Final = Path("/proc/cpuinfo")
 _STATE_BYTES: Final = 16  # of a parameter: weight, gradient and two moments in float32
-_WORTH_JUDGING: Final = 0.75  # of the dense run's peak: below, activations are most of it
+_WORTH_JUDGING: Final = 0.75  # of the dense run's peak: below, activations are too much of it
 
 
-def compare(
-    settings: Settings, machine: Machine, dense: Side, tiled: Side, logits_difference: float
-) -> Outcome:
-    """Everything that the demo shows, from what the two workers measured."""
+def compare(settings: Settings, dense: Side, tiled: Side, logits_difference: float) -> Outcome:
+    """Everything that the demo shows, from what the two workers measured on this machine."""
     loss_differences = [
         abs(ours - theirs) / abs(theirs)
         for ours, theirs in zip(tiled.losses, dense.losses, strict=True)
@@ -33,7 +35,7 @@ def compare(
     ]
     return Outcome(
         settings=settings,
-        machine=machine,
+        machine=this_machine(),
         dense=dense,
         tiled=tiled,
         logits_difference=logits_difference,
@@ -54,6 +56,27 @@ def relative_difference(tiled_file: Path, dense_file: Path) -> float:
     tiled = load_file(tiled_file)["logits"].double()
     dense = load_file(dense_file)["logits"].double()
     return float((tiled - dense).abs().max() / dense.abs().max())
+
+
+def this_machine() -> Machine:
+    """The machine and the versions that the numbers come from."""
+    return Machine(
+        processor=_processor(),
+        logical_cpus=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+        memtile=version("memtile"),
+    )
+
+
+def _processor() -> str:
+    if _CPUINFO.is_file():
+        for line in _CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _scientific(number: float) -> str:
@@ -96,7 +119,7 @@ def _tile_verdict(settings: Settings, tiled: Side) -> Verdict:
 
 
 def _memory_verdict(dense: Side, tiled: Side) -> list[Verdict]:
-    """Judged where weights lived on disk and are most of what the dense run holds."""
+    """Only where weights lived on disk and most of the dense run's peak can be moved there."""
     movable = dense.parameters * _STATE_BYTES / max(1, dense.peak_bytes)
     if "Disk" not in tiled.home or movable < _WORTH_JUDGING:
         return []

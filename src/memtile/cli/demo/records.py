@@ -1,4 +1,4 @@
-"""What travels between the demo's processes and its tables: plain records that JSON can carry."""
+"""The records of the demo: its settings, what each run measured, and the comparison."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ Document = dict[str, Any]  # a JSON object: json.loads knows no more of its valu
 
 @dataclass(frozen=True)
 class Settings:
-    """What both runs do alike.
+    """The settings of both runs.
 
     Attributes:
         model: Folder of the dense model in the transformers format, float32.
@@ -34,8 +34,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One piece of memory and what it is: a tensor with its role, or the operation that made it."""
+class Extent:
+    """A size in memory, and the tensor that has it or the operation that made it."""
 
     nbytes: int
     what: str
@@ -43,11 +43,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Side:
-    """What one run gave, measured inside its own process.
+    """What one run measured in its own process.
 
     Attributes:
         losses: Loss of each training step, before that step's update.
-        seconds: Wall time of each step; the first one also carries the allocation probe.
+        seconds: Wall time of each step; in the first, allocations are watched too.
         peak_bytes: Peak of resident memory above the imports, up to the end of training.
         parameter_tensors: Number of parameter tensors, each shared one counted once.
         parameters: Number of elements in them.
@@ -55,8 +55,8 @@ class Side:
         largest_allocation: The largest storage that any operation of the first step made.
         first_batch_loss_before: Loss on the first batch before training.
         first_batch_loss_after: The same after the last step.
-        home: Where weights and moments lived, in words, "" for memory.
-        read_bytes: Read from the home in the steps but the first, on average of a step.
+        home: Where weights and moments lived, in words; "" for memory.
+        read_bytes: Read from the home in a step, the mean without the first.
         written_bytes: Written to it, likewise.
         continuation: Greedy continuation of the text's first tokens, after training.
         checkpoint_is_dense: For the tiled run, whether the untiled model, saved, loads in plain
@@ -68,8 +68,8 @@ class Side:
     peak_bytes: int
     parameter_tensors: int
     parameters: int
-    largest_tensor: Piece
-    largest_allocation: Piece
+    largest_tensor: Extent
+    largest_allocation: Extent
     first_batch_loss_before: float
     first_batch_loss_after: float
     continuation: str
@@ -80,14 +80,14 @@ class Side:
 
     @classmethod
     def from_json(cls, fields: Document) -> "Side":
-        """The record that `dataclasses.asdict` took apart."""
-        pieces = {name: Piece(**fields[name]) for name in ("largest_tensor", "largest_allocation")}
+        """The record of what `dataclasses.asdict` gave."""
+        pieces = {name: Extent(**fields[name]) for name in ("largest_tensor", "largest_allocation")}
         return cls(**{**fields, **pieces})
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the numbers come from."""
+    """The machine and versions that the numbers come from."""
 
     processor: str
     logical_cpus: int
@@ -100,7 +100,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One promise of the demo, what was measured, and whether it was kept."""
+    """A promise of the demo, what was measured, and whether it was kept."""
 
     promise: str
     measured: str

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from memtile.cli.demo.records import Machine, Outcome, Piece, Settings, Side
+from memtile.cli.demo.records import Extent, Machine, Outcome, Settings, Side
 from memtile.planning import format_byte_size
 
 _HOW_MEASURED: Final = (
@@ -82,11 +82,11 @@ def _costs(outcome: Outcome) -> Table:
         seconds["tiled"] / seconds["dense"],
     )
     for what, left, right in (
-        ("peak memory", Piece(dense.peak_bytes, ""), Piece(tiled.peak_bytes, "")),
+        ("peak memory", Extent(dense.peak_bytes, ""), Extent(tiled.peak_bytes, "")),
         ("largest tensor", dense.largest_tensor, tiled.largest_tensor),
         ("largest allocation", dense.largest_allocation, tiled.largest_allocation),
     ):
-        _row(table, what, _piece(left), _piece(right), right.nbytes / max(1, left.nbytes))
+        _row(table, what, _extent(left), _extent(right), right.nbytes / max(1, left.nbytes))
     left_count, right_count = dense.parameter_tensors, tiled.parameter_tensors
     _row(table, "parameter tensors", str(left_count), str(right_count), right_count / left_count)
     if tiled.home:
@@ -96,7 +96,7 @@ def _costs(outcome: Outcome) -> Table:
 
 
 def _wear(tiled: Side) -> Text:
-    """What training does to the disk: told, not judged."""
+    """How much training writes to the disk, against what disks are rated for."""
     if "Disk" not in tiled.home or not tiled.written_bytes:
         return Text("")
     steps = _RATED_BYTES / tiled.written_bytes
@@ -110,8 +110,8 @@ def _row(table: Table, what: str, dense: str, tiled: str, ratio: float) -> None:
     table.add_row(what, dense, tiled, f"{ratio:.3f}" if ratio < 100 else f"{ratio:.0f}")
 
 
-def _piece(piece: Piece) -> str:
-    return f"{format_byte_size(piece.nbytes)}\n{piece.what}".rstrip()
+def _extent(extent: Extent) -> str:
+    return f"{format_byte_size(extent.nbytes)}\n{extent.what}".rstrip()
 
 
 def _continuations(outcome: Outcome) -> Group:

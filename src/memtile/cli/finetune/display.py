@@ -1,4 +1,4 @@
-"""What a person sees of a run: the plan's summary, and a bar or a line for each step."""
+"""What a run prints: the plan's summary, and a bar or a line for each step."""
 
 from types import TracebackType
 from typing import Final
@@ -9,7 +9,6 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -17,20 +16,16 @@ from rich.progress import (
 from memtile.cli.finetune.log import Entry
 from memtile.planning import format_byte_size
 
-_SAID: Final = 16 << 20  # bytes of text between two lines in a log: tens of seconds
+_BETWEEN_LINES: Final = 16 << 20  # bytes of text, tens of seconds
 
 
 class Display:
-    """Shows a run as it goes; on a terminal one bar, in a log one line a step.
+    """Shows a run: a bar on a terminal, else a line a step; `limit` follows each peak."""
 
-    Args:
-        console: where to.
-        steps: in all.
-        budget: in bytes; None: there is none.
-    """
-
-    def __init__(self, console: Console, steps: int, budget: int | None = None) -> None:
-        self._console, self._steps, self._budget = console, steps, budget
+    def __init__(self, console: Console, steps: int, limit: str = "") -> None:
+        self._console, self._steps, self._limit = console, steps, limit
+        self._read = 0
+        hidden = console.quiet or not console.is_terminal
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -38,10 +33,9 @@ class Display:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=console,
-            disable=console.quiet or not console.is_terminal,
+            disable=hidden,
         )
-        self._task: TaskID | None = None
-        self._read = 0
+        self._step = self._bar.add_task("", total=steps)
         self._texts = Progress(
             TextColumn("reading the texts"),
             BarColumn(),
@@ -49,7 +43,7 @@ class Display:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=console.quiet or not console.is_terminal,
+            disable=hidden,
         )
 
     def __enter__(self) -> "Display":
@@ -65,13 +59,13 @@ class Display:
         self._bar.stop()
 
     def reading(self, done: int, total: int) -> None:
-        """Show how many bytes of the texts are tokens by now; texts of a moment show nothing."""
+        """Shows how many bytes of the texts were read; short texts show nothing."""
         if self._console.is_terminal:
             if not self._texts.tasks:
                 self._texts.start()
                 self._texts.add_task("", total=total)
             self._texts.update(self._texts.tasks[0].id, completed=done)
-        elif done // _SAID > self._read // _SAID:
+        elif done // _BETWEEN_LINES > self._read // _BETWEEN_LINES:
             sizes = f"{format_byte_size(done)} of {format_byte_size(total)}"
             self._console.print(f"reading the texts: {sizes}", soft_wrap=True)
         self._read = done
@@ -79,24 +73,23 @@ class Display:
             self._texts.stop()
 
     def planned(self, summary: str) -> None:
-        """Print what the plan comes to."""
+        """Prints a sentence on the plan."""
         self._console.print(summary, soft_wrap=True)
 
     def started(self, done: int) -> None:
-        """Begin the bar where the run begins."""
+        """Begins the bar after the steps that are done."""
         if done == self._steps:
             self._console.print("all steps are done already")
         elif done:
             self._console.print(f"going on after step {done}")
+        self._bar.update(self._step, completed=done)
         self._bar.start()
-        self._task = self._bar.add_task("", total=self._steps, completed=done)
 
     def report(self, entry: Entry) -> None:
-        """Show a step."""
-        limit = "a rank" if self._budget is None else f"of {format_byte_size(self._budget)}"
-        used = f"{format_byte_size(entry.peak_bytes)} {limit}"
+        """Shows a step."""
+        used = format_byte_size(entry.peak_bytes) + self._limit
         words = f"loss {entry.loss:.3f}, {entry.tokens_per_second:.0f} tokens/s, {used}"
         if not self._console.is_terminal:
             self._console.print(f"step {entry.step} of {self._steps}: {words}", soft_wrap=True)
-        elif self._task is not None:
-            self._bar.update(self._task, completed=entry.step, description=words)
+        else:
+            self._bar.update(self._step, completed=entry.step, description=words)

@@ -1,8 +1,9 @@
-"""What one run is: written into its folder at the start, and compared when it is continued."""
+"""The settings of a run: written into its folder at the start, compared when it is resumed."""
 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,10 +11,30 @@ from typing import Any, Final
 
 from memtile.checkpoints import Checkpoint, write_text
 from memtile.cli.errors import CommandError
+from memtile.cli.models import Loading
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
-_BESIDE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")  # the tokenizer's files
+_READ_WHOLE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Loading):
+    """How a run is carried out, which changes none of its numbers.
+
+    Args:
+        out: its folder, which all ranks see.
+        save_every: steps between checkpoints.
+        resume: go on from the last one.
+        tile_bytes: the largest tile, over ranks.
+        offload: keep shards, gradients and moments in host memory, over ranks.
+    """
+
+    out: Path
+    save_every: int
+    resume: bool
+    tile_bytes: int
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -21,15 +42,15 @@ class Settings:
     """Everything that decides the numbers of a run, and nothing else.
 
     Args:
-        model: the folder that it begins with.
-        texts: files to learn from, in order.
+        model: its folder.
+        texts: files to train on, in order.
         steps: optimizer steps in all.
         tokens: in a step, one sequence.
-        lr: learning rate of the first step; it falls to 0 along a cosine.
+        lr: learning rate of the first step.
         seed: of the order of sequences and of dropout.
         lora: rank of the adapters; None: all weights are trained.
-        digests: of each text, and of what tells the model from another.
-        engine: that holds shards; None: one process by itself.
+        digests: of the model, then of each text.
+        engine: that holds shards; None: one process.
 
     Raises:
         CommandError: a number that makes no sense.
@@ -58,15 +79,12 @@ class Settings:
             )
 
     def write(self, out: Path) -> None:
-        """Leave them in the run's folder."""
+        """Writes them into the run's folder."""
+        out.mkdir(parents=True, exist_ok=True)
         write_text(out / _NAME, json.dumps(asdict(self), indent=2) + "\n")
 
     def check_continues(self, out: Path) -> None:
-        """Refuse to continue a run with other numbers than its own.
-
-        Raises:
-            CommandError: there is no run in the folder, or its settings are others.
-        """
+        """Refuses to resume a run with other settings than its own."""
         theirs = _read(out)
         for field in fields(self):
             ours, old = getattr(self, field.name), getattr(theirs, field.name)
@@ -80,9 +98,13 @@ class Settings:
             if ours != old:
                 raise CommandError(
                     f"{out} holds a run with {_option(field.name)} {_or_none(old)}, and this is "
-                    f"{_or_none(ours)}: give "
-                    "what it was begun with, or another --out."
+                    f"{_or_none(ours)}: give what it was begun with, or another --out."
                 )
+
+
+def is_first_rank() -> bool:
+    """Whether this process, by its launcher's environment, is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def holds_run(out: Path) -> bool:
@@ -111,22 +133,18 @@ def digests(
     with_weights: bool,
     heard: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[str, ...]:
-    """What tells these files from others: of the model together, then of each text.
+    """SHA-256 of the model's files together, then of each text.
 
     Args:
-        model: its config and its tokenizer are read, whole.
-        texts: the same.
-        with_weights: read the weights too, since they go on mattering where a run's checkpoints
-            have adapters only. Otherwise their sizes do: a run has its weights from its own
-            checkpoint, and one without a checkpoint begins anew.
-        heard: called with the bytes of each piece that was read.
-
-    Raises:
-        CheckpointError: the model has no weights that can be read.
+        model: its folder; config and tokenizer are read whole.
+        texts: read whole.
+        with_weights: read the weights too, as a run needs whose checkpoints have adapters only.
+            Otherwise their sizes count: the run has its weights from its own checkpoint.
+        heard: called with the number of bytes of each piece that was read.
     """
     known: dict[str, object] = {
         path.name: _digest(path, heard)
-        for pattern in _BESIDE
+        for pattern in _READ_WHOLE
         for path in sorted(model.glob(pattern))
         if path.is_file()
     }
@@ -137,7 +155,7 @@ def digests(
 
 
 def weight_files(model: Path) -> list[Path]:
-    """The files of a model's folder that its weights are read from."""
+    """The files that a model's weights are read from."""
     return [file.path for file in Checkpoint.open(model).files]
 
 
