@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,7 +74,7 @@ def run_generate(
     found = generate(
         request,
         lambda words: None if as_json else console.print(words, style="dim", soft_wrap=True),
-        (lambda text: None) if as_json else _print_at_once,
+        lambda text: None if as_json else print(text, end="", flush=True),
     )
     if as_json:
         print(json.dumps(asdict(found), indent=2))
@@ -115,21 +114,18 @@ class Generated:
 def generate(request: Request, note: Say, say: Say) -> Generated:
     """Generates text by the settings of the model's folder.
 
-    Args:
-        request: what to generate.
-        note: called with the plan's summary, and with each setting that is not followed.
-        say: called with each new stretch of text.
-
-    Raises:
-        CommandError: the folder is none that text can be generated with.
-        BudgetError: nothing fits in the budget.
-        CheckpointError: the checkpoint is damaged.
+    `note` gets the plan's summary and each setting that is not followed, `say` each new stretch of
+    text.
     """
     with PeakMemory() as memory:
         tokenizer = models.tokenizer_of(request.model, request.trusts_code)
         prompt = _encoded(request, tokenizer)
         model = _loaded(request, prompt.shape[1], memory, note)
         streams = _beams(model) == 1
+        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        drawing: dict[str, Any] = {"do_sample": True, "temperature": request.temperature}
+        if request.temperature == 0:
+            drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         torch.manual_seed(request.seed)
         started = time.perf_counter()
         with torch.inference_mode(), _settings_that_work(request.model):
@@ -137,12 +133,12 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=request.tokens,
-                pad_token_id=_padding(tokenizer),
+                pad_token_id=next(token for token in padding if token is not None),
                 streamer=_streamer(tokenizer, say) if streams else None,
                 tokenizer=tokenizer,  # for stop_strings
                 num_return_sequences=1,
                 return_dict_in_generate=False,
-                **_drawing(request.temperature),
+                **drawing,
             )
         seconds = time.perf_counter() - started
         new = found[0, prompt.shape[1] :].tolist()
@@ -229,17 +225,6 @@ def _settings_that_work(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _padding(tokenizer: Any) -> int:
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None))
-
-
-def _drawing(temperature: float) -> dict[str, Any]:
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature}
-
-
 def _streamer(tokenizer: Any, say: Say) -> Any:
     from transformers import TextStreamer
 
@@ -249,8 +234,3 @@ def _streamer(tokenizer: Any, say: Say) -> Any:
             say(text)
 
     return Saying(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _print_at_once(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -55,29 +55,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies at a path.
-
-    Attributes:
-        facts: other values that it records, by name.
-        verified: number of tensors whose bytes were compared with their checksums.
-        unknown: number of tensors without a recorded checksum.
-    """
+    """What lies at a path."""
 
     path: str
     kind: str
     rows: list[Row]
-    facts: dict[str, str] = field(default_factory=dict)
-    verified: int = 0
-    unknown: int = 0
+    facts: dict[str, str]  # other values that it records, by name
+    verified: int  # tensors whose bytes were compared with their checksums
+    unknown: int  # tensors without a recorded checksum
 
 
 def inspect(path: Path, verify: bool, bars: Progress) -> Contents:
-    """Looks at a run's checkpoint, or a safetensors checkpoint.
-
-    Raises:
-        CommandError: There is nothing at the path.
-        CheckpointError: It is no checkpoint, or a damaged one.
-    """
+    """Looks at a run's checkpoint, or a safetensors checkpoint."""
     if not path.exists():
         raise CommandError(f"{path} does not exist: give a checkpoint.")
     steps = saved_steps(path)

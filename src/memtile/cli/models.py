@@ -50,28 +50,16 @@ _SETTINGS_WAY_OUT: Final = "correct it, or remove it"
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a command loads a model.
+    """How a command loads a model."""
 
-    Args:
-        budget: bytes above the imports.
-        home: where tiles live: "disk", "disk:FOLDER" or "host".
-        strict: refuse a folder that holds more than the model has, or lacks a head.
-        trusts_code: whether code of the folder may run.
-    """
-
-    budget: int
-    home: str
-    strict: bool = False
-    trusts_code: bool = False
+    budget: int  # bytes above the imports
+    home: str  # of the tiles: "disk", "disk:FOLDER" or "host"
+    strict: bool = False  # refuse a folder that holds more than the model has, or lacks a head
+    trusts_code: bool = False  # whether code of the folder may run
 
 
 def check_folder(folder: Path, *, name: str = "MODEL", needs_weights: bool = True) -> None:
-    """Refuses what is no transformers folder; messages call it by `name`.
-
-    Raises:
-        CommandError: It is none.
-        CheckpointError: Its weights cannot be read.
-    """
+    """Refuses what is no transformers folder that can be read; messages call it `name`."""
     if not folder.is_dir():
         raise CommandError(f"{name} {_no_folder(folder)}")
     if (folder / "adapter_config.json").is_file():
@@ -108,9 +96,7 @@ def _no_folder(path: Path) -> str:
 def load_transformers(folder: Path) -> None:
     """Loads transformers with the model's own module, and has it print nothing by itself.
 
-    Raises:
-        CommandError: It is not installed, or the folder's config.json cannot be read.
-        CheckpointError: The folder's weights are quantized.
+    A folder whose config.json cannot be read or whose weights are quantized is refused.
     """
     try:
         import transformers
@@ -119,7 +105,7 @@ def load_transformers(folder: Path) -> None:
         raise CommandError(
             "This command needs transformers: pip install 'memtile[finetune]'"
         ) from error
-    warnings.simplefilter("ignore")  # a command's output is not the place to learn of deprecations
+    warnings.simplefilter("ignore")  # deprecations
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     for name in _architectures(folder):
@@ -141,12 +127,7 @@ def _architectures(folder: Path) -> list[str]:
 
 @contextmanager
 def within(budget: int, used: int, others: str) -> Iterator[int]:
-    """Yields what is left of a budget for the model, when others have taken some of it.
-
-    Raises:
-        CommandError: Nothing is left.
-        BudgetError: A plan made inside does not fit in it.
-    """
+    """Yields what is left of a budget for the model; a BudgetError inside says what others took."""
     before = f"--budget {format_byte_size(budget)}, of which {others} took {format_byte_size(used)}"
     if used >= budget:
         raise CommandError(f"{before}: nothing is left for the model; give more.")
@@ -165,11 +146,7 @@ def taken(budget: int, used: int, others: str) -> str:
 
 
 def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder that has a config.
-
-    Raises:
-        CommandError: It has none that can be loaded.
-    """
+    """The tokenizer of a folder that has a config."""
     from transformers import AutoTokenizer
 
     _config_of(folder, trusts_code)  # which transformers looks at for a tokenizer too
@@ -183,28 +160,21 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
 
 
 def carry_tokenizer(folder: Path, out: Path) -> None:
-    """Copies the files of a tokenizer.
-
-    Written anew by this transformers, its class has a name that older readers refuse.
-    """
+    """Copies a tokenizer's files: written anew, its class has a name that older readers refuse."""
     for name, path in tokenizer_files(folder).items():
         put(out / name, path)
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder has files of a tokenizer."""
-    return any(
-        (folder / f"tokenizer{end}").is_file() for end in (".json", "_config.json", ".model")
-    )
+    ends = (".json", "_config.json", ".model")
+    return any((folder / f"tokenizer{end}").is_file() for end in ends)
 
 
 def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
     """The causal language model of a folder that has a config, parameters on the meta device.
 
-    Raises:
-        CommandError: The model is of another kind, transformers does not know it, or the weights
-            that the folder has are not those of its config.
-        CannotTileError: A buffer of it has no values before its parameters do.
+    Weights that are not those of the config are refused.
     """
     from transformers import AutoModelForCausalLM
 
@@ -276,11 +246,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def read_settings(model: "PreTrainedModel", folder: Path) -> None:
-    """Gives a model the generation settings of its folder.
-
-    Raises:
-        CommandError: They cannot be read, or contradict each other.
-    """
+    """Gives a model the generation settings of its folder."""
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():

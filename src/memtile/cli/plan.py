@@ -134,17 +134,13 @@ def _check_cluster(
             )
 
 
-def _speeds(given: dict[str, str | None]) -> Speeds:
-    flops, link, host, disk = (
-        None if given[option] is None else parse_speed(given[option] or "", option, unit)
-        for option, unit in (
-            ("--flops", "FLOP"),
-            ("--link", "B"),
-            ("--host-link", "B"),
-            ("--disk", "B"),
-        )
-    )
-    return Speeds(flops=flops, link=link, host=host, disk=disk)
+def _speeds(given: Mapping[str, str | None]) -> Speeds:
+    def speed(option: str, unit: str = "B") -> float | None:
+        text = given[option]
+        return None if text is None else parse_speed(text, option, unit)
+
+    flops, link = speed("--flops", "FLOP"), speed("--link")
+    return Speeds(flops=flops, link=link, host=speed("--host-link"), disk=speed("--disk"))
 
 
 @contextmanager

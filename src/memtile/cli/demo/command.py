@@ -99,12 +99,7 @@ def _check_numbers(steps: int, tokens: int, learning_rate: float) -> None:
 
 
 def ensure_runnable() -> None:
-    """Refuses a machine or an installation on which the demo would fail later.
-
-    Raises:
-        CommandError: A package that the demo needs is missing.
-        UnsupportedPlatformError: Peak memory cannot be measured here.
-    """
+    """Refuses a machine or an installation on which the demo would fail later."""
     PeakMemory.ensure_measurable()
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
@@ -128,10 +123,7 @@ def smollm2_folder(cache: Path, bars: Progress) -> Path:
 
 
 def run_both(settings: Settings, bars: Progress) -> Outcome:
-    """Both runs, one after the other, compared.
-
-    The tiled one goes first, so that a tile that cannot be made is known before the dense run.
-    """
+    """Both runs compared; the tiled one goes first, since its tiles may be refused."""
     with TemporaryDirectory(prefix="memtile-demo-") as scratch:
         tiled_logits, dense_logits = Path(scratch, "tiled"), Path(scratch, "dense")
         tiled = _run_side(settings, True, tiled_logits, bars)

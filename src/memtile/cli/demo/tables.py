@@ -48,22 +48,11 @@ def _losses(outcome: Outcome) -> Table:
     for column in table.columns:
         column.justify = "right"
     dense, tiled = outcome.dense, outcome.tiled
-    rows = zip(
-        dense.losses,
-        tiled.losses,
-        outcome.loss_differences,
-        dense.seconds,
-        tiled.seconds,
-        strict=True,
-    )
-    for step, (left, right, difference, *seconds) in enumerate(rows, start=1):
-        table.add_row(
-            str(step),
-            f"{left:.6f}",
-            f"{right:.6f}",
-            f"{difference:.1e}",
-            *(f"{each:.2f}" for each in seconds),
-        )
+    losses = zip(dense.losses, tiled.losses, outcome.loss_differences, strict=True)
+    seconds = zip(dense.seconds, tiled.seconds, strict=True)
+    for step, (loss, second) in enumerate(zip(losses, seconds, strict=True), start=1):
+        words = [f"{loss[0]:.6f}", f"{loss[1]:.6f}", f"{loss[2]:.1e}"]
+        table.add_row(str(step), *words, *(f"{each:.2f}" for each in second))
     return table
 
 
@@ -74,13 +63,8 @@ def _costs(outcome: Outcome) -> Table:
     table.add_column("dense", overflow="fold")
     table.add_column("tiled", overflow="fold")
     table.add_column("ratio", justify="right")
-    _row(
-        table,
-        "seconds per step",
-        f"{seconds['dense']:.3f}",
-        f"{seconds['tiled']:.3f}",
-        seconds["tiled"] / seconds["dense"],
-    )
+    words = (f"{seconds['dense']:.3f}", f"{seconds['tiled']:.3f}")
+    _row(table, "seconds per step", *words, seconds["tiled"] / seconds["dense"])
     for what, left, right in (
         ("peak memory", Extent(dense.peak_bytes, ""), Extent(tiled.peak_bytes, "")),
         ("largest tensor", dense.largest_tensor, tiled.largest_tensor),

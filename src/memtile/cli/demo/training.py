@@ -5,6 +5,7 @@ optimizer that steps tiles where they live.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +27,7 @@ from memtile.homes import DiskHome, Home, resolve_home, usable_folder
 from memtile.testing import LargestAllocation, PeakMemory
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
 
@@ -40,15 +41,8 @@ def run_side(
 ) -> Side:
     """Trains the model, and measures one column of the demo's tables.
 
-    Args:
-        settings: The same for both runs.
-        tiled: Whether the model is tiled after loading.
-        logits_file: Where the first batch's logits go, as safetensors, before any training.
-        report: Called with number and loss of each step.
-
-    Raises:
-        CommandError: The model or the text does not fit the settings, or the loss diverges.
-        UnsupportedPlatformError: Peak memory cannot be measured here.
+    The first batch's logits go to a file before any training, as safetensors; `report` is called
+    with number and loss of each step.
     """
     tokenizer, batches = _prepare(settings)
     with PeakMemory() as memory:
@@ -66,18 +60,14 @@ def run_side(
         first_batch_loss_before=loss_before,
         first_batch_loss_after=_evaluate(model, batches.at(0)),
         continuation=_continue(model, tokenizer, batches.at(0)[:, :_PROMPT_TOKENS]),
-        home="" if home is None else _described(home),
+        home=_described(home),
         **measured,
         checkpoint_is_dense=_saves_dense(model) if tiled else None,
     )
 
 
 def text_of(file: Path) -> str:
-    """The text of `file`; in the shipped one, without the lines on top that name its source.
-
-    Raises:
-        CommandError: It cannot be read as UTF-8 text.
-    """
+    """The text of `file`; in the shipped one, without the lines on top that name its source."""
     text = "".join(text_pieces(file, "--text"))
     if file == SHIPPED_TEXT:
         text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
@@ -90,11 +80,7 @@ def cut_batches(
     batches: int,
     tokens: int,
 ) -> Sequences:
-    """The first `batches` stretches of `tokens` tokens each, in order.
-
-    Raises:
-        CommandError: The text has fewer tokens than that.
-    """
+    """The first `batches` stretches of `tokens` tokens each, in order."""
     stream = TokenFile(usable_folder(None))
     for ids in document_tokens([text], tokenizer):
         stream.append(ids)
@@ -115,29 +101,29 @@ def _home(word: str) -> Home | None:
     return None if kind == "none" else resolve_home(word)
 
 
-def _described(home: Home) -> str:
-    return f"{home!r} by {home.path}" if isinstance(home, DiskHome) else repr(home)
+def _described(home: Home | None) -> str:
+    if isinstance(home, DiskHome):
+        return f"{home!r} by {home.path}"
+    return "" if home is None else repr(home)
 
 
 def _prepare(settings: Settings) -> tuple["PreTrainedTokenizerBase", Sequences]:
     """Tokenizer and batches; the model's code is imported too, so that no peak counts it."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            settings.model, local_files_only=True, trust_remote_code=False
-        )
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _reading(settings.model, "causal language model"):
+        config = transformers.AutoConfig.from_pretrained(settings.model, **local)
         with torch.device("meta"):
             transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings.model, "causal language model", error) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            settings.model, local_files_only=True, trust_remote_code=False
+    with _reading(settings.model, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model, **local)
+    longest = getattr(config, "max_position_embeddings", None) or settings.tokens
+    if settings.tokens > longest:
+        raise CommandError(
+            f"--tokens {settings.tokens} is more than the model reads at once: give {longest} or "
+            "fewer."
         )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings.model, "tokenizer", error) from error
-    _check_length(settings.tokens, config)
     text = text_of(Path(settings.text))
     return tokenizer, cut_batches(text, tokenizer, settings.batches, settings.tokens)
 
@@ -152,35 +138,31 @@ def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
         )
 
 
-def _cannot_load(folder: str, what: str, error: Exception) -> CommandError:
-    reason = first_line(error)
-    if "trust_remote_code" in str(error):
-        code = ", ".join(models.code_of(Path(folder)))
-        reason = f"it needs {code}, and the demo runs no such code"
-    return CommandError(
-        f"transformers finds no {what} in {folder} ({reason}): "
-        "give --model a folder that save_pretrained wrote, with its tokenizer."
-    )
+@contextmanager
+def _reading(folder: str, what: str) -> Iterator[None]:
+    """Turns what transformers says of a folder's files into one sentence."""
+    from safetensors import SafetensorError
 
-
-def _check_length(tokens: int, config: "PretrainedConfig") -> None:
-    longest = getattr(config, "max_position_embeddings", None) or tokens
-    if tokens > longest:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            code = ", ".join(models.code_of(Path(folder)))
+            reason = f"it needs {code}, and the demo runs no such code"
         raise CommandError(
-            f"--tokens {tokens} is more than the model reads at once: give {longest} or fewer."
-        )
+            f"transformers finds no {what} in {folder} ({reason}): "
+            "give --model a folder that save_pretrained wrote, with its tokenizer."
+        ) from error
 
 
 def _load_model(folder: str) -> "PreTrainedModel":
     import transformers
-    from safetensors import SafetensorError
 
-    try:
+    with _reading(folder, "weights"):
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _cannot_load(folder, "weights", error) from error
 
 
 @torch.no_grad()
@@ -208,12 +190,12 @@ def _train(
     model.train()
     optimizer = _optimizer(model, settings.learning_rate, home)
     training = TrainingSettings(
-        settings.model,
-        (settings.text,),
-        settings.steps,
-        settings.tokens,
-        settings.learning_rate,
-        settings.seed,
+        model=settings.model,
+        texts=(settings.text,),
+        steps=settings.steps,
+        tokens=settings.tokens,
+        lr=settings.learning_rate,
+        seed=settings.seed,
     )
     run = Run(training, Backend(model, optimizer, ConstantLR(optimizer, 1.0)), batches, memory)
     torch.manual_seed(settings.seed)
@@ -281,9 +263,6 @@ def _saves_dense(model: "PreTrainedModel") -> bool:
             folder, dtype=torch.float32, output_loading_info=True
         )
     here, there = dict(model.named_parameters()), dict(loaded.named_parameters())
-    nothing_odd = not any(report.values())
-    return (
-        nothing_odd
-        and here.keys() == there.keys()
-        and all(torch.equal(here[name], there[name]) for name in here)
-    )
+    if any(report.values()) or here.keys() != there.keys():
+        return False
+    return all(torch.equal(here[name], there[name]) for name in here)

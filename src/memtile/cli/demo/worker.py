@@ -25,9 +25,7 @@ _ENVIRONMENT: Final = {
 def run_worker(task: Document, heard: StepHeard) -> Document:
     """Runs a task of `memtile.cli.demo.__main__` in a process of its own, and gives its result.
 
-    Args:
-        task: What to do.
-        heard: Called with number and loss of each training step.
+    `heard` is called with number and loss of each training step.
 
     Raises:
         CommandError: The worker found a mistake in what it was given; with its sentence.

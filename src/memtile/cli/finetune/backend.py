@@ -25,29 +25,17 @@ _OTHERS: Final = "tokenizer, texts and adapters"
 
 
 class Backend:
-    """A model with its optimizer and learning rate, in this process; subclasses are over ranks.
-
-    Args:
-        model: of transformers or peft.
-        optimizer: over its parameters.
-        scheduler: of the learning rate.
-        has_adapters: only these are trained and written.
-
-    Attributes:
-        rank: number of this process.
-        ranks: processes that train together.
-        device: on which sequences are expected.
-    """
+    """A model with its optimizer and learning rate, in this process; subclasses are over ranks."""
 
     rank, ranks = 0, 1
-    device = torch.device("cpu")
+    device = torch.device("cpu")  # on which sequences are expected
 
     def __init__(
         self,
         model: Any,  # of transformers or peft, which are not imported to name its type
         optimizer: Any,  # torch's, or DeepSpeed's around it
         scheduler: LRScheduler,
-        has_adapters: bool = False,
+        has_adapters: bool = False,  # only these are trained and written
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._has_adapters = has_adapters
@@ -59,11 +47,7 @@ class Backend:
         return loss
 
     def update(self, loss: Tensor) -> None:
-        """Backward and step, along the mean of all ranks' losses.
-
-        Raises:
-            NotFiniteError: a gradient is not finite.
-        """
+        """Backward and step; NotFiniteError where a gradient is not finite."""
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
@@ -120,11 +104,6 @@ def load(
     """Plans a model on the meta device within the budget, tiles and loads it.
 
     What `memory` has seen so far is not the model's; `planned` gets sentences on the plan.
-
-    Raises:
-        CommandError: adapters cannot be made.
-        BudgetError: nothing fits in the budget.
-        CheckpointError: the model's files are damaged, or of another model.
     """
     folder = Path(settings.model)
     with suppress(CommandError):  # they are no part of training: at worst, transformers' own

@@ -4,14 +4,7 @@ from types import TracebackType
 from typing import Final
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from memtile.cli.finetune.log import Entry
 from memtile.planning import format_byte_size
@@ -26,25 +19,13 @@ class Display:
         self._console, self._steps, self._limit = console, steps, limit
         self._read = 0
         hidden = console.quiet or not console.is_terminal
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=hidden,
-        )
-        self._step = self._bar.add_task("", total=steps)
+        sizes, left = TextColumn("{task.description}"), TimeRemainingColumn()
         self._texts = Progress(
-            TextColumn("reading the texts"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=hidden,
+            BarColumn(), sizes, left, console=console, transient=True, disable=hidden
         )
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), sizes, left)
+        self._bar = Progress(*columns, console=console, disable=hidden)
+        self._step = self._bar.add_task("", total=steps)
 
     def __enter__(self) -> "Display":
         return self
@@ -60,14 +41,14 @@ class Display:
 
     def reading(self, done: int, total: int) -> None:
         """Shows how many bytes of the texts were read; short texts show nothing."""
+        words = f"reading the texts: {format_byte_size(done)} of {format_byte_size(total)}"
         if self._console.is_terminal:
             if not self._texts.tasks:
                 self._texts.start()
                 self._texts.add_task("", total=total)
-            self._texts.update(self._texts.tasks[0].id, completed=done)
+            self._texts.update(self._texts.tasks[0].id, completed=done, description=words)
         elif done // _BETWEEN_LINES > self._read // _BETWEEN_LINES:
-            sizes = f"{format_byte_size(done)} of {format_byte_size(total)}"
-            self._console.print(f"reading the texts: {sizes}", soft_wrap=True)
+            self._console.print(words, soft_wrap=True)
         self._read = done
         if done == total:
             self._texts.stop()

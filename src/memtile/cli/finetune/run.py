@@ -40,27 +40,16 @@ class Result:
 
 @dataclass
 class Run:
-    """A model, its sequences, and how far the training is.
-
-    Attributes:
-        settings: what to train.
-        backend: the model, and where its tiles live.
-        sequences: what to train on.
-        memory: of this process.
-        out: the run's folder; None: nothing is written, and signals are not handled.
-        save_every: steps between checkpoints.
-        done: steps so far.
-        seen: sequences that all ranks together have trained on.
-    """
+    """A model, its sequences, and how far the training is."""
 
     settings: Settings
     backend: Backend
     sequences: Sequences
     memory: PeakMemory
-    out: Path | None = None
+    out: Path | None = None  # None: nothing is written, and signals are not handled
     save_every: int = 1
-    done: int = 0
-    seen: int = 0
+    done: int = 0  # steps
+    seen: int = 0  # sequences, of all ranks together
 
     def step(self) -> Entry:
         """One step more.
@@ -85,18 +74,14 @@ class Run:
         return Entry(self.done, value, lr, seconds, speed, peak_bytes)
 
     def resume(self, folder: Path) -> None:
-        """Go on from the last checkpoint; a run that was killed before its first begins anew."""
+        """Goes on from the last checkpoint; a run that was killed before its first begins anew."""
         if self.backend.first(lambda: self.backend.has_saved(folder)):
             found = self.backend.resume(folder)
             self.done = found.step
             self.seen = found.position.get("sequences", found.step)
 
     def save(self, folder: Path) -> None:
-        """Leave a checkpoint from which the run can be resumed.
-
-        Raises:
-            NotFiniteError: a weight is not finite; the checkpoint before is unchanged.
-        """
+        """Saves a checkpoint; NotFiniteError leaves the one before unchanged."""
         over_ranks = self.settings.engine is not None
         position = {"sequences": self.seen} if over_ranks else self.sequences.position(self.done)
         self.backend.save(folder, self.done, position)
@@ -194,12 +179,7 @@ def _check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers
 
 
 def train(run: Run, report: Callable[[Entry], None], until: int | None = None) -> Result:
-    """Steps until the end, or until a signal comes.
-
-    Args:
-        run: what to train.
-        report: called after each step, on the first rank.
-        until: the last step, in place of the settings'.
+    """Steps until the settings' end or `until`; `report` is called on the first rank.
 
     Raises:
         CommandError: a loss, a gradient or a weight is not finite; the last checkpoint stays.
@@ -248,7 +228,7 @@ def _save_or_stop(run: Run, folder: Path, signals: list[int]) -> None:
 def _signals() -> Iterator[list[int]]:
     """A list that gets the number of the first Ctrl-C or SIGTERM; another one stops at once."""
     came: list[int] = []
-    before: dict[int, Any] = {}  # handlers as the signal module has them
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -258,8 +238,8 @@ def _signals() -> Iterator[list[int]]:
         came.append(number)
         restore()
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        before[each] = signal.signal(each, note)
+    for each in before:
+        signal.signal(each, note)
     try:
         yield came
     finally:
@@ -268,12 +248,9 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _removed_if_it_fails(out: Path, missing: list[Path], keeps: bool) -> Iterator[None]:
-    """Removes what a run wrote that ended before its first step was done.
+    """Removes what a run wrote that failed before its first step was done, unless `keeps`.
 
-    Args:
-        out: the run's folder; what is in it is this run's.
-        missing: `out` and those of its parents that were not there before, the outermost last.
-        keeps: whether the folder held a run before, or is another process's to remove.
+    `missing` are `out` and those of its parents that were not there before, the outermost last.
     """
     try:
         yield

@@ -17,15 +17,10 @@ _PIECE: Final = 1 << 16  # characters that are read at once
 
 
 class Sequences:
-    """Stretches of a stream of tokens, each once an epoch.
+    """Stretches of a stream of tokens, each once an epoch; at most `count` of them.
 
-    The order depends on the step's number alone, so a run can be resumed anywhere.
-
-    Args:
-        stream: of tokens.
-        tokens: of one sequence.
-        seed: of the order; None: the stream's own.
-        count: of sequences; None: as many as there are.
+    The order depends on the seed and the step's number alone, so a run can be resumed anywhere;
+    without a seed it is the stream's own.
     """
 
     def __init__(
@@ -82,12 +77,7 @@ def read_sequences(
 ) -> Sequences:
     """The sequences of UTF-8 texts, each text tokenized as one document.
 
-    A text is read piece by piece, and its tokens go to a file without a name in `folder`, 4 bytes
-    each.
-
-    Raises:
-        CommandError: a file is missing, binary or empty, all of them are shorter than one sequence,
-            or the folder has no room.
+    A text is read piece by piece, and its tokens go to a file without a name in `folder`.
     """
     stream, sizes = TokenFile(folder), [file.stat().st_size for file in files]
     for number, file in enumerate(files):
@@ -120,13 +110,8 @@ def check_texts(files: Iterable[Path]) -> None:
 def text_pieces(file: Path, name: str, characters: int = _PIECE) -> Iterator[str]:
     """The UTF-8 text of a file, in pieces of so many characters; the last may have fewer.
 
-    Args:
-        file: to read.
-        name: of the argument that gave it, for messages.
-        characters: of a piece.
-
     Raises:
-        CommandError: it is missing, binary or empty; as soon as that is seen.
+        CommandError: it is missing, binary or empty; the argument that gave it is called `name`.
     """
     is_empty = True
     try:

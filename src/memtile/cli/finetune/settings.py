@@ -20,51 +20,32 @@ _READ_WHOLE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Loading):
-    """How a run is carried out, which changes none of its numbers.
+    """How a run is carried out, which changes none of its numbers."""
 
-    Args:
-        out: its folder, which all ranks see.
-        save_every: steps between checkpoints.
-        resume: go on from the last one.
-        tile_bytes: the largest tile, over ranks.
-        offload: keep shards, gradients and moments in host memory, over ranks.
-    """
-
-    out: Path
-    save_every: int
-    resume: bool
-    tile_bytes: int
-    offload: bool
+    out: Path  # its folder, which all ranks see
+    save_every: int  # steps between checkpoints
+    resume: bool  # go on from the last one
+    tile_bytes: int  # the largest tile, over ranks
+    offload: bool  # over ranks, keep shards, gradients and moments in host memory
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the numbers of a run, and nothing else.
 
-    Args:
-        model: its folder.
-        texts: files to train on, in order.
-        steps: optimizer steps in all.
-        tokens: in a step, one sequence.
-        lr: learning rate of the first step.
-        seed: of the order of sequences and of dropout.
-        lora: rank of the adapters; None: all weights are trained.
-        digests: of the model, then of each text.
-        engine: that holds shards; None: one process.
-
     Raises:
         CommandError: a number that makes no sense.
     """
 
-    model: str
-    texts: tuple[str, ...]
-    steps: int
-    tokens: int
-    lr: float
-    seed: int
-    lora: int | None = None
-    digests: tuple[str, ...] = ()
-    engine: str | None = None
+    model: str  # its folder
+    texts: tuple[str, ...]  # files to train on, in order
+    steps: int  # of the optimizer, in all
+    tokens: int  # in a step, one sequence
+    lr: float  # of the first step
+    seed: int  # of the order of sequences and of dropout
+    lora: int | None = None  # rank of the adapters; None: all weights are trained
+    digests: tuple[str, ...] = ()  # of the model, then of each text
+    engine: str | None = None  # that holds shards; None: one process
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("tokens", 2), ("seed", 0), ("lora", 1)):
@@ -133,14 +114,10 @@ def digests(
     with_weights: bool,
     heard: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[str, ...]:
-    """SHA-256 of the model's files together, then of each text.
+    """SHA-256 of the model's config and tokenizer together, then of each text.
 
-    Args:
-        model: its folder; config and tokenizer are read whole.
-        texts: read whole.
-        with_weights: read the weights too, as a run needs whose checkpoints have adapters only.
-            Otherwise their sizes count: the run has its weights from its own checkpoint.
-        heard: called with the number of bytes of each piece that was read.
+    Of weights the sizes count, since a run has them in its own checkpoints; a run whose checkpoints
+    have adapters only needs `with_weights`. `heard` gets the size of each piece that was read.
     """
     known: dict[str, object] = {
         path.name: _digest(path, heard)

@@ -121,13 +121,7 @@ def load(
     options: Options,
     planned: Callable[[str], None],
 ) -> Backend:
-    """Tiles, shards and loads a model on the meta device.
-
-    Raises:
-        EngineError: ranks differ.
-        CommandError: nothing is larger than a tile.
-        CheckpointError: the model's files are damaged, or of another model.
-    """
+    """Tiles, shards and loads a model on the meta device."""
     nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     tile = format_byte_size(options.tile_bytes)
     check_agreement(model, (settings, options))
@@ -184,25 +178,18 @@ def _device() -> torch.device:
 
 
 def check_shards(model: nn.Module) -> None:
-    """Looks at the gradients that all ranks are about to step with.
-
-    Raises:
-        NotFiniteError: one is not finite, on every rank.
-    """
+    """Raises NotFiniteError on every rank where a gradient of any rank is not finite."""
     bad = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not is_finite(_local(parameter.grad))
+        if (grad := parameter.grad) is not None
+        and not is_finite(grad.to_local() if isinstance(grad, DTensor) else grad)
     ]
     count = torch.tensor(len(bad))
     dist.all_reduce(count)
     if count:
         whose = bad[0] if bad else "a shard of another rank"
         raise NotFiniteError(f"the gradient of {whose} is not finite; nothing was stepped")
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 @contextmanager
@@ -219,11 +206,7 @@ def process_group() -> Iterator[None]:
 
 
 def load_engine(name: str) -> None:
-    """Imports an engine, and has it print nothing but warnings.
-
-    Raises:
-        EngineError: it is not installed.
-    """
+    """Imports an engine, and has it print nothing but warnings."""
     if name != "zero3":
         return
     check_installed()

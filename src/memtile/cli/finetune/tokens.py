@@ -49,11 +49,8 @@ def document_tokens(
     What the tokenizer adds before and after a text is there once. An end-of-text token follows, if
     the tokenizer has one and does not add it itself. A word that is longer than half the overlap
     may be cut where a piece ends. A tokenizer that is written in Python does not say where its
-    tokens begin: it gets the document in pieces that end with a line.
-
-    Args:
-        pieces: of the document's text, each longer than the overlap except for the last.
-        tokenizer: of transformers.
+    tokens begin: it gets the document in pieces that end with a line. All pieces but the last must
+    be longer than the overlap.
     """
     after: list[int] | None = None
     for text, ids in _joined(pieces, tokenizer) if tokenizer.is_fast else _lines(pieces, tokenizer):
@@ -124,11 +121,7 @@ def _ids(text: str, tokenizer: Any, **options: bool) -> list[int]:
 
 
 class TokenFile:
-    """Tokens in a file without a name, 4 bytes each, which ends with the process.
-
-    Raises:
-        CommandError: nothing can be written in `folder`.
-    """
+    """Tokens in a file without a name in `folder`, 4 bytes each, which ends with the process."""
 
     def __init__(self, folder: Path) -> None:
         self.count, self.largest_id, self._folder = 0, 0, folder
