@@ -13,7 +13,7 @@ from rich.console import Console
 from memtile.cli import main
 from memtile.cli.demo import command, comparison, smollm2, worker
 from memtile.cli.demo.__main__ import main as worker_main
-from memtile.cli.demo.records import Extent, Machine, Settings, Side
+from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Side
 from memtile.cli.demo.training import SHIPPED_TEXT, cut_batches, text_of
 from memtile.cli.errors import CommandError, WorkerError
 
@@ -23,8 +23,8 @@ SIDE = Side(
     peak_bytes=64 << 20,
     parameter_tensors=5,
     parameters=1000,
-    largest_tensor=Extent(8 << 20, "head.weight"),
-    largest_allocation=Extent(16 << 20, "aten.mm"),
+    largest_tensor=NamedSize(8 << 20, "head.weight"),
+    largest_allocation=NamedSize(16 << 20, "aten.mm"),
     first_batch_loss_before=4.5,
     first_batch_loss_after=1.5,
     continuation="and so it went on",
@@ -34,11 +34,11 @@ TILED = replace(
     losses=[4.0, 3.0 * (1 + 3e-6), 2.0],
     seconds=[9.0, 2.0, 6.0],
     parameter_tensors=60,
-    largest_tensor=Extent(1 << 20, "head.linears.0.0.weight"),
-    largest_allocation=Extent(2 << 20, "aten.addmm"),
+    largest_tensor=NamedSize(1 << 20, "head.linears.0.0.weight"),
+    largest_allocation=NamedSize(2 << 20, "aten.addmm"),
     checkpoint_is_dense=True,
 )
-SETTINGS = Settings(
+SETTINGS = DemoSettings(
     model="folder",
     text="file",
     steps=3,
@@ -370,7 +370,7 @@ def test_differences_are_relative_to_the_dense_run():
         ({"tiled": replace(TILED, losses=[4.0, 3.0, 2.0001])}, 1),
         ({"tiled": replace(TILED, first_batch_loss_after=4.5)}, 2),
         ({"dense": replace(SIDE, first_batch_loss_after=4.6)}, 2),
-        ({"tiled": replace(TILED, largest_tensor=Extent((1 << 20) + 1, "a"))}, 3),
+        ({"tiled": replace(TILED, largest_tensor=NamedSize((1 << 20) + 1, "a"))}, 3),
         ({"tiled": replace(TILED, checkpoint_is_dense=False)}, 4),
         ({"tiled": replace(TILED, checkpoint_is_dense=None)}, 4),
     ],

@@ -19,6 +19,7 @@ from memtile.cli.terminal import progress
 from memtile.planning import format_byte_size
 
 _TRAINING: Final = "training.json"
+_KEPT_HOME: Final = "tiles.memtile"  # of releases that kept homes
 _RUN_PARTS: Final = ("model", "trainable", "optimizer", "random")
 
 
@@ -69,6 +70,11 @@ def inspect(path: Path, verify: bool, bars: Progress) -> Contents:
     """Looks at a run's checkpoint, or a safetensors checkpoint."""
     if not path.exists():
         raise CommandError(f"{path} does not exist: give a checkpoint.")
+    if _KEPT_HOME in (path.name, *(file.name for file in path.glob(_KEPT_HOME))):
+        raise CommandError(
+            f"{path} is a kept home, which is no longer read: with the release that made it, save "
+            "the model by memtile.save_checkpoint or memtile finetune --out, and give that folder."
+        )
     steps = saved_steps(path)
     folder = steps[-1].path if steps and not any(path.glob("*.safetensors")) else path
     if (folder / _TRAINING).is_file():

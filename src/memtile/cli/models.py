@@ -100,19 +100,25 @@ def load_transformers(folder: Path) -> None:
     """
     try:
         import transformers
-        from transformers.utils import logging
     except ImportError as error:
         raise CommandError(
             "This command needs transformers: pip install 'memtile[finetune]'"
         ) from error
-    warnings.simplefilter("ignore")  # deprecations
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quieten()
     for name in _architectures(folder):
         getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
     from memtile.integrations.pretrained import check_files
 
     check_files(folder)
+
+
+def quieten() -> None:
+    """Has transformers print nothing by itself, neither bars nor deprecations."""
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _architectures(folder: Path) -> list[str]:

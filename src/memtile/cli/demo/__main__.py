@@ -6,12 +6,12 @@ the end. Everything else that is printed goes to stderr, which the parent keeps 
 
 import json
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from memtile.cli.demo.records import Document, Settings
+from memtile.cli import models
+from memtile.cli.demo.records import DemoSettings, Document
 from memtile.errors import MemtileError
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _do(task: Document, lines: TextIO) -> Document:
-    _quieten()
+    models.quieten()
     if task["do"] == "unpack":
         from memtile.cli.demo.smollm2 import write_folder
 
@@ -39,7 +39,7 @@ def _do(task: Document, lines: TextIO) -> Document:
     from memtile.cli.demo.training import run_side
 
     side = run_side(
-        Settings(**task["settings"]),
+        DemoSettings(**task["settings"]),
         task["tiled"],
         Path(task["logits"]),
         lambda step, loss: _say(lines, step=step, loss=loss),
@@ -49,14 +49,6 @@ def _do(task: Document, lines: TextIO) -> Document:
 
 def _say(lines: TextIO, **document: object) -> None:
     print(json.dumps(document), file=lines, flush=True)
-
-
-def _quieten() -> None:
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore")  # deprecations
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

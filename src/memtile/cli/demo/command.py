@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from memtile.cli import models
 from memtile.cli.demo.comparison import compare, relative_difference
-from memtile.cli.demo.records import Outcome, Settings, Side
+from memtile.cli.demo.records import DemoSettings, Outcome, Side
 from memtile.cli.demo.smollm2 import cached_folder, default_cache, find_gguf
 from memtile.cli.demo.tables import show
 from memtile.cli.demo.training import SHIPPED_TEXT, text_of
@@ -65,7 +65,7 @@ def run_demo(
     text_of(text or SHIPPED_TEXT)
     with progress() as bars:
         ensure_runnable()
-        settings = Settings(
+        settings = DemoSettings(
             model=str(model or smollm2_folder(cache or default_cache(), bars)),
             text=str(text or SHIPPED_TEXT),
             steps=steps,
@@ -122,7 +122,7 @@ def smollm2_folder(cache: Path, bars: Progress) -> Path:
     return Path(written["folder"])
 
 
-def run_both(settings: Settings, bars: Progress) -> Outcome:
+def run_both(settings: DemoSettings, bars: Progress) -> Outcome:
     """Both runs compared; the tiled one goes first, since its tiles may be refused."""
     with TemporaryDirectory(prefix="memtile-demo-") as scratch:
         tiled_logits, dense_logits = Path(scratch, "tiled"), Path(scratch, "dense")
@@ -132,7 +132,7 @@ def run_both(settings: Settings, bars: Progress) -> Outcome:
     return compare(settings, dense, tiled, difference)
 
 
-def _run_side(settings: Settings, tiled: bool, logits: Path, bars: Progress) -> Side:
+def _run_side(settings: DemoSettings, tiled: bool, logits: Path, bars: Progress) -> Side:
     name = "tiled" if tiled else "dense"
     bar = bars.add_task(f"{name}: loading", total=settings.steps)
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from memtile.cli.demo.records import Machine, Outcome, Settings, Side, Verdict
+from memtile.cli.demo.records import DemoSettings, Machine, Outcome, Side, Verdict
 from memtile.planning import format_byte_size
 
 LOGITS_BOUND: Final = 2e-5  # both stand in the verdicts' words
@@ -19,7 +19,7 @@ _STATE_BYTES: Final = 16  # of a parameter: weight, gradient and two moments in 
 _WORTH_JUDGING: Final = 0.75  # of the dense run's peak: below, activations are too much of it
 
 
-def compare(settings: Settings, dense: Side, tiled: Side, logits_difference: float) -> Outcome:
+def compare(settings: DemoSettings, dense: Side, tiled: Side, logits_difference: float) -> Outcome:
     """Everything that the demo shows, from what the two workers measured on this machine."""
     loss_differences = [
         abs(ours - theirs) / abs(theirs)

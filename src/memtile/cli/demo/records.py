@@ -7,7 +7,7 @@ Document = dict[str, Any]  # a JSON object: json.loads knows no more of its valu
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """The settings of both runs."""
 
     model: str  # folder in the transformers format
@@ -22,7 +22,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Extent:
+class NamedSize:
     """A size in memory, and the tensor that has it or the operation that made it."""
 
     nbytes: int
@@ -38,8 +38,8 @@ class Side:
     peak_bytes: int  # resident memory above the imports, up to the end of training
     parameter_tensors: int  # each shared one counted once
     parameters: int  # elements in them
-    largest_tensor: Extent  # weight, gradient or optimizer state
-    largest_allocation: Extent  # storage that an operation of the first step made
+    largest_tensor: NamedSize  # weight, gradient or optimizer state
+    largest_allocation: NamedSize  # storage that an operation of the first step made
     first_batch_loss_before: float
     first_batch_loss_after: float
     continuation: str  # greedy, of the text's first tokens, after training
@@ -51,7 +51,9 @@ class Side:
     @classmethod
     def from_json(cls, fields: Document) -> "Side":
         """The record of what `dataclasses.asdict` gave."""
-        pieces = {name: Extent(**fields[name]) for name in ("largest_tensor", "largest_allocation")}
+        pieces = {
+            name: NamedSize(**fields[name]) for name in ("largest_tensor", "largest_allocation")
+        }
         return cls(**{**fields, **pieces})
 
 
@@ -81,7 +83,7 @@ class Verdict:
 class Outcome:
     """Both runs side by side, with the differences and the verdicts."""
 
-    settings: Settings
+    settings: DemoSettings
     machine: Machine
     dense: Side
     tiled: Side

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from memtile.cli.demo.records import Extent, Machine, Outcome, Settings, Side
+from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Outcome, Side
 from memtile.planning import format_byte_size
 
 _HOW_MEASURED: Final = (
@@ -29,7 +29,7 @@ def show(outcome: Outcome, console: Console) -> None:
     console.print(_verdicts(outcome))
 
 
-def _heading(settings: Settings, machine: Machine) -> Text:
+def _heading(settings: DemoSettings, machine: Machine) -> Text:
     tile = format_byte_size(settings.max_tile_bytes)
     return Text(
         f"{settings.steps} AdamW steps of {settings.tokens} tokens, "
@@ -66,11 +66,11 @@ def _costs(outcome: Outcome) -> Table:
     words = (f"{seconds['dense']:.3f}", f"{seconds['tiled']:.3f}")
     _row(table, "seconds per step", *words, seconds["tiled"] / seconds["dense"])
     for what, left, right in (
-        ("peak memory", Extent(dense.peak_bytes, ""), Extent(tiled.peak_bytes, "")),
+        ("peak memory", NamedSize(dense.peak_bytes, ""), NamedSize(tiled.peak_bytes, "")),
         ("largest tensor", dense.largest_tensor, tiled.largest_tensor),
         ("largest allocation", dense.largest_allocation, tiled.largest_allocation),
     ):
-        _row(table, what, _extent(left), _extent(right), right.nbytes / max(1, left.nbytes))
+        _row(table, what, _sized(left), _sized(right), right.nbytes / max(1, left.nbytes))
     left_count, right_count = dense.parameter_tensors, tiled.parameter_tensors
     _row(table, "parameter tensors", str(left_count), str(right_count), right_count / left_count)
     if tiled.home:
@@ -94,8 +94,8 @@ def _row(table: Table, what: str, dense: str, tiled: str, ratio: float) -> None:
     table.add_row(what, dense, tiled, f"{ratio:.3f}" if ratio < 100 else f"{ratio:.0f}")
 
 
-def _extent(extent: Extent) -> str:
-    return f"{format_byte_size(extent.nbytes)}\n{extent.what}".rstrip()
+def _sized(size: NamedSize) -> str:
+    return f"{format_byte_size(size.nbytes)}\n{size.what}".rstrip()
 
 
 def _continuations(outcome: Outcome) -> Group:

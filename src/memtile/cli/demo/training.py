@@ -15,12 +15,12 @@ from torch.optim.lr_scheduler import ConstantLR
 
 import memtile
 from memtile.cli import models
-from memtile.cli.demo.records import Extent, Settings, Side
+from memtile.cli.demo.records import DemoSettings, NamedSize, Side
 from memtile.cli.errors import CommandError, first_line
 from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.run import Run, train
 from memtile.cli.finetune.sequences import Sequences, text_pieces
-from memtile.cli.finetune.settings import Settings as TrainingSettings
+from memtile.cli.finetune.settings import TrainingSettings
 from memtile.cli.finetune.tokens import TokenFile, document_tokens
 from memtile.convert import select_linears
 from memtile.homes import DiskHome, Home, resolve_home, usable_folder
@@ -37,7 +37,7 @@ _MOST_TILES: Final = 20_000
 
 
 def run_side(
-    settings: Settings, tiled: bool, logits_file: Path, report: Callable[[int, float], None]
+    settings: DemoSettings, tiled: bool, logits_file: Path, report: Callable[[int, float], None]
 ) -> Side:
     """Trains the model, and measures one column of the demo's tables.
 
@@ -107,7 +107,7 @@ def _described(home: Home | None) -> str:
     return "" if home is None else repr(home)
 
 
-def _prepare(settings: Settings) -> tuple["PreTrainedTokenizerBase", Sequences]:
+def _prepare(settings: DemoSettings) -> tuple["PreTrainedTokenizerBase", Sequences]:
     """Tokenizer and batches; the model's code is imported too, so that no peak counts it."""
     import transformers
 
@@ -181,7 +181,7 @@ def _evaluate(
 def _train(
     model: "PreTrainedModel",
     batches: Sequences,
-    settings: Settings,
+    settings: DemoSettings,
     home: Home | None,
     memory: PeakMemory,
     report: Callable[[int, float], None],
@@ -212,7 +212,7 @@ def _train(
         "losses": [entry.loss for entry in entries],
         "seconds": [entry.seconds for entry in entries],
         "largest_tensor": max(_tensors(model, optimizer), key=lambda tensor: tensor.nbytes),
-        "largest_allocation": Extent(probe.nbytes, probe.op),
+        "largest_allocation": NamedSize(probe.nbytes, probe.op),
         "read_bytes": read,
         "written_bytes": written,
     }
@@ -230,14 +230,14 @@ def _traffic(home: Home | None) -> tuple[int, int]:
     return (0, 0) if home is None else (home.traffic.read_bytes, home.traffic.written_bytes)
 
 
-def _tensors(model: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> Iterator[Extent]:
+def _tensors(model: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> Iterator[NamedSize]:
     for name, parameter in model.named_parameters():
-        yield Extent(parameter.nbytes, name)
+        yield NamedSize(parameter.nbytes, name)
         if parameter.grad is not None:
-            yield Extent(parameter.grad.nbytes, f"gradient of {name}")
+            yield NamedSize(parameter.grad.nbytes, f"gradient of {name}")
         for state, value in optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor):
-                yield Extent(value.nbytes, f"{state} of {name}")
+                yield NamedSize(value.nbytes, f"{state} of {name}")
 
 
 def _continue(

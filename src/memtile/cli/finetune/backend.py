@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune.settings import Options, Settings
+from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed, has_training
 from memtile.testing import PeakMemory
 
@@ -96,7 +96,7 @@ class Backend:
 
 def load(
     model: "PreTrainedModel",
-    settings: Settings,
+    settings: TrainingSettings,
     options: Options,
     memory: PeakMemory,
     planned: Callable[[str], None],

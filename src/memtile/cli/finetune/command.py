@@ -16,7 +16,7 @@ from memtile.cli.finetune.run import Result, finetune
 from memtile.cli.finetune.sequences import check_texts
 from memtile.cli.finetune.settings import (
     Options,
-    Settings,
+    TrainingSettings,
     digests,
     holds_run,
     is_first_rank,
@@ -92,7 +92,9 @@ def run_finetune(
     paths = tuple(str(text.resolve()) for text in texts)
     check_texts(texts)
     found = _digests(model, texts, lora is not None)
-    settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine)
+    settings = TrainingSettings(
+        str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine
+    )
     _check_out(out, settings, resume)
     models.load_transformers(model)
     console = Console(highlight=False, quiet=engine is not None and not is_first_rank())
@@ -161,7 +163,7 @@ def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, .
         )
 
 
-def _check_out(out: Path, settings: Settings, resume: bool) -> None:
+def _check_out(out: Path, settings: TrainingSettings, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out {out} is a file: give a folder.")
     if resume:

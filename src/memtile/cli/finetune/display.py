@@ -6,7 +6,7 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memtile.cli.finetune.log import Entry
+from memtile.cli.finetune.log import LoggedStep
 from memtile.planning import format_byte_size
 
 _BETWEEN_LINES: Final = 16 << 20  # bytes of text, tens of seconds
@@ -66,7 +66,7 @@ class Display:
         self._bar.update(self._step, completed=done)
         self._bar.start()
 
-    def report(self, entry: Entry) -> None:
+    def report(self, entry: LoggedStep) -> None:
         """Shows a step."""
         used = format_byte_size(entry.peak_bytes) + self._limit
         words = f"loss {entry.loss:.3f}, {entry.tokens_per_second:.0f} tokens/s, {used}"

@@ -12,7 +12,7 @@ PICTURE: Final = "loss.png"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LoggedStep:
     """One step: its loss before the update, and the peak memory so far above the imports."""
 
     step: int
@@ -33,7 +33,7 @@ class Log:
         self._file.writelines(line + "\n" for line in kept)
         self._file.flush()
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: LoggedStep) -> None:
         """Writes a step at once."""
         self._file.write(json.dumps(asdict(entry)) + "\n")
         self._file.flush()

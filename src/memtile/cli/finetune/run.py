@@ -18,9 +18,9 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, Interrupted
 from memtile.cli.finetune.backend import Backend, load
 from memtile.cli.finetune.display import Display
-from memtile.cli.finetune.log import LOG, Entry, Log
+from memtile.cli.finetune.log import LOG, Log, LoggedStep
 from memtile.cli.finetune.sequences import Sequences, read_sequences
-from memtile.cli.finetune.settings import Options, Settings, is_first_rank
+from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
 from memtile.errors import NotFiniteError
 from memtile.homes import keep_freed_memory_out, usable_folder
 from memtile.testing import PeakMemory
@@ -33,7 +33,7 @@ TRAINING: Final = "training"
 class Result:
     """The steps that were done now, the peak memory above the imports, and the seconds."""
 
-    entries: list[Entry]
+    entries: list[LoggedStep]
     peak_bytes: int
     seconds: float
 
@@ -42,7 +42,7 @@ class Result:
 class Run:
     """A model, its sequences, and how far the training is."""
 
-    settings: Settings
+    settings: TrainingSettings
     backend: Backend
     sequences: Sequences
     memory: PeakMemory
@@ -51,7 +51,7 @@ class Run:
     done: int = 0  # steps
     seen: int = 0  # sequences, of all ranks together
 
-    def step(self) -> Entry:
+    def step(self) -> LoggedStep:
         """One step more.
 
         Raises:
@@ -71,7 +71,7 @@ class Run:
         seconds = time.perf_counter() - started
         speed = self.settings.tokens * backend.ranks / seconds
         peak_bytes = backend.largest(self.memory.nbytes)
-        return Entry(self.done, value, lr, seconds, speed, peak_bytes)
+        return LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
 
     def resume(self, folder: Path) -> None:
         """Goes on from the last checkpoint; a run that was killed before its first begins anew."""
@@ -100,7 +100,7 @@ class Run:
         )
 
 
-def finetune(settings: Settings, options: Options, display: Display) -> Result:
+def finetune(settings: TrainingSettings, options: Options, display: Display) -> Result:
     """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it.
 
     Raises:
@@ -137,7 +137,9 @@ def finetune(settings: Settings, options: Options, display: Display) -> Result:
     return result
 
 
-def _prepared(settings: Settings, options: Options, memory: PeakMemory, display: Display) -> Run:
+def _prepared(
+    settings: TrainingSettings, options: Options, memory: PeakMemory, display: Display
+) -> Run:
     torch.manual_seed(settings.seed)
     path = Path(settings.model)
     model = models.empty_of(path, options.trusts_code)
@@ -178,7 +180,7 @@ def _check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers
         )
 
 
-def train(run: Run, report: Callable[[Entry], None], until: int | None = None) -> Result:
+def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = None) -> Result:
     """Steps until the settings' end or `until`; `report` is called on the first rank.
 
     Raises:
@@ -188,7 +190,7 @@ def train(run: Run, report: Callable[[Entry], None], until: int | None = None) -
     last = run.settings.steps if until is None else until
     writes = run.backend.rank == 0
     log = Log(run.out, run.done) if run.out is not None and writes else None
-    entries: list[Entry] = []
+    entries: list[LoggedStep] = []
     listening: AbstractContextManager[list[int]] = (
         nullcontext([]) if run.out is None else _signals()
     )

@@ -30,7 +30,7 @@ class Options(Loading):
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Everything that decides the numbers of a run, and nothing else.
 
     Raises:
@@ -93,11 +93,11 @@ def holds_run(out: Path) -> bool:
     return (out / _NAME).is_file()
 
 
-def _read(out: Path) -> Settings:
+def _read(out: Path) -> TrainingSettings:
     try:
         found: dict[str, Any] = json.loads((out / _NAME).read_bytes())  # JSON
         lists = {name: tuple(found[name]) for name in ("texts", "digests")}
-        return Settings(**{**found, **lists})
+        return TrainingSettings(**{**found, **lists})
     except FileNotFoundError as error:
         raise CommandError(
             f"--resume: {out} holds no run; begin one without --resume, or give its --out."

@@ -21,7 +21,7 @@ from memtile.checkpoints.steps import saved_steps
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.backend import Backend
-from memtile.cli.finetune.settings import Options, Settings
+from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed
 from memtile.engines import dense_files, distributed_checkpoints
 from memtile.engines.agreement import check_agreement
@@ -117,7 +117,7 @@ class _Zero3(_Sharded):
 
 def load(
     model: Any,  # of transformers
-    settings: Settings,
+    settings: TrainingSettings,
     options: Options,
     planned: Callable[[str], None],
 ) -> Backend:
@@ -141,7 +141,7 @@ def load(
     return backend
 
 
-def _fsdp2(model: Any, settings: Settings, options: Options) -> Backend:
+def _fsdp2(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     """What has 16 bits in the checkpoint is computed in 16 bits."""
     model = model.float()
     dtype: torch.dtype = model.config.dtype or torch.float32
@@ -157,7 +157,7 @@ def _fsdp2(model: Any, settings: Settings, options: Options) -> Backend:
     return _Fsdp2(model, adamw, CosineAnnealingLR(adamw, settings.steps), dtype)
 
 
-def _zero3(model: Any, settings: Settings, options: Options) -> Backend:
+def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     import deepspeed
 
     from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
