@@ -96,7 +96,7 @@ def test_an_interrupt_outside_of_a_commands_work_is_not_a_traceback(monkeypatch,
     ],
 )
 def test_importing_loads_no_optional_package(module, unwanted):
-    """A room that is imported brings in only what it cannot do without, and calls no CUDA."""
+    """An import loads no optional package, and makes no CUDA call."""
     code = (
         f"import sys, torch, {module}; print(*[name for name in {unwanted} if name in sys.modules],"
         "torch.cuda.is_initialized())"

@@ -1,4 +1,4 @@
-"""`memtile demo`: two runs in two processes, compared, and every way of asking for it wrongly."""
+"""`memtile demo`: two runs in two processes, compared; wrong options are refused."""
 
 import io
 import json
@@ -76,7 +76,7 @@ def tiny_run(tiny_model, tiny_text):
 
 
 def test_the_demo_keeps_its_promises_on_a_tiny_model(tiny_run):
-    """Same logits, same losses, learning, no piece above the tile, a dense checkpoint: exit 0."""
+    """Same logits, same losses, learning, no tensor above the tile, a dense checkpoint: exit 0."""
     outcome = json.loads(tiny_run.stdout)
 
     assert [verdict["kept"] for verdict in outcome["verdicts"]] == [True] * 5, tiny_run.stdout
@@ -405,7 +405,7 @@ def test_memory_is_judged_where_weights_lived_on_disk(peak, kept):
 
 
 def test_memory_is_not_judged_where_activations_are_most_of_it():
-    """Tiles bound weights and what belongs to them: a run with little of these proves nothing."""
+    """Tiles bound weights, gradients and moments, so a run with few of them is not judged."""
     outcome = compared(tiled=replace(ON_DISK, peak_bytes=1))
 
     assert len(outcome.verdicts) == 5
@@ -561,7 +561,7 @@ def test_an_unpacking_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("found", "kept"), [("config.json", "theirs"), ("scrap", "ours")])
 def test_two_runs_may_unpack_at_once(monkeypatch, tmp_path, found, kept):
-    """A folder that appeared meanwhile is used if it is a model, and replaced if it is a scrap."""
+    """A folder that appeared meanwhile is used if it is a model, and replaced if it is not."""
     cache = tmp_path / "cache"
 
     def unpack_after_someone_else(gguf, folder):
