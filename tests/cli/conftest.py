@@ -1,4 +1,4 @@
-"""A model, a tokenizer and a text that are small enough to train in a moment."""
+"""A model, a tokenizer and a text that are small enough to train in under a second."""
 
 import json
 from pathlib import Path

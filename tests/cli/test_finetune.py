@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
-from memtile.cli.finetune import digests
-from memtile.cli.finetune.run import _PlannedRun
+from memtile.cli.finetune.run import Run
+from memtile.cli.finetune.settings import digests
 
 STEPS = 6
 
@@ -160,7 +160,7 @@ def test_adapters_go_on_over_their_own_base_only(tiny_model, text, tmp_path, cap
     ],
 )
 def test_what_decides_a_run_is_told_from_others(tiny_model, tmp_path, name, with_weights, is_seen):
-    """A changed byte of whatever decides its numbers, at the same size; nothing else."""
+    """A changed byte changes the digest only where the file decides the run's numbers."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / "README.md").write_text("good")
@@ -259,7 +259,7 @@ def test_wrong_texts_are_one_sentence(tiny_model, tmp_path, capsys, content, sen
 
 
 def test_a_run_that_overflows_keeps_its_last_good_state(tiny_model, text, tmp_path, capsys):
-    """It says so, and another run can begin from finite numbers."""
+    """The message names the last checkpoint, whose numbers are finite."""
     out = tmp_path / "out"
 
     code = main(arguments(tiny_model, text, out, "--lr", "1e30", "--save-every", "1"))
@@ -273,7 +273,7 @@ def test_a_run_that_overflows_keeps_its_last_good_state(tiny_model, text, tmp_pa
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model, text, tmp_path, capsys):
-    """Before anything is stepped with it."""
+    """A loss that is not finite ends the run before backward."""
     folder = tmp_path / "model"
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
@@ -288,14 +288,16 @@ def test_a_gradient_that_is_no_number_stops_the_run(
     tiny_model, text, tmp_path, capsys, monkeypatch
 ):
     """The loss is finite, and the last checkpoint stays the one of finite numbers."""
-    out, step = tmp_path / "out", _PlannedRun.step
+    out, step = tmp_path / "out", Run.step
 
     def overflowing(run):
         if run.done == 2:
-            next(iter(run._model.parameters())).register_hook(lambda gradient: gradient * math.inf)
+            next(iter(run.backend.model.parameters())).register_hook(
+                lambda gradient: gradient * math.inf
+            )
         return step(run)
 
-    monkeypatch.setattr(_PlannedRun, "step", overflowing)
+    monkeypatch.setattr(Run, "step", overflowing)
 
     assert main(arguments(tiny_model, text, out, "--save-every", "1")) == 2
     said = capsys.readouterr().err
@@ -310,17 +312,17 @@ def test_a_gradient_that_is_no_number_stops_the_run(
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tiny_model, text, tmp_path, capsys, monkeypatch):
-    """Whatever made them so, the checkpoint before stays, and is named."""
-    out, save = tmp_path / "out", _PlannedRun.save
+    """The checkpoint before stays, and is named."""
+    out, save = tmp_path / "out", Run.save
 
-    def overflown(run):
+    def overflown(run, folder):
         if run.done == 2:
-            weight = next(p for p in run._model.parameters() if p.dim() == 2)
+            weight = next(p for p in run.backend.model.parameters() if p.dim() == 2)
             with torch.no_grad():
                 weight[0, 0] = math.inf
-        save(run)
+        save(run, folder)
 
-    monkeypatch.setattr(_PlannedRun, "save", overflown)
+    monkeypatch.setattr(Run, "save", overflown)
 
     assert main(arguments(tiny_model, text, out, "--save-every", "1")) == 2
     assert "is not finite after 2 of 6 steps; the last good state is in" in capsys.readouterr().err
@@ -328,7 +330,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tiny_model, text, tmp_path, c
 
 
 def test_float16_is_refused_with_a_way_out_that_works(tiny_model, text, tmp_path, capsys):
-    """Its gradients overflow; the word that the sentence names makes the run one in bfloat16."""
+    """The dtype that the message names makes the run one in bfloat16."""
     folder, out = tmp_path / "model", tmp_path / "out"
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
 from memtile.cli.finetune.sequences import read_sequences
-from memtile.cli.finetune.sharding import _check_shards
+from memtile.cli.finetune.sharded import check_shards
 from memtile.errors import NotFiniteError
 
 STEPS, TOKENS, LR = 5, 16, 1e-2
@@ -129,7 +129,7 @@ def _kill_a_rank(launcher):
 def test_what_cannot_be_is_said_before_anything_begins(
     tiny_model, tiny_text, tmp_path, capsys, more, sentence
 ):
-    """One sentence, and no folder."""
+    """The message is one sentence, and no folder is made."""
     assert main(words(tiny_model, tiny_text, tmp_path / "out", *more)) == 2
 
     assert sentence in capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_what_cannot_be_is_said_before_anything_begins(
 
 
 def test_a_model_of_layers_below_the_tile_is_told_so(tiny_model, tiny_text, tmp_path):
-    """With the option that helps."""
+    """The message names the option to change."""
     arguments = words(tiny_model, tiny_text, tmp_path / "out")
     arguments[arguments.index("1KiB")] = "1GiB"
     with launch(1, arguments) as run:
@@ -147,7 +147,7 @@ def test_a_model_of_layers_below_the_tile_is_told_so(tiny_model, tiny_text, tmp_
 
 
 def test_options_of_engines_need_one(tiny_model, tiny_text, tmp_path, capsys):
-    """They would be ignored."""
+    """Options that would be ignored are refused."""
     command = ["finetune", str(tiny_model), str(tiny_text), "--out", str(tmp_path / "out")]
 
     assert main([*command, "--tile", "1MiB"]) == 2
@@ -155,15 +155,15 @@ def test_options_of_engines_need_one(tiny_model, tiny_text, tmp_path, capsys):
 
 
 def test_a_gradient_that_is_not_finite_ends_every_rank():
-    """Each looks at its own shards, all of them hear of it, and none steps."""
+    """Each rank checks its own shards, all ranks raise, and none steps."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = torch.nn.Linear(3, 5)
         model(torch.ones(2, 3)).sum().backward()
-        _check_shards(model)
+        check_shards(model)
         model.weight.grad[1, 2] = float("inf")
 
         with pytest.raises(NotFiniteError, match="the gradient of weight is not finite; nothing"):
-            _check_shards(model)
+            check_shards(model)
     finally:
         dist.destroy_process_group()

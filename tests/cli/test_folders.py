@@ -69,7 +69,7 @@ def test_one_name_too_many_is_a_line(tiny_model, tiny_text, tmp_path, capsys, co
 
 
 def test_text_is_not_drawn_from_a_head_that_is_new(tiny_model, tmp_path, capsys):
-    """Over the folder of a base alone there is nothing to generate with; the name is said."""
+    """A folder of the base model alone has no head to generate with: the missing name is given."""
     shutil.copytree(tiny_model, tmp_path / "model")
     config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=False)
     LlamaModel(config).save_pretrained(tmp_path / "model")

@@ -79,6 +79,19 @@ def test_a_foreign_checkpoint_has_no_checksums(tmp_path, capsys):
     assert "no checksums of 3 tensors" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", ["", "tiles.memtile"])
+def test_a_kept_home_is_refused_with_the_way_out(tmp_path, capsys, given):
+    """Kept homes are gone: the sentence says what holds a model instead."""
+    (tmp_path / "tiles.memtile").write_bytes(bytes(4096))
+
+    assert main(["inspect", str(tmp_path / given)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "no longer read" in printed.err
+    assert "memtile.save_checkpoint or memtile finetune --out" in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

@@ -8,8 +8,8 @@ import pytest
 
 import memtile
 from memtile.cli import main, models
-from memtile.cli.commands.finetune import run_finetune
-from memtile.cli.commands.plan import run_plan
+from memtile.cli.finetune.command import run_finetune
+from memtile.cli.plan import run_plan
 from memtile.planning import Plan, RankPlan
 
 
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_sentence(config, capsys, options, sentence):
 def test_finetune_carries_out_the_plan_that_is_shown(
     tiny_model, tiny_text, tmp_path, monkeypatch, capsys
 ):
-    """Of the same memory, by the same terms; both commands say what others took of the budget."""
+    """Both commands make the same plan, and print what else takes part of the budget."""
     plans, plan = [], memtile.plan
 
     def noted(*arguments, **options):

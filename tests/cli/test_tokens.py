@@ -11,12 +11,11 @@ import transformers
 from rich.console import Console
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from memtile.cli.demo.text import cut_batches
+from memtile.cli.demo.training import cut_batches
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.display import Display
-from memtile.cli.finetune.sequences import read_sequences, shuffled
+from memtile.cli.finetune.sequences import read_sequences, shuffled, text_pieces
 from memtile.cli.finetune.tokens import OVERLAP, TokenFile, document_tokens
-from memtile.cli.texts import text_pieces
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -115,8 +114,9 @@ def test_the_demo_takes_the_document_whole_too():
     """Its first batch begins as `generate` begins a text, and no other one does."""
     tokenizer, text = trained(words), some_text(1000)
 
-    first, second = cut_batches(text, tokenizer, batches=2, tokens=9)
+    batches = cut_batches(text, tokenizer, batches=2, tokens=9)
 
+    first, second = batches.at(0), batches.at(1)
     assert [*first[0], *second[0]] == tokenizer(text).input_ids[:18]
     assert first[0, 0] == 1
 
@@ -156,7 +156,7 @@ def test_a_tokenizer_without_places_gets_lines():
 
 
 def test_a_text_is_read_a_piece_at_a_time(tmp_path):
-    """No more than a piece of each text is held: what comes is bounded, whatever its size."""
+    """Pieces have the size that was asked for, and join to the whole text."""
     file, text = tmp_path / "text.txt", some_text(30_000)
     file.write_text(text, newline="\r\n")
 
@@ -167,7 +167,7 @@ def test_a_text_is_read_a_piece_at_a_time(tmp_path):
 
 
 def test_tokens_come_as_the_text_is_read():
-    """Never more than two pieces are waited for: memory does not grow with the text."""
+    """Tokens lag the text by at most two pieces, so memory does not grow with it."""
     tokenizer, taken = trained(byte_level), []
     text = some_text(8 * OVERLAP)
 
@@ -187,7 +187,7 @@ def test_tokens_come_as_the_text_is_read():
 
 
 def test_tokens_lie_in_a_file_without_a_name(tmp_path):
-    """Sequences are read from the disk, where tokens went as they were made; nothing is seen."""
+    """Sequences are read from the disk, where tokens were written; the folder looks empty."""
     tokenizer, scratch = trained(byte_level, eos_token="</s>"), tmp_path / "scratch"
     files, texts, heard = [], [some_text(150_000, seed=2), some_text(900, seed=3)], []
     for number, text in enumerate(texts):
@@ -209,7 +209,7 @@ def test_tokens_lie_in_a_file_without_a_name(tmp_path):
 
 
 def test_a_log_says_how_far_reading_is():
-    """A line for each 16 MiB, so that a long text is no silence; nothing for a short one."""
+    """Each 16 MiB of text is a line in a log; a short text prints nothing."""
     said = io.StringIO()
     with Display(Console(file=said), steps=1) as display:
         for done in (1, 15, 17, 31, 33, 40):
@@ -222,7 +222,7 @@ def test_a_log_says_how_far_reading_is():
 
 
 def test_a_folder_that_takes_no_tokens_is_named():
-    """In one sentence, with what would be needed."""
+    """The message says how much room is needed."""
     with pytest.raises(CommandError, match=r"cannot be kept in /proc .*4 bytes a token"):
         TokenFile(Path("/proc"))
 

@@ -19,7 +19,7 @@ EVIL = "raise SystemExit('this code ran')"
 
 @pytest.fixture
 def here(tiny_model, tiny_text, tmp_path, monkeypatch) -> Path:
-    """Gives the working folder, with a `model` and a `text` in it; nobody answers questions."""
+    """Gives the working folder, with a `model` and a `text` in it; a prompt for input fails."""
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.copy(tiny_text, tmp_path / "text")
     monkeypatch.chdir(tmp_path)
@@ -173,7 +173,7 @@ def test_a_setting_that_this_transformers_lacks_is_named(here, capsys):
 
 @pytest.mark.parametrize("settings", [b"{", {"num_beams": 4, "num_return_sequences": 2}])
 def test_settings_of_generation_do_not_keep_a_model_from_training(here, capsys, settings):
-    """They are no part of it."""
+    """Settings of generation are not used in training."""
     change(here, "generation_config.json", settings)
 
     assert main(FINETUNE) == 0
@@ -220,7 +220,7 @@ def test_settings_of_generation_do_not_keep_a_model_from_training(here, capsys, 
     ids=lambda words: words[0] if isinstance(words, list) else None,
 )
 def test_what_is_given_wrong_is_one_sentence(here, capsys, words, sentence):
-    """Sizes without units, folders for files, files for folders, nothing where something is due."""
+    """Sizes without units, folders in place of files and files in place of folders are refused."""
     (here / "hollow").mkdir()
     (here / "none").write_text(" \n")
     (here / "tiny.gguf").write_bytes(b"GGUF")
@@ -261,7 +261,7 @@ def test_what_the_system_says_is_one_sentence(here, capsys, monkeypatch, error, 
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("memtile.cli.inspection.inspect", fail)
+    monkeypatch.setattr("memtile.cli.inspect.inspect", fail)
 
     assert sentence in refused(here, capsys, ["inspect", "model"])
 
@@ -272,7 +272,7 @@ def test_a_bug_of_ours_shows_its_traceback(here, monkeypatch):
     def fail(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("memtile.cli.inspection.inspect", fail)
+    monkeypatch.setattr("memtile.cli.inspect.inspect", fail)
 
     with pytest.raises(ValueError, match="a bug"):
         main(["inspect", "model"])

@@ -16,7 +16,7 @@ import torch
 from memtile.cli import main
 
 _PRELOADED = [
-    "memtile.cli",
+    "memtile.cli.app",
     "memtile.engines.torch_fsdp2",
     "memtile.engines.distributed_checkpoints",
     "transformers.models.llama.modeling_llama",

@@ -1,5 +1,24 @@
-"""The command `memtile`: its door to people. `main` runs it and gives the exit code."""
+"""The command `memtile`: `main` runs it and gives the exit code."""
 
-from memtile.cli.app import main
+import sys
+from collections.abc import Sequence
 
-__all__ = ["main"]
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and gives its exit code.
+
+    Args:
+        arguments: The words after `memtile`; those of this process if None.
+    """
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as error:
+        sys.stderr.write(
+            f"memtile: the command line needs {error.name}, which is not installed here; "
+            "run: pip install 'memtile[cli]'\n"
+        )
+        return 2
+    from memtile.cli.app import run
+
+    return run(arguments)

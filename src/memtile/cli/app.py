@@ -1,29 +1,37 @@
 """The command line: options in, one sentence out for a mistake, and an exit code.
 
-Exit codes: 0 all promises kept; 1 a promise missed; 2 a mistake in what was given, or a system that
-lacks what is needed; 3 a worker process that ended without a result; 130 or 143 interrupted by
-Ctrl-C or SIGTERM.
+Exit codes: 0 success; 1 the demo missed a bound; 2 wrong input, or a system that lacks what is
+needed; 3 a worker process ended without a result; 130 or 143 interrupted by Ctrl-C or SIGTERM.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated, Final, cast
 
 import typer
 
-from memtile.cli.commands.convert import run_convert
-from memtile.cli.commands.demo import run_demo
-from memtile.cli.commands.finetune import run_finetune
-from memtile.cli.commands.generate import run_generate
-from memtile.cli.commands.inspect import run_inspect
-from memtile.cli.commands.plan import run_plan
+from memtile.cli.convert import run_convert
+from memtile.cli.demo.command import run_demo
 from memtile.cli.errors import Interrupted, WorkerError, sentence_of
+from memtile.cli.finetune.command import run_finetune
+from memtile.cli.generate import run_generate
+from memtile.cli.inspect import run_inspect
+from memtile.cli.plan import run_plan
+from memtile.cli.terminal import interruptible
 from memtile.errors import MemtileError
 from memtile.interrupting import interrupts_are_errors
 
 # UsageError, found this way because newer releases of typer carry a copy of click of their own.
 _UsageError: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+_COMMANDS: Final[dict[str, Callable[..., int]]] = {
+    "demo": run_demo,
+    "plan": run_plan,
+    "finetune": run_finetune,
+    "generate": run_generate,
+    "inspect": run_inspect,
+    "convert": run_convert,
+}
 
 app = typer.Typer(
     help="Linear layers that are too big for memory, cut into tiles.",
@@ -32,15 +40,8 @@ app = typer.Typer(
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and gives its exit code; a mistake is one sentence on stderr.
-
-    So is what other libraries and the system say of what a user gave; an error of our own code is
-    raised.
-
-    Args:
-        arguments: The words after `memtile`; those of this process if None.
-    """
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; a mistake is one sentence on stderr, an error of our own code is raised."""
     interrupts_are_errors()
     try:
         code: int = app(args=arguments, prog_name="memtile", standalone_mode=False) or 0
@@ -88,9 +89,5 @@ def _options(
     """Linear layers that are too big for memory, cut into tiles."""
 
 
-app.command("demo")(run_demo)
-app.command("plan")(run_plan)
-app.command("finetune")(run_finetune)
-app.command("generate")(run_generate)
-app.command("inspect")(run_inspect)
-app.command("convert")(run_convert)
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(interruptible()(_command))

@@ -1,4 +1,4 @@
-"""The errors of the command line: one sentence each, with the way out in it."""
+"""The errors of the command line, and which errors of libraries are a user's mistake."""
 
 import json
 import traceback
@@ -7,7 +7,7 @@ from typing import Final
 
 from memtile.errors import MemtileError
 
-# They read what a user gave, and refuse it by ValueError and their own classes.
+# Libraries that refuse wrong input by ValueError and classes of their own.
 _READERS: Final = frozenset(
     {"transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "peft", "gguf"}
 )
@@ -34,10 +34,10 @@ class WorkerError(MemtileError, RuntimeError):
 
 
 def sentence_of(error: Exception) -> str | None:
-    """What to say of an error that is not ours; None: a user cannot have caused it.
+    """The message for an error that a user can have caused; None: it is a bug.
 
-    The system's errors are taken as theirs, and what a library that reads models says of a value;
-    not what our own code raises, nor a library's KeyError or TypeError, which may be either's bug.
+    These are errors of the system, and of libraries that read models; not their KeyError or
+    TypeError, which may be a bug of theirs or ours.
     """
     if isinstance(error, OSError) and error.strerror:
         name = error.filename or error.filename2
@@ -57,7 +57,7 @@ def is_our_bug(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says, without the advice that it puts below."""
+    """The first line of another library's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, LookupError) or not lines:  # the key alone says nothing
         return " ".join([type(error).__name__, *lines[:1]])
@@ -66,7 +66,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _library(error: Exception) -> str | None:
-    """The library that refused a value; None: it was none, or it failed in another way."""
+    """The library that refused a value, if one did."""
     own = type(error).__module__.partition(".")[0].removesuffix("_rust")
     if own in _READERS:
         return own
@@ -78,6 +78,6 @@ def _library(error: Exception) -> str | None:
 
 
 def _packages(trace: TracebackType | None) -> list[str]:
-    """Of each frame, outermost first."""
+    """The package of each frame, outermost first."""
     frames = (frame for frame, _ in traceback.walk_tb(trace))
     return [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]

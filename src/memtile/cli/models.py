@@ -1,4 +1,4 @@
-"""A transformers folder as the commands use it: checked, its tokenizer, its model without weights.
+"""Checks a transformers folder, and loads its tokenizer and its model without weights.
 
 Nothing is downloaded, and no code of a folder is run unless the user says so.
 """
@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -19,13 +20,13 @@ from memtile.checkpoints.header import NO_GGUF
 from memtile.checkpoints.opening import tokenizer_files
 from memtile.checkpoints.publishing import put
 from memtile.cli.errors import CommandError, first_line, is_our_bug
+from memtile.convert import empty_model
 from memtile.convert.finding import find
 from memtile.errors import BudgetError, CheckpointWarning, MemtileError, NewWeightsWarning
 from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 TrustsCode = Annotated[
     bool,
@@ -34,24 +35,31 @@ TrustsCode = Annotated[
         help="Run Python code that the folder brings with it (auto_map): read it first.",
     ),
 ]
-"""The option without which no code of a folder is run."""
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse a folder that holds more than the model has.")
+]
 
 _HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+_NO_MODEL: Final = "is no causal language model of this transformers"
+_TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
+_MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
+_SETTINGS_WAY_OUT: Final = "correct it, or remove it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a command loads a model."""
+
+    budget: int  # bytes above the imports
+    home: str  # of the tiles: "disk", "disk:FOLDER" or "host"
+    strict: bool = False  # refuse a folder that holds more than the model has, or lacks a head
+    trusts_code: bool = False  # whether code of the folder may run
 
 
 def check_folder(folder: Path, *, name: str = "MODEL", needs_weights: bool = True) -> None:
-    """Refuses what is no transformers folder, before anything slow begins.
-
-    Args:
-        folder: That was given.
-        name: Of the argument that gave it, for messages.
-        needs_weights: Whether a config alone is too little.
-
-    Raises:
-        CommandError: It is none.
-        CheckpointError: Its weights cannot be read.
-    """
+    """Refuses what is no transformers folder that can be read; messages call it `name`."""
     if not folder.is_dir():
         raise CommandError(f"{name} {_no_folder(folder)}")
     if (folder / "adapter_config.json").is_file():
@@ -88,25 +96,29 @@ def _no_folder(path: Path) -> str:
 def load_transformers(folder: Path) -> None:
     """Loads transformers with the model's own module, and has it print nothing by itself.
 
-    Raises:
-        CommandError: It is not installed, or the folder's config.json cannot be read.
-        CheckpointError: The folder's weights are quantized.
+    A folder whose config.json cannot be read or whose weights are quantized is refused.
     """
     try:
         import transformers
-        from transformers.utils import logging
     except ImportError as error:
         raise CommandError(
             "This command needs transformers: pip install 'memtile[finetune]'"
         ) from error
-    warnings.simplefilter("ignore")  # a command's output is not the place to learn of deprecations
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quieten()
     for name in _architectures(folder):
         getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
     from memtile.integrations.pretrained import check_files
 
     check_files(folder)
+
+
+def quieten() -> None:
+    """Has transformers print nothing by itself, neither bars nor deprecations."""
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _architectures(folder: Path) -> list[str]:
@@ -121,12 +133,7 @@ def _architectures(folder: Path) -> list[str]:
 
 @contextmanager
 def within(budget: int, used: int, others: str) -> Iterator[int]:
-    """What is left of a budget for the model itself, once others took some of it.
-
-    Raises:
-        CommandError: Nothing.
-        BudgetError: A plan made inside does not fit in it.
-    """
+    """Yields what is left of a budget for the model; a BudgetError inside says what others took."""
     before = f"--budget {format_byte_size(budget)}, of which {others} took {format_byte_size(used)}"
     if used >= budget:
         raise CommandError(f"{before}: nothing is left for the model; give more.")
@@ -137,7 +144,7 @@ def within(budget: int, used: int, others: str) -> Iterator[int]:
 
 
 def taken(budget: int, used: int, others: str) -> str:
-    """Why a plan is for less than the budget."""
+    """Says why a plan is for less than the budget."""
     return (
         f"{others} took {format_byte_size(used)} of {format_byte_size(budget)}; the plan is for "
         f"the other {format_byte_size(budget - used)}"
@@ -145,15 +152,7 @@ def taken(budget: int, used: int, others: str) -> str:
 
 
 def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder.
-
-    Args:
-        folder: That is known to have a config.
-        trusts_code: Whether code of the folder may run.
-
-    Raises:
-        CommandError: It has none that can be loaded.
-    """
+    """The tokenizer of a folder that has a config."""
     from transformers import AutoTokenizer
 
     _config_of(folder, trusts_code)  # which transformers looks at for a tokenizer too
@@ -167,39 +166,24 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
 
 
 def carry_tokenizer(folder: Path, out: Path) -> None:
-    """Copy what makes the tokenizer of a folder into another one, as it is.
-
-    Written anew by this transformers, its class has a name that older readers refuse.
-
-    Raises:
-        CheckpointWriteError: The system could not.
-    """
+    """Copies a tokenizer's files: written anew, its class has a name that older readers refuse."""
     for name, path in tokenizer_files(folder).items():
         put(out / name, path)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files of one; a plan needs none."""
-    return any(
-        (folder / f"tokenizer{end}").is_file() for end in (".json", "_config.json", ".model")
-    )
+    """Whether the folder has files of a tokenizer."""
+    ends = (".json", "_config.json", ".model")
+    return any((folder / f"tokenizer{end}").is_file() for end in ends)
 
 
 def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
-    """The causal language model of a folder, its parameters on the meta device.
+    """The causal language model of a folder that has a config, parameters on the meta device.
 
-    Args:
-        folder: That is known to have a config.
-        trusts_code: Whether code of the folder may run.
-
-    Raises:
-        CommandError: The model is of another kind, transformers does not know it, or the weights
-            that the folder has are not those of its config.
-        CannotTileError: A buffer of it has no values before its parameters do.
+    Weights that are not those of the config are refused.
     """
     from transformers import AutoModelForCausalLM
 
-    from memtile import empty_model
     from memtile.integrations.pretrained import dtype_of
 
     config = _config_of(folder, trusts_code)
@@ -217,13 +201,10 @@ def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
 
 @contextmanager
 def told(*, trains: bool = True) -> Iterator[None]:
-    """Says what a folder and a model do not have in common, a line each, on stderr.
-
-    Args:
-        trains: whether weights that the folder lacks may be made anew.
+    """Prints what a folder and a model do not have in common, a line each, on stderr.
 
     Raises:
-        CommandError: They were, and are not trained.
+        CommandError: Weights that the folder lacks were made anew, and are not to be trained.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointWarning)
@@ -246,16 +227,7 @@ def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
 
 
 def check_length(model: "PreTrainedModel", tokens: int, given: str) -> None:
-    """Refuse a sequence that is longer than the model reads at once.
-
-    Args:
-        model: That will read it.
-        tokens: Of the sequence.
-        given: What they come of, for the message.
-
-    Raises:
-        CommandError: It is.
-    """
+    """Refuses a sequence that is longer than the model reads at once; `given` says what made it."""
     longest = getattr(model.config, "max_position_embeddings", None) or tokens
     if tokens > longest:
         raise CommandError(
@@ -264,7 +236,7 @@ def check_length(model: "PreTrainedModel", tokens: int, given: str) -> None:
 
 
 def _check_weights(model: "PreTrainedModel", folder: Path) -> None:
-    """Refuse weights that are not the model's, by their names and shapes."""
+    """Refuses weights whose names or shapes are not the model's."""
     found = find(model, Checkpoint.open(folder))
     wrong = [*found.problems, *(f"{name} is missing" for name in found.missing)]
     if wrong:
@@ -280,11 +252,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def read_settings(model: "PreTrainedModel", folder: Path) -> None:
-    """Give a model the settings of generation that its folder has.
-
-    Raises:
-        CommandError: They cannot be read, or contradict each other.
-    """
+    """Gives a model the generation settings of its folder."""
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
@@ -294,16 +262,9 @@ def read_settings(model: "PreTrainedModel", folder: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-_NO_MODEL: Final = "is no causal language model of this transformers"
-_TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-_TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
-_MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
-_SETTINGS_WAY_OUT: Final = "correct it, or remove it"
-
-
 @contextmanager
 def _reading(folder: Path, problem: str, way_out: str) -> Iterator[None]:
-    """Whatever transformers makes of a folder's files, as one sentence."""
+    """Turns any error of transformers about a folder's files into one sentence."""
     try:
         yield
     except MemtileError:

@@ -1,17 +1,17 @@
-"""The demo's worker process: does one task, reports it on stdout as one JSON document a line.
+"""The demo's worker process: does one task, and reports on stdout, one JSON document a line.
 
 A line is {"step": …, "loss": …} while it trains, and {"result": …} or {"mistake": "a sentence"} at
-the end. Whatever else is printed goes to stderr, which the parent keeps as a log.
+the end. Everything else that is printed goes to stderr, which the parent keeps as a log.
 """
 
 import json
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from memtile.cli.demo.records import Document, Settings
+from memtile.cli import models
+from memtile.cli.demo.records import DemoSettings, Document
 from memtile.errors import MemtileError
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _do(task: Document, lines: TextIO) -> Document:
-    _quieten()
+    models.quieten()
     if task["do"] == "unpack":
         from memtile.cli.demo.smollm2 import write_folder
 
@@ -39,7 +39,7 @@ def _do(task: Document, lines: TextIO) -> Document:
     from memtile.cli.demo.training import run_side
 
     side = run_side(
-        Settings(**task["settings"]),
+        DemoSettings(**task["settings"]),
         task["tiled"],
         Path(task["logits"]),
         lambda step, loss: _say(lines, step=step, loss=loss),
@@ -49,14 +49,6 @@ def _do(task: Document, lines: TextIO) -> Document:
 
 def _say(lines: TextIO, **document: object) -> None:
     print(json.dumps(document), file=lines, flush=True)
-
-
-def _quieten() -> None:
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore")  # a demo's log is not the place to learn of deprecations
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -1,47 +1,67 @@
-"""Both runs set against each other: the differences, and the verdict on each promise."""
+"""Compares both runs: the differences, and whether each bound was kept."""
 
+import os
+import platform
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from memtile.cli.demo.records import Machine, Outcome, Settings, Side, Verdict
+from memtile.cli.demo.records import DemoSettings, Machine, Outcome, Side, Verdict
 from memtile.planning import format_byte_size
 
-LOGITS_BOUND: Final = 2e-5
+LOGITS_BOUND: Final = 2e-5  # both stand in the verdicts' words
 LOSS_BOUND: Final = 1e-5
 MEMORY_BOUND: Final = 0.25
 
+_CPUINFO: Final = Path("/proc/cpuinfo")
 _STATE_BYTES: Final = 16  # of a parameter: weight, gradient and two moments in float32
-_WORTH_JUDGING: Final = 0.75  # of the dense run's peak: below, activations are most of it
+_WORTH_JUDGING: Final = 0.75  # of the dense run's peak: below, activations are too much of it
 
 
-def compare(
-    settings: Settings, machine: Machine, dense: Side, tiled: Side, logits_difference: float
-) -> Outcome:
-    """Everything that the demo shows, from what the two workers measured."""
+def compare(settings: DemoSettings, dense: Side, tiled: Side, logits_difference: float) -> Outcome:
+    """Everything that the demo shows, from what the two workers measured on this machine."""
     loss_differences = [
         abs(ours - theirs) / abs(theirs)
         for ours, theirs in zip(tiled.losses, dense.losses, strict=True)
     ]
     verdicts = [
-        _logits_verdict(logits_difference),
-        _losses_verdict(loss_differences),
+        Verdict(
+            "first logits equal the dense ones within 2e-5 relative",
+            f"{logits_difference:.1e}",
+            logits_difference <= LOGITS_BOUND,
+        ),
+        Verdict(
+            "losses equal the dense ones within 1e-5 relative at every step",
+            f"{max(loss_differences):.1e} at most",
+            all(difference <= LOSS_BOUND for difference in loss_differences),
+        ),
         _learning_verdict(dense, tiled),
-        _tile_verdict(settings, tiled),
-        _checkpoint_verdict(tiled),
+        Verdict(
+            "no weight, gradient or optimizer state is above "
+            f"{format_byte_size(settings.max_tile_bytes)}",
+            f"{format_byte_size(tiled.largest_tensor.nbytes)} at most",
+            tiled.largest_tensor.nbytes <= settings.max_tile_bytes,
+        ),
+        Verdict(
+            "untiled and saved, it loads in plain transformers, every parameter bit-identical",
+            "yes" if tiled.checkpoint_is_dense else "no",
+            tiled.checkpoint_is_dense is True,
+        ),
         *_memory_verdict(dense, tiled),
     ]
+    medians = {
+        "dense": statistics.median(dense.seconds[1:]),
+        "tiled": statistics.median(tiled.seconds[1:]),
+    }
     return Outcome(
-        settings=settings,
-        machine=machine,
-        dense=dense,
-        tiled=tiled,
-        logits_difference=logits_difference,
-        loss_differences=loss_differences,
-        seconds_per_step={
-            "dense": statistics.median(dense.seconds[1:]),
-            "tiled": statistics.median(tiled.seconds[1:]),
-        },
+        settings,
+        this_machine(),
+        dense,
+        tiled,
+        logits_difference,
+        loss_differences,
+        seconds_per_step=medians,
         verdicts=verdicts,
         kept=all(verdict.kept for verdict in verdicts),
     )
@@ -56,24 +76,25 @@ def relative_difference(tiled_file: Path, dense_file: Path) -> float:
     return float((tiled - dense).abs().max() / dense.abs().max())
 
 
-def _scientific(number: float) -> str:
-    return f"{number:.0e}".replace("e-0", "e-")
-
-
-def _logits_verdict(difference: float) -> Verdict:
-    return Verdict(
-        f"first logits equal the dense ones within {_scientific(LOGITS_BOUND)} relative",
-        f"{difference:.1e}",
-        difference <= LOGITS_BOUND,
+def this_machine() -> Machine:
+    """The machine and the versions that the numbers come from."""
+    return Machine(
+        processor=_processor(),
+        logical_cpus=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+        memtile=version("memtile"),
     )
 
 
-def _losses_verdict(differences: list[float]) -> Verdict:
-    return Verdict(
-        f"losses equal the dense ones within {_scientific(LOSS_BOUND)} relative at every step",
-        f"{max(differences):.1e} at most",
-        all(difference <= LOSS_BOUND for difference in differences),
-    )
+def _processor() -> str:
+    if _CPUINFO.is_file():
+        for line in _CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _learning_verdict(dense: Side, tiled: Side) -> Verdict:
@@ -86,33 +107,11 @@ def _learning_verdict(dense: Side, tiled: Side) -> Verdict:
     )
 
 
-def _tile_verdict(settings: Settings, tiled: Side) -> Verdict:
-    bound = format_byte_size(settings.max_tile_bytes)
-    return Verdict(
-        f"no weight, gradient or optimizer state is above {bound}",
-        f"{format_byte_size(tiled.largest_tensor.nbytes)} at most",
-        tiled.largest_tensor.nbytes <= settings.max_tile_bytes,
-    )
-
-
 def _memory_verdict(dense: Side, tiled: Side) -> list[Verdict]:
-    """Judged where weights lived on disk and are most of what the dense run holds."""
+    """Only where weights lived on disk and most of the dense run's peak can be moved there."""
     movable = dense.parameters * _STATE_BYTES / max(1, dense.peak_bytes)
     if "Disk" not in tiled.home or movable < _WORTH_JUDGING:
         return []
     ratio = tiled.peak_bytes / dense.peak_bytes
-    return [
-        Verdict(
-            "peak memory is at most a quarter of the dense run's",
-            f"1/{1 / ratio:.1f}",
-            ratio <= MEMORY_BOUND,
-        )
-    ]
-
-
-def _checkpoint_verdict(tiled: Side) -> Verdict:
-    return Verdict(
-        "untiled and saved, it loads in plain transformers, every parameter bit-identical",
-        "yes" if tiled.checkpoint_is_dense else "no",
-        tiled.checkpoint_is_dense is True,
-    )
+    promise = "peak memory is at most a quarter of the dense run's"
+    return [Verdict(promise, f"1/{1 / ratio:.1f}", ratio <= MEMORY_BOUND)]

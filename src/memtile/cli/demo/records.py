@@ -1,4 +1,4 @@
-"""What travels between the demo's processes and its tables: plain records that JSON can carry."""
+"""The records of the demo: its settings, what each run measured, and the comparison."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,35 +7,23 @@ Document = dict[str, Any]  # a JSON object: json.loads knows no more of its valu
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What both runs do alike.
+class DemoSettings:
+    """The settings of both runs."""
 
-    Attributes:
-        model: Folder of the dense model in the transformers format, float32.
-        text: File that the batches are cut from.
-        steps: Optimizer steps, 2 or more, since the first one is timed apart.
-        tokens: Tokens in a batch of one sequence.
-        batches: Different batches; step `n` trains on batch `n % batches`.
-        max_tile_bytes: The largest tile that the tiled run may make.
-        learning_rate: Of `torch.optim.AdamW`, everything else at its default.
-        home: Where the tiled run's weights and moments live: "disk", "disk:FOLDER", "host", "none".
-        seed: For PyTorch's generator, set before the first training step.
-    """
-
-    model: str
-    text: str
-    steps: int
-    tokens: int
-    batches: int
+    model: str  # folder in the transformers format
+    text: str  # file that the batches are cut from
+    steps: int  # of AdamW, 2 or more, since the first one is timed apart
+    tokens: int  # in a batch of one sequence
+    batches: int  # different ones, taken in turn
     max_tile_bytes: int
     learning_rate: float
-    home: str = "disk"
-    seed: int = 0
+    home: str = "disk"  # of the tiled run's weights and moments; or "disk:FOLDER", "host", "none"
+    seed: int = 0  # of PyTorch's generator, set before the first step
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One piece of memory and what it is: a tensor with its role, or the operation that made it."""
+class NamedSize:
+    """A size in memory, and the tensor that has it or the operation that made it."""
 
     nbytes: int
     what: str
@@ -43,51 +31,35 @@ class Piece:
 
 @dataclass(frozen=True)
 class Side:
-    """What one run gave, measured inside its own process.
+    """What one run measured in its own process."""
 
-    Attributes:
-        losses: Loss of each training step, before that step's update.
-        seconds: Wall time of each step; the first one also carries the allocation probe.
-        peak_bytes: Peak of resident memory above the imports, up to the end of training.
-        parameter_tensors: Number of parameter tensors, each shared one counted once.
-        parameters: Number of elements in them.
-        largest_tensor: The largest weight, gradient or optimizer state.
-        largest_allocation: The largest storage that any operation of the first step made.
-        first_batch_loss_before: Loss on the first batch before training.
-        first_batch_loss_after: The same after the last step.
-        home: Where weights and moments lived, in words, "" for memory.
-        read_bytes: Read from the home in the steps but the first, on average of a step.
-        written_bytes: Written to it, likewise.
-        continuation: Greedy continuation of the text's first tokens, after training.
-        checkpoint_is_dense: For the tiled run, whether the untiled model, saved, loads in plain
-            transformers with every name it expects and every parameter bit-identical.
-    """
-
-    losses: list[float]
-    seconds: list[float]
-    peak_bytes: int
-    parameter_tensors: int
-    parameters: int
-    largest_tensor: Piece
-    largest_allocation: Piece
+    losses: list[float]  # of each step, before its update
+    seconds: list[float]  # of each step; in the first, allocations are watched too
+    peak_bytes: int  # resident memory above the imports, up to the end of training
+    parameter_tensors: int  # each shared one counted once
+    parameters: int  # elements in them
+    largest_tensor: NamedSize  # weight, gradient or optimizer state
+    largest_allocation: NamedSize  # storage that an operation of the first step made
     first_batch_loss_before: float
     first_batch_loss_after: float
-    continuation: str
-    home: str = ""
-    read_bytes: int = 0
+    continuation: str  # greedy, of the text's first tokens, after training
+    home: str = ""  # where weights and moments lived; "": memory
+    read_bytes: int = 0  # from the home in a step, the mean without the first
     written_bytes: int = 0
-    checkpoint_is_dense: bool | None = None
+    checkpoint_is_dense: bool | None = None  # untiled and saved, it loads in transformers, equal
 
     @classmethod
     def from_json(cls, fields: Document) -> "Side":
-        """The record that `dataclasses.asdict` took apart."""
-        pieces = {name: Piece(**fields[name]) for name in ("largest_tensor", "largest_allocation")}
+        """The record of what `dataclasses.asdict` gave."""
+        pieces = {
+            name: NamedSize(**fields[name]) for name in ("largest_tensor", "largest_allocation")
+        }
         return cls(**{**fields, **pieces})
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the numbers come from."""
+    """The machine and versions that the numbers come from."""
 
     processor: str
     logical_cpus: int
@@ -100,7 +72,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One promise of the demo, what was measured, and whether it was kept."""
+    """A promise of the demo, what was measured, and whether it was kept."""
 
     promise: str
     measured: str
@@ -109,20 +81,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Both runs side by side, with the differences and the verdicts.
+    """Both runs side by side, with the differences and the verdicts."""
 
-    Attributes:
-        logits_difference: max|tiled - dense| / max|dense| of the first batch's logits, untrained.
-        loss_differences: |tiled - dense| / |dense| of each step's loss.
-        seconds_per_step: Medians of all steps but the first, dense and tiled.
-    """
-
-    settings: Settings
+    settings: DemoSettings
     machine: Machine
     dense: Side
     tiled: Side
-    logits_difference: float
-    loss_differences: list[float]
-    seconds_per_step: dict[str, float]
+    logits_difference: float  # max|tiled - dense| / max|dense|, first batch, untrained
+    loss_differences: list[float]  # |tiled - dense| / |dense| of each step
+    seconds_per_step: dict[str, float]  # medians without the first step
     verdicts: list[Verdict]
     kept: bool

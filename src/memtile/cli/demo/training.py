@@ -1,100 +1,122 @@
-"""One run of the demo, dense or tiled: load, train, generate, and measure all of it.
+"""One run of the demo, dense or tiled: a fine-tuning run, with text generated and saved after it.
 
 Both runs are this one function; the only differences are the call of `memtile.tile`, and the
 optimizer that steps tiles where they live.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import cycle, islice
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.optim.lr_scheduler import ConstantLR
 
 import memtile
 from memtile.cli import models
-from memtile.cli.demo.parking import describe_home, make_home
-from memtile.cli.demo.records import Piece, Settings, Side
-from memtile.cli.demo.text import cut_batches, text_of
+from memtile.cli.demo.records import DemoSettings, NamedSize, Side
 from memtile.cli.errors import CommandError, first_line
+from memtile.cli.finetune.backend import Backend
+from memtile.cli.finetune.run import Run, train
+from memtile.cli.finetune.sequences import Sequences, text_pieces
+from memtile.cli.finetune.settings import TrainingSettings
+from memtile.cli.finetune.tokens import TokenFile, document_tokens
 from memtile.convert import select_linears
-from memtile.homes import Home
+from memtile.homes import DiskHome, Home, resolve_home, usable_folder
 from memtile.testing import LargestAllocation, PeakMemory
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-StepReport = Callable[[int, float], None]  # called with the step's number, from 1, and its loss
+SHIPPED_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
 
 _PROMPT_TOKENS: Final = 8
 _NEW_TOKENS: Final = 24
 _MOST_TILES: Final = 20_000
 
 
-def run_side(settings: Settings, tiled: bool, logits_file: Path, report: StepReport) -> Side:
-    """Trains the model of `settings` and gives every number of one column of the demo's tables.
+def run_side(
+    settings: DemoSettings, tiled: bool, logits_file: Path, report: Callable[[int, float], None]
+) -> Side:
+    """Trains the model, and measures one column of the demo's tables.
 
-    Args:
-        settings: What to run; the same for both sides.
-        tiled: Whether the model is tiled after loading.
-        logits_file: Where the first batch's logits go, as safetensors, before any training.
-        report: Called after each step.
-
-    Raises:
-        CommandError: If the model or the text does not fit the settings, or the loss diverges.
-        UnsupportedPlatformError: Where peak memory cannot be measured.
+    The first batch's logits go to a file before any training, as safetensors; `report` is called
+    with number and loss of each step.
     """
     tokenizer, batches = _prepare(settings)
     with PeakMemory() as memory:
         model = _load_model(settings.model)
-        home = make_home(settings.home) if tiled else None
+        home = resolve_home(settings.home) if tiled and settings.home != "none" else None
         if tiled:
             _check_count(model, settings.max_tile_bytes)
             memtile.tile(model, max_tile_bytes=settings.max_tile_bytes, home=home)
-        loss_before = _evaluate(model, batches[0], logits_file)
-        training = _train(model, batches, settings, home, report)
+        loss_before = _evaluate(model, batches.at(0), logits_file)
+        measured = _train(model, batches, settings, home, memory, report)
     return Side(
-        losses=training.losses,
-        seconds=training.seconds,
         peak_bytes=memory.nbytes,
         parameter_tensors=sum(1 for _ in model.parameters()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        largest_tensor=training.largest_tensor,
-        largest_allocation=training.largest_allocation,
         first_batch_loss_before=loss_before,
-        first_batch_loss_after=_evaluate(model, batches[0]),
-        continuation=_continue(model, tokenizer, batches[0][:, :_PROMPT_TOKENS]),
-        home=describe_home(home),
-        read_bytes=training.read_bytes,
-        written_bytes=training.written_bytes,
+        first_batch_loss_after=_evaluate(model, batches.at(0)),
+        continuation=_continue(model, tokenizer, batches.at(0)[:, :_PROMPT_TOKENS]),
+        home=_described(home),
+        **measured,
         checkpoint_is_dense=_saves_dense(model) if tiled else None,
     )
 
 
-def _prepare(settings: Settings) -> tuple["PreTrainedTokenizerBase", list[torch.Tensor]]:
+def text_of(file: Path) -> str:
+    """The text of `file`; in the shipped one, without the lines on top that name its source."""
+    text = "".join(text_pieces(file, "--text"))
+    if file == SHIPPED_TEXT:
+        text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    return text.strip()
+
+
+def cut_batches(
+    text: str,
+    tokenizer: Any,  # a transformers tokenizer, which is not imported to name its type
+    batches: int,
+    tokens: int,
+) -> Sequences:
+    """The first `batches` stretches of `tokens` tokens each, in order."""
+    stream = TokenFile(usable_folder(None))
+    for ids in document_tokens([text], tokenizer):
+        stream.append(ids)
+    if stream.count < batches * tokens:
+        fewer = stream.count // batches
+        raise CommandError(
+            f"--tokens {tokens} needs {batches * tokens} for {batches} batches, and the text "
+            f"has {stream.count}: give {f'--tokens {fewer} or ' if fewer >= 2 else ''}"
+            "a longer --text."
+        )
+    return Sequences(stream, tokens, seed=None, count=batches)
+
+
+def _described(home: Home | None) -> str:
+    if isinstance(home, DiskHome):
+        return f"{home!r} by {home.path}"
+    return "" if home is None else repr(home)
+
+
+def _prepare(settings: DemoSettings) -> tuple["PreTrainedTokenizerBase", Sequences]:
     """Tokenizer and batches; the model's code is imported too, so that no peak counts it."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            settings.model, local_files_only=True, trust_remote_code=False
-        )
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _reading(settings.model, "causal language model"):
+        config = transformers.AutoConfig.from_pretrained(settings.model, **local)
         with torch.device("meta"):
             transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings.model, "causal language model", error) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            settings.model, local_files_only=True, trust_remote_code=False
+    with _reading(settings.model, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model, **local)
+    longest = getattr(config, "max_position_embeddings", None) or settings.tokens
+    if settings.tokens > longest:
+        raise CommandError(
+            f"--tokens {settings.tokens} is more than the model reads at once: give {longest} or "
+            "fewer."
         )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings.model, "tokenizer", error) from error
-    _check_length(settings.tokens, config)
     text = text_of(Path(settings.text))
     return tokenizer, cut_batches(text, tokenizer, settings.batches, settings.tokens)
 
@@ -109,36 +131,31 @@ def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
         )
 
 
-def _cannot_load(folder: str, what: str, error: Exception) -> CommandError:
-    reason = first_line(error)
-    if "trust_remote_code" in str(error):
-        reason = (
-            f"it needs {', '.join(models.code_of(Path(folder)))}, and the demo runs no such code"
-        )
-    return CommandError(
-        f"transformers finds no {what} in {folder} ({reason}): "
-        "give --model a folder that save_pretrained wrote, with its tokenizer."
-    )
+@contextmanager
+def _reading(folder: str, what: str) -> Iterator[None]:
+    """Turns what transformers says of a folder's files into one sentence."""
+    from safetensors import SafetensorError
 
-
-def _check_length(tokens: int, config: "PretrainedConfig") -> None:
-    longest = getattr(config, "max_position_embeddings", None) or tokens
-    if tokens > longest:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            code = ", ".join(models.code_of(Path(folder)))
+            reason = f"it needs {code}, and the demo runs no such code"
         raise CommandError(
-            f"--tokens {tokens} is more than the model reads at once: give {longest} or fewer."
-        )
+            f"transformers finds no {what} in {folder} ({reason}): "
+            "give --model a folder that save_pretrained wrote, with its tokenizer."
+        ) from error
 
 
 def _load_model(folder: str) -> "PreTrainedModel":
     import transformers
-    from safetensors import SafetensorError
 
-    try:
+    with _reading(folder, "weights"):
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _cannot_load(folder, "weights", error) from error
 
 
 @torch.no_grad()
@@ -154,50 +171,44 @@ def _evaluate(
     return float(output.loss)
 
 
-@dataclass(frozen=True)
-class _Training:
-    losses: list[float]
-    seconds: list[float]
-    largest_tensor: Piece
-    largest_allocation: Piece
-    read_bytes: int
-    written_bytes: int
-
-
 def _train(
     model: "PreTrainedModel",
-    batches: list[torch.Tensor],
-    settings: Settings,
+    batches: Sequences,
+    settings: DemoSettings,
     home: Home | None,
-    report: StepReport,
-) -> _Training:
+    memory: PeakMemory,
+    report: Callable[[int, float], None],
+) -> dict[str, Any]:
+    """Trains, and gives the fields of `Side` that are measured meanwhile."""
     model.train()
     optimizer = _optimizer(model, settings.learning_rate, home)
-    torch.manual_seed(settings.seed)
-    losses: list[float] = []
-    seconds: list[float] = []
-    probe = LargestAllocation()
-    before = traffic = (0, 0)
-    for step, batch in enumerate(islice(cycle(batches), settings.steps), start=1):
-        started = time.perf_counter()
-        # The first step also makes the optimizer's state, so it is the one to probe: that slows it.
-        with probe if step == 1 else nullcontext():
-            loss = _step(model, optimizer, batch)
-        seconds.append(time.perf_counter() - started)
-        if not math.isfinite(loss):
-            raise CommandError(
-                f"The loss is {loss} at step {step}: give a --lr below {settings.learning_rate}."
-            )
-        losses.append(loss)
-        report(step, loss)
-        traffic = _traffic(home)
-        before = traffic if step == 1 else before  # the first step also makes the moments
-    read, written = (
-        (now - then) // (settings.steps - 1) for now, then in zip(traffic, before, strict=True)
+    training = TrainingSettings(
+        model=settings.model,
+        texts=(settings.text,),
+        steps=settings.steps,
+        tokens=settings.tokens,
+        lr=settings.learning_rate,
+        seed=settings.seed,
     )
-    largest = max(_tensors(model, optimizer), key=lambda piece: piece.nbytes)
-    piece = Piece(probe.nbytes, probe.op)
-    return _Training(losses, seconds, largest, piece, read, written)
+    run = Run(training, Backend(model, optimizer, ConstantLR(optimizer, 1.0)), batches, memory)
+    torch.manual_seed(settings.seed)
+    # The first step also makes the optimizer's state, so it is watched, which slows it.
+    with LargestAllocation() as probe:
+        entries = train(run, lambda entry: report(entry.step, entry.loss), until=1).entries
+    before = _traffic(home)
+    entries += train(run, lambda entry: report(entry.step, entry.loss)).entries
+    read, written = (
+        (now - then) // (settings.steps - 1)
+        for now, then in zip(_traffic(home), before, strict=True)
+    )
+    return {
+        "losses": [entry.loss for entry in entries],
+        "seconds": [entry.seconds for entry in entries],
+        "largest_tensor": max(_tensors(model, optimizer), key=lambda tensor: tensor.nbytes),
+        "largest_allocation": NamedSize(probe.nbytes, probe.op),
+        "read_bytes": read,
+        "written_bytes": written,
+    }
 
 
 def _optimizer(
@@ -212,22 +223,14 @@ def _traffic(home: Home | None) -> tuple[int, int]:
     return (0, 0) if home is None else (home.traffic.read_bytes, home.traffic.written_bytes)
 
 
-def _step(model: "PreTrainedModel", optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> float:
-    optimizer.zero_grad()
-    loss = model(input_ids=batch, labels=batch).loss
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-def _tensors(model: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
+def _tensors(model: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> Iterator[NamedSize]:
     for name, parameter in model.named_parameters():
-        yield Piece(parameter.nbytes, name)
+        yield NamedSize(parameter.nbytes, name)
         if parameter.grad is not None:
-            yield Piece(parameter.grad.nbytes, f"gradient of {name}")
+            yield NamedSize(parameter.grad.nbytes, f"gradient of {name}")
         for state, value in optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor):
-                yield Piece(value.nbytes, f"{state} of {name}")
+                yield NamedSize(value.nbytes, f"{state} of {name}")
 
 
 def _continue(
@@ -253,9 +256,6 @@ def _saves_dense(model: "PreTrainedModel") -> bool:
             folder, dtype=torch.float32, output_loading_info=True
         )
     here, there = dict(model.named_parameters()), dict(loaded.named_parameters())
-    nothing_odd = not any(report.values())
-    return (
-        nothing_odd
-        and here.keys() == there.keys()
-        and all(torch.equal(here[name], there[name]) for name in here)
-    )
+    if any(report.values()) or here.keys() != there.keys():
+        return False
+    return all(torch.equal(here[name], there[name]) for name in here)

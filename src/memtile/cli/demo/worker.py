@@ -1,4 +1,4 @@
-"""The parent's side of a worker process: start it, hear its steps, get its result."""
+"""Starts a worker process of the demo, hears its steps, and gets its result."""
 
 import json
 import os
@@ -16,22 +16,20 @@ StepHeard = Callable[[int, float], None]
 
 _LOG_BYTES: Final = 8000
 _ENVIRONMENT: Final = {
-    "HF_HUB_OFFLINE": "1",  # everything it reads lies in a folder
+    "HF_HUB_OFFLINE": "1",  # it reads folders only
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONIOENCODING": "utf-8",
 }
 
 
 def run_worker(task: Document, heard: StepHeard) -> Document:
-    """Runs one task in a process of its own and gives what it gives.
+    """Runs a task of `memtile.cli.demo.__main__` in a process of its own, and gives its result.
 
-    Args:
-        task: What `memtile.cli.demo.__main__` is to do.
-        heard: Called with number and loss of each training step as it is done.
+    `heard` is called with number and loss of each training step.
 
     Raises:
-        CommandError: With the worker's own sentence, if it found a mistake in what it was given.
-        WorkerError: If it ended in any other way without a result.
+        CommandError: The worker found a mistake in what it was given; with its sentence.
+        WorkerError: It ended in any other way without a result.
     """
     command = [sys.executable, "-m", "memtile.cli.demo", json.dumps(task)]
     with (

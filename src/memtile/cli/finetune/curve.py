@@ -1,4 +1,4 @@
-"""Draws the losses of a log as a PNG: `python curve.py LOG PNG`, which imports no torch."""
+"""Draws the losses of a log: the script `python curve.py LOG PNG`, which imports no torch."""
 
 import json
 import sys

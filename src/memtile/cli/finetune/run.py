@@ -1,221 +1,168 @@
-"""A run in one process: loads, plans, trains within the budget, saves."""
+"""A training run: steps, log, checkpoints, and an orderly end when a signal asks for one."""
 
+import math
+import shutil
+import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-import memtile
 from memtile.checkpoints import training_folder
 from memtile.cli import models
-from memtile.cli.errors import CommandError
-from memtile.cli.finetune.adapters import with_adapters
-from memtile.cli.finetune.log import Entry
-from memtile.cli.finetune.loop import (
-    TRAINING,
-    Report,
-    Result,
-    Run,
-    first_missing,
-    nothing_left_of_a_failed_start,
-    train,
-)
-from memtile.cli.finetune.sequences import Heard, Sequences, read_sequences
-from memtile.cli.finetune.settings import Settings
-from memtile.convert import has_training
+from memtile.cli.errors import CommandError, Interrupted
+from memtile.cli.finetune.backend import Backend, load
+from memtile.cli.finetune.display import Display
+from memtile.cli.finetune.log import LOG, Log, LoggedStep
+from memtile.cli.finetune.sequences import Sequences, read_sequences
+from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
+from memtile.errors import NotFiniteError
+from memtile.homes import keep_freed_memory_out, usable_folder
 from memtile.testing import PeakMemory
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_OTHERS: Final = "tokenizer, texts and adapters"
+TRAINING: Final = "training"
+"""The folder, inside that of the run, from which it can be resumed."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a run is carried out, which changes none of its numbers.
+class Result:
+    """The steps that were done now, the peak memory above the imports, and the seconds."""
 
-    Args:
-        out: its folder.
-        budget: bytes above the imports.
-        home: where tiles live: "disk", "disk:FOLDER" or "host".
-        save_every: steps between checkpoints.
-        resume: go on from the last one.
-        strict: refuse a folder that holds more than the model has, or lacks a head.
-        trusts_code: whether code of the model's folder may run.
-    """
-
-    out: Path
-    budget: int
-    home: str
-    save_every: int
-    resume: bool
-    strict: bool = False
-    trusts_code: bool = False
+    entries: list[LoggedStep]
+    peak_bytes: int
+    seconds: float
 
 
-def finetune(
-    settings: Settings,
-    options: Options,
-    heard: Heard,
-    planned: Callable[[str], None],
-    started: Callable[[int], None],
-    report: Report,
-) -> Result:
-    """Trains, saves, and writes the fine-tuned folder at the end.
+@dataclass
+class Run:
+    """A model, its sequences, and how far the training is."""
 
-    Args:
-        settings: what to train.
-        options: how.
-        heard: called as the texts are read.
-        planned: called with sentences on the plan.
-        started: called with the number of steps that were done before.
-        report: called after each step.
+    settings: TrainingSettings
+    backend: Backend
+    sequences: Sequences
+    memory: PeakMemory
+    out: Path | None = None  # None: nothing is written, and signals are not handled
+    save_every: int = 1
+    done: int = 0  # steps
+    seen: int = 0  # sequences, of all ranks together
+
+    def step(self) -> LoggedStep:
+        """One step more.
+
+        Raises:
+            CommandError: the loss is not finite; the weights are unchanged.
+            NotFiniteError: a gradient is not finite; some weights may have been stepped.
+        """
+        backend = self.backend
+        started, lr = time.perf_counter(), float(backend.scheduler.get_last_lr()[0])
+        ids = self.sequences.at(self.seen + backend.rank).to(backend.device)
+        loss = backend.loss(ids)
+        value = backend.mean(float(loss.detach()))
+        if not math.isfinite(value):  # before backward, which may step the weights with it
+            raise self.refusal(f"the loss is {value}")
+        backend.update(loss)
+        self.done += 1
+        self.seen += backend.ranks
+        seconds = time.perf_counter() - started
+        speed = self.settings.tokens * backend.ranks / seconds
+        peak_bytes = backend.largest(self.memory.nbytes)
+        return LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from the last checkpoint; a run that was killed before its first begins anew."""
+        if self.backend.first(lambda: self.backend.has_saved(folder)):
+            found = self.backend.resume(folder)
+            self.done = found.step
+            self.seen = found.position.get("sequences", found.step)
+
+    def save(self, folder: Path) -> None:
+        """Saves a checkpoint; NotFiniteError leaves the one before unchanged."""
+        over_ranks = self.settings.engine is not None
+        position = {"sequences": self.seen} if over_ranks else self.sequences.position(self.done)
+        self.backend.save(folder, self.done, position)
+
+    def refusal(self, what: str) -> CommandError:
+        """The error for a number that is not finite, with what there is to go on from."""
+        if self.out is None:
+            lower = f"give a --lr below {self.settings.lr:g}"
+            return CommandError(f"{what} at step {self.done + 1}: {lower}.")
+        folder = self.out / TRAINING
+        saved = self.backend.has_saved(folder)
+        kept = f"the last good state is in {folder}" if saved else "nothing was saved before"
+        return CommandError(
+            f"{what} after {self.done} of {self.settings.steps} steps; {kept}: begin again in "
+            f"another --out with an --lr below {self.settings.lr:g}."
+        )
+
+
+def finetune(settings: TrainingSettings, options: Options, display: Display) -> Result:
+    """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it.
 
     Raises:
         CommandError: something given cannot be trained on or with, or the loss is not finite.
         BudgetError: nothing fits in the budget.
+        EngineError: a rank is gone, or ranks differ.
         CheckpointError: the model's or the run's checkpoint is damaged.
-        Interrupted: a signal came; the run is saved.
+        Interrupted: a signal came, to one of the ranks; the run is saved.
     """
-    made = first_missing(options.out)
+    folder = options.out / TRAINING
+    missing = [path for path in (options.out, *options.out.parents) if not path.exists()]
+    session: AbstractContextManager[object]
+    if settings.engine is None:
+        session, keeps_leftovers = training_folder(folder), options.resume
+    else:
+        from memtile.cli.finetune import sharded
+
+        sharded.load_engine(settings.engine)
+        keep_freed_memory_out()
+        session, keeps_leftovers = sharded.process_group(), options.resume or not is_first_rank()
     with (
         PeakMemory() as memory,
-        training_folder(options.out / TRAINING),
-        nothing_left_of_a_failed_start(options.out, made, options.resume),
+        session,
+        _removed_if_it_fails(options.out, missing, keeps_leftovers),
     ):
-        run = _PlannedRun(settings, options, memory, heard, planned)
+        run = _prepared(settings, options, memory, display)
         if options.resume:
-            run.resume()
+            run.resume(folder)
         else:
-            settings.write(options.out)
-        started(run.done)
-        result = train(run, report)
-        run.write_folder()
+            run.backend.first(lambda: settings.write(options.out))
+        display.started(run.done)
+        result = train(run, display.report)
+        run.backend.write(Path(settings.model), options.out)
     return result
 
 
-class _PlannedRun(Run):
-    """A model whose tiles live where its plan says, stepped in backward."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        options: Options,
-        memory: PeakMemory,
-        heard: Heard,
-        planned: Callable[[str], None],
-    ) -> None:
-        super().__init__(settings, options.out, options.save_every, memory)
-        torch.manual_seed(settings.seed)
-        folder = Path(settings.model)
-        model = models.empty_of(folder, options.trusts_code)
-        with suppress(CommandError):  # they are no part of training: at worst, transformers' own
-            models.read_settings(model, folder)
-        check_dtype(model)
-        _, self._sequences = texts_of(settings, options.out / TRAINING, heard, options.trusts_code)
-        if settings.lora is not None:
-            model = with_adapters(model, settings.lora)
-        check_vocabulary(model, self._sequences)
-        models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
-        with models.within(options.budget, memory.nbytes, _OTHERS) as left:
-            plan = memtile.plan(
-                model,
-                budget=left,
-                tokens=settings.tokens,
-                optimizer=torch.optim.AdamW,
-                home=options.home,
-                mode="in_backward",
-            )
-        planned(plan.summary)
-        planned(models.taken(options.budget, options.budget - left, _OTHERS))
-        with models.told():
-            memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
-        self._model = model.train()
-        self._optimizer = memtile.TileOptimizer(
-            model, torch.optim.AdamW, mode="in_backward", lr=settings.lr
-        )
-        self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self._optimizer, settings.steps
-        )
-
-    def resume(self) -> None:
-        folder = self.out / TRAINING
-        if has_training(folder):
-            resumed = memtile.resume_training(folder, self._model, self._optimizer, self._scheduler)
-            self.done = resumed.step
-
-    def has_saved(self) -> bool:
-        return has_training(self.out / TRAINING)
-
-    def step(self) -> Entry:
-        started, lr = time.perf_counter(), float(self._scheduler.get_last_lr()[0])
-        ids = self._sequences.at(self.done)
-        self._optimizer.zero_grad()
-        loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss
-        value = float(loss.detach())
-        self.check_finite(value)  # before backward, which would step the weights with it
-        loss.backward()
-        self._optimizer.step()
-        self._scheduler.step()
-        self.done += 1
-        seconds = time.perf_counter() - started
-        speed = self.settings.tokens / seconds
-        return Entry(self.done, value, lr, seconds, speed, self.memory.nbytes)
-
-    def save(self) -> None:
-        memtile.save_training(
-            self.out / TRAINING,
-            self._model,
-            self._optimizer,
-            self._scheduler,
-            step=self.done,
-            position=self._sequences.position(self.done),
-            trainable_only=self.settings.lora is not None,
-        )
-
-    def write_folder(self) -> None:
-        """The fine-tuned model, or its adapters."""
-        self._model.eval()
-        if self.settings.lora is None:
-            memtile.save_checkpoint(self._model, self.out)
-        else:
-            self._model.save_pretrained(str(self.out))
-        models.carry_tokenizer(Path(self.settings.model), self.out)
-
-
-def texts_of(
-    settings: Settings, folder: Path, heard: Heard, trusts_code: bool = False
-) -> tuple["PreTrainedTokenizerBase", Sequences]:
-    """The tokenizer of a run's model, and its texts in tokens.
-
-    Args:
-        settings: of the run.
-        folder: for a file of the tokens, which has no name.
-        heard: called as the texts are read.
-        trusts_code: whether code of the model's folder may run.
-
-    Raises:
-        CommandError: the folder has no tokenizer, the texts are too short, or the tokens find no
-            room.
-    """
-    tokenizer = models.tokenizer_of(Path(settings.model), trusts_code)
+def _prepared(
+    settings: TrainingSettings, options: Options, memory: PeakMemory, display: Display
+) -> Run:
+    torch.manual_seed(settings.seed)
+    path = Path(settings.model)
+    model = models.empty_of(path, options.trusts_code)
+    if settings.engine != "zero3":  # which scales the loss
+        _check_dtype(model)
+    tokenizer = models.tokenizer_of(path, options.trusts_code)
+    scratch = options.out / TRAINING if settings.engine is None else usable_folder(None)
     texts = [Path(text) for text in settings.texts]
-    read = read_sequences(texts, tokenizer, settings.tokens, settings.seed, folder, heard)
-    return tokenizer, read
+    sequences = read_sequences(
+        texts, tokenizer, settings.tokens, settings.seed, scratch, display.reading
+    )
+    _check_vocabulary(model, sequences)
+    models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
+    if settings.engine is None:
+        loaded = load(model, settings, options, memory, display.planned)
+    else:
+        from memtile.cli.finetune import sharded
+
+        loaded = sharded.load(model, settings, options, display.planned)
+    return Run(settings, loaded, sequences, memory, options.out, options.save_every)
 
 
-def check_dtype(model: nn.Module) -> None:
-    """Refuse a model that is trained in float16.
-
-    Raises:
-        CommandError: it is.
-    """
+def _check_dtype(model: nn.Module) -> None:
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise CommandError(
             "MODEL is float16, in which gradients overflow without a scaler, and none can be used "
@@ -224,15 +171,103 @@ def check_dtype(model: nn.Module) -> None:
         )
 
 
-def check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers' or peft's
-    """Refuse texts with ids that the model has no rows for.
-
-    Raises:
-        CommandError: they have.
-    """
+def _check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers'
     rows = model.get_input_embeddings().weight.shape[0]
     if sequences.largest_id >= rows:
         raise CommandError(
             f"The tokenizer gives the id {sequences.largest_id}, and the model has {rows} rows for "
             "tokens: give the tokenizer that the model was trained with."
         )
+
+
+def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = None) -> Result:
+    """Steps until the settings' end or `until`; `report` is called on the first rank.
+
+    Raises:
+        CommandError: a loss, a gradient or a weight is not finite; the last checkpoint stays.
+        Interrupted: a signal came; the run is saved.
+    """
+    last = run.settings.steps if until is None else until
+    writes = run.backend.rank == 0
+    log = Log(run.out, run.done) if run.out is not None and writes else None
+    entries: list[LoggedStep] = []
+    listening: AbstractContextManager[list[int]] = (
+        nullcontext([]) if run.out is None else _signals()
+    )
+    begun = time.perf_counter()
+    try:
+        with listening as signals:
+            while run.done < last:
+                entries.append(run.step())
+                if log is not None:
+                    log.add(entries[-1])
+                if writes:
+                    report(entries[-1])
+                if run.out is not None:
+                    _save_or_stop(run, run.out / TRAINING, signals)
+    except NotFiniteError as error:
+        raise run.refusal(str(error).partition(";")[0]) from error
+    finally:
+        if log is not None:
+            log.close()
+    return Result(entries, run.memory.nbytes, time.perf_counter() - begun)
+
+
+def _save_or_stop(run: Run, folder: Path, signals: list[int]) -> None:
+    ended = run.done == run.settings.steps
+    stops = run.backend.largest(int(bool(signals))) > 0  # a checkpoint takes all ranks
+    if stops or ended or run.done % run.save_every == 0:
+        run.save(folder)
+    if stops and not ended:
+        raise Interrupted(
+            f"Stopped and saved after step {run.done} of {run.settings.steps}; to go on, give the "
+            "same command with --resume.",
+            128 + (signals or [signal.SIGTERM])[0],
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first Ctrl-C or SIGTERM; another one stops at once."""
+    came: list[int] = []
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        restore()
+
+    for each in before:
+        signal.signal(each, note)
+    try:
+        yield came
+    finally:
+        restore()
+
+
+@contextmanager
+def _removed_if_it_fails(out: Path, missing: list[Path], keeps: bool) -> Iterator[None]:
+    """Removes what a run wrote that failed before its first step was done, unless `keeps`.
+
+    `missing` are `out` and those of its parents that were not there before, the outermost last.
+    """
+    try:
+        yield
+    except BaseException:
+        log = out / LOG
+        if not keeps and not (log.is_file() and log.stat().st_size):
+            _empty(out)
+            if missing:
+                shutil.rmtree(missing[-1], ignore_errors=True)
+        raise
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

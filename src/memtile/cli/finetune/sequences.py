@@ -1,63 +1,59 @@
-"""Texts as sequences of tokens, and which of them is trained on in which step."""
+"""Texts as sequences of tokens, and which sequence is trained on in which step."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
+
+from torch import Tensor
 
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.tokens import TokenFile, document_tokens
-from memtile.cli.texts import text_pieces
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Heard = Callable[[int, int], None]
 """Called with the bytes of text that were read, and with those of all texts."""
 
+_PIECE: Final = 1 << 16  # characters that are read at once
+
 
 class Sequences:
-    """Stretches of one stream of tokens, each of them once an epoch, in an order drawn from a seed.
+    """Stretches of a stream of tokens, each once an epoch; at most `count` of them.
 
-    The order depends on the step's number alone, so a run can be continued anywhere.
-
-    Args:
-        stream: of tokens.
-        tokens: of one sequence.
-        seed: of the order.
+    The order depends on the seed and the step's number alone, so a run can be resumed anywhere;
+    without a seed it is the stream's own.
     """
 
-    def __init__(self, stream: TokenFile, tokens: int, seed: int) -> None:
+    def __init__(
+        self, stream: TokenFile, tokens: int, seed: int | None, count: int | None = None
+    ) -> None:
         self._stream, self._tokens, self._seed = stream, tokens, seed
+        self._count = count or stream.count // tokens
+        self.largest_id = stream.largest_id
 
     def __len__(self) -> int:
-        return self._stream.count // self._tokens
+        return self._count
 
-    @property
-    def largest_id(self) -> int:
-        """The largest token."""
-        return self._stream.largest_id
-
-    def at(self, step: int) -> "Tensor":
+    def at(self, step: int) -> Tensor:
         """The int64 tensor (1, tokens) of a step, counted from 0."""
         epoch, place = divmod(step, len(self))
-        drawn = shuffled(place, len(self), f"{self._seed} {epoch}")
-        return self._stream.read(drawn * self._tokens, self._tokens)
+        if self._seed is not None:
+            place = shuffled(place, len(self), f"{self._seed} {epoch}")
+        return self._stream.read(place * self._tokens, self._tokens)
 
     def position(self, step: int) -> dict[str, int]:
-        """Where in the texts a step stands."""
+        """The epoch of a step, and which of its sequences it is."""
         epoch, place = divmod(step, len(self))
         return {"epoch": epoch, "sequence": place}
 
 
 def shuffled(place: int, count: int, key: str) -> int:
-    """Where a number below `count` goes in an order of all of them that only the key decides.
+    """The image of a number below `count` under a permutation that only the key decides.
 
-    Nothing is kept: an order that is drawn takes 8 bytes a sequence.
+    It takes no memory; a drawn order would take 8 bytes a sequence.
 
     Source: a Feistel network of four rounds (Luby and Rackoff, 1988, doi:10.1137/0217022) permutes
-    the numbers of so many bits; those beyond `count` are walked on from (Black and Rogaway, 2002,
-    doi:10.1007/3-540-45760-7_9).
+    the numbers of so many bits; it is repeated while the result is not below `count` (Black and
+    Rogaway, 2002, doi:10.1007/3-540-45760-7_9).
     """
     bits = ((count - 1).bit_length() + 1) // 2
     mask = (1 << bits) - 1
@@ -73,27 +69,15 @@ def shuffled(place: int, count: int, key: str) -> int:
 
 def read_sequences(
     files: Sequence[Path],
-    tokenizer: Any,  # of transformers, which this room does not import to name its type
+    tokenizer: Any,  # of transformers, which is not imported to name its type
     tokens: int,
     seed: int,
     folder: Path,
     heard: Heard = lambda done, total: None,
 ) -> Sequences:
-    """The sequences of the texts, one after the other, each text tokenized as one document.
+    """The sequences of UTF-8 texts, each text tokenized as one document.
 
-    A text is read piece by piece, and its tokens go to the disk as they are made.
-
-    Args:
-        files: UTF-8 texts.
-        tokenizer: of transformers; see `document_tokens`.
-        tokens: of one sequence.
-        seed: of their order.
-        folder: for a file of 4 bytes a token, which has no name.
-        heard: called as the texts are read.
-
-    Raises:
-        CommandError: a file is missing, binary or empty, all of them are shorter than one sequence,
-            or the folder has no room.
+    A text is read piece by piece, and its tokens go to a file without a name in `folder`.
     """
     stream, sizes = TokenFile(folder), [file.stat().st_size for file in files]
     for number, file in enumerate(files):
@@ -117,11 +101,30 @@ def _heard(file: Path, done: int, total: int, heard: Heard) -> Iterator[str]:
 
 
 def check_texts(files: Iterable[Path]) -> None:
-    """Refuse texts that cannot be read, before anything slow begins.
-
-    Raises:
-        CommandError: see `read_sequences`.
-    """
+    """Refuses texts that cannot be read, before anything slow begins."""
     for file in files:
         for _ in text_pieces(file, "TEXT"):
             pass
+
+
+def text_pieces(file: Path, name: str, characters: int = _PIECE) -> Iterator[str]:
+    """The UTF-8 text of a file, in pieces of so many characters; the last may have fewer.
+
+    Raises:
+        CommandError: it is missing, binary or empty; the argument that gave it is called `name`.
+    """
+    is_empty = True
+    try:
+        with file.open(encoding="utf-8") as stream:
+            while piece := stream.read(characters):
+                if "\0" in piece:
+                    raise CommandError(
+                        f"{name} {file} holds zero bytes, as binary files do: give plain text."
+                    )
+                is_empty = is_empty and not piece.strip()
+                yield piece
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise CommandError(f"{name} {file} cannot be read ({reason}): give plain text.") from error
+    if is_empty:
+        raise CommandError(f"{name} {file} is empty: give a text file.")

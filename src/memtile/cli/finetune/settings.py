@@ -1,8 +1,9 @@
-"""What one run is: written into its folder at the start, and compared when it is continued."""
+"""The settings of a run: written into its folder at the start, compared when it is resumed."""
 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,40 +11,41 @@ from typing import Any, Final
 
 from memtile.checkpoints import Checkpoint, write_text
 from memtile.cli.errors import CommandError
+from memtile.cli.models import Loading
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
-_BESIDE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")  # the tokenizer's files
+_READ_WHOLE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Loading):
+    """How a run is carried out, which changes none of its numbers."""
+
+    out: Path  # its folder, which all ranks see
+    save_every: int  # steps between checkpoints
+    resume: bool  # go on from the last one
+    tile_bytes: int  # the largest tile, over ranks
+    offload: bool  # over ranks, keep shards, gradients and moments in host memory
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Everything that decides the numbers of a run, and nothing else.
-
-    Args:
-        model: the folder that it begins with.
-        texts: files to learn from, in order.
-        steps: optimizer steps in all.
-        tokens: in a step, one sequence.
-        lr: learning rate of the first step; it falls to 0 along a cosine.
-        seed: of the order of sequences and of dropout.
-        lora: rank of the adapters; None: all weights are trained.
-        digests: of each text, and of what tells the model from another.
-        engine: that holds shards; None: one process by itself.
 
     Raises:
         CommandError: a number that makes no sense.
     """
 
-    model: str
-    texts: tuple[str, ...]
-    steps: int
-    tokens: int
-    lr: float
-    seed: int
-    lora: int | None = None
-    digests: tuple[str, ...] = ()
-    engine: str | None = None
+    model: str  # its folder
+    texts: tuple[str, ...]  # files to train on, in order
+    steps: int  # of the optimizer, in all
+    tokens: int  # in a step, one sequence
+    lr: float  # of the first step
+    seed: int  # of the order of sequences and of dropout
+    lora: int | None = None  # rank of the adapters; None: all weights are trained
+    digests: tuple[str, ...] = ()  # of the model, then of each text
+    engine: str | None = None  # that holds shards; None: one process
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("tokens", 2), ("seed", 0), ("lora", 1)):
@@ -58,15 +60,12 @@ class Settings:
             )
 
     def write(self, out: Path) -> None:
-        """Leave them in the run's folder."""
+        """Writes them into the run's folder."""
+        out.mkdir(parents=True, exist_ok=True)
         write_text(out / _NAME, json.dumps(asdict(self), indent=2) + "\n")
 
     def check_continues(self, out: Path) -> None:
-        """Refuse to continue a run with other numbers than its own.
-
-        Raises:
-            CommandError: there is no run in the folder, or its settings are others.
-        """
+        """Refuses to resume a run with other settings than its own."""
         theirs = _read(out)
         for field in fields(self):
             ours, old = getattr(self, field.name), getattr(theirs, field.name)
@@ -80,9 +79,13 @@ class Settings:
             if ours != old:
                 raise CommandError(
                     f"{out} holds a run with {_option(field.name)} {_or_none(old)}, and this is "
-                    f"{_or_none(ours)}: give "
-                    "what it was begun with, or another --out."
+                    f"{_or_none(ours)}: give what it was begun with, or another --out."
                 )
+
+
+def is_first_rank() -> bool:
+    """Whether this process, by its launcher's environment, is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def holds_run(out: Path) -> bool:
@@ -90,11 +93,11 @@ def holds_run(out: Path) -> bool:
     return (out / _NAME).is_file()
 
 
-def _read(out: Path) -> Settings:
+def _read(out: Path) -> TrainingSettings:
     try:
         found: dict[str, Any] = json.loads((out / _NAME).read_bytes())  # JSON
         lists = {name: tuple(found[name]) for name in ("texts", "digests")}
-        return Settings(**{**found, **lists})
+        return TrainingSettings(**{**found, **lists})
     except FileNotFoundError as error:
         raise CommandError(
             f"--resume: {out} holds no run; begin one without --resume, or give its --out."
@@ -111,22 +114,14 @@ def digests(
     with_weights: bool,
     heard: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[str, ...]:
-    """What tells these files from others: of the model together, then of each text.
+    """SHA-256 of the model's config and tokenizer together, then of each text.
 
-    Args:
-        model: its config and its tokenizer are read, whole.
-        texts: the same.
-        with_weights: read the weights too, since they go on mattering where a run's checkpoints
-            have adapters only. Otherwise their sizes do: a run has its weights from its own
-            checkpoint, and one without a checkpoint begins anew.
-        heard: called with the bytes of each piece that was read.
-
-    Raises:
-        CheckpointError: the model has no weights that can be read.
+    Of weights the sizes count, since a run has them in its own checkpoints; a run whose checkpoints
+    have adapters only needs `with_weights`. `heard` gets the size of each piece that was read.
     """
     known: dict[str, object] = {
         path.name: _digest(path, heard)
-        for pattern in _BESIDE
+        for pattern in _READ_WHOLE
         for path in sorted(model.glob(pattern))
         if path.is_file()
     }
@@ -137,7 +132,7 @@ def digests(
 
 
 def weight_files(model: Path) -> list[Path]:
-    """The files of a model's folder that its weights are read from."""
+    """The files that a model's weights are read from."""
     return [file.path for file in Checkpoint.open(model).files]
 
 

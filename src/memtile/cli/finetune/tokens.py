@@ -1,8 +1,8 @@
-"""The tokens of a long text, made piece by piece, and a file on the disk that they lie in.
+"""Tokenizes a long text piece by piece, and keeps the tokens in a file.
 
-A tokenizer may look at what stands before and after a word, and some put a space before a text. So
-consecutive pieces overlap, and are joined in the middle of what both have, where both have the
-same tokens at the same places.
+A token may depend on the text around it, and some tokenizers put a space before a text. So
+consecutive pieces overlap, and are joined in the middle of the overlap, where both have the same
+tokens at the same places.
 """
 
 import os
@@ -13,48 +13,44 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
+from torch import Tensor
 
 from memtile.cli.errors import CommandError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 OVERLAP: Final = 1 << 12
 """Characters that consecutive pieces share."""
 
 _ALIKE: Final = 4  # tokens on either side of a joint that must be the same
-_HEAD: Final = 1000  # characters that show what a tokenizer puts around a text
+_HEAD: Final = 1000  # characters that are tokenized to see what a tokenizer adds to a text
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Tokens, and at which character of the document each begins."""
+    """Tokens, and the character of the document at which each begins."""
 
     ids: list[int]
     starts: list[int]
 
     def around(self, index: int) -> tuple[list[int], list[int]]:
-        """The tokens on either side of a joint before this one, and where they are."""
+        """The tokens near an index, and where they begin."""
         near = slice(max(0, index - _ALIKE), index + _ALIKE)
         return self.ids[near], self.starts[near]
 
 
 def document_tokens(
     pieces: Iterable[str],
-    tokenizer: Any,  # of transformers, which this room does not import to name its type
+    tokenizer: Any,  # of transformers, which is not imported to name its type
 ) -> Iterator[list[int]]:
-    """The tokens of one document, piece by piece.
+    """The tokens of one document, piece by piece: the same as tokenized whole.
 
-    They are those of the document tokenized whole: what the tokenizer puts before and after a text
-    by itself is there once. An end-of-text token follows, if the tokenizer has one and does not put
-    it there itself. A word that is longer than half the overlap may be cut where a piece ends. A
-    tokenizer that does not say where its tokens begin (one that is written in Python) gets the
-    document in pieces that end with a line.
-
-    Args:
-        pieces: of the document's text, each longer than the overlap except for the last.
-        tokenizer: of transformers.
+    What the tokenizer adds before and after a text is there once. An end-of-text token follows, if
+    the tokenizer has one and does not add it itself. A word that is longer than half the overlap
+    may be cut where a piece ends. A tokenizer that is written in Python does not say where its
+    tokens begin: it gets the document in pieces that end with a line. All pieces but the last must
+    be longer than the overlap.
     """
     after: list[int] | None = None
     for text, ids in _joined(pieces, tokenizer) if tokenizer.is_fast else _lines(pieces, tokenizer):
@@ -90,7 +86,7 @@ def _encoded(text: str, begin: int, tokenizer: Any) -> _Encoded:
 
 
 def _joint(old: _Encoded, new: _Encoded, middle: int) -> tuple[int, int] | None:
-    """The first place from the middle on where both go on alike: an index into each."""
+    """The first place from the middle on where both have the same tokens: an index into each."""
     for i in range(max(1, bisect_left(old.starts, middle)), len(old.ids) - _ALIKE + 1):
         j = bisect_left(new.starts, old.starts[i])
         if old.starts[i - 1] < old.starts[i] and old.around(i) == new.around(j):
@@ -110,7 +106,7 @@ def _lines(pieces: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[in
 
 
 def _put_around(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text by itself."""
+    """What the tokenizer adds before and after a text."""
     bare, whole = _ids(text, tokenizer, add_special_tokens=False), _ids(text, tokenizer)
     for start in range(len(whole) - len(bare) + 1):
         stop = start + len(bare)
@@ -125,18 +121,7 @@ def _ids(text: str, tokenizer: Any, **options: bool) -> list[int]:
 
 
 class TokenFile:
-    """Tokens in a file without a name, which is gone when the process is.
-
-    Args:
-        folder: on a disk that has room for 4 bytes a token.
-
-    Attributes:
-        count: of the tokens.
-        largest_id: of them.
-
-    Raises:
-        CommandError: nothing can be written there.
-    """
+    """Tokens in a file without a name in `folder`, 4 bytes each, which ends with the process."""
 
     def __init__(self, folder: Path) -> None:
         self.count, self.largest_id, self._folder = 0, 0, folder
@@ -147,11 +132,7 @@ class TokenFile:
         weakref.finalize(self, self._file.close)
 
     def append(self, ids: list[int]) -> None:
-        """Add tokens at the end.
-
-        Raises:
-            CommandError: they cannot be written.
-        """
+        """Adds tokens at the end."""
         try:
             raw = memoryview(array("i", ids)).cast("B")
             while raw:
@@ -161,10 +142,8 @@ class TokenFile:
         self.count += len(ids)
         self.largest_id = max(self.largest_id, *ids, 0)
 
-    def read(self, start: int, count: int) -> "Tensor":
-        """So many of them, as an int64 tensor (1, count)."""
-        import torch
-
+    def read(self, start: int, count: int) -> Tensor:
+        """An int64 tensor (1, count) of the tokens from `start` on."""
         raw = os.pread(self._file.fileno(), 4 * count, 4 * start)
         return torch.frombuffer(bytearray(raw), dtype=torch.int32).long().unsqueeze(0)
 

@@ -1,41 +1,39 @@
-"""`memtile finetune`: a model trained within a budget of memory, saved, stopped and continued."""
+"""`memtile finetune`: trains a model within a budget of memory; can be stopped and resumed."""
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 
 from memtile.cli import models
-from memtile.cli.console import interruptible, progress
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune import (
-    LOG,
-    PICTURE,
-    Settings,
-    check_texts,
+from memtile.cli.finetune.display import Display
+from memtile.cli.finetune.log import LOG, PICTURE
+from memtile.cli.finetune.run import Result, finetune
+from memtile.cli.finetune.sequences import check_texts
+from memtile.cli.finetune.settings import (
+    Options,
+    TrainingSettings,
     digests,
     holds_run,
+    is_first_rank,
     weight_files,
 )
-from memtile.cli.finetune.display import Display
-from memtile.cli.finetune.launching import ENGINES, check_launched, is_first_rank
 from memtile.cli.homes import check_home
+from memtile.cli.terminal import progress
 from memtile.planning import format_byte_size, parse_byte_size
 
-if TYPE_CHECKING:
-    from memtile.cli.finetune.loop import Result
-    from memtile.cli.finetune.over_ranks import RankOptions
-    from memtile.cli.finetune.run import Options
-
+_ENGINES: Final = ("fsdp2", "zero3")
 _MEBIBYTE: Final = 1 << 20
 
 
 def run_finetune(
     model: Annotated[Path, typer.Argument(help="A transformers folder with safetensors.")],
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
-    out: Annotated[Path, typer.Option(help="The folder of the run and of what comes of it.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run and of the fine-tuned model.")],
     budget: Annotated[
         str | None,
         typer.Option(help="Memory to use above the imports; 2GiB where nothing is given."),
@@ -65,10 +63,7 @@ def run_finetune(
     offload: Annotated[
         bool, typer.Option("--offload", help="With --engine: shards live in host memory.")
     ] = False,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Refuse a folder that holds more than the model has."),
-    ] = False,
+    strict: models.Strict = False,
     trust_remote_code: models.TrustsCode = False,
 ) -> int:
     """Fine-tune a model that need not fit in memory, on plain text.
@@ -77,11 +72,19 @@ def run_finetune(
     rank trains on a sequence of its own in each step.
     """
     _check_options(engine, {"--budget": budget, "--home": home}, tile, offload, lora)
-    allowed = parse_byte_size(budget or "2GiB", "--budget")
-    tile_bytes = parse_byte_size(tile or "16MiB", "--tile")
-    check_home(home or "disk")
+    options = Options(
+        budget=parse_byte_size(budget or "2GiB", "--budget"),
+        home=check_home(home or "disk"),
+        strict=strict,
+        trusts_code=trust_remote_code,
+        out=out,
+        save_every=save_every,
+        resume=resume,
+        tile_bytes=parse_byte_size(tile or "16MiB", "--tile"),
+        offload=offload,
+    )
     if engine is not None:
-        check_launched()
+        _check_launched()
     if save_every < 1:
         raise CommandError(f"--save-every {save_every} is too few: give 1 or more.")
     models.check_folder(model)
@@ -89,27 +92,16 @@ def run_finetune(
     paths = tuple(str(text.resolve()) for text in texts)
     check_texts(texts)
     found = _digests(model, texts, lora is not None)
-    settings = Settings(str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine)
+    settings = TrainingSettings(
+        str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine
+    )
     _check_out(out, settings, resume)
-    with interruptible():
-        models.load_transformers(model)
-        if engine is None:
-            from memtile.cli.finetune.run import Options
-
-            where = home or "disk"
-            _train(
-                settings,
-                Options(out, allowed, where, save_every, resume, strict, trust_remote_code),
-            )
-        else:
-            from memtile.cli.finetune.over_ranks import RankOptions
-
-            _train_over_ranks(
-                settings,
-                RankOptions(
-                    out, tile_bytes, offload, save_every, resume, strict, trust_remote_code
-                ),
-            )
+    models.load_transformers(model)
+    console = Console(highlight=False, quiet=engine is not None and not is_first_rank())
+    limit = f" of {format_byte_size(options.budget)}" if engine is None else " a rank"
+    with Display(console, steps, limit) as display:
+        result = finetune(settings, options, display)
+    _show(result, out, limit, console)
     return 0
 
 
@@ -125,8 +117,8 @@ def _check_options(
         raise CommandError("--tile and --offload go with --engine: in one process give --budget.")
     if engine is None:
         return
-    if engine not in ENGINES:
-        raise CommandError(f"--engine {engine!r} is none: give {' or '.join(ENGINES)}.")
+    if engine not in _ENGINES:
+        raise CommandError(f"--engine {engine!r} is none: give {' or '.join(_ENGINES)}.")
     if given:
         raise CommandError(
             f"{given[0]} plans one process; with --engine, tiles are shards over ranks: give "
@@ -136,12 +128,16 @@ def _check_options(
         raise CommandError("--lora is not there over ranks: leave out --engine, or --lora.")
 
 
-def _with_words(texts: list[Path]) -> list[Path]:
-    """The texts without empty ones, which are named, where there are others.
+def _check_launched() -> None:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        raise CommandError(
+            "--engine trains over ranks, and this is one process by itself: start it with "
+            "torchrun --nproc-per-node 2 -m memtile.cli finetune … (any number of processes)."
+        )
 
-    Raises:
-        CommandError: one is a folder.
-    """
+
+def _with_words(texts: list[Path]) -> list[Path]:
+    """The texts without empty ones, which are named; all texts, if all are empty."""
     for text in texts:
         if text.is_dir():
             raise CommandError(f"TEXT {text} is a folder: give its files, such as {text}/*.txt.")
@@ -157,7 +153,7 @@ def _is_empty(text: Path) -> bool:
 
 
 def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, ...]:
-    """What tells the run's files from others, with a bar: a large base takes minutes to read."""
+    """The digests of the run's files, with a bar: a large model takes minutes to read."""
     read = [*texts, *(weight_files(model) if with_weights else ())]
     mebibytes = sum(file.stat().st_size for file in read) / _MEBIBYTE
     with progress() as bars:
@@ -167,39 +163,7 @@ def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, .
         )
 
 
-def _train(settings: Settings, options: "Options") -> None:
-    from memtile.cli.finetune.run import finetune
-
-    console = Console(highlight=False)
-    with Display(console, settings.steps, options.budget) as display:
-        result = finetune(
-            settings,
-            options,
-            display.reading,
-            display.planned,
-            display.started,
-            display.report,
-        )
-    _show(result, options.out, f" of {format_byte_size(options.budget)}", console)
-
-
-def _train_over_ranks(settings: Settings, options: "RankOptions") -> None:
-    from memtile.cli.finetune.over_ranks import finetune_over_ranks
-
-    console = Console(highlight=False, quiet=not is_first_rank())
-    with Display(console, settings.steps) as display:
-        result = finetune_over_ranks(
-            settings,
-            options,
-            display.reading,
-            display.planned,
-            display.started,
-            display.report,
-        )
-    _show(result, options.out, " a rank", console)
-
-
-def _check_out(out: Path, settings: Settings, resume: bool) -> None:
+def _check_out(out: Path, settings: TrainingSettings, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out {out} is a file: give a folder.")
     if resume:
@@ -212,10 +176,9 @@ def _check_out(out: Path, settings: Settings, resume: bool) -> None:
         raise CommandError(f"--out {out} is not empty: give a new folder.")
 
 
-def _show(result: "Result", out: Path, limit: str, console: Console) -> None:
-    losses = result.losses
-    if losses:
-        ends = {result.first: losses[0], result.first + len(losses) - 1: losses[-1]}
+def _show(result: Result, out: Path, limit: str, console: Console) -> None:
+    if result.entries:
+        ends = {entry.step: entry.loss for entry in (result.entries[0], result.entries[-1])}
         words = ", ".join(f"loss of step {step}: {loss:.3f}" for step, loss in ends.items())
         console.print(
             f"{words}; {result.seconds:.0f} s, "

@@ -1,11 +1,12 @@
-"""What lies in a path: tensors, sizes, and whether their bytes are those that were written."""
+"""`memtile inspect`: lists the tensors of a checkpoint, and verifies their checksums."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
+import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -14,10 +15,32 @@ from memtile.checkpoints import Checkpoint, StoredTensor
 from memtile.checkpoints.header import DTYPES, parse_json
 from memtile.checkpoints.steps import saved_steps
 from memtile.cli.errors import CommandError
+from memtile.cli.terminal import progress
 from memtile.planning import format_byte_size
 
 _TRAINING: Final = "training.json"
+_KEPT_HOME: Final = "tiles.memtile"  # of releases that kept homes
 _RUN_PARTS: Final = ("model", "trainable", "optimizer", "random")
+
+
+def run_inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint's folder or file.")],
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read all bytes, verify checksums.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+) -> int:
+    """Show the tensors of a safetensors checkpoint, and verify their checksums.
+
+    Nothing is loaded as code and nothing is changed. Damage ends with exit code 2.
+    """
+    with progress() as bars:
+        contents = inspect(path, verify, bars)
+    if as_json:
+        print(json.dumps(asdict(contents), indent=2))
+    else:
+        _show(contents, Console())
+    return 0
 
 
 @dataclass(frozen=True)
@@ -33,43 +56,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found.
-
-    Attributes:
-        path: that was looked at.
-        kind: what it is.
-        rows: its tensors.
-        facts: other things that it tells, by their names.
-        verified: tensors whose bytes were compared with their checksums.
-        unknown: tensors whose checksums nobody wrote down; others were not to be verified.
-    """
+    """What lies at a path."""
 
     path: str
     kind: str
     rows: list[Row]
-    facts: dict[str, str] = field(default_factory=dict)
-    verified: int = 0
-    unknown: int = 0
+    facts: dict[str, str]  # other values that it records, by name
+    verified: int  # tensors whose bytes were compared with their checksums
+    unknown: int  # tensors without a recorded checksum
 
 
-def inspect(path: Path, verify: bool, progress: Progress) -> Contents:
-    """Looks at a run's checkpoint, or a safetensors checkpoint.
-
-    Raises:
-        CommandError: There is nothing at the path.
-        CheckpointError: It is no checkpoint, or a damaged one.
-    """
+def inspect(path: Path, verify: bool, bars: Progress) -> Contents:
+    """Looks at a run's checkpoint, or a safetensors checkpoint."""
     if not path.exists():
         raise CommandError(f"{path} does not exist: give a checkpoint.")
+    if _KEPT_HOME in (path.name, *(file.name for file in path.glob(_KEPT_HOME))):
+        raise CommandError(
+            f"{path} is a kept home, which is no longer read: with the release that made it, save "
+            "the model by memtile.save_checkpoint or memtile finetune --out, and give that folder."
+        )
     steps = saved_steps(path)
     folder = steps[-1].path if steps and not any(path.glob("*.safetensors")) else path
     if (folder / _TRAINING).is_file():
-        return _training(folder, verify, progress)
-    checkpoint = Checkpoint.open(path)
-    return _contents(path, "safetensors checkpoint", checkpoint.values(), {}, verify, progress)
+        return _training(folder, verify, bars)
+    tensors = Checkpoint.open(path).values()
+    return _contents(path, "safetensors checkpoint", tensors, {}, verify, bars)
 
 
-def _training(folder: Path, verify: bool, progress: Progress) -> Contents:
+def _training(folder: Path, verify: bool, bars: Progress) -> Contents:
     try:
         record = parse_json((folder / _TRAINING).read_bytes())
         facts = {name: json.dumps(record[name]) for name in ("step", "position") if name in record}
@@ -83,7 +97,7 @@ def _training(folder: Path, verify: bool, progress: Progress) -> Contents:
         if any(folder.glob(f"{stem}*.safetensors"))
         for tensor in Checkpoint.open(folder, stem).values()
     ]
-    return _contents(folder, "checkpoint of a run", tensors, facts, verify, progress)
+    return _contents(folder, "checkpoint of a run", tensors, facts, verify, bars)
 
 
 def _contents(
@@ -92,34 +106,29 @@ def _contents(
     tensors: Iterable[StoredTensor],
     facts: dict[str, str],
     verify: bool,
-    progress: Progress,
+    bars: Progress,
 ) -> Contents:
     found = list(tensors)
     rows = [
         Row(t.entry.name, tuple(t.shape), _dtype(t.entry.kind), t.nbytes, t.file.path.name)
         for t in found
     ]
-    verified = sum(t.check_sum() for t in _tracked(found, progress)) if verify else 0
-    unknown = sum(t.entry.crc is None for t in found)
+    read = bars.track(found, description="Verifying checksums") if verify else ()
+    verified = sum(tensor.check_sum() for tensor in read)
+    unknown = sum(tensor.entry.crc is None for tensor in found)
     return Contents(str(path), kind, rows, facts, verified, unknown)
 
 
-def _tracked(tensors: list[StoredTensor], progress: Progress) -> Iterator[StoredTensor]:
-    yield from progress.track(tensors, description="Verifying checksums")
-
-
 def _dtype(kind: str) -> str:
-    """torch's word for what safetensors calls a dtype, where it has one."""
-    return str(DTYPES.get(kind, kind)).removeprefix("torch.")
+    """torch's word for a dtype of safetensors, where it has one."""
+    return str(DTYPES[kind]).removeprefix("torch.") if kind in DTYPES else kind
 
 
-def show(contents: Contents, console: Console) -> None:
-    """Prints the tensors, their sum, and what is known of their checksums."""
+def _show(contents: Contents, console: Console) -> None:
     table = Table("tensor", "shape", "dtype", "size", title=contents.path)
-    table.columns[0].overflow = "fold"  # a name that is cut is no name
+    table.columns[0].overflow = "fold"  # a name must not be cut
     table.columns[3].justify = "right"
-    files = {row.file for row in contents.rows}
-    if len(files) > 1:
+    if len({row.file for row in contents.rows}) > 1:
         table.add_column("file", overflow="fold")
     for row in contents.rows:
         shape = " × ".join(map(str, row.shape)) or "one number"

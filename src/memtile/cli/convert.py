@@ -1,11 +1,10 @@
-"""`memtile convert`: a checkpoint written anew, dense or in tiles of any grid."""
+"""`memtile convert`: writes a checkpoint anew, dense or in tiles of any grid."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memtile.cli.console import interruptible
 from memtile.cli.errors import CommandError
 from memtile.convert import Recut, convert_checkpoint
 from memtile.planning import format_byte_size, parse_byte_size
@@ -27,19 +26,18 @@ def run_convert(
 ) -> int:
     """Join the tiles of a checkpoint into dense tensors, or cut linears into tiles.
 
-    Tiles have the names of DeepSpeed's tiled linear. Values stay bit for bit, and a few MiB are in
+    Tiles have the names of DeepSpeed's tiled linear. Values stay bit for bit; a few MiB are in
     memory at a time.
     """
-    with interruptible():
-        tile_bytes = None if max_tile is None else parse_byte_size(max_tile, "--max-tile")
-        if not modules and (tile_bytes or out_splits != 1 or in_splits != 1):
-            raise CommandError(
-                "--modules is missing: name the linears to cut, such as --modules '*.mlp.*'."
-            )
-        recut = Recut(modules, out_splits, in_splits, tile_bytes) if modules else None
-        changed = convert_checkpoint(
-            source, target, recut, max_shard_bytes=parse_byte_size(max_shard, "--max-shard")
+    tile_bytes = None if max_tile is None else parse_byte_size(max_tile, "--max-tile")
+    if not modules and (tile_bytes or out_splits != 1 or in_splits != 1):
+        raise CommandError(
+            "--modules is missing: name the linears to cut, such as --modules '*.mlp.*'."
         )
+    recut = Recut(modules, out_splits, in_splits, tile_bytes) if modules else None
+    changed = convert_checkpoint(
+        source, target, recut, max_shard_bytes=parse_byte_size(max_shard, "--max-shard")
+    )
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     act = "cut into tiles" if modules else "joined from tiles"
     print(f"{len(changed)} linears {act}; {format_byte_size(size)} in {target}")

@@ -1,4 +1,4 @@
-"""What commands share at the terminal: progress bars, and signals as errors."""
+"""Progress bars, and Ctrl-C and SIGTERM as errors."""
 
 import signal
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def interruptible() -> Iterator[None]:
 
 
 def progress() -> Progress:
-    """Bars on stderr, gone at the end; nothing where stderr is no terminal."""
+    """Bars on stderr, removed at the end; nothing where stderr is no terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

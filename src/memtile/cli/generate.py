@@ -1,65 +1,109 @@
-"""Text from a model straight from its folder, within a budget of memory."""
+"""`memtile generate`: text from a model that need not fit in memory."""
 
-import sys
+import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
+import typer
+from rich.console import Console
 
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError, first_line, is_our_bug
+from memtile.cli.homes import check_home
 from memtile.errors import MemtileError
+from memtile.planning import format_byte_size, parse_byte_size
 from memtile.testing import PeakMemory
 
 _SETTINGS: Final = "generation_config.json"
 _OTHERS: Final = "tokenizer and prompt"
 
+Say = Callable[[str], None]
 
-@dataclass(frozen=True)
-class Request:
-    """What to generate.
 
-    Args:
-        model: the folder.
-        prompt: the text to go on from.
-        tokens: new ones, at most.
-        budget: bytes above the imports.
-        home: where tiles live: "checkpoint" (the folder's own files), "disk", "disk:FOLDER" or
-            "host".
-        temperature: 0: the likeliest token each time.
-        seed: of the draws.
-        chat: whether the prompt is a user's message, put into the model's chat template.
-        strict: refuse a folder that holds more than the model has.
-        trusts_code: whether code of the folder may run.
-    """
+def run_generate(
+    model: Annotated[Path, typer.Argument(help="A transformers folder with safetensors.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    budget: Annotated[
+        str, typer.Option(help="Memory to use above the imports, such as 2GiB.")
+    ] = "2GiB",
+    tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64,
+    home: Annotated[
+        str,
+        typer.Option(
+            help="Where tiles live: checkpoint (the folder's own files), disk, disk:FOLDER, host."
+        ),
+    ] = "checkpoint",
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: drawn.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message: use the chat template.")
+    ] = False,
+    strict: models.Strict = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    trust_remote_code: models.TrustsCode = False,
+) -> int:
+    """Generate text straight from the unmodified safetensors, printed as it comes."""
+    if tokens < 1:
+        raise CommandError(f"--tokens {tokens} is too few: give 1 or more.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise CommandError(f"--temperature {temperature} is none: give 0 or more.")
+    allowed = parse_byte_size(budget, "--budget")
+    check_home(home, "checkpoint")
+    models.check_folder(model)
+    models.load_transformers(model)
+    request = Request(
+        model=model,
+        prompt=prompt,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        budget=allowed,
+        home=home,
+        strict=strict,
+        trusts_code=trust_remote_code,
+    )
+    console = Console(stderr=True, highlight=False)
+    found = generate(
+        request,
+        lambda words: None if as_json else console.print(words, style="dim", soft_wrap=True),
+        lambda text: None if as_json else print(text, end="", flush=True),
+    )
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0
+    print()
+    console.print(
+        f"{len(found.token_ids)} tokens in {found.seconds:.1f} s, peak memory "
+        f"{format_byte_size(found.peak_bytes)} of {format_byte_size(allowed)}",
+        style="dim",
+        soft_wrap=True,
+    )
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(models.Loading):
+    """What to generate; `home` may also be "checkpoint", the folder's own files."""
 
     model: Path
     prompt: str
     tokens: int
-    budget: int
-    home: str
     temperature: float
     seed: int
     chat: bool
-    strict: bool = False
-    trusts_code: bool = False
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of it.
-
-    Attributes:
-        text: the new text.
-        token_ids: the new tokens.
-        seconds: from the first pass to the last token.
-        peak_bytes: the most memory, above the imports.
-    """
+    """The new text, its tokens, the seconds they took, and the peak memory above the imports."""
 
     text: str
     token_ids: list[int]
@@ -67,26 +111,21 @@ class Generated:
     peak_bytes: int
 
 
-def generate(
-    request: Request, note: Callable[[str], None], say: Callable[[str], None]
-) -> Generated:
-    """Generates text by the settings of the model's folder, and says it as it comes.
+def generate(request: Request, note: Say, say: Say) -> Generated:
+    """Generates text by the settings of the model's folder.
 
-    Args:
-        request: what to generate.
-        note: called with what the plan comes to, and with each setting that is not followed.
-        say: called with each new stretch of text.
-
-    Raises:
-        CommandError: the folder is none that text can be generated with.
-        BudgetError: nothing fits in the budget.
-        CheckpointError: the checkpoint is damaged.
+    `note` gets the plan's summary and each setting that is not followed, `say` each new stretch of
+    text.
     """
     with PeakMemory() as memory:
         tokenizer = models.tokenizer_of(request.model, request.trusts_code)
         prompt = _encoded(request, tokenizer)
         model = _loaded(request, prompt.shape[1], memory, note)
         streams = _beams(model) == 1
+        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        drawing: dict[str, Any] = {"do_sample": True, "temperature": request.temperature}
+        if request.temperature == 0:
+            drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         torch.manual_seed(request.seed)
         started = time.perf_counter()
         with torch.inference_mode(), _settings_that_work(request.model):
@@ -94,12 +133,12 @@ def generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=request.tokens,
-                pad_token_id=_padding(tokenizer),
+                pad_token_id=next(token for token in padding if token is not None),
                 streamer=_streamer(tokenizer, say) if streams else None,
                 tokenizer=tokenizer,  # for stop_strings
                 num_return_sequences=1,
                 return_dict_in_generate=False,
-                **_drawing(request.temperature),
+                **drawing,
             )
         seconds = time.perf_counter() - started
         new = found[0, prompt.shape[1] :].tolist()
@@ -126,19 +165,18 @@ def _encoded(request: Request, tokenizer: Any) -> torch.Tensor:
 
 
 def _loaded(
-    request: Request, prompt_tokens: int, memory: PeakMemory, note: Callable[[str], None]
+    request: Request, prompt_tokens: int, memory: PeakMemory, note: Say
 ) -> Any:  # a transformers model, which is not imported to name its type
     model = models.empty_of(request.model, request.trusts_code)
     models.read_settings(model, request.model)
-    models.check_length(
-        model, prompt_tokens + request.tokens, f"--prompt with --tokens {request.tokens}"
-    )
+    tokens = prompt_tokens + request.tokens
+    models.check_length(model, tokens, f"--prompt with --tokens {request.tokens}")
     is_stored = request.home == "checkpoint"
     with models.within(request.budget, memory.nbytes, _OTHERS) as left:
         plan = memtile.plan(
             model,
             budget=left,
-            tokens=(prompt_tokens + request.tokens) * _beams(model),
+            tokens=tokens * _beams(model),
             batch=_beams(model),
             optimizer=None,
             home="disk" if is_stored else request.home,
@@ -164,8 +202,8 @@ def _count(model: Any, name: str) -> int:  # of transformers
     return value or 1
 
 
-def _note_settings(model: Any, note: Callable[[str], None]) -> None:  # of transformers
-    """Say which settings of the folder are followed in another way than a reader may expect."""
+def _note_settings(model: Any, note: Say) -> None:  # of transformers
+    """Names the settings of the folder that are not followed as a reader may expect."""
     if _beams(model) > 1:
         note(f"num_beams={_beams(model)} in {_SETTINGS}: the text is printed when it is whole")
     texts = _count(model, "num_return_sequences")
@@ -175,7 +213,7 @@ def _note_settings(model: Any, note: Callable[[str], None]) -> None:  # of trans
 
 @contextmanager
 def _settings_that_work(folder: Path) -> Iterator[None]:
-    """What transformers refuses of a folder's settings, as one sentence."""
+    """Turns what transformers refuses of a folder's settings into one sentence."""
     try:
         yield
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
@@ -187,18 +225,7 @@ def _settings_that_work(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _padding(tokenizer: Any) -> int:
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None))
-
-
-def _drawing(temperature: float) -> dict[str, Any]:
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature}
-
-
-def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Any, say: Say) -> Any:
     from transformers import TextStreamer
 
     class Saying(TextStreamer):  # type: ignore[misc]  # transformers is not checked here
@@ -207,9 +234,3 @@ def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:
             say(text)
 
     return Saying(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def say_at_once(text: str) -> None:
-    """Prints a stretch of text without waiting for a line's end."""
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -1,23 +1,21 @@
-"""`memtile plan`: what a budget is enough for, before anything is loaded."""
+"""`memtile plan`: which layers a budget needs tiled, before anything is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
+import torch
 import typer
 from rich.console import Console
 
+import memtile
 from memtile.cli import models
-from memtile.cli.clusters import ClusterOptions
-from memtile.cli.console import interruptible
 from memtile.cli.errors import CommandError
 from memtile.cli.homes import check_home
 from memtile.planner import plan_ranks
-from memtile.planning import parse_byte_size
-
-if TYPE_CHECKING:
-    from memtile.planning import Plan
+from memtile.planning import Plan, Speeds, parse_byte_size, parse_speed
+from memtile.testing import PeakMemory
 
 _OTHERS: Final = "the tokenizer"
 
@@ -80,41 +78,78 @@ def run_plan(
     ] = None,
 ) -> int:
     """Show which layers are tiled for a budget, or for many ranks, and what a step will take."""
-    cluster = ClusterOptions(
-        world_size, engine, device_memory, offload, link, host_link, disk, flops
-    )
-    shared = {"tokens": tokens, "batch": batch}
-    if world_size is not None:
-        cluster.check_alone({"--budget": budget, "--home": home, "--mode": mode, "--rates": rates})
-        given = {**shared, **cluster.arguments()}
+    one_process = {"--budget": budget, "--home": home, "--mode": mode, "--rates": rates}
+    speeds = {"--link": link, "--host-link": host_link, "--disk": disk, "--flops": flops}
+    cluster = {"--engine": engine, "--device-memory": device_memory, "--offload": offload, **speeds}
+    _check_cluster(world_size, cluster, one_process)
+    if world_size is not None and engine is not None:
+        memory = device_memory and parse_byte_size(device_memory, "--device-memory")
+        over = _speeds(speeds)
         with _counting(model):
-            chosen = _optimizer(optimizer)
-
-            ranks = plan_ranks(models.empty_of(model, trust_remote_code), optimizer=chosen, **given)
+            ranks = plan_ranks(
+                models.empty_of(model, trust_remote_code),
+                optimizer=_optimizer(optimizer),
+                world_size=world_size,
+                engine=engine,
+                device_memory=memory or None,
+                offload=offload or "none",
+                speeds=over,
+                tokens=tokens,
+                batch=batch,
+            )
         print(ranks.to_json() if as_json else ranks)
         return 0
     if budget is None:
         raise CommandError("there is no limit: give --budget 2GiB, or --world-size for a cluster.")
     allowed = parse_byte_size(budget, "--budget")
-    if check_home(home or "disk", "checkpoint") == "checkpoint":
+    home = check_home(home or "disk", "checkpoint")
+    if home == "checkpoint":
         if optimizer != "none":
             raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
         home = "disk"  # what is in memory is the same
-    alone = {"home": home or "disk", "mode": mode or "in_backward", "rates": rates}
+    alone: dict[str, Any] = {"home": home, "mode": mode or "in_backward", "rates": rates}
+    alone |= {"tokens": tokens, "batch": batch}
     with _counting(model):
-        found, used = _plan(model, allowed, trust_remote_code, {**shared, **alone}, optimizer)
+        found, used = _plan(model, allowed, trust_remote_code, alone, optimizer)
     print(found.to_json() if as_json else f"{found}\n{models.taken(allowed, used, _OTHERS)}")
     return 0
 
 
+def _check_cluster(
+    world_size: int | None, cluster: Mapping[str, str | None], one_process: Mapping[str, object]
+) -> None:
+    """Refuses options that do not belong together; the keys are their names."""
+    given = [option for option, value in cluster.items() if value is not None]
+    if given and world_size is None:
+        raise CommandError(f"{given[0]} is of a cluster: give --world-size N and --engine with it.")
+    if world_size is None:
+        return
+    if cluster["--engine"] is None:
+        raise CommandError("--world-size needs --engine: give --engine fsdp2 or zero3 with it.")
+    for option, value in one_process.items():
+        if value is not None:
+            raise CommandError(
+                f"{option} plans one process: leave it out beside --world-size, whose limit is "
+                "--device-memory."
+            )
+
+
+def _speeds(given: Mapping[str, str | None]) -> Speeds:
+    def speed(option: str, unit: str = "B") -> float | None:
+        text = given[option]
+        return None if text is None else parse_speed(text, option, unit)
+
+    flops, link = speed("--flops", "FLOP"), speed("--link")
+    return Speeds(flops=flops, link=link, host=speed("--host-link"), disk=speed("--disk"))
+
+
 @contextmanager
 def _counting(folder: Path) -> Iterator[None]:
-    """What both kinds of plan begin with, and a word on what takes time."""
+    """Checks the folder, loads transformers, and shows what is going on."""
     models.check_folder(folder, needs_weights=False)
-    with interruptible():
-        models.load_transformers(folder)
-        with Console(stderr=True).status("counting a step, measuring the machine once"):
-            yield
+    models.load_transformers(folder)
+    with Console(stderr=True).status("counting a step, measuring the machine once"):
+        yield
 
 
 def _plan(
@@ -123,11 +158,8 @@ def _plan(
     trusts_code: bool,
     arguments: dict[str, Any],  # of memtile.plan
     optimizer: str,
-) -> "tuple[Plan, int]":
-    """The plan that `finetune` and `generate` make, but for their texts; and what is not in it."""
-    import memtile
-    from memtile.testing import PeakMemory
-
+) -> tuple[Plan, int]:
+    """The plan that `finetune` and `generate` make without their texts, and what is not in it."""
     chosen = _optimizer(optimizer)
     with PeakMemory() as memory:
         if models.has_tokenizer(folder):
@@ -138,9 +170,7 @@ def _plan(
     return found, budget - left
 
 
-def _optimizer(name: str) -> "type | None":
-    import torch
-
+def _optimizer(name: str) -> type[torch.optim.Optimizer] | None:
     if name == "none":
         return None
     found = {known.lower(): getattr(torch.optim, known) for known in dir(torch.optim)}

