@@ -26,7 +26,7 @@ help:
 	@echo "make lint   check style and format: a second"
 	@echo "make types  check types: a quarter of a minute"
 	@echo "make ladder check which room imports which: a second"
-	@echo "make docs   build the documentation into site/: half a minute"
+	@echo "make docs   build the documentation into site/: some seconds"
 	@echo "make check  lint, types, ladder and test: 7 minutes"
 	@echo "make clean  remove $(VENV) and what the tools leave behind"
 	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH) in a minute or"
