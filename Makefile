@@ -17,7 +17,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-$(subst =,,$(TORCH))$(if $(WHEEL),-wheel)
 SOURCE := $(or $(WHEEL),-e .)
 
-.PHONY: help demo model test lint types ladder check environment clean
+.PHONY: help demo model test lint types ladder docs check environment clean
 
 help:
 	@echo "make demo   train a real model, dense and tiled, side by side (STEPS=20 ARGS=): 3 minutes"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint   check style and format: a second"
 	@echo "make types  check types: a quarter of a minute"
 	@echo "make ladder check which room imports which: a second"
+	@echo "make docs   build the documentation into site/: some seconds"
 	@echo "make check  lint, types, ladder and test: 7 minutes"
 	@echo "make clean  remove $(VENV) and what the tools leave behind"
 	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH) in a minute or"
@@ -50,12 +51,16 @@ types: $(READY)
 ladder: $(READY)
 	$(BIN)/lint-imports
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
 check: lint types ladder test
 
 environment: $(READY)
 
 clean:
-	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov
+	rm -rf $(VENV) build dist site .coverage .coverage.* htmlcov
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 # torch goes first and alone, so that nothing else chooses its release.

@@ -11,7 +11,7 @@ import pytest
 from memtile.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(?P<kind>python|console)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ ", re.MULTILINE)
 ANYTHING = "…"  # in what a command prints: numbers of this machine
@@ -69,7 +69,7 @@ def run_blocks(text: str, name: str, capsys: pytest.CaptureFixture[str] | None =
     return run
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch, capsys):
     """Each block runs as printed, after those above it; commands print what stands below them."""
     monkeypatch.chdir(tmp_path)
@@ -85,13 +85,35 @@ def test_the_readme_shows_code_that_runs():
     assert len(blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))) >= 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_inside_the_repository_lead_somewhere(page):
     """Every relative link of a page names a file that is there."""
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
 
     missing = [link for link in links if not (page.parent / link).exists()]
     assert missing == []
+
+
+def test_the_files_named_on_how_it_works_are_there():
+    """The page that follows a tile names files of the package: each exists."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", page))
+
+    assert len(named) >= 10
+    assert [name for name in sorted(named) if not (ROOT / "src/memtile" / name).is_file()] == []
+
+
+def test_every_page_is_reached_from_the_navigation():
+    """mkdocs.yml lists each page of docs/."""
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]]
+
+    assert [page for page in pages if f": {page}\n" not in listed] == []
+
+
+def test_the_readme_is_short():
+    """It has at most 180 lines; everything else is in docs/."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
 
 
 def test_a_failing_block_is_reported_at_its_line():
