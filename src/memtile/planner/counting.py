@@ -24,7 +24,8 @@ from torch.utils.flop_counter import flop_registry
 
 from memtile.convert import Work
 from memtile.homes import berth_of
-from memtile.planning import Counted, Products
+from memtile.planning import Products
+from memtile.planning.model_records import Counted
 
 _aten = torch.ops.aten
 _META: Final = torch.device("meta")

@@ -30,7 +30,8 @@ from memtile.homes import (
 from memtile.optim import TileOptimizer
 from memtile.planner.counting import count_step
 from memtile.planner.twins import meta_twin
-from memtile.planning import WORKSPACE_SHAPE, Products, Rates
+from memtile.planning import Products, Rates
+from memtile.planning.rates import WORKSPACE_SHAPE
 
 _ROWS: Final = (16, 64, 256, 1024)
 _SIDE: Final = 1024

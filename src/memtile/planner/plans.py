@@ -29,24 +29,13 @@ from memtile.planner.rates import rates_of, workspaces_of
 from memtile.planner.sources import model_of
 from memtile.planner.steps import StepCount
 from memtile.planner.works import work_for
-from memtile.planning import (
-    PARKED,
-    RESIDENT,
-    Budget,
-    Found,
-    Layout,
-    Mode,
-    Plan,
-    PlannedLayer,
-    Rates,
-    Rings,
-    Search,
-    Setting,
-    Weight,
-    check_tokens,
-    floors,
-    moved,
-)
+from memtile.planning import Budget, Plan, PlannedLayer, Rates
+from memtile.planning.memory_model import Rings, Setting
+from memtile.planning.model_records import ParkedLayout, Weight
+from memtile.planning.plan import OptimizerMode
+from memtile.planning.plan_parts import PARKED, RESIDENT, check_tokens
+from memtile.planning.search import Found, Search
+from memtile.planning.time_model import floors, moved
 from memtile.transfer import GRADIENT_SLABS, SLABS
 
 _FAULT_BYTES = 64 << 10  # Linux maps so much around a page that is in the page cache
@@ -62,7 +51,7 @@ def plan(
     options: Mapping[str, Any] | None = None,  # what the optimizer's class takes
     masters: bool = True,
     home: Home | str = "disk",
-    mode: Mode = "in_backward",
+    mode: OptimizerMode = "in_backward",
     checkpointing: bool | None = None,
     dtype: torch.dtype | None = None,
     work: Work | None = None,
@@ -108,7 +97,7 @@ def plan(
         )
     if options is not None and not isinstance(options, Mapping):
         raise ArgumentError(f"options={options!r} must be what the optimizer takes, by name")
-    check_choice("mode", mode, get_args(Mode))
+    check_choice("mode", mode, get_args(OptimizerMode))
     check_choice("checkpointing", checkpointing, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
     trains = optimizer is not None
@@ -170,7 +159,7 @@ def _plan(
     )
 
 
-def _layer(model: nn.Module, choice: Choice, layout: Layout) -> PlannedLayer:
+def _layer(model: nn.Module, choice: Choice, layout: ParkedLayout) -> PlannedLayer:
     weight = next(each for each in layout.weights if choice.name in each.names)
     grid = layout.grid_of(weight)
     if grid is not None:

@@ -14,26 +14,14 @@ from memtile.planner.plans import check_choice, checkpointing_choices, planned_l
 from memtile.planner.sources import model_of
 from memtile.planner.steps import StepCount
 from memtile.planner.works import work_for
-from memtile.planning import (
-    Counted,
-    Engine,
-    Layout,
-    Offload,
-    PlannedLayer,
-    RankFound,
-    RankPlan,
-    RankSearch,
-    RankSetting,
-    Sharding,
-    Speeds,
-    Uses,
-    Weight,
-    check_tokens,
-    checked_size,
-    rank_floors,
-    shards,
-    traffic,
-)
+from memtile.planning import PlannedLayer, RankPlan, Sharding, Speeds, Uses
+from memtile.planning.budget import checked_size
+from memtile.planning.model_records import Counted, ParkedLayout, Weight
+from memtile.planning.plan_parts import check_tokens
+from memtile.planning.rank_memory import Offload, RankSetting, shards
+from memtile.planning.rank_search import RankFound, RankSearch
+from memtile.planning.rank_traffic import rank_floors, traffic
+from memtile.planning.shards import Engine
 
 
 def plan_ranks(
@@ -163,7 +151,9 @@ class _Count:
             watch=self._watch,
         )
 
-    def __call__(self, layout: Layout, checkpointing: bool) -> tuple[Counted, Mapping[str, Uses]]:
+    def __call__(
+        self, layout: ParkedLayout, checkpointing: bool
+    ) -> tuple[Counted, Mapping[str, Uses]]:
         """The step, and the uses of all modules that are counted under a name."""
         begun = itertools.count(1)
         self._uses = {name: _Uses(begun) for name in self._watched}

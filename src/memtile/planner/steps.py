@@ -9,7 +9,8 @@ from memtile.convert import Choice, Work, set_checkpointing
 from memtile.errors import CannotTileError, MemtileError
 from memtile.planner.counting import count_step
 from memtile.planner.twins import meta_twin, park_twin
-from memtile.planning import Counted, Layout, Products
+from memtile.planning import Products
+from memtile.planning.model_records import Counted, ParkedLayout
 
 
 class StepCount:
@@ -42,7 +43,7 @@ class StepCount:
         self._trains, self._workspaces = trains, workspaces
         self._drops_gradients, self._goes_home = drops_gradients, goes_home
 
-    def __call__(self, layout: Layout, checkpointing: bool) -> Counted:
+    def __call__(self, layout: ParkedLayout, checkpointing: bool) -> Counted:
         """The step of this layout.
 
         Raises:
@@ -75,7 +76,7 @@ class StepCount:
         return replace(counted, workspace_bytes=self._workspaces(counted.products))
 
 
-def _with_grids(choices: Sequence[Choice], layout: Layout) -> list[Choice]:
+def _with_grids(choices: Sequence[Choice], layout: ParkedLayout) -> list[Choice]:
     grids = {name: layout.grid_of(weight) for weight in layout.weights for name in weight.names}
     return [
         replace(choice, tiled=grids[choice.name] is not None, grid=grids[choice.name])

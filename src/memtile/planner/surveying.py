@@ -10,7 +10,8 @@ from torch import nn
 from memtile.convert import Choice, kind_of
 from memtile.optim import CHUNK_ELEMENTS, Inner, Piece
 from memtile.planner.counting import live_peak
-from memtile.planning import LooseModule, Parameter, Rest, ShardedLayer, State, Uses, Weight
+from memtile.planning import LooseModule, Parameter, ShardedLayer, Uses
+from memtile.planning.model_records import Rest, State, Weight
 
 _SIXTEEN_BITS = 2
 

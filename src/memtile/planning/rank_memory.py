@@ -1,26 +1,27 @@
-"""The peak of one rank, as a sum of named terms: what it keeps, and the moment that takes most.
+"""The peak of one rank as a sum of named terms: what it keeps, and the moment that takes most.
 
-The moments of a step are its forward, its backward, and the optimizer's step; each has terms of its
-own, and the largest of them stands beside what is kept all the time. A unit is what is gathered
-together: U bytes of the largest one, R bytes of what stays whole.
+The moments of a step are its forward, its backward, and the optimizer's step. Each has terms of its
+own; the largest moment is added to what is kept all the time. A unit is what is gathered together:
+U bytes of the largest one, R bytes of what stays whole.
 
-FSDP2, forward: R + U at work + the buffer that it came in + one for each that is on its way, at
-least one: the last buffer is let go of after the next unit arrived. Backward: R + U at work + a
-buffer for each on its way + the gradients of R + the gradient of U + the buffer that the gradient
-before it leaves in. With one rank there is nothing on its way. What is tied gets one gradient, the
-sum of its uses': autograd keeps the later ones', whole, until it comes to the first.
+FSDP2, forward: R + U in use + the buffer that it arrived in + one for each unit that is being
+gathered, at least one: the last buffer is freed after the next unit arrived. Backward: R + U in use
++ a buffer for each unit being gathered + the gradients of R + the gradient of U + the buffer in
+which the gradient before it is reduced. One rank gathers nothing. A tied weight gets one gradient,
+the sum of its uses': autograd keeps those of the later uses, whole, until it comes to the first.
 
-ZeRO-3 gathers into the parameter itself; one rank uses its own. Gradients leave through a bucket
-that is allocated once and as large as the largest tile. What is in it is copied, padded, to leave.
+ZeRO-3 gathers into the parameter itself; one rank uses its own. Gradients are reduced from a bucket
+that is allocated once and as large as the largest tile. Its content is copied and padded for that.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from memtile.planning.counted import Counted, State
-from memtile.planning.plan import Place, Term
-from memtile.planning.shards import Parameter, Sharding, Unit, Units, trained_of
+from memtile.planning.memory_model import activation_terms
+from memtile.planning.model_records import Counted, State
+from memtile.planning.plan_parts import Place, Term, sorted_terms
+from memtile.planning.shards import GatherUnit, Parameter, Sharding, Units, trained_of
 
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -32,20 +33,14 @@ _SWAP_BUFFERS = 5  # for parameters on a disk, likewise
 
 @dataclass(frozen=True)
 class RankSetting:
-    """What does not depend on the tiles or on the number of ranks.
+    """What depends neither on the tiles nor on the number of ranks."""
 
-    Args:
-        offload: where shards, gradients and moments live: "none": on the device.
-        prefetch: units that are gathered ahead of the one that works.
-        state: what the optimizer keeps; None: inference.
-    """
-
-    offload: Offload
-    prefetch: int
-    state: State | None
+    offload: Offload  # where shards, gradients and moments live; "none": on the device
+    prefetch: int  # units that are gathered ahead of the one in use
+    state: State | None  # what the optimizer keeps; None: inference
 
     def state_bytes(self, parameter: Parameter, engine: str) -> int:
-        """Bytes that are kept beside one element that is trained."""
+        """Bytes that the optimizer keeps for one element of a parameter."""
         if self.state is None or not parameter.trainable:
             return 0
         kept = sum(self.state.of(parameter.element_bytes))
@@ -56,21 +51,13 @@ class RankSetting:
 
 @dataclass(frozen=True)
 class Shards:
-    """One rank's own bytes.
-
-    Args:
-        parameters: of its shards.
-        gradients: of their gradients.
-        state: of the optimizer.
-        padding: how many of all these pad shards to one size.
-        trained: elements of it that are trained.
-    """
+    """What one rank owns, in bytes."""
 
     parameters: int
     gradients: int
-    state: int
-    padding: int
-    trained: int
+    state: int  # of the optimizer
+    padding: int  # how many of all these pad shards to one size
+    trained: int  # elements that are trained, not bytes
 
 
 def shards(setting: RankSetting, sharding: Sharding, units: Units) -> Shards:
@@ -91,12 +78,7 @@ def shards(setting: RankSetting, sharding: Sharding, units: Units) -> Shards:
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment of a step.
-
-    Args:
-        name: such as "backward".
-        terms: what it takes of a device, beside what is kept all the time.
-    """
+    """A moment of a step, such as "backward", and what it takes of a device beside what is kept."""
 
     name: str
     terms: tuple[Term, ...]
@@ -111,7 +93,7 @@ def kept_terms(setting: RankSetting, sharding: Sharding, units: Units) -> tuple[
     """What a rank keeps all the time, largest first in each place."""
     own = shards(setting, sharding, units)
     some = [*_kept(setting, sharding, units, own), *_host_step(setting, sharding, units, own)]
-    return _sorted(some)
+    return sorted_terms(some)
 
 
 def moments(
@@ -119,13 +101,12 @@ def moments(
 ) -> tuple[Moment, ...]:
     """The moments of a step, in their order."""
     found = _moments(setting, sharding, units, counted)
-    return tuple(Moment(name, _sorted(terms)) for name, terms in found)
+    return tuple(Moment(name, sorted_terms(terms)) for name, terms in found)
 
 
-def _sorted(terms: Iterable[Term]) -> tuple[Term, ...]:
-    """Largest first in each place, those of nothing left out."""
-    some = [term for term in terms if term.nbytes]
-    return tuple(sorted(some, key=lambda term: (term.place, -term.nbytes)))
+def peak_moment(moments: Iterable[Moment]) -> Moment:
+    """The moment that takes most."""
+    return max(moments, key=lambda moment: moment.nbytes)
 
 
 def _kept(setting: RankSetting, sharding: Sharding, units: Units, own: Shards) -> Iterator[Term]:
@@ -149,7 +130,7 @@ def _moments(
     setting: RankSetting, sharding: Sharding, units: Units, counted: Counted
 ) -> Iterator[tuple[str, Iterable[Term]]]:
     fsdp2, trains = sharding.engine == "fsdp2", setting.state is not None
-    activations = list(_activations(setting, counted))
+    activations = [*activation_terms(counted, setting.state, "device", "temporary tensors")]
     if fsdp2:
         yield "the start of forward", _started(sharding, units)
     yield "forward", [*_gathered(setting, sharding, units, forward=True), *activations]
@@ -169,7 +150,7 @@ def _moments(
 def _gathered(
     setting: RankSetting, sharding: Sharding, units: Units, *, forward: bool
 ) -> Iterator[Term]:
-    """Units that are whole; in forward FSDP2 keeps a unit's buffer until after the next arrived."""
+    """Units that are whole; in forward FSDP2 keeps a unit's buffer until the next one arrived."""
     largest = _largest(sharding, units, False)
     fsdp2, alone = sharding.engine == "fsdp2", sharding.world == 1
     keeps = fsdp2 and forward
@@ -192,7 +173,7 @@ def _gathered(
 
 
 def _recomputed(sharding: Sharding, units: Units) -> Iterator[Term]:
-    """One unit waits for its backward, while those of its block are gathered again one by one."""
+    """One unit waits for its backward, while its block's units are gathered again one by one."""
     largest = _largest(sharding, units, False)
     yield Term("untiled, gathered", sharding.whole(units.resident), "device")
     yield Term("unit that waits", largest, "device")
@@ -216,13 +197,6 @@ def _root_gradients(sharding: Sharding, units: Units) -> Iterator[Term]:
     yield Term("buffer of the reduce-scatter", sharding.whole(root), "device")
 
 
-def _activations(setting: RankSetting, counted: Counted) -> Iterator[Term]:
-    kept = min(counted.kept_bytes, counted.peak_bytes)
-    name = "KV cache and result" if setting.state is None else "activations kept for backward"
-    yield Term(name, kept, "device")
-    yield Term("temporary tensors", counted.peak_bytes - kept, "device")
-
-
 def _gradients(sharding: Sharding, units: Units) -> Iterator[Term]:
     largest = _largest(sharding, units, True)
     if sharding.engine == "fsdp2":
@@ -240,7 +214,7 @@ def _gradients(sharding: Sharding, units: Units) -> Iterator[Term]:
 
 
 def _leaving(sharding: Sharding, units: Units) -> int:
-    """A full bucket, of the parameters that take most padding: at most so many bytes leave it."""
+    """The most bytes that a full bucket is reduced in: of the parameters with most padding."""
     room, padding = units.bucket, 0
     trained = [(p, times) for p, times in units.parameters.items() if p.trainable]
     for each, times in sorted(trained, key=lambda found: found[0].nbytes):
@@ -253,7 +227,7 @@ def _leaving(sharding: Sharding, units: Units) -> int:
 def _host_step(
     setting: RankSetting, sharding: Sharding, units: Units, own: Shards
 ) -> Iterator[Term]:
-    """What stepping takes of host memory, where moments are not on the device."""
+    """Host memory for the optimizer's step, where moments are not on the device."""
     if setting.offload == "none" or setting.state is None:
         return
     yield Term(_TEMPORARY, _stepping(setting, sharding, units), "host")
@@ -281,5 +255,5 @@ def _largest(sharding: Sharding, units: Units, trained: bool) -> int:
     return max((sharding.whole(unit) for unit in found), default=0)
 
 
-def _nbytes(unit: Unit) -> int:
+def _nbytes(unit: GatherUnit) -> int:
     return sum(parameter.nbytes for parameter in unit)
