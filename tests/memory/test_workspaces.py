@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from memtile.planner.workspaces import Workspaces
+from memtile.planner.product_memory import Workspaces
 from memtile.planning import Products
 
 SHAPES = [
@@ -27,7 +27,7 @@ CODE = """
 import json, os, sys, torch
 from memtile.convert import multiply, take_workspace
 from memtile.homes import keep_freed_memory_out, trim_heap
-from memtile.planner.measuring import private_bytes
+from memtile.planner.machine_rates import private_bytes
 from memtile.planning import Products
 
 keep_freed_memory_out()

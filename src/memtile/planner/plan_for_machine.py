@@ -3,17 +3,15 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
 
-from memtile.convert import Choice, Cut, Work, choose, has_checkpointing
+from memtile.convert import Choice, Work
 from memtile.errors import ArgumentError
-from memtile.geometry import Grid
 from memtile.homes import (
     PAGE,
     DeviceHome,
@@ -24,17 +22,14 @@ from memtile.homes import (
     trim_heap,
     usable_folder,
 )
-from memtile.planner import surveying
-from memtile.planner.rates import rates_of, workspaces_of
-from memtile.planner.sources import model_of
-from memtile.planner.steps import StepCount
-from memtile.planner.works import work_for
+from memtile.planner.model_survey import Survey, check_choice, rest_of, survey
+from memtile.planner.saved_rates import rates_of, workspaces_of
+from memtile.planner.step_count import StepCount
 from memtile.planning import Budget, Plan, PlannedLayer, Rates
 from memtile.planning.memory_model import Rings, Setting
-from memtile.planning.model_records import ParkedLayout, Weight
+from memtile.planning.model_records import ParkedLayout
 from memtile.planning.plan import OptimizerMode
-from memtile.planning.plan_parts import PARKED, RESIDENT, check_tokens
-from memtile.planning.search import Found, Search
+from memtile.planning.search import Search
 from memtile.planning.time_model import floors, moved
 from memtile.transfer import GRADIENT_SLABS, SLABS
 
@@ -78,9 +73,9 @@ def plan(
         mode: of `TileOptimizer`.
         checkpointing: whether the model recomputes activations in backward; None: what is faster.
         dtype: of a model that a config or a folder describes, if not its own.
-        work: what a step's forward is: called with a copy of the model that holds nothing, gives
-            the loss; for inference, whatever it makes. Needed where the model is neither of
-            transformers nor begins with a linear or an embedding.
+        work: a step's forward: called with a copy of the model on the meta device, gives the loss;
+            for inference, whatever it makes. Needed where the model is neither of transformers nor
+            begins with a linear or an embedding.
         rates: of another machine, or a JSON file of them; None: this machine's.
 
     Raises:
@@ -90,25 +85,14 @@ def plan(
         OptimizerError: the optimizer cannot step tile by tile.
         HomeError: tiles cannot live in the folder.
     """
-    check_tokens(tokens, batch)
-    if work is not None and not callable(work):
-        raise ArgumentError(
-            f"work={work!r} must be a function of the model; leave it out, or give one"
-        )
-    if options is not None and not isinstance(options, Mapping):
-        raise ArgumentError(f"options={options!r} must be what the optimizer takes, by name")
     check_choice("mode", mode, get_args(OptimizerMode))
-    check_choice("checkpointing", checkpointing, (None, True, False))
+    imports = optimizer is not None and "torch._dynamo" not in sys.modules
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
-    trains = optimizer is not None
-    imports = trains and "torch._dynamo" not in sys.modules
-    model = model_of(source, dtype)
-    choices = choose(model, Cut(parks=True), None)
-    weights = surveying.weights_of(model, choices, trains)
+    seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     setting = Setting(
         tokens=tokens,
-        rest=surveying.rest_of(model, weights, trains),
-        state=surveying.state_of(model, optimizer, options or {}, masters) if optimizer else None,
+        rest=rest_of(seen.model, seen.weights, seen.trains),
+        state=seen.state,
         mode=mode,
         in_place=folder is None,
         place="host",
@@ -116,88 +100,48 @@ def plan(
         rates=rates_of(rates, folder),
         imports=imports,
     )
-    again = checkpointing_choices(model, checkpointing, trains)
     with workspaces_of(rates, setting.rates) as workspaces:
         count = StepCount(
-            model,
-            choices,
-            work or work_for(model, tokens, batch, trains),
-            trains=trains,
+            seen.model,
+            seen.choices,
+            seen.work,
+            seen.trains,
             drops_gradients=mode == "in_backward",
             goes_home=folder is not None,
             workspaces=workspaces,
         )
-        search = Search(setting, weights, count, _with_disk(allowed, folder), fits_page_cache)
-        found = search.best(again)
-    trim_heap()  # of the twins' objects, which lay between others
-    named = {"tokens": tokens, "batch": batch, "mode": mode, "home": word, "budget": allowed}
-    return _plan(model, choices, found, setting, optimizer, named)
-
-
-def _plan(
-    model: nn.Module,
-    choices: Sequence[Choice],
-    found: Found,
-    setting: Setting,
-    optimizer: type[torch.optim.Optimizer] | None,
-    named: Mapping[str, Any],  # fields of the plan as they were given
-) -> Plan:
+        limits = _with_disk(allowed, folder)
+        search = Search(setting, seen.weights, count, limits, fits_page_cache)
+        found = search.best(seen.checkpointing)
+    trim_heap()  # the copies' objects lay between others
     moves = moved(setting, found.layout, found.checkpointing)
     cached = fits_page_cache(found.bytes_of("disk"))
     return Plan(
-        model=type(model).__name__,
-        layers=tuple(_layer(model, choice, found.layout) for choice in choices),
+        model=type(seen.model).__name__,
+        layers=tuple(_layer(seen, choice, found.layout) for choice in seen.choices),
+        tokens=tokens,
+        batch=batch,
         optimizer=None if optimizer is None else optimizer.__name__,
+        mode=mode,
+        home=word,
         device="cpu",
         checkpointing=found.checkpointing,
+        budget=allowed,
         terms=found.terms,
         read_bytes=moves.read_bytes,
         written_bytes=moves.written_bytes,
         floors=floors(setting, found.layout, found.counted, moves, cached=cached),
         products=found.counted.products,
-        **named,
     )
 
 
-def _layer(model: nn.Module, choice: Choice, layout: ParkedLayout) -> PlannedLayer:
-    weight = next(each for each in layout.weights if choice.name in each.names)
+def _layer(seen: Survey, choice: Choice, layout: ParkedLayout) -> PlannedLayer:
+    weight = seen.weight_of(choice)
     grid = layout.grid_of(weight)
-    if grid is not None:
-        reason = "does not fit in memory with all others" + (", tied" if weight.is_tied else "")
-    else:
-        reason = weight.obstacle or "fits in memory"
-    return planned_layer(choice, weight, grid, reason)
-
-
-def planned_layer(choice: Choice, weight: Weight, grid: Grid | None, reason: str) -> PlannedLayer:
-    """What a plan says of a layer that is cut so, or, without a grid, is not."""
-    return PlannedLayer(
-        name=choice.name,
-        shape=choice.shape,
-        dtype=weight.dtype,
-        nbytes=weight.nbytes,
-        grid=grid,
-        place=RESIDENT if grid is None else PARKED,
-        reason=reason,
-        trainable=weight.trainable,
-        ties=choice.ties,
-    )
-
-
-def checkpointing_choices(model: nn.Module, given: bool | None, trains: bool) -> tuple[bool, ...]:
-    """The choices that there are.
-
-    Raises:
-        ArgumentError: it is asked for where there is none.
-    """
-    can = trains and has_checkpointing(model)
-    if given and not can:
-        raise ArgumentError(
-            f"checkpointing=True: {type(model).__name__} "
-            + ("has no gradient_checkpointing_enable" if trains else "is not trained by this plan")
-            + "; leave it out"
-        )
-    return (False, True) if given is None and can else (bool(given),)
+    if grid is None:
+        return seen.layer(choice, None, weight.obstacle or "fits in memory")
+    tied = ", tied" if weight.is_tied else ""
+    return seen.layer(choice, grid, f"does not fit in memory with all others{tied}")
 
 
 def _home(home: object) -> tuple[str, Path | None]:
@@ -228,13 +172,3 @@ def _with_disk(budget: Budget, folder: Path | None) -> Budget:
     free = max(1, shutil.disk_usage(folder).free)
     asked = budget.of_place("disk")
     return replace(budget, disk=free if asked is None else min(asked, free))
-
-
-def check_choice(name: str, value: object, known: Sequence[object]) -> None:
-    """Refuse what is none of the known values.
-
-    Raises:
-        ArgumentError: it is not.
-    """
-    if value not in known or (isinstance(value, int) and not isinstance(value, bool)):
-        raise ArgumentError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")

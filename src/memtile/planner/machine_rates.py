@@ -28,8 +28,8 @@ from memtile.homes import (
     keep_freed_memory_out,
 )
 from memtile.optim import TileOptimizer
-from memtile.planner.counting import count_step
-from memtile.planner.twins import meta_twin
+from memtile.planner.operation_count import count_step
+from memtile.planner.step_count import meta_twin
 from memtile.planning import Products, Rates
 from memtile.planning.rates import WORKSPACE_SHAPE
 
@@ -58,7 +58,7 @@ def measured(folder: Path | None) -> Rates:
     Raises:
         MeasuringError: it failed.
     """
-    code = "import memtile.planner.measuring as measuring; measuring.report()"
+    code = "import memtile.planner.machine_rates as machine_rates; machine_rates.report()"
     done = subprocess.run(
         [sys.executable, "-c", code, *([str(folder)] if folder else [])],
         capture_output=True,

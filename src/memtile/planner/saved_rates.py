@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from memtile.errors import ArgumentError
-from memtile.planner import measuring
-from memtile.planner.workspaces import Workspaces
+from memtile.planner import machine_rates
+from memtile.planner.product_memory import Workspaces
 from memtile.planning import Products, Rates
 
 
@@ -37,7 +37,7 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
     if kept.is_file():
         with contextlib.suppress(ArgumentError):  # of an earlier version: measured anew
             return _read(kept)
-    found = measuring.measured(folder)
+    found = machine_rates.measured(folder)
     with contextlib.suppress(OSError):  # a home folder that cannot be written to
         _keep(found.to_json(), kept)
     return found

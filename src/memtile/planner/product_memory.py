@@ -30,10 +30,10 @@ import torch
 
 from memtile.convert import multiply, take_workspace
 from memtile.homes import keep_freed_memory_out, trim_heap
-from memtile.planner.measuring import MeasuringError, child_environment, private_bytes
+from memtile.planner.machine_rates import MeasuringError, child_environment, private_bytes
 from memtile.planning import Products
 
-_CODE: Final = "import memtile.planner.workspaces as workspaces; workspaces.serve()"
+_CODE: Final = "import memtile.planner.product_memory as product_memory; product_memory.serve()"
 _SMALL: Final = 1 << 20
 _STEPS: Final = 2  # the second adds a little; a third nothing, measured
 
