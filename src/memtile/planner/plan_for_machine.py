@@ -30,7 +30,6 @@ from memtile.planning.memory_model import Rings, Setting
 from memtile.planning.model_records import ParkedLayout
 from memtile.planning.plan import OptimizerMode
 from memtile.planning.search import Search
-from memtile.planning.time_model import floors, moved
 from memtile.transfer import GRADIENT_SLABS, SLABS
 
 _FAULT_BYTES = 64 << 10  # Linux maps so much around a page that is in the page cache
@@ -114,8 +113,6 @@ def plan(
         search = Search(setting, seen.weights, count, limits, fits_page_cache)
         found = search.best(seen.checkpointing)
     trim_heap()  # the copies' objects lay between others
-    moves = moved(setting, found.layout, found.checkpointing)
-    cached = fits_page_cache(found.bytes_of("disk"))
     return Plan(
         model=type(seen.model).__name__,
         layers=tuple(_layer(seen, choice, found.layout) for choice in seen.choices),
@@ -128,9 +125,9 @@ def plan(
         checkpointing=found.checkpointing,
         budget=allowed,
         terms=found.terms,
-        read_bytes=moves.read_bytes,
-        written_bytes=moves.written_bytes,
-        floors=floors(setting, found.layout, found.counted, moves, cached=cached),
+        read_bytes=found.moved.read_bytes,
+        written_bytes=found.moved.written_bytes,
+        floors=found.floors,
         products=found.counted.products,
     )
 

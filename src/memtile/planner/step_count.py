@@ -18,27 +18,16 @@ from memtile.planning.model_records import Counted, ParkedLayout
 
 @dataclass(frozen=True)
 class StepCount:
-    """Counts a step of a layout, on a copy of the model whose parameters hold nothing.
-
-    Args:
-        model: that is copied.
-        choices: its linears and embeddings.
-        work: the forward.
-        trains: whether there is a backward.
-        drops_gradients: each gradient is freed as soon as it is complete.
-        goes_home: gradients of what is parked leave memory: they are not counted.
-        watch: is called with each copy before it runs.
-        workspaces: gives what the library keeps for products; None: it is not asked.
-    """
+    """Counts a step of a layout, on a copy of the model whose parameters hold nothing."""
 
     model: nn.Module
-    choices: Sequence[Choice]
-    work: Work
+    choices: Sequence[Choice]  # its linears and embeddings
+    work: Work  # the forward
     trains: bool
-    drops_gradients: bool
-    goes_home: bool
-    watch: Callable[[nn.Module], None] | None = None
-    workspaces: Callable[[Products], int] | None = None
+    drops_gradients: bool  # each gradient is freed as soon as it is complete
+    goes_home: bool  # gradients of what is parked leave memory: they are not counted
+    watch: Callable[[nn.Module], None] | None = None  # is called with each copy before it runs
+    workspaces: Callable[[Products], int] | None = None  # what the library keeps for products
 
     def __call__(self, layout: ParkedLayout, checkpointing: bool) -> Counted:
         """The step of this layout.

@@ -18,8 +18,8 @@ from memtile.planning.budget import Budget, needed, usable
 from memtile.planning.byte_sizes import format_byte_size
 from memtile.planning.memory_model import Setting, terms
 from memtile.planning.model_records import Counted, ParkedLayout, Products, Weight
-from memtile.planning.plan_parts import PLACES, Place, Term, bytes_in, largest_terms
-from memtile.planning.time_model import floors, moved
+from memtile.planning.plan_parts import PLACES, Floor, Place, Term, bytes_in, largest_terms
+from memtile.planning.time_model import Moved, floors, moved
 
 SMALLEST_TILE: Final = 64 << 10
 """Bytes. Smaller tiles are mostly overhead, so no plan asks for them."""
@@ -37,7 +37,13 @@ class Found:
     checkpointing: bool  # whether activations are recomputed
     counted: Counted
     terms: tuple[Term, ...]
-    seconds: float
+    moved: Moved  # between home and memory
+    floors: tuple[Floor, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The predicted time of a step."""
+        return max(floor.seconds for floor in self.floors)
 
     def bytes_of(self, place: Place) -> int:
         """The predicted peak of a place."""
@@ -81,18 +87,19 @@ class Search:
     def _fewest_tiles(self, checkpointing: bool) -> Found | None:
         best: Found | None = None
         whole = self.evaluate({}, checkpointing)
-        if self._excess(whole) <= 0:
+        if self._excess(whole.terms) <= 0:
             return whole
-        if not self._cuts or self._excess(self.evaluate(self._cuts[-1], checkpointing)) > 0:
+        smallest = self.evaluate(self._cuts[-1], checkpointing)
+        if self._excess(smallest.terms) > 0:
             return None
-        least = self.evaluate(self._cuts[-1], checkpointing).counted
+        least = smallest.counted
         for tiles, grids in self._least_tiles(least):
             if best is not None and best.layout.tiles <= tiles:
                 break
             fit = self._most_resident(grids, least, checkpointing)
             if fit is not None and (best is None or fit.layout.tiles < best.layout.tiles):
                 best = fit
-        return best or self.evaluate(self._cuts[-1], checkpointing)
+        return best or smallest
 
     def _least_tiles(self, guess: Counted) -> list[tuple[int, dict[str, Grid]]]:
         """Each size of tile with the tiles that it would take if a step held the least: ascending.
@@ -129,7 +136,7 @@ class Search:
             if parked is None:
                 return None
             fit = self.evaluate(parked, checkpointing)
-            if self._excess(fit) <= 0:
+            if self._excess(fit.terms) <= 0:
                 return fit
             guess = guess.at_least(fit.counted)
         return None
@@ -141,7 +148,7 @@ class Search:
         while low < high:  # the first number of parked weights that fits
             middle = (low + high) // 2
             parked = {w.names[0]: grids[w.names[0]] for w in order[:middle]}
-            if self._excess_of(terms(self._setting, self._layout(parked), guess)) <= 0:
+            if self._excess(terms(self._setting, self._layout(parked), guess)) <= 0:
                 high = middle
             else:
                 low = middle + 1
@@ -159,17 +166,13 @@ class Search:
             moves = moved(self._setting, layout, checkpointing)
             cached = self._cached(bytes_in("disk", found))
             times = floors(self._setting, layout, counted, moves, cached=cached)
-            seconds = max(floor.seconds for floor in times)
-            self._known[key] = Found(layout, checkpointing, counted, found, seconds)
+            self._known[key] = Found(layout, checkpointing, counted, found, moves, times)
         return self._known[key]
 
     def _layout(self, grids: Mapping[str, Grid]) -> ParkedLayout:
         return ParkedLayout(self._weights, dict(grids))
 
-    def _excess(self, found: Found) -> int:
-        return self._excess_of(found.terms)
-
-    def _excess_of(self, found: Sequence[Term]) -> int:
+    def _excess(self, found: Sequence[Term]) -> int:
         """Bytes over the limit of the place that exceeds it most; 0 or less: everything fits."""
         return max(
             (
@@ -181,9 +184,9 @@ class Search:
         )
 
     def _nothing_fits(self, checkpointing: Sequence[bool]) -> BudgetError:
-        ends = [{}, *self._cuts[-1:]]
+        ends = ({}, self._cuts[-1])
         tried = [self.evaluate(grids, again) for again in checkpointing for grids in ends]
-        least = min(tried, key=self._excess)
+        least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"
             for place in PLACES

@@ -46,15 +46,7 @@ def moved(setting: Setting, layout: ParkedLayout, checkpointing: bool) -> Moved:
 def floors(
     setting: Setting, layout: ParkedLayout, counted: Counted, moves: Moved, *, cached: bool
 ) -> tuple[Floor, ...]:
-    """The floors of a step.
-
-    Args:
-        setting: what does not depend on the layout.
-        layout: what is parked.
-        counted: the step.
-        moves: between home and memory.
-        cached: whether they go through the page cache, which the processor copies.
-    """
+    """The floors of a step; `cached`: moves go through the page cache, which the CPU copies."""
     rates, elements = setting.rates, 0
     widest = max((weight.element_bytes for weight in layout.weights), default=4)
     if setting.state is not None:
