@@ -48,7 +48,7 @@ def test_shards_are_as_large_as_the_fullest_ranks(engine, world, elements):
 def test_neighbours_are_gathered_together_up_to_a_size():
     """Tiles of 3×4, 3×3, 2×4 and 2×3 elements with biases, in units of at most 100 bytes."""
     layer = ShardedLayer(
-        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
+        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, TRAINED
     )
     units = Sharding("fsdp2", 2, 100).units([layer], {"up": Grid.uniform(5, 7, 2, 2)}, [])
 
@@ -70,7 +70,7 @@ def test_a_module_without_tiles_is_a_unit_where_it_is_as_large_as_one(unit_bytes
 def test_zero3_keeps_whole_what_is_no_larger_than_a_tiles_bias():
     """Biases of tiles and small norms are persistent; every larger parameter is gathered."""
     layer = ShardedLayer(
-        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
+        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, TRAINED
     )
     own = Parameter(4, 1, 4, True), Parameter(9, 1, 4, True), Parameter(9, 2, 4, True)
     loose = [LooseModule("norm", own, True, TRAINED)]
@@ -87,7 +87,6 @@ def test_zero3_gathers_a_bias_that_is_as_large_as_a_tile_with_its_weight():
             name,
             Parameter(rows, 10, 4, True),
             (Parameter(rows, 1, 4, True),),
-            False,
             False,
             TRAINED,
         )

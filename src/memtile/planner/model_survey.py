@@ -203,7 +203,6 @@ def _weight(model: nn.Module, group: Sequence[Choice], trains: bool) -> Weight:
         dtype=str(parameter.dtype).removeprefix("torch."),
         element_bytes=parameter.element_size(),
         trainable=trains and parameter.requires_grad,
-        is_looked_up=rows_only,
         rows_only=rows_only,
         obstacle="" if first.tiled else first.reason,
     )
@@ -244,7 +243,6 @@ def sharded_of(
                 name=weight.names[0],
                 weight=Parameter(*weight.shape, weight.element_bytes, weight.trainable),
                 biases=tuple(_parameter(bias, trains) for bias in biases.values()),
-                rows_only=weight.rows_only,
                 shared=weight.is_tied,
                 uses=Uses(0, 0, 0),
             )

@@ -14,7 +14,7 @@ from memtile.planner.step_count import StepCount
 from memtile.planning import LooseModule, PlannedLayer, RankPlan, Sharding, Speeds, Uses
 from memtile.planning.budget import checked_size
 from memtile.planning.model_records import Counted, ParkedLayout
-from memtile.planning.rank_memory import Offload, RankSetting, shards
+from memtile.planning.rank_memory import Offload, RankSetting
 from memtile.planning.rank_search import RankFound, RankSearch
 from memtile.planning.rank_traffic import rank_floors, traffic
 from memtile.planning.shards import Engine
@@ -87,7 +87,7 @@ def plan_ranks(
     else:
         tile_bytes = Cut(max_tile_bytes=max_tile_bytes).max_tile_bytes or 1
         found = search.cut(sharding, tile_bytes, seen.checkpointing[0])
-    moved, speeds = traffic(setting, sharding, found.units), speeds or Speeds()
+    moved, speeds = traffic(found.rank), speeds or Speeds()
     return RankPlan(
         model=type(seen.model).__name__,
         engine=engine,
@@ -103,7 +103,7 @@ def plan_ranks(
         device_memory=memory,
         kept=found.kept,
         moments=found.moments,
-        padding_bytes=shards(setting, sharding, found.units).padding,
+        padding_bytes=found.rank.shards.padding,
         traffic=moved,
         flops=found.counted.flops,
         speeds=speeds,

@@ -60,8 +60,7 @@ class Weight:
     dtype: str  # such as "float32"
     element_bytes: int
     trainable: bool
-    is_looked_up: bool  # whether an embedding is among the modules
-    rows_only: bool  # whether only rows can be cut
+    rows_only: bool  # whether an embedding has it, so that only rows can be cut
     obstacle: str  # why it cannot be tiled; "" where it can
 
     @property

@@ -15,9 +15,9 @@ from memtile.planning.budget import needed, usable
 from memtile.planning.byte_sizes import format_byte_size
 from memtile.planning.model_records import Counted, ParkedLayout, Weight
 from memtile.planning.plan_parts import Term, bytes_in, largest_terms
-from memtile.planning.rank_memory import Moment, RankSetting, kept_terms, moments, peak_moment
+from memtile.planning.rank_memory import Moment, Rank, RankSetting, kept_terms, moments, peak_moment
 from memtile.planning.search import tile_grid, tile_grids
-from memtile.planning.shards import LooseModule, ShardedLayer, Sharding, Units, Uses
+from memtile.planning.shards import LooseModule, ShardedLayer, Sharding, Uses
 
 LARGEST_WORLD: Final = 1 << 20
 
@@ -32,7 +32,7 @@ class RankFound:
     grids: Mapping[str, Grid]  # of every weight that can be tiled, by its first module's name
     checkpointing: bool  # whether activations are recomputed
     counted: Counted  # one rank's step
-    units: Units  # what is gathered together
+    rank: Rank
     kept: tuple[Term, ...]  # what a rank holds all the time
     moments: tuple[Moment, ...]  # of a step
 
@@ -137,10 +137,8 @@ class RankSearch:
     ) -> RankFound:
         layers = [replace(each, uses=uses[each.name]) for each in self._layers]
         loose = [replace(each, uses=uses[each.name]) for each in self._loose]
-        units = sharding.units(layers, grids, loose)
-        kept = kept_terms(self._setting, sharding, units)
-        found = moments(self._setting, sharding, units, counted)
-        return RankFound(grids, again, counted, units, kept, found)
+        rank = Rank(self._setting, sharding, sharding.units(layers, grids, loose))
+        return RankFound(grids, again, counted, rank, kept_terms(rank), moments(rank, counted))
 
     def _nothing_fits(self, sharding: Sharding, checkpointing: Sequence[bool]) -> BudgetError:
         assert self._memory is not None

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 
 from memtile.errors import ArgumentError
 from memtile.planning.plan_parts import Floor
-from memtile.planning.rank_memory import FLOAT32, RankSetting, Shards, shards
-from memtile.planning.shards import GatherUnit, Sharding, Units, trained_of
+from memtile.planning.rank_memory import FLOAT32, Rank
+from memtile.planning.shards import GatherUnit, trained_of
 
 
 @dataclass(frozen=True)
@@ -51,52 +51,53 @@ class Speeds:
                 )
 
 
-def traffic(setting: RankSetting, sharding: Sharding, units: Units) -> tuple[LinkTraffic, ...]:
+def traffic(rank: Rank) -> tuple[LinkTraffic, ...]:
     """What the fullest rank moves in one step; nothing that is 0 bytes."""
-    own = shards(setting, sharding, units)
+    whole, world = rank.sharding.whole, rank.sharding.world
     gathered = reduced = 0
-    for unit, gathers, reductions in _used(setting, units):
-        gathered += sharding.whole(unit) // sharding.world * gathers
-        reduced += sharding.whole(trained_of(unit)) // sharding.world * reductions
-    for unit, times in _kept(setting, units):
-        gathered -= sharding.whole(unit) // sharding.world * times
-    others = sharding.world - 1
+    for unit, gathers, reductions in _used(rank):
+        gathered += whole(unit) // world * gathers
+        reduced += whole(trained_of(unit)) // world * reductions
+    for unit, times in _kept(rank):
+        gathered -= whole(unit) // world * times
+    others = world - 1
     found = [
         LinkTraffic("all-gather", "ranks", gathered * others),
         LinkTraffic("reduce-scatter", "ranks", reduced * others),
-        *_offloaded(setting, own, gathered),
+        *_offloaded(rank, gathered),
     ]
     return tuple(each for each in found if each.nbytes)
 
 
-def _used(setting: RankSetting, units: Units) -> Iterator[tuple[GatherUnit, int, int]]:
+def _used(rank: Rank) -> Iterator[tuple[GatherUnit, int, int]]:
     """Each unit, and how often a step gathers and reduces such units.
 
     What is tied is reduced once: its gradient is complete only after its first use. FSDP2 frees the
     root only after its backward; ZeRO-3 gathers all that is persistent, also frozen parameters,
     after each step of the optimizer.
     """
-    for unit, times, uses in units.tiles:
+    for unit, times, uses in rank.units.tiles:
         yield unit, times * uses.gathers, times * min(uses.backward, 1)
-    once = int(setting.state is not None)
-    yield units.resident, once, once
+    once = int(rank.trains)
+    yield rank.units.resident, once, once
 
 
-def _kept(setting: RankSetting, units: Units) -> Iterator[tuple[GatherUnit, int]]:
+def _kept(rank: Rank) -> Iterator[tuple[GatherUnit, int]]:
     """Units that are still whole when their backward begins, and how often."""
-    yield from units.kept
-    if setting.state is not None:
-        for turn in units.turns:
-            yield from ((unit, turn.times) for unit in turn.kept(setting.prefetch))
+    yield from rank.units.kept
+    if rank.trains:
+        for turn in rank.units.turns:
+            yield from ((unit, turn.times) for unit in turn.kept(rank.setting.prefetch))
 
 
-def _offloaded(setting: RankSetting, own: Shards, fetched: int) -> Iterator[LinkTraffic]:
+def _offloaded(rank: Rank, fetched: int) -> Iterator[LinkTraffic]:
     """Shards to the device for each use, gradients back; from and to a disk, with the moments."""
-    if setting.offload == "none":
+    own, offload = rank.shards, rank.setting.offload
+    if offload == "none":
         return
     yield LinkTraffic("shards to the device", "host", fetched)
     yield LinkTraffic("gradients to the host", "host", own.gradients)
-    if setting.offload == "nvme":
+    if offload == "nvme":
         stepped = own.state + own.trained * FLOAT32
         written = own.parameters if own.trained else 0
         yield LinkTraffic("shards and moments read", "disk", fetched + stepped)

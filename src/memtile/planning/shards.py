@@ -67,7 +67,6 @@ class ShardedLayer:
     name: str  # of the first module that has it
     weight: Parameter  # whole
     biases: tuple[Parameter, ...]  # of all these modules
-    rows_only: bool  # whether only rows can be cut
     shared: bool  # whether several modules have it: its tiles are never grouped
     uses: Uses  # of all these modules
 

@@ -32,7 +32,7 @@ def moved(setting: Setting, layout: ParkedLayout, checkpointing: bool) -> Moved:
         visits += tiles * (passes + (2 if stepped else 0))
         if setting.in_place:
             continue
-        uses = len(weight.names) - (1 if weight.is_looked_up else 0)
+        uses = len(weight.names) - (1 if weight.rows_only else 0)
         read += weight.nbytes * passes * uses
         if stepped:
             state = setting.state_bytes([weight])
