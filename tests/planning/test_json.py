@@ -8,9 +8,10 @@ from torch import nn
 
 import memtile
 from memtile.errors import ArgumentError
+from memtile.planning import Plan, Rates
 
 
-def a_plan() -> memtile.Plan:
+def a_plan() -> Plan:
     model = nn.Sequential(nn.Linear(70, 900), nn.Linear(900, 301))
     return memtile.plan(model, budget="5MiB", tokens=9, rates=RATES)
 
@@ -19,22 +20,22 @@ def test_a_plan_comes_back_as_it_was():
     """Every field survives, grids and budget too."""
     plan = a_plan()
 
-    assert memtile.Plan.from_json(plan.to_json()) == plan
-    assert str(memtile.Plan.from_json(plan.to_json())) == str(plan)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert str(Plan.from_json(plan.to_json())) == str(plan)
 
 
 def test_rates_come_back_as_they_were():
     """Every rate survives."""
-    assert memtile.Rates.from_json(RATES.to_json()) == RATES
+    assert Rates.from_json(RATES.to_json()) == RATES
 
 
 @pytest.mark.parametrize(
     "text", ["", "null", "[]", "{}", "{", "[" * 100_000, '{"memtile": "Rates"}', "7"]
 )
 def test_what_is_no_plan_is_refused(text):
-    """Nonsense is a clear error, never a half-made plan."""
+    """Text that is no plan is refused with a clear error."""
     with pytest.raises(ArgumentError, match="Plan"):
-        memtile.Plan.from_json(text)
+        Plan.from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_a_field_of_another_kind_is_refused_by_name(field, value):
     document = {**json.loads(a_plan().to_json()), field: value}
 
     with pytest.raises(ArgumentError, match=field):
-        memtile.Plan.from_json(json.dumps(document))
+        Plan.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize(
@@ -72,11 +73,11 @@ def test_a_field_of_another_kind_is_refused_by_name(field, value):
     ],
 )
 def test_a_field_that_contradicts_the_rest_is_refused(field, value):
-    """A plan that was edited by hand is either one that could have been made, or none."""
+    """A plan that was edited by hand is checked like a new one."""
     document = {**json.loads(a_plan().to_json()), field: value}
 
     with pytest.raises(ArgumentError, match=field):
-        memtile.Plan.from_json(json.dumps(document))
+        Plan.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize(
@@ -90,31 +91,31 @@ def test_a_field_that_contradicts_the_rest_is_refused(field, value):
     ],
 )
 def test_a_layer_that_contradicts_itself_is_refused_by_name(edit):
-    """Grids end where the weight does, and what is cut is parked: nothing is lost in silence."""
+    """Grids must end where the weight does, and what is cut must be parked."""
     document = json.loads(a_plan().to_json())
     document["layers"][0].update(edit)
 
     with pytest.raises(ArgumentError, match="0: "):
-        memtile.Plan.from_json(json.dumps(document))
+        Plan.from_json(json.dumps(document))
 
 
 def test_a_layer_that_is_named_twice_is_refused():
-    """One module has one place."""
+    """A module may be named only once."""
     document = json.loads(a_plan().to_json())
     document["layers"].append(document["layers"][0])
 
     with pytest.raises(ArgumentError, match="twice"):
-        memtile.Plan.from_json(json.dumps(document))
+        Plan.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize("grid", [[[0, 5], [1, 3]], [[0, 5, 5], [0, 3]], [[0], [0, 3]], "4×1", [1]])
 def test_a_grid_that_is_none_is_refused(grid):
-    """Bounds begin at 0 and rise."""
+    """Bounds must begin at 0 and rise."""
     document = json.loads(a_plan().to_json())
     document["layers"][0]["grid"] = grid
 
     with pytest.raises(ArgumentError, match=r"layers\[0\]\.grid"):
-        memtile.Plan.from_json(json.dumps(document))
+        Plan.from_json(json.dumps(document))
 
 
 def test_missing_and_unknown_fields_are_refused():
@@ -123,6 +124,6 @@ def test_missing_and_unknown_fields_are_refused():
     less = {key: value for key, value in document.items() if key != "home"}
 
     with pytest.raises(ArgumentError, match="lacks 'home'"):
-        memtile.Plan.from_json(json.dumps(less))
+        Plan.from_json(json.dumps(less))
     with pytest.raises(ArgumentError, match="unknown 'cellar'"):
-        memtile.Plan.from_json(json.dumps({**document, "cellar": 1}))
+        Plan.from_json(json.dumps({**document, "cellar": 1}))

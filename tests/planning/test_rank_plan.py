@@ -7,7 +7,9 @@ from torch import nn
 import memtile
 from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
-from memtile.planning import LooseModule, Parameter, ShardedLayer, Sharding, Uses
+from memtile.layers import ParkedLinear
+from memtile.planner import plan_ranks
+from memtile.planning import LooseModule, Parameter, RankPlan, ShardedLayer, Sharding, Speeds, Uses
 
 MIB = 1 << 20
 TRAINED = Uses(1, 0, 1)
@@ -19,13 +21,13 @@ def stack(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(*layers).to(dtype)
 
 
-def planned(world: int, engine: str = "fsdp2", dtype=torch.float32, **options) -> memtile.RankPlan:
+def planned(world: int, engine: str = "fsdp2", dtype=torch.float32, **options) -> RankPlan:
     def work(model: nn.Module) -> torch.Tensor:
         return model(torch.empty(tokens, 70, dtype=dtype, device="meta")).float().sum()
 
     tokens = options.get("tokens", 33)
     given = {"tokens": tokens, "work": work, **options}
-    return memtile.plan_ranks(stack(dtype), world_size=world, engine=engine, **given)
+    return plan_ranks(stack(dtype), world_size=world, engine=engine, **given)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_neighbours_are_gathered_together_up_to_a_size():
 
 @pytest.mark.parametrize(("unit_bytes", "root"), [(0, 0), (72, 0), (73, 2)])
 def test_a_module_without_tiles_is_a_unit_where_it_is_as_large_as_one(unit_bytes, root):
-    """What is smaller is whole for all of a step, in the root's unit."""
+    """Smaller ones are in the root unit, which is whole for all of a step."""
     own = Parameter(9, 1, 4, True), Parameter(9, 1, 4, True)
     units = Sharding("fsdp2", 2, unit_bytes).units(
         [], {}, [LooseModule("norm", own, True, TRAINED)]
@@ -117,7 +119,7 @@ def test_zero3_keeps_masters_of_everything():
 
 
 def test_zero3_gathers_one_unit_ahead_and_reduces_through_one_bucket():
-    """Backward: the largest weight at work, the one ahead, its gradient; the bucket is there."""
+    """Backward: the largest weight in use, the one gathered ahead, its gradient, the bucket."""
     plan = planned(2, "zero3")
     largest = 5002 * 301 * 4 - 301 * 4  # 5001 × 301, which two ranks pad by one element
     largest += largest // 4 % 2 * 4
@@ -145,8 +147,8 @@ def padded(elements: int) -> int:
 
 
 def test_floors_are_bytes_and_operations_over_speeds():
-    """The step takes the longest of them; without a speed there is none."""
-    speeds = memtile.Speeds(flops=1e12, link=50e9, disk=7e9)
+    """The step takes the longest floor; without speeds there is none."""
+    speeds = Speeds(flops=1e12, link=50e9, disk=7e9)
     plan = planned(4, "zero3", offload="nvme", speeds=speeds)
 
     found = {floor.name: floor.seconds for floor in plan.floors}
@@ -162,7 +164,7 @@ def test_floors_are_bytes_and_operations_over_speeds():
 
 
 def test_offloading_moves_shards_gradients_and_moments_away():
-    """What the device kept is in host memory, and on the disk but for gradients."""
+    """What the device kept is in host memory; with "nvme" on the disk, gradients excepted."""
     names = ("shards of parameters", "gradients of shards", "optimizer's state of shards")
     places = {
         offload: [
@@ -189,7 +191,7 @@ def test_a_smaller_device_gets_smaller_tiles():
 
 
 def test_the_smallest_world_is_the_first_that_fits():
-    """Half of it is refused, and the message names it."""
+    """Half of that world is refused, and the message names it."""
     size = "27MiB"
     world = planned(64, device_memory=size).smallest_world
 
@@ -210,7 +212,7 @@ def test_tied_weights_keep_a_whole_gradient():
     """Autograd adds up the uses' gradients before any of it can be reduced."""
     tied = nn.Sequential(nn.Embedding(61, 20), nn.Linear(20, 61, bias=False))
     tied[1].weight = tied[0].weight
-    plan = memtile.plan_ranks(tied, world_size=2, engine="fsdp2", tokens=5)
+    plan = plan_ranks(tied, world_size=2, engine="fsdp2", tokens=5)
 
     backward = next(moment for moment in plan.moments if moment.name == "backward")
     found = {term.name: term.nbytes for term in backward.terms}
@@ -227,20 +229,20 @@ def test_inference_holds_shards_alone():
 
 def test_a_plan_for_ranks_comes_back_as_it_was():
     """Every field survives, grids, moments and speeds too."""
-    speeds = memtile.Speeds(link=50e9)
+    speeds = Speeds(link=50e9)
     plan = planned(2, device_memory="30MiB", speeds=speeds)
 
-    assert memtile.RankPlan.from_json(plan.to_json()) == plan
-    assert str(memtile.RankPlan.from_json(plan.to_json())) == str(plan)
+    assert RankPlan.from_json(plan.to_json()) == plan
+    assert str(RankPlan.from_json(plan.to_json())) == str(plan)
 
 
 def test_a_model_is_tiled_as_planned_for_ranks():
-    """What can be tiled is, whole layers too, and in memory: an engine shards it."""
+    """Each layer that can be tiled is, also as one tile, and in memory for an engine to shard."""
     plan = planned(2, device_memory="30MiB")
     model = memtile.tile(stack(), plan)
 
     assert [str(model[i].grid) for i in (0, 2, 4)] == [str(layer.grid) for layer in plan.layers]
-    assert not any(isinstance(module, memtile.ParkedLinear) for module in model.modules())
+    assert not any(isinstance(module, ParkedLinear) for module in model.modules())
     with pytest.raises(ArgumentError, match="leave home out"):
         memtile.tile(stack(), plan, home="host")
 
@@ -260,22 +262,22 @@ def test_a_model_is_tiled_as_planned_for_ranks():
     ],
 )
 def test_what_no_cluster_is_is_refused_by_name(options, words):
-    """Before anything is counted."""
+    """They are refused before anything is counted."""
     given = {"world_size": 2, "engine": "fsdp2", "tokens": 9, **options}
 
     with pytest.raises(ArgumentError, match=words):
-        memtile.plan_ranks(stack(), **given)
+        plan_ranks(stack(), **given)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "fast"])
 def test_what_is_no_speed_is_refused(value):
     """Each must be a number above 0."""
     with pytest.raises(ArgumentError, match="link="):
-        memtile.Speeds(link=value)
+        Speeds(link=value)
 
 
 def test_the_default_unit_is_the_engines():
-    """A plan groups what `shard` groups."""
+    """The default of `unit_bytes` is that of `shard`."""
     from memtile.engines.torch_fsdp2 import SMALLEST_UNIT
 
     assert planned(2).unit_bytes == SMALLEST_UNIT

@@ -270,7 +270,7 @@ def _touched_bytes() -> float:
     return 3.0 * x.nbytes / _least_seconds(lambda: torch.add(x, x))
 
 
-def _disk(folder: str | None) -> dict[str, float]:
+def _disk(folder: str | None) -> dict[str, Any]:  # fields of `Rates`
     names = ("read_bytes", "written_bytes", "cached_bytes")
     if folder is None:
         return dict.fromkeys(names, 0.0)

@@ -184,7 +184,7 @@ class Search:
         )
 
     def _nothing_fits(self, checkpointing: Sequence[bool]) -> BudgetError:
-        ends = ({}, self._cuts[-1])
+        ends: tuple[dict[str, Grid], ...] = ({}, self._cuts[-1])
         tried = [self.evaluate(grids, again) for again in checkpointing for grids in ends]
         least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
