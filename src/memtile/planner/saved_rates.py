@@ -30,7 +30,9 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
     if isinstance(given, Rates):
         return given
     if given is not None and not isinstance(given, str | os.PathLike):
-        raise ArgumentError(f"rates={given!r} must be memtile.planning.Rates, or the path of a JSON file")
+        raise ArgumentError(
+            f"rates={given!r} must be memtile.planning.Rates, or the path of a JSON file"
+        )
     if given is not None:
         return _read(Path(given))
     kept = _cache() / f"rates-{_machine(folder)}.json"
