@@ -87,6 +87,7 @@ def plan(
     check_choice("mode", mode, get_args(OptimizerMode))
     imports = optimizer is not None and "torch._dynamo" not in sys.modules
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
+    given = None if rates is None else rates_of(rates, folder)  # errors before the model is made
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     setting = Setting(
         tokens=tokens,
@@ -96,7 +97,7 @@ def plan(
         in_place=folder is None,
         place="host",
         rings=Rings(SLABS, GRADIENT_SLABS, SLABS, PAGE, _FAULT_BYTES),
-        rates=rates_of(rates, folder),
+        rates=given or rates_of(None, folder),
         imports=imports,
     )
     with workspaces_of(rates, setting.rates) as workspaces:
