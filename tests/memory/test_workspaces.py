@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from memtile.planner.workspaces import Workspaces
+from memtile.planner.product_memory import Workspaces
 from memtile.planning import Products
 
 SHAPES = [
@@ -27,7 +27,7 @@ CODE = """
 import json, os, sys, torch
 from memtile.convert import multiply, take_workspace
 from memtile.homes import keep_freed_memory_out, trim_heap
-from memtile.planner.measuring import private_bytes
+from memtile.planner.machine_rates import private_bytes
 from memtile.planning import Products
 
 keep_freed_memory_out()
@@ -48,7 +48,7 @@ for shapes in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def kept():
-    """Gives what three steps of products leave behind, for each order, without the planner."""
+    """Gives what three steps of products leave in memory, for each order, without the planner."""
     command = [sys.executable, "-c", CODE, json.dumps(list(ORDERS.values()))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
@@ -57,7 +57,7 @@ def kept():
 
 @pytest.fixture(scope="module")
 def known():
-    """Gives what is remembered of the planner's measuring all orders."""
+    """Gives what the planner measured for all orders."""
     with Workspaces({}) as workspaces:
         for order in ORDERS.values():
             workspaces(Products(tuple(order), 0))
@@ -66,32 +66,32 @@ def known():
 
 @pytest.fixture
 def foreseen(known):
-    """Gives what the planner foresees, without measuring again."""
+    """Gives what the planner predicts, without measuring again."""
     return lambda order: Workspaces(known)(Products(tuple(ORDERS[order]), 0))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_products_keep_what_was_measured_for_them(kept, foreseen, order):
-    """On this machine, whatever its library does: to a MiB, or a sixteenth, a plan's margin."""
+    """The prediction is right to a MiB, or to a sixteenth, the margin of a plan."""
     expected = foreseen(order)
 
     assert abs(kept[order] - expected) <= max(1 << 20, expected // 16)
 
 
 def test_each_question_begins_with_nothing_kept(foreseen):
-    """A small product after all the large ones is foreseen to keep less than they."""
+    """After all the large products, a small one is still predicted to keep little."""
     assert foreseen("small") <= 1 << 20
 
 
 def test_what_is_known_is_not_measured_again(known):
-    """An answer that was remembered starts no process."""
+    """A saved measurement starts no process."""
     with Workspaces(dict.fromkeys(known, 123)) as workspaces:
         assert workspaces(Products(tuple(SHAPES), 0)) == 123
         assert workspaces._process is None
 
 
 def test_small_products_are_not_measured():
-    """Nor is a plan in 16 bits, whose float32 products are of positions: no process starts."""
+    """Neither are those of a 16-bit model, whose float32 products are few and small."""
     with Workspaces({}) as workspaces:
         assert workspaces(Products((), 9)) == 0
         assert 0 < workspaces(Products(((64, 1, 32),), 9)) < 1 << 20

@@ -8,14 +8,14 @@ MIB = 1 << 20
 
 
 def test_of_what_a_run_fits_in_12_mib_and_a_sixteenth_are_left_free():
-    """A policy for what no count sees."""
+    """The margin covers what is not counted."""
     assert margin(64 * MIB) == 12 * MIB
     assert margin(1600 * MIB) == 100 * MIB
 
 
 @pytest.mark.parametrize("nbytes", [1, 1000, 5 * MIB, 24 * MIB, 25 * MIB, 170 * MIB, 999 * MIB])
 def test_the_least_budget_is_what_may_just_be_used(nbytes):
-    """What is asked for where nothing fits is enough, and not a byte more than rounding."""
+    """The budget that a message asks for is enough, and more only by rounding."""
     asked = needed(nbytes)
 
     assert usable(asked) >= nbytes
@@ -23,7 +23,7 @@ def test_the_least_budget_is_what_may_just_be_used(nbytes):
 
 
 def test_more_budget_is_never_less_to_use():
-    """Also where the margin changes its rule."""
+    """It does so also where the rule of the margin changes."""
     sizes = [usable(nbytes) for nbytes in range(1, 300 * MIB, 99_991)]
 
     assert sizes == sorted(sizes)

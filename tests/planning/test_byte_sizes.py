@@ -38,7 +38,7 @@ def test_what_is_no_size_is_refused_with_an_example(text):
 
 @pytest.mark.parametrize("text", ["600", " 600 ", "1.5", "0"])
 def test_a_number_without_a_unit_is_refused(text):
-    """Nobody means 600 bytes by a budget of 600: the units that may be meant are in the message."""
+    """The message names the units that may be meant."""
     with pytest.raises(ArgumentError, match=f"no unit: write {text.strip()}MiB") as raised:
         parse_byte_size(text, "--size")
     assert repr(text) in str(raised.value)
@@ -46,7 +46,7 @@ def test_a_number_without_a_unit_is_refused(text):
 
 @pytest.mark.parametrize("text", ["0B", "0MiB", "0.5B", "0.0001KiB"])
 def test_a_size_of_nothing_is_refused(text):
-    """Less than one byte is refused, also when it comes of a fraction."""
+    """Less than one byte is refused, also as a fraction."""
     with pytest.raises(ArgumentError, match="less than one byte"):
         parse_byte_size(text, "--size")
 
@@ -84,7 +84,7 @@ def test_sizes_are_shown_with_three_digits(nbytes, text):
     ],
 )
 def test_speeds_are_sizes_in_a_second(text, unit, speed):
-    """Bytes or operations; what is none is refused with an example."""
+    """Bytes or operations a second; anything else is refused with an example."""
     if speed is None:
         with pytest.raises(ArgumentError, match=r"no speed: write what is done in a second"):
             parse_speed(text, "--link", unit)

@@ -33,7 +33,7 @@ def test_rates_come_back_as_they_were():
     "text", ["", "null", "[]", "{}", "{", "[" * 100_000, '{"memtile": "Rates"}', "7"]
 )
 def test_what_is_no_plan_is_refused(text):
-    """Nonsense is a clear error, never a half-made plan."""
+    """Text that is no plan is refused with a clear error."""
     with pytest.raises(ArgumentError, match="Plan"):
         Plan.from_json(text)
 
@@ -73,7 +73,7 @@ def test_a_field_of_another_kind_is_refused_by_name(field, value):
     ],
 )
 def test_a_field_that_contradicts_the_rest_is_refused(field, value):
-    """A plan that was edited by hand is either one that could have been made, or none."""
+    """A plan that was edited by hand is checked like a new one."""
     document = {**json.loads(a_plan().to_json()), field: value}
 
     with pytest.raises(ArgumentError, match=field):
@@ -91,7 +91,7 @@ def test_a_field_that_contradicts_the_rest_is_refused(field, value):
     ],
 )
 def test_a_layer_that_contradicts_itself_is_refused_by_name(edit):
-    """Grids end where the weight does, and what is cut is parked: nothing is lost in silence."""
+    """Grids must end where the weight does, and what is cut must be parked."""
     document = json.loads(a_plan().to_json())
     document["layers"][0].update(edit)
 
@@ -100,7 +100,7 @@ def test_a_layer_that_contradicts_itself_is_refused_by_name(edit):
 
 
 def test_a_layer_that_is_named_twice_is_refused():
-    """One module has one place."""
+    """A module may be named only once."""
     document = json.loads(a_plan().to_json())
     document["layers"].append(document["layers"][0])
 
@@ -110,7 +110,7 @@ def test_a_layer_that_is_named_twice_is_refused():
 
 @pytest.mark.parametrize("grid", [[[0, 5], [1, 3]], [[0, 5, 5], [0, 3]], [[0], [0, 3]], "4×1", [1]])
 def test_a_grid_that_is_none_is_refused(grid):
-    """Bounds begin at 0 and rise."""
+    """Bounds must begin at 0 and rise."""
     document = json.loads(a_plan().to_json())
     document["layers"][0]["grid"] = grid
 

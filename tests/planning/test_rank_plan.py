@@ -50,7 +50,7 @@ def test_shards_are_as_large_as_the_fullest_ranks(engine, world, elements):
 def test_neighbours_are_gathered_together_up_to_a_size():
     """Tiles of 3×4, 3×3, 2×4 and 2×3 elements with biases, in units of at most 100 bytes."""
     layer = ShardedLayer(
-        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
+        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, TRAINED
     )
     units = Sharding("fsdp2", 2, 100).units([layer], {"up": Grid.uniform(5, 7, 2, 2)}, [])
 
@@ -60,7 +60,7 @@ def test_neighbours_are_gathered_together_up_to_a_size():
 
 @pytest.mark.parametrize(("unit_bytes", "root"), [(0, 0), (72, 0), (73, 2)])
 def test_a_module_without_tiles_is_a_unit_where_it_is_as_large_as_one(unit_bytes, root):
-    """What is smaller is whole for all of a step, in the root's unit."""
+    """Smaller ones are in the root unit, which is whole for all of a step."""
     own = Parameter(9, 1, 4, True), Parameter(9, 1, 4, True)
     units = Sharding("fsdp2", 2, unit_bytes).units(
         [], {}, [LooseModule("norm", own, True, TRAINED)]
@@ -72,7 +72,7 @@ def test_a_module_without_tiles_is_a_unit_where_it_is_as_large_as_one(unit_bytes
 def test_zero3_keeps_whole_what_is_no_larger_than_a_tiles_bias():
     """Biases of tiles and small norms are persistent; every larger parameter is gathered."""
     layer = ShardedLayer(
-        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, False, TRAINED
+        "up", Parameter(5, 7, 4, True), (Parameter(5, 1, 4, True),), False, TRAINED
     )
     own = Parameter(4, 1, 4, True), Parameter(9, 1, 4, True), Parameter(9, 2, 4, True)
     loose = [LooseModule("norm", own, True, TRAINED)]
@@ -89,7 +89,6 @@ def test_zero3_gathers_a_bias_that_is_as_large_as_a_tile_with_its_weight():
             name,
             Parameter(rows, 10, 4, True),
             (Parameter(rows, 1, 4, True),),
-            False,
             False,
             TRAINED,
         )
@@ -120,7 +119,7 @@ def test_zero3_keeps_masters_of_everything():
 
 
 def test_zero3_gathers_one_unit_ahead_and_reduces_through_one_bucket():
-    """Backward: the largest weight at work, the one ahead, its gradient; the bucket is there."""
+    """Backward: the largest weight in use, the one gathered ahead, its gradient, the bucket."""
     plan = planned(2, "zero3")
     largest = 5002 * 301 * 4 - 301 * 4  # 5001 × 301, which two ranks pad by one element
     largest += largest // 4 % 2 * 4
@@ -148,7 +147,7 @@ def padded(elements: int) -> int:
 
 
 def test_floors_are_bytes_and_operations_over_speeds():
-    """The step takes the longest of them; without a speed there is none."""
+    """The step takes the longest floor; without speeds there is none."""
     speeds = Speeds(flops=1e12, link=50e9, disk=7e9)
     plan = planned(4, "zero3", offload="nvme", speeds=speeds)
 
@@ -165,7 +164,7 @@ def test_floors_are_bytes_and_operations_over_speeds():
 
 
 def test_offloading_moves_shards_gradients_and_moments_away():
-    """What the device kept is in host memory, and on the disk but for gradients."""
+    """What the device kept is in host memory; with "nvme" on the disk, gradients excepted."""
     names = ("shards of parameters", "gradients of shards", "optimizer's state of shards")
     places = {
         offload: [
@@ -192,7 +191,7 @@ def test_a_smaller_device_gets_smaller_tiles():
 
 
 def test_the_smallest_world_is_the_first_that_fits():
-    """Half of it is refused, and the message names it."""
+    """Half of that world is refused, and the message names it."""
     size = "27MiB"
     world = planned(64, device_memory=size).smallest_world
 
@@ -238,7 +237,7 @@ def test_a_plan_for_ranks_comes_back_as_it_was():
 
 
 def test_a_model_is_tiled_as_planned_for_ranks():
-    """What can be tiled is, whole layers too, and in memory: an engine shards it."""
+    """Each layer that can be tiled is, also as one tile, and in memory for an engine to shard."""
     plan = planned(2, device_memory="30MiB")
     model = memtile.tile(stack(), plan)
 
@@ -263,7 +262,7 @@ def test_a_model_is_tiled_as_planned_for_ranks():
     ],
 )
 def test_what_no_cluster_is_is_refused_by_name(options, words):
-    """Before anything is counted."""
+    """They are refused before anything is counted."""
     given = {"world_size": 2, "engine": "fsdp2", "tokens": 9, **options}
 
     with pytest.raises(ArgumentError, match=words):
@@ -278,7 +277,7 @@ def test_what_is_no_speed_is_refused(value):
 
 
 def test_the_default_unit_is_the_engines():
-    """A plan groups what `shard` groups."""
+    """The default of `unit_bytes` is that of `shard`."""
     from memtile.engines.torch_fsdp2 import SMALLEST_UNIT
 
     assert planned(2).unit_bytes == SMALLEST_UNIT

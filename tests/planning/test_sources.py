@@ -86,7 +86,7 @@ def test_recomputing_activations_takes_less_memory_and_more_work():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, None])
 def test_products_of_experts_are_counted(dtype, optimizer):
-    """A mixture of experts is planned in each dtype, and its activations are more than none."""
+    """A mixture of experts is planned in each dtype, with activations."""
     experts = transformers.MixtralConfig(
         vocab_size=500,
         hidden_size=64,
@@ -139,7 +139,7 @@ def test_the_class_that_a_config_names_is_planned(tmp_path):
 
 
 def test_for_inference_work_may_give_its_result():
-    """What is not trained has no backward."""
+    """A frozen model has no backward."""
     ids = torch.ones(1, 96, dtype=torch.long)
 
     plan = planned(config(), optimizer=None, work=lambda twin: twin(input_ids=ids).logits)
@@ -148,7 +148,7 @@ def test_for_inference_work_may_give_its_result():
 
 
 def test_a_step_that_asks_for_values_is_refused():
-    """What cannot be counted is one error that says why, and the ways out."""
+    """A step that cannot be counted is an error that says why and what to do."""
 
     class Asking(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ def test_inference_keeps_no_moments_but_a_cache():
 
 
 def test_more_tokens_than_positions_are_refused():
-    """A sequence longer than the model reads is no plan."""
+    """A sequence longer than the model can read is refused."""
     with pytest.raises(ArgumentError, match="reads 512 at once"):
         planned(config(), tokens=1024)
 
@@ -207,7 +207,7 @@ def test_classic_mode_is_told_of_the_other():
 
 
 def test_quantized_weights_are_refused(tmp_path):
-    """A plan of their folder or config would be of other bytes than are loaded."""
+    """Their folder or config describes other bytes than are loaded."""
     described = config(quantization_config={"quant_method": "fp8"})
     described.save_pretrained(tmp_path)
 

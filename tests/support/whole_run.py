@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import memtile
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.optim import dense_parameters
-from memtile.planner.rates import rates_of
+from memtile.planner.saved_rates import rates_of
 
 SIZES = {
     "small": {

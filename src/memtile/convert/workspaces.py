@@ -12,7 +12,7 @@ def take_workspace(products: Products) -> None:
     MKL keeps the workspace of each product for the next one, and takes another where none that it
     has is large enough. By ever larger products of SmolLM2-135M it came to hold 41 MiB; with the
     largest first, 11 (torch 2.13 on an AMD EPYC, measured). What it holds in the end depends on
-    the CPU: `memtile.planner.workspaces` measures that.
+    the CPU: `memtile.planner.product_memory` measures that.
     """
     if products.widest is not None:
         multiply(*products.widest)

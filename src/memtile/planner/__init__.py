@@ -1,6 +1,6 @@
-"""What a plan is made from: the model surveyed, a step of it counted, the machine measured."""
+"""Looks at a model and at this machine, and makes plans by the formulas of `memtile.planning`."""
 
-from memtile.planner.plans import plan
-from memtile.planner.rank_plans import plan_ranks
+from memtile.planner.plan_for_machine import plan
+from memtile.planner.plan_for_ranks import plan_ranks
 
 __all__ = ["plan", "plan_ranks"]

@@ -1,84 +1,34 @@
-"""How many tiles, living where: from counts and rates alone, without a tensor."""
+"""Formulas for memory and time of a step, and searches for a plan, on numbers alone: no torch.
 
-from memtile.planning.budget import Budget, checked_size, needed, usable
+`memtile.planner` looks at a model and at this machine, and calls what is here.
+"""
+
+from memtile.planning.budget import Budget
 from memtile.planning.byte_sizes import format_byte_size, parse_byte_size, parse_speed
-from memtile.planning.counted import (
-    Counted,
-    Products,
-    Rest,
-    State,
-    Weight,
-    check_tokens,
-)
-from memtile.planning.layout import Layout, Rings
-from memtile.planning.memory_model import Setting, terms
-from memtile.planning.plan import PARKED, RESIDENT, Floor, Mode, Plan, PlannedLayer, Term
-from memtile.planning.rank_memory import Moment, Offload, RankSetting, shards
-from memtile.planning.rank_search import RankFound, RankSearch
-from memtile.planning.rank_traffic import Speeds, Traffic, rank_floors, traffic
-from memtile.planning.ranks import RankPlan
-from memtile.planning.rates import WORKSPACE_SHAPE, Rates
-from memtile.planning.search import Found, Search
-from memtile.planning.shards import (
-    Engine,
-    LooseModule,
-    Parameter,
-    ShardedLayer,
-    Sharding,
-    Unit,
-    Units,
-    Uses,
-)
-from memtile.planning.time_model import floors, moved
+from memtile.planning.model_records import Products
+from memtile.planning.plan import Plan
+from memtile.planning.plan_parts import PlannedLayer
+from memtile.planning.rank_memory import Moment
+from memtile.planning.rank_plan import RankPlan
+from memtile.planning.rank_traffic import Speeds
+from memtile.planning.rates import Rates
+from memtile.planning.shards import LooseModule, Parameter, ShardedLayer, Sharding, Uses
 
 __all__ = [
-    "PARKED",
-    "RESIDENT",
-    "WORKSPACE_SHAPE",
     "Budget",
-    "Counted",
-    "Engine",
-    "Floor",
-    "Found",
-    "Layout",
     "LooseModule",
-    "Mode",
     "Moment",
-    "Offload",
     "Parameter",
     "Plan",
     "PlannedLayer",
     "Products",
-    "RankFound",
     "RankPlan",
-    "RankSearch",
-    "RankSetting",
     "Rates",
-    "Rest",
-    "Rings",
-    "Search",
-    "Setting",
     "ShardedLayer",
     "Sharding",
     "Speeds",
-    "State",
-    "Term",
-    "Traffic",
-    "Unit",
-    "Units",
     "Uses",
-    "Weight",
-    "check_tokens",
-    "checked_size",
-    "floors",
     "format_byte_size",
-    "moved",
-    "needed",
     "parse_byte_size",
     "parse_speed",
-    "rank_floors",
-    "shards",
-    "terms",
-    "traffic",
-    "usable",
 ]

@@ -10,7 +10,7 @@ Size = int | str
 
 _PART: Final = 16
 _LEAST: Final = 12 << 20
-_SMALLEST: Final = 24 << 20  # what libraries take alone: no run is smaller
+_SMALLEST: Final = 24 << 20  # libraries alone take as much: no run takes less
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Budget:
 
     @classmethod
     def of(cls, given: "Size | Budget") -> "Budget":
-        """The budget that a user gave: a number or a string is one of the working device."""
+        """The budget that a user gave: a number or a string is for the working device."""
         if isinstance(given, Budget):
             return given
         if given is None:
@@ -47,7 +47,7 @@ class Budget:
         return cls(device=checked_size(given, "budget"))
 
     def on_cpu(self) -> "Budget":
-        """The same where device memory is host memory: one number for both."""
+        """The budget where device memory is host memory: the smaller of the two."""
         given = [size for size in (self.device, self.host) if isinstance(size, int)]
         return Budget(host=min(given, default=None), disk=self.disk)
 
@@ -65,19 +65,18 @@ class Budget:
 def margin(nbytes: int) -> int:
     """What is left free of a budget: a sixteenth, and at least 12 MiB of one that a run fits in.
 
-    A policy, not a measurement: an allocator rounds up, an interpreter leaves holes, and no count
-    sees all of it.
+    Chosen, not measured: it is for what allocators round up and what is not counted.
     """
     return max(nbytes // _PART, min(_LEAST, nbytes - _SMALLEST))
 
 
 def usable(nbytes: int) -> int:
-    """What a plan may use of a budget: all but its margin."""
+    """What a plan may use of a budget: all except its margin."""
     return nbytes - margin(nbytes)
 
 
 def needed(nbytes: int) -> int:
-    """The least budget of which so much may be used."""
+    """The least budget of which so many bytes may be used."""
     in_part = nbytes * _PART // (_PART - 1) + 1
     return in_part if nbytes <= _SMALLEST else max(in_part, nbytes + _LEAST)
 

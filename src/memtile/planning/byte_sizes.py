@@ -1,7 +1,4 @@
-"""Byte sizes as people write them, read and written here and nowhere else.
-
-Inside memtile a size is a number of bytes; "1.5 GiB" exists only at its doors.
-"""
+"""Reads and writes byte sizes such as "1.5 GiB"; all other code has numbers of bytes."""
 
 import re
 from typing import Final

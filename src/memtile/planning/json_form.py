@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON text, and back: each field checked against its declared type."""
+"""Frozen dataclasses as JSON text, and back: each field is checked against its declared type."""
 
 import dataclasses
 import json
@@ -13,74 +13,67 @@ from memtile.geometry import Grid
 Record = TypeVar("Record")
 
 
-def to_text(record: Any, version: int) -> str:
-    """JSON text of a dataclass, in the order of its fields."""
-    document = {"memtile": type(record).__name__, "version": version, **_plain(record)}
+def to_text(record: Any, name: str, version: int) -> str:
+    """JSON text of a dataclass, in the order of its fields; a grid is its two lists of bounds."""
+    fields = dataclasses.asdict(record, dict_factory=_object)
+    document = {"memtile": name, "version": version, **fields}
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def from_text(cls: type[Record], text: str, version: int) -> Record:
+def _object(items: list[tuple[str, Any]]) -> Any:
+    found = dict(items)
+    return list(found.values()) if found.keys() == {"out_parts", "in_parts"} else found
+
+
+def from_text(cls: type[Record], name: str, version: int, text: str) -> Record:
     """The dataclass that `to_text` wrote.
 
     Raises:
-        ArgumentError: the text is none; the message says where it departs from one.
+        ArgumentError: the text is of no such dataclass; the message says where it differs.
     """
-    name = cls.__name__
     try:
         document = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise ArgumentError(
             f"this is no {name} as JSON ({error}); give the text that to_json() wrote"
         ) from error
-    if not isinstance(document, dict) or document.get("memtile") != name:
+    if not isinstance(document, dict) or document.pop("memtile", None) != name:
         raise ArgumentError(f'this JSON is no {name}: it does not begin with "memtile": "{name}"')
-    if document.get("version") != version:
+    found = document.pop("version", None)
+    if found != version:
         raise ArgumentError(
-            f"this {name} is of version {document.get('version')!r}, and {version} is read here; "
-            "make it anew"
+            f"this {name} is of version {found!r}, and {version} is read here; make it anew"
         )
-    fields = {key: value for key, value in document.items() if key not in ("memtile", "version")}
-    return typing.cast("Record", _read(cls, fields, name))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Grid):
-        return [list(value.out_parts), list(value.in_parts)]
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+    return typing.cast("Record", _record(cls, document, name))
 
 
 def _read(kind: Any, value: Any, path: str) -> Any:
     """The value as its declared type says, or an error that names its path."""
-    origin = typing.get_origin(kind)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Grid:
         return _grid(value, path)
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, path)
     if origin is tuple:
-        return _tuple(typing.get_args(kind), value, path)
+        return _tuple(arguments, value, path)
     if origin in (types.UnionType, typing.Union):
-        some = [each for each in typing.get_args(kind) if each is not type(None)]
-        if value is None and len(some) < len(typing.get_args(kind)):
+        some = [each for each in arguments if each is not types.NoneType]
+        if value is None and len(some) < len(arguments):
             return None
-        fitting = [each for each in some if not isinstance(each, type) or _is(value, each)]
+        fitting = [each for each in some if len(some) > 1 and _is(value, each)]
         return _read((fitting or some)[0], value, path)
     if origin is typing.Literal:
-        _check(value in typing.get_args(kind), path, f"one of {typing.get_args(kind)}", value)
+        _check(value in arguments, path, f"one of {arguments}", value)
         return value
     _check(_is(value, kind), path, f"a {kind.__name__}", value)
+    _check(kind is not int or value >= 0, path, "0 or more", value)
     return kind(value)
 
 
 def _is(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if dataclasses.is_dataclass(kind):
-        return isinstance(value, dict)
-    if kind is Grid:
-        return isinstance(value, list)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _record(kind: Any, value: Any, path: str) -> Any:
@@ -91,11 +84,7 @@ def _record(kind: Any, value: Any, path: str) -> Any:
     if odd:
         what = "lacks" if odd[0] in names else "has an unknown"
         raise ArgumentError(f"{path} {what} {odd[0]!r}: give the text that to_json() wrote")
-    fields = {name: _read(hints[name], value[name], f"{path}.{name}") for name in names}
-    for name, field in fields.items():
-        if isinstance(field, int) and not isinstance(field, bool):
-            _check(field >= 0, f"{path}.{name}", "0 or more", field)
-    return kind(**fields)
+    return kind(**{name: _read(hints[name], value[name], f"{path}.{name}") for name in names})
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -108,13 +97,12 @@ def _tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
 
 
 def _grid(value: Any, path: str) -> Grid:
-    bounds = tuple[tuple[int, ...], tuple[int, ...]]
-    out_parts, in_parts = _read(bounds, value, path)
-    for parts in (out_parts, in_parts):
+    bounds = _read(tuple[tuple[int, ...], tuple[int, ...]], value, path)
+    for parts in bounds:
         rising = all(low < high for low, high in pairwise(parts))
         _check(len(parts) > 1 and parts[0] == 0 and rising, path, "rising bounds from 0", value)
     try:
-        return Grid(out_parts, in_parts)
+        return Grid(*bounds)
     except MemtileError as error:
         raise ArgumentError(f"{path}: {error}") from error
 

@@ -1,168 +1,160 @@
-"""The peak of a step, as a sum of named terms: the planner's formula, and the memory tests'.
+"""The peak of a step as a sum of named terms. Plans use this formula, and so do tests of memory.
 
-For the weights that stay in memory: their values and what the optimizer keeps of them. For those
-that are parked on a disk: a fixed number of slabs, as large as the largest tile and what belongs to
-it. For the step itself: what was counted. For the process: what was measured on this machine.
+For weights that stay in memory: their values and what the optimizer keeps of them. For weights
+parked on a disk: a fixed number of slabs, each as large as the largest tile and what belongs to it.
+For the step: what was counted. For the process: what was measured on this machine.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from memtile.planning.counted import Counted, Rest, State, Weight
-from memtile.planning.layout import Layout, Rings
-from memtile.planning.plan import Mode, Place, Term
+from memtile.geometry import round_up
+from memtile.planning.model_records import Counted, ParkedLayout, Rest, State, Weight
+from memtile.planning.plan import OptimizerMode
+from memtile.planning.plan_parts import Place, Term, sorted_terms
 from memtile.planning.rates import Rates
 
 
 @dataclass(frozen=True)
+class Rings:
+    """The numbers of slabs of a home that is not worked on in place."""
+
+    weights: int  # slabs for tiles in forward and backward
+    gradients: int  # slabs for gradients on their way home
+    steps: int  # slabs for what the optimizer works on
+    page: int  # bytes that sizes are rounded up to
+    fault_bytes: int  # what the kernel maps around a page that is read through a mapping
+
+    def room(self, nbytes: int) -> int:
+        """Bytes, rounded up to pages."""
+        return round_up(nbytes, self.page)
+
+
+@dataclass(frozen=True)
 class Setting:
-    """What does not depend on the layout.
+    """What does not depend on the layout."""
 
-    Args:
-        tokens: of a step.
-        rest: parameters that cannot be parked, and buffers.
-        state: what the optimizer keeps; None: inference.
-        mode: of the optimizer.
-        in_place: whether the home is memory that is worked on where it lies.
-        place: where the work's memory is.
-        rings: the home's buffers.
-        rates: of this machine.
-        imports: whether the optimizer's imports are still to come.
-    """
-
-    tokens: int
+    tokens: int  # of a step
     rest: Rest
-    state: State | None
-    mode: Mode
-    in_place: bool
-    place: Place
+    state: State | None  # what the optimizer keeps; None: inference
+    mode: OptimizerMode
+    in_place: bool  # whether the home is memory that is worked on where it lies
+    place: Place  # where the work's memory is
     rings: Rings
     rates: Rates
-    imports: bool
+    imports: bool  # whether the optimizer's imports are still to come
 
     def entries(self, weight: Weight) -> tuple[int, ...]:
-        """Bytes of each tensor that is kept for one element of it."""
+        """Bytes of each tensor that the optimizer keeps for one element of a weight."""
         if self.state is None or not weight.trainable:
             return ()
         return self.state.of(weight.element_bytes)
 
-    def state_bytes(self, weight: Weight) -> int:
-        """All of them."""
-        return sum(self.entries(weight))
-
-    def parked_entries(self, weight: Weight) -> tuple[int, ...]:
-        """The same of what is parked: value, state, and a gradient that goes home."""
-        gradient = (weight.element_bytes,) if self.sends_gradient(weight) else ()
-        return (weight.element_bytes, *self.entries(weight), *gradient)
+    def state_bytes(self, weights: Iterable[Weight]) -> int:
+        """What the optimizer keeps for some weights."""
+        return sum(weight.elements * sum(self.entries(weight)) for weight in weights)
 
     def sends_gradient(self, weight: Weight) -> bool:
-        """Whether its gradient lives at home: of a tie, it waits there for the tie's other uses."""
+        """Whether its gradient lives at home: that of a tie waits there for the other uses."""
         trains = self.state is not None and weight.trainable
         return trains and (self.mode == "classic" or weight.is_tied)
 
 
-def terms(setting: Setting, layout: Layout, counted: Counted) -> tuple[Term, ...]:
-    """The predicted peak, largest terms of each place first; those of nothing are left out."""
-    found = [
-        *_kept(setting, layout),
-        *_parked(setting, layout),
-        *_step(setting, counted),
-        *_process(setting, layout, counted),
-    ]
-    some = [term for term in found if term.nbytes]
-    return tuple(sorted(some, key=lambda term: (term.place, -term.nbytes)))
+def terms(setting: Setting, layout: ParkedLayout, counted: Counted) -> tuple[Term, ...]:
+    """The predicted peak, largest terms of each place first, those of 0 bytes left out."""
+    parked = _parked_in_place if setting.in_place else _parked_on_disk
+    temporary = "temporary tensors and gradients"
+    return sorted_terms(
+        [
+            *_resident(setting, layout),
+            *parked(setting, layout),
+            *activation_terms(counted, setting.state, setting.place, temporary),
+            *_process(setting, layout, counted),
+        ]
+    )
 
 
-def _kept(setting: Setting, layout: Layout) -> Iterator[Term]:
-    rest = setting.rest
-    weights = sum(weight.nbytes for weight in layout.resident)
-    state = sum(weight.elements * setting.state_bytes(weight) for weight in layout.resident)
+def activation_terms(
+    counted: Counted, state: State | None, place: Place, temporary: str
+) -> Iterator[Term]:
+    """What a step makes: what is kept for backward, and temporary tensors under the given name."""
+    kept = min(counted.kept_bytes, counted.peak_bytes)
+    name = "KV cache and result" if state is None else "activations kept for backward"
+    yield Term(name, kept, place)
+    yield Term(temporary, counted.peak_bytes - kept, place)
+
+
+def _resident(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
+    rest, state = setting.rest, setting.state_bytes(layout.resident)
     if setting.state is not None:
         state += sum(count * sum(setting.state.of(size)) for size, count in rest.trainable)
-    yield Term("resident weights", weights, setting.place)
+    yield Term("resident weights", sum(w.nbytes for w in layout.resident), setting.place)
     yield Term("norms, biases and other parameters", rest.nbytes, setting.place)
     yield Term("buffers", rest.buffer_bytes, setting.place)
     yield Term("optimizer state of what is resident", state, setting.place)
 
 
-def _parked(setting: Setting, layout: Layout) -> Iterator[Term]:
-    if setting.in_place:
-        yield Term("parked weights", sum(w.nbytes for w in layout.parked), "host")
-        state = sum(weight.elements * setting.state_bytes(weight) for weight in layout.parked)
-        yield Term("optimizer state of parked weights", state, "host")
-        return
-    rings = setting.rings
-    trained = [w for w in layout.parked if w.trainable and setting.state is not None]
-    yield Term("parked at home", _home(setting, layout), "disk")
-    yield Term("slabs of tiles", _slabs(setting, layout, layout.parked, rings.weights), "host")
-    yield Term("slabs of optimizer steps", _step_slabs(setting, layout, trained), "host")
-    sent = [weight for weight in trained if setting.sends_gradient(weight)]
-    yield Term("slabs of gradients", _slabs(setting, layout, sent, rings.gradients), "host")
-    yield Term("gradient of one tile", _slabs(setting, layout, trained, 1), "host")
-    looked_up = [weight for weight in layout.parked if weight.is_looked_up]
-    pages = min(setting.tokens * rings.fault_bytes, _slabs(setting, layout, looked_up, 1))
+def _parked_in_place(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
+    yield Term("parked weights", sum(w.nbytes for w in layout.parked), "host")
+    state = setting.state_bytes(layout.parked)
+    yield Term("optimizer state of parked weights", state, "host")
+
+
+def _parked_on_disk(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
+    rings, parked = setting.rings, layout.parked
+    trained = [w for w in parked if w.trainable and setting.state is not None]
+    sent = [w for w in trained if setting.sends_gradient(w)]
+    looked_up = [w for w in parked if w.rows_only]
+
+    def slabs(number: int, weights: Iterable[Weight]) -> int:
+        return _slabs(setting, layout, {w: (w.element_bytes,) for w in weights}, number)
+
+    # In backward mode the value is in a slab of the tiles, and the gradient in memory.
+    both = 2 if setting.mode == "classic" else 0
+    stepped = {w: setting.entries(w) + (w.element_bytes,) * both for w in trained}
+    yield Term("parked at home", _home_bytes(setting, layout), "disk")
+    yield Term("slabs of tiles", slabs(rings.weights, parked), "host")
+    yield Term("slabs of optimizer steps", _slabs(setting, layout, stepped, rings.steps), "host")
+    yield Term("slabs of gradients", slabs(rings.gradients, sent), "host")
+    yield Term("gradient of one tile", slabs(1, trained), "host")
+    pages = min(setting.tokens * rings.fault_bytes, slabs(1, looked_up))
     yield Term("file pages around looked-up rows", pages, "host")
 
 
-def _home(setting: Setting, layout: Layout) -> int:
-    return sum(
-        setting.rings.room(elements * entry)
-        for weight in layout.parked
-        for elements in layout.tile_elements(weight)
-        for entry in setting.parked_entries(weight)
-    )
+def _home_bytes(setting: Setting, layout: ParkedLayout) -> int:
+    """Of each parked tile: value, state, and a gradient where it goes home."""
+    total = 0
+    for weight in layout.parked:
+        gradient = (weight.element_bytes,) if setting.sends_gradient(weight) else ()
+        entries = (weight.element_bytes, *setting.entries(weight), *gradient)
+        for elements in layout.tile_elements(weight):
+            total += sum(setting.rings.room(elements * entry) for entry in entries)
+    return total
 
 
-def _slabs(setting: Setting, layout: Layout, weights: Iterable[Weight], number: int) -> int:
-    """Bytes of some slabs, each as large as the largest tile; no more of them than tiles."""
-    weights = list(weights)
-    rooms = (setting.rings.room(layout.largest_tile(w) * w.element_bytes) for w in weights)
-    return _times(layout, weights, number) * max(rooms, default=0)
+def _slabs(
+    setting: Setting, layout: ParkedLayout, entries: dict[Weight, tuple[int, ...]], number: int
+) -> int:
+    """Bytes of some slabs, each with room for the largest tile's entries; no more than tiles."""
+    tiles = sum(1 for weight in entries for _ in layout.tile_elements(weight))
+    room, largest = setting.rings.room, layout.largest_tile
+    sizes = (sum(room(largest(w) * entry) for entry in some) for w, some in entries.items())
+    return min(number, tiles) * max(sizes, default=0)
 
 
-def _step_slabs(setting: Setting, layout: Layout, trained: list[Weight]) -> int:
-    """In backward mode the value is in a slab of the tiles and the gradient in memory."""
-    cargoes = []
-    for weight in trained:
-        both = (weight.element_bytes,) * 2 if setting.mode == "classic" else ()
-        elements = layout.largest_tile(weight)
-        entries = (*setting.entries(weight), *both)
-        cargoes.append(sum(setting.rings.room(elements * entry) for entry in entries))
-    return _times(layout, trained, setting.rings.steps) * max(cargoes, default=0)
-
-
-def _times(layout: Layout, weights: list[Weight], number: int) -> int:
-    tiles = sum(1 for weight in weights for _ in layout.tile_elements(weight))
-    return min(number, tiles)
-
-
-def _step(setting: Setting, counted: Counted) -> Iterator[Term]:
-    kept = min(counted.kept_bytes, counted.peak_bytes)
-    name = "KV cache and result" if setting.state is None else "activations kept for backward"
-    yield Term(name, kept, setting.place)
-    yield Term("temporary tensors and gradients", counted.peak_bytes - kept, setting.place)
+def _process(setting: Setting, layout: ParkedLayout, counted: Counted) -> Iterator[Term]:
+    rates, kinds = setting.rates, counted.products.kinds_16
+    used, tile, layer = rates.inference_use_bytes, rates.tile_memory, rates.layer_memory
     if setting.state is not None:
-        yield Term("temporary tensors of the optimizer", setting.state.temporary_bytes, "host")
-
-
-def _process(setting: Setting, layout: Layout, counted: Counted) -> Iterator[Term]:
-    rates = setting.rates
-    trains = setting.state is not None
-    used = rates.first_use_bytes if trains else rates.inference_use_bytes
+        used, tile = rates.first_use_bytes, rates.trained_tile_memory
+        layer, temporary = rates.trained_layer_memory, setting.state.temporary_bytes
+        yield Term("temporary tensors of the optimizer", temporary, "host")
+    workspaces = counted.workspace_bytes
+    if kinds:
+        workspaces += rates.sixteen_bit_bytes + (kinds - 1) * rates.sixteen_bit_kind_bytes
     yield Term("libraries, at first use", used, "host")
-    yield Term("workspaces of products", _workspaces(rates, counted), "host")
+    yield Term("workspaces of products", workspaces, "host")
     if setting.imports:
         yield Term("imports of the optimizer", rates.import_bytes, "host")
-    tile = rates.trained_tile_memory if trains else rates.tile_memory
-    layer = rates.trained_layer_memory if trains else rates.layer_memory
     layers = len(layout.weights) + setting.rest.tensors
     yield Term("objects of tiles and layers", layout.tiles * tile + layers * layer, "host")
-
-
-def _workspaces(rates: Rates, counted: Counted) -> int:
-    """In float32 as measured for these products; in 16 bits one of each."""
-    kinds = counted.products.kinds_16
-    if not kinds:
-        return counted.workspace_bytes
-    sixteen = rates.sixteen_bit_bytes + (kinds - 1) * rates.sixteen_bit_kind_bytes
-    return counted.workspace_bytes + sixteen

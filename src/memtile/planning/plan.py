@@ -1,98 +1,35 @@
-"""`Plan`: which layers are tiled, living where, and what that is predicted to take."""
+"""`Plan`: which layers are tiled, where they live, and the predicted memory and time."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from memtile.errors import ArgumentError
-from memtile.geometry import Grid
 from memtile.home_names import parse_home
-from memtile.planning import table
 from memtile.planning.budget import Budget
-from memtile.planning.counted import Products, check_tokens
+from memtile.planning.byte_sizes import format_byte_size
 from memtile.planning.json_form import from_text, to_text
+from memtile.planning.model_records import Products
+from memtile.planning.plan_parts import (
+    PARKED,
+    PLACES,
+    Floor,
+    Place,
+    PlannedLayer,
+    Term,
+    aligned,
+    bytes_in,
+    check_tokens,
+    floor_lines,
+    layer_lines,
+    limit_rows,
+    term_rows,
+)
 
-Place = Literal["device", "host", "disk"]
-Mode = Literal["classic", "in_backward"]
-RESIDENT: Final = "resident"
-PARKED: Final = "parked"
+OptimizerMode = Literal["classic", "in_backward"]
 _VERSION: Final = 2
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """What a plan says about one linear or embedding.
-
-    Args:
-        name: the module's name in the model.
-        shape: (rows, columns) of its weight.
-        dtype: of its weight, such as "float32".
-        nbytes: of its weight.
-        grid: how it is cut; None: it stays dense.
-        place: "parked" in the home, or "resident" in memory.
-        reason: why.
-        trainable: whether its weight gets gradients and moments.
-        ties: the names of all modules that share its weight, itself included, in order.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    dtype: str
-    nbytes: int
-    grid: Grid | None
-    place: str
-    reason: str
-    trainable: bool = True
-    ties: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        grid = self.grid
-        if grid is not None and (grid.out_features, grid.in_features) != self.shape:
-            raise ArgumentError(
-                f"{self.name}: a grid of {grid.out_features} × {grid.in_features} cuts no weight "
-                f"of {self.shape}; its bounds must end where the weight does"
-            )
-        if self.place != (RESIDENT if grid is None else PARKED):
-            raise ArgumentError(
-                f"{self.name}: place={self.place!r} is wrong for a layer "
-                f"{'without' if grid is None else 'with'} a grid: what is cut is {PARKED!r}, what "
-                f"is not is {RESIDENT!r}"
-            )
-
-    @property
-    def tiles(self) -> int:
-        """Tiles that it is cut into; 0 for a dense layer, and for all but the first of a tie."""
-        if self.grid is None or self.name not in (self.ties[:1] or (self.name,)):
-            return 0
-        return self.grid.out_splits * self.grid.in_splits
-
-
-@dataclass(frozen=True)
-class Term:
-    """One part of the predicted peak.
-
-    Args:
-        name: what it is.
-        nbytes: how much.
-        place: where: "device", "host" or "disk".
-    """
-
-    name: str
-    nbytes: int
-    place: Place
-
-
-@dataclass(frozen=True)
-class Floor:
-    """Seconds that a step cannot be faster than, for one reason.
-
-    Args:
-        name: the reason, such as "products".
-        seconds: the least time.
-    """
-
-    name: str
-    seconds: float
+_TITLES: Final = {"device": "memory of the device", "host": "memory", "disk": "disk"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +59,7 @@ class Plan:
     tokens: int
     batch: int
     optimizer: str | None
-    mode: Mode
+    mode: OptimizerMode
     home: str
     device: str
     checkpointing: bool
@@ -157,7 +94,7 @@ class Plan:
 
     def bytes_of(self, place: Place) -> int:
         """The predicted peak of "device", "host" or "disk"."""
-        return sum(term.nbytes for term in self.terms if term.place == place)
+        return bytes_in(place, self.terms)
 
     @property
     def tiles(self) -> int:
@@ -181,12 +118,20 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """What it comes to, in one line."""
-        return table.summary(self)
+        """The plan in one line."""
+        work = f"{self.optimizer} {self.mode}" if self.optimizer else "inference"
+        where = "all in memory"
+        if self.parked_layers:
+            where = f"{self.tiles} tiles of {len(self.parked_layers)} layers {_at(self.home)}"
+        again = ", gradient checkpointing" if self.checkpointing else ""
+        return (
+            f"{self.model}, {self.tokens} tokens, {work}: {where}{again}; predicted peak "
+            f"{format_byte_size(self.peak_bytes)}, about {self.seconds:.2g} s a step"
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text, for `Plan.from_json`."""
-        return to_text(self, _VERSION)
+        return to_text(self, "Plan", _VERSION)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -195,7 +140,42 @@ class Plan:
         Raises:
             ArgumentError: the text is no plan; the message says what is wrong with it.
         """
-        return from_text(cls, text, _VERSION)
+        return from_text(cls, "Plan", _VERSION, text)
 
     def __str__(self) -> str:
-        return table.of(self)
+        lines = [self.summary, "", *layer_lines(self.layers), "", *self._memory_lines()]
+        return "\n".join([*lines, *self._time_lines()])
+
+    def _memory_lines(self) -> Iterator[str]:
+        for place in PLACES:
+            nbytes, limit = self.bytes_of(place), self.budget.of_place(place)
+            if not nbytes:
+                continue
+            rows = term_rows(_TITLES[place], place, self.terms)
+            if limit is not None:
+                free = None if place == "disk" else "margin, left free of the budget"
+                rows += limit_rows(nbytes, limit, "budget", free)
+            yield from aligned(rows, right={1})
+            yield ""
+
+    def _time_lines(self) -> Iterator[str]:
+        yield from floor_lines(self.floors)
+        decisive = self.decided_by.partition(" (")[0]
+        yield f"decided by {decisive}: predicted {self.seconds:.3g} s a step"
+        moved = format_byte_size(self.read_bytes), format_byte_size(self.written_bytes)
+        yield f"read from the home in a step {moved[0]}, written to it {moved[1]}"
+        if self.parked_layers:
+            yield (
+                "parked: kept at the home (a file or host memory) and brought in tile by tile; "
+                "resident: kept in memory"
+            )
+        if any(term.name.startswith("slabs ") for term in self.terms):
+            yield (
+                "slabs: a few buffers, each as large as the largest tile, that tiles are read into"
+            )
+
+
+def _at(home: str) -> str:
+    kind, folder = parse_home(home)
+    words = {"disk": "on disk", "host": "in host memory", "device": "on the device"}
+    return words[kind] + (f" in {folder}" if folder else "")

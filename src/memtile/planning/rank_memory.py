@@ -1,26 +1,28 @@
-"""The peak of one rank, as a sum of named terms: what it keeps, and the moment that takes most.
+"""The peak of one rank as a sum of named terms: what it keeps, and the moment that takes most.
 
-The moments of a step are its forward, its backward, and the optimizer's step; each has terms of its
-own, and the largest of them stands beside what is kept all the time. A unit is what is gathered
-together: U bytes of the largest one, R bytes of what stays whole.
+The moments of a step are its forward, its backward, and the optimizer's step. Each has terms of its
+own; the largest moment is added to what is kept all the time. A unit is what is gathered together:
+U bytes of the largest one, R bytes of what stays whole.
 
-FSDP2, forward: R + U at work + the buffer that it came in + one for each that is on its way, at
-least one: the last buffer is let go of after the next unit arrived. Backward: R + U at work + a
-buffer for each on its way + the gradients of R + the gradient of U + the buffer that the gradient
-before it leaves in. With one rank there is nothing on its way. What is tied gets one gradient, the
-sum of its uses': autograd keeps the later ones', whole, until it comes to the first.
+FSDP2, forward: R + U in use + the buffer that it arrived in + one for each unit that is being
+gathered, at least one: the last buffer is freed after the next unit arrived. Backward: R + U in use
++ a buffer for each unit being gathered + the gradients of R + the gradient of U + the buffer in
+which the gradient before it is reduced. One rank gathers nothing. A tied weight gets one gradient,
+the sum of its uses': autograd keeps those of the later uses, whole, until it comes to the first.
 
-ZeRO-3 gathers into the parameter itself; one rank uses its own. Gradients leave through a bucket
-that is allocated once and as large as the largest tile. What is in it is copied, padded, to leave.
+ZeRO-3 gathers into the parameter itself; one rank uses its own. Gradients are reduced from a bucket
+that is allocated once and as large as the largest tile. Its content is copied and padded for that.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-from memtile.planning.counted import Counted, State
-from memtile.planning.plan import Place, Term
-from memtile.planning.shards import Parameter, Sharding, Unit, Units, trained_of
+from memtile.planning.memory_model import activation_terms
+from memtile.planning.model_records import Counted, State
+from memtile.planning.plan_parts import Place, Term, sorted_terms
+from memtile.planning.shards import GatherUnit, Parameter, Sharding, Units, trained_of
 
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -28,24 +30,19 @@ FLOAT32 = 4
 _TEMPORARY = "temporary tensors of the optimizer"
 _SUB_GROUP = 10**9  # elements that ZeRO-3 steps at once, by its documented default
 _SWAP_BUFFERS = 5  # for parameters on a disk, likewise
+_PLACES: dict[Offload, Place] = {"none": "device", "cpu": "host", "nvme": "disk"}
 
 
 @dataclass(frozen=True)
 class RankSetting:
-    """What does not depend on the tiles or on the number of ranks.
+    """What depends neither on the tiles nor on the number of ranks."""
 
-    Args:
-        offload: where shards, gradients and moments live: "none": on the device.
-        prefetch: units that are gathered ahead of the one that works.
-        state: what the optimizer keeps; None: inference.
-    """
-
-    offload: Offload
-    prefetch: int
-    state: State | None
+    offload: Offload  # where shards, gradients and moments live; "none": on the device
+    prefetch: int  # units that are gathered ahead of the one in use
+    state: State | None  # what the optimizer keeps; None: inference
 
     def state_bytes(self, parameter: Parameter, engine: str) -> int:
-        """Bytes that are kept beside one element that is trained."""
+        """Bytes that the optimizer keeps for one element of a parameter."""
         if self.state is None or not parameter.trainable:
             return 0
         kept = sum(self.state.of(parameter.element_bytes))
@@ -56,47 +53,69 @@ class RankSetting:
 
 @dataclass(frozen=True)
 class Shards:
-    """One rank's own bytes.
-
-    Args:
-        parameters: of its shards.
-        gradients: of their gradients.
-        state: of the optimizer.
-        padding: how many of all these pad shards to one size.
-        trained: elements of it that are trained.
-    """
+    """What one rank owns, in bytes."""
 
     parameters: int
     gradients: int
-    state: int
-    padding: int
-    trained: int
+    state: int  # of the optimizer
+    padding: int  # how many of all these pad shards to one size
+    trained: int  # elements that are trained, not bytes
 
 
-def shards(setting: RankSetting, sharding: Sharding, units: Units) -> Shards:
-    """What the fullest rank owns."""
-    parameters = gradients = state = padding = trained = 0
-    for each, times in units.parameters.items():
-        elements = sharding.shard(each) * times
-        kept = setting.state_bytes(each, sharding.engine)
-        stepped = setting.state is not None and each.trainable
-        parameters += elements * each.element_bytes
-        gradients += elements * each.element_bytes if stepped else 0
-        state += elements * kept
-        trained += elements if stepped else 0
-        held = each.element_bytes * (2 if stepped else 1) + kept
-        padding += (elements - each.elements * times // sharding.world) * held
-    return Shards(parameters, gradients, state, padding, trained)
+@dataclass(frozen=True)
+class Rank:
+    """One rank of a model that is divided among ranks: the fullest of them."""
+
+    setting: RankSetting
+    sharding: Sharding
+    units: Units
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is the only rank."""
+        return self.sharding.world == 1
+
+    @property
+    def fsdp2(self) -> bool:
+        """Whether the engine is FSDP2, not ZeRO-3."""
+        return self.sharding.engine == "fsdp2"
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is an optimizer."""
+        return self.setting.state is not None
+
+    @cached_property
+    def shards(self) -> Shards:
+        """What it owns."""
+        parameters = gradients = state = padding = trained = 0
+        for each, times in self.units.parameters.items():
+            elements = self.sharding.shard(each) * times
+            kept = self.setting.state_bytes(each, self.sharding.engine)
+            stepped = self.trains and each.trainable
+            parameters += elements * each.element_bytes
+            gradients += elements * each.element_bytes if stepped else 0
+            state += elements * kept
+            trained += elements if stepped else 0
+            held = each.element_bytes * (2 if stepped else 1) + kept
+            padding += (elements - each.elements * times // self.sharding.world) * held
+        return Shards(parameters, gradients, state, padding, trained)
+
+    @cached_property
+    def largest_unit(self) -> int:
+        """Bytes of the largest unit that is gathered."""
+        return max((self.sharding.whole(unit) for unit, _, _ in self.units.tiles), default=0)
+
+    @cached_property
+    def largest_trained(self) -> int:
+        """Bytes of the largest padded gradients of a unit."""
+        units = (trained_of(unit) for unit, _, _ in self.units.tiles)
+        return max(map(self.sharding.whole, units), default=0)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment of a step.
-
-    Args:
-        name: such as "backward".
-        terms: what it takes of a device, beside what is kept all the time.
-    """
+    """A moment of a step, such as "backward", and what it takes of a device beside what is kept."""
 
     name: str
     terms: tuple[Term, ...]
@@ -107,179 +126,146 @@ class Moment:
         return sum(term.nbytes for term in self.terms)
 
 
-def kept_terms(setting: RankSetting, sharding: Sharding, units: Units) -> tuple[Term, ...]:
+def kept_terms(rank: Rank) -> tuple[Term, ...]:
     """What a rank keeps all the time, largest first in each place."""
-    own = shards(setting, sharding, units)
-    some = [*_kept(setting, sharding, units, own), *_host_step(setting, sharding, units, own)]
-    return _sorted(some)
+    return sorted_terms([*_kept(rank), *_host_step(rank)])
 
 
-def moments(
-    setting: RankSetting, sharding: Sharding, units: Units, counted: Counted
-) -> tuple[Moment, ...]:
+def moments(rank: Rank, counted: Counted) -> tuple[Moment, ...]:
     """The moments of a step, in their order."""
-    found = _moments(setting, sharding, units, counted)
-    return tuple(Moment(name, _sorted(terms)) for name, terms in found)
+    return tuple(Moment(name, sorted_terms(terms)) for name, terms in _moments(rank, counted))
 
 
-def _sorted(terms: Iterable[Term]) -> tuple[Term, ...]:
-    """Largest first in each place, those of nothing left out."""
-    some = [term for term in terms if term.nbytes]
-    return tuple(sorted(some, key=lambda term: (term.place, -term.nbytes)))
+def peak_moment(moments: Iterable[Moment]) -> Moment:
+    """The moment that takes most."""
+    return max(moments, key=lambda moment: moment.nbytes)
 
 
-def _kept(setting: RankSetting, sharding: Sharding, units: Units, own: Shards) -> Iterator[Term]:
-    place: Place = {"none": "device", "cpu": "host", "nvme": "disk"}[setting.offload]  # type: ignore[assignment]  # its values are places
+def _kept(rank: Rank) -> Iterator[Term]:
+    place = _PLACES[rank.setting.offload]
     on_disk = place == "disk"
-    yield Term("shards of parameters", own.parameters, place)
-    yield Term("gradients of shards", own.gradients, "host" if on_disk else place)
-    yield Term("optimizer's state of shards", own.state, place)
-    if sharding.engine == "zero3":
-        yield Term("persistent parameters, whole", _nbytes(units.resident), "device")
-        if own.trained:
-            yield Term("bucket of gradients", units.bucket, "device")
-    if place != "device" and sharding.engine == "zero3":
-        yield Term("float32 gradients of shards", own.trained * FLOAT32, place)
+    yield Term("shards of parameters", rank.shards.parameters, place)
+    yield Term("gradients of shards", rank.shards.gradients, "host" if on_disk else place)
+    yield Term("optimizer's state of shards", rank.shards.state, place)
+    if not rank.fsdp2:
+        yield Term("persistent parameters, whole", _nbytes(rank.units.resident), "device")
+        if rank.shards.trained:
+            yield Term("bucket of gradients", rank.units.bucket, "device")
+    if place != "device" and not rank.fsdp2:
+        yield Term("float32 gradients of shards", rank.shards.trained * FLOAT32, place)
     if on_disk:
-        largest = _largest(sharding, units, False) // sharding.world
+        largest = rank.largest_unit // rank.sharding.world
         yield Term("swap buffers of parameters", _SWAP_BUFFERS * largest, "host")
 
 
-def _moments(
-    setting: RankSetting, sharding: Sharding, units: Units, counted: Counted
-) -> Iterator[tuple[str, Iterable[Term]]]:
-    fsdp2, trains = sharding.engine == "fsdp2", setting.state is not None
-    activations = list(_activations(setting, counted))
-    if fsdp2:
-        yield "the start of forward", _started(sharding, units)
-    yield "forward", [*_gathered(setting, sharding, units, forward=True), *activations]
-    if trains:
-        whole = _gathered(setting, sharding, units, forward=False)
-        yield "backward", [*whole, *activations, *_gradients(sharding, units)]
-    if fsdp2 and any(uses.again for _, _, uses in units.tiles):
-        found = _recomputed(sharding, units)
-        yield "the recomputation", [*found, *activations]
-    if trains and fsdp2:
-        yield "the end of backward", _root_gradients(sharding, units)
-    if trains and setting.offload == "none":
-        temporary = _stepping(setting, sharding, units)
-        yield "the optimizer's step", [Term(_TEMPORARY, temporary, "device")]
+def _moments(rank: Rank, counted: Counted) -> Iterator[tuple[str, Iterable[Term]]]:
+    activations = [*activation_terms(counted, rank.setting.state, "device", "temporary tensors")]
+    if rank.fsdp2:
+        yield "the start of forward", _started(rank)
+    yield "forward", [*_gathered(rank, forward=True), *activations]
+    if rank.trains:
+        yield "backward", [*_gathered(rank, forward=False), *activations, *_gradients(rank)]
+    if rank.fsdp2 and any(uses.again for _, _, uses in rank.units.tiles):
+        yield "the recomputation", [*_recomputed(rank), *activations]
+    if rank.fsdp2 and rank.trains:
+        yield "the end of backward", _root_gradients(rank)
+    if rank.trains and rank.setting.offload == "none":
+        yield "the optimizer's step", [Term(_TEMPORARY, _stepping(rank), "device")]
 
 
-def _gathered(
-    setting: RankSetting, sharding: Sharding, units: Units, *, forward: bool
-) -> Iterator[Term]:
-    """Units that are whole; in forward FSDP2 keeps a unit's buffer until after the next arrived."""
-    largest = _largest(sharding, units, False)
-    fsdp2, alone = sharding.engine == "fsdp2", sharding.world == 1
+def _gathered(rank: Rank, *, forward: bool) -> Iterator[Term]:
+    """Units that are whole; in forward FSDP2 keeps a unit's buffer until the next one arrived."""
+    largest, fsdp2, offloads = rank.largest_unit, rank.fsdp2, rank.setting.offload != "none"
     keeps = fsdp2 and forward
-    ahead = min(max(setting.prefetch, int(keeps)), max(0, units.number - 1))
+    ahead = min(max(rank.setting.prefetch, int(keeps)), max(0, rank.units.number - 1))
     if fsdp2:
-        yield Term("untiled, gathered", sharding.whole(units.resident), "device")
-    if fsdp2 or not alone or setting.offload != "none":
+        yield Term("untiled, gathered", rank.sharding.whole(rank.units.resident), "device")
+    if fsdp2 or not rank.alone or offloads:
         yield Term("unit at work", largest, "device")
-    if not alone or (not fsdp2 and setting.offload != "none"):
+    if not rank.alone or (not fsdp2 and offloads):
         yield Term("units on their way", ahead * largest, "device")
         yield Term("buffer of the all-gather", largest if keeps else 0, "device")
-        several = [
-            sharding.whole(unit) for unit, _, _ in units.tiles if len(unit) > 1 and not fsdp2
-        ]
-        yield Term("copy of what is gathered with others", max(several, default=0), "device")
-        waits = not forward and any(len(turn.kept(0)) > ahead for turn in units.turns)
+        several = [unit for unit, _, _ in rank.units.tiles if len(unit) > 1 and not fsdp2]
+        copied = max(map(rank.sharding.whole, several), default=0)
+        yield Term("copy of what is gathered with others", copied, "device")
+        waits = not forward and any(len(turn.kept(0)) > ahead for turn in rank.units.turns)
         yield Term("unit that waits", largest if waits else 0, "device")
-    if setting.offload != "none":
-        yield Term("shard of a unit, from the host", largest // sharding.world, "device")
+    if offloads:
+        yield Term("shard of a unit, from the host", largest // rank.sharding.world, "device")
 
 
-def _recomputed(sharding: Sharding, units: Units) -> Iterator[Term]:
-    """One unit waits for its backward, while those of its block are gathered again one by one."""
-    largest = _largest(sharding, units, False)
-    yield Term("untiled, gathered", sharding.whole(units.resident), "device")
+def _recomputed(rank: Rank) -> Iterator[Term]:
+    """One unit waits for its backward, while its block's units are gathered again one by one."""
+    largest = rank.largest_unit
+    yield Term("untiled, gathered", rank.sharding.whole(rank.units.resident), "device")
     yield Term("unit that waits", largest, "device")
     yield Term("unit at work", largest, "device")
-    if sharding.world > 1:
+    if not rank.alone:
         yield Term("buffer of the all-gather", largest, "device")
-    yield Term("gradients of the untiled", _nbytes(trained_of(units.resident)), "device")
-    yield Term("buffer of the reduce-scatter", _largest(sharding, units, True), "device")
+    yield Term("gradients of the untiled", _nbytes(trained_of(rank.units.resident)), "device")
+    yield Term("buffer of the reduce-scatter", rank.largest_trained, "device")
 
 
-def _started(sharding: Sharding, units: Units) -> Iterator[Term]:
-    root, largest = sharding.whole(units.resident), _largest(sharding, units, False)
+def _started(rank: Rank) -> Iterator[Term]:
+    root, largest = rank.sharding.whole(rank.units.resident), rank.largest_unit
     yield Term("untiled, gathered", root, "device")
-    if sharding.world > 1:
+    if not rank.alone:
         yield Term("buffers of the all-gather", root + largest, "device")
 
 
-def _root_gradients(sharding: Sharding, units: Units) -> Iterator[Term]:
-    root = trained_of(units.resident)
+def _root_gradients(rank: Rank) -> Iterator[Term]:
+    root = trained_of(rank.units.resident)
     yield Term("gradients of the untiled", _nbytes(root), "device")
-    yield Term("buffer of the reduce-scatter", sharding.whole(root), "device")
+    yield Term("buffer of the reduce-scatter", rank.sharding.whole(root), "device")
 
 
-def _activations(setting: RankSetting, counted: Counted) -> Iterator[Term]:
-    kept = min(counted.kept_bytes, counted.peak_bytes)
-    name = "KV cache and result" if setting.state is None else "activations kept for backward"
-    yield Term(name, kept, "device")
-    yield Term("temporary tensors", counted.peak_bytes - kept, "device")
-
-
-def _gradients(sharding: Sharding, units: Units) -> Iterator[Term]:
-    largest = _largest(sharding, units, True)
-    if sharding.engine == "fsdp2":
-        yield Term("gradients of the untiled", _nbytes(trained_of(units.resident)), "device")
-        yield Term("buffer of the reduce-scatter", largest, "device")
+def _gradients(rank: Rank) -> Iterator[Term]:
+    if rank.fsdp2:
+        yield Term("gradients of the untiled", _nbytes(trained_of(rank.units.resident)), "device")
+        yield Term("buffer of the reduce-scatter", rank.largest_trained, "device")
     else:
-        yield Term("padded copy of the bucket", _leaving(sharding, units), "device")
-    trained = [trained_of(unit) for unit, _, _ in units.tiles]
-    gradient = max((_nbytes(unit) for unit in trained), default=0)
+        yield Term("padded copy of the bucket", _leaving(rank), "device")
+    found = [(_nbytes(trained_of(unit)), times, uses) for unit, times, uses in rank.units.tiles]
+    gradient = max((nbytes for nbytes, _, _ in found), default=0)
     yield Term("gradient of a unit, whole", gradient, "device")
-    tied = sum(
-        _nbytes(trained_of(unit)) * times for unit, times, uses in units.tiles if uses.backward > 1
-    )
+    tied = sum(nbytes * times for nbytes, times, uses in found if uses.backward > 1)
     yield Term("gradients of what is tied, until its first use", tied, "device")
 
 
-def _leaving(sharding: Sharding, units: Units) -> int:
-    """A full bucket, of the parameters that take most padding: at most so many bytes leave it."""
-    room, padding = units.bucket, 0
-    trained = [(p, times) for p, times in units.parameters.items() if p.trainable]
+def _leaving(rank: Rank) -> int:
+    """The most bytes that a full bucket is reduced in: of the parameters with most padding."""
+    room, padding = rank.units.bucket, 0
+    trained = [(p, times) for p, times in rank.units.parameters.items() if p.trainable]
     for each, times in sorted(trained, key=lambda found: found[0].nbytes):
         fit = min(times, room // each.nbytes)
         room -= fit * each.nbytes
-        padding += fit * (sharding.whole((each,)) - each.nbytes)
-    return max(units.bucket + padding, _largest(sharding, units, True)) if trained else 0
+        padding += fit * (rank.sharding.whole((each,)) - each.nbytes)
+    return max(rank.units.bucket + padding, rank.largest_trained) if trained else 0
 
 
-def _host_step(
-    setting: RankSetting, sharding: Sharding, units: Units, own: Shards
-) -> Iterator[Term]:
-    """What stepping takes of host memory, where moments are not on the device."""
-    if setting.offload == "none" or setting.state is None:
+def _host_step(rank: Rank) -> Iterator[Term]:
+    """Host memory for the optimizer's step, where moments are not on the device."""
+    if rank.setting.offload == "none" or not rank.trains:
         return
-    yield Term(_TEMPORARY, _stepping(setting, sharding, units), "host")
-    if setting.offload == "nvme":
-        stepped = min(own.trained, _SUB_GROUP)
-        each = own.state // max(1, own.trained) + FLOAT32
+    yield Term(_TEMPORARY, _stepping(rank), "host")
+    if rank.setting.offload == "nvme":
+        stepped = min(rank.shards.trained, _SUB_GROUP)
+        each = rank.shards.state // max(1, rank.shards.trained) + FLOAT32
         yield Term("swap buffers of the optimizer", stepped * each, "host")
 
 
-def _stepping(setting: RankSetting, sharding: Sharding, units: Units) -> int:
+def _stepping(rank: Rank) -> int:
     """FSDP2: a tensor beside each shard, as torch's optimizers make; ZeRO-3: float32 gradients."""
-    assert setting.state is not None
-    trained = {p: times for p, times in units.parameters.items() if p.trainable}
-    if sharding.engine == "zero3":
-        elements = sum(sharding.shard(each) * times for each, times in trained.items())
-        return min(elements, _SUB_GROUP) * FLOAT32
+    if not rank.fsdp2:
+        return min(rank.shards.trained, _SUB_GROUP) * FLOAT32
+    state, shard = rank.setting.state, rank.sharding.shard
+    assert state is not None
     return sum(
-        sharding.shard(each) * times * max(setting.state.of(each.element_bytes), default=0)
-        for each, times in trained.items()
+        shard(each) * times * max(state.of(each.element_bytes), default=0)
+        for each, times in rank.units.parameters.items()
+        if each.trainable
     )
 
 
-def _largest(sharding: Sharding, units: Units, trained: bool) -> int:
-    found = (trained_of(unit) if trained else unit for unit, _, _ in units.tiles)
-    return max((sharding.whole(unit) for unit in found), default=0)
-
-
-def _nbytes(unit: Unit) -> int:
+def _nbytes(unit: GatherUnit) -> int:
     return sum(parameter.nbytes for parameter in unit)

@@ -1,11 +1,11 @@
-"""The search: the fewest tiles with which a rank fits, and the fewest ranks on which it does.
+"""Finds the fewest tiles with which a rank fits, and the fewest ranks on which the model fits.
 
 Smaller tiles are smaller units, until they have fewer rows than there are ranks: then FSDP2 pads
-each to one row a rank, and shards grow again. So every size is looked at, the largest first.
+each to one row a rank, and shards grow again. So every size is tried, the largest first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -13,59 +13,48 @@ from memtile.errors import BudgetError
 from memtile.geometry import Grid
 from memtile.planning.budget import needed, usable
 from memtile.planning.byte_sizes import format_byte_size
-from memtile.planning.counted import Counted, Weight
-from memtile.planning.layout import Layout
-from memtile.planning.plan import Term
-from memtile.planning.rank_memory import Moment, RankSetting, kept_terms, moments
-from memtile.planning.search import SMALLEST_TILE, tile_grid
-from memtile.planning.shards import LooseModule, ShardedLayer, Sharding, Units, Uses
+from memtile.planning.model_records import Counted, ParkedLayout, Weight
+from memtile.planning.plan_parts import Term, bytes_in, largest_terms
+from memtile.planning.rank_memory import Moment, Rank, RankSetting, kept_terms, moments, peak_moment
+from memtile.planning.search import tile_grid, tile_grids
+from memtile.planning.shards import LooseModule, ShardedLayer, Sharding, Uses
 
 LARGEST_WORLD: Final = 1 << 20
 
-Count = Callable[[Layout, bool], tuple[Counted, Mapping[str, Uses]]]
+Counts = tuple[Counted, Mapping[str, Uses]]
+Count = Callable[[ParkedLayout, bool], Counts]
 
 
 @dataclass(frozen=True)
 class RankFound:
-    """Tiles and ranks that were looked at.
+    """Tiles for some number of ranks, with what one rank holds."""
 
-    Args:
-        grids: of every weight that is a unit of its own, by the name of its first module.
-        sharding: of the ranks.
-        checkpointing: whether activations are recomputed.
-        counted: one rank's step.
-        units: what is gathered together.
-        kept: what a rank holds all the time.
-        moments: of a step.
-    """
-
-    grids: Mapping[str, Grid]
-    sharding: Sharding
-    checkpointing: bool
-    counted: Counted
-    units: Units
-    kept: tuple[Term, ...]
-    moments: tuple[Moment, ...]
+    grids: Mapping[str, Grid]  # of every weight that can be tiled, by its first module's name
+    checkpointing: bool  # whether activations are recomputed
+    counted: Counted  # one rank's step
+    rank: Rank
+    kept: tuple[Term, ...]  # what a rank holds all the time
+    moments: tuple[Moment, ...]  # of a step
 
     @property
     def device_terms(self) -> list[Term]:
         """The peak of a device, in the moment that takes most."""
-        worst = max(self.moments, key=lambda moment: moment.nbytes)
+        worst = peak_moment(self.moments)
         return [term for term in (*self.kept, *worst.terms) if term.place == "device"]
 
     @property
     def device_bytes(self) -> int:
-        """The same as a sum."""
-        return sum(term.nbytes for term in self.device_terms)
+        """The sum of the device's terms."""
+        return bytes_in("device", self.device_terms)
 
 
 class RankSearch:
     """Finds tiles and ranks for one model, one step and one device.
 
     Args:
-        setting: what depends on neither.
+        setting: what depends on neither tiles nor ranks.
         weights: of the model, in its order.
-        layers: the same of those that can be tiled, as shards, with uses that are not yet known.
+        layers: those that can be tiled; their uses are not known yet.
         loose: the modules of all other parameters, likewise.
         count: counts a step of a layout, and the uses of its layers.
         memory: bytes of a device.
@@ -83,7 +72,7 @@ class RankSearch:
         self._setting, self._weights = setting, tuple(weights)
         self._layers, self._loose = tuple(layers), tuple(loose)
         self._count, self._memory = count, memory
-        self._counts: dict[tuple[int, bool], tuple[Counted, Mapping[str, Uses]]] = {}
+        self._counts: dict[tuple[int, bool], Counts] = {}
 
     def best(self, sharding: Sharding, checkpointing: Sequence[bool]) -> RankFound:
         """The fewest tiles that fit on these ranks; without a limit, every layer whole.
@@ -100,59 +89,43 @@ class RankSearch:
         """The smallest power of two of ranks on which something fits; None: on none of them."""
         world = 1
         while world <= LARGEST_WORLD:
-            if self._fitting(_on(sharding, world), checkpointing) is not None:
+            if self._fitting(replace(sharding, world=world), checkpointing) is not None:
                 return world
             world *= 2
         return None
 
     def cut(self, sharding: Sharding, tile_bytes: int, checkpointing: bool) -> RankFound:
         """The tiles that have so many bytes or fewer, whether they fit or not."""
-        grids = {each.names[0]: tile_grid(each, tile_bytes) for each in self._tileable}
-        return self._evaluate(
-            sharding, grids, *self._counted_grids(grids, checkpointing), checkpointing
-        )
+        tileable = [weight for weight in self._weights if not weight.obstacle]
+        grids = {each.names[0]: tile_grid(each, tile_bytes) for each in tileable}
+        counts = self._count(ParkedLayout(self._weights, grids), checkpointing)
+        return self._evaluate(sharding, grids, *counts, checkpointing)
 
     def _fitting(self, sharding: Sharding, checkpointing: Sequence[bool]) -> RankFound | None:
         for again in checkpointing:
             for number, grids in enumerate(self._cuts):
+                # A step is counted for these tiles only if they fit by the counts of whole tiles.
                 guess = self._evaluate(sharding, grids, *self._counted(0, again), again)
-                if self._fits(guess):
-                    known = self._counted(number, again)
-                    found = self._evaluate(sharding, grids, *known, again)
-                    if self._fits(found):
-                        return found
+                if not self._fits(guess):
+                    continue
+                found = self._evaluate(sharding, grids, *self._counted(number, again), again)
+                if self._fits(found):
+                    return found
         return None
 
     def _fits(self, found: RankFound) -> bool:
         return self._memory is None or found.device_bytes <= usable(self._memory)
 
     @cached_property
-    def _tileable(self) -> list[Weight]:
-        return [weight for weight in self._weights if not weight.obstacle]
-
-    @cached_property
     def _cuts(self) -> list[dict[str, Grid]]:
-        """Grids of all weights that can be tiled, for ever smaller tiles, whole ones first."""
-        largest = max((weight.nbytes for weight in self._tileable), default=0)
-        found: list[dict[str, Grid]] = []
-        while True:
-            grids = {each.names[0]: tile_grid(each, max(1, largest)) for each in self._tileable}
-            if not found or grids != found[-1]:
-                found.append(grids)
-            if largest <= SMALLEST_TILE:
-                return found
-            largest = max(SMALLEST_TILE, largest // 2)
+        return tile_grids(self._weights)
 
-    def _counted(self, number: int, again: bool) -> tuple[Counted, Mapping[str, Uses]]:
+    def _counted(self, number: int, again: bool) -> Counts:
+        """The counts of a step with the grids of this number in `_cuts`."""
         key = number, again
         if key not in self._counts:
-            self._counts[key] = self._counted_grids(self._cuts[number], again)
+            self._counts[key] = self._count(ParkedLayout(self._weights, self._cuts[number]), again)
         return self._counts[key]
-
-    def _counted_grids(
-        self, grids: Mapping[str, Grid], again: bool
-    ) -> tuple[Counted, Mapping[str, Uses]]:
-        return self._count(Layout(self._weights, dict(grids)), again)
 
     def _evaluate(
         self,
@@ -162,12 +135,10 @@ class RankSearch:
         uses: Mapping[str, Uses],
         again: bool,
     ) -> RankFound:
-        layers = [each.used(uses[each.name]) for each in self._layers]
-        loose = [each.used(uses[each.name]) for each in self._loose]
-        units = sharding.units(layers, grids, loose)
-        kept = kept_terms(self._setting, sharding, units)
-        found = moments(self._setting, sharding, units, counted)
-        return RankFound(grids, sharding, again, counted, units, kept, found)
+        layers = [replace(each, uses=uses[each.name]) for each in self._layers]
+        loose = [replace(each, uses=uses[each.name]) for each in self._loose]
+        rank = Rank(self._setting, sharding, sharding.units(layers, grids, loose))
+        return RankFound(grids, again, counted, rank, kept_terms(rank), moments(rank, counted))
 
     def _nothing_fits(self, sharding: Sharding, checkpointing: Sequence[bool]) -> BudgetError:
         assert self._memory is not None
@@ -177,22 +148,13 @@ class RankSearch:
             for grids in self._cuts
         ]
         least = min(tried, key=lambda found: found.device_bytes)
-        largest = sorted(least.device_terms, key=lambda term: -term.nbytes)[:3]
-        parts = ", ".join(f"{term.name} ({format_byte_size(term.nbytes)})" for term in largest)
         world = self.smallest_world(sharding, checkpointing)
         enough = f"{world} ranks would do" if world else "no number of ranks would do"
+        way_out = "a model with gradient checkpointing"
+        if self._setting.offload == "none":
+            way_out = "offload to cpu, which keeps shards, gradients and moments in host memory"
         return BudgetError(
             f"{format_byte_size(self._memory)} a device: {sharding.world} ranks need at least "
-            f"{format_byte_size(needed(least.device_bytes))} each; the largest parts are {parts}; "
-            f"{enough}; take fewer tokens, or {_way_out(self._setting, sharding)}"
+            f"{format_byte_size(needed(least.device_bytes))} each; the largest parts are "
+            f"{largest_terms(least.device_terms)}; {enough}; take fewer tokens, or {way_out}"
         )
-
-
-def _on(sharding: Sharding, world: int) -> Sharding:
-    return Sharding(sharding.engine, world, sharding.unit_bytes)
-
-
-def _way_out(setting: RankSetting, sharding: Sharding) -> str:
-    if setting.offload == "none":
-        return "offload to cpu, which keeps shards, gradients and moments in host memory"
-    return "a model with gradient checkpointing"

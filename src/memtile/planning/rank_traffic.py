@@ -1,32 +1,26 @@
 """What one rank moves in a step, and the least time that takes.
 
-A ring's all-gather of n ranks sends n - 1 shards over each rank's link, as does its reduce-scatter:
-(n - 1)/n of a parameter's bytes each. A unit of tiles is gathered for each use in forward, once
-more for its backward, and again where activations are recomputed; what is tied is gathered for each
-of its uses. What is frozen is reduced nowhere.
+A ring all-gather of n ranks sends n - 1 shards over each rank's link, and so does its
+reduce-scatter: (n - 1)/n of a parameter's bytes each. A unit of tiles is gathered for each use in
+forward, once more for its backward, and again where activations are recomputed; what is tied is
+gathered for each of its uses. What is frozen is not reduced.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from memtile.errors import ArgumentError
-from memtile.planning.plan import Floor
-from memtile.planning.rank_memory import FLOAT32, RankSetting, Shards, shards
-from memtile.planning.shards import Sharding, Unit, Units, trained_of
+from memtile.planning.plan_parts import Floor
+from memtile.planning.rank_memory import FLOAT32, Rank
+from memtile.planning.shards import GatherUnit, trained_of
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes of one rank that a step moves.
+class LinkTraffic:
+    """Bytes of one rank that a step moves."""
 
-    Args:
-        name: what moves them.
-        link: over what: "ranks", "host" (between host and device) or "disk".
-        nbytes: how many.
-    """
-
-    name: str
-    link: str
+    name: str  # what moves them, such as "all-gather"
+    link: str  # over what: "ranks", "host" (between host and device) or "disk"
     nbytes: int
 
 
@@ -57,68 +51,60 @@ class Speeds:
                 )
 
 
-def traffic(setting: RankSetting, sharding: Sharding, units: Units) -> tuple[Traffic, ...]:
-    """What the fullest rank moves in one step; nothing that is 0."""
-    own = shards(setting, sharding, units)
+def traffic(rank: Rank) -> tuple[LinkTraffic, ...]:
+    """What the fullest rank moves in one step; nothing that is 0 bytes."""
+    whole, world = rank.sharding.whole, rank.sharding.world
     gathered = reduced = 0
-    for unit, times, uses in _used(setting, sharding, units):
-        trained = trained_of(unit)
-        gathered += sharding.whole(unit) // sharding.world * times * uses.gathers
-        reduced += sharding.whole(trained) // sharding.world * times * uses.reductions
-    for unit, times in _kept(setting, units):
-        gathered -= sharding.whole(unit) // sharding.world * times
-    others = sharding.world - 1
+    for unit, gathers, reductions in _used(rank):
+        gathered += whole(unit) // world * gathers
+        reduced += whole(trained_of(unit)) // world * reductions
+    for unit, times in _kept(rank):
+        gathered -= whole(unit) // world * times
+    others = world - 1
     found = [
-        Traffic("all-gather", "ranks", gathered * others),
-        Traffic("reduce-scatter", "ranks", reduced * others),
-        *_offloaded(setting, own, gathered),
+        LinkTraffic("all-gather", "ranks", gathered * others),
+        LinkTraffic("reduce-scatter", "ranks", reduced * others),
+        *_offloaded(rank, gathered),
     ]
     return tuple(each for each in found if each.nbytes)
 
 
-@dataclass(frozen=True)
-class _Times:
-    gathers: int
-    reductions: int
+def _used(rank: Rank) -> Iterator[tuple[GatherUnit, int, int]]:
+    """Each unit, and how often a step gathers and reduces such units.
 
-
-def _used(
-    setting: RankSetting, sharding: Sharding, units: Units
-) -> Iterator[tuple[Unit, int, _Times]]:
-    """Each unit, how many there are like it, and how often it is gathered and reduced.
-
-    What is tied is reduced once: its gradient is complete only after its first use. FSDP2 lets go
-    of the root after its backward alone; ZeRO-3 gathers what is persistent, also what is frozen of
-    it, after each step of the optimizer.
+    What is tied is reduced once: its gradient is complete only after its first use. FSDP2 frees the
+    root only after its backward; ZeRO-3 gathers all that is persistent, also frozen parameters,
+    after each step of the optimizer.
     """
-    once = int(setting.state is not None)
-    for unit, times, uses in units.tiles:
-        yield unit, times, _Times(uses.gathers, min(uses.backward, 1))
-    yield units.resident, 1, _Times(once, once)
+    for unit, times, uses in rank.units.tiles:
+        yield unit, times * uses.gathers, times * min(uses.backward, 1)
+    once = int(rank.trains)
+    yield rank.units.resident, once, once
 
 
-def _kept(setting: RankSetting, units: Units) -> Iterator[tuple[Unit, int]]:
-    """Units that are still whole when their backward comes, and how often."""
-    yield from units.kept
-    if setting.state is not None:
-        for turn in units.turns:
-            yield from ((unit, turn.times) for unit in turn.kept(setting.prefetch))
+def _kept(rank: Rank) -> Iterator[tuple[GatherUnit, int]]:
+    """Units that are still whole when their backward begins, and how often."""
+    yield from rank.units.kept
+    if rank.trains:
+        for turn in rank.units.turns:
+            yield from ((unit, turn.times) for unit in turn.kept(rank.setting.prefetch))
 
 
-def _offloaded(setting: RankSetting, own: Shards, fetched: int) -> Iterator[Traffic]:
+def _offloaded(rank: Rank, fetched: int) -> Iterator[LinkTraffic]:
     """Shards to the device for each use, gradients back; from and to a disk, with the moments."""
-    if setting.offload == "none":
+    own, offload = rank.shards, rank.setting.offload
+    if offload == "none":
         return
-    yield Traffic("shards to the device", "host", fetched)
-    yield Traffic("gradients to the host", "host", own.gradients)
-    if setting.offload == "nvme":
+    yield LinkTraffic("shards to the device", "host", fetched)
+    yield LinkTraffic("gradients to the host", "host", own.gradients)
+    if offload == "nvme":
         stepped = own.state + own.trained * FLOAT32
         written = own.parameters if own.trained else 0
-        yield Traffic("shards and moments read", "disk", fetched + stepped)
-        yield Traffic("shards and moments written", "disk", written + stepped)
+        yield LinkTraffic("shards and moments read", "disk", fetched + stepped)
+        yield LinkTraffic("shards and moments written", "disk", written + stepped)
 
 
-def rank_floors(flops: int, moved: tuple[Traffic, ...], speeds: Speeds) -> tuple[Floor, ...]:
+def rank_floors(flops: int, moved: tuple[LinkTraffic, ...], speeds: Speeds) -> tuple[Floor, ...]:
     """Seconds that a step of one rank takes at least, for each speed that is known."""
     work = [("products", flops, speeds.flops)]
     names = {"ranks": "link between ranks", "host": "link to the host", "disk": "disk"}

@@ -1,12 +1,12 @@
-"""What this machine does in a second, and what its libraries take: measured once, never assumed."""
+"""What this machine does in a second, and what memory its libraries take: measured values."""
 
 import math
 from dataclasses import dataclass
 from typing import Final
 
 from memtile.errors import ArgumentError
-from memtile.planning.counted import Products
 from memtile.planning.json_form import from_text, to_text
+from memtile.planning.model_records import Products
 
 _VERSION: Final = 1
 WORKSPACE_SHAPE: Final = (1024, 512, 8192)
@@ -80,16 +80,16 @@ class Rates:
         return slow + part * (fast - slow)
 
     def workspaces(self, products: Products) -> int:
-        """What the library keeps for products on a machine where they cannot be measured: a guess.
+        """An estimate of what the library keeps for products that cannot be measured here.
 
-        As much as for the one that was measured, as far as the widest is as wide.
+        As much as for the product that was measured, or less in proportion to fewer columns.
         """
         columns, measured = (products.widest or (0, 0, 0))[2], WORKSPACE_SHAPE[2]
         return self.workspace_bytes * min(columns, measured) // measured
 
     def to_json(self) -> str:
         """The rates as JSON text."""
-        return to_text(self, _VERSION)
+        return to_text(self, "Rates", _VERSION)
 
     @classmethod
     def from_json(cls, text: str) -> "Rates":
@@ -98,4 +98,4 @@ class Rates:
         Raises:
             ArgumentError: the text is none.
         """
-        return from_text(cls, text, _VERSION)
+        return from_text(cls, "Rates", _VERSION, text)

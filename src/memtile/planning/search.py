@@ -1,13 +1,13 @@
-"""The search: the layout with the fewest tiles that fits, and whether to recompute activations.
+"""Finds the layout with the fewest tiles that fits, and whether to recompute activations.
 
 Two numbers make a layout: the largest tile that is allowed, and how many weights stay in memory,
 small ones first, since each of those is a tile less. For every size of tile as many weights stay as
 fit; of those layouts the one with the fewest tiles is taken. The sizes do not depend on the budget,
-so more budget never means more tiles. The finest tiles of them take least memory: where those do
-not fit, nothing does.
+so more budget never means more tiles. The smallest tiles take least memory: where those do not fit,
+nothing does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -16,41 +16,38 @@ from memtile.errors import BudgetError
 from memtile.geometry import Grid
 from memtile.planning.budget import Budget, needed, usable
 from memtile.planning.byte_sizes import format_byte_size
-from memtile.planning.counted import Counted, Products, Weight
-from memtile.planning.layout import Layout
 from memtile.planning.memory_model import Setting, terms
-from memtile.planning.plan import Place, Term
-from memtile.planning.time_model import floors, moved
+from memtile.planning.model_records import Counted, ParkedLayout, Products, Weight
+from memtile.planning.plan_parts import PLACES, Floor, Place, Term, bytes_in, largest_terms
+from memtile.planning.time_model import Moved, floors, moved
 
 SMALLEST_TILE: Final = 64 << 10
-"""Bytes below which a tile is mostly overhead: no plan asks for smaller ones."""
+"""Bytes. Smaller tiles are mostly overhead, so no plan asks for them."""
 
 _TRIES: Final = 8
 
-Count = Callable[[Layout, bool], Counted]
+Count = Callable[[ParkedLayout, bool], Counted]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A layout that was counted.
+    """A layout that was counted, with its predicted peak and time."""
 
-    Args:
-        layout: what is parked.
-        checkpointing: whether activations are recomputed.
-        counted: one step of it.
-        terms: its predicted peak.
-        seconds: its predicted time.
-    """
-
-    layout: Layout
-    checkpointing: bool
+    layout: ParkedLayout
+    checkpointing: bool  # whether activations are recomputed
     counted: Counted
     terms: tuple[Term, ...]
-    seconds: float
+    moved: Moved  # between home and memory
+    floors: tuple[Floor, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The predicted time of a step."""
+        return max(floor.seconds for floor in self.floors)
 
     def bytes_of(self, place: Place) -> int:
         """The predicted peak of a place."""
-        return sum(term.nbytes for term in self.terms if term.place == place)
+        return bytes_in(place, self.terms)
 
 
 class Search:
@@ -90,18 +87,19 @@ class Search:
     def _fewest_tiles(self, checkpointing: bool) -> Found | None:
         best: Found | None = None
         whole = self.evaluate({}, checkpointing)
-        if self._excess(whole) <= 0:
+        if self._excess(whole.terms) <= 0:
             return whole
-        if not self._cuts or self._excess(self.evaluate(self._cuts[-1], checkpointing)) > 0:
+        smallest = self.evaluate(self._cuts[-1], checkpointing)
+        if self._excess(smallest.terms) > 0:
             return None
-        least = self.evaluate(self._cuts[-1], checkpointing).counted
+        least = smallest.counted
         for tiles, grids in self._least_tiles(least):
             if best is not None and best.layout.tiles <= tiles:
                 break
             fit = self._most_resident(grids, least, checkpointing)
             if fit is not None and (best is None or fit.layout.tiles < best.layout.tiles):
                 best = fit
-        return best or self.evaluate(self._cuts[-1], checkpointing)
+        return best or smallest
 
     def _least_tiles(self, guess: Counted) -> list[tuple[int, dict[str, Grid]]]:
         """Each size of tile with the tiles that it would take if a step held the least: ascending.
@@ -121,58 +119,36 @@ class Search:
 
         Beyond some size the objects of more tiles take more than smaller slabs save.
         """
-        found = list(self._all_cuts())
+        found = tile_grids(self._weights)
         nothing = Counted(0, 0, 0, 0, 0, Products((), 0))
-        sizes = [
-            self._memory(terms(self._setting, self._layout(grids), nothing)) for grids in found
-        ]
-        return found[: sizes.index(min(sizes)) + 1] if found else []
-
-    def _all_cuts(self) -> Iterator[dict[str, Grid]]:
-        movable = [weight for weight in self._weights if not weight.obstacle]
-        largest = max((weight.nbytes for weight in movable), default=0)
-        seen: set[tuple[Grid, ...]] = set()
-        while largest:
-            grids = {weight.names[0]: tile_grid(weight, largest) for weight in movable}
-            if tuple(grids.values()) not in seen:
-                seen.add(tuple(grids.values()))
-                yield grids
-            if largest <= SMALLEST_TILE:
-                return
-            largest = max(SMALLEST_TILE, largest // 2)
-
-    @staticmethod
-    def _memory(found: Sequence[Term]) -> int:
-        return sum(term.nbytes for term in found if term.place != "disk")
+        sizes = []
+        for grids in found:
+            some = terms(self._setting, self._layout(grids), nothing)
+            sizes.append(sum(term.nbytes for term in some if term.place != "disk"))
+        return found[: sizes.index(min(sizes)) + 1]
 
     def _most_resident(
         self, grids: Mapping[str, Grid], guess: Counted, checkpointing: bool
     ) -> Found | None:
-        """As many weights in memory as fit beside tiles of this size, small ones first.
-
-        Args:
-            grids: of all that can be parked.
-            guess: what a step holds with the tiles that take least memory.
-            checkpointing: whether activations are recomputed.
-        """
+        """As many weights in memory as fit beside tiles of this size, small ones first."""
         for _ in range(_TRIES):
             parked = self._parked_by(grids, guess)
             if parked is None:
                 return None
             fit = self.evaluate(parked, checkpointing)
-            if self._excess(fit) <= 0:
+            if self._excess(fit.terms) <= 0:
                 return fit
             guess = guess.at_least(fit.counted)
         return None
 
     def _parked_by(self, grids: Mapping[str, Grid], guess: Counted) -> dict[str, Grid] | None:
-        """The fewest to park if a step held what was guessed; None where all are too few."""
+        """The fewest to park if a step held what was guessed; None: parking all is not enough."""
         order = sorted((w for w in self._weights if w.names[0] in grids), key=lambda w: -w.nbytes)
         low, high = 1, len(order) + 1
         while low < high:  # the first number of parked weights that fits
             middle = (low + high) // 2
             parked = {w.names[0]: grids[w.names[0]] for w in order[:middle]}
-            if self._excess_of(terms(self._setting, self._layout(parked), guess)) <= 0:
+            if self._excess(terms(self._setting, self._layout(parked), guess)) <= 0:
                 high = middle
             else:
                 low = middle + 1
@@ -188,42 +164,38 @@ class Search:
             counted = self._count(layout, checkpointing)
             found = terms(self._setting, layout, counted)
             moves = moved(self._setting, layout, checkpointing)
-            cached = self._cached(sum(term.nbytes for term in found if term.place == "disk"))
+            cached = self._cached(bytes_in("disk", found))
             times = floors(self._setting, layout, counted, moves, cached=cached)
-            seconds = max(floor.seconds for floor in times)
-            self._known[key] = Found(layout, checkpointing, counted, found, seconds)
+            self._known[key] = Found(layout, checkpointing, counted, found, moves, times)
         return self._known[key]
 
-    def _layout(self, grids: Mapping[str, Grid]) -> Layout:
-        return Layout(self._weights, dict(grids))
+    def _layout(self, grids: Mapping[str, Grid]) -> ParkedLayout:
+        return ParkedLayout(self._weights, dict(grids))
 
-    def _excess(self, found: Found) -> int:
-        return self._excess_of(found.terms)
-
-    def _excess_of(self, found: Sequence[Term]) -> int:
-        """Bytes that are too much in the place that is worst off; none where it is 0 or less."""
+    def _excess(self, found: Sequence[Term]) -> int:
+        """Bytes over the limit of the place that exceeds it most; 0 or less: everything fits."""
         return max(
             (
-                sum(term.nbytes for term in found if term.place == place) - _limit(place, size)
-                for place in ("device", "host", "disk")
+                bytes_in(place, found) - _limit(place, size)
+                for place in PLACES
                 if (size := self._budget.of_place(place)) is not None
             ),
             default=0,
         )
 
     def _nothing_fits(self, checkpointing: Sequence[bool]) -> BudgetError:
-        ends = [{}, *self._cuts[-1:]]
+        ends: tuple[dict[str, Grid], ...] = ({}, self._cuts[-1])
         tried = [self.evaluate(grids, again) for again in checkpointing for grids in ends]
-        least = min(tried, key=self._excess)
+        least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"
-            for place in ("device", "host", "disk")
+            for place in PLACES
             if least.bytes_of(place)
         ]
         return BudgetError(
             f"budget {self._budget}: {self._setting.tokens} tokens need at least "
-            f"{', '.join(lacking)}; the largest parts are {_largest(least)}. Give more, or "
-            f"{self._ways_out(least, checkpointing)}"
+            f"{', '.join(lacking)}; the largest parts are {largest_terms(least.terms)}. "
+            f"Give more, or {self._ways_out(least, checkpointing)}"
         )
 
     def _ways_out(self, least: Found, checkpointing: Sequence[bool]) -> str:
@@ -238,6 +210,20 @@ class Search:
         if least.bytes_of("disk") > _limit("disk", self._budget.of_place("disk") or 1 << 62):
             ways.append("another folder, on a disk with more room")
         return ", or ".join(ways)
+
+
+def tile_grids(weights: Iterable[Weight]) -> list[dict[str, Grid]]:
+    """Grids of all weights that can be tiled, for ever smaller tiles, whole ones first."""
+    tileable = [weight for weight in weights if not weight.obstacle]
+    largest = max((weight.nbytes for weight in tileable), default=0)
+    found: list[dict[str, Grid]] = []
+    while True:
+        grids = {weight.names[0]: tile_grid(weight, largest) for weight in tileable}
+        if not found or grids != found[-1]:
+            found.append(grids)
+        if largest <= SMALLEST_TILE:
+            return found
+        largest = max(SMALLEST_TILE, largest // 2)
 
 
 def tile_grid(weight: Weight, tile_bytes: int) -> Grid:
@@ -257,8 +243,3 @@ def _limit(place: str, size: int) -> int:
 def _asked(place: str, nbytes: int) -> int:
     """The budget that so many bytes fit in."""
     return nbytes if place == "disk" else needed(nbytes)
-
-
-def _largest(found: Found) -> str:
-    some = sorted(found.terms, key=lambda term: -term.nbytes)[:3]
-    return ", ".join(f"{term.name} ({format_byte_size(term.nbytes)})" for term in some)

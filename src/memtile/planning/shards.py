@@ -1,12 +1,12 @@
-"""What engines make of a model on several ranks: units that are gathered, and one rank's shards.
+"""How engines divide a model among ranks: units that are gathered together, and shards.
 
-FSDP2 cuts each parameter along its first dimension, in pieces of as many rows as the largest share
+FSDP2 cuts each parameter along its first dimension, in pieces of as many rows as the largest shard
 has: a tile with fewer rows than ranks is padded to one row for each. A module without tiles is a
-unit where it is as large as one; all that is smaller is the root's, which is whole from the start
-of a forward to the end of its backward.
+unit where it is as large as one; all that is smaller belongs to the root, which is whole from the
+start of a forward to the end of its backward.
 
 ZeRO-3 cuts each parameter's elements, padded to a multiple of the ranks, and gathers a module's own
-parameters together. Small ones are persistent: whole on every rank, and sharded besides. They are
+parameters together. Small ones are persistent: whole on every rank, and sharded besides. These are
 those up to the threshold of `memtile.engines.deepspeed_zero3.config`: a tile's bias, but no tile.
 
 Source: torch 2.13 (`FSDPParam`), DeepSpeed 0.19 (`Init._partition_param`).
@@ -26,23 +26,16 @@ Engine = Literal["fsdp2", "zero3"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter before it is sharded.
+    """A parameter before it is sharded."""
 
-    Args:
-        rows: its first dimension.
-        columns: elements of each.
-        element_bytes: of one value.
-        trainable: whether it gets gradients.
-    """
-
-    rows: int
-    columns: int
+    rows: int  # its first dimension
+    columns: int  # elements of each row
     element_bytes: int
     trainable: bool
 
     @property
     def elements(self) -> int:
-        """Values."""
+        """How many values it has."""
         return self.rows * self.columns
 
     @property
@@ -53,114 +46,67 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Uses:
-    """How often a step runs a layer.
-
-    Args:
-        forward: in forward.
-        again: in backward, where activations are recomputed.
-        backward: how often a gradient comes back through it.
-        cut_short: how often a recomputation ended inside it, since nothing after it is needed.
-        last: how many layers forward had begun when it began this one for the last time.
-    """
+    """How often a step runs a layer."""
 
     forward: int
-    again: int
-    backward: int
-    cut_short: int = 0
-    last: int = 0
+    again: int  # in backward, where activations are recomputed
+    backward: int  # how often a gradient comes back through it
+    cut_short: int = 0  # how often a recomputation ended inside it: nothing after it is needed
+    last: int = 0  # its place in the order in which layers began their last forward
 
     @property
     def gathers(self) -> int:
-        """Times that a unit which is let go of after each use is gathered."""
+        """How often a unit is gathered that is freed after each use."""
         return self.forward + self.again + self.backward
 
 
 @dataclass(frozen=True)
 class ShardedLayer:
-    """A linear or an embedding whose tiles are units, with all layers that share its weight.
+    """A linear or an embedding whose tiles are units, with all layers that share its weight."""
 
-    Args:
-        name: of the first module that has it.
-        weight: its weight, whole.
-        biases: of those modules.
-        rows_only: whether only rows can be cut.
-        shared: whether several modules have it: its tiles are never grouped.
-        uses: of all of them.
-    """
-
-    name: str
-    weight: Parameter
-    biases: tuple[Parameter, ...]
-    rows_only: bool
-    shared: bool
-    uses: Uses
-
-    def used(self, uses: Uses) -> "ShardedLayer":
-        """The same with other uses."""
-        return replace(self, uses=uses)
+    name: str  # of the first module that has it
+    weight: Parameter  # whole
+    biases: tuple[Parameter, ...]  # of all these modules
+    shared: bool  # whether several modules have it: its tiles are never grouped
+    uses: Uses  # of all these modules
 
 
-Unit = tuple[Parameter, ...]
+GatherUnit = tuple[Parameter, ...]
 
 
 @dataclass(frozen=True)
 class LooseModule:
-    """A module's own parameters that are no tiles.
-
-    Args:
-        name: the module's.
-        parameters: those that no module before it has.
-        alone: whether it can be a unit: it holds no module, and shares no parameter.
-        uses: of it.
-    """
+    """A module's own parameters that are no tiles."""
 
     name: str
-    parameters: Unit
-    alone: bool
+    parameters: GatherUnit  # those that no module before it has
+    alone: bool  # whether it can be a unit: it holds no module, and shares no parameter
     uses: Uses
-
-    def used(self, uses: Uses) -> "LooseModule":
-        """The same with other uses."""
-        return replace(self, uses=uses)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Where a backward begins; as many units as are gathered ahead are still whole then.
+    """The start of a backward; as many units as are gathered ahead are still whole then."""
 
-    Args:
-        units: those before, the last one first.
-        times: how often it comes in a step.
-        least: how many are whole even where none is gathered ahead.
-    """
+    units: tuple[GatherUnit, ...]  # those before, the last one first
+    times: int  # how often a step has it
+    least: int  # how many are whole even where none is gathered ahead
 
-    units: tuple[Unit, ...]
-    times: int
-    least: int
-
-    def kept(self, prefetch: int) -> tuple[Unit, ...]:
+    def kept(self, prefetch: int) -> tuple[GatherUnit, ...]:
         """Those that are still whole."""
         return self.units[: max(prefetch, self.least)]
 
 
 @dataclass(frozen=True)
 class Units:
-    """Everything that ranks share, as an engine groups it.
+    """All parameters of a model, as an engine groups them."""
 
-    Args:
-        tiles: (unit, how many such, uses of each), gathered and let go of one after the other.
-        resident: what stays whole: FSDP2's root during a pass, ZeRO-3's persistent ones always.
-        kept: (unit, times): those that a recomputation ended in, and that are still whole when
-            their backward comes.
-        turns: what ZeRO-3 keeps in the same way.
-        bucket: bytes of the buffer that ZeRO-3's gradients leave through: its largest tile's.
-    """
-
-    tiles: tuple[tuple[Unit, int, Uses], ...]
-    resident: Unit
-    kept: tuple[tuple[Unit, int], ...] = ()
-    turns: tuple[Turn, ...] = ()
-    bucket: int = 0
+    tiles: tuple[tuple[GatherUnit, int, Uses], ...]  # (unit, how many such, uses of each)
+    resident: GatherUnit  # stays whole: FSDP2's root in a step, ZeRO-3's persistent ones always
+    # (unit, times): a recomputation ended in them, so they are still whole in their backward
+    kept: tuple[tuple[GatherUnit, int], ...] = ()
+    turns: tuple[Turn, ...] = ()  # what ZeRO-3 keeps in the same way
+    bucket: int = 0  # bytes of the buffer that ZeRO-3 reduces gradients from: its largest tile's
 
     @property
     def parameters(self) -> Counter[Parameter]:
@@ -179,17 +125,11 @@ class Units:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How an engine cuts parameters for so many ranks.
-
-    Args:
-        engine: "fsdp2" or "zero3".
-        world: ranks.
-        unit_bytes: FSDP2 gathers neighbouring tiles of a layer together up to this size.
-    """
+    """How an engine cuts parameters for some ranks."""
 
     engine: Engine
-    world: int
-    unit_bytes: int
+    world: int  # ranks
+    unit_bytes: int  # FSDP2 gathers neighbouring tiles of a layer together up to this size
 
     def shard(self, parameter: Parameter) -> int:
         """Elements of the fullest rank's shard, padding included."""
@@ -207,19 +147,13 @@ class Sharding:
         grids: Mapping[str, Grid],
         loose: Sequence[LooseModule],
     ) -> Units:
-        """What is gathered together.
-
-        Args:
-            layers: those that are cut into tiles, or are one tile.
-            grids: of each of them, by its name.
-            loose: the modules of all other parameters.
-        """
+        """What is gathered together, of tiled layers (with grids by name) and all other modules."""
         if self.engine == "fsdp2":
             return _fsdp2(layers, grids, loose, self.unit_bytes)
         return _zero3(layers, grids, loose)
 
 
-def trained_of(unit: Unit) -> Unit:
+def trained_of(unit: GatherUnit) -> GatherUnit:
     """The parameters of a unit that get gradients."""
     return tuple(parameter for parameter in unit if parameter.trainable)
 
@@ -230,8 +164,8 @@ def _fsdp2(
     loose: Sequence[LooseModule],
     unit_bytes: int,
 ) -> Units:
-    found: list[tuple[Unit, int, Uses]] = []
-    kept: list[tuple[Unit, int]] = []
+    found: list[tuple[GatherUnit, int, Uses]] = []
+    kept: list[tuple[GatherUnit, int]] = []
     for layer in layers:
         bias = layer.biases[0] if layer.biases else None
         most = 0 if layer.shared else unit_bytes
@@ -253,7 +187,9 @@ def _zero3(
     layers: Sequence[ShardedLayer], grids: Mapping[str, Grid], loose: Sequence[LooseModule]
 ) -> Units:
     cut = [(layer, _cut(layer, grids[layer.name])) for layer in layers]
-    own: list[tuple[Uses, tuple[Unit, ...]]] = [(each.uses, (each.parameters,)) for each in loose]
+    own: list[tuple[Uses, tuple[GatherUnit, ...]]] = [
+        (each.uses, (each.parameters,)) for each in loose
+    ]
     own += [(layer.uses, units) for layer, units in cut]
     tiles = [unit for _, units in cut for unit in units]
     threshold = _persistent_up_to(tiles)
@@ -269,18 +205,18 @@ def _zero3(
     return Units(tuple(found), tuple(persistent), turns=tuple(_turns(gathered)), bucket=bucket)
 
 
-def _persistent_up_to(tiles: Sequence[Unit]) -> int:
+def _persistent_up_to(tiles: Sequence[GatherUnit]) -> int:
     """As `Sizes.persistent_up_to` of the engine: the largest bias of a tile, but no tile."""
     beside = max((bias.elements for _, *biases in tiles for bias in biases), default=0)
     return min(beside, min((weight.elements for weight, *_ in tiles), default=1) - 1)
 
 
-def _larger(unit: Unit, threshold: int) -> Unit:
+def _larger(unit: GatherUnit, threshold: int) -> GatherUnit:
     return tuple(parameter for parameter in unit if parameter.elements > threshold)
 
 
-def _turns(gathered: Sequence[tuple[Uses, Sequence[Unit]]]) -> Iterator[Turn]:
-    """The ends of recomputations, which let go of nothing, and that of forward."""
+def _turns(gathered: Sequence[tuple[Uses, Sequence[GatherUnit]]]) -> Iterator[Turn]:
+    """The end of each recomputation, which frees nothing, and the end of forward."""
     trained = [(uses, tuple(reversed(units))) for uses, units in gathered if units]
     for uses, units in trained:
         if uses.cut_short:
@@ -290,8 +226,8 @@ def _turns(gathered: Sequence[tuple[Uses, Sequence[Unit]]]) -> Iterator[Turn]:
         yield Turn(units, 1, 0)
 
 
-def _cut(layer: ShardedLayer, grid: Grid) -> tuple[Unit, ...]:
-    """A layer's tiles, each with its bias; biases of other layers that share them come with it."""
+def _cut(layer: ShardedLayer, grid: Grid) -> tuple[GatherUnit, ...]:
+    """A layer's tiles, each with its bias; the last has the biases of layers that share them."""
     units = list(_tiles(layer.weight, layer.biases[0] if layer.biases else None, grid))
     for bias in layer.biases[1:]:
         rows = _sizes(grid.out_parts)
@@ -299,16 +235,16 @@ def _cut(layer: ShardedLayer, grid: Grid) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-@lru_cache(maxsize=1024)  # a model's blocks are alike
+@lru_cache(maxsize=1024)  # many layers of a model have the same shape
 def _grouped(
     weight: Parameter, bias: Parameter | None, grid: Grid, unit_bytes: int
-) -> tuple[tuple[Unit, int], ...]:
-    """Neighbours together while they fit, as `memtile.engines.torch_fsdp2.shard` has them.
+) -> tuple[tuple[GatherUnit, int], ...]:
+    """Units of neighbouring tiles, as in `memtile.engines.torch_fsdp2.shard`, and their numbers.
 
-    Of units that are alike, how many there are; the one like the last comes last.
+    The unit that equals the last one comes last.
     """
-    units: list[Unit] = []
-    unit: Unit = ()
+    units: list[GatherUnit] = []
+    unit: GatherUnit = ()
     for tile in _tiles(weight, bias, grid):
         if unit and sum(each.nbytes for each in (*unit, *tile)) > unit_bytes:
             units.append(unit)
@@ -319,7 +255,7 @@ def _grouped(
     return (*found.items(), (unit, times))
 
 
-def _tiles(weight: Parameter, bias: Parameter | None, grid: Grid) -> Iterator[Unit]:
+def _tiles(weight: Parameter, bias: Parameter | None, grid: Grid) -> Iterator[GatherUnit]:
     """The parameters of each tile, row by row; a bias belongs to the last column."""
     rows, columns = _sizes(grid.out_parts), _sizes(grid.in_parts)
     for height in rows:

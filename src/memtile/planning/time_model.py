@@ -1,35 +1,28 @@
-"""The time of a step, as floors: what this machine cannot do faster, by its measured rates.
+"""The least time of a step on this machine, by its measured rates.
 
-Products take flops / (flop/s); everything else that computes moves bytes through memory; AdamW
-steps elements. One processor does these one after another, so they add up. A disk works beside it:
+Products take flops / (flop/s); all other operations move bytes through memory; the optimizer steps
+elements. One processor does these one after another, so they add up. A disk works at the same time:
 the step takes the longer of the two.
 """
 
 from dataclasses import dataclass
 
-from memtile.planning.counted import Counted
-from memtile.planning.layout import Layout
 from memtile.planning.memory_model import Setting
-from memtile.planning.plan import Floor
+from memtile.planning.model_records import Counted, ParkedLayout
+from memtile.planning.plan_parts import Floor
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes that a step moves between the home and memory.
-
-    Args:
-        read_bytes: from the home.
-        written_bytes: to the home.
-        visits: of tiles, one for each product or step.
-    """
+    """What a step moves between the home and memory."""
 
     read_bytes: int
     written_bytes: int
-    visits: int
+    visits: int  # of tiles, one for each product or step
 
 
-def moved(setting: Setting, layout: Layout, checkpointing: bool) -> Moved:
-    """What a step moves: each weight once for each pass over it, and its state both ways."""
+def moved(setting: Setting, layout: ParkedLayout, checkpointing: bool) -> Moved:
+    """What a step moves: each weight once for each iteration over it, and its state both ways."""
     read = written = visits = 0
     trains = setting.state is not None
     passes = (3 if checkpointing else 2) if trains else 1
@@ -39,29 +32,21 @@ def moved(setting: Setting, layout: Layout, checkpointing: bool) -> Moved:
         visits += tiles * (passes + (2 if stepped else 0))
         if setting.in_place:
             continue
-        uses = sum(1 for _ in weight.names) - (1 if weight.is_looked_up else 0)
-        state = weight.elements * setting.state_bytes(weight)
+        uses = len(weight.names) - (1 if weight.rows_only else 0)
         read += weight.nbytes * passes * uses
         if stepped:
+            state = setting.state_bytes([weight])
             sent = weight.nbytes if setting.sends_gradient(weight) else 0
-            again = weight.nbytes if setting.mode == "classic" or not uses else 0
-            read += state + sent + again
+            value = weight.nbytes if setting.mode == "classic" or not uses else 0
+            read += state + sent + value
             written += weight.nbytes + state + sent
     return Moved(read, written, visits)
 
 
 def floors(
-    setting: Setting, layout: Layout, counted: Counted, moves: Moved, *, cached: bool
+    setting: Setting, layout: ParkedLayout, counted: Counted, moves: Moved, *, cached: bool
 ) -> tuple[Floor, ...]:
-    """The floors of a step.
-
-    Args:
-        setting: what does not depend on the layout.
-        layout: what is parked.
-        counted: the step.
-        moves: between home and memory.
-        cached: whether they go through the page cache, which the processor copies.
-    """
+    """The floors of a step; `cached`: moves go through the page cache, which the CPU copies."""
     rates, elements = setting.rates, 0
     widest = max((weight.element_bytes for weight in layout.weights), default=4)
     if setting.state is not None:

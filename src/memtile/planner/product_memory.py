@@ -1,22 +1,22 @@
-"""What the library of products keeps for the float32 products of a step, measured for their shapes.
+"""Measures what the matrix library keeps in memory for the float32 products of a step.
 
-MKL keeps what it allocated for a product, and a later one uses it only where it is large enough and
-the same thread asks. How much it is follows from the CPU's kernels and from the number of threads
-(torch 2.13 with MKL 2024.2 on an Intel CPU with AMX, two threads, its buffers freed between
-products; rows × depth × columns):
+MKL keeps what it allocated for a product; a later product uses it only if it is large enough and
+runs in the same thread. The size depends on the CPU's kernels and on the number of threads (torch
+2.13 with MKL 2024.2 on an Intel CPU with AMX, two threads, its buffers freed between products;
+rows × depth × columns):
 
-- by its kernels for AVX2 (MKL_ENABLE_INSTRUCTIONS=AVX2): a panel 192 deep and at most 20 000
-  columns wide, from 600 rows on: 9.4 MiB for 12 000 columns, 15.2 at most. With the widest product
-  first, the others add almost nothing.
-- by its kernels for AVX-512: the panel is 384 deep, from 200 rows on: 18.5 MiB for 12 000
-  columns, 30.4 at most; 576 columns deep it is two of 288: 13.9. So the widest may take less than
-  another. With two threads, products with few rows are cut along their depth, and the second
-  thread has a result of its own: 256 × 2048 × 64 000 leaves 63 MiB, 64 × 576 × 64 000 leaves 16,
-  and 160 × 576 × 64 000 half a MiB.
+- AVX2 kernels (MKL_ENABLE_INSTRUCTIONS=AVX2): a panel 192 deep and at most 20 000 columns wide,
+  from 600 rows on: 9.4 MiB for 12 000 columns, 15.2 at most. After the widest product, the others
+  add almost nothing.
+- AVX-512 kernels: the panel is 384 deep, from 200 rows on: 18.5 MiB for 12 000 columns, 30.4 at
+  most; with depth 576 it is two of 288: 13.9. So the widest may take less than another. With two
+  threads, products with few rows are cut along their depth, and the second thread has a result of
+  its own: 256 × 2048 × 64 000 leaves 63 MiB, 64 × 576 × 64 000 leaves 16, and 160 × 576 × 64 000
+  half a MiB.
 
-No formula holds on both, and the order matters: nine products of 64 and 300 rows left 21.6 to 28.7
-MiB on the second kind. So the different products of the step are made in a fresh process: the
-widest first, as `tile(model, plan)` does, then all of them in the step's order, for two steps.
+No formula holds for both, and the order matters: nine products of 64 and 300 rows left 21.6 to 28.7
+MiB with AVX-512. So the different products of the step are made in a new process: the widest first,
+as `tile(model, plan)` does, then all of them in the step's order, for two steps.
 """
 
 import hashlib
@@ -30,21 +30,21 @@ import torch
 
 from memtile.convert import multiply, take_workspace
 from memtile.homes import keep_freed_memory_out, trim_heap
-from memtile.planner.measuring import MeasuringError, child_environment, private_bytes
+from memtile.planner.machine_rates import MeasuringError, child_environment, private_bytes
 from memtile.planning import Products
 
-_CODE: Final = "import memtile.planner.workspaces as workspaces; workspaces.serve()"
+_CODE: Final = "import memtile.planner.product_memory as product_memory; product_memory.serve()"
 _SMALL: Final = 1 << 20
 _STEPS: Final = 2  # the second adds a little; a third nothing, measured
 
 
 class Workspaces:
-    """Gives the bytes that a step's products leave behind.
+    """Gives the bytes that a step's products leave in memory.
 
-    The process that measures is started when it is first needed, and ended with the block.
+    The process that measures starts when it is first needed, and ends with the `with` block.
 
     Args:
-        known: the digest of shapes → bytes, as measured before; what is measured is added.
+        known: bytes by the digest of shapes, as measured before; new measurements are added.
     """
 
     def __init__(self, known: dict[str, int]) -> None:
@@ -60,7 +60,7 @@ class Workspaces:
             self._process = None
 
     def __call__(self, products: Products) -> int:
-        """The bytes; no process is started for products that are too small to keep a MiB.
+        """The bytes; products that are too small to keep a MiB are not measured.
 
         Raises:
             MeasuringError: the process that measures ended without an answer.
@@ -97,13 +97,13 @@ class Workspaces:
 
 
 def _copied_bytes(products: Products) -> int:
-    """Of factors and results, for each thread: no library has a use for more."""
+    """Bytes of factors and results for each thread: the most that a library can use."""
     elements = sum(m * k + k * n + m * n for m, k, n in products.shapes)
     return 4 * elements * torch.get_num_threads()
 
 
 def serve() -> None:
-    """Answer each line of shapes by a line of bytes: what the process runs."""
+    """Answer each line of shapes with a line of bytes: the measuring process runs this."""
     keep_freed_memory_out()
     for line in sys.stdin:
         shapes = tuple(map(tuple, json.loads(line)))
@@ -111,7 +111,7 @@ def serve() -> None:
 
 
 def _in_a_fork(products: Products) -> int:
-    """In a process that has made no product yet, so that nothing is kept there."""
+    """Measured in a fork, which has made no product yet and so keeps nothing."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

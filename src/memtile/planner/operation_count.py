@@ -1,8 +1,8 @@
-"""What a step would hold and do, counted operation by operation, with no weights and no memory.
+"""Counts the memory and work of a step, operation by operation, without weights.
 
 Parameters are on the meta device, ids are real: what depends on ids alone (masks, positions, which
-rows of which tile) is computed, and what depends on weights only has its shape. Each storage counts
-from the operation that makes it until autograd, or whoever holds it, lets it go.
+rows of which tile) is computed; of what depends on weights only the shape is known. A storage
+counts from the operation that makes it until nothing holds it any more.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ from torch.utils.flop_counter import flop_registry
 
 from memtile.convert import Work
 from memtile.homes import is_parked
-from memtile.planning import Counted, Products
+from memtile.planning import Products
+from memtile.planning.model_records import Counted
 
 _aten = torch.ops.aten
 _META: Final = torch.device("meta")
@@ -32,7 +33,7 @@ _FLASH: Final = 1  # torch._C._SDPBackend.FLASH_ATTENTION: what `_fused_sdp_choi
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 _PRODUCTS: Final = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
-_TALLEST: Final = 1024  # rows beyond which no workspace grew: by kernels of AVX2 and of AVX-512
+_TALLEST: Final = 1024  # with more rows no workspace grew, with AVX2 nor with AVX-512 kernels
 _grouped = getattr(_aten, "_grouped_mm", None)  # not in torch 2.6
 
 
@@ -40,9 +41,9 @@ def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home
     """Count one step of a model whose parameters are on the meta device.
 
     Args:
-        model: its parked tiles have berths of a home on the meta device.
+        model: its parked tiles have allocations of a home on the meta device.
         work: the forward.
-        drops_gradients: each parameter's gradient is let go of as soon as it is complete.
+        drops_gradients: each parameter's gradient is freed as soon as it is complete.
         goes_home: gradients of parked tiles leave memory: they are not counted here.
     """
     counter = _LiveBytes(model, goes_home)
@@ -70,12 +71,11 @@ def live_peak(act: Callable[[], object]) -> int:
     """The most bytes that the tensors made inside `act` held at once."""
     with _LiveBytes(nn.Module(), False) as counter:
         act()
-    peak: int = counter.counted().peak_bytes
-    return peak
+    return int(counter.counted().peak_bytes)
 
 
 def _run_backward(loss: Tensor) -> None:
-    """`loss.backward()`, which would put function modes aside: what is recomputed needs them."""
+    """`loss.backward()`, but with function modes active, which recomputed activations need."""
     options = {"allow_unreachable": True, "accumulate_grad": True}
     seed = (torch.ones_like(loss),)
     Variable._execution_engine.run_backward((loss,), seed, False, False, (), **options)
@@ -86,7 +86,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still alive."""
+    """Counts the bytes of the storages that operations made and that are still alive."""
 
     def __init__(self, model: nn.Module, goes_home: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -115,7 +115,7 @@ class _LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),  # whatever the operation takes
         kwargs: dict[str, Any] | None = None,  # whatever the operation takes
     ) -> Any:  # whatever the operation gives
-        """Run the operation on shapes, and see what it made."""
+        """Run the operation on shapes, and count what it made."""
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
         for tensor in given:
@@ -177,9 +177,9 @@ _autocast = torch.autocast.__init__
 
 @contextlib.contextmanager
 def _cpu_autocast() -> Iterator[None]:
-    """In this thread, `torch.autocast("meta")` is the CPU's: torch refuses it.
+    """In this thread, `torch.autocast("meta")`, which torch refuses, is the CPU's.
 
-    Adapters of experts turn autocast off on the device of their weights (PEFT 0.20, `lora.layer`).
+    PEFT's adapters of experts switch autocast off on their weights' device (0.20, `lora.layer`).
     """
     with _counting_lock:
         _counting.append(threading.get_ident())
@@ -199,7 +199,7 @@ def _autocast_of_cpu(self: torch.autocast, device_type: str, *args: Any, **kwarg
 
 
 class _CpuAttention(TorchFunctionMode):
-    """Attention by the kernel that the CPU would take: on meta it would be the plain form."""
+    """Counts attention as the kernel that torch chooses on the CPU, not on the meta device."""
 
     def __torch_function__(
         self,
@@ -243,13 +243,13 @@ def _attention(
 
 
 def _unwritten(tensor: Tensor) -> Tensor:
-    """A tensor of the CPU like this one, whose memory nobody touches: none is used."""
+    """A CPU tensor like this one; its memory is never written, so that it takes none."""
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else made
 
 
 def _attention_flops(func: Any, given: list[Tensor]) -> int:
-    """Two products of each query with each key; in backward five."""
+    """Two products of each query with each key in forward, five in backward."""
     first = 0 if func._overloadpacket is _flash else 1  # the gradient comes before the query
     (batch, heads, queries, width), keys = given[first].shape, given[first + 1].shape[2]
     products = 2 if first == 0 else 5
@@ -257,7 +257,7 @@ def _attention_flops(func: Any, given: list[Tensor]) -> int:
 
 
 def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
-    """The result on the meta device where weights take part, a real one where only ids do."""
+    """The result: on the meta device if a weight is an argument, real if only ids are."""
     if func._overloadpacket is _grouped:
         return _grouped_result(*given)
     if not any(tensor.is_meta for tensor in given):
@@ -265,7 +265,7 @@ def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
     if all(tensor.is_meta for tensor in given) and "device" not in kwargs:
         return func(*args, **kwargs)
     if func._schema.is_mutable and given[0] is args[0] and not given[0].is_meta:
-        return args[0]  # its values depend on weights now, and nobody may ask for them
+        return args[0]  # its values depend on weights now and must not be read
     args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": _META}
@@ -273,7 +273,7 @@ def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
 
 
 def _grouped_result(left: Tensor, right: Tensor, *ends: Tensor) -> Tensor:
-    """What experts' products give: torch knows its shape on the meta device in bfloat16 alone."""
+    """The result of experts' products; on the meta device torch computes only bfloat16 ones."""
     shape: tuple[int, ...] = (left.shape[-2], right.shape[-1])
     if left.dim() == right.dim():
         shape = (ends[0].numel() if left.dim() == 2 else left.shape[0], *shape)
@@ -281,7 +281,7 @@ def _grouped_result(left: Tensor, right: Tensor, *ends: Tensor) -> Tensor:
 
 
 def _of_ids(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
-    """Positions and masks that are asked for on the device of the weights are made for real."""
+    """Positions and masks requested on the weights' device, meta, are made with values."""
     device = kwargs.get("device")
     if device is None or torch.device(device) != _META:
         return func(*args, **kwargs)
@@ -300,7 +300,7 @@ def _as_meta(tensor: Tensor) -> Tensor:
 
 
 def _tensors(tree: object) -> list[Tensor]:
-    """Those of an operation's arguments or results: they nest in lists, tuples and dicts alone."""
+    """The tensors of an operation's arguments or results: nested lists, tuples and dicts."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):

@@ -1,24 +1,23 @@
-"""What this machine does in a second and what its libraries take, measured in a process of its own.
+"""Measures, in a new process, what this machine does in a second and what its libraries take.
 
-A fresh process, since memory that libraries take at first use is seen only once.
+The process is new because a library takes the memory of its first use only once.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from memtile.convert import take_workspace, tile
-from memtile.errors import MemtileError
+from memtile.errors import ArgumentError, MemtileError
 from memtile.homes import (
     DeviceHome,
     DiskHome,
@@ -28,9 +27,10 @@ from memtile.homes import (
     keep_freed_memory_out,
 )
 from memtile.optim import TileOptimizer
-from memtile.planner.counting import count_step
-from memtile.planner.twins import meta_twin
-from memtile.planning import WORKSPACE_SHAPE, Products, Rates
+from memtile.planner.operation_count import count_step
+from memtile.planner.step_count import meta_twin
+from memtile.planning import Products, Rates
+from memtile.planning.rates import WORKSPACE_SHAPE
 
 _ROWS: Final = (16, 64, 256, 1024)
 _SIDE: Final = 1024
@@ -52,12 +52,12 @@ def measured(folder: Path | None) -> Rates:
     """The rates of this machine, in a few seconds.
 
     Args:
-        folder: on the disk whose rates are wanted; None: no disk is measured.
+        folder: on the disk that is measured; None: no disk is measured.
 
     Raises:
         MeasuringError: it failed.
     """
-    code = "import memtile.planner.measuring as measuring; measuring.report()"
+    code = "import memtile.planner.machine_rates as machine_rates; machine_rates.report()"
     done = subprocess.run(
         [sys.executable, "-c", code, *([str(folder)] if folder else [])],
         capture_output=True,
@@ -66,49 +66,48 @@ def measured(folder: Path | None) -> Rates:
         check=False,
     )
     try:
-        found = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError) as error:
+        return Rates.from_json(done.stdout.splitlines()[-1])
+    except (IndexError, ArgumentError) as error:
         raise MeasuringError(
             f"the rates of this machine could not be measured:\n{done.stderr}\ngive rates=… instead"
         ) from error
-    curves = ("product_flops", "product_flops_16")
-    return Rates(**{**found, **{name: tuple(map(tuple, found[name])) for name in curves}})
 
 
 def child_environment() -> dict[str, str]:
-    """Of a process that imports what this one does, and computes with as many threads."""
+    """The environment of a process with this one's import path and number of threads."""
     path = os.pathsep.join(filter(None, sys.path))
     threads = str(torch.get_num_threads())
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
 
 
 def report() -> None:
-    """Measure, and print the rates as one line of JSON: what the process runs."""
+    """Measure, and print the rates as one line of JSON: the new process runs this."""
     folder = sys.argv[1] if len(sys.argv) > 1 else None
     keep_freed_memory_out()
     memory = _memory(folder)
-    rates = {
-        "product_flops": [(rows, _product_flops(rows, torch.float32)) for rows in _ROWS],
-        "product_flops_16": [(rows, _product_flops(rows, torch.bfloat16)) for rows in _ROWS],
-        "touched_bytes": _touched_bytes(),
+    rates = Rates(
+        **memory,
+        product_flops=tuple((rows, _product_flops(rows, torch.float32)) for rows in _ROWS),
+        product_flops_16=tuple((rows, _product_flops(rows, torch.bfloat16)) for rows in _ROWS),
+        touched_bytes=_touched_bytes(),
         **_disk(folder),
-    }
-    print(json.dumps({**memory, **rates}))
+    )
+    print(rates.to_json().replace("\n", ""))
 
 
-def _memory(folder: str | None) -> dict[str, float]:
-    """Memory that is taken at first, in the order in which a run takes it."""
+def _memory(folder: str | None) -> dict[str, Any]:  # fields of `Rates`
+    """Memory of each first use, in the order in which a run takes it."""
     before = _resident_bytes()
     import torch._dynamo  # torch's optimizers import it when they first step
 
     imported = _resident_bytes()
     widest = _workspace_bytes()
-    with DiskHome(folder) if folder else HostHome() as home:
+    with _home(folder) as home:
         inferred = _use_everything(home, trains=False)
-    with DiskHome(folder) if folder else HostHome() as home:
+    with _home(folder) as home:
         used = _use_everything(home, trains=True)
     sixteen = [_product_bytes(rows, torch.bfloat16) for rows in _ROWS]
-    with DiskHome(folder) if folder else HostHome() as home:
+    with _home(folder) as home:
         objects = _objects(home)
     return {
         "import_bytes": max(0, imported - before),
@@ -122,8 +121,12 @@ def _memory(folder: str | None) -> dict[str, float]:
     }
 
 
+def _home(folder: str | None) -> Home:
+    return DiskHome(folder) if folder else HostHome()
+
+
 def _workspace_bytes() -> int:
-    """Of a large product; a small one goes before it, for the code that all of them use."""
+    """Memory that a large product leaves; a small one first loads the code that all use."""
     _product_bytes(1, torch.float32)
     before = _resident_bytes()
     take_workspace(Products((WORKSPACE_SHAPE,), 0))
@@ -131,7 +134,7 @@ def _workspace_bytes() -> int:
 
 
 def _product_bytes(rows: int, dtype: torch.dtype) -> int:
-    """Of memory that one product leaves behind."""
+    """Memory that one product leaves."""
     x, weight = torch.ones(rows, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
     before = _resident_bytes()
     torch.mm(x, weight)
@@ -139,7 +142,7 @@ def _product_bytes(rows: int, dtype: torch.dtype) -> int:
 
 
 class _Everything(nn.Module):
-    """A little of what models are made of, so that each kernel's code is in memory afterwards."""
+    """A small model with the common operations, to load the code of their kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,8 +156,8 @@ class _Everything(nn.Module):
         """The loss."""
         x = self.norms[1](self.norms[0](self.rows(ids)))
         query, key, value = self.mixed(x).view(1, ids.numel(), 12, -1).transpose(1, 2).chunk(3, 1)
-        turned = torch.cat([-query[..., 8:], query[..., :8]], -1) * query.cos() + query.sin()
-        mixed = functional.scaled_dot_product_attention(turned, key, value, is_causal=True)
+        rotated = torch.cat([-query[..., 8:], query[..., :8]], -1) * query.cos() + query.sin()
+        mixed = functional.scaled_dot_product_attention(rotated, key, value, is_causal=True)
         x = x + mixed.transpose(1, 2).reshape(x.shape)
         high = self.up(x)
         wide = functional.silu(high) * functional.gelu(high) * torch.tanh(high).pow(3)
@@ -163,7 +166,7 @@ class _Everything(nn.Module):
 
 
 def _use_everything(home: Home, *, trains: bool) -> int:
-    """Plan and run a little model as a run does; gives the memory of the process afterwards."""
+    """Plan and run a small model as a run does; gives the memory of the process afterwards."""
     model, ids = _Everything().train(trains), torch.arange(128).view(1, -1)
 
     def work(twin: nn.Module) -> Tensor | None:
@@ -184,7 +187,7 @@ def _use_everything(home: Home, *, trains: bool) -> int:
 
 
 def _objects(home: Home) -> dict[str, float]:
-    """Bytes of the objects of a layer and of a tile, with what planning them left, and its time."""
+    """Bytes of the objects of a layer and of a tile, planning included, and the time of a tile."""
     layers, tiles = _Lined(_LAYERS, 2, home), _Lined(1, _TILES, home)
     inferred = layers.infer(), tiles.infer()
     trained = inferred[0] + layers.train(), inferred[1] + tiles.train()
@@ -196,14 +199,14 @@ def _objects(home: Home) -> dict[str, float]:
 
 
 def _each(word: str, layers: int, tiles: int) -> dict[str, float]:
-    """Bytes of one: the tiles were of one layer, the layers of two tiles each."""
+    """Bytes of one tile and one layer, from one layer of many tiles and many layers of two."""
     tile_bytes = tiles // _TILES
     layer_bytes = layers // _LAYERS - 2 * tile_bytes
     return {f"{word}tile_memory": tile_bytes, f"{word}layer_memory": max(0, layer_bytes)}
 
 
 class _Lined:
-    """Linears in a row, planned and tiled as a model is: how much memory each stage takes."""
+    """A sequence of linears, planned and tiled as a model is; gives the memory of each stage."""
 
     def __init__(self, layers: int, splits: int, home: Home) -> None:
         self._layers, self._splits, self._home = layers, splits, home
@@ -230,7 +233,7 @@ class _Lined:
         self._optimizer.step()
 
     def _plan(self, *, trains: bool) -> None:
-        """As a search does: with nothing parked, and with everything."""
+        """Count as a search does: with nothing parked, and with everything."""
         dense = meta_twin(self._made()).train(trains)
         count_step(dense, self._loss, drops_gradients=True, goes_home=True)
         twin = self._tiled(meta_twin(dense), DeviceHome("meta"))
@@ -262,40 +265,34 @@ def _product_flops(rows: int, dtype: torch.dtype) -> float:
 
 
 def _touched_bytes() -> float:
-    """Of an operation whose result is new memory, as most are."""
+    """Bytes a second of an operation that makes a new tensor, as most do."""
     x = torch.ones(8 << 20)
     return 3.0 * x.nbytes / _least_seconds(lambda: torch.add(x, x))
 
 
-def _disk(folder: str | None) -> dict[str, float]:
+def _disk(folder: str | None) -> dict[str, Any]:  # fields of `Rates`
     names = ("read_bytes", "written_bytes", "cached_bytes")
     if folder is None:
         return dict.fromkeys(names, 0.0)
     with DiskHome(folder) as home:
         berth = home.berth((_DISK_BYTES,), torch.uint8)
-        buffers = [aligned_buffer(_PIECE) for _ in range(_THREADS)]
+        starts = range(0, _DISK_BYTES, _PIECE)
+        buffers = [aligned_buffer(_PIECE) for _ in range(_THREADS)] * (len(starts) // _THREADS)
 
-        def each(move: Callable[[Tensor, int], None]) -> float:
-            pieces = list(_pieces(buffers))
+        def speed(move: Callable[[Tensor, int], None]) -> float:
             with ThreadPoolExecutor(_THREADS) as pool:
-                moves = lambda: list(pool.map(lambda piece: move(*piece), pieces))  # noqa: E731
-                return _DISK_BYTES / _least_seconds(moves)
+                return _DISK_BYTES / _least_seconds(lambda: list(pool.map(move, buffers, starts)))
 
         home.path = "page cache"
-        each(berth.write)
-        cached = each(berth.read)
+        speed(berth.write)
+        cached = speed(berth.read)
         home.path = "direct"
-        written = each(berth.write)
-        return dict(zip(names, (each(berth.read), written, cached), strict=True))
-
-
-def _pieces(buffers: list[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    for number, start in enumerate(range(0, _DISK_BYTES, _PIECE)):
-        yield buffers[number % len(buffers)], start
+        written = speed(berth.write)
+        return dict(zip(names, (speed(berth.read), written, cached), strict=True))
 
 
 def _least_seconds(act: Callable[[], object]) -> float:
-    """The least of some times, the first apart: what the machine does when nothing else runs."""
+    """The least of some times without the first: what the machine does when nothing else runs."""
     times: list[float] = []
     act()
     while len(times) < _LEAST_TIMES or sum(times) < _LONG_ENOUGH:
@@ -306,18 +303,18 @@ def _least_seconds(act: Callable[[], object]) -> float:
 
 
 def _resident_bytes() -> int:
-    """Memory of this process now; 0 where the system does not tell."""
+    """Memory of this process now; 0 where the system does not report it."""
     return _pages()[1] * os.sysconf("SC_PAGE_SIZE")
 
 
 def private_bytes() -> int:
-    """The same without pages of files and those that processes share."""
+    """Memory of this process without pages of files and those shared with other processes."""
     _, resident, shared = _pages()
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _pages() -> list[int]:
-    """Of the address space, resident, and of those shared; zeros where the system does not tell."""
+    """Pages of the address space, resident ones, and shared ones; zeros where not reported."""
     try:
         return [int(word) for word in Path("/proc/self/statm").read_text().split()[:3]]
     except OSError:

@@ -7,33 +7,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Choice, Cut, Work, choose
+from memtile.convert import Choice, Cut, Work
 from memtile.errors import ArgumentError
-from memtile.planner import surveying
-from memtile.planner.plans import check_choice, checkpointing_choices, planned_layer
-from memtile.planner.sources import model_of
-from memtile.planner.steps import StepCount
-from memtile.planner.works import work_for
-from memtile.planning import (
-    Counted,
-    Engine,
-    Layout,
-    Offload,
-    PlannedLayer,
-    RankFound,
-    RankPlan,
-    RankSearch,
-    RankSetting,
-    Sharding,
-    Speeds,
-    Uses,
-    Weight,
-    check_tokens,
-    checked_size,
-    rank_floors,
-    shards,
-    traffic,
-)
+from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
+from memtile.planner.step_count import StepCount
+from memtile.planning import LooseModule, PlannedLayer, RankPlan, Sharding, Speeds, Uses
+from memtile.planning.budget import checked_size
+from memtile.planning.model_records import Counted, ParkedLayout
+from memtile.planning.rank_memory import Offload, RankSetting
+from memtile.planning.rank_search import RankFound, RankSearch
+from memtile.planning.rank_traffic import rank_floors, traffic
+from memtile.planning.shards import Engine
 
 
 def plan_ranks(
@@ -57,8 +41,8 @@ def plan_ranks(
 ) -> RankPlan:
     """What one rank of a cluster holds and moves, in the fewest tiles that its device has room for.
 
-    Nothing is loaded, no process is started and the model is unchanged. What can be a tile is one,
-    also where it is not cut: then it is gathered and let go of by itself.
+    Nothing is loaded, no process is started and the model is unchanged. Each layer that can be
+    tiled is, at least as one tile, which is gathered and freed by itself.
 
     Args:
         source: as for `memtile.plan`.
@@ -67,18 +51,18 @@ def plan_ranks(
         tokens: of one rank's step: its batch's size times its length.
         batch: sequences of one rank's step.
         device_memory: of one rank's device, such as "80GiB"; None: as much as is needed.
-        max_tile_bytes: the size of tiles, instead of one that is looked for; not with
+        max_tile_bytes: the size of tiles, instead of one that is searched for; not with
             `device_memory`.
         offload: where shards, gradients and moments live: "none": on the device; "cpu"; "nvme":
             with ZeRO-3.
-        prefetch: units that are gathered ahead of the one that works.
+        prefetch: units that are gathered ahead of the one in use.
         unit_bytes: as for `shard`.
         optimizer: the class; None: inference.
         options: what that class takes besides parameters, where it changes what it keeps.
-        checkpointing: whether the model recomputes activations; None: where it does not fit else.
+        checkpointing: whether the model recomputes activations; None: only if nothing fits without.
         dtype: of a model that a config or a folder describes, if not its own.
         work: as for `memtile.plan`.
-        speeds: what a rank does in a second; None: bytes alone are told.
+        speeds: what a rank does in a second; None: the plan has no times.
 
     Raises:
         BudgetError: nothing fits; the message says how many ranks would do.
@@ -87,44 +71,31 @@ def plan_ranks(
         OptimizerError: the optimizer is not element-wise: it cannot step shards.
     """
     _check(world_size, engine, offload, prefetch, unit_bytes)
-    check_tokens(tokens, batch)
-    check_choice("checkpointing", checkpointing, (None, True, False))
     memory = checked_size(device_memory, "device_memory")
     if memory is not None and max_tile_bytes is not None:
         raise ArgumentError(
             "device_memory chooses the size of tiles by itself; give it alone, or max_tile_bytes"
         )
-    trains = optimizer is not None
-    model = model_of(source, dtype)
-    choices = choose(model, Cut(parks=True), None)
-    weights = surveying.weights_of(model, choices, trains)
     masters = engine == "zero3"
-    state = surveying.state_of(model, optimizer, options or {}, masters) if optimizer else None
-    setting = RankSetting(offload, prefetch, state)
-    layers, loose = surveying.sharded_of(model, weights, trains)
-    watched = {weight.names[0]: weight.names for weight in weights}
-    watched |= {module.name: (module.name,) for module in loose}
-    count = _Count(model, choices, watched, work or work_for(model, tokens, batch, trains), trains)
-    search = RankSearch(setting, weights, layers, loose, count, memory)
-    agains = checkpointing_choices(model, checkpointing, trains)
+    seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
+    setting = RankSetting(offload, prefetch, seen.state)
+    layers, loose = sharded_of(seen.model, seen.weights, seen.trains)
+    search = RankSearch(setting, seen.weights, layers, loose, _Count(seen, loose), memory)
     sharding = Sharding(engine, world_size, unit_bytes)
-    if max_tile_bytes is not None:
-        found = search.cut(
-            sharding, Cut(max_tile_bytes=max_tile_bytes).max_tile_bytes or 1, agains[0]
-        )
+    if max_tile_bytes is None:
+        found = search.best(sharding, seen.checkpointing)
     else:
-        found = search.best(sharding, agains)
-    smallest = None if memory is None else search.smallest_world(sharding, agains)
-    moved = traffic(setting, sharding, found.units)
-    speeds = speeds or Speeds()
+        tile_bytes = Cut(max_tile_bytes=max_tile_bytes).max_tile_bytes or 1
+        found = search.cut(sharding, tile_bytes, seen.checkpointing[0])
+    moved, speeds = traffic(found.rank), speeds or Speeds()
     return RankPlan(
-        model=type(model).__name__,
+        model=type(seen.model).__name__,
         engine=engine,
         world=world_size,
         offload=offload,
         prefetch=prefetch,
         unit_bytes=unit_bytes,
-        layers=tuple(_layer(choice, found, weights) for choice in choices),
+        layers=tuple(_layer(seen, choice, found) for choice in seen.choices),
         tokens=tokens,
         batch=batch,
         optimizer=None if optimizer is None else optimizer.__name__,
@@ -132,38 +103,35 @@ def plan_ranks(
         device_memory=memory,
         kept=found.kept,
         moments=found.moments,
-        padding_bytes=shards(setting, sharding, found.units).padding,
+        padding_bytes=found.rank.shards.padding,
         traffic=moved,
         flops=found.counted.flops,
         speeds=speeds,
         floors=rank_floors(found.counted.flops, moved, speeds),
-        smallest_world=smallest,
+        smallest_world=search.smallest_world(sharding, seen.checkpointing) if memory else None,
     )
 
 
 class _Count:
     """Counts one rank's step of a layout, and how often it runs each layer."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        choices: Sequence[Choice],
-        watched: Mapping[str, Sequence[str]],
-        work: Work,
-        trains: bool,
-    ) -> None:
-        self._watched, self._uses = watched, dict[str, _Uses]()
+    def __init__(self, seen: Survey, loose: Sequence[LooseModule]) -> None:
+        self._watched = {weight.names[0]: weight.names for weight in seen.weights}
+        self._watched |= {module.name: (module.name,) for module in loose}
+        self._uses: dict[str, _Uses] = {}
         self._step = StepCount(
-            model,
-            choices,
-            work,
-            trains=trains,
+            seen.model,
+            seen.choices,
+            seen.work,
+            seen.trains,
             drops_gradients=True,
             goes_home=True,
             watch=self._watch,
         )
 
-    def __call__(self, layout: Layout, checkpointing: bool) -> tuple[Counted, Mapping[str, Uses]]:
+    def __call__(
+        self, layout: ParkedLayout, checkpointing: bool
+    ) -> tuple[Counted, Mapping[str, Uses]]:
         """The step, and the uses of all modules that are counted under a name."""
         begun = itertools.count(1)
         self._uses = {name: _Uses(begun) for name in self._watched}
@@ -203,8 +171,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks
 
 
-def _layer(choice: Choice, found: RankFound, weights: Sequence[Weight]) -> PlannedLayer:
-    weight = next(each for each in weights if choice.name in each.names)
+def _layer(seen: Survey, choice: Choice, found: RankFound) -> PlannedLayer:
+    weight = seen.weight_of(choice)
     grid = found.grids.get(weight.names[0])
     if grid is None:
         reason = weight.obstacle
@@ -212,16 +180,16 @@ def _layer(choice: Choice, found: RankFound, weights: Sequence[Weight]) -> Plann
         reason = "a unit of its own"
     else:
         reason = "cut, so that a device has room for what is gathered"
-    return planned_layer(choice, weight, grid, reason + (", tied" if weight.is_tied else ""))
+    return seen.layer(choice, grid, reason + (", tied" if weight.is_tied else ""))
 
 
 def _check(
     world_size: object, engine: object, offload: object, prefetch: object, unit_bytes: object
 ) -> None:
-    """Refuse what no cluster is.
+    """Check what describes the cluster.
 
     Raises:
-        ArgumentError: it is none.
+        ArgumentError: a value has no meaning.
     """
     check_choice("engine", engine, get_args(Engine))
     check_choice("offload", offload, get_args(Offload))

@@ -1,4 +1,4 @@
-"""The rates of this machine: given, or measured once and kept in a file."""
+"""The rates of this machine: given, or measured once and saved in a file."""
 
 import contextlib
 import hashlib
@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 
 from memtile.errors import ArgumentError
-from memtile.planner import measuring
-from memtile.planner.workspaces import Workspaces
+from memtile.planner import machine_rates
+from memtile.planner.product_memory import Workspaces
 from memtile.planning import Products, Rates
 
 
 def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) -> Rates:
-    """The rates that are meant: those given, those in a file, or this machine's.
+    """The rates given, those in a file, or this machine's.
 
     Args:
-        given: rates, a JSON file of them, or None to measure once and keep them in
+        given: rates, a JSON file of them, or None: they are measured once and saved in
             `~/.cache/memtile`.
-        folder: on the disk that tiles live on; None: there is no disk.
+        folder: on the disk that tiles live on; None: no disk is measured.
 
     Raises:
         ArgumentError: the file holds no rates.
@@ -39,7 +39,7 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
     if kept.is_file():
         with contextlib.suppress(ArgumentError):  # of an earlier version: measured anew
             return _read(kept)
-    found = measuring.measured(folder)
+    found = machine_rates.measured(folder)
     with contextlib.suppress(OSError):  # a home folder that cannot be written to
         _keep(found.to_json(), kept)
     return found
@@ -47,15 +47,13 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
 
 @contextlib.contextmanager
 def workspaces_of(given: object, rates: Rates) -> Iterator[Callable[[Products], int]]:
-    """What the library keeps for products: measured and remembered, or guessed by given rates."""
+    """Gives what the library keeps for products: measured and saved, or estimated from rates."""
     if given is not None:
         yield rates.workspaces
         return
     kept = _cache() / f"workspaces-{_machine(None)}.json"
     known: dict[str, int] = {}
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError
-    ):  # not there, or of somebody else: begun anew
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or not ours
         known = {name: int(size) for name, size in json.loads(kept.read_text("utf-8")).items()}
     before = len(known)
     with Workspaces(known) as workspaces:
@@ -86,7 +84,7 @@ def _cache() -> Path:
 
 
 def _machine(folder: Path | None) -> str:
-    """What tells one machine, disk and torch from another."""
+    """A digest that differs between machines, disks, numbers of threads and copies of torch."""
     known = [platform.node(), _processor(), str(os.cpu_count()), torch.__version__]
     known += [str(torch.get_num_threads()), torch.__file__]  # another copy maps other pages
     known += [str(folder.stat().st_dev)] if folder else []
@@ -94,7 +92,7 @@ def _machine(folder: Path | None) -> str:
 
 
 def _processor() -> str:
-    """The CPU's name: machines of one name, one image and different CPUs are common."""
+    """The CPU's name: machines with the same host name can have different CPUs."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,17 +1,38 @@
-"""`RankPlan`: how a model is cut for so many ranks, and what one rank then holds and moves."""
+"""`RankPlan`: how a model is cut for some ranks, and what one rank then holds and moves."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from memtile.planning import rank_table
-from memtile.planning.counted import check_tokens
+from memtile.planning.byte_sizes import format_byte_size
 from memtile.planning.json_form import from_text, to_text
-from memtile.planning.plan import Floor, Place, PlannedLayer, Term
-from memtile.planning.rank_memory import Moment, Offload
-from memtile.planning.rank_traffic import Speeds, Traffic
+from memtile.planning.plan_parts import (
+    PLACES,
+    Floor,
+    Place,
+    PlannedLayer,
+    Term,
+    aligned,
+    bytes_in,
+    check_tokens,
+    floor_lines,
+    layer_lines,
+    limit_rows,
+    term_rows,
+)
+from memtile.planning.rank_memory import Moment, Offload, peak_moment
+from memtile.planning.rank_traffic import LinkTraffic, Speeds
 from memtile.planning.shards import Engine
 
 _VERSION: Final = 1
+_TITLES: Final = {
+    "device": "memory of a device",
+    "host": "host memory of a rank",
+    "disk": "disk of a rank",
+}
+_LINKS: Final = {"ranks": "between ranks", "host": "host and device", "disk": "disk"}
+_ENGINES: Final = {"fsdp2": "FSDP2", "zero3": "ZeRO-3"}
+_OFFLOADS: Final = {"none": "", "cpu": ", offloaded to the host", "nvme": ", offloaded to disk"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class RankPlan:
     kept: tuple[Term, ...]
     moments: tuple[Moment, ...]
     padding_bytes: int
-    traffic: tuple[Traffic, ...]
+    traffic: tuple[LinkTraffic, ...]
     flops: int
     speeds: Speeds
     floors: tuple[Floor, ...]
@@ -68,7 +89,7 @@ class RankPlan:
     @property
     def worst(self) -> Moment:
         """The moment that takes most."""
-        return max(self.moments, key=lambda moment: moment.nbytes)
+        return peak_moment(self.moments)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -82,7 +103,7 @@ class RankPlan:
 
     def bytes_of(self, place: Place) -> int:
         """The predicted peak of one rank's "device", "host" or "disk"."""
-        return sum(term.nbytes for term in self.terms if term.place == place)
+        return bytes_in(place, self.terms)
 
     def term(self, name: str) -> int:
         """The bytes of the terms of this name; 0 where there is none."""
@@ -104,12 +125,19 @@ class RankPlan:
 
     @property
     def summary(self) -> str:
-        """What it comes to, in one line."""
-        return rank_table.summary(self)
+        """The plan in one line."""
+        engine, work = _ENGINES[self.engine], self.optimizer or "inference"
+        again = ", gradient checkpointing" if self.checkpointing else ""
+        seconds = "" if self.seconds is None else f", at least {self.seconds:.2g} s a step"
+        return (
+            f"{self.model}, {self.world} ranks of {engine}{_OFFLOADS[self.offload]}, "
+            f"{self.tokens} tokens a rank, {work}{again}: {self.tiles} tiles; predicted peak "
+            f"{format_byte_size(self.peak_bytes)} a device{seconds}"
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text, for `RankPlan.from_json`."""
-        return to_text(self, _VERSION)
+        return to_text(self, "RankPlan", _VERSION)
 
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
@@ -118,7 +146,38 @@ class RankPlan:
         Raises:
             ArgumentError: the text is none; the message says what is wrong with it.
         """
-        return from_text(cls, text, _VERSION)
+        return from_text(cls, "RankPlan", _VERSION, text)
 
     def __str__(self) -> str:
-        return rank_table.of(self)
+        lines = [self.summary, "", *layer_lines(self.layers), "", *self._memory_lines()]
+        return "\n".join([*lines, *self._traffic_lines(), "", *self._time_lines()])
+
+    def _memory_lines(self) -> Iterator[str]:
+        for place in PLACES:
+            nbytes = self.bytes_of(place)
+            if not nbytes:
+                continue
+            on_device = place == "device"
+            title = f"{_TITLES[place]}, in {self.worst.name}" if on_device else _TITLES[place]
+            rows = term_rows(title, place, self.terms)
+            if on_device and self.device_memory is not None:
+                rows += limit_rows(nbytes, self.device_memory, "memory", "margin, left free")
+            yield from aligned(rows, right={1})
+            yield ""
+        moments = ", ".join(f"{m.name} {format_byte_size(m.nbytes)}" for m in self.moments)
+        yield f"beside what is kept: {moments}"
+        if self.padding_bytes:
+            yield f"of the shards, {format_byte_size(self.padding_bytes)} are padding"
+        yield ""
+
+    def _traffic_lines(self) -> Iterator[str]:
+        rows = [(t.name, _LINKS[t.link], format_byte_size(t.nbytes)) for t in self.traffic]
+        title = ("a rank moves in a step", "over", "bytes")
+        return aligned([title, *(rows or [("nothing", "", "")])], right={2})
+
+    def _time_lines(self) -> Iterator[str]:
+        yield from floor_lines(self.floors)
+        yield f"{self.flops:.3g} floating-point operations in products, on each rank"
+        if self.smallest_world is not None and self.device_memory is not None:
+            size = format_byte_size(self.device_memory)
+            yield f"smallest world with {size} a device, of powers of two: {self.smallest_world}"

@@ -1,0 +1,154 @@
+"""`plan`: from a model, or what describes one, and a budget to a `Plan`."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from memtile.convert import Choice, Work
+from memtile.home_names import parse_home
+from memtile.homes import PAGE, Home, fits_page_cache, trim_heap, usable_folder, word_for
+from memtile.planner.model_survey import Survey, check_choice, rest_of, survey
+from memtile.planner.saved_rates import rates_of, workspaces_of
+from memtile.planner.step_count import StepCount
+from memtile.planning import Budget, Plan, PlannedLayer, Rates
+from memtile.planning.memory_model import Rings, Setting
+from memtile.planning.model_records import ParkedLayout
+from memtile.planning.plan import OptimizerMode
+from memtile.planning.search import Search
+from memtile.transfer import GRADIENT_SLABS, SLABS
+
+_FAULT_BYTES = 64 << 10  # Linux maps so much around a page that is in the page cache
+
+
+def plan(
+    source: Any,  # a model, or whatever config an integration knows
+    *,
+    budget: "int | str | Budget",
+    tokens: int,
+    batch: int = 1,
+    optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW,
+    options: Mapping[str, Any] | None = None,  # what the optimizer's class takes
+    masters: bool = True,
+    home: Home | str = "disk",
+    mode: OptimizerMode = "in_backward",
+    checkpointing: bool | None = None,
+    dtype: torch.dtype | None = None,
+    work: Work | None = None,
+    rates: Rates | str | os.PathLike[str] | None = None,
+) -> Plan:
+    """The plan with the fewest tiles that fits a budget, for `memtile.tile(model, plan)`.
+
+    Nothing is loaded and the model is unchanged: a step is counted with shapes alone. Whatever can
+    stay in memory stays there; the rest is parked, in tiles as large as fit. The first call
+    on a machine measures its rates, in a few seconds.
+
+    Args:
+        source: a model, on whatever device, not tiled; a transformers config; or a folder with a
+            `config.json`.
+        budget: bytes above what the process holds when its work begins, or a size such as
+            "2GiB", or a `Budget`. Weights count, even those that the model holds already.
+        tokens: of one step: the batch's size times its length. For inference, the prompt and
+            what is generated.
+        batch: sequences of one step.
+        optimizer: the class that `TileOptimizer` will get; None: inference.
+        options: what that class takes besides parameters, where it changes what it keeps.
+        masters: as in `TileOptimizer`.
+        home: where parked tiles will live: "disk", "disk:FOLDER", "host", "device" or a home.
+        mode: of `TileOptimizer`.
+        checkpointing: whether the model recomputes activations in backward; None: what is faster.
+        dtype: of a model that a config or a folder describes, if not its own.
+        work: a step's forward: called with a copy of the model on the meta device, gives the loss;
+            for inference, whatever it makes. Needed where the model is neither of transformers nor
+            begins with a linear or an embedding.
+        rates: of another machine, or a JSON file of them; None: this machine's.
+
+    Raises:
+        BudgetError: nothing fits; the message says how much would be needed, and what to change.
+        ArgumentError: an argument has no meaning.
+        CannotTileError: the model is tiled already, or its step asks for values.
+        OptimizerError: the optimizer cannot step tile by tile.
+        HomeError: tiles cannot live in the folder.
+    """
+    check_choice("mode", mode, get_args(OptimizerMode))
+    imports = optimizer is not None and "torch._dynamo" not in sys.modules
+    allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
+    given = None if rates is None else rates_of(rates, folder)  # errors before the model is made
+    seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
+    setting = Setting(
+        tokens=tokens,
+        rest=rest_of(seen.model, seen.weights, seen.trains),
+        state=seen.state,
+        mode=mode,
+        in_place=folder is None,
+        place="host",
+        rings=Rings(SLABS, GRADIENT_SLABS, SLABS, PAGE, _FAULT_BYTES),
+        rates=given or rates_of(None, folder),
+        imports=imports,
+    )
+    with workspaces_of(rates, setting.rates) as workspaces:
+        count = StepCount(
+            seen.model,
+            seen.choices,
+            seen.work,
+            seen.trains,
+            drops_gradients=mode == "in_backward",
+            goes_home=folder is not None,
+            workspaces=workspaces,
+        )
+        limits = _with_disk(allowed, folder)
+        search = Search(setting, seen.weights, count, limits, fits_page_cache)
+        found = search.best(seen.checkpointing)
+    trim_heap()  # the copies' objects lay between others
+    return Plan(
+        model=type(seen.model).__name__,
+        layers=tuple(_layer(seen, choice, found.layout) for choice in seen.choices),
+        tokens=tokens,
+        batch=batch,
+        optimizer=None if optimizer is None else optimizer.__name__,
+        mode=mode,
+        home=word,
+        device="cpu",
+        checkpointing=found.checkpointing,
+        budget=allowed,
+        terms=found.terms,
+        read_bytes=found.moved.read_bytes,
+        written_bytes=found.moved.written_bytes,
+        floors=found.floors,
+        products=found.counted.products,
+    )
+
+
+def _layer(seen: Survey, choice: Choice, layout: ParkedLayout) -> PlannedLayer:
+    weight = seen.weight_of(choice)
+    grid = layout.grid_of(weight)
+    if grid is None:
+        return seen.layer(choice, None, weight.obstacle or "fits in memory")
+    tied = ", tied" if weight.is_tied else ""
+    return seen.layer(choice, grid, f"does not fit in memory with all others{tied}")
+
+
+def _home(home: Home | str) -> tuple[str, Path | None]:
+    """The word for a home, and the folder of one on disk.
+
+    Raises:
+        ArgumentError: it is no home.
+        HomeError: tiles cannot live in its folder.
+    """
+    word = word_for(home)
+    kind, folder = parse_home(word)
+    return word, usable_folder(folder) if kind == "disk" else None
+
+
+def _with_disk(budget: Budget, folder: Path | None) -> Budget:
+    """The same with no more disk than is free there."""
+    if folder is None:
+        return budget
+    free = max(1, shutil.disk_usage(folder).free)
+    asked = budget.of_place("disk")
+    return replace(budget, disk=free if asked is None else min(asked, free))

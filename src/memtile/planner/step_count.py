@@ -1,0 +1,86 @@
+"""One step of a model that is tiled as a layout says, counted on a meta copy of it."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from memtile.convert import Choice, Work, replace_chosen, set_checkpointing
+from memtile.errors import CannotTileError, MemtileError
+from memtile.homes import DeviceHome, is_parked, register
+from memtile.layers import ParkedModule
+from memtile.planner.operation_count import count_step
+from memtile.planning import Products
+from memtile.planning.model_records import Counted, ParkedLayout
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """Counts a step of a layout, on a copy of the model whose parameters hold nothing."""
+
+    model: nn.Module
+    choices: Sequence[Choice]  # its linears and embeddings
+    work: Work  # the forward
+    trains: bool
+    drops_gradients: bool  # each gradient is freed as soon as it is complete
+    goes_home: bool  # gradients of what is parked leave memory: they are not counted
+    watch: Callable[[nn.Module], None] | None = None  # is called with each copy before it runs
+    workspaces: Callable[[Products], int] | None = None  # what the library keeps for products
+
+    def __call__(self, layout: ParkedLayout, checkpointing: bool) -> Counted:
+        """The step of this layout.
+
+        Raises:
+            CannotTileError: the model's code asks for values.
+        """
+        twin, choices = meta_twin(self.model), _with_grids(self.choices, layout)
+        twin.train(self.trains)
+        if any(choice.tiled for choice in choices):
+            _park(twin, choices)
+        set_checkpointing(twin, checkpointing)
+        if self.watch is not None:
+            self.watch(twin)
+        try:
+            counted = count_step(
+                twin, self.work, drops_gradients=self.drops_gradients, goes_home=self.goes_home
+            )
+        except MemtileError:
+            raise
+        except Exception as error:  # the model's own code, which may do anything
+            raise CannotTileError(
+                f"a step of {type(self.model).__name__} cannot be counted with shapes alone "
+                f"({type(error).__name__}: {error}); give work=…, a forward that needs no values, "
+                "or tile it without a plan, with memtile.tile(model, max_tile_bytes=…, home=…)"
+            ) from error
+        if self.workspaces is None:
+            return counted
+        return replace(counted, workspace_bytes=self.workspaces(counted.products))
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are on the meta device, tied as they are; buffers are shared."""
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        meta = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(meta, parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _park(twin: nn.Module, choices: Sequence[Choice]) -> None:
+    """Tile a meta copy in place, its tiles parked in a home on the meta device."""
+    home = DeviceHome("meta")
+    replace_chosen(twin, choices, home)
+    for module in twin.modules():
+        weight = module._parameters.get("weight") if isinstance(module, ParkedModule) else None
+        if weight is not None and not is_parked(weight):
+            register(weight, home.berth(weight.shape, weight.dtype))
+
+
+def _with_grids(choices: Sequence[Choice], layout: ParkedLayout) -> list[Choice]:
+    grids = {name: layout.grid_of(weight) for weight in layout.weights for name in weight.names}
+    return [
+        replace(choice, tiled=grids[choice.name] is not None, grid=grids[choice.name])
+        for choice in choices
+    ]

@@ -1,0 +1,140 @@
+"""A model and one step of it as numbers: weights, tiles, what was counted."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+from memtile.geometry import Grid
+
+
+@dataclass(frozen=True)
+class Products:
+    """The matrix products of a step."""
+
+    shapes: tuple[tuple[int, int, int], ...]  # (rows, depth, columns) of each different float32 one
+    kinds_16: int  # different products in 16 bits; the library compiles a kernel for each
+
+    @property
+    def widest(self) -> tuple[int, int, int] | None:
+        """The shape with most columns, of those the deepest."""
+        return max(self.shapes, key=lambda shape: shape[::-1], default=None)
+
+    def at_least(self, other: "Products") -> "Products":
+        """The products of both."""
+        shapes = tuple(dict.fromkeys((*self.shapes, *other.shapes)))
+        return Products(shapes, max(self.kinds_16, other.kinds_16))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One step, counted with shapes alone."""
+
+    forward_bytes: int  # made in forward and held at the peak
+    backward_bytes: int  # made in backward and held at the peak
+    kept_bytes: int  # held at the end of forward, for backward
+    flops: int  # of all matrix products
+    touched_bytes: int  # read and written by all other operations
+    products: Products
+    workspace_bytes: int = 0  # what the library keeps for float32 products
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once."""
+        return self.forward_bytes + self.backward_bytes
+
+    def at_least(self, other: "Counted") -> "Counted":
+        """The larger of each count, and the products of both."""
+        larger = {
+            field.name: max(getattr(self, field.name), getattr(other, field.name))
+            for field in fields(self)
+            if field.name != "products"
+        }
+        return Counted(products=self.products.at_least(other.products), **larger)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear's or an embedding's weight, with all modules that share it."""
+
+    names: tuple[str, ...]  # of the modules that have it, in the model's order
+    shape: tuple[int, int]  # (rows, columns)
+    dtype: str  # such as "float32"
+    element_bytes: int
+    trainable: bool
+    rows_only: bool  # whether an embedding has it, so that only rows can be cut
+    obstacle: str  # why it cannot be tiled; "" where it can
+
+    @property
+    def elements(self) -> int:
+        """How many values it has."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.elements * self.element_bytes
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether several modules share it."""
+        return len(self.names) > 1
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Buffers, and the parameters that are no linear's or embedding's weight."""
+
+    nbytes: int  # of the parameters
+    trainable: tuple[tuple[int, int], ...]  # (bytes of an element, how many are trained)
+    buffer_bytes: int
+    tensors: int  # how many parameters there are
+
+
+@dataclass(frozen=True)
+class State:
+    """What an optimizer keeps of one element."""
+
+    # (bytes of a weight's element, bytes of each moment and master beside it)
+    entries: tuple[tuple[int, tuple[int, ...]], ...]
+    temporary_bytes: int  # held while some rows are stepped
+
+    def of(self, element_bytes: int) -> tuple[int, ...]:
+        """Bytes of each tensor that is kept, for an element of so many bytes."""
+        return dict(self.entries)[element_bytes]
+
+
+@dataclass(frozen=True)
+class ParkedLayout:
+    """Every weight of a model in its order, and the grids of those that are parked."""
+
+    weights: tuple[Weight, ...]
+    grids: Mapping[str, Grid]  # by the name of the weight's first module
+
+    def grid_of(self, weight: Weight) -> Grid | None:
+        """Its grid; None where it is resident."""
+        return self.grids.get(weight.names[0])
+
+    @property
+    def parked(self) -> tuple[Weight, ...]:
+        """The weights that are parked."""
+        return tuple(weight for weight in self.weights if weight.names[0] in self.grids)
+
+    @property
+    def resident(self) -> tuple[Weight, ...]:
+        """The weights that stay in memory."""
+        return tuple(weight for weight in self.weights if weight.names[0] not in self.grids)
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles there are."""
+        return sum(grid.out_splits * grid.in_splits for grid in self.grids.values())
+
+    def tile_elements(self, weight: Weight) -> Iterator[int]:
+        """Elements of each tile of a weight; the first is the largest."""
+        grid = self.grids[weight.names[0]]
+        for index in grid.indices():
+            rows, columns = grid.rect(*index).shape
+            yield rows * columns
+
+    def largest_tile(self, weight: Weight) -> int:
+        """Elements of the largest tile of a weight."""
+        return next(self.tile_elements(weight))
