@@ -133,7 +133,7 @@ def test_tied_tiles_take_what_rank_0_broadcasts(outcome):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("nothing there", "holds no checkpoint"),
+        ("nothing there", "holds no training checkpoint"),
         ("another model", "of another model"),
         ("another shape", "up.weight is (31, 12)"),
         ("a missing name", "only this Net has 'extra.bias'"),

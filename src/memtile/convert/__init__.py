@@ -14,7 +14,7 @@ from memtile.convert.kinds import (
     register_integration,
 )
 from memtile.convert.loading_checkpoints import Loaded, load_checkpoint
-from memtile.convert.planned import has_checkpointing, set_checkpointing
+from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
 from memtile.convert.recutting import Recut, convert_checkpoint
 from memtile.convert.replaced import replacing
 from memtile.convert.saving import save_checkpoint
@@ -24,7 +24,6 @@ from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
 from memtile.convert.wanted import persistent_buffers
-from memtile.convert.workspaces import multiply, take_workspace
 
 __all__ = [
     "WAY_OUT",

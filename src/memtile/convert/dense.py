@@ -26,16 +26,7 @@ def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The items of a state dict of the model with the tiles of each layer joined under its name.
-
-    Args:
-        model: the model whose names the dictionary has.
-        state_dict: tile names and others; what is no tile passes unchanged.
-
-    Raises:
-        CannotTileError: a tile computes its weight (pruned, parametrized, adapted), so that no
-            dense checkpoint says what the layer does.
-    """
+    """The items of a state dict of the model with the tiles of each layer joined under its name."""
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -58,11 +49,7 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
 
 
 def check_stored(name: str, layer: TiledModule) -> None:
-    """Refuses a layer whose tiles keep something else than their weight and bias.
-
-    Raises:
-        CannotTileError: a tile computes one of them.
-    """
+    """Refuses a layer whose tiles keep something else than their weight and bias."""
     for own in ("weight", "bias"):
         stored = layer.stored_parameters(own)
         computed = [index for index in layer.tile_parameters(own) if index not in stored]

@@ -1,7 +1,10 @@
 """Values from a checkpoint into a model, and memory first for parameters on the meta device."""
 
+import logging
 import math
-from collections.abc import Callable, Collection, Iterable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
@@ -9,19 +12,26 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from memtile.checkpoints import Checkpoint, CheckpointHome, Paths, StoredFile
-from memtile.convert.finding import Findings, Match, checked, find
+from memtile.checkpoints import Checkpoint, CheckpointHome, Paths, StoredFile, StoredTensor
+from memtile.convert.finding import Findings, Match, checked, find, left_out, some
 from memtile.convert.kinds import integrations
-from memtile.convert.moving import bring_in
-from memtile.convert.resting import Resting, rest_in_files
+from memtile.convert.moving import bring_in, first_element
 from memtile.convert.untiling import untile
 from memtile.convert.wanted import wanted_by
-from memtile.errors import ArgumentError, CheckpointError
-from memtile.homes import Home, register
+from memtile.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointWarning,
+    NewWeightsWarning,
+)
+from memtile.homes import Berth, DiskHome, Home, register, whole_pages
 from memtile.layers import ParkedModule
-from memtile.optim import DenseParameter
+from memtile.optim import DenseParameter, Part
+
+_log = logging.getLogger("memtile.checkpoints")
 
 Twins = dict[int, nn.Parameter]  # by the id of the parameter on the meta device
+Resting = Mapping[int, Berth]  # by the id of the parameter on the meta device
 _NOWHERE: Final[Resting] = MappingProxyType({})
 
 
@@ -30,16 +40,6 @@ def fill(model: nn.Module, matches: Iterable[Match], resting: Resting = _NOWHERE
 
     Those parameters become new ones, all of them at the end: an error leaves them on meta. So does
     having no match, as adapters beside the checkpoint of their base have none.
-
-    Args:
-        model: some of it, or all, on the meta device.
-        matches: which of its tensors are where in the files.
-        resting: tiles that lie in the files, where they are left.
-
-    Raises:
-        CheckpointError: a file could not be read.
-        HomeFullError: a home has no room.
-        HomeIOError: a home could not be written to.
     """
     matches = list(matches)
     matched = {id(part.parameter) for match in matches for part in match.dense.parts}
@@ -79,12 +79,7 @@ class Stored:
 
 
 def checked_for_empty(model: nn.Module, paths: Paths, *, strict: bool) -> Stored:
-    """The checkpoint for a model without values, once everything about it is known to be right.
-
-    Raises:
-        ArgumentError: the model has values.
-        CheckpointError: it cannot be loaded, or something would stay on the meta device.
-    """
+    """The checkpoint for a model without values, once everything about it is known to be right."""
     checkpoint = Checkpoint.of(paths)
     findings = checked(model, checkpoint, strict=strict, complete=True)
     for match in findings.matches:
@@ -112,18 +107,7 @@ def to_make(model: nn.Module, findings: Findings) -> list[str]:
 
 
 def make_values(model: nn.Module, names: Collection[str]) -> Callable[[], None]:
-    """Give parameters on the meta device values by the model's own rule; ties stay ties.
-
-    Args:
-        model: those parameters are not in tiles.
-        names: of the parameters.
-
-    Returns:
-        What puts them back on the meta device, once the model is dense.
-
-    Raises:
-        CheckpointError: the model has no rule for one, or it is in tiles.
-    """
+    """Give parameters on the meta device values by the model's own rule; ties stay ties."""
     old = {name: _parameter(model, name) for name in names}
     twins = {id(found): _without_values(found) for found in old.values()}
     places = [
@@ -177,21 +161,11 @@ def _check_made(name: str, made: nn.Parameter) -> None:
 
 
 def fill_or_untile(
-    model: nn.Module, checkpoint: Checkpoint, home: Home | None, put_back: Callable[[], None]
+    model: nn.Module, stored: Stored, home: Home | None, put_back: Callable[[], None]
 ) -> None:
-    """Fill a model that was just cut on the meta device; on an error it is dense again.
-
-    Args:
-        model: some of it has values that were made.
-        checkpoint: for the others.
-        home: of the tiles.
-        put_back: makes those values go, from the dense model.
-
-    Raises:
-        CheckpointError, HomeFullError, HomeIOError: as `fill`.
-    """
+    """Fill a model that was just cut on the meta device; on an error it is dense again."""
     try:
-        matches = find(model, checkpoint).matches
+        matches = find(model, stored.checkpoint).matches
         if isinstance(home, CheckpointHome):
             fill(model, matches, rest_in_files(model, matches, home))
         else:
@@ -200,9 +174,27 @@ def fill_or_untile(
         untile(model)
         put_back()
         raise
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    path = stored.checkpoint.path
     for own in integrations():
-        own.read_from(model, folder)
+        own.read_from(model, path if path.is_dir() else path.parent)
+    _warn(model, stored)
+
+
+def _warn(model: nn.Module, stored: Stored) -> None:
+    """Warn of what the model and the checkpoint do not have in common."""
+    where, found = stored.checkpoint.where, stored.findings
+    waiting = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    said = {
+        left_out(where, found.unexpected): found.unexpected,
+        f"{where} lacks {some(found.made)}: initialised anew by the model's own rule, to be "
+        "trained before use": found.made,
+        f"{some(waiting)} have no values yet: give their folder to "
+        "memtile.load_checkpoint(model, folder)": waiting,
+    }
+    for sentence, names in said.items():
+        if names:
+            kind = NewWeightsWarning if names is found.made else CheckpointWarning
+            warnings.warn(sentence, kind, stacklevel=6)
 
 
 def _twin(module: nn.Module, name: str, parameter: nn.Parameter, resting: Resting) -> nn.Parameter:
@@ -226,3 +218,60 @@ def _of_twins(dense: DenseParameter, twins: Twins, resting: Resting) -> DensePar
         if id(part.parameter) not in resting
     )
     return replace(dense, parts=tuple(parts))
+
+
+def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHome) -> Resting:
+    """The stretches of the files that tiles lie in; a new disk home is made for the others.
+
+    Only rows of a tensor of the model's own dtype are a stretch of its file. Columns, transposed
+    linears and tensors that must be converted are streamed to the disk home, in the first usable
+    folder for temporary files.
+    """
+    parked = {
+        id(module._parameters["weight"]): module
+        for module in model.modules()
+        if isinstance(module, ParkedModule) and module.home is home
+    }
+    resting: dict[int, Berth] = {}
+    reasons: Counter[str] = Counter()
+    for match in matches:
+        for part in match.dense.parts:
+            if id(part.parameter) in parked:
+                found = _place(match, part, home)
+                if isinstance(found, str):
+                    reasons[found] += 1
+                else:
+                    resting[id(part.parameter)] = found
+    for reason, count in reasons.items():
+        _log.info("%d tiles are copied to a home on disk: %s", count, reason)
+    if reasons:
+        _move_others(model, home, resting)
+    return resting
+
+
+def _place(match: Match, part: Part, home: CheckpointHome) -> Berth | str:
+    """Where a tile lies in the files, or the reason why it does not."""
+    if not isinstance(match.source, StoredTensor):
+        return "the checkpoint holds them in tiles of its own"
+    start = first_element(match.dense, part)
+    if start is None:
+        return "they are no whole rows of what the checkpoint holds"
+    if match.source.dtype != part.parameter.dtype:
+        return f"the checkpoint's are {match.source.dtype}, the model's {part.parameter.dtype}"
+    return home.rows_of(match.source, start, part.parameter.shape)
+
+
+def _move_others(model: nn.Module, home: CheckpointHome, resting: Resting) -> None:
+    """Give the tiles that lie in no file another home, with room for all of them."""
+    others = [
+        module
+        for module in model.modules()
+        if isinstance(module, ParkedModule)
+        and module.home is home
+        and id(module._parameters["weight"]) not in resting
+    ]
+    weights = {id(m._parameters["weight"]): m._parameters["weight"] for m in others}
+    disk = DiskHome()
+    disk.hold([whole_pages(w.nbytes) for w in weights.values() if w is not None])
+    for module in others:
+        module.home = disk

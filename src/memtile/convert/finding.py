@@ -15,8 +15,7 @@ from torch import nn
 from memtile.checkpoints import PIECE_BYTES, Checkpoint, StoredTensor
 from memtile.convert.dense import check_stored
 from memtile.convert.kinds import Naming, integrations, naming_of, tiled_classes
-from memtile.convert.moving import Source
-from memtile.convert.tiled_source import Index, TiledSource
+from memtile.convert.moving import Index, Source, TiledSource
 from memtile.convert.wanted import Wanted, computed_buffers, wanted_by
 from memtile.errors import CheckpointError, HomeError, MemtileError
 from memtile.homes import berth_of
@@ -77,16 +76,7 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
     def check(self, where: object, *, strict: bool, complete: bool) -> None:
-        """Refuses what cannot be loaded.
-
-        Args:
-            where: the checkpoint lies.
-            strict: nothing may be missing, nor unexpected.
-            complete: nothing may be missing that the model does not make.
-
-        Raises:
-            CheckpointError: there are problems, or something is missing or unexpected.
-        """
+        """Refuses what cannot be loaded."""
         problems = list(self.problems)
         missing = self.missing + (self.made if strict else [])
         if missing and (strict or complete):
@@ -113,11 +103,7 @@ class Findings:
         return ways
 
     def check_sums(self) -> None:
-        """Verify what will be read, as far as its checksums are known.
-
-        Raises:
-            CheckpointError: something is damaged.
-        """
+        """Verify what will be read, as far as its checksums are known."""
         for match in self.matches:
             for stored in match.stored():
                 stored.check_sum()
@@ -135,15 +121,7 @@ def left_out(where: object, names: Collection[str]) -> str:
 
 
 def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
-    """What a checkpoint has for a model. Nothing but headers is read, unless ties must be compared.
-
-    Args:
-        model: tiled or not; its parameters may be on the meta device.
-        checkpoint: in any name form.
-
-    Raises:
-        CheckpointError: its weights are quantized.
-    """
+    """What a checkpoint has for a model; only headers are read, unless ties must be compared."""
     for integration in integrations():
         for path in checkpoint.paths:
             integration.check_files(path)
@@ -169,11 +147,6 @@ def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete:
     """What a checkpoint has for a model, once everything about it is known to be right.
 
     Strict and complete are as for `Findings.check`.
-
-    Raises:
-        CannotTileError: a tile computes its weight.
-        HomeError: the model's tiles cannot be written to.
-        CheckpointError: it cannot be loaded, or something would stay on the meta device.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, TiledModule):

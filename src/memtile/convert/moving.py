@@ -5,7 +5,7 @@ tensor, so that neither the dense tensor nor a tile is ever in memory as a whole
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Protocol
@@ -13,12 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from memtile.checkpoints import PIECE_BYTES, Outgoing
+from memtile.checkpoints import PIECE_BYTES, Outgoing, StoredTensor
 from memtile.errors import CheckpointError, NotFiniteError
-from memtile.geometry import Rect, Span
+from memtile.geometry import Grid, Rect, Span
 from memtile.homes import evict, pieces, streamed_allocation
 from memtile.optim import DenseParameter, Part, is_finite
 
+Index = tuple[int, int]
 Held = Callable[[Part], Tensor]  # which tensor of a part is meant: its values, a moment
 
 
@@ -40,22 +41,61 @@ class Source(Protocol):
         """Whole rows."""
 
 
+class TiledSource:
+    """The dense matrix, or bias, that stored tiles make; their spans are read from their shapes.
+
+    Args:
+        tiles: by their place; those of a bias are one column.
+
+    Attributes:
+        grid: how they make the whole.
+        shape: (out, in), or (out,) of a bias.
+        dtype: of them all.
+
+    Raises:
+        TileShapeError: they make no grid.
+        CheckpointError: their dtypes differ, or they are neither matrices nor vectors.
+    """
+
+    def __init__(self, tiles: Mapping[Index, StoredTensor]) -> None:
+        self.tiles = tiles
+        dtypes = {tile.dtype for tile in tiles.values()}
+        ranks = {len(tile.shape) for tile in tiles.values()}
+        if len(dtypes) > 1:
+            raise CheckpointError(f"the tiles are {' and '.join(sorted(map(str, dtypes)))}")
+        if ranks not in ({1}, {2}):
+            raise CheckpointError("the tiles are neither matrices nor vectors")
+        (self.dtype,), (rank,) = dtypes, ranks
+        self.grid = Grid.of_shapes(
+            {i: (tile.shape[0], tile.shape[1] if rank == 2 else 1) for i, tile in tiles.items()}
+        )
+        whole = (self.grid.out_features, self.grid.in_features)
+        self.shape = torch.Size(whole[:rank])
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements of the flattened tensor, in new memory."""
+        width = self.grid.in_features
+        first, last = start // width, -(-stop // width)
+        return self.rows(first, last).view(-1)[start - first * width : stop - first * width]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Whole rows, in new memory."""
+        place = Rect(Span(start, stop), Span(0, self.grid.in_features))
+        out = torch.empty(place.shape, dtype=self.dtype)
+        for index, common in self.grid.overlapping(place):
+            rows = common.since(self.grid.rect(*index)).out
+            part = self.tiles[index].rows(rows.start, rows.stop)
+            out[common.since(place).index] = part.view(rows.size, -1)
+        return out.view(stop - start, *self.shape[1:])
+
+
 def values_of(part: Part) -> Tensor:
     """The values themselves: the parameter, since only that is known to be parked."""
     return part.parameter
 
 
 def outgoing(dense: DenseParameter, name: str, held: Held = values_of) -> Outgoing:
-    """One dense tensor that is to be written, from what is held for each part.
-
-    Args:
-        dense: its shape and its parts.
-        name: in the file.
-        held: gives a part's tensor; all have one dtype.
-
-    Raises:
-        CheckpointError: they have not, or do not make the dense tensor.
-    """
+    """One dense tensor that is to be written, from what is held for each part."""
     dtype = _common_dtype(dense, name, held)
 
     def flow() -> Iterable[Tensor]:
@@ -82,11 +122,7 @@ def finite(tensor: Outgoing) -> Outgoing:
 
 
 def check_finite(name: str, values: Tensor) -> None:
-    """Refuse to save a NaN or an infinity.
-
-    Raises:
-        NotFiniteError: there is one.
-    """
+    """Refuse to save a NaN or an infinity."""
     if not is_finite(values):
         raise NotFiniteError(
             f"{name} is not finite; a run cannot go on from it, so nothing was saved, and what was "
@@ -114,12 +150,7 @@ def _common_dtype(dense: DenseParameter, name: str, held: Held) -> torch.dtype:
 
 @torch.no_grad()
 def bring_in(dense: DenseParameter, source: Source, held: Held = values_of) -> None:
-    """Write a source's values into what is held for each part, in place, converting the dtype.
-
-    Raises:
-        CheckpointError: they could not be read; some are written by then.
-        HomeIOError: a home could not be written to.
-    """
+    """Write a source's values into what is held for each part, in place, converting the dtype."""
     flat: list[tuple[Part, int]] = []
     others: list[Part] = []
     for part in dense.parts:

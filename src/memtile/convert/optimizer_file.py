@@ -22,12 +22,7 @@ OWN_OPTIONS = frozenset({"params", "param_names"})  # names of tiles, which depe
 
 
 def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list[Outgoing]]:
-    """What the record says of an optimizer, and the tensors to write beside it.
-
-    Raises:
-        OptimizerError: it is in the middle of a step, or there is no dense form of what it keeps.
-        CheckpointError: it keeps something that is neither a tensor nor JSON.
-    """
+    """What the record says of an optimizer, and the tensors to write beside it."""
     stored_state.check_between_steps(optimizer)
     stored_state.check_keys(model, optimizer)
     tensors: list[Outgoing] = []
@@ -190,12 +185,7 @@ class IncomingState:
         return DenseParameter(dense.name, stored.shape, (Part(dense.parts[0].parameter),))
 
     def take(self) -> None:
-        """Put the state and the groups' options into the optimizer; gradients are dropped.
-
-        Raises:
-            CheckpointError: a file could not be read.
-            HomeIOError: a home could not be written to.
-        """
+        """Put the state and the groups' options into the optimizer; gradients are dropped."""
         self._optimizer.zero_grad()
         for target, stored, key in self._flows:
             bring_in(target, stored, entry_of(self._states, key))

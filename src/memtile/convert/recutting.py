@@ -24,8 +24,7 @@ from memtile.checkpoints import (
 )
 from memtile.checkpoints.opening import files_beside
 from memtile.convert.finding import tiles_by_layer
-from memtile.convert.moving import Source
-from memtile.convert.tiled_source import TiledSource
+from memtile.convert.moving import Source, TiledSource
 from memtile.errors import ArgumentError, CheckpointError, MemtileError
 from memtile.geometry import Grid, Rect, Span
 from memtile.layers import TiledLinear

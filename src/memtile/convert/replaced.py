@@ -1,18 +1,27 @@
-"""Parameters that a model has no more: who still steps them is told, since that trains nothing."""
+"""What still uses parameters and modules that were replaced: it is told, since it trains nothing.
 
+An optimizer of old parameters is told when it steps. Any other module is told that has a way to an
+old one, or to a tensor in the memory of its weight: an attribute, a plain list in one, a bound
+method, a partial, a closure. What only variables hold (a caller's, for comparison) uses nothing.
+"""
+
+import gc
+import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memtile.errors import ReplacedParametersWarning
+from memtile.errors import ReplacedModuleWarning, ReplacedParametersWarning
 from memtile.homes import lock_of_a_module
 from memtile.optim import TileOptimizer
 
@@ -27,10 +36,6 @@ def replacing(model: nn.Module, act: str) -> Iterator[None]:
 
     Who holds them is not asked: a list of parameters harms nobody. An optimizer does once it steps,
     so all optimizers of the process are looked at then, as long as such parameters are alive.
-
-    Args:
-        model: whose parameters they are.
-        act: that replaces them, for the warning.
     """
     before = [weakref.ref(parameter) for parameter in model.parameters()]
     try:
@@ -70,3 +75,119 @@ def _tell(optimizer: Optimizer, arguments: Any, options: Any) -> None:  # what i
         ReplacedParametersWarning,
         stacklevel=3,
     )
+
+
+_MOST: Final = 1_000_000  # objects that are looked at: a module may lead to a whole data set
+_TABLES: Final = ("_modules", "_parameters", "_buffers")
+_ENDS: Final = (nn.Module, Tensor, types.FrameType, types.ModuleType, type, Optimizer)
+_Attribute = tuple[nn.Module, str, str]  # the module, the name in it, the kind of what is there
+
+
+class Replaced:
+    """The modules that are replaced in one call."""
+
+    def __init__(self) -> None:
+        self._modules: list[tuple[str, weakref.ref[nn.Module]]] = []
+        self._memory: list[tuple[str, StorageWeakRef]] = []
+
+    def add(self, name: str, module: nn.Module, parameters: Sequence[nn.Parameter | None]) -> None:
+        """Note a module before it is replaced, and those of its parameters that are copied."""
+        self._modules.append((name, weakref.ref(module)))
+        for parameter in parameters:
+            if parameter is not None and not parameter.is_meta:
+                reference = StorageWeakRef(parameter.untyped_storage())
+                self._memory.append((name, reference))
+
+    def warn(self, model: nn.Module, stacklevel: int) -> None:
+        """Say which of them something still holds.
+
+        Nothing is looked for where all of them are gone, as they mostly are.
+        """
+        held = self._held(model)
+        if held:
+            gc.collect()  # it may be a leftover that only the collector takes away
+            held = self._held(model)
+        if held:
+            more = f", and {len(held) - 1} more are held" if len(held) > 1 else ""
+            warnings.warn(
+                f"{held[0]}{more}: what uses the old one from there computes with old values and "
+                "trains nothing; set it anew after the call, from the model",
+                ReplacedModuleWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+    def _held(self, model: nn.Module) -> list[str]:
+        """Who holds what, a sentence for each module."""
+        old = {id(m): name for name, ref in self._modules if (m := ref()) is not None}
+        memory = {ref.cdata: name for name, ref in self._memory if not ref.expired()}
+        if not old and not memory:
+            return []
+        modules = [
+            m for m in gc.get_objects() if issubclass(type(m), nn.Module) and id(m) not in old
+        ]
+        near = _family(model, modules)
+        modules.sort(key=lambda module: id(module) not in near)
+        names = {id(module): name for name, module in model.named_modules()}
+        told: dict[str, str] = {}
+        for (holder, attribute, kind), thing in _reached(modules):
+            name, what = old.get(id(thing)), "holds it"
+            if name is None and id(holder) in near and _is_plain(thing):
+                storage = StorageWeakRef(thing.untyped_storage())
+                name, what = memory.get(storage.cdata), "has the memory of its weight"
+            if name is not None and name not in told:
+                owner = type(holder if id(holder) not in names else model).__name__
+                path = filter(None, (owner, names.get(id(holder)), f"{attribute} (a {kind})"))
+                told[name] = f"{name} was replaced, and {'.'.join(path)} {what}"
+        return list(told.values())
+
+
+def _family(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
+    """Ids of all modules that stand in one whole with the model."""
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in (vars(module).get("_modules") or {}).values():
+            parents.setdefault(id(child), []).append(module)
+    above = {id(model): model}
+    waiting = [model]
+    while waiting:
+        for parent in parents.get(id(waiting.pop()), ()):
+            if id(parent) not in above:
+                above[id(parent)] = parent
+                waiting.append(parent)
+    tops = [each for each in above.values() if id(each) not in parents] or [model]
+    return {id(module) for top in tops for module in top.modules()}
+
+
+def _reached(modules: Iterable[nn.Module]) -> Iterator[tuple[_Attribute, Any]]:  # of any kind
+    """(the attribute from which there is a way, the module or tensor at its end)."""
+    seen: set[int] = set()
+    for module in modules:
+        for name, value in _attributes(module):
+            attribute = module, name, type(value).__name__
+            waiting = [value]
+            while waiting and len(seen) < _MOST:
+                thing = waiting.pop()
+                if issubclass(type(thing), nn.Module | Tensor):  # proxies' classes may do work
+                    yield attribute, thing
+                elif id(thing) not in seen and gc.is_tracked(thing):
+                    seen.add(id(thing))
+                    waiting.extend(_below(thing))
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in list(vars(module).items()):
+        yield from value.items() if name in _TABLES else ((name, value),)
+
+
+def _below(thing: Any) -> Sequence[Any]:
+    """What an object holds; of a function not the variables of its script."""
+    if issubclass(type(thing), _ENDS):
+        return ()
+    if type(thing) is types.FunctionType:
+        return [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing)]
+    return gc.get_referents(thing)
+
+
+def _is_plain(thing: object) -> bool:
+    """Whether it is a tensor with memory of its own."""
+    return type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided  # type: ignore[attr-defined]  # a tensor's

@@ -106,11 +106,7 @@ def outgoing_tensors(model: nn.Module) -> list[Outgoing]:
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse a model of which not everything is a tensor of the dense model.
-
-    Raises:
-        CannotTileError: a tile computes its weight, or a module has extra state.
-    """
+    """Refuse a model of which not everything is a tensor of the dense model."""
     for name, module in model.named_modules():
         if isinstance(module, TiledModule):
             check_stored(name, module)

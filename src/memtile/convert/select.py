@@ -1,17 +1,18 @@
 """Which modules of a model are tiled, with which grid, and the reason for each yes and no."""
 
 import operator
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from memtile.convert.kinds import Kind, integrations, kind_of
-from memtile.convert.owners import Owners, Place
-from memtile.convert.reasons import lost_on_replacing
+from memtile.convert.kinds import Kind, integrations, kind_of, lost_on_replacing
 from memtile.errors import ArgumentError, CannotTileError, SplitsError
 from memtile.geometry import Grid
 from memtile.layers import TiledModule
+
+Place = tuple[str, str]  # a module's name, and a parameter's own
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,8 @@ def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[
     """The same for a cut that is checked already."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
-    modules = _checked_names(modules)
     candidates = dict(_candidates(model))
-    _check_names(model, candidates, modules)
+    modules = _checked_names(model, candidates, modules)
     kept = [(name, why) for found in integrations() for name, why in found.keeps(model).items()]
     reasons = {
         name: _own_reason(name, module, kept, modules) for name, (module, _) in candidates.items()
@@ -200,7 +200,8 @@ def _own_reason(
         return (
             f"{type(module).__name__} is a class of its own, whose behaviour tiles might not keep"
         )
-    return _state_reason(module) or _weight_reason(module) or _shape_reason(kind.shape(module))
+    empty = "" if min(kind.shape(module)) else "it has no elements"
+    return _state_reason(module) or _weight_reason(module) or empty
 
 
 def _state_reason(module: nn.Module) -> str:
@@ -230,8 +231,39 @@ def _weight_reason(module: nn.Module) -> str:
     return ""
 
 
-def _shape_reason(shape: tuple[int, int]) -> str:
-    return "" if min(shape) else "it has no elements"
+class Owners:
+    """Every place, (module's name, parameter's own name), where a model holds each parameter.
+
+    Parameters are told apart by identity, so keep none of them alive through this longer than the
+    model is left as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[int, list[Place]] = defaultdict(list)
+        self._storages: dict[int, dict[int, Place]] = defaultdict(dict)
+        for path, module in model.named_modules():
+            for own, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._places[id(parameter)].append((path, own))
+                    self._storages[_storage(parameter)].setdefault(id(parameter), (path, own))
+
+    def of(self, parameter: nn.Parameter) -> list[Place]:
+        """Where the parameter stands."""
+        return self._places[id(parameter)]
+
+    def sharing_memory(self, parameter: nn.Parameter) -> Iterator[Place]:
+        """Where other parameters stand that are views of the same memory."""
+        if _storage(parameter):
+            for other, place in self._storages[_storage(parameter)].items():
+                if other != id(parameter):
+                    yield place
+
+
+def _storage(parameter: nn.Parameter) -> int:
+    """What tells memory apart; 0 for a parameter that has none to compare."""
+    if type(parameter) is not nn.Parameter or parameter.is_meta:
+        return 0
+    return parameter.untyped_storage().data_ptr()
 
 
 def _ties(
@@ -287,11 +319,8 @@ def _with_grid(
     tied_kinds = [candidates[name][1] for name in choice.ties]
     if len({k.tiled.weight_is_transposed for k in tied_kinds if k}) > 1:
         return replace(choice, reason="it shares a weight with a transposed linear")
-    more = (
-        f", tied with {', '.join(n for n in choice.ties if n != choice.name)}"
-        if choice.ties
-        else ""
-    )
+    others = ", ".join(name for name in choice.ties if name != choice.name)
+    more = f", tied with {others}" if others else ""
     if choice.keeps_bias:
         more += ", its bias kept whole: others share it"
     if not cut.is_given:
@@ -305,20 +334,17 @@ def _with_grid(
     return replace(choice, tiled=True, reason=f"a plain {kind.name}{more}", grid=grid)
 
 
-def _checked_names(modules: Collection[str] | None) -> set[str] | None:
-    if isinstance(modules, str) or not (modules is None or isinstance(modules, Iterable)):
+def _checked_names(
+    model: nn.Module, candidates: Collection[str], modules: Collection[str] | None
+) -> set[str] | None:
+    if modules is None:
+        return None
+    if isinstance(modules, str) or not isinstance(modules, Iterable):
         raise ArgumentError(
             f"modules={modules!r} must be a collection of names, such as [{str(modules)!r}]"
         )
-    return None if modules is None else set(modules)
-
-
-def _check_names(
-    model: nn.Module,
-    candidates: dict[str, tuple[nn.Module, Kind | None]],
-    modules: Collection[str] | None,
-) -> None:
-    unknown = sorted(set(modules or ()) - set(candidates))
+    names = set(modules)
+    unknown = sorted(names - set(candidates))
     if unknown:
         everything = dict(model.named_modules())
         what = "no linear or embedding" if unknown[0] in everything else "no module"
@@ -326,6 +352,7 @@ def _check_names(
             f"{unknown[0]!r} is {what} of {type(model).__name__}; "
             "memtile.convert.select_linears(model) lists the names that can be tiled"
         )
+    return names
 
 
 def _refuse_named(choices: list[Choice], modules: Collection[str] | None) -> None:

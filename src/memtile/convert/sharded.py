@@ -34,15 +34,7 @@ def register_sharded(functions: Callable[[], ShardedCheckpoints]) -> None:
 
 
 def for_sharded(model: object, **only_sharded: object) -> ShardedCheckpoints | None:
-    """The functions for a model that is sharded; None where this process has all of it.
-
-    Args:
-        model: any; refused elsewhere where it is none.
-        only_sharded: arguments that mean something for a sharded model only.
-
-    Raises:
-        ArgumentError: one of them is given for another model.
-    """
+    """The functions for a model that is sharded; None where this process has all of it."""
     if isinstance(model, nn.Module) and any(map(is_shard, model.parameters())):
         return _engines[0]()
     for name, value in only_sharded.items():

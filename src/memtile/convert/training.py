@@ -77,22 +77,20 @@ def save_training(
     Example:
         memtile.save_training("run", model, optimizer, step=100, position=100)
 
-    Weights, persistent buffers, the optimizer's state, the scheduler, and the random state of
-    Python, numpy and torch are written tile by tile; a few MiB are in memory at a time. The
-    checkpoints before stay whole until the new one is on the disk, and only then go: killed at any
-    moment, the folder holds a whole one.
+    Saved are weights, persistent buffers, the optimizer's state, the scheduler, and the random
+    state of Python, numpy and torch, with a few MiB in memory at a time. Older checkpoints are
+    removed once the new one is whole: killed at any moment, the folder holds a whole one.
 
-    Not saved: gradients (save between `step()` and the next backward, not while gradients are being
-    accumulated), non-persistent buffers, and states of what it is not given, a GradScaler say: put
-    those into `extra`.
+    Not saved are gradients (so save between `step()` and the next backward), non-persistent
+    buffers, and the state of what is not given, such as a GradScaler: put it into `extra`.
 
-    A model that FSDP2 or ZeRO-3 has sharded is saved by all ranks together, each its own shards, in
-    the format of `torch.distributed.checkpoint`; each rank calls this. Random states are not saved
-    then. ZeRO-3's masters are saved in float32, where the model itself has 16 bits.
+    All ranks save a model that FSDP2 or ZeRO-3 has sharded: each calls this and writes its shards,
+    in the format of `torch.distributed.checkpoint`, without random states. ZeRO-3's masters are
+    saved in float32 where the model has 16 bits.
 
     Args:
-        folder: of all checkpoints of the run; made where it is missing. The same for all ranks,
-            which all see it.
+        folder: of all checkpoints of the run; made where it is missing. All ranks give the same,
+            on a filesystem that they share.
         model: tiled or not, wherever its tiles live, sharded or not.
         optimizer: a `TileOptimizer` or any torch optimizer, over the model or some of it. Under
             ZeRO-3 `engine.optimizer`.
@@ -101,24 +99,22 @@ def save_training(
         position: where in the data the run is: any such value.
         extra: anything else to be given back: any such value.
         keep: how many of the newest checkpoints stay.
-        trainable_only: leave out the weights that are frozen: they come from elsewhere again, as
-            the base of an adapter does.
-        check_finite: refuse trained weights, moments and masters with a NaN or an infinity; they
-            are looked at while they are written.
+        trainable_only: leave out frozen weights, such as the base of an adapter.
+        check_finite: refuse trained weights, moments and masters with a NaN or an infinity.
         process_group: of a sharded model; None: all ranks.
 
     Returns:
         The checkpoint's folder, `step-00000010` say.
 
     Raises:
-        ArgumentError: `step` or `keep` is no such number, `trainable_only` is given for a sharded
-            model, or a process group for one that is not sharded.
+        ArgumentError: `step` or `keep` is no such number; `trainable_only` is given for a sharded
+            model, or a process group for another.
         OptimizerError: a step is under way, or the optimizer is not of this model.
         CannotTileError: there is no dense form of a weight.
-        NotFiniteError: with `check_finite`, one is not; the checkpoints before are as they were.
+        NotFiniteError: with `check_finite`, one is not. Older checkpoints are unchanged.
         CheckpointError: something is neither a tensor nor such a value.
         CheckpointWriteError: it could not be written, another run writes there, or a newer step is
-            there. The checkpoints that were there are as they were.
+            there. Older checkpoints are unchanged.
         EngineError: a rank is gone. Of a sharded model, whatever is raised is raised on every rank.
     """
     check_numbers(step, keep)
@@ -129,24 +125,15 @@ def save_training(
                 "trainable_only=True with a model that is sharded over ranks, of which each saves "
                 "all that it holds: leave it out"
             )
-        saved: Path = sharded.save_training(
-            folder,
-            model,
-            optimizer,
-            scheduler,
-            step=step,
-            position=position,
-            extra=extra,
-            keep=keep,
-            check_finite=check_finite,
-            process_group=process_group,
-        )
+        data = {"step": step, "position": position, "extra": extra}
+        options = {"keep": keep, "check_finite": check_finite, "process_group": process_group}
+        saved: Path = sharded.save_training(folder, model, optimizer, scheduler, **data, **options)
         return saved
     state, tensors = optimizer_record(model, optimizer)
     tensors = [finite(tensor) for tensor in tensors] if check_finite else tensors
     random = RandomState.now()
     record = {
-        "memtile": _version(),
+        "memtile": str(vars(sys.modules["memtile"])["__version__"]),  # which imports this file
         "step": step,
         "position": to_json(position, "position"),
         "extra": to_json(extra, "extra"),
@@ -191,15 +178,14 @@ def resume_training(
     Example:
         resumed = memtile.resume_training("run", model, optimizer)
 
-    All of it is verified before anything is changed. Grid and homes may be others than those that
-    it was saved from, and a `TileOptimizer` takes over from the plain optimizer of its class, and
-    the reverse. The saved options of the groups (`lr` too) replace the optimizer's own. Gradients
-    are dropped; random states are set last. Call `optimizer.zero_grad()` before the next backward
-    as ever, and go on in the data at `position`.
+    All of it is verified before anything is changed. Grid and homes may be others than before, and
+    a `TileOptimizer` takes over from the plain optimizer of its class, and the reverse. The saved
+    options of the groups (`lr` too) replace the optimizer's own. Gradients are dropped. Go on in
+    the data at `position`.
 
-    What was saved of a model that FSDP2 or ZeRO-3 had sharded is taken over by one that is sharded
-    otherwise, over any number of ranks, or not at all; all ranks call this. Random states are not
-    part of it. That format has pickles in it: load only what you trust.
+    What was saved of a model that FSDP2 or ZeRO-3 had sharded may be loaded over another number of
+    ranks, under the other engine, or into a model that is not sharded; all ranks call this. That
+    format has pickles in it: load only what you trust.
 
     Args:
         folder: given to `save_training`.
@@ -214,7 +200,7 @@ def resume_training(
     Raises:
         ArgumentError: the model or the optimizer is none.
         CheckpointError: there is none, it is damaged, or it is of another model, optimizer or
-            scheduler. Nothing was changed, unless a disk failed while it was read a second time.
+            scheduler. Nothing was changed, unless the second reading failed.
         HomeFullError: a home has no room for the optimizer's state; nothing was changed.
         HomeIOError: a home could not be written to: resume again.
         EngineError: a rank is gone. Of a sharded model, whatever is raised is raised on every rank.
@@ -231,7 +217,7 @@ def resume_training(
             f"resume_training(folder, model, optimizer) got a {type(model).__name__} and a "
             f"{type(optimizer).__name__}; give the model, and an optimizer that was made for it"
         )
-    saved = _newest(Path(folder))
+    saved = newest_step(Path(folder))
     record, weights, tensors, random = _opened(saved)
     held = _held_tensors(model, record["trainable_only"])
     _check_weights(weights, held, model)
@@ -252,20 +238,11 @@ def resume_training(
 
 
 def check_numbers(step: object, keep: object) -> None:
-    """Refuse numbers of steps and of checkpoints that are none.
-
-    Raises:
-        ArgumentError: one is.
-    """
+    """Refuse numbers of steps and of checkpoints that are none."""
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ArgumentError(f"step={step!r} must be a number of steps: 0 or more, an int")
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
         raise ArgumentError(f"keep={keep!r} must be how many checkpoints stay: 1 or more, an int")
-
-
-def _version() -> str:
-    # not imported: the package imports this file
-    return str(vars(sys.modules["memtile"])["__version__"])
 
 
 def scheduler_record(scheduler: Scheduler | None) -> Json | None:
@@ -285,31 +262,29 @@ def _weights(model: nn.Module, trainable_only: bool, check_finite: bool) -> list
     held = _held_tensors(model, trainable_only)
     tensors = {name: outgoing(dense, name) for name, dense in held.items()}
     if check_finite:
-        trained = (name for name, dense in held.items() if _is_trained(dense))
+        trained = (name for name, dense in held.items() if is_trained(dense))
         tensors |= {name: finite(tensors[name]) for name in trained}
     return list(tensors.values())
 
 
 def _held_tensors(model: nn.Module, trainable_only: bool) -> dict[str, DenseParameter]:
     """What a checkpoint has of a model, by name: dense parameters, and persistent buffers."""
-    return {
-        wanted.names[0]: wanted.dense
-        for wanted in wanted_by(model)
-        if not trainable_only or not _is_frozen(wanted.dense)
-    }
+    held = {}
+    for wanted in wanted_by(model):
+        first: Tensor = wanted.dense.parts[0].parameter  # or a buffer
+        frozen = isinstance(first, nn.Parameter) and not is_trained(wanted.dense)
+        if not (trainable_only and frozen):
+            held[wanted.names[0]] = wanted.dense
+    return held
 
 
-def _is_trained(dense: DenseParameter) -> bool:
+def is_trained(dense: DenseParameter) -> bool:
+    """Whether any part of a dense tensor is trained."""
     return any(part.parameter.requires_grad for part in dense.parts)
 
 
-def _is_frozen(dense: DenseParameter) -> bool:
-    """Whether it is a parameter that training leaves alone; buffers are not."""
-    tensors: list[Tensor] = [part.parameter for part in dense.parts]
-    return not any(t.requires_grad or not isinstance(t, nn.Parameter) for t in tensors)
-
-
-def _newest(folder: Path) -> SavedStep:
+def newest_step(folder: Path) -> SavedStep:
+    """The newest checkpoint of a folder."""
     found = saved_steps(folder)
     if found:
         return found[-1]
@@ -365,11 +340,7 @@ def _check_weights(
 
 
 def check_scheduler(saved: Json | None, scheduler: Scheduler | None, place: Path) -> None:
-    """Refuse a scheduler of another class than the one that was saved.
-
-    Raises:
-        CheckpointError: it is.
-    """
+    """Refuse a scheduler of another class than the one that was saved."""
     theirs = "no scheduler" if saved is None else saved["class"]
     ours = "no scheduler" if scheduler is None else _class_name(scheduler)
     if ours != theirs:

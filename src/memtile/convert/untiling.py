@@ -4,11 +4,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from memtile.convert.kinds import replace_module, tiled_classes
-from memtile.convert.owners import Owners
-from memtile.convert.reasons import lost_on_replacing
-from memtile.convert.replaced import replacing
-from memtile.convert.still_held import Replaced
+from memtile.convert.kinds import lost_on_replacing, replace_module, tiled_classes
+from memtile.convert.replaced import Replaced, replacing
+from memtile.convert.select import Owners
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import ParkedEmbedding, ParkedLinear, TiledModule, is_plain
 from memtile.transfer import unwatch_model

@@ -100,11 +100,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Findings:
-    """What a checkpoint has for a model, all of it; the first rank verifies checksums and warns.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or of another model.
-    """
+    """What a checkpoint has for a model, all of it; the first rank verifies checksums and warns."""
     checkpoint = Checkpoint.of(path)
     if is_first:
         findings = checked(model, checkpoint, strict=strict, complete=True)

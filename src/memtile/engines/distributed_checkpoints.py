@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.optim import Optimizer
 
 from memtile.checkpoints.exact_json import from_json, to_json
-from memtile.checkpoints.steps import RECORD, SavedStep, new_step, saved_steps
+from memtile.checkpoints.steps import RECORD, new_step
 from memtile.convert.moving import check_finite as finite_or_refused
 from memtile.convert.sharded import METADATA
 from memtile.convert.training import (
@@ -30,6 +30,8 @@ from memtile.convert.training import (
     Scheduler,
     check_numbers,
     check_scheduler,
+    is_trained,
+    newest_step,
     scheduler_record,
 )
 from memtile.convert.wanted import wanted_by
@@ -71,10 +73,6 @@ def save(
     Each rank writes the pieces that it holds, and what several hold is written once. The optimizer
     may be left out. Of use by itself for a model that is not sharded, and whose checkpoint a
     sharded one is to take over.
-
-    Returns:
-        The checkpoint's folder. torch's own `dcp.load` reads it: the model under "model", with the
-        names of the untiled one, and the optimizer under "optimizer".
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder and step", f"{folder}, {step}")
@@ -110,7 +108,7 @@ def load(
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder", folder)
-    saved = ranks.first(lambda: _newest(Path(folder)))
+    saved = ranks.first(lambda: newest_step(Path(folder)))
     metadata, record = ranks.each(lambda: _opened(saved.path))
     ranks.each(lambda: check_scheduler(record.get("scheduler"), scheduler, saved.path))
     wanted = ranks.each(lambda: _wanted(model, metadata, saved.path))
@@ -146,7 +144,7 @@ def _check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Any] = {
         wanted.names[0]: state[_MODEL][wanted.names[0]]
         for wanted in wanted_by(model)
-        if any(part.parameter.requires_grad for part in wanted.dense.parts)
+        if is_trained(wanted.dense)
     }
     for name, kept in state.get(KEY, {"state": {}})["state"].items():
         tensors |= {f"{key}/{name}": value for key, value in kept.items()}
@@ -177,15 +175,6 @@ def _check_seen(partial: Path) -> None:
             f"{partial.parent} is not the same folder on each rank: give one on a filesystem that "
             "all of them see"
         )
-
-
-def _newest(folder: Path) -> SavedStep:
-    found = saved_steps(folder)
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no checkpoint; give the folder that save was given, or start anew"
-        )
-    return found[-1]
 
 
 def _opened(place: Path) -> tuple[Metadata, Json]:
