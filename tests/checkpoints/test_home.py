@@ -14,10 +14,10 @@ from torch import Tensor
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
 from memtile.checkpoints.home import CopiedPages
 from memtile.errors import CheckpointError, HomeError
-from memtile.homes import Berth, aligned_buffer
+from memtile.homes import Allocation, aligned_buffer
 
 
-def berths_over(folder, tensors):
+def allocations_over(folder, tensors):
     """A checkpoint of the tensors, and where each lies in it."""
     named = {f"{number:03}": tensor for number, tensor in enumerate(tensors)}
     write_checkpoint(folder, outgoing_of(named))
@@ -30,8 +30,8 @@ class TestCheckpointHome(ReadOnlyHomeContract):
     def _folder(self, tmp_path):
         self.folder = tmp_path
 
-    def make_berths(self, tensors: list[Tensor]) -> list[Berth]:
-        return berths_over(self.folder, tensors)
+    def make_allocations(self, tensors: list[Tensor]) -> list[Allocation]:
+        return allocations_over(self.folder, tensors)
 
 
 class TestWithoutPagemap(TestCheckpointHome):
@@ -49,37 +49,37 @@ def test_the_kernel_tells_of_written_pages():
 
 def test_writes_never_reach_the_file(tmp_path):
     """The bytes of the checkpoint are the same, whatever is done to its tensors."""
-    (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
+    (allocation,) = allocations_over(tmp_path, [torch.arange(5000.0)])
     path = tmp_path / "model.safetensors"
     before = path.read_bytes()
 
-    berth.tensor().fill_(7)
-    berth.forget()
-    berth.home.close()
+    allocation.tensor().fill_(7)
+    allocation.forget()
+    allocation.home.close()
 
     assert path.read_bytes() == before
 
 
 def test_a_file_that_changes_is_noticed_at_the_next_read(tmp_path):
     """Reading and evicting both raise for a file that was rewritten in place."""
-    (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
-    berth.read(piece := aligned_buffer(4096))
+    (allocation,) = allocations_over(tmp_path, [torch.arange(5000.0)])
+    allocation.read(piece := aligned_buffer(4096))
 
     os.utime(tmp_path / "model.safetensors", (1, 1))
 
     with pytest.raises(CheckpointError, match="was written to while it was in use"):
-        berth.read(piece)
+        allocation.read(piece)
     with pytest.raises(CheckpointError, match="was written to while it was in use"):
-        berth.forget()
+        allocation.forget()
 
 
 def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
     """A new checkpoint in the same folder does not change the tiles of the old one."""
-    (berth,) = berths_over(tmp_path, [torch.arange(5000.0)])
+    (allocation,) = allocations_over(tmp_path, [torch.arange(5000.0)])
 
     write_checkpoint(tmp_path, outgoing_of({"000": torch.zeros(5000)}))
 
-    assert torch.equal(berth.tensor(), torch.arange(5000.0))
+    assert torch.equal(allocation.tensor(), torch.arange(5000.0))
 
 
 def test_files_stay_mapped_without_being_open(tmp_path, monkeypatch):
@@ -88,17 +88,17 @@ def test_files_stay_mapped_without_being_open(tmp_path, monkeypatch):
     tensors = {name: torch.arange(5000.0) + number for number, name in enumerate("abcde")}
     write_checkpoint(tmp_path, outgoing_of(tensors), max_shard_bytes=1)
     checkpoint, home = Checkpoint.open(tmp_path), CheckpointHome()
-    berths = {name: home.rows_of(found, 0, (5000,)) for name, found in checkpoint.items()}
+    allocations = {name: home.rows_of(found, 0, (5000,)) for name, found in checkpoint.items()}
     piece = aligned_buffer(20_000)
 
     write_checkpoint(tmp_path, outgoing_of({"a": torch.zeros(5000)}))
 
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert sum(str(tmp_path) in link for link in links) == 2
-    for name, berth in berths.items():
-        berth.read(piece)
+    for name, allocation in allocations.items():
+        allocation.read(piece)
         assert torch.equal(piece.view(torch.float32)[:5000], tensors[name])
-        berth.forget()
+        allocation.forget()
 
 
 def test_a_stretch_is_rows_of_its_tensor(tmp_path):
@@ -106,9 +106,9 @@ def test_a_stretch_is_rows_of_its_tensor(tmp_path):
     tensor = torch.arange(60.0).view(12, 5)
     write_checkpoint(tmp_path, outgoing_of({"a": torch.ones(3), "m": tensor}))
 
-    berth = CheckpointHome().rows_of(Checkpoint.open(tmp_path)["m"], 35, (3, 5))
+    allocation = CheckpointHome().rows_of(Checkpoint.open(tmp_path)["m"], 35, (3, 5))
 
-    assert torch.equal(berth.tensor(), tensor[7:10])
+    assert torch.equal(allocation.tensor(), tensor[7:10])
 
 
 def test_a_misaligned_tensor_has_no_stretch(tmp_path):
@@ -123,28 +123,28 @@ def test_a_misaligned_tensor_has_no_stretch(tmp_path):
 
 def test_a_fork_sees_its_own_pages(tmp_path):
     """A child that writes to a tile reads what it wrote, and the parent does not."""
-    (berth,) = berths_over(tmp_path, [torch.zeros(5000)])
-    berth.read(piece := aligned_buffer(4096))
+    (allocation,) = allocations_over(tmp_path, [torch.zeros(5000)])
+    allocation.read(piece := aligned_buffer(4096))
 
     child = os.fork()
     if not child:
-        berth.tensor()[:8].fill_(5)
-        berth.read(piece)
+        allocation.tensor()[:8].fill_(5)
+        allocation.read(piece)
         os._exit(0 if bool((piece.view(torch.float32)[:8] == 5).all()) else 1)
     status = os.waitpid(child, 0)[1]
 
-    berth.read(piece)
+    allocation.read(piece)
     assert os.waitstatus_to_exitcode(status) == 0
     assert not piece.any()
 
 
 def test_pages_of_a_stretch_are_dropped(tmp_path):
     """Evicted pages of the map are no longer in this process's memory."""
-    (berth,) = berths_over(tmp_path, [torch.zeros(8 << 20)])
-    berth.tensor().sum()
+    (allocation,) = allocations_over(tmp_path, [torch.zeros(8 << 20)])
+    allocation.tensor().sum()
     before = shared_pages()
 
-    berth.forget()
+    allocation.forget()
 
     assert before - shared_pages() > (30 << 20) // mmap.PAGESIZE
 

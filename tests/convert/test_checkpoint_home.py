@@ -17,7 +17,7 @@ from torch import nn
 import memtile
 from memtile.checkpoints import CheckpointHome
 from memtile.errors import ArgumentError, CheckpointError, HomeError
-from memtile.homes import DiskHome, berth_of
+from memtile.homes import DiskHome, allocation_of
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -33,7 +33,7 @@ def in_place(kind, folder, **options):
 
 def homes_of(model):
     """Kinds of the homes that parameters live in, by name."""
-    return {n: type(berth_of(p).home) for n, p in model.named_parameters() if berth_of(p)}
+    return {n: type(allocation_of(p).home) for n, p in model.named_parameters() if allocation_of(p)}
 
 
 def digests(folder):

@@ -18,7 +18,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import ArgumentError, CheckpointError, HomeFullError, HomeIOError, MemtileError
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -263,8 +263,8 @@ def test_every_parked_tile_is_at_home_and_has_its_name(tmp_path):
 
     for layer in (model[0], model[2]):
         for tile in layer.tile_parameters("weight").values():
-            assert berth_of(tile).home is home
-            assert berth_of(tile).label in dict(model.named_parameters())
+            assert allocation_of(tile).home is home
+            assert allocation_of(tile).label in dict(model.named_parameters())
 
 
 BIG = """

@@ -21,7 +21,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import ArgumentError, CannotTileError, HomeError, HomeFullError
-from memtile.homes import DiskHome, HostHome, berth_of
+from memtile.homes import DiskHome, HostHome, allocation_of
 from memtile.layers import ParkedEmbedding, ParkedLinear
 from memtile.transfer import ferries_of
 
@@ -90,7 +90,7 @@ def test_without_a_size_whole_layers_are_parked(home):
     parked = [m for m in model.modules() if isinstance(m, ParkedLinear | ParkedEmbedding)]
     assert len({id(m.weight) for m in parked}) == len(weights_of(model)) == 15
     for m in parked:
-        assert berth_of(m.weight) is not None
+        assert allocation_of(m.weight) is not None
 
 
 def test_a_size_parks_layers_that_fit_too():
@@ -119,10 +119,10 @@ def test_frozen_stays_frozen_and_gradients_move_home(home):
     assert all(p.requires_grad for p in model[0].tile_parameters("weight").values())
     assert torch.equal(model[0].weight.grad + 0, expected)
     for p in model[0].tile_parameters("weight").values():
-        own, berth = berth_of(p), berth_of(p.grad)
+        own, allocation = allocation_of(p), allocation_of(p.grad)
         assert own is not None
-        assert berth is not None
-        assert berth.home is own.home
+        assert allocation is not None
+        assert allocation.home is own.home
 
 
 @pytest.mark.parametrize("home", ["disc", "/var/tmp", 3, DiskHome, b"host", torch.device("cpu")])

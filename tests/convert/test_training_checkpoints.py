@@ -10,7 +10,7 @@ import memtile
 from memtile import TileOptimizer
 from memtile.checkpoints import Checkpoint
 from memtile.convert import Resumed
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 ADAMW = {"optimizer_class": optim.AdamW}
 SGD = {"optimizer_class": optim.SGD, "momentum": 0.9}
@@ -110,10 +110,10 @@ def test_state_comes_back_into_the_home(tmp_path):
 
     home = disk_of(second.model)
     for parameter in second.model.parameters():
-        berth = berth_of(parameter)
-        if berth is not None and parameter.requires_grad:
+        allocation = allocation_of(parameter)
+        if allocation is not None and parameter.requires_grad:
             kept = second.optimizer.state[parameter]
-            assert all(berth_of(kept[key]).home is home for key in ("exp_avg", "exp_avg_sq"))
+            assert all(allocation_of(kept[key]).home is home for key in ("exp_avg", "exp_avg_sq"))
 
 
 def test_a_run_goes_back_to_its_last_checkpoint(tmp_path):

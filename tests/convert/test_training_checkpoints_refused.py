@@ -284,7 +284,7 @@ def test_without_room_for_the_state_nothing_changes(saved, monkeypatch):
     """A full home is told before the first value is replaced."""
     run = a_run("disk")
     before = all_of(run)
-    monkeypatch.setattr(memtile.DiskHome, "berth", _full)
+    monkeypatch.setattr(memtile.DiskHome, "allocate", _full)
 
     with pytest.raises(memtile.errors.HomeFullError):
         run.resume(saved)

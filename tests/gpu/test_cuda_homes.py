@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import memtile
-from memtile.homes import aligned_buffer, berth_of
+from memtile.homes import aligned_buffer, allocation_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,10 +59,10 @@ def test_weights_stay_off_the_device(name):
 
     model.to("cuda")
 
-    parked = [p for p in model.parameters() if berth_of(p) is not None]
+    parked = [p for p in model.parameters() if allocation_of(p) is not None]
     assert len(parked) == 6
     assert all(p.is_cpu for p in parked)
-    assert all(p.is_cuda for p in model.parameters() if berth_of(p) is None)
+    assert all(p.is_cuda for p in model.parameters() if allocation_of(p) is None)
 
 
 def test_host_memory_and_slabs_are_pinned():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from memtile.errors import HomeError, HomeFullError, HomeIOError, UnsupportedPlatformError
-from memtile.homes import PAGE, DiskHome, aligned_buffer, berth_of, disk_io, settle_in
+from memtile.homes import PAGE, DiskHome, aligned_buffer, allocation_of, disk_io, settle_in
 
 _MIB = 1 << 20
 
@@ -195,9 +195,9 @@ def test_the_file_grows_in_few_steps(tmp_path):
     """Each map costs a file descriptor, so growing doubles the file instead of adding a tile."""
     before = _open_files()
     with DiskHome(tmp_path) as home:
-        berths = [home.berth((_MIB // 4,), torch.uint8) for _ in range(128)]
+        allocations = [home.allocate((_MIB // 4,), torch.uint8) for _ in range(128)]
 
-        assert len({berth.address for berth in berths}) == 128
+        assert len({allocation.address for allocation in allocations}) == 128
         assert _open_files() - before < 12
 
 
@@ -209,13 +209,13 @@ def _full_from_now(monkeypatch) -> None:
 
 
 def _room_left(home: DiskHome) -> int:
-    """Berths of one page that still fit where the disk is full; they are gone again."""
-    berths = []
+    """Allocations of one page that still fit where the disk is full; they are gone again."""
+    allocations = []
     try:
         while True:
-            berths.append(home.berth((PAGE,), torch.uint8))
+            allocations.append(home.allocate((PAGE,), torch.uint8))
     except HomeFullError:
-        return len(berths)
+        return len(allocations)
 
 
 def test_held_room_is_nobody_elses(tmp_path, monkeypatch):
@@ -227,15 +227,15 @@ def test_held_room_is_nobody_elses(tmp_path, monkeypatch):
 
         for _ in range(3):
             with held.used_here():
-                mine = [home.berth((pages * PAGE,), torch.uint8) for pages in (2, 1, 1)]
-            others = [home.berth((PAGE,), torch.uint8) for _ in range(free)]
+                mine = [home.allocate((pages * PAGE,), torch.uint8) for pages in (2, 1, 1)]
+            others = [home.allocate((PAGE,), torch.uint8) for _ in range(free)]
             with pytest.raises(HomeFullError):
-                home.berth((PAGE,), torch.uint8)
-            assert len({berth.address for berth in [*mine, *others]}) == free + 3
+                home.allocate((PAGE,), torch.uint8)
+            assert len({allocation.address for allocation in [*mine, *others]}) == free + 3
             del mine, others
             assert _room_left(home) == free
         with held.used_here():
-            last = home.berth((PAGE,), torch.uint8)
+            last = home.allocate((PAGE,), torch.uint8)
         del held
         assert _room_left(home) == free + 3
         del last
@@ -254,7 +254,7 @@ def test_room_that_cannot_be_held_changes_nothing(tmp_path, monkeypatch):
 
         assert _room_left(home) == free
         with held.used_here():
-            assert home.berth((PAGE,), torch.uint8).address
+            assert home.allocate((PAGE,), torch.uint8).address
 
 
 def test_room_is_held_for_the_thread_that_uses_it(tmp_path, monkeypatch):
@@ -264,12 +264,12 @@ def test_room_is_held_for_the_thread_that_uses_it(tmp_path, monkeypatch):
         _full_from_now(monkeypatch)
 
         with held.used_here():
-            berths = other.submit(_room_left, home).result()
-            mine = home.berth((PAGE,), torch.uint8)
+            allocations = other.submit(_room_left, home).result()
+            mine = home.allocate((PAGE,), torch.uint8)
 
-        assert _room_left(home) == berths
+        assert _room_left(home) == allocations
         del mine
-        assert _room_left(home) == berths
+        assert _room_left(home) == allocations
 
 
 def test_every_byte_is_allocated_before_it_is_mapped(tmp_path):
@@ -291,7 +291,7 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, "posix_fallocate", full)
         with pytest.raises(HomeFullError, match=rf"{9 * _MIB} more bytes needed, \d+ bytes are fr"):
-            home.berth((9 * _MIB,), torch.uint8)
+            home.allocate((9 * _MIB,), torch.uint8)
         with pytest.raises(HomeFullError) as raised:
             home.hold([9 * _MIB])
         monkeypatch.undo()
@@ -299,14 +299,14 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
         assert raised.value.errno == errno.ENOSPC
         assert _file_bytes(home) == before
         assert bool((settled == 1).all())
-        assert home.berth((9 * _MIB,), torch.uint8).address
+        assert home.allocate((9 * _MIB,), torch.uint8).address
 
 
 def test_an_almost_full_disk_takes_what_is_needed(tmp_path, monkeypatch):
     """Where there is no room to grow ahead, exactly what is needed still fits."""
     with DiskHome(tmp_path) as home:
         home.hold([8 * _MIB])
-        kept = home.berth((8 * _MIB,), torch.uint8)
+        kept = home.allocate((8 * _MIB,), torch.uint8)
         real = os.posix_fallocate
 
         def nearly_full(fd, offset, size):
@@ -316,7 +316,7 @@ def test_an_almost_full_disk_takes_what_is_needed(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, "posix_fallocate", nearly_full)
 
-        assert home.berth((2 * PAGE,), torch.uint8).address != kept.address
+        assert home.allocate((2 * PAGE,), torch.uint8).address != kept.address
 
 
 def test_a_limit_on_file_size_is_an_error(tmp_path):
@@ -327,7 +327,7 @@ def test_a_limit_on_file_size_is_an_error(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 * _MIB, hard))
         try:
             with pytest.raises(HomeFullError, match="File too large"):
-                home.berth((8 * _MIB,), torch.uint8)
+                home.allocate((8 * _MIB,), torch.uint8)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -342,7 +342,7 @@ def test_a_map_that_is_refused_is_an_error_and_changes_nothing(tmp_path, monkeyp
         for error, ours in ((errno.ENOMEM, HomeFullError), (errno.ENODEV, HomeError)):
             _refuse_maps(monkeypatch, error)
             with pytest.raises(ours, match="could not be mapped"):
-                home.berth((10,), torch.uint8)
+                home.allocate((10,), torch.uint8)
             monkeypatch.undo()
 
         assert _file_bytes(home) == before
@@ -360,7 +360,7 @@ def test_forget_takes_the_pages_out_of_this_process(tmp_path):
         settled.add_(1)
         before = resident()
 
-        berth_of(settled).forget()
+        allocation_of(settled).forget()
 
         assert before - resident() > 12 * _MIB
         assert bool((settled == 2).all())
@@ -395,7 +395,7 @@ def test_partial_reads_and_writes_are_continued(home, monkeypatch):
     values = torch.arange(5000)
 
     settled = settle_in(home, values)
-    berth_of(settled).read(buffer := aligned_buffer(settled.nbytes))
+    allocation_of(settled).read(buffer := aligned_buffer(settled.nbytes))
 
     assert torch.equal(buffer[: settled.nbytes].view(torch.int64), values)
     assert torch.equal(settled, values)
@@ -404,50 +404,50 @@ def test_partial_reads_and_writes_are_continued(home, monkeypatch):
 def test_a_read_that_ends_early_is_an_error(home, monkeypatch):
     """A file that ends before the tile does is HomeIOError, naming the bytes; nothing is stuck."""
     settled = settle_in(home, torch.arange(5000))
-    berth, real = berth_of(settled), disk_io.read_at
-    buffer = aligned_buffer(berth.room)
+    allocation, real = allocation_of(settled), disk_io.read_at
+    buffer = aligned_buffer(allocation.room)
 
     def ending(fd, piece, offset):
-        return real(fd, piece[:PAGE], offset) if len(piece) == berth.room else 0
+        return real(fd, piece[:PAGE], offset) if len(piece) == allocation.room else 0
 
     monkeypatch.setattr(disk_io, "read_at", ending)
-    with pytest.raises(HomeIOError, match=rf"read of {berth.room} bytes .* after {PAGE};"):
-        berth.read(buffer)
+    with pytest.raises(HomeIOError, match=rf"read of {allocation.room} bytes .* after {PAGE};"):
+        allocation.read(buffer)
     monkeypatch.undo()
 
-    berth.read(buffer)
-    assert torch.equal(buffer[: berth.nbytes].view(torch.int64), torch.arange(5000))
+    allocation.read(buffer)
+    assert torch.equal(buffer[: allocation.nbytes].view(torch.int64), torch.arange(5000))
 
 
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_an_error_of_the_disk_is_told(home, monkeypatch, act):
     """EIO becomes HomeIOError with its errno and cause, is not counted, and the home goes on."""
     settled = settle_in(home, torch.arange(5000))
-    berth, before = berth_of(settled), home.traffic
-    buffer = aligned_buffer(berth.room)
-    berth.read(buffer)
+    allocation, before = allocation_of(settled), home.traffic
+    buffer = aligned_buffer(allocation.room)
+    allocation.read(buffer)
 
     def failing(fd, piece, offset):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(disk_io, f"{act}_at", failing)
-    with pytest.raises(HomeIOError, match=f"{act} of {berth.room} bytes") as raised:
-        getattr(berth, act)(buffer)
+    with pytest.raises(HomeIOError, match=f"{act} of {allocation.room} bytes") as raised:
+        getattr(allocation, act)(buffer)
     monkeypatch.undo()
 
     assert raised.value.errno == errno.EIO
     assert isinstance(raised.value.__cause__, OSError)
     assert home.traffic.written_bytes == before.written_bytes
-    assert home.traffic.read_bytes == berth.room
-    berth.write(buffer)
+    assert home.traffic.read_bytes == allocation.room
+    allocation.write(buffer)
     assert torch.equal(settled, torch.arange(5000))
 
 
 def test_closing_waits_for_what_is_being_read(home, monkeypatch):
     """A read under way ends in peace: its file is not closed, nor its number given to another."""
     settled = settle_in(home, torch.arange(5000))
-    berth, real = berth_of(settled), disk_io.read_at
-    buffer = aligned_buffer(berth.room)
+    allocation, real = allocation_of(settled), disk_io.read_at
+    buffer = aligned_buffer(allocation.room)
     reading, go_on = threading.Event(), threading.Event()
 
     def slow(fd, piece, offset):
@@ -456,7 +456,7 @@ def test_closing_waits_for_what_is_being_read(home, monkeypatch):
         return real(fd, piece, offset)
 
     monkeypatch.setattr(disk_io, "read_at", slow)
-    reader = threading.Thread(target=berth.read, args=(buffer,))
+    reader = threading.Thread(target=allocation.read, args=(buffer,))
     closer = threading.Thread(target=home.close)
     reader.start()
     assert reading.wait(60)
@@ -467,7 +467,7 @@ def test_closing_waits_for_what_is_being_read(home, monkeypatch):
     closer.join()
 
     assert home.closed
-    assert torch.equal(buffer[: berth.nbytes].view(torch.int64), torch.arange(5000))
+    assert torch.equal(buffer[: allocation.nbytes].view(torch.int64), torch.arange(5000))
 
 
 # The path
@@ -486,7 +486,7 @@ def test_a_file_that_outgrows_free_memory_is_read_direct(tmp_path, monkeypatch, 
 
         assert home.path == "direct"
         for settled in (small, large):
-            berth_of(settled).read(buffer := aligned_buffer(settled.nbytes))
+            allocation_of(settled).read(buffer := aligned_buffer(settled.nbytes))
             assert torch.equal(buffer[: settled.nbytes].view(torch.float32), settled)
     words = [record.getMessage() for record in caplog.records]
     assert len(words) == 2

@@ -8,7 +8,7 @@ import sys
 _PARK = """
 import os, sys, torch
 from memtile.errors import HomeError
-from memtile.homes import DiskHome, aligned_buffer, berth_of, settle_in
+from memtile.homes import DiskHome, aligned_buffer, allocation_of, settle_in
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: the child would hang
 folder = sys.argv[1]
@@ -21,16 +21,16 @@ child = os.fork()
 if not child:
     code = 1
     assert torch.equal(settled, torch.arange(100_000))
-    berth_of(settled).read(aligned_buffer(berth_of(settled).room))
+    allocation_of(settled).read(aligned_buffer(allocation_of(settled).room))
     try:
-        home.berth((1,), torch.float32)
+        home.allocate((1,), torch.float32)
     except HomeError:
         code = 0
     home.close()
     del home, settled
     os._exit(code)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-berth_of(settled).read(aligned_buffer(berth_of(settled).room))
+allocation_of(settled).read(aligned_buffer(allocation_of(settled).room))
 home.close()
 """
 

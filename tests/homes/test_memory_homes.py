@@ -1,4 +1,4 @@
-"""Homes in memory, the buffers that move tiles, and what a tensor's berth is."""
+"""Homes in memory, the buffers that move tiles, and what a tensor's allocation is."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ from memtile.homes import (
     DiskHome,
     HostHome,
     aligned_buffer,
-    berth_of,
+    allocation_of,
     register,
     resolve_home,
     settle_in,
@@ -32,14 +32,14 @@ def test_the_exported_names_are_there():
     """`memtile.homes` exports what a home and its users need, and every exported name exists."""
     assert set(memtile.homes.__all__) >= {
         "PAGE",
-        "Berth",
+        "Allocation",
         "DeviceHome",
         "DiskHome",
         "Home",
         "HostHome",
         "Traffic",
         "aligned_buffer",
-        "berth_of",
+        "allocation_of",
         "register",
         "resolve_home",
         "settle_in",
@@ -84,9 +84,12 @@ def test_a_buffer_is_private_and_freed_with_its_tensor():
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome])
 def test_memory_that_is_not_there_is_an_error(make_home):
-    """A berth or a reservation beyond all memory is HomeFullError; the home goes on."""
+    """An allocation or a reservation beyond all memory is HomeFullError; the home goes on."""
     with make_home() as home:
-        for act in (lambda size: home.hold([size]), lambda size: home.berth((size,), torch.uint8)):
+        for act in (
+            lambda size: home.hold([size]),
+            lambda size: home.allocate((size,), torch.uint8),
+        ):
             with pytest.raises(HomeFullError):
                 act(_TOO_MUCH)
 
@@ -114,34 +117,34 @@ def test_only_disk_is_not_worked_on_in_place():
 
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
-def test_a_berth_is_forgotten_when_the_tensor_lies_elsewhere(make_home):
-    """Other data, also of the same address with other strides, shape or dtype, has no berth."""
+def test_an_allocation_is_forgotten_when_the_tensor_lies_elsewhere(make_home):
+    """Other data, also of the same address with other strides, shape or dtype, has no allocation."""
     with make_home() as home:
         settled = settle_in(home, torch.rand(4, 4))
-        berth = berth_of(settled)
+        allocation = allocation_of(settled)
         for other in (settled.t(), settled.view(2, 8), settled[:2], settled.view(torch.int32)):
-            register(other, berth)
+            register(other, allocation)
 
-            assert berth_of(other) is None
+            assert allocation_of(other) is None
         parameter = torch.nn.Parameter(settled)
-        assert berth_of(parameter) is None
-        register(parameter, berth)
-        assert berth_of(parameter) is berth
-        assert berth_of(copy.deepcopy(parameter)) is None
-        assert berth_of(torch.ones(2)) is None
+        assert allocation_of(parameter) is None
+        register(parameter, allocation)
+        assert allocation_of(parameter) is allocation
+        assert allocation_of(copy.deepcopy(parameter)) is None
+        assert allocation_of(torch.ones(2)) is None
 
 
 def test_the_registry_keeps_nothing_alive_and_marks_nothing():
-    """A registered parameter dies when it is dropped, its berth too; its pickle is clean."""
+    """A registered parameter dies when it is dropped, its allocation too; its pickle is clean."""
     home = HostHome()
     parameter = torch.nn.Parameter(settle_in(home, torch.rand(40)))
-    berth = home.berth((40,), torch.float32)
-    register(parameter, berth)
+    allocation = home.allocate((40,), torch.float32)
+    register(parameter, allocation)
     assert vars(parameter) == {}
     assert torch.equal(pickle.loads(pickle.dumps(parameter)), parameter)
-    gone = weakref.ref(parameter), weakref.ref(berth)
+    gone = weakref.ref(parameter), weakref.ref(allocation)
 
-    del parameter, berth
+    del parameter, allocation
     gc.collect()
 
     assert [reference() for reference in gone] == [None, None]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import memtile
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.testing import assert_as_accurate
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -128,10 +128,10 @@ def test_training_is_as_accurate_as_the_dense_run(runs: Any) -> None:
 
     assert_as_accurate_as_dense(tiled, runs["dense"], runs["truth"])
     assert len(tiled.losses) == 8  # of 6 batches, and of the validation before, or after, an epoch
-    parked = [p for p in tiled.parameters() if berth_of(p) is not None]
+    parked = [p for p in tiled.parameters() if allocation_of(p) is not None]
     state = tiled.trainer.optimizers[0].state
     assert len(parked) > 40
-    assert all(berth_of(state[p]["exp_avg"]).home is berth_of(p).home for p in parked)
+    assert all(allocation_of(state[p]["exp_avg"]).home is allocation_of(p).home for p in parked)
 
 
 def test_a_resumed_run_ends_bit_identical(runs: Any, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 import memtile
 from memtile.convert import select_linears
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.testing import assert_as_accurate
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -114,7 +114,7 @@ def tile_optimizer(model: Any, **options: Any) -> memtile.TileOptimizer:
 
 def frozen_tiles(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parked parameters."""
-    return (p for p in model.parameters() if berth_of(p) is not None)
+    return (p for p in model.parameters() if allocation_of(p) is not None)
 
 
 @pytest.mark.parametrize(("tied", "targets", "options"), CASES)

@@ -23,7 +23,7 @@ from tiny_llama import (
 from torch import Tensor
 
 import memtile
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.testing import assert_as_accurate
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -135,14 +135,14 @@ def test_gradients_were_clipped_and_logged(runs: Any) -> None:
 def test_moments_live_on_disk_and_no_gradient_is_left(runs: Any) -> None:
     """accelerate's preparation of model and optimizer leaves every moment in its home."""
     run = runs["tiled"]
-    parked = [p for p in run.trainer.model.parameters() if berth_of(p) is not None]
+    parked = [p for p in run.trainer.model.parameters() if allocation_of(p) is not None]
 
     assert len(parked) > 40
     assert all(p.grad is None for p in run.trainer.model.parameters())
     for parameter in parked:
         state = run.optimizer.state[parameter]
-        assert berth_of(state["exp_avg"]).home is berth_of(parameter).home
-        assert berth_of(state["exp_avg_sq"]).home is berth_of(parameter).home
+        assert allocation_of(state["exp_avg"]).home is allocation_of(parameter).home
+        assert allocation_of(state["exp_avg_sq"]).home is allocation_of(parameter).home
 
 
 @pytest.mark.parametrize("checkpoint", ["checkpoint-2", "checkpoint-3", "saved"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from walks import GRIDS, assert_same, dense_gradients, grid_id
 
 import memtile
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.testing import assert_as_accurate
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -100,10 +100,10 @@ def test_gradients_live_where_their_weights_live():
 
     for tile in layer.modules():
         if isinstance(tile, memtile.layers.ParkedLinear):
-            gradient = berth_of(tile.weight.grad)
+            gradient = allocation_of(tile.weight.grad)
             assert gradient is not None
             assert gradient.home is tile.home
-            assert berth_of(tile.bias) is berth_of(tile.bias.grad) is None
+            assert allocation_of(tile.bias) is allocation_of(tile.bias.grad) is None
 
 
 @in_every_grid

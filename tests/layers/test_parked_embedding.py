@@ -14,7 +14,7 @@ import memtile
 from memtile import TiledEmbedding
 from memtile.errors import ParkedCopyWarning, ParkedError, TileDtypeError, TileIndexError
 from memtile.geometry import Grid
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.layers import ParkedEmbedding
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -54,7 +54,7 @@ def test_rows_and_gradients_are_the_dense_embeddings(home, out_splits, ids, opti
 
     assert_same(tiled.weight.grad + 0, dense.weight.grad)
     for p in tiled.parameters():
-        assert berth_of(p) is not None
+        assert allocation_of(p) is not None
 
 
 @in_every_home

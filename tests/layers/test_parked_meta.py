@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from memtile import DiskHome, TiledLinear
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 
 def weights(layer):
@@ -21,7 +21,7 @@ def test_a_layer_on_meta_is_parked_when_it_is_loaded(splits):
 
     layer.load_state_dict(dense.state_dict(), assign=True)
 
-    assert all(berth_of(weight) is not None for weight in weights(layer))
+    assert all(allocation_of(weight) is not None for weight in weights(layer))
     assert torch.equal(layer.to_linear().weight, dense.weight)
     x = torch.randn(5, 11)
     torch.testing.assert_close(layer(x), dense(x))
@@ -33,6 +33,6 @@ def test_a_layer_on_meta_is_parked_when_it_gets_memory():
 
     layer.to_empty(device="cpu")
 
-    assert all(berth_of(weight) is not None for weight in weights(layer))
+    assert all(allocation_of(weight) is not None for weight in weights(layer))
     layer.reset_parameters()
     assert layer(torch.randn(2, 11)).isfinite().all()

@@ -34,7 +34,7 @@ from memtile.errors import (
     TileDtypeError,
     TileShapeError,
 )
-from memtile.homes import DiskHome, berth_of
+from memtile.homes import DiskHome, allocation_of
 from memtile.layers import ParkedLinear
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -50,7 +50,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 def is_parked(layer: nn.Module) -> bool:
     """Whether every weight of its tiles is at a home."""
-    return all(berth_of(p) is not None for n, p in layer.named_parameters() if "weight" in n)
+    return all(allocation_of(p) is not None for n, p in layer.named_parameters() if "weight" in n)
 
 
 # Moved
@@ -71,7 +71,7 @@ def is_parked(layer: nn.Module) -> bool:
     ],
 )
 def test_what_changes_nothing_leaves_tiles_at_home(home, move: Callable[[nn.Module], object]):
-    """Moving to where the tiles are, in their dtype, keeps parameters, bits and berths."""
+    """Moving to where the tiles are, in their dtype, keeps parameters, bits and allocations."""
     _, parked = twins(home)
     before, parameters = state(parked), list(parked.parameters())
 
@@ -264,7 +264,7 @@ def test_a_parked_linear_by_itself_is_a_linear(home, bias):
     for module in (parked, dense):
         module(X.double()).square().sum().backward()
 
-    assert berth_of(parked.weight) is not None
+    assert allocation_of(parked.weight) is not None
     torch.testing.assert_close(parked.weight.grad, dense.weight.grad)
     assert "home=" in repr(parked)
 

@@ -21,7 +21,7 @@ from small_training import (
 )
 from torch import Tensor, nn, optim
 
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 STEPS = 3
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1}
@@ -78,7 +78,7 @@ def test_masters_are_float32(home, dtype):
         ("exp_avg", "exp_avg_sq", "master"), torch.float32
     )
     if home == "disk":
-        assert berth_of(optimizer.state[weight]["master"]).home is disk_of(model)
+        assert allocation_of(optimizer.state[weight]["master"]).home is disk_of(model)
 
 
 def test_without_masters_it_is_plain_16_bit_training(home):

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from memtile import DiskHome, TiledLinear
 from memtile.errors import OptimizerError
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.optim.clipping import _cells
 
 FLOAT32_ROUNDING = 1e-5  # of a norm over some hundred values, summed in another order
@@ -147,7 +147,7 @@ def test_gradients_stay_at_home():
     """Clipping keeps every gradient's tensor and home, and writes each once."""
     model, optimizer = _with_gradients("disk")
     gradients = [parameter.grad for parameter in model.parameters()]
-    room = sum(berth.room for berth in map(berth_of, gradients) if berth)
+    room = sum(allocation.room for allocation in map(allocation_of, gradients) if allocation)
     before = disk_of(model).traffic
 
     optimizer.clip_grad_norm_(0.1)

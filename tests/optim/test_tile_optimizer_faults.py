@@ -22,7 +22,7 @@ from small_training import (
 )
 
 from memtile.errors import HomeFullError, HomeIOError, NotFiniteError, ParkedError
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 POINTS = (1, 20)  # which read or write of a step fails first
 
@@ -76,7 +76,7 @@ def _fill(home):
     for segment in home._segments._all:
         while segment.free.runs:
             largest = max(stop - start for start, stop in segment.free.runs)
-            rooms.append(home.berth((largest,), torch.uint8))
+            rooms.append(home.allocate((largest,), torch.uint8))
     return rooms
 
 
@@ -96,7 +96,7 @@ def test_a_full_disk_at_construction_changes_nothing(mode, monkeypatch):
     loss_of(model, batches(1)[0]).backward()
     assert same(values(model), before)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-    assert all(berth_of(tile.weight.grad) for _, tile in model.up.tiles())
+    assert all(allocation_of(tile.weight.grad) for _, tile in model.up.tiles())
     model.zero_grad()
     train(model, optimizer_for(model, mode=mode), batches(1))
 
@@ -137,7 +137,9 @@ def test_what_was_reserved_is_enough(mode, dtype, monkeypatch):
 
     parked = [entry for state in optimizer.state.values() for entry in state.values()]
     parked += [p.grad for p in model.parameters() if p.grad is not None]
-    assert sum(berth.room for berth in map(berth_of, parked) if berth) <= sum(asked)
+    assert sum(allocation.room for allocation in map(allocation_of, parked) if allocation) <= sum(
+        asked
+    )
 
 
 @pytest.mark.parametrize("steps", [0, 1])

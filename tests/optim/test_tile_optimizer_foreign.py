@@ -18,7 +18,7 @@ from small_training import (
 )
 from torch import nn, optim
 
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 
 @pytest.fixture(params=HOMES)
@@ -186,7 +186,7 @@ def test_values_that_were_swapped(home, mode):
     assert losses[0] == losses[1]
     assert same(values(model), values(twin))
     for parameter, new in swapped.items():
-        assert berth_of(parameter) is None
+        assert allocation_of(parameter) is None
         assert parameter.data_ptr() == new.data_ptr()
 
 

@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 import memtile
 from memtile import TileOptimizer
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 STEPS = 3
 
@@ -141,7 +141,7 @@ def test_zero_grad_can_keep_gradients_as_zeros():
 
     assert same(*runs)
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
-    assert all(berth_of(tile.weight.grad) for _, tile in model.up.tiles())
+    assert all(allocation_of(tile.weight.grad) for _, tile in model.up.tiles())
 
 
 def test_set_to_none_gives_the_room_back():

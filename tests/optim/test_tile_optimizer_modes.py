@@ -22,7 +22,7 @@ from torch import nn
 
 from memtile import DiskHome, TiledLinear
 from memtile.errors import OptimizerError
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 
 @pytest.fixture(params=HOMES)
@@ -166,7 +166,9 @@ def test_only_sums_of_tied_tiles_go_home(tied):
     """Each tile is written once a step, without its gradient; one that is used twice, twice."""
     dense = _Tied() if tied else nn.Sequential(nn.Embedding(23, 10), nn.Linear(10, 23))
     model = in_home(dense, "disk", {"out_splits": 3})
-    room = sum(berth.room for berth in map(berth_of, model.parameters()) if berth)
+    room = sum(
+        allocation.room for allocation in map(allocation_of, model.parameters()) if allocation
+    )
     optimizer = optimizer_for(model, torch.optim.SGD, mode="in_backward", lr=0.1)
     before = disk_of(model).traffic.written_bytes
 
@@ -183,8 +185,8 @@ def test_classic_gradients_are_at_home():
     loss_of(model, batches(1)[0]).backward()
 
     for parameter in model.parameters():
-        berth = berth_of(parameter)
-        assert berth is None or berth_of(parameter.grad).home is berth.home
+        allocation = allocation_of(parameter)
+        assert allocation is None or allocation_of(parameter.grad).home is allocation.home
     optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -206,7 +208,7 @@ def test_a_dropped_optimizer_takes_its_hooks_along(home):
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     if home == "disk":
-        assert all(berth_of(tile.weight.grad) for _, tile in model.up.tiles())
+        assert all(allocation_of(tile.weight.grad) for _, tile in model.up.tiles())
 
 
 def test_an_exception_in_the_constructor_leaves_no_hooks():

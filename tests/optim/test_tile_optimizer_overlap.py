@@ -9,7 +9,7 @@ from faulty_disk import Watched, slabs_are_free
 from small_training import optimizer_for, same, values
 
 from memtile import DiskHome, TiledLinear
-from memtile.homes import berth_of, disk_io
+from memtile.homes import allocation_of, disk_io
 from memtile.transfer import Holder, ferries_of
 
 TILES = 5
@@ -20,8 +20,10 @@ class Gate:
     """Holds writes of one tile back, and knows which tiles' reads and writes have begun."""
 
     def __init__(self, monkeypatch, layer):
-        self.berths = [berth_of(tile.weight) for _, tile in layer.tiles()]
-        self.begun = {act: [threading.Event() for _ in self.berths] for act in ("read", "write")}
+        self.allocations = [allocation_of(tile.weight) for _, tile in layer.tiles()]
+        self.begun = {
+            act: [threading.Event() for _ in self.allocations] for act in ("read", "write")
+        }
         self.opened, self.held, self.written = threading.Event(), None, []
         for act in self.begun:
             real = getattr(disk_io, f"{act}_at")
@@ -42,8 +44,8 @@ class Gate:
         return move
 
     def _tile_at(self, offset):
-        for number, berth in enumerate(self.berths):
-            if berth.offset <= offset < berth.offset + berth.room:
+        for number, allocation in enumerate(self.allocations):
+            if allocation.offset <= offset < allocation.offset + allocation.room:
                 return number
         return None
 
@@ -132,7 +134,7 @@ def test_no_more_is_read_than_is_stepped(layer):
     """A step reads each value, gradient and moment once, and writes all but gradients once."""
     model, optimizer = layer
     home = model.linears[0][0].home
-    rooms = [berth_of(tile.weight).room for _, tile in model.tiles()]
+    rooms = [allocation_of(tile.weight).room for _, tile in model.tiles()]
     before = home.traffic
 
     optimizer.step()

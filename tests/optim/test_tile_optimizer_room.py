@@ -56,7 +56,7 @@ def _fill(home):
     taken = []
     try:
         while True:
-            taken.append(home.berth((PAGE,), torch.uint8))
+            taken.append(home.allocate((PAGE,), torch.uint8))
     except HomeFullError:
         return taken
 

@@ -21,7 +21,7 @@ from small_training import (
 from torch import optim
 
 from memtile.errors import HomeIOError, OptimizerError
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.optim import stepping
 
 STEPS = 3
@@ -114,10 +114,10 @@ def test_state_is_kept_whole(few_rows):
     _, _, optimizer = _trained("disk", Late, "classic")
 
     for parameter, state in optimizer.state.items():
-        berth = berth_of(parameter)
+        allocation = allocation_of(parameter)
         assert state["count"] == STEPS
         assert state["total"].shape == parameter.shape
-        assert berth is None or berth_of(state["total"]).home is berth.home
+        assert allocation is None or allocation_of(state["total"]).home is allocation.home
 
 
 def test_a_whole_parameter_is_stepped_in_so_many_parts(few_rows, monkeypatch):

@@ -22,7 +22,7 @@ from small_training import (
 from torch import Tensor, nn, optim
 
 from memtile import TileOptimizer, untile
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 
 
 class Turned(nn.Module):
@@ -147,7 +147,7 @@ def test_it_can_be_taken_over_and_given_back(kind, home, grouped):
     assert _equal(ours.state_dict(), plain.state_dict())
     if home == "disk":
         weight = model.up.tile(1, 1).weight
-        assert berth_of(ours.state[weight]["exp_avg"]).home is berth_of(weight).home
+        assert allocation_of(ours.state[weight]["exp_avg"]).home is allocation_of(weight).home
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -226,7 +226,7 @@ def test_of_a_disk_home_it_is_in_the_home():
         state = optimizer.state_dict()
     joined = [state["state"][n][k] for n in (0, 1, 5) for k in ("exp_avg", "exp_avg_sq")]
 
-    assert all(berth_of(tensor).home is home for tensor in joined)
+    assert all(allocation_of(tensor).home is home for tensor in joined)
     assert joined[0].untyped_storage().nbytes() == joined[0].nbytes
     del state, joined
     gc.collect()

@@ -4,19 +4,19 @@ from collections.abc import Callable
 
 from watched_home import PATIENCE_SECONDS
 
-from memtile.homes import Berth
+from memtile.homes import Allocation
 from memtile.transfer import Ferry, Holder
 
 FREE = {Holder.NOBODY, Holder.ITS_TILES}
 MakeFerry = Callable[..., Ferry]
 
 
-def walk(ferry: Ferry, order: list[Berth]) -> list[float]:
+def walk(ferry: Ferry, order: list[Allocation]) -> list[float]:
     """One pass: the first value of each tile, as it was found."""
     found = []
     ferry.start()
-    for berth in order:
-        with ferry.borrow((berth,)) as loan:
+    for allocation in order:
+        with ferry.borrow((allocation,)) as loan:
             found.append(loan.tensors[0][0].item())
     return found
 
@@ -33,10 +33,13 @@ def quiet(ferry: Ferry) -> None:
 
 
 def spoil(
-    ferry: Ferry, berth: Berth, error: type[BaseException] | BaseException, stores: bool = False
+    ferry: Ferry,
+    allocation: Allocation,
+    error: type[BaseException] | BaseException,
+    stores: bool = False,
 ) -> None:
     """Borrow the tile, fill it with fives, and raise the error."""
-    with ferry.borrow((berth,)) as loan:
+    with ferry.borrow((allocation,)) as loan:
         loan.tensors[0].fill_(5)
         if stores:
             loan.store()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from home_probes import (
     in_threads,
-    known_berth,
+    known_allocation,
     random_values,
     read_whole,
     same,
@@ -17,7 +17,7 @@ from home_probes import (
 )
 
 from memtile.errors import ArgumentError, HomeError
-from memtile.homes import PAGE, Home, Traffic, aligned_buffer, berth_of, register, settle_in
+from memtile.homes import PAGE, Home, Traffic, aligned_buffer, allocation_of, register, settle_in
 
 _DTYPES: Final = (
     torch.float32,
@@ -65,41 +65,41 @@ class HomeContract(ABC):
         """torch.save writes a tensor's whole storage: it is no byte longer than the tensor."""
         with self.make_home() as home:
             for dtype, shape in _kinds():
-                berth = home.berth(shape, dtype)
-                tensor = berth.tensor()
+                allocation = home.allocate(shape, dtype)
+                tensor = allocation.tensor()
 
-                assert tensor.untyped_storage().nbytes() == berth.nbytes, (dtype, shape)
+                assert tensor.untyped_storage().nbytes() == allocation.nbytes, (dtype, shape)
                 assert tensor.storage_offset() == 0
                 assert tensor.is_contiguous()
 
-    def test_a_berth_tells_its_sizes(self) -> None:
+    def test_an_allocation_tells_its_sizes(self) -> None:
         """`nbytes` is the tensor's size, `room` the same in whole pages, with no page too many."""
         with self.make_home() as home:
             for dtype, shape in _kinds():
-                berth = home.berth(shape, dtype)
+                allocation = home.allocate(shape, dtype)
 
-                assert berth.nbytes == torch.Size(shape).numel() * dtype.itemsize
-                assert berth.room % PAGE == 0
-                assert 0 <= berth.room - berth.nbytes < PAGE
-                assert berth.home is home
+                assert allocation.nbytes == torch.Size(shape).numel() * dtype.itemsize
+                assert allocation.room % PAGE == 0
+                assert 0 <= allocation.room - allocation.nbytes < PAGE
+                assert allocation.home is home
 
     def test_each_call_gives_a_new_tensor_over_the_same_bytes(self) -> None:
-        """Two tensors of a berth are two objects, at its address, and see each other's values."""
+        """Two tensors of an allocation are two objects, at its address, and see each other's values."""
         with self.make_home() as home:
-            berth = home.berth((5, 7), torch.float32)
-            first, second = berth.tensor(), berth.tensor()
+            allocation = home.allocate((5, 7), torch.float32)
+            first, second = allocation.tensor(), allocation.tensor()
 
             first.fill_(3)
 
             assert first is not second
-            assert first.data_ptr() == second.data_ptr() == berth.address
+            assert first.data_ptr() == second.data_ptr() == allocation.address
             assert bool((second == 3).all())
 
     def test_a_tensor_may_become_a_parameter_that_trains(self) -> None:
         """A tensor is a leaf of its own, also one that was made in inference mode."""
         with self.make_home() as home:
             with torch.inference_mode():
-                made = home.berth((3, 5), torch.float32).tensor()
+                made = home.allocate((3, 5), torch.float32).tensor()
             parameter = torch.nn.Parameter(made)
             with torch.no_grad():
                 parameter.fill_(2)
@@ -112,45 +112,45 @@ class HomeContract(ABC):
     def test_read_sees_what_a_tensor_wrote(self) -> None:
         """Values written through a tensor are what `read` gives, the first time and later."""
         with self.make_home() as home:
-            berth = home.berth((129, 257), torch.float32)
-            tensor = berth.tensor()
+            allocation = home.allocate((129, 257), torch.float32)
+            tensor = allocation.tensor()
             for seed in range(3):
                 tensor.copy_(random_values((129, 257), torch.float32, seed))
 
-                assert same(read_whole(berth), tensor)
+                assert same(read_whole(allocation), tensor)
 
     def test_a_tensor_sees_what_write_wrote(self) -> None:
         """Bytes written past a tensor are its values at once, whether it was read before or not."""
         with self.make_home() as home:
-            berth = home.berth((129, 257), torch.float32)
-            tensor = berth.tensor()
+            allocation = home.allocate((129, 257), torch.float32)
+            tensor = allocation.tensor()
             for seed in range(3):
                 values = random_values((129, 257), torch.float32, seed)
 
-                write_whole(berth, values)
+                write_whole(allocation, values)
 
                 assert same(tensor, values)
-                assert same(berth.tensor(), values)
+                assert same(allocation.tensor(), values)
 
     def test_pieces_are_read_and_written_where_they_belong(self) -> None:
         """A piece at `start` is that part of the room, and its neighbours are left alone."""
         with self.make_home() as home:
-            berth = home.berth((3 * PAGE + 5,), torch.uint8)
+            allocation = home.allocate((3 * PAGE + 5,), torch.uint8)
             values = random_values((3 * PAGE + 5,), torch.uint8)
-            write_whole(berth, values)
+            write_whole(allocation, values)
             middle = aligned_buffer(PAGE)
 
-            berth.write(middle.fill_(7), PAGE)
-            berth.read(last := aligned_buffer(2 * PAGE), 2 * PAGE)
+            allocation.write(middle.fill_(7), PAGE)
+            allocation.read(last := aligned_buffer(2 * PAGE), 2 * PAGE)
 
             values[PAGE : 2 * PAGE] = 7
-            assert same(berth.tensor(), values)
+            assert same(allocation.tensor(), values)
             assert same(last[: PAGE + 5], values[2 * PAGE :])
 
     def test_pieces_that_do_not_fit_are_refused(self) -> None:
         """A piece past the room, off a page, of another dtype or rank raises ArgumentError."""
         with self.make_home() as home:
-            berth = home.berth((2 * PAGE,), torch.uint8)
+            allocation = home.allocate((2 * PAGE,), torch.uint8)
             buffer = aligned_buffer(3 * PAGE)
             one = buffer[:PAGE]
             for piece, start in (
@@ -164,15 +164,15 @@ class HomeContract(ABC):
                 (one.view(2, -1), 0),
             ):
                 with pytest.raises(ArgumentError):
-                    berth.read(piece, start)
+                    allocation.read(piece, start)
                 with pytest.raises(ArgumentError):
-                    berth.write(piece, start)
+                    allocation.write(piece, start)
 
     def test_a_room_is_not_used_again_while_a_tensor_lies_over_it(self) -> None:
-        """A view that outlives its berth keeps its values, however much is parked after it."""
+        """A view that outlives its allocation keeps its values, however much is parked after it."""
         with self.make_home() as home:
-            # Not settled in: a registered tensor, which a view keeps, would keep its berth.
-            tensors = [home.berth((1000,), torch.float32).tensor().fill_(n) for n in range(8)]
+            # Not settled in: a registered tensor, which a view keeps, would keep its allocation.
+            tensors = [home.allocate((1000,), torch.float32).tensor().fill_(n) for n in range(8)]
             views = [tensor.view(-1)[1:] for tensor in tensors]
             del tensors
             gc.collect()
@@ -182,17 +182,17 @@ class HomeContract(ABC):
             assert all(bool((view == n).all()) for n, view in enumerate(views))
             assert all(bool((other == -1).all()) for other in others)
 
-    def test_a_room_is_not_used_again_while_its_berth_is_alive(self) -> None:
-        """A berth keeps its bytes when every tensor over it is gone, and makes new tensors."""
+    def test_a_room_is_not_used_again_while_its_allocation_is_alive(self) -> None:
+        """An allocation keeps its bytes when every tensor over it is gone, and makes new tensors."""
         with self.make_home() as home:
-            berths = [home.berth((1000,), torch.float32) for _ in range(8)]
-            for number, berth in enumerate(berths):
-                berth.tensor().fill_(number)
+            allocations = [home.allocate((1000,), torch.float32) for _ in range(8)]
+            for number, allocation in enumerate(allocations):
+                allocation.tensor().fill_(number)
             gc.collect()
 
             others = [settle_in(home, torch.full((1000,), -1.0)) for _ in range(32)]
 
-            assert all(bool((b.tensor() == n).all()) for n, b in enumerate(berths))
+            assert all(bool((b.tensor() == n).all()) for n, b in enumerate(allocations))
             assert all(bool((other == -1).all()) for other in others)
 
     def test_parking_and_dropping_can_go_on(self) -> None:
@@ -208,52 +208,54 @@ class HomeContract(ABC):
         """What was written through a tensor, or past it, is there after `forget`."""
         with self.make_home() as home:
             values = random_values((129, 257), torch.float32)
-            berth = home.berth((129, 257), torch.float32)
-            tensor = berth.tensor()
+            allocation = home.allocate((129, 257), torch.float32)
+            tensor = allocation.tensor()
             tensor.copy_(values)
 
-            berth.forget()
+            allocation.forget()
 
             assert same(tensor, values)
-            write_whole(berth, values + 1)
-            berth.forget()
-            berth.forget()
-            assert same(read_whole(berth), values + 1)
+            write_whole(allocation, values + 1)
+            allocation.forget()
+            allocation.forget()
+            assert same(read_whole(allocation), values + 1)
             assert same(tensor, values + 1)
 
     def test_held_room_is_there(self) -> None:
-        """Berths of the rooms that were held fit, and others may be made beside them."""
+        """Allocations of the rooms that were held fit, and others may be made beside them."""
         with self.make_home() as home:
             held = home.hold([PAGE, 3 * PAGE, PAGE])
-            others = [home.berth((PAGE,), torch.uint8) for _ in range(4)]
+            others = [home.allocate((PAGE,), torch.uint8) for _ in range(4)]
 
             with held.used_here():
-                berths = [home.berth((size,), torch.uint8) for size in (PAGE, PAGE, 3 * PAGE)]
+                allocations = [
+                    home.allocate((size,), torch.uint8) for size in (PAGE, PAGE, 3 * PAGE)
+                ]
             del held
 
-            assert len({berth.address for berth in [*others, *berths]}) == 7
+            assert len({allocation.address for allocation in [*others, *allocations]}) == 7
 
     def test_any_number_of_threads_may_read(self) -> None:
-        """Reads of several threads, and writes to other berths meanwhile, do not meet."""
+        """Reads of several threads, and writes to other allocations meanwhile, do not meet."""
         with self.make_home() as home:
             values = [random_values((50_000,), torch.float32, seed) for seed in range(4)]
             settled = [settle_in(home, value) for value in values]
             wrong: list[int] = []
 
             def work(number: int) -> None:
-                berth = known_berth(settled[number])
+                allocation = known_allocation(settled[number])
                 for turn in range(8):
-                    if not same(read_whole(berth), values[number]):
+                    if not same(read_whole(allocation), values[number]):
                         wrong.append(number)
                     if turn % 2:
-                        write_whole(berth, values[number])
+                        write_whole(allocation, values[number])
 
             in_threads(work, 4)
 
             assert not wrong
 
     def test_any_number_of_threads_may_park_and_drop(self) -> None:
-        """Berths taken at the same time never overlap."""
+        """Allocations taken at the same time never overlap."""
         with self.make_home() as home:
             wrong: list[int] = []
 
@@ -272,43 +274,43 @@ class HomeContract(ABC):
     def test_traffic_counts_what_read_and_write_moved(self) -> None:
         """Traffic grows by the bytes of each piece; using tensors adds nothing to it."""
         with self.make_home() as home:
-            berth = home.berth((2 * PAGE,), torch.uint8)
+            allocation = home.allocate((2 * PAGE,), torch.uint8)
             piece = aligned_buffer(PAGE)
-            berth.tensor().zero_()
+            allocation.tensor().zero_()
             before = home.traffic
 
-            berth.write(piece, PAGE)
-            berth.read(piece)
-            berth.read(piece)
+            allocation.write(piece, PAGE)
+            allocation.read(piece)
+            allocation.read(piece)
 
             assert before == Traffic(0, 0)
             assert home.traffic == Traffic(read_bytes=2 * PAGE, written_bytes=PAGE)
 
     def test_a_label_can_be_set(self) -> None:
-        """A berth has no label at first, and the one that it is given then."""
+        """An allocation has no label at first, and the one that it is given then."""
         with self.make_home() as home:
-            berth = home.berth((1,), torch.float32)
-            assert berth.label is None
+            allocation = home.allocate((1,), torch.float32)
+            assert allocation.label is None
 
-            berth.label = "layers.0.weight"
+            allocation.label = "layers.0.weight"
 
-            assert berth.label == "layers.0.weight"
+            assert allocation.label == "layers.0.weight"
 
     def test_a_closed_home_refuses(self) -> None:
-        """Once closed, `berth`, `hold`, `read` and `write` raise HomeError."""
+        """Once closed, `allocation`, `hold`, `read` and `write` raise HomeError."""
         home = self.make_home()
-        berth, piece = home.berth((PAGE,), torch.uint8), aligned_buffer(PAGE)
+        allocation, piece = home.allocate((PAGE,), torch.uint8), aligned_buffer(PAGE)
 
         home.close()
 
         with pytest.raises(HomeError):
-            home.berth((1,), torch.float32)
+            home.allocate((1,), torch.float32)
         with pytest.raises(HomeError):
             home.hold([PAGE])
         with pytest.raises(HomeError):
-            berth.read(piece)
+            allocation.read(piece)
         with pytest.raises(HomeError):
-            berth.write(piece)
+            allocation.write(piece)
 
     def test_close_is_idempotent(self) -> None:
         """Closing twice, and closing inside the block that closes too, is closing once."""
@@ -329,18 +331,18 @@ class HomeContract(ABC):
         settled.add_(1)
         assert same(settled, values + 1)
 
-    def test_a_tensor_is_found_in_its_berth_only_while_it_lies_there(self) -> None:
+    def test_a_tensor_is_found_in_its_allocation_only_while_it_lies_there(self) -> None:
         """A parameter that was registered is known until its data is moved away."""
         with self.make_home() as home:
             settled = settle_in(home, torch.arange(6.0).view(2, 3))
             parameter = torch.nn.Parameter(settled)
-            register(parameter, known_berth(settled))
-            assert berth_of(parameter) is berth_of(settled)
+            register(parameter, known_allocation(settled))
+            assert allocation_of(parameter) is allocation_of(settled)
 
             parameter.data = torch.zeros(2, 3)
 
-            assert berth_of(parameter) is None
-            assert berth_of(settled) is not None
+            assert allocation_of(parameter) is None
+            assert allocation_of(settled) is not None
 
 
 def _kinds() -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from memtile.homes import PAGE, Berth, Home
+from memtile.homes import PAGE, Allocation, Home
 
 _DTYPES: Final = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _LONGEST: Final = 3 * PAGE
@@ -18,9 +18,9 @@ _LONGEST: Final = 3 * PAGE
 
 @dataclass
 class _Parked:
-    """A berth, or tensors over it, or both, and what they must hold."""
+    """An allocation, or tensors over it, or both, and what they must hold."""
 
-    berth: Berth | None
+    allocation: Allocation | None
     truth: Tensor
     tensors: list[Tensor] = field(default_factory=list)
 
@@ -29,7 +29,7 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMach
     """A state machine for homes of this kind, for `run_state_machine_as_test`.
 
     It parks, writes through tensors and past them, reads both ways, forgets, holds, drops
-    berths and tensors in any order, and compares with a plain model after every step.
+    allocations and tensors in any order, and compares with a plain model after every step.
 
     Args:
         make_home: gives a new, open, empty home.
@@ -45,9 +45,9 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMach
 
         @rule(length=st.integers(0, _LONGEST), dtype=st.sampled_from(_DTYPES), value=bytes_)
         def park(self, length: int, dtype: torch.dtype, value: int) -> None:
-            berth = self.home.berth((length,), dtype)
-            tensor = berth.tensor().fill_(value)
-            self.parked.append(_Parked(berth, tensor.cpu().clone(), [tensor]))
+            allocation = self.home.allocate((length,), dtype)
+            tensor = allocation.tensor().fill_(value)
+            self.parked.append(_Parked(allocation, tensor.cpu().clone(), [tensor]))
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices, value=bytes_)
@@ -61,37 +61,37 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMach
         @rule(choice=choices, value=bytes_)
         def write_past_tensors(self, choice: int, value: int) -> None:
             parked = self._pick(choice)
-            if parked.berth is not None:
+            if parked.allocation is not None:
                 parked.truth.add_(value)
-                write_whole(parked.berth, parked.truth)
+                write_whole(parked.allocation, parked.truth)
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
         def read_past_tensors(self, choice: int) -> None:
             parked = self._pick(choice)
-            if parked.berth is not None:
-                assert torch.equal(read_whole(parked.berth), parked.truth)
+            if parked.allocation is not None:
+                assert torch.equal(read_whole(parked.allocation), parked.truth)
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
         def forget(self, choice: int) -> None:
             parked = self._pick(choice)
-            if parked.berth is not None:
-                parked.berth.forget()
+            if parked.allocation is not None:
+                parked.allocation.forget()
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
         def make_another_tensor(self, choice: int) -> None:
             parked = self._pick(choice)
-            if parked.berth is not None:
-                parked.tensors.append(parked.berth.tensor())
+            if parked.allocation is not None:
+                parked.tensors.append(parked.allocation.tensor())
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
-        def drop_the_berth(self, choice: int) -> None:
+        def drop_the_allocation(self, choice: int) -> None:
             parked = self._pick(choice)
             if parked.tensors:
-                parked.berth = None
+                parked.allocation = None
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
@@ -99,7 +99,7 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMach
             parked = self._pick(choice)
             if parked.tensors:
                 parked.tensors.pop()
-            if parked.berth is None and not parked.tensors:
+            if parked.allocation is None and not parked.tensors:
                 self._drop(parked)
 
         @precondition(lambda self: self.parked)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from memtile.homes import Berth, aligned_buffer, berth_of
+from memtile.homes import Allocation, aligned_buffer, allocation_of
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -20,24 +20,24 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.cpu(), other.cpu())
 
 
-def known_berth(tensor: Tensor) -> Berth:
-    """The berth that the tensor was registered with."""
-    berth = berth_of(tensor)
-    assert berth is not None
-    return berth
+def known_allocation(tensor: Tensor) -> Allocation:
+    """The allocation that the tensor was registered with."""
+    allocation = allocation_of(tensor)
+    assert allocation is not None
+    return allocation
 
 
-def read_whole(berth: Berth) -> Tensor:
-    """The berth's values, read past its tensors."""
-    berth.read(buffer := aligned_buffer(berth.room))
-    return buffer[: berth.nbytes].view(berth.dtype).view(berth.shape)
+def read_whole(allocation: Allocation) -> Tensor:
+    """The allocation's values, read past its tensors."""
+    allocation.read(buffer := aligned_buffer(allocation.room))
+    return buffer[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
 
 
-def write_whole(berth: Berth, values: Tensor) -> None:
-    """Writes the values past the berth's tensors."""
-    buffer = aligned_buffer(berth.room)
-    buffer[: berth.nbytes].copy_(values.reshape(-1).view(torch.uint8))
-    berth.write(buffer)
+def write_whole(allocation: Allocation, values: Tensor) -> None:
+    """Writes the values past the allocation's tensors."""
+    buffer = aligned_buffer(allocation.room)
+    buffer[: allocation.nbytes].copy_(values.reshape(-1).view(torch.uint8))
+    allocation.write(buffer)
 
 
 def in_threads(work: Callable[[int], None], count: int) -> None:

@@ -59,7 +59,9 @@ def twins(
 
 def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parked parameters by their names."""
-    return {n: p for n, p in module.named_parameters() if memtile.homes.berth_of(p) is not None}
+    return {
+        n: p for n, p in module.named_parameters() if memtile.homes.allocation_of(p) is not None
+    }
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor | None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memtile.errors import HomeIOError
-from memtile.homes import Berth, Home, HostHome
+from memtile.homes import Allocation, Home, HostHome
 
 PATIENCE_SECONDS = 30  # a hang becomes a failure; nothing that passes waits so long
 
@@ -18,7 +18,7 @@ class WatchedHome(Home):
     """Tiles are brought in through slabs, as from a disk.
 
     Attributes:
-        events: ("read" or "write", label of the berth), in the order in which they began.
+        events: ("read" or "write", label of the allocation), in the order in which they began.
         broken: acts that fail, with an I/O error.
         before: called with (act, label) in the moving thread, before anything moves.
     """
@@ -31,19 +31,19 @@ class WatchedHome(Home):
         self._inner = HostHome()
         self._began: dict[tuple[str, str], threading.Event] = defaultdict(threading.Event)
 
-    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> "WatchedBerth":
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> "WatchedAllocation":
         self.check_open()
-        return WatchedBerth(self, self._inner.berth(shape, dtype))
+        return WatchedAllocation(self, self._inner.allocate(shape, dtype))
 
-    def tile(self, label: str, value: float, length: int = 3) -> "WatchedBerth":
-        """A labelled berth, filled with one value."""
-        berth = self.berth((length,), torch.float32)
-        berth.label = label
-        berth.tensor().fill_(value)
-        return berth
+    def tile(self, label: str, value: float, length: int = 3) -> "WatchedAllocation":
+        """A labelled allocation, filled with one value."""
+        allocation = self.allocate((length,), torch.float32)
+        allocation.label = label
+        allocation.tensor().fill_(value)
+        return allocation
 
-    def tiles(self, number: int, length: int = 3) -> list["WatchedBerth"]:
-        """Berths labelled "0", "1", …, filled with their numbers."""
+    def tiles(self, number: int, length: int = 3) -> list["WatchedAllocation"]:
+        """Allocations labelled "0", "1", …, filled with their numbers."""
         return [self.tile(str(n), n, length) for n in range(number)]
 
     def begins(self, act: str, label: str) -> None:
@@ -68,12 +68,12 @@ class WatchedHome(Home):
             raise HomeIOError(errno.EIO, f"{act} of {label}: the test wants it")
 
 
-class WatchedBerth(Berth):
-    """A berth of a `WatchedHome`."""
+class WatchedAllocation(Allocation):
+    """An allocation of a `WatchedHome`."""
 
     home: WatchedHome
 
-    def __init__(self, home: WatchedHome, inner: Berth) -> None:
+    def __init__(self, home: WatchedHome, inner: Allocation) -> None:
         super().__init__(home, inner.shape, inner.dtype)
         self._inner, self.address = inner, inner.address
 

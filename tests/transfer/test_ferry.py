@@ -128,9 +128,9 @@ def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ferry):
 
     for _ in range(2):
         ferry.start()
-        for n, berth in enumerate(tiles):
-            with ferry.borrow((berth,)) as loan:
-                assert loan.tensors[0].shape == berth.shape
+        for n, allocation in enumerate(tiles):
+            with ferry.borrow((allocation,)) as loan:
+                assert loan.tensors[0].shape == allocation.shape
                 assert bool((loan.tensors[0] == n).all())
 
     assert ferry.slab_bytes == 5 * PAGE
@@ -139,7 +139,7 @@ def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ferry):
 def test_a_cargo_of_several_tensors_is_one_slab(make_ferry):
     """A weight and its moments, of any dtype, are read together, and some of them are written."""
     home = WatchedHome()
-    first, second = home.tile("first", 1), home.berth((2, 3), torch.float64)
+    first, second = home.tile("first", 1), home.allocate((2, 3), torch.float64)
     second.label = "second"
     second.tensor().fill_(2)
     ferry = make_ferry()

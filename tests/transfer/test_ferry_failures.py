@@ -71,17 +71,17 @@ def test_an_error_does_not_keep_the_home_alive():
 def test_a_short_read_of_a_file_is_an_error(tmp_path, monkeypatch, got):
     """A file that ends too early raises, and no slab counts as read."""
     with DiskHome(tmp_path) as home:
-        berth = home.berth((3 * PAGE,), torch.uint8)
-        berth.tensor().fill_(7)
+        allocation = home.allocate((3 * PAGE,), torch.uint8)
+        allocation.tensor().fill_(7)
         ferry, real = ferries_of(home).weights, disk_io.read_at
         pieces = iter([got])
         monkeypatch.setattr(disk_io, "read_at", lambda fd, b, o: real(fd, b[: next(pieces, 0)], o))
         for _ in range(2):
-            with pytest.raises(HomeIOError), ferry.borrow((berth,)):
+            with pytest.raises(HomeIOError), ferry.borrow((allocation,)):
                 pass
         monkeypatch.undo()
 
-        with ferry.borrow((berth,)) as loan:
+        with ferry.borrow((allocation,)) as loan:
             assert bool((loan.tensors[0] == 7).all())
         assert set(ferry.holders) <= FREE
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from memtile import DiskHome, tile
 from memtile.errors import HomeError
-from memtile.homes import aligned_buffer, berth_of, disk_io
+from memtile.homes import aligned_buffer, allocation_of, disk_io
 from memtile.transfer import ferries_of, passes
 from memtile.transfer.parked import gradient_of
 
@@ -119,11 +119,11 @@ def test_a_child_that_comes_during_a_forward(monkeypatch):
 def test_a_child_writes_no_tile_of_its_parents():
     """The child shares the file, so a write there raises HomeError."""
     model = _called()
-    berth, before = berth_of(_weight(model)), _weight(model).detach().clone()
+    allocation, before = allocation_of(_weight(model)), _weight(model).detach().clone()
 
     def in_child():
         with pytest.raises(HomeError, match="a forked process may read its tiles, and neither wri"):
-            berth.write(aligned_buffer(berth.room))
+            allocation.write(aligned_buffer(allocation.room))
         return True
 
     assert child_says(in_child)
@@ -133,8 +133,8 @@ def test_a_child_writes_no_tile_of_its_parents():
 def test_a_fork_while_a_tile_is_worked_on_is_told():
     """The child has no values in its slabs: storing and releasing the tile raise HomeError."""
     model = _called()
-    berth = berth_of(_weight(model))
-    loan = ferries_of(_home(model)).weights.borrow((berth,))
+    allocation = allocation_of(_weight(model))
+    loan = ferries_of(_home(model)).weights.borrow((allocation,))
     with loan as lent:
 
         def in_child():

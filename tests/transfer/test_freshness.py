@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import memtile
-from memtile.homes import DiskHome, HostHome, berth_of
+from memtile.homes import DiskHome, HostHome, allocation_of
 from memtile.testing import LargestAllocation
 
 X = torch.randn(5, 13, generator=torch.Generator().manual_seed(3))
@@ -434,7 +434,7 @@ def test_ema_swaps_of_data_need_no_bump_of_versions():
 
         assert_same_bits(parked.evaluated, resident.evaluated)
         assert_same_bits(trains(parked), trains(resident))
-        assert all(berth_of(p) for p in weights_of(parked).values())
+        assert all(allocation_of(p) for p in weights_of(parked).values())
 
 
 def test_a_model_within_a_model_is_fresh_too():
@@ -479,9 +479,9 @@ def test_a_broken_home_stops_its_own_model_only(monkeypatch):
     broken = memtile.tile(small_model(), out_splits=3, home=DiskHome())
     real = memtile.homes.disk_io.fill
     broken_fd = next(iter(weights_of(broken).values()))
-    berth = berth_of(broken_fd)
-    assert berth is not None
-    fd = berth.home._fd
+    allocation = allocation_of(broken_fd)
+    assert allocation is not None
+    fd = allocation.home._fd
 
     def failing(number: int, buffer: memoryview, offset: int) -> None:
         if number == fd:

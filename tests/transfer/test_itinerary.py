@@ -4,16 +4,16 @@ from itertools import islice
 
 from watched_home import WatchedHome
 
-from memtile.homes import Berth
+from memtile.homes import Allocation
 from memtile.transfer.ferry import Itinerary
 from memtile.transfer.slabs import cargo_of, key_of
 
 
-def walk(itinerary: Itinerary, order: list[Berth]) -> None:
+def walk(itinerary: Itinerary, order: list[Allocation]) -> None:
     """A pass in this order."""
     itinerary.start()
-    for berth in order:
-        itinerary.note(key_of((berth,)))
+    for allocation in order:
+        itinerary.note(key_of((allocation,)))
 
 
 def foreseen(itinerary: Itinerary, number: int = 9) -> list[str | None]:
@@ -61,7 +61,7 @@ def test_a_wrong_guess_corrects_itself_by_the_next_pass():
     assert foreseen(itinerary) == ["0", "2", "1"]
 
 
-def test_berths_are_not_kept_alive_and_dead_ones_are_forgotten():
+def test_allocations_are_not_kept_alive_and_dead_ones_are_forgotten():
     """Groups that are new in every iteration, as gradients are, do not accumulate."""
     home, itinerary = WatchedHome(), Itinerary()
     for _ in range(50):

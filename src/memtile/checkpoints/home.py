@@ -21,7 +21,7 @@ from torch import Tensor
 from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import HomeError
 from memtile.geometry import round_up
-from memtile.homes import Berth, Home, Reservation, cannot_map, disk_io
+from memtile.homes import Allocation, Home, Reservation, cannot_map, disk_io
 from memtile.homes.buffers import tensor_over
 
 _log = logging.getLogger("memtile.checkpoints")
@@ -54,7 +54,7 @@ class CheckpointHome(Home):
         if not self.pages.works:
             _log.info("the kernel does not tell of written pages: tiles are read through the map")
 
-    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> Berth:
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
         """Refused with HomeError: a checkpoint is only read."""
         self._refuse()
 
@@ -62,13 +62,13 @@ class CheckpointHome(Home):
         """Refused with HomeError: gradients and moments would be written."""
         self._refuse()
 
-    def rows_of(self, stored: StoredTensor, start: int, shape: Sequence[int]) -> Berth | str:
+    def rows_of(self, stored: StoredTensor, start: int, shape: Sequence[int]) -> Allocation | str:
         """The allocation over a stored tensor from element `start` on, or why there is none."""
         self.check_open()
         offset = stored.entry.offset + start * stored.dtype.itemsize
         if offset % stored.dtype.itemsize:
             return f"its file keeps it at byte {offset}, which is not aligned for {stored.dtype}"
-        return _CheckpointBerth(self, stored.file, offset, shape, stored.dtype)
+        return _CheckpointAllocation(self, stored.file, offset, shape, stored.dtype)
 
     def map_of(self, file: StoredFile) -> memoryview:
         """A file's bytes, mapped privately once."""
@@ -96,7 +96,7 @@ class CheckpointHome(Home):
         )
 
 
-class _CheckpointBerth(Berth):
+class _CheckpointAllocation(Allocation):
     home: CheckpointHome
 
     def __init__(

@@ -24,14 +24,14 @@ from memtile.errors import (
     CheckpointWarning,
     NewWeightsWarning,
 )
-from memtile.homes import Berth, DiskHome, Home, register, whole_pages
+from memtile.homes import Allocation, DiskHome, Home, register, whole_pages
 from memtile.layers import ParkedModule
 from memtile.optim import DenseParameter, Part
 
 _log = logging.getLogger("memtile.checkpoints")
 
 Twins = dict[int, nn.Parameter]  # by the id of the parameter on the meta device
-Resting = Mapping[int, Berth]  # by the id of the parameter on the meta device
+Resting = Mapping[int, Allocation]  # by the id of the parameter on the meta device
 _NOWHERE: Final[Resting] = MappingProxyType({})
 
 
@@ -200,10 +200,10 @@ def _warn(model: nn.Module, stored: Stored) -> None:
 def _twin(module: nn.Module, name: str, parameter: nn.Parameter, resting: Resting) -> nn.Parameter:
     """A parameter like one on the meta device, with memory: at home where its tile has one."""
     if isinstance(module, ParkedModule) and name == "weight":
-        berth = resting.get(id(parameter))
-        berth = berth or module.home.berth(parameter.shape, parameter.dtype)
-        twin = nn.Parameter(berth.tensor(), parameter.requires_grad)
-        register(twin, berth)
+        allocation = resting.get(id(parameter))
+        allocation = allocation or module.home.allocate(parameter.shape, parameter.dtype)
+        twin = nn.Parameter(allocation.tensor(), parameter.requires_grad)
+        register(twin, allocation)
     else:
         values = torch.empty(parameter.shape, dtype=parameter.dtype)
         twin = nn.Parameter(values, parameter.requires_grad)
@@ -232,7 +232,7 @@ def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHo
         for module in model.modules()
         if isinstance(module, ParkedModule) and module.home is home
     }
-    resting: dict[int, Berth] = {}
+    resting: dict[int, Allocation] = {}
     reasons: Counter[str] = Counter()
     for match in matches:
         for part in match.dense.parts:
@@ -249,7 +249,7 @@ def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHo
     return resting
 
 
-def _place(match: Match, part: Part, home: CheckpointHome) -> Berth | str:
+def _place(match: Match, part: Part, home: CheckpointHome) -> Allocation | str:
     """Where a tile lies in the files, or the reason why it does not."""
     if not isinstance(match.source, StoredTensor):
         return "the checkpoint holds them in tiles of its own"

@@ -18,7 +18,7 @@ from memtile.convert.kinds import Naming, integrations, naming_of, tiled_classes
 from memtile.convert.moving import Index, Source, TiledSource
 from memtile.convert.wanted import Wanted, computed_buffers, wanted_by
 from memtile.errors import CheckpointError, HomeError, MemtileError
-from memtile.homes import berth_of
+from memtile.homes import allocation_of
 from memtile.layers import TiledModule
 from memtile.optim import DenseParameter
 
@@ -152,8 +152,8 @@ def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete:
         if isinstance(layer, TiledModule):
             check_stored(name, layer)
     for name, parameter in model.named_parameters():
-        berth = berth_of(parameter)
-        if berth is not None and berth.home.is_read_only:
+        allocation = allocation_of(parameter)
+        if allocation is not None and allocation.home.is_read_only:
             raise HomeError(
                 f"{name} lies in a checkpoint's own files and cannot be written to; make the model "
                 "anew with memtile.tile(memtile.empty_model(lambda: …), …, checkpoint=folder)"

@@ -180,26 +180,26 @@ def first_element(dense: DenseParameter, part: Part) -> int | None:
 
 
 def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    berth = streamed_allocation(tensor)
-    if berth is None:
+    allocation = streamed_allocation(tensor)
+    if allocation is None:
         flat = tensor.detach().contiguous().view(-1)
         yield from (piece.cpu() for piece in flat.split(PIECE_BYTES // tensor.element_size()))
         return
-    for start, piece in pieces(berth.room):
-        berth.read(piece, start)
-        used = min(piece.numel(), berth.nbytes - start)
+    for start, piece in pieces(allocation.room):
+        allocation.read(piece, start)
+        used = min(piece.numel(), allocation.nbytes - start)
         yield piece[:used].view(tensor.dtype)
 
 
 def _write_flat(tensor: Tensor, source: Source, first: int) -> None:
-    berth = streamed_allocation(tensor)
+    allocation = streamed_allocation(tensor)
     size = tensor.element_size()
-    if berth is not None:
-        for start, piece in pieces(berth.room):
-            used = min(piece.numel(), berth.nbytes - start)
+    if allocation is not None:
+        for start, piece in pieces(allocation.room):
+            used = min(piece.numel(), allocation.nbytes - start)
             values = source.elements(first + start // size, first + (start + used) // size)
             piece[:used].view(tensor.dtype).copy_(values)
-            berth.write(piece, start)
+            allocation.write(piece, start)
     elif tensor.is_contiguous():
         flat = tensor.view(-1)
         step = PIECE_BYTES // source.dtype.itemsize

@@ -30,7 +30,7 @@ from memtile.errors import (
 from memtile.homes import (
     Home,
     Reservation,
-    berth_of,
+    allocation_of,
     is_parked,
     keep_freed_memory_out,
     resolve_home,
@@ -228,7 +228,7 @@ def replace_chosen(
             fill_or_untile(model, stored, parked, put_back)
     if parked is not None:
         for name, parameter in model.named_parameters():
-            allocation = berth_of(parameter)
+            allocation = allocation_of(parameter)
             if allocation is not None and allocation.home is parked:
                 allocation.label = name  # for messages
         watch_model(model)

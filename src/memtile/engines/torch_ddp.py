@@ -89,12 +89,12 @@ class Averaging:
 @contextmanager
 def _at_home(tensor: Tensor, ring: str) -> Iterator[Tensor]:
     """A tensor's values, to be changed: in place, or in a slab that is written to its home."""
-    berth = streamed_allocation(tensor)
-    if berth is None:
+    allocation = streamed_allocation(tensor)
+    if allocation is None:
         yield tensor.detach()
         return
-    ferry = getattr(ferries_of(berth.home), ring)
-    with ferry.borrow((berth,)) as loan:
+    ferry = getattr(ferries_of(allocation.home), ring)
+    with ferry.borrow((allocation,)) as loan:
         yield loan.tensors[0]
         loan.store()
     ferry.settle()  # the next reader may read the home's file mapping

@@ -5,12 +5,12 @@ from memtile.homes.disk import DiskHome
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.forks import lock_of_a_module, renew_in_child
 from memtile.homes.free_memory import fits_page_cache
-from memtile.homes.home import PAGE, Berth, Home, Reservation, Traffic, whole_pages
+from memtile.homes.home import PAGE, Allocation, Home, Reservation, Traffic, whole_pages
 from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
 from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (
-    berth_of,
+    allocation_of,
     evict,
     hold_room,
     is_parked,
@@ -24,7 +24,7 @@ from memtile.homes.resolving import resolve_home, word_for
 
 __all__ = [
     "PAGE",
-    "Berth",
+    "Allocation",
     "DeviceHome",
     "DiskHome",
     "Home",
@@ -32,7 +32,7 @@ __all__ = [
     "Reservation",
     "Traffic",
     "aligned_buffer",
-    "berth_of",
+    "allocation_of",
     "cannot_map",
     "evict",
     "fits_page_cache",

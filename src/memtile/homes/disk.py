@@ -23,7 +23,7 @@ from memtile.homes import disk_io
 from memtile.homes.buffers import tensor_over
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.free_memory import free_bytes
-from memtile.homes.home import Berth, Home, Reservation
+from memtile.homes.home import Allocation, Home, Reservation
 from memtile.homes.live_file import LiveFile
 from memtile.homes.segments import NOBODY, Segments
 
@@ -74,10 +74,10 @@ class DiskHome(Home):
         self.path, self._chosen_at = "", 0
         self._choose_path()
 
-    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> Berth:
-        """Room for one tensor; see `Home.berth`."""
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
+        """Room for one tensor; see `Home.allocate`."""
         with self._growing():
-            return _DiskBerth(self, shape, dtype)
+            return _DiskAllocation(self, shape, dtype)
 
     def hold(self, rooms: Sequence[int]) -> Reservation:
         """Allocates the rooms on the disk now, for one owner; see `Home.hold`."""
@@ -152,7 +152,7 @@ class _DiskReservation(Reservation):
             here.holder = before
 
 
-class _DiskBerth(Berth):
+class _DiskAllocation(Allocation):
     home: DiskHome
 
     def __init__(self, home: DiskHome, shape: Sequence[int], dtype: torch.dtype) -> None:

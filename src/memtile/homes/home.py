@@ -33,7 +33,7 @@ def whole_pages(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """How much `Berth.read` and `Berth.write` have moved so far.
+    """How much `Allocation.read` and `Allocation.write` have moved so far.
 
     Attributes:
         read_bytes: moved by `read`, in whole pages.
@@ -47,7 +47,7 @@ class Traffic:
 class Home(ABC):
     """Memory in which tensors are parked; a context manager that closes it.
 
-    To write one, give `berth`, `hold` where room can be set aside, and `_release` where there is
+    To write one, give `allocate`, `hold` where room can be set aside, and `_release` where there is
     something to give back at closing. `tests/support/home_contract.py` has the tests to pass.
 
     Attributes:
@@ -74,7 +74,7 @@ class Home(ABC):
         self._moving = 0
 
     @abstractmethod
-    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> "Berth":
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> "Allocation":
         """Room for one tensor; its content is undefined.
 
         Raises:
@@ -88,7 +88,7 @@ class Home(ABC):
         A home that cannot set room aside only checks that it is there now.
 
         Args:
-            rooms: what `Berth.room` of each allocation will be.
+            rooms: what `Allocation.room` of each allocation will be.
 
         Raises:
             HomeFullError: there is no room for them; nothing was changed.
@@ -187,7 +187,7 @@ class Reservation:
         yield
 
 
-class Berth(ABC):
+class Allocation(ABC):
     """The bytes of a home that one tensor has.
 
     To write one, set `address` and give `tensor`, `_fill` and `_take`.

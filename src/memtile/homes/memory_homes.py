@@ -10,7 +10,7 @@ from torch import Tensor
 from memtile.errors import HomeFullError
 from memtile.homes.buffers import private_view, tensor_over
 from memtile.homes.free_memory import free_bytes
-from memtile.homes.home import Berth, Home, Reservation
+from memtile.homes.home import Allocation, Home, Reservation
 
 
 class DeviceHome(Home):
@@ -26,10 +26,10 @@ class DeviceHome(Home):
         super().__init__()
         self.device = torch.empty(0, device="cpu" if device is None else device).device
 
-    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> Berth:
-        """Room for one tensor; see `Home.berth`."""
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
+        """Room for one tensor; see `Home.allocate`."""
         self.check_open()
-        return _DeviceBerth(self, shape, dtype)
+        return _DeviceAllocation(self, shape, dtype)
 
     def hold(self, rooms: Sequence[int]) -> Reservation:
         """Checks that there is so much memory now; nothing keeps others from taking it."""
@@ -52,10 +52,10 @@ class HostHome(Home):
 
     works_in_place: ClassVar[bool] = True
 
-    def berth(self, shape: Sequence[int], dtype: torch.dtype) -> Berth:
-        """Room for one tensor; see `Home.berth`."""
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
+        """Room for one tensor; see `Home.allocate`."""
         self.check_open()
-        return _HostBerth(self, shape, dtype)
+        return _HostAllocation(self, shape, dtype)
 
     def hold(self, rooms: Sequence[int]) -> Reservation:
         """Checks that there is so much memory now; nothing keeps others from taking it."""
@@ -64,7 +64,7 @@ class HostHome(Home):
         return held
 
 
-class _DeviceBerth(Berth):
+class _DeviceAllocation(Allocation):
     def __init__(self, home: DeviceHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         tensor = _allocate(home, self.shape, dtype)
@@ -92,7 +92,7 @@ class _DeviceBerth(Berth):
             return tensor.set_(self._storage).resize_(shape)
 
 
-class _HostBerth(Berth):
+class _HostAllocation(Allocation):
     def __init__(self, home: HostHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         self._view = private_view(self.room) if self.room else None

@@ -8,61 +8,61 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.homes.buffers import pieces
-from memtile.homes.home import Berth, Home, Reservation
+from memtile.homes.home import Allocation, Home, Reservation
 
 # Not in the parameter's __dict__: that is pickled, and copied to a parameter somewhere else.
-_berths = WeakIdKeyDictionary()
+_allocations = WeakIdKeyDictionary()
 _held = WeakIdKeyDictionary()
 
 
-def register(tensor: Tensor, berth: Berth) -> None:
-    """Makes `berth_of(tensor)` find the allocation for as long as the tensor lies over it.
+def register(tensor: Tensor, allocation: Allocation) -> None:
+    """Makes `allocation_of(tensor)` find the allocation for as long as the tensor lies over it.
 
     A parameter made from a registered tensor is another tensor: register it too.
     """
-    _berths[tensor] = berth
+    _allocations[tensor] = allocation
 
 
-def berth_of(tensor: Tensor) -> Berth | None:
+def allocation_of(tensor: Tensor) -> Allocation | None:
     """The allocation the tensor was registered with; None where there is none, or no more.
 
     `p.data = other` moves a parameter away: then it is None, and the home's bytes are stale.
     """
-    berth: Berth | None = _berths.get(tensor)
+    allocation: Allocation | None = _allocations.get(tensor)
     if (
-        berth is None
-        or tensor.data_ptr() != berth.address
-        or tensor.dtype is not berth.dtype
-        or tensor.shape != berth.shape
+        allocation is None
+        or tensor.data_ptr() != allocation.address
+        or tensor.dtype is not allocation.dtype
+        or tensor.shape != allocation.shape
         or not tensor.is_contiguous()  # a transposed square has the same address and shape
     ):
         return None
-    return berth
+    return allocation
 
 
 def is_parked(tensor: Tensor) -> bool:
     """Whether the tensor lies in a home."""
-    return berth_of(tensor) is not None
+    return allocation_of(tensor) is not None
 
 
-def streamed_allocation(tensor: Tensor) -> Berth | None:
+def streamed_allocation(tensor: Tensor) -> Allocation | None:
     """The allocation of a tensor that is worked on in slabs; None: it is used where it lies."""
-    berth = berth_of(tensor)
-    return None if berth is None or berth.home.works_in_place else berth
+    allocation = allocation_of(tensor)
+    return None if allocation is None or allocation.home.works_in_place else allocation
 
 
-def tensor_of(berth: Berth) -> Tensor:
+def tensor_of(allocation: Allocation) -> Tensor:
     """A new tensor over the allocation, registered with it."""
-    tensor = berth.tensor()
-    register(tensor, berth)
+    tensor = allocation.tensor()
+    register(tensor, allocation)
     return tensor
 
 
 def evict(tensor: Tensor | None) -> None:
     """Drop the pages that reading or writing a parked tensor brought into this process."""
-    berth = None if tensor is None else berth_of(tensor)
-    if berth is not None:
-        berth.forget()
+    allocation = None if tensor is None else allocation_of(tensor)
+    if allocation is not None:
+        allocation.forget()
 
 
 def hold_room(tensor: Tensor, held: Reservation) -> None:
@@ -80,7 +80,7 @@ def room_of(tensor: Tensor) -> AbstractContextManager[None]:
 def settle_in(home: Home, tensor: Tensor) -> Tensor:
     """A new tensor with the tensor's values, of the same shape and dtype, that lives in the home.
 
-    Where the home does not work in place, the values are written with `Berth.write`, in pieces, so
+    Where the home does not work in place, the values are written with `Allocation.write`, in pieces, so
     that no page of the mapping comes into this process's memory.
 
     Raises:
@@ -88,18 +88,18 @@ def settle_in(home: Home, tensor: Tensor) -> Tensor:
         HomeError: the home is closed.
         HomeIOError: writing failed.
     """
-    berth = home.berth(tensor.shape, tensor.dtype)
-    settled = tensor_of(berth)
+    allocation = home.allocate(tensor.shape, tensor.dtype)
+    settled = tensor_of(allocation)
     if home.works_in_place:
         settled.copy_(tensor.detach())
     else:
-        _write_whole(berth, tensor.detach())
+        _write_whole(allocation, tensor.detach())
     return settled
 
 
-def _write_whole(berth: Berth, tensor: Tensor) -> None:
+def _write_whole(allocation: Allocation, tensor: Tensor) -> None:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
-    for start, piece in pieces(berth.room):
-        used = min(piece.numel(), berth.nbytes - start)
+    for start, piece in pieces(allocation.room):
+        used = min(piece.numel(), allocation.nbytes - start)
         piece[:used].copy_(flat[start : start + used])
-        berth.write(piece, start)
+        allocation.write(piece, start)

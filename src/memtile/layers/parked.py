@@ -20,7 +20,7 @@ from memtile import ops
 from memtile.errors import ParkedCopyWarning, ParkedError
 from memtile.homes import (
     Home,
-    berth_of,
+    allocation_of,
     evict,
     is_parked,
     register,
@@ -48,8 +48,8 @@ class ParkedModule(nn.Module):
         self.home = resolve_home(home, device)
         if torch.empty(0, device=device).is_meta:
             return
-        berth = self.home.berth(shape, dtype or torch.get_default_dtype())
-        self._parameters["weight"] = parameter_of(tensor_of(berth), True)
+        allocation = self.home.allocate(shape, dtype or torch.get_default_dtype())
+        self._parameters["weight"] = parameter_of(tensor_of(allocation), True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move what is not parked; the weight stays in its home with its dtype.
@@ -236,9 +236,9 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
 def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     """A parameter in the memory of the values, parked if they are."""
     parameter = nn.Parameter(values, requires_grad=requires_grad)
-    berth = berth_of(values)
-    if berth is not None:
-        register(parameter, berth)
+    allocation = allocation_of(values)
+    if allocation is not None:
+        register(parameter, allocation)
     return parameter
 
 

@@ -33,7 +33,11 @@ def clip_gradients(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    homes = {berth.home for berth in map(streamed_allocation, gradients) if berth is not None}
+    homes = {
+        allocation.home
+        for allocation in map(streamed_allocation, gradients)
+        if allocation is not None
+    }
     for home in homes:
         ferries_of(home).steps.clear()  # gradients may have been written since they were read
     norms = _norms(gradients, norm_type)
@@ -71,13 +75,13 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
 @contextmanager
 def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Loan | None]]:
     """One gradient: itself, or a parked one in a slab, while the next ones are read."""
-    berth = streamed_allocation(gradients[number])
-    if berth is None:
+    allocation = streamed_allocation(gradients[number])
+    if allocation is None:
         yield gradients[number], None
         return
     later = map(streamed_allocation, gradients[number + 1 :])
     ahead = ((each,) for each in later if each is not None)
-    with ferries_of(berth.home).steps.borrow((berth,), ahead=ahead) as loan:
+    with ferries_of(allocation.home).steps.borrow((allocation,), ahead=ahead) as loan:
         yield loan.tensors[0], loan
 
 

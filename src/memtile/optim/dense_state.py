@@ -158,11 +158,11 @@ def _join(dense: DenseParameter, states: Mapping[nn.Parameter, Any]) -> dict[str
 def _joined_entry(
     dense: DenseParameter, key: str, like: Tensor, states: Mapping[nn.Parameter, Any]
 ) -> Tensor:
-    berth = streamed_allocation(like)
-    if berth is None:
+    allocation = streamed_allocation(like)
+    if allocation is None:
         out = torch.empty(dense.shape, dtype=like.dtype, device=like.device)
     else:
-        out = tensor_of(berth.home.berth(dense.shape, like.dtype))
+        out = tensor_of(allocation.home.allocate(dense.shape, like.dtype))
     for part in dense.parts:
         entry = states[part.parameter][key]
         part.view(out).copy_(entry)
@@ -232,8 +232,8 @@ def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype) -> A
     share = part.view(entry.detach())
     if share.is_floating_point():
         share = share.to(dtype)
-    berth = streamed_allocation(part.parameter)
-    if berth is not None:
+    allocation = streamed_allocation(part.parameter)
+    if allocation is not None:
         with room_of(part.parameter):
-            return settle_in(berth.home, share)
+            return settle_in(allocation.home, share)
     return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)

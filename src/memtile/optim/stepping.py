@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from memtile.errors import NotFiniteError, OptimizerError
 from memtile.homes import (
-    Berth,
-    berth_of,
+    Allocation,
+    allocation_of,
     room_of,
     settle_in,
     streamed_allocation,
@@ -101,10 +101,12 @@ class Stepper:
         dtypes = self._dtypes(parameter, group).values()
         return [whole_pages(parameter.numel() * each.itemsize) for each in dtypes]
 
-    def cargo(self, parameter: Tensor) -> tuple[Berth, ...]:
+    def cargo(self, parameter: Tensor) -> tuple[Allocation, ...]:
         """All allocations that a step of a parked parameter works on; of others none."""
-        berth = streamed_allocation(parameter)
-        return () if berth is None else tuple(self._berths(parameter, berth).values())
+        allocation = streamed_allocation(parameter)
+        return (
+            () if allocation is None else tuple(self._allocations(parameter, allocation).values())
+        )
 
     def check_in_memory(self, parameters: Iterable[nn.Parameter]) -> None:
         """Check all gradients that need no slab before any parameter is stepped.
@@ -135,7 +137,7 @@ class Stepper:
         self,
         parameter: nn.Parameter,
         group: Mapping[str, Any],
-        ahead: Iterable[Sequence[Berth]] | None = None,
+        ahead: Iterable[Sequence[Allocation]] | None = None,
         in_backward: bool = False,
     ) -> None:
         """Step one parameter with its gradient.
@@ -155,9 +157,9 @@ class Stepper:
             HomeFullError: there is no room for the state that its first step makes.
             HomeIOError: something could not be read.
         """
-        state, berth = self._state[parameter], streamed_allocation(parameter)
+        state, allocation = self._state[parameter], streamed_allocation(parameter)
         with torch.no_grad(), self._brought_in(parameter, group, ahead, in_backward) as work:
-            if in_backward or berth is not None:
+            if in_backward or allocation is not None:
                 self._check_finite(parameter, work.tensors[GRADIENT])
             numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
             kept: ParameterState = {}
@@ -166,8 +168,8 @@ class Stepper:
                 views = {key: tensor[rows] for key, tensor in work.tensors.items()}
                 kept = self._step_rows(views, work.new, numbers, group)
                 _move_late(kept, late, work.tensors[VALUE], rows)
-            if berth is not None:
-                late = {key: settle_in(berth.home, entry) for key, entry in late.items()}
+            if allocation is not None:
+                late = {key: settle_in(allocation.home, entry) for key, entry in late.items()}
             work.store()
             state.update({**work.new, **late})
             state.update({key: _in_place(state.get(key), entry) for key, entry in kept.items()})
@@ -238,21 +240,23 @@ class Stepper:
         self,
         parameter: nn.Parameter,
         group: Mapping[str, Any],
-        ahead: Iterable[Sequence[Berth]] | None,
+        ahead: Iterable[Sequence[Allocation]] | None,
         in_backward: bool,
     ) -> Iterator[StepTensors]:
         """The tensors of one step, in slabs where the parameter is parked."""
         missing = self._missing(parameter, group)
-        berth, tensors = streamed_allocation(parameter), self._tensors(parameter)
-        if berth is None:
+        allocation, tensors = streamed_allocation(parameter), self._tensors(parameter)
+        if allocation is None:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
             yield StepTensors({**tensors, **made}, made)
             return
         with room_of(parameter):
-            rooms = {key: berth.home.berth(berth.shape, missing[key]) for key in missing}
+            rooms = {
+                key: allocation.home.allocate(allocation.shape, missing[key]) for key in missing
+            }
         made = {key: tensor_of(room) for key, room in rooms.items()}
-        old, new = self._berths(parameter, berth), rooms
-        work, rings = StepTensors(tensors, made), ferries_of(berth.home)
+        old, new = self._allocations(parameter, allocation), rooms
+        work, rings = StepTensors(tensors, made), ferries_of(allocation.home)
         with ExitStack() as stack:
             # Every thread acquires the rings in this order, or two could wait for each other.
             if in_backward:
@@ -272,13 +276,13 @@ class Stepper:
         shaped = {key: entry for key, entry in entries if is_shaped(entry, parameter)}
         return {VALUE: parameter.detach(), GRADIENT: parameter.grad, **shaped}
 
-    def _berths(self, parameter: Tensor, own: Berth) -> dict[str, Berth]:
+    def _allocations(self, parameter: Tensor, own: Allocation) -> dict[str, Allocation]:
         """The allocations of those that are in the parameter's own home."""
         found = {VALUE: own}
         for key, entry in [(GRADIENT, parameter.grad), *self._state[parameter].items()]:
-            berth = berth_of(entry) if isinstance(entry, Tensor) else None
-            if berth is not None and berth.home is own.home:
-                found[key] = berth
+            allocation = allocation_of(entry) if isinstance(entry, Tensor) else None
+            if allocation is not None and allocation.home is own.home:
+                found[key] = allocation
         return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
-from memtile.homes import berth_of, room_of, streamed_allocation, tensor_of
+from memtile.homes import allocation_of, room_of, streamed_allocation, tensor_of
 from memtile.optim.dense_state import DenseParameter, Part, by_group
 from memtile.optim.stepping import MASTER, ParameterState, is_shaped
 from memtile.optim.tile_optimizer import TileOptimizer
@@ -138,15 +138,15 @@ def room_for(
 ) -> Tensor:
     """A tensor for a state entry in the parameter's home: the present one where it fits."""
     found = optimizer.state.get(parameter, {}).get(key)
-    berth = streamed_allocation(parameter) if shape == parameter.shape else None
+    allocation = streamed_allocation(parameter) if shape == parameter.shape else None
     if isinstance(found, Tensor) and (found.shape, found.dtype) == (shape, dtype):
-        own = berth_of(found)
-        if berth is None or (own is not None and own.home is berth.home):
+        own = allocation_of(found)
+        if allocation is None or (own is not None and own.home is allocation.home):
             return found
-    if berth is None:
+    if allocation is None:
         return torch.empty(shape, dtype=dtype, device=parameter.device)
     with room_of(parameter):
-        return tensor_of(berth.home.berth(shape, dtype))
+        return tensor_of(allocation.home.allocate(shape, dtype))
 
 
 def _of_own_shape(dense: DenseParameter, key: str, entry: Tensor) -> DenseParameter:

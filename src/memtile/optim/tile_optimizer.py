@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import Home, Reservation, berth_of, hold_room, streamed_allocation
+from memtile.homes import Home, Reservation, allocation_of, hold_room, streamed_allocation
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
 from memtile.optim.inner import Inner
@@ -148,12 +148,12 @@ class TileOptimizer(Optimizer):
         needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
         places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
         for parameter, group in _with_groups(groups):
-            berth = berth_of(parameter)
-            if berth is not None and parameter.requires_grad:
+            allocation = allocation_of(parameter)
+            if allocation is not None and parameter.requires_grad:
                 rooms = self._stepper.state_rooms(parameter, group)
                 if self.mode == "classic" or places[parameter] > 1:  # ties are summed in the home
-                    rooms.append(berth.room)
-                needed.setdefault(berth.home, []).append((parameter, rooms))
+                    rooms.append(allocation.room)
+                needed.setdefault(allocation.home, []).append((parameter, rooms))
         held = [
             (home.hold([room for _, rooms in owners for room in rooms]), owners)
             for home, owners in needed.items()

@@ -275,7 +275,7 @@ def _disk(folder: str | None) -> dict[str, Any]:  # fields of `Rates`
     if folder is None:
         return dict.fromkeys(names, 0.0)
     with DiskHome(folder) as home:
-        berth = home.berth((_DISK_BYTES,), torch.uint8)
+        allocation = home.allocate((_DISK_BYTES,), torch.uint8)
         starts = range(0, _DISK_BYTES, _PIECE)
         buffers = [aligned_buffer(_PIECE) for _ in range(_THREADS)] * (len(starts) // _THREADS)
 
@@ -284,11 +284,11 @@ def _disk(folder: str | None) -> dict[str, Any]:  # fields of `Rates`
                 return _DISK_BYTES / _least_seconds(lambda: list(pool.map(move, buffers, starts)))
 
         home.path = "page cache"
-        speed(berth.write)
-        cached = speed(berth.read)
+        speed(allocation.write)
+        cached = speed(allocation.read)
         home.path = "direct"
-        written = speed(berth.write)
-        return dict(zip(names, (speed(berth.read), written, cached), strict=True))
+        written = speed(allocation.write)
+        return dict(zip(names, (speed(allocation.read), written, cached), strict=True))
 
 
 def _least_seconds(act: Callable[[], object]) -> float:

@@ -75,7 +75,7 @@ def _park(twin: nn.Module, choices: Sequence[Choice]) -> None:
     for module in twin.modules():
         weight = module._parameters.get("weight") if isinstance(module, ParkedModule) else None
         if weight is not None and not is_parked(weight):
-            register(weight, home.berth(weight.shape, weight.dtype))
+            register(weight, home.allocate(weight.shape, weight.dtype))
 
 
 def _with_grids(choices: Sequence[Choice], layout: ParkedLayout) -> list[Choice]:

@@ -16,7 +16,7 @@ from itertools import count, islice
 from torch import Tensor
 
 from memtile.errors import HomeError
-from memtile.homes import Berth
+from memtile.homes import Allocation
 from memtile.transfer.slabs import Cargo, Holder, Key, Slab, cargo_of, key_of
 
 
@@ -67,9 +67,9 @@ class Loan:
     def __init__(self, ferry: "Ferry", slabs: Sequence[Slab], cargoes: Sequence[Cargo]) -> None:
         self._ferry, self._slabs = ferry, slabs
         self._places = [
-            (slab, number, berth)
+            (slab, number, allocation)
             for slab, cargo in zip(slabs, cargoes, strict=True)
-            for number, berth in enumerate(cargo)
+            for number, allocation in enumerate(cargo)
         ]
         self.tensors: list[Tensor] = [slab.tensors[number] for slab, number, _ in self._places]
 
@@ -77,7 +77,7 @@ class Loan:
         """Start writing the tensors home: all of them, or those with these numbers."""
         chosen = [self._places[number] for number in numbers] or self._places
         for slab in self._slabs:
-            own = [(number, berth) for holder, number, berth in chosen if holder is slab]
+            own = [(number, allocation) for holder, number, allocation in chosen if holder is slab]
             if own:
                 self._ferry.write_home(slab, own)
 
@@ -158,7 +158,7 @@ class Ferry:
         # Futures keep it: a bound method would keep the ring alive.
         self._notify = partial(_notify, weakref.ref(self), self._changed)
 
-    def write_home(self, slab: Slab, berths: Sequence[tuple[int, Berth]]) -> None:
+    def write_home(self, slab: Slab, allocations: Sequence[tuple[int, Allocation]]) -> None:
         """Start writing these tensors of an acquired slab home."""
         self._check_process()
         slab.wait_until_written()
@@ -170,7 +170,7 @@ class Ferry:
                 _notify(reference, changed)
 
         with self._changing():
-            slab.store(berths, self._executor, wrote)
+            slab.store(allocations, self._executor, wrote)
             # Newest values; other slabs that hold these tensors are stale.
             slab.is_spoiled = False
             for other in self._slabs:

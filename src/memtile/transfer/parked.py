@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from memtile.errors import ParkedError
 from memtile.homes import (
-    Berth,
-    berth_of,
+    Allocation,
+    allocation_of,
     renew_in_child,
     room_of,
     scratch_like,
@@ -92,11 +92,11 @@ class ParkedSource:
     @contextmanager
     def values(self, device: torch.device) -> Iterator[Tensor]:
         """The values on this device: only to be read, and not after the block."""
-        berth = streamed_allocation(self.parameter)
-        if berth is None:
+        allocation = streamed_allocation(self.parameter)
+        if allocation is None:
             yield self.parameter.detach().to(device)
             return
-        with ferries_of(berth.home).weights.borrow((berth,)) as loan:
+        with ferries_of(allocation.home).weights.borrow((allocation,)) as loan:
             yield loan.tensors[0].to(device)
 
     @contextmanager
@@ -106,9 +106,9 @@ class ParkedSource:
         Threads may enter at once, as in torch's own accumulation. They take turns to add to the
         gradient of one parameter; none waits for another's product.
         """
-        parameter, berth = self.parameter, streamed_allocation(self.parameter)
+        parameter, allocation = self.parameter, streamed_allocation(self.parameter)
         record = _record(parameter)
-        if berth is None:
+        if allocation is None:
             out = torch.empty_like(parameter)
             yield out
             _accumulate(parameter, out)
@@ -117,16 +117,16 @@ class ParkedSource:
             yield out
             _accumulate(parameter, out, replaces_sum_at_home=True)
         else:
-            with _gradient_at_home(parameter, berth) as out:
+            with _gradient_at_home(parameter, allocation) as out:
                 yield out
             if parameter._post_accumulate_grad_hooks:
                 self.settle()  # they may read it
 
     def settle(self) -> None:
         """Return once stored gradients are at home; HomeIOError where one could not be written."""
-        berth = streamed_allocation(self.parameter)
-        if berth is not None:
-            ferries_of(berth.home).gradients.settle()
+        allocation = streamed_allocation(self.parameter)
+        if allocation is not None:
+            ferries_of(allocation.home).gradients.settle()
 
 
 def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool = False) -> None:
@@ -136,24 +136,24 @@ def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool
     """
     with gradient_of(parameter):
         old = parameter.grad
-        berth = berth_of(old) if old is not None else None
+        allocation = allocation_of(old) if old is not None else None
         if old is None:
             parameter.grad = new
-        elif berth is None or not replaces_sum_at_home:
+        elif allocation is None or not replaces_sum_at_home:
             old.add_(new)
         else:
-            with ferries_of(berth.home).gradients.borrow((berth,)) as loan:
+            with ferries_of(allocation.home).gradients.borrow((allocation,)) as loan:
                 parameter.grad = new.add_(loan.tensors[0])
 
 
 @contextmanager
-def _gradient_at_home(parameter: nn.Parameter, berth: Berth) -> Iterator[Tensor]:
+def _gradient_at_home(parameter: nn.Parameter, allocation: Allocation) -> Iterator[Tensor]:
     """A tensor whose content is sent home after the block, to be `.grad` or added to it."""
     lock = _record(parameter).lock
     if parameter.grad is None and lock.acquire(blocking=False):
         try:
             if parameter.grad is None:  # other threads add theirs once this one is whole
-                with _new_gradient(parameter, berth) as out:
+                with _new_gradient(parameter, allocation) as out:
                     yield out
                 return
         finally:
@@ -161,31 +161,31 @@ def _gradient_at_home(parameter: nn.Parameter, berth: Berth) -> Iterator[Tensor]
     out = scratch_like(parameter)
     yield out
     with lock:
-        _add_at_home(parameter, berth, out)
+        _add_at_home(parameter, allocation, out)
 
 
 @contextmanager
-def _new_gradient(parameter: nn.Parameter, berth: Berth) -> Iterator[Tensor]:
+def _new_gradient(parameter: nn.Parameter, allocation: Allocation) -> Iterator[Tensor]:
     """A slab to write the first gradient into; after the block it is `.grad`, at home."""
     with room_of(parameter):
-        new = berth.home.berth(parameter.shape, parameter.dtype)
-    with ferries_of(berth.home).gradients.borrow(made=(new,)) as loan:
+        new = allocation.home.allocate(parameter.shape, parameter.dtype)
+    with ferries_of(allocation.home).gradients.borrow(made=(new,)) as loan:
         yield loan.tensors[0]
         loan.store()
     parameter.grad = tensor_of(new)
 
 
-def _add_at_home(parameter: nn.Parameter, berth: Berth, new: Tensor) -> None:
+def _add_at_home(parameter: nn.Parameter, allocation: Allocation, new: Tensor) -> None:
     old = parameter.grad
     if old is None:  # another thread has taken it since
-        with _new_gradient(parameter, berth) as out:
+        with _new_gradient(parameter, allocation) as out:
             out.copy_(new)
         return
-    old_berth = berth_of(old)
-    if old_berth is None:
+    old_allocation = allocation_of(old)
+    if old_allocation is None:
         old.add_(new)
         return
-    with ferries_of(old_berth.home).gradients.borrow((old_berth,)) as loan:
+    with ferries_of(old_allocation.home).gradients.borrow((old_allocation,)) as loan:
         loan.tensors[0].add_(new)
         loan.store()
     torch.autograd.graph.increment_version(old)

@@ -9,28 +9,28 @@ from concurrent.futures import wait as wait_for
 import torch
 from torch import Tensor
 
-from memtile.homes import Berth, aligned_buffer
+from memtile.homes import Allocation, aligned_buffer
 
 # Direct I/O in pieces of 1 to 4 MiB saturates an idle disk. The smallest keep most under way while
 # products keep all cores busy: 0.46 against 0.65 s for 512 MiB in 16 MiB tiles (2 cores).
 PIECE_BYTES = 1 << 20
 
-Cargo = Sequence[Berth]
-Key = tuple["weakref.ref[Berth]", ...]
+Cargo = Sequence[Allocation]
+Key = tuple["weakref.ref[Allocation]", ...]
 
 
 def key_of(cargo: Cargo) -> Key:
     """What tells a group from others without keeping it alive."""
-    key = tuple(weakref.ref(berth) for berth in cargo)
+    key = tuple(weakref.ref(allocation) for allocation in cargo)
     hash(key)  # the references keep it: they cannot compute it once the allocations are gone
     return key
 
 
-def cargo_of(key: Key) -> tuple[Berth, ...] | None:
+def cargo_of(key: Key) -> tuple[Allocation, ...] | None:
     """The allocations of a key; None once one of them is gone."""
-    berths = [reference() for reference in key]
-    found = tuple(berth for berth in berths if berth is not None)
-    return found if len(found) == len(berths) else None
+    allocations = [reference() for reference in key]
+    found = tuple(allocation for allocation in allocations if allocation is not None)
+    return found if len(found) == len(allocations) else None
 
 
 class Holder(enum.Enum):
@@ -55,7 +55,7 @@ class Slab:
         self._rooms: list[Tensor] = []  # the bytes of each tensor, whole pages
         self._reads: list[Future[None]] = []
         self._writes: list[Future[None]] = []
-        self._unwritten: list[tuple[Berth, Tensor]] = []
+        self._unwritten: list[tuple[Allocation, Tensor]] = []
 
     @property
     def holder(self) -> Holder:
@@ -93,9 +93,9 @@ class Slab:
         """Take a group in; its readers start now."""
         self.claim(cargo)
         try:
-            for berth, room in zip(cargo, self._rooms, strict=True):
+            for allocation, room in zip(cargo, self._rooms, strict=True):
                 for start, piece in _pieces(room):
-                    self._reads.append(_submit(executor, notify, berth.read, piece, start))
+                    self._reads.append(_submit(executor, notify, allocation.read, piece, start))
         except BaseException:
             self.key = None  # otherwise it would count as read
             raise
@@ -103,14 +103,14 @@ class Slab:
     def claim(self, cargo: Cargo) -> None:
         """Take a group in whose content is still to be computed."""
         self.empty()
-        needed = sum(berth.room for berth in cargo)
+        needed = sum(allocation.room for allocation in cargo)
         if self.memory.numel() < needed:
             self.memory = torch.empty(0, dtype=torch.uint8)  # free the old before the new is made
             self.memory = aligned_buffer(needed)
-        self._rooms = list(self.memory[:needed].split([berth.room for berth in cargo]))
+        self._rooms = list(self.memory[:needed].split([allocation.room for allocation in cargo]))
         self.tensors = [
-            room[: berth.nbytes].view(berth.dtype).view(berth.shape)
-            for room, berth in zip(self._rooms, cargo, strict=True)
+            room[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
+            for room, allocation in zip(self._rooms, cargo, strict=True)
         ]
         self.key = key_of(cargo)
 
@@ -131,13 +131,16 @@ class Slab:
             read.result()
 
     def store(
-        self, berths: Sequence[tuple[int, Berth]], executor: Executor, notify: Callable[[], None]
+        self,
+        allocations: Sequence[tuple[int, Allocation]],
+        executor: Executor,
+        notify: Callable[[], None],
     ) -> None:
         """Start writing home those of its tensors that are named by number."""
-        unwritten = [(berth, self._rooms[number]) for number, berth in berths]
+        unwritten = [(allocation, self._rooms[number]) for number, allocation in allocations]
         self._writes = [
-            _submit(executor, notify, berth.write, piece, start)
-            for berth, room in unwritten
+            _submit(executor, notify, allocation.write, piece, start)
+            for allocation, room in unwritten
             for start, piece in _pieces(room)
         ]
         self._unwritten = unwritten
@@ -151,8 +154,8 @@ class Slab:
 
     def write_again(self) -> None:
         """Write what writers failed to write, in a slab that nobody uses, or raise HomeIOError."""
-        for berth, room in self._unwritten:
-            berth.write(room)
+        for allocation, room in self._unwritten:
+            allocation.write(room)
         self._unwritten, self._writes = [], []
 
 

@@ -24,8 +24,7 @@ from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed
 from memtile.engines import dense_files, distributed_checkpoints
-from memtile.engines.ranks import check_agreement
-from memtile.engines.ranks import Ranks
+from memtile.engines.ranks import Ranks, check_agreement
 from memtile.engines.torch_fsdp2 import shard
 from memtile.engines.zero3_config import check_installed
 from memtile.errors import ArgumentError, NotFiniteError
