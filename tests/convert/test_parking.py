@@ -23,7 +23,7 @@ import memtile
 from memtile.errors import ArgumentError, CannotTileError, HomeError, HomeFullError
 from memtile.homes import DiskHome, HostHome, allocation_of
 from memtile.layers import ParkedEmbedding, ParkedLinear
-from memtile.transfer import ferries_of
+from memtile.transfer import rings_of
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 
@@ -189,9 +189,9 @@ def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
         model = memtile.tile(small_model(), out_splits=3, home=home)
         train(model)
         settled = []
-        for ferry in ferries_of(home).all():
-            settle = ferry.settle
-            monkeypatch.setattr(ferry, "settle", lambda s=settle: settled.append(s()))
+        for ring in rings_of(home).all():
+            settle = ring.settle
+            monkeypatch.setattr(ring, "settle", lambda s=settle: settled.append(s()))
 
     assert len(settled) >= 2
 

@@ -10,7 +10,7 @@ from small_training import optimizer_for, same, values
 
 from memtile import DiskHome, TiledLinear
 from memtile.homes import allocation_of, disk_io
-from memtile.transfer import Holder, ferries_of
+from memtile.transfer import Holder, rings_of
 
 TILES = 5
 PATIENCE = 60  # seconds until a test that would hang fails instead
@@ -73,7 +73,7 @@ def test_the_next_tile_is_being_read(layer, monkeypatch):
     """While no write is pending, the next tile's read begins before a tile's step does."""
     model, optimizer = layer
     gate, seen = Gate(monkeypatch, model), []
-    ring = ferries_of(model.linears[0][0].home).steps
+    ring = rings_of(model.linears[0][0].home).steps
 
     def act(number):
         following = gate.begun["read"][number + 1 : number + 2]

@@ -132,9 +132,9 @@ def test_a_resident_model_takes_what_its_parameters_and_moments_take():
     assert terms["optimizer state of what is resident"] == 2 * parameters
 
 
-def test_slabs_are_as_the_ferries_make_them(tmp_path):
+def test_slabs_are_as_the_rings_make_them(tmp_path):
     """The predicted slabs are those that a run has after its steps."""
-    from memtile.transfer import ferries_of
+    from memtile.transfer import rings_of
 
     model, home = stack(), memtile.DiskHome(tmp_path)
     plan = planned(3300 * KIB, model, home=home)
@@ -144,10 +144,10 @@ def test_slabs_are_as_the_ferries_make_them(tmp_path):
         model(torch.randn(33, 70)).square().mean().backward()
         optimizer.step()
     terms = {term.name: term.nbytes for term in plan.terms}
-    ferries = ferries_of(home)
+    rings = rings_of(home)
 
-    assert ferries.weights.slab_bytes == terms["slabs of tiles"]
-    assert ferries.steps.slab_bytes == terms["slabs of optimizer steps"]
+    assert rings.weights.slab_bytes == terms["slabs of tiles"]
+    assert rings.steps.slab_bytes == terms["slabs of optimizer steps"]
 
 
 def test_what_is_moved_is_what_the_home_counts(tmp_path):

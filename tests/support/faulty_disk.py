@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memtile.homes import disk_io
-from memtile.transfer import Holder, ferries_of
+from memtile.transfer import Holder, rings_of
 
 
 class FaultyDisk:
@@ -79,9 +79,9 @@ def at_step(number: int, act: Callable[[], object]) -> Callable[[nn.Parameter], 
 def slabs_are_free(home: Any) -> bool:
     """Whether nobody holds a slab of the home, nor is one still to be written."""
     free = (Holder.NOBODY, Holder.ITS_TILES)
-    return all(h in free for ferry in ferries_of(home).all() for h in ferry.holders)
+    return all(h in free for ring in rings_of(home).all() for h in ring.holders)
 
 
 def nobody_works(home: Any) -> bool:
     """Whether every slab of the home was given back; it may be being read or written still."""
-    return all(h is not Holder.WORKERS for ferry in ferries_of(home).all() for h in ferry.holders)
+    return all(h is not Holder.WORKERS for ring in rings_of(home).all() for h in ring.holders)

@@ -4,16 +4,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ferries import MakeFerry
 from leftovers import check_nothing_is_left
+from rings import MakeRing
 
-from memtile.transfer import Ferry
+from memtile.transfer import SlabRing
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 
 
 @pytest.fixture
-def make_ferry() -> Iterator[MakeFerry]:
-    """Makes ferries that share four threads."""
+def make_ring() -> Iterator[MakeRing]:
+    """Makes rings that share four threads."""
     with ThreadPoolExecutor(4, thread_name_prefix="memtile-test") as executor:
-        yield lambda slabs=3, **options: Ferry(executor, slabs, **options)
+        yield lambda slabs=3, **options: SlabRing(executor, slabs, **options)

@@ -13,7 +13,7 @@ from torch import nn
 from memtile import DiskHome, tile
 from memtile.errors import HomeError
 from memtile.homes import aligned_buffer, allocation_of, disk_io
-from memtile.transfer import ferries_of, passes
+from memtile.transfer import passes, rings_of
 from memtile.transfer.parked import gradient_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -49,18 +49,18 @@ def _weight(model):
 def test_locks_that_other_threads_hold_are_free_in_the_child():
     """The child computes as its parent does and closes the home, whatever locks were held."""
     model = _called()
-    expected, home, ferries = model(_X), _home(model), ferries_of(_home(model))
+    expected, home, rings = model(_X), _home(model), rings_of(_home(model))
     held, done = threading.Event(), threading.Event()
 
     def hold_all():
         with ExitStack() as stack:
-            rings = [ferry._changed for ferry in ferries.all()]
+            conditions = [ring._changed for ring in rings.all()]
             locks = [
                 passes.state.lock,
                 gradient_of(_weight(model)),
                 home._change,
                 home._segments._lock,
-                *rings,
+                *conditions,
             ]
             for lock in locks:
                 stack.enter_context(lock)
@@ -134,7 +134,7 @@ def test_a_fork_while_a_tile_is_worked_on_is_told():
     """The child has no values in its slabs: storing and releasing the tile raise HomeError."""
     model = _called()
     allocation = allocation_of(_weight(model))
-    loan = ferries_of(_home(model)).weights.borrow((allocation,))
+    loan = rings_of(_home(model)).weights.borrow((allocation,))
     with loan as lent:
 
         def in_child():

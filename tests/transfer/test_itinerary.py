@@ -5,7 +5,7 @@ from itertools import islice
 from watched_home import WatchedHome
 
 from memtile.homes import Allocation
-from memtile.transfer.ferry import Itinerary
+from memtile.transfer.slab_ring import Itinerary
 from memtile.transfer.slabs import cargo_of, key_of
 
 

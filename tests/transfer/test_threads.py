@@ -9,24 +9,24 @@ from threads import PATIENCE_SECONDS, switching_often, together
 from watched_home import WatchedHome
 
 from memtile.layers import ParkedLinear
-from memtile.transfer import ParkedSource, ferries_of, gradient_of
+from memtile.transfer import ParkedSource, gradient_of, rings_of
 
 THREADS = 4
 
 
-def test_two_slabs_are_taken_at_once(make_ferry):
+def test_two_slabs_are_taken_at_once(make_ring):
     """Threads that each need two of three slabs take turns, and find what they asked for."""
-    home, ferry = WatchedHome(), make_ferry()
+    home, ring = WatchedHome(), make_ring()
     tiles, wrong = home.tiles(THREADS), []
 
     def work(number):
         for turn in range(20):
             room = home.tile("made", -1)
-            with ferry.borrow((tiles[number],), made=(room,)) as loan:
+            with ring.borrow((tiles[number],), made=(room,)) as loan:
                 tile, made = loan.tensors
                 made.copy_(tile + turn)
                 loan.store(1)
-            with ferry.borrow((room,)) as loan:
+            with ring.borrow((room,)) as loan:
                 if loan.tensors[0].tolist() != [number + turn] * 3:
                     wrong.append((number, turn))
 
@@ -61,7 +61,7 @@ def test_threads_that_are_the_first_share_rings_and_locks():
     """All threads get the same ring of a home, and the same lock of a parameter."""
 
     def ask(home, parameter, found):
-        found.append((ferries_of(home).weights, gradient_of(parameter)))
+        found.append((rings_of(home).weights, gradient_of(parameter)))
 
     for _ in range(20):
         home, parameter, found = WatchedHome(), torch.zeros(1), []

@@ -17,7 +17,7 @@ from memtile.convert.wanted import persistent_buffers, wanted_by
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import streamed_allocation
 from memtile.layers import TiledModule
-from memtile.transfer import ferries_of
+from memtile.transfer import rings_of
 
 
 def save_checkpoint(
@@ -137,4 +137,4 @@ def settle(model: nn.Module) -> None:
     found = map(streamed_allocation, model.parameters())
     for home in {each.home for each in found if each is not None}:
         if not home.closed:
-            ferries_of(home).settle()
+            rings_of(home).settle()

@@ -19,7 +19,7 @@ from memtile.engines.exchange_order import order_in
 from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.errors import EngineError, OptimizerError
 from memtile.homes import streamed_allocation
-from memtile.transfer import ferries_of, is_stepped_in_backward
+from memtile.transfer import is_stepped_in_backward, rings_of
 
 _averaged = WeakIdKeyDictionary()
 
@@ -87,17 +87,17 @@ class Averaging:
 
 
 @contextmanager
-def _at_home(tensor: Tensor, ring: str) -> Iterator[Tensor]:
+def _at_home(tensor: Tensor, kind: str) -> Iterator[Tensor]:
     """A tensor's values, to be changed: in place, or in a slab that is written to its home."""
     allocation = streamed_allocation(tensor)
     if allocation is None:
         yield tensor.detach()
         return
-    ferry = getattr(ferries_of(allocation.home), ring)
-    with ferry.borrow((allocation,)) as loan:
+    ring = getattr(rings_of(allocation.home), kind)
+    with ring.borrow((allocation,)) as loan:
         yield loan.tensors[0]
         loan.store()
-    ferry.settle()  # the next reader may read the home's file mapping
+    ring.settle()  # the next reader may read the home's file mapping
     torch.autograd.graph.increment_version(tensor)
 
 

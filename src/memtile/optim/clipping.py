@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
 from memtile.homes import lock_of_a_module, streamed_allocation
-from memtile.transfer import Loan, ferries_of, is_stepped_in_backward
+from memtile.transfer import Loan, is_stepped_in_backward, rings_of
 
 _CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")
 ClipFunction = Callable[..., Any]  # one of torch's
@@ -39,7 +39,7 @@ def clip_gradients(
         if allocation is not None
     }
     for home in homes:
-        ferries_of(home).steps.clear()  # gradients may have been written since they were read
+        rings_of(home).steps.clear()  # gradients may have been written since they were read
     norms = _norms(gradients, norm_type)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if error_if_nonfinite and not total.isfinite():
@@ -57,8 +57,8 @@ def clip_gradients(
             if loan is not None:
                 torch.autograd.graph.increment_version(gradient)
         for home in homes:
-            ferries_of(home).steps.settle()
-            ferries_of(home).steps.clear()
+            rings_of(home).steps.settle()
+            rings_of(home).steps.clear()
     return total
 
 
@@ -81,7 +81,7 @@ def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tenso
         return
     later = map(streamed_allocation, gradients[number + 1 :])
     ahead = ((each,) for each in later if each is not None)
-    with ferries_of(allocation.home).steps.borrow((allocation,), ahead=ahead) as loan:
+    with rings_of(allocation.home).steps.borrow((allocation,), ahead=ahead) as loan:
         yield loan.tensors[0], loan
 
 

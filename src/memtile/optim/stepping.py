@@ -29,7 +29,7 @@ from memtile.homes import (
     whole_pages,
 )
 from memtile.optim.inner import Inner, ParameterSlice
-from memtile.transfer import Loan, ferries_of
+from memtile.transfer import Loan, rings_of
 
 MASTER = "master"
 VALUE, GRADIENT = "<value>", "<gradient>"  # no key of a state: those are identifiers
@@ -256,7 +256,7 @@ class Stepper:
             }
         made = {key: tensor_of(room) for key, room in rooms.items()}
         old, new = self._allocations(parameter, allocation), rooms
-        work, rings = StepTensors(tensors, made), ferries_of(allocation.home)
+        work, rings = StepTensors(tensors, made), rings_of(allocation.home)
         with ExitStack() as stack:
             # Every thread acquires the rings in this order, or two could wait for each other.
             if in_backward:

@@ -17,7 +17,7 @@ from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_sta
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.stepping import Stepper
-from memtile.transfer import ferries_of, gradient_of, is_stepped_in_backward, step_in_backward
+from memtile.transfer import gradient_of, is_stepped_in_backward, rings_of, step_in_backward
 
 StepMode = Literal["classic", "in_backward"]
 
@@ -221,7 +221,7 @@ class TileOptimizer(Optimizer):
             if self.mode == "in_backward":
                 parameter.grad = None
         for home in homes:
-            ferries_of(home).steps.settle()
+            rings_of(home).steps.settle()
         _drop_slabs(homes)
         self._stepped.clear()
         self._unfinished = None
@@ -314,8 +314,8 @@ def _with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, P
 def _drop_slabs(homes: Iterable[Home]) -> None:
     """Use no value that was read before, by this step or by one that was given up."""
     for home in homes:
-        ferries_of(home).steps.clear()
-        ferries_of(home).weights.clear()
+        rings_of(home).steps.clear()
+        rings_of(home).weights.clear()
 
 
 def _remove(hooks: list[tuple["weakref.ref[nn.Parameter]", RemovableHandle]]) -> None:

@@ -1,6 +1,5 @@
 """Moving tiles between homes and those who work on them: slabs, reading ahead, iterations."""
 
-from memtile.transfer.ferry import Ferry, Loan
 from memtile.transfer.parked import (
     ParkedSource,
     gradient_of,
@@ -10,24 +9,25 @@ from memtile.transfer.parked import (
 from memtile.transfer.passes import (
     GRADIENT_SLABS,
     SLABS,
-    ferries_of,
     layer_call,
+    rings_of,
     unwatch_model,
     watch_model,
 )
+from memtile.transfer.slab_ring import Loan, SlabRing
 from memtile.transfer.slabs import Holder
 
 __all__ = [
     "GRADIENT_SLABS",
     "SLABS",
-    "Ferry",
     "Holder",
     "Loan",
     "ParkedSource",
-    "ferries_of",
+    "SlabRing",
     "gradient_of",
     "is_stepped_in_backward",
     "layer_call",
+    "rings_of",
     "step_in_backward",
     "unwatch_model",
     "watch_model",

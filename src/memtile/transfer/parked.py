@@ -18,7 +18,7 @@ from memtile.homes import (
     streamed_allocation,
     tensor_of,
 )
-from memtile.transfer.passes import enter_backward, ferries_of, state
+from memtile.transfer.passes import enter_backward, rings_of, state
 
 
 class _Trained:
@@ -96,7 +96,7 @@ class ParkedSource:
         if allocation is None:
             yield self.parameter.detach().to(device)
             return
-        with ferries_of(allocation.home).weights.borrow((allocation,)) as loan:
+        with rings_of(allocation.home).weights.borrow((allocation,)) as loan:
             yield loan.tensors[0].to(device)
 
     @contextmanager
@@ -126,7 +126,7 @@ class ParkedSource:
         """Return once stored gradients are at home; HomeIOError where one could not be written."""
         allocation = streamed_allocation(self.parameter)
         if allocation is not None:
-            ferries_of(allocation.home).gradients.settle()
+            rings_of(allocation.home).gradients.settle()
 
 
 def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool = False) -> None:
@@ -142,7 +142,7 @@ def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool
         elif allocation is None or not replaces_sum_at_home:
             old.add_(new)
         else:
-            with ferries_of(allocation.home).gradients.borrow((allocation,)) as loan:
+            with rings_of(allocation.home).gradients.borrow((allocation,)) as loan:
                 parameter.grad = new.add_(loan.tensors[0])
 
 
@@ -169,7 +169,7 @@ def _new_gradient(parameter: nn.Parameter, allocation: Allocation) -> Iterator[T
     """A slab to write the first gradient into; after the block it is `.grad`, at home."""
     with room_of(parameter):
         new = allocation.home.allocate(parameter.shape, parameter.dtype)
-    with ferries_of(allocation.home).gradients.borrow(made=(new,)) as loan:
+    with rings_of(allocation.home).gradients.borrow(made=(new,)) as loan:
         yield loan.tensors[0]
         loan.store()
     parameter.grad = tensor_of(new)
@@ -185,7 +185,7 @@ def _add_at_home(parameter: nn.Parameter, allocation: Allocation, new: Tensor) -
     if old_allocation is None:
         old.add_(new)
         return
-    with ferries_of(old_allocation.home).gradients.borrow((old_allocation,)) as loan:
+    with rings_of(old_allocation.home).gradients.borrow((old_allocation,)) as loan:
         loan.tensors[0].add_(new)
         loan.store()
     torch.autograd.graph.increment_version(old)

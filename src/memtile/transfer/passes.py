@@ -23,7 +23,7 @@ from torch.autograd import Variable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.homes import Home, lock_of_a_module, renew_in_child, trim_heap
-from memtile.transfer.ferry import Ferry
+from memtile.transfer.slab_ring import SlabRing
 
 # Threads a home. Four saturate an idle disk; while products keep all cores busy a thread waits for
 # its turn to ask for more, and with eight pieces under way the disk does not wait with it.
@@ -34,7 +34,7 @@ GRADIENT_SLABS = 2
 _CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forward
 
 
-class Ferries:
+class SlabRings:
     """The slab rings of one home, with one set of reader threads.
 
     Attributes:
@@ -47,15 +47,15 @@ class Ferries:
         self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
         self._process, self._is_closed = os.getpid(), False
         self._empty()
-        renew_in_child(self, Ferries._renew_locks)
+        renew_in_child(self, SlabRings._renew_locks)
 
     def _empty(self) -> None:
         """New rings: their slabs have no memory before they are used."""
-        self.weights = Ferry(self._executor, SLABS)
-        self.gradients = Ferry(self._executor, GRADIENT_SLABS)
-        self.steps = Ferry(self._executor, SLABS)
+        self.weights = SlabRing(self._executor, SLABS)
+        self.gradients = SlabRing(self._executor, GRADIENT_SLABS)
+        self.steps = SlabRing(self._executor, SLABS)
 
-    def all(self) -> Iterator[Ferry]:
+    def all(self) -> Iterator[SlabRing]:
         """Each of them."""
         return iter((self.weights, self.gradients, self.steps))
 
@@ -67,8 +67,8 @@ class Ferries:
     def settle(self) -> None:
         """Return once everything that was stored is at home; HomeIOError where it cannot be."""
         if self.works:
-            for ferry in self.all():
-                ferry.settle()
+            for ring in self.all():
+                ring.settle()
 
     def close(self) -> None:
         """End the reader threads, without waiting for them, and free the slabs."""
@@ -79,8 +79,8 @@ class Ferries:
 
     def _renew_locks(self) -> None:
         """In the child of a fork: a tile that is in a slab now is still to be released."""
-        for ferry in self.all():
-            ferry.renew_lock()
+        for ring in self.all():
+            ring.renew_lock()
 
 
 class _Thread(threading.local):
@@ -110,17 +110,17 @@ class State:
 
     def __init__(self) -> None:
         self.lock = lock_of_a_module()
-        self.rings: weakref.WeakKeyDictionary[Home, Ferries] = weakref.WeakKeyDictionary()
+        self.rings: weakref.WeakKeyDictionary[Home, SlabRings] = weakref.WeakKeyDictionary()
         self.newest = self.iteration = 0
         self.backwards: set[int] = set()
         self.thread = _Thread()
         self.trained = WeakIdKeyDictionary()
 
-    def all_rings(self) -> list[Ferry]:
+    def all_rings(self) -> list[SlabRing]:
         """Those in use, of all homes."""
         with self.lock:
             every = list(self.rings.values())
-        return [ferry for found in every if found.works for ferry in found.all()]
+        return [ring for found in every if found.works for ring in found.all()]
 
     def begin(self) -> None:
         """Begin an iteration."""
@@ -128,25 +128,25 @@ class State:
             self.newest += 1
             self.iteration = self.newest
             self.backwards.clear()  # what is left are those that failed
-        for ferry in self.all_rings():
-            ferry.start()
+        for ring in self.all_rings():
+            ring.start()
 
     def end(self) -> None:
         """End it: forget everything that was read."""
-        for ferry in self.all_rings():
-            ferry.clear()
+        for ring in self.all_rings():
+            ring.clear()
 
 
 state = State()
 
 
-def ferries_of(home: Home) -> Ferries:
+def rings_of(home: Home) -> SlabRings:
     """The slab rings of this home, made when first needed; HomeError where it is closed."""
     with state.lock:  # two rings for the same tiles would not know of each other's writes
         found = state.rings.get(home)
         if found is None or not found.works:
             home.check_open()
-            found = state.rings[home] = Ferries()
+            found = state.rings[home] = SlabRings()
             home.when_closed(found.settle, found.close)
         return found
 
@@ -230,8 +230,8 @@ def _end_backward(task: int) -> None:
     with state.lock:
         state.backwards.discard(task)
     try:
-        for ferry in state.all_rings():
-            ferry.settle()
+        for ring in state.all_rings():
+            ring.settle()
     finally:
         state.end()
         if state.all_rings():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ferries import FREE, quiet, walk
+from rings import FREE, quiet, walk
 from watched_home import WatchedHome
 
 from memtile.homes import PAGE
@@ -10,97 +10,97 @@ from memtile.homes import PAGE
 # Reading ahead
 
 
-def test_what_comes_next_is_read_while_a_tile_is_worked_on(make_ferry):
+def test_what_comes_next_is_read_while_a_tile_is_worked_on(make_ring):
     """In the second pass, tile 1 and tile 2 are on their way while tile 0 is borrowed."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(5), make_ferry()
-    walk(ferry, tiles)
-    ferry.start()
+    tiles, ring = home.tiles(5), make_ring()
+    walk(ring, tiles)
+    ring.start()
     home.clear()
 
-    with ferry.borrow((tiles[0],)):
+    with ring.borrow((tiles[0],)):
         home.begins("read", "1")
         home.begins("read", "2")
         assert sorted(home.labels()) == ["0", "1", "2"]
 
 
-def test_nothing_is_read_ahead_in_an_unknown_order(make_ferry):
+def test_nothing_is_read_ahead_in_an_unknown_order(make_ring):
     """A first pass reads each tile once, when it is asked for."""
     home = WatchedHome()
     tiles = home.tiles(5)
 
-    found = walk(make_ferry(), tiles)
+    found = walk(make_ring(), tiles)
 
     assert found == [0, 1, 2, 3, 4]
     assert home.labels() == ["0", "1", "2", "3", "4"]
 
 
-def test_the_beginning_of_a_pass_reads_nothing(make_ferry):
+def test_the_beginning_of_a_pass_reads_nothing(make_ring):
     """The next request may be one of another home, so nothing is read before it."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(5), make_ferry()
-    walk(ferry, tiles)
-    quiet(ferry)
+    tiles, ring = home.tiles(5), make_ring()
+    walk(ring, tiles)
+    quiet(ring)
     home.clear()
 
-    ferry.start()
-    quiet(ferry)
+    ring.start()
+    quiet(ring)
 
     assert home.labels() == []
 
 
-def test_what_is_named_is_read_ahead_instead_of_what_is_known(make_ferry):
+def test_what_is_named_is_read_ahead_instead_of_what_is_known(make_ring):
     """`ahead` takes precedence over the prefetch order."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(5), make_ferry()
-    walk(ferry, tiles)
-    ferry.start()
+    tiles, ring = home.tiles(5), make_ring()
+    walk(ring, tiles)
+    ring.start()
     home.clear()
 
-    with ferry.borrow((tiles[0],), ahead=[(tiles[4],), (tiles[3],), (tiles[2],)]):
+    with ring.borrow((tiles[0],), ahead=[(tiles[4],), (tiles[3],), (tiles[2],)]):
         home.begins("read", "4")
         home.begins("read", "3")
 
     assert sorted(home.labels()) == ["0", "3", "4"]
 
 
-def test_every_tile_is_right_in_any_order(make_ferry):
+def test_every_tile_is_right_in_any_order(make_ring):
     """Wrong guesses cost a wait, and never give another tile's values."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(7), make_ferry()
+    tiles, ring = home.tiles(7), make_ring()
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         order = torch.randint(7, (9,), generator=generator).tolist()
 
-        assert walk(ferry, [tiles[n] for n in order]) == order
+        assert walk(ring, [tiles[n] for n in order]) == order
 
 
-def test_a_wrong_guess_corrects_itself(make_ferry):
+def test_a_wrong_guess_corrects_itself(make_ring):
     """After one pass in another order, that order is the one that is read ahead."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(4), make_ferry()
-    walk(ferry, tiles)
-    walk(ferry, tiles[::-1])
-    ferry.start()
+    tiles, ring = home.tiles(4), make_ring()
+    walk(ring, tiles)
+    walk(ring, tiles[::-1])
+    ring.start()
     home.clear()
 
-    with ferry.borrow((tiles[3],)):
+    with ring.borrow((tiles[3],)):
         home.begins("read", "2")
         home.begins("read", "1")
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_the_turn_from_forward_to_backward_reads_nothing_anew(make_ferry, number):
+def test_the_turn_from_forward_to_backward_reads_nothing_anew(make_ring, number):
     """The last tiles of the forward are the first of the backward: they are still there."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(number), make_ferry()
+    tiles, ring = home.tiles(number), make_ring()
     there_and_back = tiles + tiles[::-1]
     for _ in range(2):
-        walk(ferry, there_and_back)
-    quiet(ferry)
+        walk(ring, there_and_back)
+    quiet(ring)
     home.clear()
 
-    assert walk(ferry, there_and_back) == [*range(number), *reversed(range(number))]
+    assert walk(ring, there_and_back) == [*range(number), *reversed(range(number))]
 
     for label in ["4", "3"] if number == 5 else [str(n) for n in range(number)]:
         assert home.labels().count(label) == 1, home.labels()
@@ -110,69 +110,69 @@ def test_the_turn_from_forward_to_backward_reads_nothing_anew(make_ferry, number
 
 
 @pytest.mark.parametrize("slabs", [1, 2, 3])
-def test_capacity_does_not_grow_with_the_number_of_tiles(make_ferry, slabs):
+def test_capacity_does_not_grow_with_the_number_of_tiles(make_ring, slabs):
     """40 tiles use no more memory than the slabs have."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(40, length=PAGE // 4 + 1), make_ferry(slabs)
+    tiles, ring = home.tiles(40, length=PAGE // 4 + 1), make_ring(slabs)
     for _ in range(2):
-        walk(ferry, tiles + tiles[::-1])
+        walk(ring, tiles + tiles[::-1])
 
-    assert ferry.slab_bytes == slabs * 2 * PAGE
+    assert ring.slab_bytes == slabs * 2 * PAGE
 
 
-def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ferry):
+def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ring):
     """Ragged tiles share slabs, each as large as the largest that it held."""
     home = WatchedHome()
     tiles = [home.tile(str(n), n, length) for n, length in enumerate([1, 5000, 3, 2049, 0])]
-    ferry = make_ferry(1)
+    ring = make_ring(1)
 
     for _ in range(2):
-        ferry.start()
+        ring.start()
         for n, allocation in enumerate(tiles):
-            with ferry.borrow((allocation,)) as loan:
+            with ring.borrow((allocation,)) as loan:
                 assert loan.tensors[0].shape == allocation.shape
                 assert bool((loan.tensors[0] == n).all())
 
-    assert ferry.slab_bytes == 5 * PAGE
+    assert ring.slab_bytes == 5 * PAGE
 
 
-def test_a_cargo_of_several_tensors_is_one_slab(make_ferry):
+def test_a_cargo_of_several_tensors_is_one_slab(make_ring):
     """A weight and its moments, of any dtype, are read together, and some of them are written."""
     home = WatchedHome()
     first, second = home.tile("first", 1), home.allocate((2, 3), torch.float64)
     second.label = "second"
     second.tensor().fill_(2)
-    ferry = make_ferry()
+    ring = make_ring()
 
-    with ferry.borrow((first, second)) as loan:
+    with ring.borrow((first, second)) as loan:
         for tensor in loan.tensors:
             tensor.add_(10)
         loan.store(1)
-    ferry.settle()
+    ring.settle()
 
     assert home.labels("write") == ["second"]
     assert first.tensor().tolist() == [1, 1, 1]
     assert second.tensor().tolist() == [[12] * 3] * 2
 
 
-def test_two_borrowers_of_one_tile_share_a_slab_that_is_read_once(make_ferry):
+def test_two_borrowers_of_one_tile_share_a_slab_that_is_read_once(make_ring):
     """A tile that is borrowed again while it is borrowed is not read again."""
     home = WatchedHome()
-    (tile,), ferry = home.tiles(1), make_ferry()
+    (tile,), ring = home.tiles(1), make_ring()
 
-    with ferry.borrow((tile,)) as one, ferry.borrow((tile,)) as other:
+    with ring.borrow((tile,)) as one, ring.borrow((tile,)) as other:
         assert one.tensors[0].data_ptr() == other.tensors[0].data_ptr()
 
     assert home.labels() == ["0"]
-    assert set(ferry.holders) <= FREE
+    assert set(ring.holders) <= FREE
 
 
-def test_what_was_read_for_one_pass_is_not_used_in_the_next(make_ferry):
+def test_what_was_read_for_one_pass_is_not_used_in_the_next(make_ring):
     """A tile that was written to between two passes is read anew, by both kinds of ring."""
     home = WatchedHome()
     tiles = home.tiles(2)
-    for ferry in (make_ferry(), make_ferry()):
+    for ring in (make_ring(), make_ring()):
         for value in (5.0, 6.0):
             tiles[0].tensor().fill_(value)
 
-            assert walk(ferry, tiles)[0] == value
+            assert walk(ring, tiles)[0] == value

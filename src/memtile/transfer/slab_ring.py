@@ -64,8 +64,8 @@ class Loan:
         tensors: one for each allocation, in its slab: not to be kept.
     """
 
-    def __init__(self, ferry: "Ferry", slabs: Sequence[Slab], cargoes: Sequence[Cargo]) -> None:
-        self._ferry, self._slabs = ferry, slabs
+    def __init__(self, ring: "SlabRing", slabs: Sequence[Slab], cargoes: Sequence[Cargo]) -> None:
+        self._ring, self._slabs = ring, slabs
         self._places = [
             (slab, number, allocation)
             for slab, cargo in zip(slabs, cargoes, strict=True)
@@ -79,10 +79,10 @@ class Loan:
         for slab in self._slabs:
             own = [(number, allocation) for holder, number, allocation in chosen if holder is slab]
             if own:
-                self._ferry.write_home(slab, own)
+                self._ring.write_home(slab, own)
 
 
-class Ferry:
+class SlabRing:
     """A ring of slabs.
 
     Args:
@@ -327,10 +327,10 @@ class Ferry:
             self._changed.notify_all()
 
 
-def _notify(reference: "weakref.ref[Ferry]", changed: threading.Condition) -> None:
+def _notify(reference: "weakref.ref[SlabRing]", changed: threading.Condition) -> None:
     """A read or a write has ended: wake threads that wait, and use a slab that became idle."""
     with changed:
         changed.notify_all()
-        ferry = reference()
-        if ferry is not None:
-            ferry.fetch_delayed()
+        ring = reference()
+        if ring is not None:
+            ring.fetch_delayed()

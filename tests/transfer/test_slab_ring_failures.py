@@ -8,48 +8,48 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from ferries import FREE, quiet, spoil, wait_until, walk
+from rings import FREE, quiet, spoil, wait_until, walk
 from watched_home import PATIENCE_SECONDS, WatchedHome
 
 from memtile.errors import HomeError, HomeIOError
 from memtile.homes import PAGE, DiskHome, disk_io
-from memtile.transfer import Ferry, Holder, ferries_of
+from memtile.transfer import Holder, SlabRing, rings_of
 
 
-def test_a_failed_read_returns_the_slab_and_is_tried_again(make_ferry):
+def test_a_failed_read_returns_the_slab_and_is_tried_again(make_ring):
     """An I/O error is raised where the tile is acquired; once the disk works the tile is right."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(5), make_ferry()
-    walk(ferry, tiles)
+    tiles, ring = home.tiles(5), make_ring()
+    walk(ring, tiles)
     home.broken = {"read"}
     for _ in range(5):  # more often than there are slabs
         with pytest.raises(HomeIOError, match="the test wants it"):
-            walk(ferry, tiles)
-    quiet(ferry)
+            walk(ring, tiles)
+    quiet(ring)
 
-    assert set(ferry.holders) <= FREE
+    assert set(ring.holders) <= FREE
     home.broken = set()
-    assert walk(ferry, tiles) == [0, 1, 2, 3, 4]
+    assert walk(ring, tiles) == [0, 1, 2, 3, 4]
 
 
-def test_a_failed_read_ahead_is_nobodys_error(make_ferry):
+def test_a_failed_read_ahead_is_nobodys_error(make_ring):
     """A tile that could not be read ahead is read when it is asked for."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(3), make_ferry()
-    walk(ferry, tiles)
-    ferry.start()
-    with ferry.borrow((tiles[0],)):
+    tiles, ring = home.tiles(3), make_ring()
+    walk(ring, tiles)
+    ring.start()
+    with ring.borrow((tiles[0],)):
         pass
-    ferry.clear()
-    quiet(ferry)
+    ring.clear()
+    quiet(ring)
     home.clear()
 
-    with ferry.borrow((tiles[0],)):
+    with ring.borrow((tiles[0],)):
         home.broken = {"read"}
         quiet_but_workers = {Holder.WORKERS, Holder.NOBODY, Holder.ITS_TILES}
-        wait_until(ferry, lambda: set(ferry.holders) <= quiet_but_workers)
+        wait_until(ring, lambda: set(ring.holders) <= quiet_but_workers)
     home.broken = set()
-    with ferry.borrow((tiles[1],)) as loan:
+    with ring.borrow((tiles[1],)) as loan:
         assert loan.tensors[0][0] == 1
 
 
@@ -58,7 +58,7 @@ def test_an_error_does_not_keep_the_home_alive():
     home = WatchedHome()
     tile, alive = home.tile("0", 0), weakref.ref(home)
     home.broken = {"read"}
-    with pytest.raises(HomeIOError), ferries_of(home).weights.borrow((tile,)):
+    with pytest.raises(HomeIOError), rings_of(home).weights.borrow((tile,)):
         pass
 
     del tile, home
@@ -73,138 +73,138 @@ def test_a_short_read_of_a_file_is_an_error(tmp_path, monkeypatch, got):
     with DiskHome(tmp_path) as home:
         allocation = home.allocate((3 * PAGE,), torch.uint8)
         allocation.tensor().fill_(7)
-        ferry, real = ferries_of(home).weights, disk_io.read_at
+        ring, real = rings_of(home).weights, disk_io.read_at
         pieces = iter([got])
         monkeypatch.setattr(disk_io, "read_at", lambda fd, b, o: real(fd, b[: next(pieces, 0)], o))
         for _ in range(2):
-            with pytest.raises(HomeIOError), ferry.borrow((allocation,)):
+            with pytest.raises(HomeIOError), ring.borrow((allocation,)):
                 pass
         monkeypatch.undo()
 
-        with ferry.borrow((allocation,)) as loan:
+        with ring.borrow((allocation,)) as loan:
             assert bool((loan.tensors[0] == 7).all())
-        assert set(ferry.holders) <= FREE
+        assert set(ring.holders) <= FREE
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
 def test_an_exception_in_the_block_returns_the_slab_and_its_content_is_not_trusted(
-    make_ferry, error
+    make_ring, error
 ):
     """What was half changed in a slab is read again, and no slab is lost, however often."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(2), make_ferry()
+    tiles, ring = home.tiles(2), make_ring()
     for _ in range(5):
         with pytest.raises(error):
-            spoil(ferry, tiles[0], error)
-    with ferry.borrow((tiles[0],)) as loan:
+            spoil(ring, tiles[0], error)
+    with ring.borrow((tiles[0],)) as loan:
         assert loan.tensors[0].tolist() == [0, 0, 0]
 
-    assert set(ferry.holders) <= FREE
+    assert set(ring.holders) <= FREE
 
 
-def test_ctrl_c_while_a_tile_is_read_leaves_the_slab_to_its_readers(make_ferry, monkeypatch):
+def test_ctrl_c_while_a_tile_is_read_leaves_the_slab_to_its_readers(make_ring, monkeypatch):
     """The slab is not given to others while the read is under way, and is free afterwards."""
     home, go_on = WatchedHome(), threading.Event()
-    tiles, ferry = home.tiles(2), make_ferry(1)
+    tiles, ring = home.tiles(2), make_ring(1)
     home.before = lambda act, label: go_on.wait(PATIENCE_SECONDS)
 
     def interrupted(self: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Future, "result", interrupted)
-    with pytest.raises(KeyboardInterrupt), ferry.borrow((tiles[0],)):
+    with pytest.raises(KeyboardInterrupt), ring.borrow((tiles[0],)):
         pass
     monkeypatch.undo()
 
-    assert ferry.holders == [Holder.READERS]
+    assert ring.holders == [Holder.READERS]
     go_on.set()
-    with ferry.borrow((tiles[1],)) as loan:
+    with ring.borrow((tiles[1],)) as loan:
         assert loan.tensors[0].tolist() == [1, 1, 1]
-    assert ferry.holders == [Holder.ITS_TILES]
+    assert ring.holders == [Holder.ITS_TILES]
 
 
-def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ferry, monkeypatch):
+def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ring, monkeypatch):
     """A Ctrl-C in the wait leaves the ring as it was."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(2), make_ferry(1)
+    tiles, ring = home.tiles(2), make_ring(1)
 
     def interrupted(timeout: float | None = None) -> bool:
         raise KeyboardInterrupt
 
-    with ferry.borrow((tiles[0],)):
-        monkeypatch.setattr(ferry._changed, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt), ferry.borrow((tiles[1],)):
+    with ring.borrow((tiles[0],)):
+        monkeypatch.setattr(ring._changed, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), ring.borrow((tiles[1],)):
             pass
         monkeypatch.undo()
-        assert ferry.holders == [Holder.WORKERS]
-    assert ferry.holders == [Holder.ITS_TILES]
+        assert ring.holders == [Holder.WORKERS]
+    assert ring.holders == [Holder.ITS_TILES]
 
 
 def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():
     """Without threads every request raises, the second one too, and gives no wrong values."""
     home, executor = WatchedHome(), ThreadPoolExecutor(1)
-    (tile,), ferry = home.tiles(1), Ferry(executor, 2)
+    (tile,), ring = home.tiles(1), SlabRing(executor, 2)
     executor.shutdown()
 
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="shutdown"), ferry.borrow((tile,)):
+        with pytest.raises(RuntimeError, match="shutdown"), ring.borrow((tile,)):
             pass
 
-    assert ferry.holders == [Holder.NOBODY] * 2
+    assert ring.holders == [Holder.NOBODY] * 2
 
 
-def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ferry):
+def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ring):
     """`settle` tries again and raises while it fails; the tile is read from its slab meanwhile."""
     home = WatchedHome()
-    (tile,), ferry = home.tiles(1), make_ferry()
+    (tile,), ring = home.tiles(1), make_ring()
     home.broken = {"write"}
-    with ferry.borrow((tile,)) as loan:
+    with ring.borrow((tile,)) as loan:
         loan.tensors[0].fill_(5)
         loan.store()
-    for act in (ferry.settle, ferry.start, ferry.settle):
+    for act in (ring.settle, ring.start, ring.settle):
         with pytest.raises(HomeIOError, match="write of 0"):
             act()
-    ferry.clear()
-    assert Holder.WRITERS in ferry.holders
-    with ferry.borrow((tile,)) as loan:
+    ring.clear()
+    assert Holder.WRITERS in ring.holders
+    with ring.borrow((tile,)) as loan:
         assert loan.tensors[0].tolist() == [5, 5, 5]
     assert tile.tensor().tolist() == [0, 0, 0]
 
     home.broken = set()
-    ferry.settle()
+    ring.settle()
 
     assert tile.tensor().tolist() == [5, 5, 5]
-    assert set(ferry.holders) <= FREE
+    assert set(ring.holders) <= FREE
 
 
-def test_slabs_that_cannot_be_written_make_others_raise_and_not_wait(make_ferry):
+def test_slabs_that_cannot_be_written_make_others_raise_and_not_wait(make_ring):
     """With every slab unwritten, a request tries the write once more and raises its error."""
     home = WatchedHome()
-    tiles, ferry = home.tiles(3), make_ferry(2)
+    tiles, ring = home.tiles(3), make_ring(2)
     home.broken = {"write"}
     for tile in tiles[:2]:
-        with ferry.borrow((tile,)) as loan:
+        with ring.borrow((tile,)) as loan:
             loan.tensors[0].add_(10)
             loan.store()
 
-    with pytest.raises(HomeIOError, match="write of"), ferry.borrow((tiles[2],)):
+    with pytest.raises(HomeIOError, match="write of"), ring.borrow((tiles[2],)):
         pass
 
     home.broken = set()
-    with ferry.borrow((tiles[2],)) as loan:
+    with ring.borrow((tiles[2],)) as loan:
         assert loan.tensors[0].tolist() == [2, 2, 2]
-    ferry.settle()
+    ring.settle()
     assert [tile.tensor()[0].item() for tile in tiles] == [10, 11, 2]
 
 
-def test_an_exception_after_a_store_does_not_undo_it(make_ferry):
+def test_an_exception_after_a_store_does_not_undo_it(make_ring):
     """What was stored is written."""
     home = WatchedHome()
-    (tile,), ferry = home.tiles(1), make_ferry(1)
+    (tile,), ring = home.tiles(1), make_ring(1)
     with pytest.raises(RuntimeError, match="the test"):
-        spoil(ferry, tile, RuntimeError("the test wants it"), stores=True)
+        spoil(ring, tile, RuntimeError("the test wants it"), stores=True)
 
-    ferry.settle()
+    ring.settle()
 
     assert tile.tensor().tolist() == [5, 5, 5]
 
@@ -212,10 +212,10 @@ def test_an_exception_after_a_store_does_not_undo_it(make_ferry):
 def test_what_was_written_does_not_keep_the_home_alive():
     """A written gradient is released at once, not in the next iteration."""
     home = WatchedHome()
-    (tile,), ferry, alive = home.tiles(1), ferries_of(home).gradients, weakref.ref(home)
-    with ferry.borrow((tile,)) as loan:
+    (tile,), ring, alive = home.tiles(1), rings_of(home).gradients, weakref.ref(home)
+    with ring.borrow((tile,)) as loan:
         loan.store()
-    wait_until(ferry, lambda: not ferry._slabs[0]._unwritten + ferry._slabs[1]._unwritten)
+    wait_until(ring, lambda: not ring._slabs[0]._unwritten + ring._slabs[1]._unwritten)
 
     del home, tile, loan
     gc.collect()
@@ -223,39 +223,39 @@ def test_what_was_written_does_not_keep_the_home_alive():
     assert alive() is None
 
 
-def test_a_slab_is_not_refilled_while_it_is_written(make_ferry):
+def test_a_slab_is_not_refilled_while_it_is_written(make_ring):
     """Another tile waits for another slab, or for the writer."""
     home, go_on = WatchedHome(), threading.Event()
-    tiles, ferry = home.tiles(2), make_ferry(2)
+    tiles, ring = home.tiles(2), make_ring(2)
     home.before = lambda act, label: act == "write" and go_on.wait(PATIENCE_SECONDS)
-    with ferry.borrow((tiles[0],)) as loan:
+    with ring.borrow((tiles[0],)) as loan:
         loan.tensors[0].fill_(5)
         loan.store()
     home.begins("write", "0")
 
     for _ in range(3):
-        with ferry.borrow((tiles[1],)) as loan:
+        with ring.borrow((tiles[1],)) as loan:
             assert loan.tensors[0].tolist() == [1, 1, 1]
-        ferry.clear()
+        ring.clear()
 
-    assert ferry.holders.count(Holder.WRITERS) == 1
+    assert ring.holders.count(Holder.WRITERS) == 1
     go_on.set()
-    ferry.settle()
+    ring.settle()
     assert tiles[0].tensor().tolist() == [5, 5, 5]
 
 
 # Threads, and homes that end
 
 
-def test_many_threads_borrow_at_once(make_ferry):
+def test_many_threads_borrow_at_once(make_ring):
     """Every thread finds the tile that it asked for, with fewer slabs than threads."""
     home = WatchedHome()
-    tiles, ferry, wrong = home.tiles(7), make_ferry(2), []
+    tiles, ring, wrong = home.tiles(7), make_ring(2), []
 
     def work(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for n in torch.randint(7, (40,), generator=generator).tolist():
-            with ferry.borrow((tiles[n],)) as loan:
+            with ring.borrow((tiles[n],)) as loan:
                 if loan.tensors[0].tolist() != [n] * 3:
                     wrong.append(n)
 
@@ -267,47 +267,47 @@ def test_many_threads_borrow_at_once(make_ferry):
 
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
-    quiet(ferry)
-    assert set(ferry.holders) <= FREE
+    quiet(ring)
+    assert set(ring.holders) <= FREE
 
 
-def test_a_tile_that_is_cleared_away_while_it_is_borrowed_goes_on_being_right(make_ferry):
+def test_a_tile_that_is_cleared_away_while_it_is_borrowed_goes_on_being_right(make_ring):
     """A pass that begins in another thread spoils the slab only for those who come later."""
     home = WatchedHome()
-    (tile,), ferry = home.tiles(1), make_ferry()
+    (tile,), ring = home.tiles(1), make_ring()
 
-    with ferry.borrow((tile,)) as loan:
-        ferry.start()
+    with ring.borrow((tile,)) as loan:
+        ring.start()
         tile.tensor().fill_(8)
         assert loan.tensors[0].tolist() == [0, 0, 0]
-        with ferry.borrow((tile,)) as later:
+        with ring.borrow((tile,)) as later:
             assert later.tensors[0].tolist() == [8, 8, 8]
 
-    assert set(ferry.holders) <= FREE
+    assert set(ring.holders) <= FREE
 
 
-def test_a_closed_home_has_no_ferries_and_no_threads():
-    """Closing ends the threads and the slabs; asking for ferries says that it is closed."""
+def test_a_closed_home_has_no_rings_and_no_threads():
+    """Closing ends the threads and the slabs; asking for rings says that it is closed."""
     home = WatchedHome()
     (tile,) = home.tiles(1)
-    with ferries_of(home).weights.borrow((tile,)):
+    with rings_of(home).weights.borrow((tile,)):
         pass
 
     home.close()
 
     with pytest.raises(HomeError, match="closed"):
-        ferries_of(home)
+        rings_of(home)
 
 
-def test_ferries_are_of_one_home_and_go_with_it():
+def test_rings_are_of_one_home_and_go_with_it():
     """Two homes share nothing; slabs and threads end with a home, without garbage collection."""
     one, other = WatchedHome(), WatchedHome()
-    assert ferries_of(one) is ferries_of(one)
-    assert ferries_of(one) is not ferries_of(other)
+    assert rings_of(one) is rings_of(one)
+    assert rings_of(one) is not rings_of(other)
     tiles = one.tiles(5)
-    walk(ferries_of(one).weights, tiles)
-    quiet(ferries_of(one).weights)
-    alive = weakref.ref(ferries_of(one).weights)
+    walk(rings_of(one).weights, tiles)
+    quiet(rings_of(one).weights)
+    alive = weakref.ref(rings_of(one).weights)
 
     gc.disable()
     try:
