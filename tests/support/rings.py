@@ -16,8 +16,8 @@ def walk(ring: SlabRing, order: list[Allocation]) -> list[float]:
     found = []
     ring.start()
     for allocation in order:
-        with ring.borrow((allocation,)) as loan:
-            found.append(loan.tensors[0][0].item())
+        with ring.acquire((allocation,)) as lease:
+            found.append(lease.tensors[0][0].item())
     return found
 
 
@@ -38,9 +38,9 @@ def spoil(
     error: type[BaseException] | BaseException,
     stores: bool = False,
 ) -> None:
-    """Borrow the tile, fill it with fives, and raise the error."""
-    with ring.borrow((allocation,)) as loan:
-        loan.tensors[0].fill_(5)
+    """Acquire the tile, fill it with fives, and raise the error."""
+    with ring.acquire((allocation,)) as lease:
+        lease.tensors[0].fill_(5)
         if stores:
-            loan.store()
+            lease.store()
         raise error

@@ -134,14 +134,14 @@ def test_a_fork_while_a_tile_is_worked_on_is_told():
     """The child has no values in its slabs: storing and releasing the tile raise HomeError."""
     model = _called()
     allocation = allocation_of(_weight(model))
-    loan = rings_of(_home(model)).weights.borrow((allocation,))
-    with loan as lent:
+    lease = rings_of(_home(model)).weights.acquire((allocation,))
+    with lease as lent:
 
         def in_child():
             with pytest.raises(HomeError, match="was forked while a tile was worked on"):
                 lent.store()
             with pytest.raises(HomeError, match="fork between two calls of the model"):
-                loan.__exit__(None, None, None)
+                lease.__exit__(None, None, None)
             return True
 
         assert child_says(in_child)

@@ -11,14 +11,14 @@ from memtile.homes import PAGE
 
 
 def test_what_comes_next_is_read_while_a_tile_is_worked_on(make_ring):
-    """In the second pass, tile 1 and tile 2 are on their way while tile 0 is borrowed."""
+    """In the second pass, tile 1 and tile 2 are on their way while tile 0 is leased."""
     home = WatchedHome()
     tiles, ring = home.tiles(5), make_ring()
     walk(ring, tiles)
     ring.start()
     home.clear()
 
-    with ring.borrow((tiles[0],)):
+    with ring.acquire((tiles[0],)):
         home.begins("read", "1")
         home.begins("read", "2")
         assert sorted(home.labels()) == ["0", "1", "2"]
@@ -57,7 +57,7 @@ def test_what_is_named_is_read_ahead_instead_of_what_is_known(make_ring):
     ring.start()
     home.clear()
 
-    with ring.borrow((tiles[0],), ahead=[(tiles[4],), (tiles[3],), (tiles[2],)]):
+    with ring.acquire((tiles[0],), ahead=[(tiles[4],), (tiles[3],), (tiles[2],)]):
         home.begins("read", "4")
         home.begins("read", "3")
 
@@ -84,7 +84,7 @@ def test_a_wrong_guess_corrects_itself(make_ring):
     ring.start()
     home.clear()
 
-    with ring.borrow((tiles[3],)):
+    with ring.acquire((tiles[3],)):
         home.begins("read", "2")
         home.begins("read", "1")
 
@@ -129,9 +129,9 @@ def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ring):
     for _ in range(2):
         ring.start()
         for n, allocation in enumerate(tiles):
-            with ring.borrow((allocation,)) as loan:
-                assert loan.tensors[0].shape == allocation.shape
-                assert bool((loan.tensors[0] == n).all())
+            with ring.acquire((allocation,)) as lease:
+                assert lease.tensors[0].shape == allocation.shape
+                assert bool((lease.tensors[0] == n).all())
 
     assert ring.slab_bytes == 5 * PAGE
 
@@ -144,10 +144,10 @@ def test_a_cargo_of_several_tensors_is_one_slab(make_ring):
     second.tensor().fill_(2)
     ring = make_ring()
 
-    with ring.borrow((first, second)) as loan:
-        for tensor in loan.tensors:
+    with ring.acquire((first, second)) as lease:
+        for tensor in lease.tensors:
             tensor.add_(10)
-        loan.store(1)
+        lease.store(1)
     ring.settle()
 
     assert home.labels("write") == ["second"]
@@ -155,12 +155,12 @@ def test_a_cargo_of_several_tensors_is_one_slab(make_ring):
     assert second.tensor().tolist() == [[12] * 3] * 2
 
 
-def test_two_borrowers_of_one_tile_share_a_slab_that_is_read_once(make_ring):
-    """A tile that is borrowed again while it is borrowed is not read again."""
+def test_two_acquireers_of_one_tile_share_a_slab_that_is_read_once(make_ring):
+    """A tile that is leased again while it is leased is not read again."""
     home = WatchedHome()
     (tile,), ring = home.tiles(1), make_ring()
 
-    with ring.borrow((tile,)) as one, ring.borrow((tile,)) as other:
+    with ring.acquire((tile,)) as one, ring.acquire((tile,)) as other:
         assert one.tensors[0].data_ptr() == other.tensors[0].data_ptr()
 
     assert home.labels() == ["0"]

@@ -38,19 +38,19 @@ def test_a_failed_read_ahead_is_nobodys_error(make_ring):
     tiles, ring = home.tiles(3), make_ring()
     walk(ring, tiles)
     ring.start()
-    with ring.borrow((tiles[0],)):
+    with ring.acquire((tiles[0],)):
         pass
     ring.clear()
     quiet(ring)
     home.clear()
 
-    with ring.borrow((tiles[0],)):
+    with ring.acquire((tiles[0],)):
         home.broken = {"read"}
         quiet_but_workers = {Holder.WORKERS, Holder.NOBODY, Holder.ITS_TILES}
         wait_until(ring, lambda: set(ring.holders) <= quiet_but_workers)
     home.broken = set()
-    with ring.borrow((tiles[1],)) as loan:
-        assert loan.tensors[0][0] == 1
+    with ring.acquire((tiles[1],)) as lease:
+        assert lease.tensors[0][0] == 1
 
 
 def test_an_error_does_not_keep_the_home_alive():
@@ -58,7 +58,7 @@ def test_an_error_does_not_keep_the_home_alive():
     home = WatchedHome()
     tile, alive = home.tile("0", 0), weakref.ref(home)
     home.broken = {"read"}
-    with pytest.raises(HomeIOError), rings_of(home).weights.borrow((tile,)):
+    with pytest.raises(HomeIOError), rings_of(home).weights.acquire((tile,)):
         pass
 
     del tile, home
@@ -77,12 +77,12 @@ def test_a_short_read_of_a_file_is_an_error(tmp_path, monkeypatch, got):
         pieces = iter([got])
         monkeypatch.setattr(disk_io, "read_at", lambda fd, b, o: real(fd, b[: next(pieces, 0)], o))
         for _ in range(2):
-            with pytest.raises(HomeIOError), ring.borrow((allocation,)):
+            with pytest.raises(HomeIOError), ring.acquire((allocation,)):
                 pass
         monkeypatch.undo()
 
-        with ring.borrow((allocation,)) as loan:
-            assert bool((loan.tensors[0] == 7).all())
+        with ring.acquire((allocation,)) as lease:
+            assert bool((lease.tensors[0] == 7).all())
         assert set(ring.holders) <= FREE
 
 
@@ -96,8 +96,8 @@ def test_an_exception_in_the_block_returns_the_slab_and_its_content_is_not_trust
     for _ in range(5):
         with pytest.raises(error):
             spoil(ring, tiles[0], error)
-    with ring.borrow((tiles[0],)) as loan:
-        assert loan.tensors[0].tolist() == [0, 0, 0]
+    with ring.acquire((tiles[0],)) as lease:
+        assert lease.tensors[0].tolist() == [0, 0, 0]
 
     assert set(ring.holders) <= FREE
 
@@ -112,14 +112,14 @@ def test_ctrl_c_while_a_tile_is_read_leaves_the_slab_to_its_readers(make_ring, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Future, "result", interrupted)
-    with pytest.raises(KeyboardInterrupt), ring.borrow((tiles[0],)):
+    with pytest.raises(KeyboardInterrupt), ring.acquire((tiles[0],)):
         pass
     monkeypatch.undo()
 
     assert ring.holders == [Holder.READERS]
     go_on.set()
-    with ring.borrow((tiles[1],)) as loan:
-        assert loan.tensors[0].tolist() == [1, 1, 1]
+    with ring.acquire((tiles[1],)) as lease:
+        assert lease.tensors[0].tolist() == [1, 1, 1]
     assert ring.holders == [Holder.ITS_TILES]
 
 
@@ -131,9 +131,9 @@ def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ring, monkeypatch):
     def interrupted(timeout: float | None = None) -> bool:
         raise KeyboardInterrupt
 
-    with ring.borrow((tiles[0],)):
+    with ring.acquire((tiles[0],)):
         monkeypatch.setattr(ring._changed, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt), ring.borrow((tiles[1],)):
+        with pytest.raises(KeyboardInterrupt), ring.acquire((tiles[1],)):
             pass
         monkeypatch.undo()
         assert ring.holders == [Holder.WORKERS]
@@ -147,7 +147,7 @@ def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():
     executor.shutdown()
 
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="shutdown"), ring.borrow((tile,)):
+        with pytest.raises(RuntimeError, match="shutdown"), ring.acquire((tile,)):
             pass
 
     assert ring.holders == [Holder.NOBODY] * 2
@@ -158,16 +158,16 @@ def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ring):
     home = WatchedHome()
     (tile,), ring = home.tiles(1), make_ring()
     home.broken = {"write"}
-    with ring.borrow((tile,)) as loan:
-        loan.tensors[0].fill_(5)
-        loan.store()
+    with ring.acquire((tile,)) as lease:
+        lease.tensors[0].fill_(5)
+        lease.store()
     for act in (ring.settle, ring.start, ring.settle):
         with pytest.raises(HomeIOError, match="write of 0"):
             act()
     ring.clear()
     assert Holder.WRITERS in ring.holders
-    with ring.borrow((tile,)) as loan:
-        assert loan.tensors[0].tolist() == [5, 5, 5]
+    with ring.acquire((tile,)) as lease:
+        assert lease.tensors[0].tolist() == [5, 5, 5]
     assert tile.tensor().tolist() == [0, 0, 0]
 
     home.broken = set()
@@ -183,16 +183,16 @@ def test_slabs_that_cannot_be_written_make_others_raise_and_not_wait(make_ring):
     tiles, ring = home.tiles(3), make_ring(2)
     home.broken = {"write"}
     for tile in tiles[:2]:
-        with ring.borrow((tile,)) as loan:
-            loan.tensors[0].add_(10)
-            loan.store()
+        with ring.acquire((tile,)) as lease:
+            lease.tensors[0].add_(10)
+            lease.store()
 
-    with pytest.raises(HomeIOError, match="write of"), ring.borrow((tiles[2],)):
+    with pytest.raises(HomeIOError, match="write of"), ring.acquire((tiles[2],)):
         pass
 
     home.broken = set()
-    with ring.borrow((tiles[2],)) as loan:
-        assert loan.tensors[0].tolist() == [2, 2, 2]
+    with ring.acquire((tiles[2],)) as lease:
+        assert lease.tensors[0].tolist() == [2, 2, 2]
     ring.settle()
     assert [tile.tensor()[0].item() for tile in tiles] == [10, 11, 2]
 
@@ -213,11 +213,11 @@ def test_what_was_written_does_not_keep_the_home_alive():
     """A written gradient is released at once, not in the next iteration."""
     home = WatchedHome()
     (tile,), ring, alive = home.tiles(1), rings_of(home).gradients, weakref.ref(home)
-    with ring.borrow((tile,)) as loan:
-        loan.store()
+    with ring.acquire((tile,)) as lease:
+        lease.store()
     wait_until(ring, lambda: not ring._slabs[0]._unwritten + ring._slabs[1]._unwritten)
 
-    del home, tile, loan
+    del home, tile, lease
     gc.collect()
 
     assert alive() is None
@@ -228,14 +228,14 @@ def test_a_slab_is_not_refilled_while_it_is_written(make_ring):
     home, go_on = WatchedHome(), threading.Event()
     tiles, ring = home.tiles(2), make_ring(2)
     home.before = lambda act, label: act == "write" and go_on.wait(PATIENCE_SECONDS)
-    with ring.borrow((tiles[0],)) as loan:
-        loan.tensors[0].fill_(5)
-        loan.store()
+    with ring.acquire((tiles[0],)) as lease:
+        lease.tensors[0].fill_(5)
+        lease.store()
     home.begins("write", "0")
 
     for _ in range(3):
-        with ring.borrow((tiles[1],)) as loan:
-            assert loan.tensors[0].tolist() == [1, 1, 1]
+        with ring.acquire((tiles[1],)) as lease:
+            assert lease.tensors[0].tolist() == [1, 1, 1]
         ring.clear()
 
     assert ring.holders.count(Holder.WRITERS) == 1
@@ -247,7 +247,7 @@ def test_a_slab_is_not_refilled_while_it_is_written(make_ring):
 # Threads, and homes that end
 
 
-def test_many_threads_borrow_at_once(make_ring):
+def test_many_threads_acquire_at_once(make_ring):
     """Every thread finds the tile that it asked for, with fewer slabs than threads."""
     home = WatchedHome()
     tiles, ring, wrong = home.tiles(7), make_ring(2), []
@@ -255,8 +255,8 @@ def test_many_threads_borrow_at_once(make_ring):
     def work(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for n in torch.randint(7, (40,), generator=generator).tolist():
-            with ring.borrow((tiles[n],)) as loan:
-                if loan.tensors[0].tolist() != [n] * 3:
+            with ring.acquire((tiles[n],)) as lease:
+                if lease.tensors[0].tolist() != [n] * 3:
                     wrong.append(n)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(5)]
@@ -271,16 +271,16 @@ def test_many_threads_borrow_at_once(make_ring):
     assert set(ring.holders) <= FREE
 
 
-def test_a_tile_that_is_cleared_away_while_it_is_borrowed_goes_on_being_right(make_ring):
+def test_a_tile_that_is_cleared_away_while_it_is_leased_goes_on_being_right(make_ring):
     """A pass that begins in another thread spoils the slab only for those who come later."""
     home = WatchedHome()
     (tile,), ring = home.tiles(1), make_ring()
 
-    with ring.borrow((tile,)) as loan:
+    with ring.acquire((tile,)) as lease:
         ring.start()
         tile.tensor().fill_(8)
-        assert loan.tensors[0].tolist() == [0, 0, 0]
-        with ring.borrow((tile,)) as later:
+        assert lease.tensors[0].tolist() == [0, 0, 0]
+        with ring.acquire((tile,)) as later:
             assert later.tensors[0].tolist() == [8, 8, 8]
 
     assert set(ring.holders) <= FREE
@@ -290,7 +290,7 @@ def test_a_closed_home_has_no_rings_and_no_threads():
     """Closing ends the threads and the slabs; asking for rings says that it is closed."""
     home = WatchedHome()
     (tile,) = home.tiles(1)
-    with rings_of(home).weights.borrow((tile,)):
+    with rings_of(home).weights.acquire((tile,)):
         pass
 
     home.close()

@@ -22,12 +22,12 @@ def test_two_slabs_are_taken_at_once(make_ring):
     def work(number):
         for turn in range(20):
             room = home.tile("made", -1)
-            with ring.borrow((tiles[number],), made=(room,)) as loan:
-                tile, made = loan.tensors
+            with ring.acquire((tiles[number],), made=(room,)) as lease:
+                tile, made = lease.tensors
                 made.copy_(tile + turn)
-                loan.store(1)
-            with ring.borrow((room,)) as loan:
-                if loan.tensors[0].tolist() != [number + turn] * 3:
+                lease.store(1)
+            with ring.acquire((room,)) as lease:
+                if lease.tensors[0].tolist() != [number + turn] * 3:
                     wrong.append((number, turn))
 
     with switching_often():

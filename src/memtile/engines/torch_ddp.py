@@ -94,9 +94,9 @@ def _at_home(tensor: Tensor, kind: str) -> Iterator[Tensor]:
         yield tensor.detach()
         return
     ring = getattr(rings_of(allocation.home), kind)
-    with ring.borrow((allocation,)) as loan:
-        yield loan.tensors[0]
-        loan.store()
+    with ring.acquire((allocation,)) as lease:
+        yield lease.tensors[0]
+        lease.store()
     ring.settle()  # the next reader may read the home's file mapping
     torch.autograd.graph.increment_version(tensor)
 

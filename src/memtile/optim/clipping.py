@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
 from memtile.homes import lock_of_a_module, streamed_allocation
-from memtile.transfer import Loan, is_stepped_in_backward, rings_of
+from memtile.transfer import Lease, is_stepped_in_backward, rings_of
 
 _CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")
 ClipFunction = Callable[..., Any]  # one of torch's
@@ -50,11 +50,11 @@ def clip_gradients(
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     if scale.item() != 1.0:  # NaN scales too, as in torch
         for number, gradient in enumerate(gradients):
-            with _in_memory(gradients, number) as (values, loan):
+            with _in_memory(gradients, number) as (values, lease):
                 values.mul_(scale.to(values.device))
-                if loan is not None:
-                    loan.store()
-            if loan is not None:
+                if lease is not None:
+                    lease.store()
+            if lease is not None:
                 torch.autograd.graph.increment_version(gradient)
         for home in homes:
             rings_of(home).steps.settle()
@@ -73,7 +73,7 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
 
 
 @contextmanager
-def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Loan | None]]:
+def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Lease | None]]:
     """One gradient: itself, or a parked one in a slab, while the next ones are read."""
     allocation = streamed_allocation(gradients[number])
     if allocation is None:
@@ -81,8 +81,8 @@ def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tenso
         return
     later = map(streamed_allocation, gradients[number + 1 :])
     ahead = ((each,) for each in later if each is not None)
-    with rings_of(allocation.home).steps.borrow((allocation,), ahead=ahead) as loan:
-        yield loan.tensors[0], loan
+    with rings_of(allocation.home).steps.acquire((allocation,), ahead=ahead) as lease:
+        yield lease.tensors[0], lease
 
 
 class _ClippingCheck:

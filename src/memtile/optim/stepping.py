@@ -29,7 +29,7 @@ from memtile.homes import (
     whole_pages,
 )
 from memtile.optim.inner import Inner, ParameterSlice
-from memtile.transfer import Loan, rings_of
+from memtile.transfer import Lease, rings_of
 
 MASTER = "master"
 VALUE, GRADIENT = "<value>", "<gradient>"  # no key of a state: those are identifiers
@@ -53,17 +53,17 @@ class StepTensors:
 
     tensors: dict[str, Tensor]
     new: ParameterState
-    leases: list[tuple[Loan, Sequence[str]]] = field(default_factory=list)
+    leases: list[tuple[Lease, Sequence[str]]] = field(default_factory=list)
 
-    def add(self, loan: Loan, keys: Sequence[str]) -> None:
+    def add(self, lease: Lease, keys: Sequence[str]) -> None:
         """Work on the tensors of these keys in slabs."""
-        self.tensors.update(zip(keys, loan.tensors, strict=True))
-        self.leases.append((loan, keys))
+        self.tensors.update(zip(keys, lease.tensors, strict=True))
+        self.leases.append((lease, keys))
 
     def store(self) -> None:
         """Start writing home what was stepped."""
-        for loan, keys in self.leases:
-            loan.store(*(number for number, key in enumerate(keys) if key != GRADIENT))
+        for lease, keys in self.leases:
+            lease.store(*(number for number, key in enumerate(keys) if key != GRADIENT))
 
 
 class Stepper:
@@ -260,13 +260,13 @@ class Stepper:
         with ExitStack() as stack:
             # Every thread acquires the rings in this order, or two could wait for each other.
             if in_backward:
-                values = rings.weights.borrow((old.pop(VALUE),), ahead=ahead)
+                values = rings.weights.acquire((old.pop(VALUE),), ahead=ahead)
                 work.add(stack.enter_context(values), [VALUE])
             if old or new:
-                loan = rings.steps.borrow(
+                lease = rings.steps.acquire(
                     tuple(old.values()), made=tuple(new.values()), ahead=ahead
                 )
-                work.add(stack.enter_context(loan), [*old, *new])
+                work.add(stack.enter_context(lease), [*old, *new])
             yield work
 
     def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:

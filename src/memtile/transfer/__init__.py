@@ -14,14 +14,14 @@ from memtile.transfer.passes import (
     unwatch_model,
     watch_model,
 )
-from memtile.transfer.slab_ring import Loan, SlabRing
+from memtile.transfer.slab_ring import Lease, SlabRing
 from memtile.transfer.slabs import Holder
 
 __all__ = [
     "GRADIENT_SLABS",
     "SLABS",
     "Holder",
-    "Loan",
+    "Lease",
     "ParkedSource",
     "SlabRing",
     "gradient_of",

@@ -96,8 +96,8 @@ class ParkedSource:
         if allocation is None:
             yield self.parameter.detach().to(device)
             return
-        with rings_of(allocation.home).weights.borrow((allocation,)) as loan:
-            yield loan.tensors[0].to(device)
+        with rings_of(allocation.home).weights.acquire((allocation,)) as lease:
+            yield lease.tensors[0].to(device)
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
@@ -142,8 +142,8 @@ def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool
         elif allocation is None or not replaces_sum_at_home:
             old.add_(new)
         else:
-            with rings_of(allocation.home).gradients.borrow((allocation,)) as loan:
-                parameter.grad = new.add_(loan.tensors[0])
+            with rings_of(allocation.home).gradients.acquire((allocation,)) as lease:
+                parameter.grad = new.add_(lease.tensors[0])
 
 
 @contextmanager
@@ -169,9 +169,9 @@ def _new_gradient(parameter: nn.Parameter, allocation: Allocation) -> Iterator[T
     """A slab to write the first gradient into; after the block it is `.grad`, at home."""
     with room_of(parameter):
         new = allocation.home.allocate(parameter.shape, parameter.dtype)
-    with rings_of(allocation.home).gradients.borrow(made=(new,)) as loan:
-        yield loan.tensors[0]
-        loan.store()
+    with rings_of(allocation.home).gradients.acquire(made=(new,)) as lease:
+        yield lease.tensors[0]
+        lease.store()
     parameter.grad = tensor_of(new)
 
 
@@ -185,7 +185,7 @@ def _add_at_home(parameter: nn.Parameter, allocation: Allocation, new: Tensor) -
     if old_allocation is None:
         old.add_(new)
         return
-    with rings_of(old_allocation.home).gradients.borrow((old_allocation,)) as loan:
-        loan.tensors[0].add_(new)
-        loan.store()
+    with rings_of(old_allocation.home).gradients.acquire((old_allocation,)) as lease:
+        lease.tensors[0].add_(new)
+        lease.store()
     torch.autograd.graph.increment_version(old)

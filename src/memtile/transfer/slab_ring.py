@@ -1,7 +1,7 @@
 """A ring of slabs for the tiles of one home, and the order in which they are read ahead.
 
 A group is one tile, or the few tensors that are worked on together (a weight, its gradient and its
-moments). `borrow` gives a group in memory and starts reading what is expected to be needed next.
+moments). `acquire` gives a group in memory and starts reading what is expected to be needed next.
 """
 
 import os
@@ -57,7 +57,7 @@ def _is_alive(*keys: Key | None) -> bool:
     return all(reference() is not None for key in keys if key is not None for reference in key)
 
 
-class Loan:
+class Lease:
     """Groups that were acquired at once, in memory until they are released.
 
     Attributes:
@@ -112,9 +112,9 @@ class SlabRing:
             return [slab.holder for slab in self._slabs]
 
     @contextmanager
-    def borrow(
+    def acquire(
         self, cargo: Cargo = (), *, made: Cargo = (), ahead: Iterable[Cargo] | None = None
-    ) -> Iterator[Loan]:
+    ) -> Iterator[Lease]:
         """The group in memory; its slabs go back to the ring after the block, also after an error.
 
         Args:
@@ -129,14 +129,14 @@ class SlabRing:
         """
         cargoes, slabs = [part for part in (cargo, made) if part], list[Slab]()
         try:
-            self._board(cargoes, slabs, made)
+            self._acquire(cargoes, slabs, made)
             keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
                 self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in cargoes})
             for slab in slabs:
                 slab.wait_until_read()
-            yield Loan(self, slabs, cargoes)
+            yield Lease(self, slabs, cargoes)
             self._check_process()
         except BaseException:
             self._leave(slabs, half_changed=True)
@@ -218,7 +218,7 @@ class SlabRing:
                 elif not slab.is_unwritten:
                     slab.let_go()
 
-    def _board(self, cargoes: Sequence[Cargo], slabs: list[Slab], made: Cargo) -> None:
+    def _acquire(self, cargoes: Sequence[Cargo], slabs: list[Slab], made: Cargo) -> None:
         """Put a slab for each group into the list, all at once.
 
         Two threads that each hold one and wait for another would wait for ever.
