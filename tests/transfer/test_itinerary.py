@@ -6,7 +6,7 @@ from watched_home import WatchedHome
 
 from memtile.homes import Allocation
 from memtile.transfer.slab_ring import Itinerary
-from memtile.transfer.slabs import cargo_of, key_of
+from memtile.transfer.slabs import group_of, key_of
 
 
 def walk(itinerary: Itinerary, order: list[Allocation]) -> None:
@@ -18,8 +18,8 @@ def walk(itinerary: Itinerary, order: list[Allocation]) -> None:
 
 def foreseen(itinerary: Itinerary, number: int = 9) -> list[str | None]:
     """Labels of what is predicted to come next."""
-    cargoes = [cargo_of(key) for key in islice(itinerary.ahead(), number)]
-    return [None if cargo is None else cargo[0].label for cargo in cargoes]
+    groups = [group_of(key) for key in islice(itinerary.ahead(), number)]
+    return [None if group is None else group[0].label for group in groups]
 
 
 def test_nothing_is_foreseen_at_first():

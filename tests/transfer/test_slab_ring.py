@@ -136,7 +136,7 @@ def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ring):
     assert ring.slab_bytes == 5 * PAGE
 
 
-def test_a_cargo_of_several_tensors_is_one_slab(make_ring):
+def test_a_group_of_several_tensors_is_one_slab(make_ring):
     """A weight and its moments, of any dtype, are read together, and some of them are written."""
     home = WatchedHome()
     first, second = home.tile("first", 1), home.allocate((2, 3), torch.float64)

@@ -101,7 +101,7 @@ class Stepper:
         dtypes = self._dtypes(parameter, group).values()
         return [whole_pages(parameter.numel() * each.itemsize) for each in dtypes]
 
-    def cargo(self, parameter: Tensor) -> tuple[Allocation, ...]:
+    def group(self, parameter: Tensor) -> tuple[Allocation, ...]:
         """All allocations that a step of a parked parameter works on; of others none."""
         allocation = streamed_allocation(parameter)
         return (

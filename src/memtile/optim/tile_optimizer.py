@@ -215,7 +215,7 @@ class TileOptimizer(Optimizer):
         todo = self._unfinished
         while todo:
             parameter, group = todo[0]
-            ahead = (self._stepper.cargo(later) for later, _ in todo[1:])
+            ahead = (self._stepper.group(later) for later, _ in todo[1:])
             self._stepper.step(parameter, group, filter(None, ahead))
             del todo[0]
             if self.mode == "in_backward":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memtile.errors import HomeError
 from memtile.homes import Allocation
-from memtile.transfer.slabs import Cargo, Holder, Key, Slab, cargo_of, key_of
+from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
 
 
 class Itinerary:
@@ -64,12 +64,12 @@ class Lease:
         tensors: one for each allocation, in its slab: not to be kept.
     """
 
-    def __init__(self, ring: "SlabRing", slabs: Sequence[Slab], cargoes: Sequence[Cargo]) -> None:
+    def __init__(self, ring: "SlabRing", slabs: Sequence[Slab], groups: Sequence[Group]) -> None:
         self._ring, self._slabs = ring, slabs
         self._places = [
             (slab, number, allocation)
-            for slab, cargo in zip(slabs, cargoes, strict=True)
-            for number, allocation in enumerate(cargo)
+            for slab, group in zip(slabs, groups, strict=True)
+            for number, allocation in enumerate(group)
         ]
         self.tensors: list[Tensor] = [slab.tensors[number] for slab, number, _ in self._places]
 
@@ -113,12 +113,12 @@ class SlabRing:
 
     @contextmanager
     def acquire(
-        self, cargo: Cargo = (), *, made: Cargo = (), ahead: Iterable[Cargo] | None = None
+        self, group: Group = (), *, made: Group = (), ahead: Iterable[Group] | None = None
     ) -> Iterator[Lease]:
         """The group in memory; its slabs go back to the ring after the block, also after an error.
 
         Args:
-            cargo: allocations of one home.
+            group: allocations of one home.
             made: allocations whose content is computed in the block, in a slab of their own with
                 undefined content. Their tensors come after the group's.
             ahead: what will be needed next; by default what was needed the last time.
@@ -127,16 +127,16 @@ class SlabRing:
             HomeIOError: it could not be read, or no slab is free since none could be written.
             HomeError: the process was forked inside the block.
         """
-        cargoes, slabs = [part for part in (cargo, made) if part], list[Slab]()
+        groups, slabs = [part for part in (group, made) if part], list[Slab]()
         try:
-            self._acquire(cargoes, slabs, made)
+            self._acquire(groups, slabs, made)
             keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
-                self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in cargoes})
+                self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in groups})
             for slab in slabs:
                 slab.wait_until_read()
-            yield Lease(self, slabs, cargoes)
+            yield Lease(self, slabs, groups)
             self._check_process()
         except BaseException:
             self._leave(slabs, half_changed=True)
@@ -218,24 +218,24 @@ class SlabRing:
                 elif not slab.is_unwritten:
                     slab.let_go()
 
-    def _acquire(self, cargoes: Sequence[Cargo], slabs: list[Slab], made: Cargo) -> None:
+    def _acquire(self, groups: Sequence[Group], slabs: list[Slab], made: Group) -> None:
         """Put a slab for each group into the list, all at once.
 
         Two threads that each hold one and wait for another would wait for ever.
         """
-        keys = [key_of(cargo) for cargo in cargoes]
+        keys = [key_of(group) for group in groups]
         with self._changing():
             for key in keys:
                 self._itinerary.note(key)
             while (chosen := self._choose(keys)) is None:
                 self._wait_for_a_slab()
-            for slab, key, cargo in zip(chosen, keys, cargoes, strict=True):
+            for slab, key, group in zip(chosen, keys, groups, strict=True):
                 if self._holding(key) is slab:
                     continue
-                if cargo is made:
-                    slab.claim(cargo)
+                if group is made:
+                    slab.claim(group)
                 else:
-                    slab.load(cargo, self._executor, self._notify)
+                    slab.load(group, self._executor, self._notify)
             for slab in chosen:
                 slab.users += 1
                 slabs.append(slab)  # at once: a Ctrl-C in between would lose the slab
@@ -271,14 +271,14 @@ class SlabRing:
         wanted, self._delayed = list(keys), []
         protected = protected.union(wanted)
         for key in wanted:
-            cargo = cargo_of(key)
-            if cargo is None or self._holding(key) is not None:
+            group = group_of(key)
+            if group is None or self._holding(key) is not None:
                 continue
             slab = self._idle(protected)
             if slab is None or slab.key in protected:
                 self._delayed = wanted
                 return
-            slab.load(cargo, self._executor, self._notify)
+            slab.load(group, self._executor, self._notify)
 
     def fetch_delayed(self) -> None:
         """Start reading what there was no slab for.

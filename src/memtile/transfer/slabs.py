@@ -15,18 +15,18 @@ from memtile.homes import Allocation, aligned_buffer
 # products keep all cores busy: 0.46 against 0.65 s for 512 MiB in 16 MiB tiles (2 cores).
 PIECE_BYTES = 1 << 20
 
-Cargo = Sequence[Allocation]
+Group = Sequence[Allocation]
 Key = tuple["weakref.ref[Allocation]", ...]
 
 
-def key_of(cargo: Cargo) -> Key:
+def key_of(group: Group) -> Key:
     """What tells a group from others without keeping it alive."""
-    key = tuple(weakref.ref(allocation) for allocation in cargo)
+    key = tuple(weakref.ref(allocation) for allocation in group)
     hash(key)  # the references keep it: they cannot compute it once the allocations are gone
     return key
 
 
-def cargo_of(key: Key) -> tuple[Allocation, ...] | None:
+def group_of(key: Key) -> tuple[Allocation, ...] | None:
     """The allocations of a key; None once one of them is gone."""
     allocations = [reference() for reference in key]
     found = tuple(allocation for allocation in allocations if allocation is not None)
@@ -89,30 +89,30 @@ class Slab:
         """Whether its writers have ended and it holds what its home does not have."""
         return self.is_unwritten and all(write.done() for write in self._writes)
 
-    def load(self, cargo: Cargo, executor: Executor, notify: Callable[[], None]) -> None:
+    def load(self, group: Group, executor: Executor, notify: Callable[[], None]) -> None:
         """Take a group in; its readers start now."""
-        self.claim(cargo)
+        self.claim(group)
         try:
-            for allocation, room in zip(cargo, self._rooms, strict=True):
+            for allocation, room in zip(group, self._rooms, strict=True):
                 for start, piece in _pieces(room):
                     self._reads.append(_submit(executor, notify, allocation.read, piece, start))
         except BaseException:
             self.key = None  # otherwise it would count as read
             raise
 
-    def claim(self, cargo: Cargo) -> None:
+    def claim(self, group: Group) -> None:
         """Take a group in whose content is still to be computed."""
         self.empty()
-        needed = sum(allocation.room for allocation in cargo)
+        needed = sum(allocation.room for allocation in group)
         if self.memory.numel() < needed:
             self.memory = torch.empty(0, dtype=torch.uint8)  # free the old before the new is made
             self.memory = aligned_buffer(needed)
-        self._rooms = list(self.memory[:needed].split([allocation.room for allocation in cargo]))
+        self._rooms = list(self.memory[:needed].split([allocation.room for allocation in group]))
         self.tensors = [
             room[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
-            for room, allocation in zip(self._rooms, cargo, strict=True)
+            for room, allocation in zip(self._rooms, group, strict=True)
         ]
-        self.key = key_of(cargo)
+        self.key = key_of(group)
 
     def empty(self) -> None:
         """Hold nothing; readers that are still at work must have ended before."""
