@@ -20,7 +20,7 @@ from memtile.homes import Allocation
 from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
 
 
-class Itinerary:
+class PrefetchOrder:
     """The prefetch order: which group is needed after which, learnt while running.
 
     A table (previous, this) → next, updated at every request. A wrong guess costs one wait and
@@ -95,7 +95,7 @@ class SlabRing:
         self._slabs = [Slab() for _ in range(slabs)]
         self._last_use: dict[Slab, int] = dict.fromkeys(self._slabs, 0)
         self._clock = count(1)
-        self._itinerary = Itinerary()
+        self._prefetch_order = PrefetchOrder()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
         self._process = os.getpid()
         self.renew_lock()
@@ -130,7 +130,7 @@ class SlabRing:
         groups, slabs = [part for part in (group, made) if part], list[Slab]()
         try:
             self._acquire(groups, slabs, made)
-            keys = self._itinerary.ahead() if ahead is None else map(key_of, ahead)
+            keys = self._prefetch_order.ahead() if ahead is None else map(key_of, ahead)
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
                 self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in groups})
@@ -206,7 +206,7 @@ class SlabRing:
         self.settle()
         with self._changing():
             self.clear()
-            self._itinerary.start()
+            self._prefetch_order.start()
 
     def clear(self) -> None:
         """Forget everything that was read; what is still to be written stays."""
@@ -226,7 +226,7 @@ class SlabRing:
         keys = [key_of(group) for group in groups]
         with self._changing():
             for key in keys:
-                self._itinerary.note(key)
+                self._prefetch_order.note(key)
             while (chosen := self._choose(keys)) is None:
                 self._wait_for_a_slab()
             for slab, key, group in zip(chosen, keys, groups, strict=True):
