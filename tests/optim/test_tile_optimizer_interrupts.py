@@ -20,7 +20,7 @@ from small_training import (
 )
 from torch import nn
 
-from memtile.transfer import passes
+from memtile.transfer import iterations
 
 POINTS = (0, 14)  # which parameter is being stepped when Ctrl-C comes
 
@@ -187,20 +187,20 @@ class _PlainHead(nn.Module):
         return self.head(self.up(self.embed(ids))) * self.scale
 
 
-def test_the_end_of_the_pass_is_not_left_out(watched):
+def test_the_end_of_the_iteration_is_not_left_out(watched):
     """A backward whose first stepped parameter is no tile ends its iteration, also with Ctrl-C."""
     torch.manual_seed(0)
     model = in_home(_PlainHead(), "disk")
     optimizer = optimizer_for(model, Watched, mode="in_backward", lr=0.01)
     train(model, optimizer, batches(1))
-    before = set(passes.state.backwards)  # of backwards that failed
+    before = set(iterations.state.backwards)  # of backwards that failed
 
     watched(at_step(0, _ctrl_c))
     with pytest.raises(KeyboardInterrupt):
         loss_of(model, batches(1)[0]).backward()
     optimizer.step()
 
-    assert passes.state.backwards <= before
+    assert iterations.state.backwards <= before
     train(model, optimizer, batches(1))
     assert slabs_are_free(disk_of(model))
 

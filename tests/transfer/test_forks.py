@@ -13,7 +13,7 @@ from torch import nn
 from memtile import DiskHome, tile
 from memtile.errors import HomeError
 from memtile.homes import aligned_buffer, allocation_of, disk_io
-from memtile.transfer import passes, rings_of
+from memtile.transfer import iterations, rings_of
 from memtile.transfer.parked import gradient_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -56,7 +56,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
         with ExitStack() as stack:
             conditions = [ring._changed for ring in rings.all()]
             locks = [
-                passes.state.lock,
+                iterations.state.lock,
                 gradient_of(_weight(model)),
                 home._change,
                 home._segments._lock,

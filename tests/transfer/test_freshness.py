@@ -174,7 +174,9 @@ MODES = [
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_write_is_seen_by_the_next_pass(write: Writer, mode: Callable[[nn.Module], Any]) -> None:
+def test_a_write_is_seen_by_the_next_iteration(
+    write: Writer, mode: Callable[[nn.Module], Any]
+) -> None:
     """Nothing in a slab is used after the iteration that it was read for."""
     resident, parked = twins()
     for model in (resident, parked):
@@ -202,7 +204,7 @@ def test_a_write_is_seen_in_every_grid(grid, mode):
 
 @pytest.mark.parametrize("first", MODES)
 @pytest.mark.parametrize("second", MODES)
-def test_a_write_is_seen_by_a_pass_of_another_kind(first, second):
+def test_a_write_is_seen_by_an_iteration_of_another_kind(first, second):
     """Training, evaluation, generation and recomputation may alternate, with writes between."""
     resident, parked = twins()
     for _ in range(2):
@@ -401,8 +403,8 @@ def test_gradients_written_between_two_backwards_are_added_to():
         assert_same_bits(gradients_of(parked), gradients_of(resident))
 
 
-def test_a_hook_that_steps_inside_backward_is_seen_by_the_next_pass():
-    """A foreign optimizer in a post-accumulate hook writes weights in the middle of a pass."""
+def test_a_hook_that_steps_inside_backward_is_seen_by_the_next_iteration():
+    """A foreign optimizer in a post-accumulate hook writes weights in the middle of an iteration."""
     resident, parked = twins()
     for model in (resident, parked):
         for p in model.parameters():

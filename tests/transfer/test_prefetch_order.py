@@ -10,7 +10,7 @@ from memtile.transfer.slabs import group_of, key_of
 
 
 def walk(prefetch_order: PrefetchOrder, order: list[Allocation]) -> None:
-    """A pass in this order."""
+    """An iteration in this order."""
     prefetch_order.start()
     for allocation in order:
         prefetch_order.note(key_of((allocation,)))
@@ -30,7 +30,7 @@ def test_nothing_is_foreseen_at_first():
     assert foreseen(prefetch_order) == []
 
 
-def test_an_order_is_known_after_one_pass_and_ends_where_the_pass_ended():
+def test_an_order_is_known_after_one_pass_and_ends_where_the_iteration_ended():
     """The whole iteration is predicted in its order, and nothing after its end."""
     tiles, prefetch_order = WatchedHome().tiles(4), PrefetchOrder()
     walk(prefetch_order, tiles)
@@ -50,7 +50,7 @@ def test_one_tile_there_and_back_is_told_apart_by_what_came_before():
     assert foreseen(prefetch_order) == ["0", "1", "2", "2", "1", "0"]
 
 
-def test_a_wrong_guess_corrects_itself_by_the_next_pass():
+def test_a_wrong_guess_corrects_itself_by_the_next_iteration():
     """Another order replaces the known one, from where they differ."""
     (a, b, c), prefetch_order = WatchedHome().tiles(3), PrefetchOrder()
     walk(prefetch_order, [a, b, c])

@@ -25,7 +25,7 @@ def test_what_comes_next_is_read_while_a_tile_is_worked_on(make_ring):
 
 
 def test_nothing_is_read_ahead_in_an_unknown_order(make_ring):
-    """A first pass reads each tile once, when it is asked for."""
+    """A first iteration reads each tile once, when it is asked for."""
     home = WatchedHome()
     tiles = home.tiles(5)
 
@@ -35,7 +35,7 @@ def test_nothing_is_read_ahead_in_an_unknown_order(make_ring):
     assert home.labels() == ["0", "1", "2", "3", "4"]
 
 
-def test_the_beginning_of_a_pass_reads_nothing(make_ring):
+def test_the_beginning_of_an_iteration_reads_nothing(make_ring):
     """The next request may be one of another home, so nothing is read before it."""
     home = WatchedHome()
     tiles, ring = home.tiles(5), make_ring()
@@ -76,7 +76,7 @@ def test_every_tile_is_right_in_any_order(make_ring):
 
 
 def test_a_wrong_guess_corrects_itself(make_ring):
-    """After one pass in another order, that order is the one that is read ahead."""
+    """After one iteration in another order, that order is the one that is read ahead."""
     home = WatchedHome()
     tiles, ring = home.tiles(4), make_ring()
     walk(ring, tiles)

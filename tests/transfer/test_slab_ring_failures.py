@@ -272,7 +272,7 @@ def test_many_threads_acquire_at_once(make_ring):
 
 
 def test_a_tile_that_is_cleared_away_while_it_is_leased_goes_on_being_right(make_ring):
-    """A pass that begins in another thread spoils the slab only for those who come later."""
+    """An iteration that begins in another thread spoils the slab only for those who come later."""
     home = WatchedHome()
     (tile,), ring = home.tiles(1), make_ring()
 

@@ -1,18 +1,18 @@
 """Moving tiles between homes and those who work on them: slabs, reading ahead, iterations."""
 
-from memtile.transfer.parked import (
-    ParkedSource,
-    gradient_of,
-    is_stepped_in_backward,
-    step_in_backward,
-)
-from memtile.transfer.passes import (
+from memtile.transfer.iterations import (
     GRADIENT_SLABS,
     SLABS,
     layer_call,
     rings_of,
     unwatch_model,
     watch_model,
+)
+from memtile.transfer.parked import (
+    ParkedSource,
+    gradient_of,
+    is_stepped_in_backward,
+    step_in_backward,
 )
 from memtile.transfer.slab_ring import Lease, SlabRing
 from memtile.transfer.slabs import Holder

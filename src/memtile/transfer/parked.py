@@ -18,7 +18,7 @@ from memtile.homes import (
     streamed_allocation,
     tensor_of,
 )
-from memtile.transfer.passes import enter_backward, rings_of, state
+from memtile.transfer.iterations import enter_backward, rings_of, state
 
 
 class _Trained:
