@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from paths import on_path
 from torch import Tensor, nn
-from walks import walking
 
 from memtile import TiledEmbedding, TiledLinear
 from memtile.ops.products import writes_float32
@@ -29,10 +29,10 @@ def step(layer: nn.Module, x: Tensor, gradient: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, layer.weight.grad]
 
 
-@pytest.mark.parametrize("walk", ["fused", "composed"])
+@pytest.mark.parametrize("path", ["fused", "composed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_accuracy_on_the_device(grid: tuple[int, int], dtype: torch.dtype, walk: str) -> None:
+def test_accuracy_on_the_device(grid: tuple[int, int], dtype: torch.dtype, path: str) -> None:
     """At most 1.1 × the dense error where products are written in float32, 1.5 × elsewhere."""
     torch.manual_seed(0)
     dense = nn.Linear(IN_FEATURES, OUT_FEATURES, device="cuda", dtype=dtype)
@@ -40,9 +40,9 @@ def test_accuracy_on_the_device(grid: tuple[int, int], dtype: torch.dtype, walk:
     x = torch.randn(TOKENS, IN_FEATURES, device="cuda", dtype=dtype)
     gradient = torch.randn(TOKENS, OUT_FEATURES, device="cuda", dtype=dtype)
     truth = step(copy.deepcopy(dense).double(), x.double(), gradient.double())
-    wide = dtype == torch.float32 or (walk == "fused" and writes_float32("cuda", dtype))
+    wide = dtype == torch.float32 or (path == "fused" and writes_float32("cuda", dtype))
 
-    ours, theirs = step(walking(walk, tiled), x, gradient), step(dense, x, gradient)
+    ours, theirs = step(on_path(path, tiled), x, gradient), step(dense, x, gradient)
 
     for one, other, exact in zip(ours, theirs, truth, strict=True):
         assert_as_accurate(one, other, exact, 1.1 if wide else 1.5)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from paths import PATHS, dense_gradients, grid_id, on_path, path_of
 from torch import Tensor, nn
-from walks import WALKS, dense_gradients, grid_id, walk_of, walking
 
 from memtile import TiledLinear
 from memtile.testing import assert_as_accurate
@@ -80,43 +80,43 @@ def assert_accurate(problem: Problem, layer: TiledLinear) -> None:
             raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_id)
-def test_every_walk_over_every_grid_is_as_accurate_as_the_dense_layer(problem, grid, walk):
+def test_every_path_over_every_grid_is_as_accurate_as_the_dense_layer(problem, grid, path):
     """Output, input, weight and bias gradient: 1.1 × in float32, 1.5 × in 16 bits, up to 64×64."""
-    layer = walking(
-        walk, TiledLinear.from_linear(problem.linear, out_splits=grid[0], in_splits=grid[1])
+    layer = on_path(
+        path, TiledLinear.from_linear(problem.linear, out_splits=grid[0], in_splits=grid[1])
     )
 
     assert_accurate(problem, layer)
-    assert grid == (1, 1) or walk_of(layer(problem.x)) == walk
+    assert grid == (1, 1) or path_of(layer(problem.x)) == path
 
 
 @pytest.mark.parametrize("grid", EXTREME, ids=grid_id)
-def test_the_fused_walk_is_as_accurate_when_tiles_are_slivers(problem, grid):
+def test_the_fused_path_is_as_accurate_when_tiles_are_slivers(problem, grid):
     """Tiles of a few rows or columns, whose products alone are worse than wide ones, are no worse.
 
-    The composed walk cannot promise it: there a sliver's product is its own module's.
+    The composed path cannot promise it: there a sliver's product is its own module's.
     """
     layer = TiledLinear.from_linear(problem.linear, out_splits=grid[0], in_splits=grid[1])
 
-    assert walk_of(layer(problem.x)) == "fused"
+    assert path_of(layer(problem.x)) == "fused"
     assert_accurate(problem, layer)
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("grid", [(1, 7), (7, 1), (5, 3)], ids=grid_id)
-def test_rows_that_are_not_combined_are_as_accurate(problem, grid, walk):
+def test_rows_that_are_not_combined_are_as_accurate(problem, grid, path):
     """A list of rows holds the same values as the one output."""
     tiled = TiledLinear.from_linear(
         problem.linear, out_splits=grid[0], in_splits=grid[1], combine_out_splits=False
     )
 
-    assert_accurate(problem, walking(walk, tiled))
+    assert_accurate(problem, on_path(path, tiled))
 
 
 def test_a_step_with_many_tokens_is_as_accurate(problem):
-    """The weight gradient sums over tokens, in the fused walk of narrow tiles too."""
+    """The weight gradient sums over tokens, in the fused path of narrow tiles too."""
     torch.manual_seed(1)
     dtype, factor = problem.x.dtype, FACTORS[problem.x.dtype]
     linear = nn.Linear(131, 127).to(dtype)

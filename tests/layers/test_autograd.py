@@ -1,13 +1,13 @@
-"""Autograd through every walk: what is kept, frozen, changed, used in part, derived twice."""
+"""Autograd through every path: what is kept, frozen, changed, used in part, derived twice."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from paths import GRIDS, PATHS, assert_same, grid_id, on_path, pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from walks import GRIDS, WALKS, assert_same, grid_id, pair, walking
 
 
 def gradients(layer: nn.Module) -> list[Tensor | None]:
@@ -16,12 +16,12 @@ def gradients(layer: nn.Module) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_id)
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(grid: tuple[int, int], walk: str, reentrant: bool) -> None:
+def test_activation_checkpointing(grid: tuple[int, int], path: str, reentrant: bool) -> None:
     """Both kinds of checkpoint recompute the layer and give its gradients."""
     dense, tiled = pair(grid, dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
 
     checkpoint(tiled, x, use_reentrant=reentrant).square().sum().backward()
@@ -33,12 +33,12 @@ def test_activation_checkpointing(grid: tuple[int, int], walk: str, reentrant: b
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(walk: str, context: Callable[[], Any]) -> None:
+def test_without_gradients(path: str, context: Callable[[], Any]) -> None:
     """no_grad and inference_mode give the same output without a graph."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(5, 13, dtype=torch.float64)
 
     with context():
@@ -48,11 +48,11 @@ def test_without_gradients(walk: str, context: Callable[[], Any]) -> None:
     assert_same(y.clone(), dense(x))
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_post_accumulate_hooks_fire_once_per_backward(walk: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_post_accumulate_hooks_fire_once_per_backward(path: str) -> None:
     """Every tile's parameters see their gradient once: an optimizer in backward steps once."""
     _, tiled = pair((3, 2))
-    walking(walk, tiled)
+    on_path(path, tiled)
     fired: list[str] = []
     for name, parameter in tiled.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
@@ -62,12 +62,12 @@ def test_post_accumulate_hooks_fire_once_per_backward(walk: str) -> None:
     assert sorted(fired) == sorted(name for name, _ in tiled.named_parameters())
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("input_needs", [True, False])
-def test_frozen_tiles_and_inputs(walk: str, input_needs: bool) -> None:
+def test_frozen_tiles_and_inputs(path: str, input_needs: bool) -> None:
     """Frozen tiles get no gradient, the others theirs, with and without an input gradient."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     tiled.tile(1, 0).weight.requires_grad_(False)
     tiled.tile(2, 1).bias.requires_grad_(False)
     x = torch.randn(5, 13, dtype=torch.float64, requires_grad=input_needs)
@@ -106,12 +106,12 @@ def test_what_is_frozen_is_not_kept_for_backward(frozen: str) -> None:
     assert kept == (weights if frozen == "weights" else {x.untyped_storage().data_ptr()})
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("grid", [(3, 2), (4, 1), (1, 3)], ids=grid_id)
-def test_an_input_changed_after_forward_is_detected(walk: str, grid: tuple[int, int]) -> None:
+def test_an_input_changed_after_forward_is_detected(path: str, grid: tuple[int, int]) -> None:
     """A wrong gradient is never given silently."""
     _, tiled = pair(grid)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(5, 13)
     y = tiled(x)
     x.add_(1)
@@ -120,11 +120,11 @@ def test_an_input_changed_after_forward_is_detected(walk: str, grid: tuple[int, 
         y.sum().backward()
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_a_weight_changed_after_forward_is_detected(walk: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_weight_changed_after_forward_is_detected(path: str) -> None:
     """The versions of the weights are kept as nn.Linear keeps them."""
     _, tiled = pair((3, 2))
-    walking(walk, tiled)
+    on_path(path, tiled)
     y = tiled(torch.randn(5, 13, requires_grad=True))
     with torch.no_grad():
         tiled.tile(1, 1).weight.add_(1)
@@ -133,12 +133,12 @@ def test_a_weight_changed_after_forward_is_detected(walk: str) -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(13,), (5, 13), (0, 13), (2, 0, 13), (2, 3, 13), (2, 3, 4, 13)])
-def test_inputs_of_any_rank(walk: str, shape: tuple[int, ...]) -> None:
+def test_inputs_of_any_rank(path: str, shape: tuple[int, ...]) -> None:
     """1-D to 4-D inputs and empty batches, forward and backward."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
     y = tiled(x)
@@ -152,11 +152,11 @@ def test_inputs_of_any_rank(walk: str, shape: tuple[int, ...]) -> None:
     assert_same(tiled.weight.grad, dense.weight.grad)
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_inputs_and_gradients_that_are_not_contiguous(walk: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_inputs_and_gradients_that_are_not_contiguous(path: str) -> None:
     """Transposed, strided and expanded tensors compute as their contiguous copies."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     base = torch.randn(26, 6, 5, dtype=torch.float64)
 
     for x in (
@@ -175,12 +175,12 @@ def test_inputs_and_gradients_that_are_not_contiguous(walk: str) -> None:
         assert_same(ours, leaf.grad)
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("columns", [1, 2])
-def test_one_row_of_an_uncombined_output_may_be_used(walk: str, columns: int) -> None:
+def test_one_row_of_an_uncombined_output_may_be_used(path: str, columns: int) -> None:
     """Rows that the loss does not reach get no gradient or zeros; the used one gets its own."""
     dense, tiled = pair((3, columns), dtype=torch.float64, combine_out_splits=False)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
 
     rows = tiled(x)
@@ -194,11 +194,11 @@ def test_one_row_of_an_uncombined_output_may_be_used(walk: str, columns: int) ->
     assert unused is None or unused.eq(0).all()
 
 
-@pytest.mark.parametrize("walk", ["fused", "composed"])
-def test_rows_of_an_uncombined_output_may_be_changed_in_place(walk: str) -> None:
+@pytest.mark.parametrize("path", ["fused", "composed"])
+def test_rows_of_an_uncombined_output_may_be_changed_in_place(path: str) -> None:
     """They are tensors of their own, not views of one another."""
     _, tiled = pair((3, 2), combine_out_splits=False)
-    rows = walking(walk, tiled)(torch.randn(5, 13))
+    rows = on_path(path, tiled)(torch.randn(5, 13))
     before = rows[1].detach().clone()
 
     rows[0].mul_(2)
@@ -207,7 +207,7 @@ def test_rows_of_an_uncombined_output_may_be_changed_in_place(walk: str) -> None
     assert torch.equal(rows[1], before)
 
 
-def test_create_graph_through_the_fused_walk() -> None:
+def test_create_graph_through_the_fused_path() -> None:
     """A gradient penalty trains: the gradient's gradient is the dense one."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
     x = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
@@ -219,11 +219,11 @@ def test_create_graph_through_the_fused_walk() -> None:
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("walk", ["fused", "composed"])
-def test_backward_of_some_inputs_only(walk: str) -> None:
+@pytest.mark.parametrize("path", ["fused", "composed"])
+def test_backward_of_some_inputs_only(path: str) -> None:
     """backward(inputs=…) and autograd.grad reach what they name and leave the rest alone."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
     one = tiled.tile(1, 1).weight
 
@@ -247,12 +247,12 @@ def test_gradients_accumulate_over_calls() -> None:
     assert_same(tiled.weight.grad, dense.weight.grad)
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_id)
-def test_first_and_second_derivatives_of_a_layer_are_exact(grid, walk):
+def test_first_and_second_derivatives_of_a_layer_are_exact(grid, path):
     """gradcheck and gradgradcheck with respect to the input and every tile's parameters."""
     _, tiled = pair(grid, (5, 4), dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     leaves = (x, *tiled.parameters())  # changed in place, so the layer need not be given them
 
@@ -261,11 +261,11 @@ def test_first_and_second_derivatives_of_a_layer_are_exact(grid, walk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("walk", WALKS)
-def test_an_input_that_backward_does_not_need_may_be_changed(walk, dtype):
+@pytest.mark.parametrize("path", PATHS)
+def test_an_input_that_backward_does_not_need_may_be_changed(path, dtype):
     """With frozen weights the input is free to be written to, as with the dense layer."""
     _, tiled = pair((3, 2), dtype=dtype)
-    walking(walk, tiled)
+    on_path(path, tiled)
     leaf = torch.randn(5, 13, dtype=dtype, requires_grad=True)
     gradient = torch.randn(5, 11, dtype=dtype)
     changed, kept = leaf * 1, leaf * 1
@@ -279,12 +279,12 @@ def test_an_input_that_backward_does_not_need_may_be_changed(walk, dtype):
     assert torch.equal(ours, without_change)
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_id)
-def test_an_output_may_be_changed_in_place(grid, walk):
+def test_an_output_may_be_changed_in_place(grid, path):
     """`relu_` and `mul_` on the output have the gradients of the dense layer."""
     dense, tiled = pair(grid, dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
 
     (ours,) = torch.autograd.grad(tiled(x).mul_(3).relu_().sum(), x)
@@ -297,12 +297,12 @@ class Tagged(Tensor):
     """A tensor subclass, as libraries use to carry more than values."""
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("combine", [True, False])
-def test_a_tensor_subclass_keeps_its_class_and_its_gradients(walk, combine):
+def test_a_tensor_subclass_keeps_its_class_and_its_gradients(path, combine):
     """A subclass of Tensor is computed with by its own rules: class and gradients come out."""
     dense, tiled = pair((3, 2), dtype=torch.float64, combine_out_splits=combine)
-    walking(walk, tiled)
+    on_path(path, tiled)
     plain = torch.randn(5, 13, dtype=torch.float64)
     x = plain.clone().as_subclass(Tagged).requires_grad_()
 
@@ -314,12 +314,12 @@ def test_a_tensor_subclass_keeps_its_class_and_its_gradients(walk, combine):
     assert_same(tiled.weight.grad, dense.weight.grad)
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("grid", [(3, 2), (1, 3)], ids=grid_id)
-def test_complex_gradients_have_their_conjugates(walk, grid):
-    """A complex layer is differentiated as the dense one, whichever walk is asked for."""
+def test_complex_gradients_have_their_conjugates(path, grid):
+    """A complex layer is differentiated as the dense one, whichever path is asked for."""
     dense, tiled = pair(grid, dtype=torch.complex128)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(5, 13, dtype=torch.complex128, requires_grad=True)
     factor = torch.randn(5, 11, dtype=torch.complex128)
 
@@ -331,11 +331,11 @@ def test_complex_gradients_have_their_conjugates(walk, grid):
     assert_same(tiled.weight.grad, dense.weight.grad)
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_batched_gradients(walk):
+@pytest.mark.parametrize("path", PATHS)
+def test_batched_gradients(path):
     """A vectorized Jacobian runs a batch of gradients through one backward."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
-    walking(walk, tiled)
+    on_path(path, tiled)
     x = torch.randn(13, dtype=torch.float64)
 
     jacobian = torch.autograd.functional.jacobian(tiled, x, vectorize=True)
@@ -366,7 +366,7 @@ def test_a_gradient_that_never_arrives_stops_quietly(create_graph):
     assert torch.equal(gradient, torch.ones_like(x))
 
 
-def test_a_bias_in_another_column_is_added_in_every_walk():
+def test_a_bias_in_another_column_is_added_in_every_path():
     """A tile that someone put there with a bias of its own is called, not overlooked."""
     _, tiled = pair((1, 2), dtype=torch.float64)
     tiled.linears[0][0] = nn.Linear(7, 11, dtype=torch.float64)

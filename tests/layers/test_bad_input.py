@@ -51,7 +51,7 @@ def test_partition_uniform_refuses_no_parts_and_negative_items() -> None:
 @pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 4), (3, 4)])
 @pytest.mark.parametrize("width", [0, 9, 11, 20])
 def test_a_wrong_width_names_both_widths(width: int, grid: tuple[int, int], hooked: bool) -> None:
-    """Every grid and every walk refuses another width than in_features, and then works on."""
+    """Every grid and every path refuses another width than in_features, and then works on."""
     layer = TiledLinear(10, 7, out_splits=grid[0], in_splits=grid[1])
     if hooked:
         layer.tile(0, 0).register_forward_hook(lambda *_: None)

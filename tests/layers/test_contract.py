@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
+from paths import GRIDS, PATHS, grid_id, nodes_of, on_path, pair, path_of
 from torch import nn
-from walks import GRIDS, WALKS, grid_id, nodes_of, pair, walk_of, walking
 
 import memtile
 from memtile import (
@@ -132,12 +132,12 @@ def test_state_dict_names_are_those_of_the_tiles():
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_id)
-def test_the_output_is_the_dense_one_in_every_form_of_the_call(grid, walk, form):
+def test_the_output_is_the_dense_one_in_every_form_of_the_call(grid, path, form):
     """One tensor or chunks in, one tensor or a list of rows out: the values of `nn.Linear`."""
     dense, tiled = pair(grid, dtype=torch.float64, **form)
-    layer = walking(walk, tiled)
+    layer = on_path(path, tiled)
     x = torch.randn(2, 3, 13, dtype=torch.float64)
 
     output = layer(given(layer, x))
@@ -150,13 +150,13 @@ def test_the_output_is_the_dense_one_in_every_form_of_the_call(grid, walk, form)
 
 
 @pytest.mark.parametrize("name", ["input", "input_"])
-@pytest.mark.parametrize("walk", WALKS)
-def test_the_input_has_the_linears_name_and_the_originals(walk, name):
+@pytest.mark.parametrize("path", PATHS)
+def test_the_input_has_the_linears_name_and_the_originals(path, name):
     """`layer(input=x)`, as any caller of `nn.Linear` may write, and `layer(input_=x)`."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
     x = torch.randn(4, 13, dtype=torch.float64)
 
-    torch.testing.assert_close(walking(walk, tiled)(**{name: x}), dense(x))
+    torch.testing.assert_close(on_path(path, tiled)(**{name: x}), dense(x))
 
 
 def test_other_layers_take_their_input_by_its_name_too():
@@ -220,7 +220,7 @@ def test_a_fused_layer_is_one_node_of_the_graph(grid, dtype):
 def test_a_composed_layer_adds_one_node_for_each_tile_to_the_tiles_own(grid):
     """Each result is written by one node; there is no clone, no sum and no cat."""
     _, layer = pair(grid)
-    layer = walking("composed", layer)
+    layer = on_path("composed", layer)
 
     names = nodes_of(layer(torch.randn(5, 13)))
 
@@ -337,9 +337,9 @@ def test_the_repr_shows_the_grid():
     assert layer.extra_repr() in repr(layer)
 
 
-@pytest.mark.parametrize("walk", ["fused", "composed", "points"])
-def test_the_walk_taken_is_the_one_that_fits(walk):
+@pytest.mark.parametrize("path", ["fused", "composed", "traceable"])
+def test_the_path_taken_is_the_one_that_fits(path):
     """Plain tiles take the fused path, hooked ones the composed, overridden hooks the traceable."""
     _, layer = pair((3, 2))
 
-    assert walk_of(walking(walk, layer)(torch.randn(4, 13))) == walk
+    assert path_of(on_path(path, layer)(torch.randn(4, 13))) == path

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from paths import GRIDS, grid_id, pair
 from torch import Tensor, nn
-from walks import GRIDS, grid_id, pair
 
 from memtile import TiledEmbedding, TiledLinear
 from memtile.layers import gathered, register_gatherer

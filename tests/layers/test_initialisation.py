@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from paths import grid_id
 from torch import nn
-from walks import grid_id
 
 from memtile import TiledLinear
 from memtile.errors import TileClassError

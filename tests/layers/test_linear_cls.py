@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from paths import GRIDS, grid_id, pair, path_of
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from walks import GRIDS, grid_id, pair, walk_of
 
 from memtile import TiledLinear, TiledLinearReturnBias
 from memtile.errors import SplitsError, TileClassError, TileShapeError
@@ -282,12 +282,12 @@ def test_an_overridden_reduction_of_returned_biases_is_honoured():
 
     torch.testing.assert_close(output, 2 * linear(x, dense.weight))
     assert torch.equal(bias, dense.bias)
-    assert walk_of(output) == "points"
+    assert path_of(output) == "traceable"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("walk", ["composed", "points"])
-def test_sixteen_bit_pairs_are_summed_in_float32(dtype, walk):
+@pytest.mark.parametrize("path", ["composed", "traceable"])
+def test_sixteen_bit_pairs_are_summed_in_float32(dtype, path):
     """Ones in 300 columns: 16-bit sums would stop at 256 (bf16); the result is exact, in dtype."""
 
     class ByPoints(TiledLinearReturnBias):
@@ -295,7 +295,7 @@ def test_sixteen_bit_pairs_are_summed_in_float32(dtype, walk):
             return super()._combine_output_splits(outputs)
 
     layer = TiledLinearReturnBias(300, 3, in_splits=300, linear_cls=ReturnsBias, dtype=dtype)
-    layer.__class__ = ByPoints if walk == "points" else TiledLinearReturnBias
+    layer.__class__ = ByPoints if path == "traceable" else TiledLinearReturnBias
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.fill_(1)
@@ -354,8 +354,8 @@ class FirstColumnsBias(nn.Linear):
         return super().forward(input), bias
 
 
-@pytest.mark.parametrize("walk", ["composed", "points"])
-def test_a_bias_that_an_earlier_column_returned_is_kept(walk):
+@pytest.mark.parametrize("path", ["composed", "traceable"])
+def test_a_bias_that_an_earlier_column_returned_is_kept(path):
     """A later column's None does not take it away, as in the original."""
 
     class ByPoints(TiledLinearReturnBias):
@@ -364,7 +364,7 @@ def test_a_bias_that_an_earlier_column_returned_is_kept(walk):
 
     FirstColumnsBias.made = 0
     layer = TiledLinearReturnBias(13, 11, in_splits=3, out_splits=2, linear_cls=FirstColumnsBias)
-    layer.__class__ = ByPoints if walk == "points" else TiledLinearReturnBias
+    layer.__class__ = ByPoints if path == "traceable" else TiledLinearReturnBias
 
     _, bias = layer(torch.randn(4, 13))
 

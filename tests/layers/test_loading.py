@@ -7,9 +7,9 @@ from typing import ClassVar
 import pytest
 import torch
 from layer_states import State, assert_holds, assert_unchanged, dense_linear, snapshot, tiles_of
+from paths import GRIDS, grid_id, pair, shuffled
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from walks import GRIDS, grid_id, pair, shuffled
 
 from memtile import TiledEmbedding, TiledLinear
 from memtile.errors import StateDictError

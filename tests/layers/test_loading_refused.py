@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from layer_states import State, assert_unchanged, dense_linear, snapshot, tiles_of
+from paths import pair
 from torch import nn
-from walks import pair
 
 from memtile import TiledLinear
 from memtile.errors import StateDictError

@@ -23,11 +23,11 @@ def scratch_bytes(dense: nn.Linear, x: torch.Tensor) -> int:
     return peak_allocated_bytes(lambda: dense(part)) - result_bytes
 
 
-@pytest.mark.parametrize("walk", ["fused", "composed"])
+@pytest.mark.parametrize("path", ["fused", "composed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [(1, 1), (5, 1), (1, 3), (5, 3)])
 def test_forward_holds_one_output_and_one_tiles_result(
-    grid: tuple[int, int], dtype: torch.dtype, walk: str
+    grid: tuple[int, int], dtype: torch.dtype, path: str
 ) -> None:
     """Forward's peak is the output, a tile's result, and a float32 row where sums need one.
 
@@ -37,7 +37,7 @@ def test_forward_holds_one_output_and_one_tiles_result(
     rows, columns = grid
     dense = nn.Linear(192, 640, dtype=dtype)
     layer = TiledLinear(192, 640, in_splits=columns, out_splits=rows, dtype=dtype)
-    if walk == "composed":
+    if path == "composed":
         for _, tile in layer.tiles():
             tile.register_forward_hook(lambda *_: None)
     x = torch.randn(512, 192, dtype=dtype)

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
+from paths import GRIDS, PATHS, assert_same, grid_id, nothing, on_path, pair, path_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from walks import GRIDS, WALKS, assert_same, grid_id, nothing, pair, walk_of, walking
 
 from memtile import TiledLinear
 from memtile.errors import TileDtypeError
@@ -129,8 +129,8 @@ def test_grad_scaler_unscales_and_steps() -> None:
     assert scaler.get_scale() == 512.0
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_copies_are_independent_and_equal(walk: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_copies_are_independent_and_equal(path: str) -> None:
     """deepcopy, pickle and torch.save give a layer of its own with the same bits."""
     _, tiled = pair((3, 2))
     tiled.tile(0, 0).weight.requires_grad_(False)
@@ -143,10 +143,10 @@ def test_copies_are_independent_and_equal(walk: str) -> None:
         torch.load(buffer, weights_only=False),
     ]
     x = torch.randn(5, 13)
-    expected = walking(walk, tiled)(x)
+    expected = on_path(path, tiled)(x)
 
     for copied in copies:
-        assert torch.equal(walking(walk, copied)(x), expected)
+        assert torch.equal(on_path(path, copied)(x), expected)
         assert repr(copied) == repr(tiled)
         assert not copied.tile(0, 0).weight.requires_grad
         with torch.no_grad():
@@ -190,7 +190,7 @@ def test_layer_hooks_and_tile_hooks_run() -> None:
     y = tiled(torch.randn(5, 13, requires_grad=True))
     y.sum().backward()
 
-    assert walk_of(y) == "composed"
+    assert path_of(y) == "composed"
     expected = {"layer", *(f"tile{i}" for i, _ in tiled.tiles())}
     assert sorted(calls) == sorted(f"{way} {n}" for way in ("forward", "back") for n in expected)
 
@@ -274,7 +274,7 @@ def test_tiles_of_different_dtypes_are_left_to_the_tiles() -> None:
 
 
 def test_nothing_is_a_hook() -> None:
-    """The hook that forces the composed walk changes no bit in float64 beyond rounding."""
+    """The hook that forces the composed path changes no bit in float64 beyond rounding."""
     dense, tiled = pair((3, 2), dtype=torch.float64)
     tiled.tile(0, 0).register_forward_hook(nothing)
     x = torch.randn(5, 13, dtype=torch.float64)

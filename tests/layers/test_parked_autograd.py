@@ -13,8 +13,8 @@ from parked_layers import (
     parked_pair,
     weights_of,
 )
+from paths import GRIDS, assert_same, dense_gradients, grid_id
 from torch import Tensor, nn
-from walks import GRIDS, assert_same, dense_gradients, grid_id
 
 import memtile
 from memtile.homes import allocation_of

@@ -12,8 +12,8 @@ from parked_layers import (
     parked_form,
     small_model,
 )
+from paths import GRIDS, grid_id
 from torch import Tensor, nn
-from walks import GRIDS, grid_id
 
 import memtile
 from memtile import TiledLinear

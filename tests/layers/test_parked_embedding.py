@@ -7,8 +7,8 @@ import pytest
 import torch
 from leftovers import check_nothing_is_left
 from parked_layers import HOMES, assert_same_bits, gradients_of, home_called
+from paths import assert_same
 from torch import nn
-from walks import assert_same
 
 import memtile
 from memtile import TiledEmbedding

@@ -16,9 +16,9 @@ from parked_layers import (
     twins,
     weights_of,
 )
+from paths import GRIDS, assert_same, grid_id
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from walks import GRIDS, assert_same, grid_id
 
 import memtile
 from memtile.errors import ParkedError

@@ -18,9 +18,9 @@ from parked_layers import (
     twins,
     weights_of,
 )
+from paths import GRIDS, grid_id
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from walks import GRIDS, grid_id
 
 import memtile
 from memtile import TiledLinear, TiledLinearReturnBias

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from paths import pair, path_of
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from walks import pair, walk_of
 
 HOOKS = {
     "forward hook": lambda tile, seen: tile.register_forward_hook(seen),
@@ -43,7 +43,7 @@ def test_a_hook_of_any_kind_on_one_tile_runs_once(kind):
     output.sum().backward()
 
     assert seen == [layer.tile(1, 1)]
-    assert walk_of(layer(torch.randn(4, 13))) == "composed"
+    assert path_of(layer(torch.randn(4, 13))) == "composed"
 
 
 @pytest.mark.parametrize("kind", HOOKS)
@@ -53,7 +53,7 @@ def test_a_layer_is_fused_again_when_its_hook_is_gone(kind):
     handle = HOOKS[kind](layer.tile(0, 0), lambda *args: None)
     handle.remove()
 
-    assert walk_of(layer(torch.randn(4, 13))) == "fused"
+    assert path_of(layer(torch.randn(4, 13))) == "fused"
 
 
 @pytest.mark.parametrize("kind", GLOBAL_HOOKS)
@@ -95,7 +95,7 @@ def test_a_forward_replaced_for_all_linears_is_honoured():
         layer(torch.randn(4, 13))
 
     assert calls == [tile for _, tile in layer.tiles()]
-    assert walk_of(layer(torch.randn(4, 13))) == "fused"
+    assert path_of(layer(torch.randn(4, 13))) == "fused"
 
 
 class Derived(nn.Linear):
@@ -139,5 +139,5 @@ def test_a_tile_that_is_anything_but_plain_is_called(change):
 
     output = layer(x)
 
-    assert walk_of(output) == "composed"
+    assert path_of(output) == "composed"
     torch.testing.assert_close(output, dense(x))

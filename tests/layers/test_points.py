@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from paths import GRIDS, grid_id, pair, path_of
 from torch import Tensor
-from walks import GRIDS, grid_id, pair, walk_of
 
 from memtile import TiledLinear
 from memtile.errors import TileClassError
@@ -61,7 +61,7 @@ def test_a_reduction_written_for_the_original_is_called_and_right(grid):
     output = layer(x)
 
     torch.testing.assert_close(output, dense(x))
-    assert walk_of(output) == "points"
+    assert path_of(output) == "traceable"
     assert torch.autograd.gradcheck(layer, (x,))
 
 

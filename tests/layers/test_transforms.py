@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from paths import GRIDS, assert_same, grid_id, pair, path_of
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from walks import GRIDS, assert_same, grid_id, pair, walk_of
 
 from memtile import TiledLinear
 from memtile.testing import assert_as_accurate
@@ -82,7 +82,7 @@ def test_vmap(grid: tuple[int, int], batched: str) -> None:
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_vmap_in_16_bits_sums_in_float32(dtype: torch.dtype) -> None:
-    """The walk that transforms take keeps the accuracy of the others."""
+    """The path that transforms take keeps the accuracy of the others."""
     dense, tiled = pair((1, 16), (160, 129), dtype=dtype)
     x = torch.randn(4, 40, 160, dtype=dtype)
     truth = copy.deepcopy(dense).double()(x.double())
@@ -145,14 +145,14 @@ def test_forward_mode(grid: tuple[int, int]) -> None:
 
 
 def test_compiling_one_tile_is_honoured() -> None:
-    """tile.compile() changes how the tile is called, so the composed walk calls it."""
+    """tile.compile() changes how the tile is called, so the composed path calls it."""
     dense, tiled = pair((2, 1), dtype=torch.float64)
     tiled.tile(0, 0).compile(backend="eager")
     x = torch.randn(5, 13, dtype=torch.float64)
 
     y = tiled(x)
 
-    assert walk_of(y) == "composed"
+    assert path_of(y) == "composed"
     assert_same(y, dense(x))
 
 

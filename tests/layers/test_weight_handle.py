@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
+from paths import GRIDS, grid_id, pair
 from torch import Tensor, nn
-from walks import GRIDS, grid_id, pair
 
 from memtile import TiledLinear
 from memtile.errors import HandleError, TileShapeError

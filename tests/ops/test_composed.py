@@ -1,13 +1,13 @@
-"""The composed walk's mathematics: results of tiles written into one output."""
+"""The composed path's mathematics: results of tiles written into one output."""
 
 import weakref
 
 import pytest
 import torch
+from paths import grid_id
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
-from walks import grid_id
 
 from memtile.errors import TileClassError
 from memtile.geometry import Grid

@@ -1,10 +1,10 @@
-"""The fused walk's mathematics: one autograd function for a whole layer."""
+"""The fused path's mathematics: one autograd function for a whole layer."""
 
 import pytest
 import torch
+from paths import grid_id
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from walks import grid_id
 
 from memtile.geometry import Grid
 from memtile.ops import FusedSpec, fused_linear

@@ -11,7 +11,7 @@ FREE = {Holder.NOBODY, Holder.ITS_TILES}
 MakeRing = Callable[..., SlabRing]
 
 
-def walk(ring: SlabRing, order: list[Allocation]) -> list[float]:
+def path(ring: SlabRing, order: list[Allocation]) -> list[float]:
     """One pass: the first value of each tile, as it was found."""
     found = []
     ring.start()

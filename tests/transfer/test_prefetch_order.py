@@ -9,7 +9,7 @@ from memtile.transfer.slab_ring import PrefetchOrder
 from memtile.transfer.slabs import group_of, key_of
 
 
-def walk(prefetch_order: PrefetchOrder, order: list[Allocation]) -> None:
+def path(prefetch_order: PrefetchOrder, order: list[Allocation]) -> None:
     """An iteration in this order."""
     prefetch_order.start()
     for allocation in order:
@@ -33,7 +33,7 @@ def test_nothing_is_foreseen_at_first():
 def test_an_order_is_known_after_one_pass_and_ends_where_the_iteration_ended():
     """The whole iteration is predicted in its order, and nothing after its end."""
     tiles, prefetch_order = WatchedHome().tiles(4), PrefetchOrder()
-    walk(prefetch_order, tiles)
+    path(prefetch_order, tiles)
 
     prefetch_order.start()
 
@@ -43,7 +43,7 @@ def test_an_order_is_known_after_one_pass_and_ends_where_the_iteration_ended():
 def test_one_tile_there_and_back_is_told_apart_by_what_came_before():
     """In 0 1 2 2 1 0 each tile has two followers: the pair with the one before tells which."""
     (a, b, c), prefetch_order = WatchedHome().tiles(3), PrefetchOrder()
-    walk(prefetch_order, [a, b, c, c, b, a])
+    path(prefetch_order, [a, b, c, c, b, a])
 
     prefetch_order.start()
 
@@ -53,8 +53,8 @@ def test_one_tile_there_and_back_is_told_apart_by_what_came_before():
 def test_a_wrong_guess_corrects_itself_by_the_next_iteration():
     """Another order replaces the known one, from where they differ."""
     (a, b, c), prefetch_order = WatchedHome().tiles(3), PrefetchOrder()
-    walk(prefetch_order, [a, b, c])
-    walk(prefetch_order, [a, c, b])
+    path(prefetch_order, [a, b, c])
+    path(prefetch_order, [a, c, b])
 
     prefetch_order.start()
 
@@ -65,7 +65,7 @@ def test_allocations_are_not_kept_alive_and_dead_ones_are_forgotten():
     """Groups that are new in every iteration, as gradients are, do not accumulate."""
     home, prefetch_order = WatchedHome(), PrefetchOrder()
     for _ in range(50):
-        walk(prefetch_order, home.tiles(3))
+        path(prefetch_order, home.tiles(3))
 
     assert len(prefetch_order._next) <= 2 * 3
     assert set(foreseen(prefetch_order)) <= {None}

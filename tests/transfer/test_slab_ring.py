@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rings import FREE, quiet, walk
+from rings import FREE, path, quiet
 from watched_home import WatchedHome
 
 from memtile.homes import PAGE
@@ -14,7 +14,7 @@ def test_what_comes_next_is_read_while_a_tile_is_worked_on(make_ring):
     """In the second pass, tile 1 and tile 2 are on their way while tile 0 is leased."""
     home = WatchedHome()
     tiles, ring = home.tiles(5), make_ring()
-    walk(ring, tiles)
+    path(ring, tiles)
     ring.start()
     home.clear()
 
@@ -29,7 +29,7 @@ def test_nothing_is_read_ahead_in_an_unknown_order(make_ring):
     home = WatchedHome()
     tiles = home.tiles(5)
 
-    found = walk(make_ring(), tiles)
+    found = path(make_ring(), tiles)
 
     assert found == [0, 1, 2, 3, 4]
     assert home.labels() == ["0", "1", "2", "3", "4"]
@@ -39,7 +39,7 @@ def test_the_beginning_of_an_iteration_reads_nothing(make_ring):
     """The next request may be one of another home, so nothing is read before it."""
     home = WatchedHome()
     tiles, ring = home.tiles(5), make_ring()
-    walk(ring, tiles)
+    path(ring, tiles)
     quiet(ring)
     home.clear()
 
@@ -53,7 +53,7 @@ def test_what_is_named_is_read_ahead_instead_of_what_is_known(make_ring):
     """`ahead` takes precedence over the prefetch order."""
     home = WatchedHome()
     tiles, ring = home.tiles(5), make_ring()
-    walk(ring, tiles)
+    path(ring, tiles)
     ring.start()
     home.clear()
 
@@ -72,15 +72,15 @@ def test_every_tile_is_right_in_any_order(make_ring):
     for _ in range(30):
         order = torch.randint(7, (9,), generator=generator).tolist()
 
-        assert walk(ring, [tiles[n] for n in order]) == order
+        assert path(ring, [tiles[n] for n in order]) == order
 
 
 def test_a_wrong_guess_corrects_itself(make_ring):
     """After one iteration in another order, that order is the one that is read ahead."""
     home = WatchedHome()
     tiles, ring = home.tiles(4), make_ring()
-    walk(ring, tiles)
-    walk(ring, tiles[::-1])
+    path(ring, tiles)
+    path(ring, tiles[::-1])
     ring.start()
     home.clear()
 
@@ -96,11 +96,11 @@ def test_the_turn_from_forward_to_backward_reads_nothing_anew(make_ring, number)
     tiles, ring = home.tiles(number), make_ring()
     there_and_back = tiles + tiles[::-1]
     for _ in range(2):
-        walk(ring, there_and_back)
+        path(ring, there_and_back)
     quiet(ring)
     home.clear()
 
-    assert walk(ring, there_and_back) == [*range(number), *reversed(range(number))]
+    assert path(ring, there_and_back) == [*range(number), *reversed(range(number))]
 
     for label in ["4", "3"] if number == 5 else [str(n) for n in range(number)]:
         assert home.labels().count(label) == 1, home.labels()
@@ -115,7 +115,7 @@ def test_capacity_does_not_grow_with_the_number_of_tiles(make_ring, slabs):
     home = WatchedHome()
     tiles, ring = home.tiles(40, length=PAGE // 4 + 1), make_ring(slabs)
     for _ in range(2):
-        walk(ring, tiles + tiles[::-1])
+        path(ring, tiles + tiles[::-1])
 
     assert ring.slab_bytes == slabs * 2 * PAGE
 
@@ -175,4 +175,4 @@ def test_what_was_read_for_one_pass_is_not_used_in_the_next(make_ring):
         for value in (5.0, 6.0):
             tiles[0].tensor().fill_(value)
 
-            assert walk(ring, tiles)[0] == value
+            assert path(ring, tiles)[0] == value

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from rings import FREE, quiet, spoil, wait_until, walk
+from rings import FREE, path, quiet, spoil, wait_until
 from watched_home import PATIENCE_SECONDS, WatchedHome
 
 from memtile.errors import HomeError, HomeIOError
@@ -20,23 +20,23 @@ def test_a_failed_read_returns_the_slab_and_is_tried_again(make_ring):
     """An I/O error is raised where the tile is acquired; once the disk works the tile is right."""
     home = WatchedHome()
     tiles, ring = home.tiles(5), make_ring()
-    walk(ring, tiles)
+    path(ring, tiles)
     home.broken = {"read"}
     for _ in range(5):  # more often than there are slabs
         with pytest.raises(HomeIOError, match="the test wants it"):
-            walk(ring, tiles)
+            path(ring, tiles)
     quiet(ring)
 
     assert set(ring.holders) <= FREE
     home.broken = set()
-    assert walk(ring, tiles) == [0, 1, 2, 3, 4]
+    assert path(ring, tiles) == [0, 1, 2, 3, 4]
 
 
 def test_a_failed_read_ahead_is_nobodys_error(make_ring):
     """A tile that could not be read ahead is read when it is asked for."""
     home = WatchedHome()
     tiles, ring = home.tiles(3), make_ring()
-    walk(ring, tiles)
+    path(ring, tiles)
     ring.start()
     with ring.acquire((tiles[0],)):
         pass
@@ -305,7 +305,7 @@ def test_rings_are_of_one_home_and_go_with_it():
     assert rings_of(one) is rings_of(one)
     assert rings_of(one) is not rings_of(other)
     tiles = one.tiles(5)
-    walk(rings_of(one).weights, tiles)
+    path(rings_of(one).weights, tiles)
     quiet(rings_of(one).weights)
     alive = weakref.ref(rings_of(one).weights)
 

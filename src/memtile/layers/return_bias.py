@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import TileClassError
 from memtile.layers import door
+from memtile.layers.paths import Results, own_point
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.values import Index
-from memtile.layers.walks import Results, own_point
 
 
 class TiledLinearReturnBias(TiledLinear):
@@ -25,7 +25,7 @@ class TiledLinearReturnBias(TiledLinear):
         """Never: a plain tile returns no pair, which the composed path reports."""
         return False
 
-    def _walk_composed(self, results: Results) -> Any:
+    def _composed_path(self, results: Results) -> Any:
         biases: list[Tensor | None] = [None] * self.out_splits
 
         def keep_bias(pair: tuple[Index, Any]) -> tuple[Index, Tensor]:
@@ -33,7 +33,7 @@ class TiledLinearReturnBias(TiledLinear):
             biases[index[0]] = bias if bias is not None else biases[index[0]]
             return index, output
 
-        output = super()._walk_composed(map(keep_bias, results))
+        output = super()._composed_path(map(keep_bias, results))
         if self.combine_out_splits:
             return output, _join_biases(biases)
         return list(zip(output, biases, strict=True))

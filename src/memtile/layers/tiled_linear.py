@@ -21,15 +21,15 @@ from memtile.errors import TileClassError, TileDeviceError, TileShapeError
 from memtile.geometry import Grid
 from memtile.homes import Home, resolve_home
 from memtile.layers.parked import ParkedLinear, uninitialised
+from memtile.layers.paths import LinearPaths
 from memtile.layers.tiled_module import TiledModule
 from memtile.layers.values import DENSE_NAMES, Index, Values, gathered, whole_shape
-from memtile.layers.walks import WalkedLinear
 
 LinearClass = Callable[..., nn.Module]
 Self = TypeVar("Self", bound="TiledLinear")
 
 
-class TiledLinear(WalkedLinear):
+class TiledLinear(LinearPaths):
     """A linear layer cut into `out_splits × in_splits` tiles that are computed one at a time.
 
     Tile (o, i) is `linears[o][i]`, a `linear_cls(in_i, out_o, bias=…, **kwargs)`; the bias of a row

@@ -36,7 +36,7 @@ def own_point(function: Point) -> Point:
     return function
 
 
-class WalkedLinear(TiledModule):
+class LinearPaths(TiledModule):
     """How a grid of linear tiles is called; `TiledLinear` makes the grid."""
 
     in_features: int
@@ -79,13 +79,13 @@ class WalkedLinear(TiledModule):
             door.check_kinds(self.full_name(), whole, weight, same_device=plain)
         own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
         if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
-            return self._walk_fused(whole, tiles)
+            return self._fused_path(whole, tiles)
         if plain or parked or (transformed and type(tiles[0]) is nn.Linear):
             whole = _cast_as_autocast(whole)
         chunks = self._split(whole, declared)
-        walk = self._walk_composed if own and not transformed else self._walk_points
+        path = self._composed_path if own and not transformed else self._traceable_path
         with nullcontext() if transformed else layer_call():
-            return walk(self._results(chunks))
+            return path(self._results(chunks))
 
     def _check_input(self, input_: Any, declared: list[int] | None) -> list[Any]:
         """The input as a list: one whole tensor, or the chunks."""
@@ -121,7 +121,7 @@ class WalkedLinear(TiledModule):
             and ops.autocast_dtype(whole[0]) is None
         )
 
-    def _walk_fused(self, whole: list[Tensor], tiles: list[nn.Module]) -> Any:
+    def _fused_path(self, whole: list[Tensor], tiles: list[nn.Module]) -> Any:
         spec = ops.FusedSpec(self.grid, len(whole), self.combine_out_splits, self.use_bias)
         biases = self._bias_rows()
         if self.use_bias and not biases:
@@ -160,7 +160,7 @@ class WalkedLinear(TiledModule):
         whole = self.whole_bias
         return () if whole is None else whole.split([span.size for span in self.grid.out_spans])
 
-    def _walk_composed(self, results: Results) -> Any:
+    def _composed_path(self, results: Results) -> Any:
         checked = map(self._checked, results)
         if self.combine_out_splits:
             return ops.write_results(checked, self.grid)
@@ -179,7 +179,7 @@ class WalkedLinear(TiledModule):
         door.check_width(self.full_name(), index, self.tile(*index), self.grid, result)
         return result
 
-    def _walk_points(self, results: Results) -> Any:
+    def _traceable_path(self, results: Results) -> Any:
         outputs: list[Any] = []
         shapes: ops.ResultShapes | None = None
         dtype = None

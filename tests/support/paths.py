@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memtile import TiledLinear
 
-WALKS = ("fused", "composed", "points")
+PATHS = ("fused", "composed", "traceable")
 
 # (out_splits, in_splits): one tile, one row, one column, and a ragged grid of both.
 GRIDS = [(1, 1), (1, 3), (4, 1), (3, 2)]
@@ -25,12 +25,12 @@ def nothing(*args: object) -> None:
     """A hook that changes nothing."""
 
 
-def walking(walk: str, layer: TiledLinear) -> TiledLinear:
-    """The layer itself, made to take the given walk from now on."""
-    if walk == "composed":
+def on_path(path: str, layer: TiledLinear) -> TiledLinear:
+    """The layer itself, made to take the given path from now on."""
+    if path == "composed":
         for _, tile in layer.tiles():
             tile.register_forward_hook(nothing)
-    if walk == "points":
+    if path == "traceable":
         layer.__class__ = ByPoints
     return layer
 
@@ -47,12 +47,12 @@ def nodes_of(*outputs: Tensor) -> list[str]:
     return sorted(node.name() for node in seen if "AccumulateGrad" not in node.name())
 
 
-def walk_of(*outputs: Tensor) -> str:
-    """Which walk gave these outputs of a grid with more than one tile."""
+def path_of(*outputs: Tensor) -> str:
+    """Which path gave these outputs of a grid with more than one tile."""
     names = nodes_of(*outputs)
     if "_FusedLinearBackward" in names:
         return "fused"
-    return "composed" if "_PlaceBackward" in names else "points"
+    return "composed" if "_PlaceBackward" in names else "traceable"
 
 
 def grid_id(grid: tuple[int, int]) -> str:
