@@ -1,6 +1,6 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
-from memtile.layers.door import is_plain
+from memtile.layers.checks import is_plain
 from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias

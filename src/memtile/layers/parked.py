@@ -28,7 +28,7 @@ from memtile.homes import (
     settle_in,
     tensor_of,
 )
-from memtile.layers import door
+from memtile.layers import checks
 from memtile.transfer import ParkedSource, layer_call
 
 _NAME = "ParkedLinear"  # in messages: a tile does not know its name
@@ -162,9 +162,9 @@ class ParkedLinear(ParkedModule, nn.Linear):
         bias: Tensor | None = self.bias
         if ops.transformed() or not is_parked(weight) or not weight.numel():
             return functional.linear(input, weight, bias)
-        door.check_tensor(_NAME, input)
-        door.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
-        door.check_kinds(_NAME, [input], weight, same_device=False)
+        checks.check_tensor(_NAME, input)
+        checks.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
+        checks.check_kinds(_NAME, [input], weight, same_device=False)
         x = input.to(ops.autocast_dtype(input) or input.dtype)
         with layer_call():
             bias = None if bias is None else bias.to(x.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memtile import ops
 from memtile.errors import TileClassError, TileShapeError
-from memtile.layers import door
+from memtile.layers import checks
 from memtile.layers.parked import ParkedLinear
 from memtile.layers.tiled_module import TiledModule
 from memtile.layers.values import Index
@@ -69,14 +69,14 @@ class LinearPaths(TiledModule):
         """
         input_ = _the_one(type(self), input_, input)
         tiles = [tile for row in self.linears for tile in row]  # type: ignore[attr-defined]  # ModuleLists
-        declared = door.column_widths(tiles[: self.in_splits])
+        declared = checks.column_widths(tiles[: self.in_splits])
         whole = self._check_input(input_, declared)
         transformed = ops.transformed()
-        plain = not transformed and door.all_plain(tiles)
+        plain = not transformed and checks.all_plain(tiles)
         parked = type(tiles[0]) is ParkedLinear
         if plain or (parked and not transformed):
             weight: Any = tiles[0].weight  # a Tensor, which mypy does not know
-            door.check_kinds(self.full_name(), whole, weight, same_device=plain)
+            checks.check_kinds(self.full_name(), whole, weight, same_device=plain)
         own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
         if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
             return self._fused_path(whole, tiles)
@@ -91,7 +91,7 @@ class LinearPaths(TiledModule):
         """The input as a list: one whole tensor, or the chunks."""
         name = self.full_name()
         if self.input_is_already_split and not isinstance(input_, Tensor):
-            door.check_chunks(name, input_, self.in_splits, declared)
+            checks.check_chunks(name, input_, self.in_splits, declared)
             return list(input_)
         if self.input_is_already_split and self.in_splits > 1:
             raise TileShapeError(
@@ -100,8 +100,8 @@ class LinearPaths(TiledModule):
             )
         if not isinstance(input_, Tensor) and not self._has_own(("_split_global_input",)):
             return [input_]
-        tensor = door.check_tensor(name, input_)
-        door.split_sizes(name, tensor.shape[-1], self.in_splits, declared)
+        tensor = checks.check_tensor(name, input_)
+        checks.split_sizes(name, tensor.shape[-1], self.in_splits, declared)
         return [tensor]
 
     def _has_own(self, points: Sequence[str]) -> bool:
@@ -135,7 +135,7 @@ class LinearPaths(TiledModule):
             return whole
         input_ = whole[0]
         width = input_.shape[-1] if isinstance(input_, Tensor) else self.in_features
-        sizes = door.split_sizes(self.full_name(), width, self.in_splits, declared)
+        sizes = checks.split_sizes(self.full_name(), width, self.in_splits, declared)
         return list(self._split_global_input(input_, sizes))
 
     def _results(self, chunks: Sequence[Any]) -> Results:
@@ -176,7 +176,7 @@ class LinearPaths(TiledModule):
                 f"{self.full_name()}: tile {index} returned a {type(result).__name__}, not a "
                 "tensor; a linear_cls that returns (output, bias) belongs in TiledLinearReturnBias"
             )
-        door.check_width(self.full_name(), index, self.tile(*index), self.grid, result)
+        checks.check_width(self.full_name(), index, self.tile(*index), self.grid, result)
         return result
 
     def _traceable_path(self, results: Results) -> Any:

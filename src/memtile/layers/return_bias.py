@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from memtile import ops
 from memtile.errors import TileClassError
-from memtile.layers import door
+from memtile.layers import checks
 from memtile.layers.paths import Results, own_point
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.values import Index
@@ -44,7 +44,7 @@ class TiledLinearReturnBias(TiledLinear):
                 f"{self.full_name()}: tile {index} returned a {type(result).__name__}, not "
                 "(output, bias); a linear_cls that returns one tensor belongs in TiledLinear"
             )
-        door.check_width(self.full_name(), index, self.tile(*index), self.grid, result[0])
+        checks.check_width(self.full_name(), index, self.tile(*index), self.grid, result[0])
         return result
 
     @own_point

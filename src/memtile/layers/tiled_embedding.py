@@ -10,7 +10,7 @@ from memtile import ops
 from memtile.errors import ArgumentError, TileDeviceError, TileDtypeError, TileIndexError
 from memtile.geometry import Grid
 from memtile.homes import Home, resolve_home
-from memtile.layers.door import is_plain
+from memtile.layers.checks import is_plain
 from memtile.layers.parked import ParkedEmbedding, uninitialised
 from memtile.layers.tiled_module import TiledModule
 from memtile.layers.values import gathered
