@@ -269,7 +269,7 @@ def test_copying_into_a_tile_that_computes_its_weight_is_refused() -> None:
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), before, strict=True))
 
 
-def test_a_wrong_dtype_is_refused_in_subclasses_of_the_points_too() -> None:
+def test_a_wrong_dtype_is_refused_in_subclasses_of_the_hooks_too() -> None:
     """Overriding how results are combined changes nothing about what may come in."""
 
     class Listing(TiledLinear):

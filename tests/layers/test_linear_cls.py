@@ -267,7 +267,7 @@ def test_returned_biases_have_exact_gradients(grid):
 
 
 def test_an_overridden_reduction_of_returned_biases_is_honoured():
-    """The points see pairs, as in the original; super() adds outputs and keeps the bias."""
+    """The override hooks see pairs, as in the original; super() adds outputs and keeps the bias."""
 
     class Doubling(TiledLinearReturnBias):
         def _reduce_local_output(self, in_id, out_id, current_out, new_out):
@@ -290,12 +290,12 @@ def test_an_overridden_reduction_of_returned_biases_is_honoured():
 def test_sixteen_bit_pairs_are_summed_in_float32(dtype, path):
     """Ones in 300 columns: 16-bit sums would stop at 256 (bf16); the result is exact, in dtype."""
 
-    class ByPoints(TiledLinearReturnBias):
+    class ByHooks(TiledLinearReturnBias):
         def _combine_output_splits(self, outputs):
             return super()._combine_output_splits(outputs)
 
     layer = TiledLinearReturnBias(300, 3, in_splits=300, linear_cls=ReturnsBias, dtype=dtype)
-    layer.__class__ = ByPoints if path == "traceable" else TiledLinearReturnBias
+    layer.__class__ = ByHooks if path == "traceable" else TiledLinearReturnBias
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.fill_(1)
@@ -358,13 +358,13 @@ class FirstColumnsBias(nn.Linear):
 def test_a_bias_that_an_earlier_column_returned_is_kept(path):
     """A later column's None does not take it away, as in the original."""
 
-    class ByPoints(TiledLinearReturnBias):
+    class ByHooks(TiledLinearReturnBias):
         def _combine_output_splits(self, outputs):
             return super()._combine_output_splits(outputs)
 
     FirstColumnsBias.made = 0
     layer = TiledLinearReturnBias(13, 11, in_splits=3, out_splits=2, linear_cls=FirstColumnsBias)
-    layer.__class__ = ByPoints if path == "traceable" else TiledLinearReturnBias
+    layer.__class__ = ByHooks if path == "traceable" else TiledLinearReturnBias
 
     _, bias = layer(torch.randn(4, 13))
 

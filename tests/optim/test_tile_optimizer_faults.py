@@ -24,7 +24,7 @@ from small_training import (
 from memtile.errors import HomeFullError, HomeIOError, NotFiniteError, ParkedError
 from memtile.homes import allocation_of
 
-POINTS = (1, 20)  # which read or write of a step fails first
+OVERRIDE_HOOKS = (1, 20)  # which read or write of a step fails first
 
 
 @pytest.fixture(params=["page cache", "direct"])
@@ -143,7 +143,7 @@ def test_what_was_reserved_is_enough(mode, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_step_that_the_disk_ended_goes_on(path, disk, act, point, steps):
     """After a HomeIOError `step()` goes on, and all bits equal those of an undisturbed run."""
@@ -214,7 +214,7 @@ def test_a_step_can_be_given_up(disk, act):
     assert slabs_are_free(disk_of(model))
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_disk_that_fails_in_backward(disk, act, mode, point):

@@ -22,7 +22,7 @@ from torch import nn
 
 from memtile.transfer import iterations
 
-POINTS = (0, 14)  # which parameter is being stepped when Ctrl-C comes
+OVERRIDE_HOOKS = (0, 14)  # which parameter is being stepped when Ctrl-C comes
 
 
 def _ctrl_c():
@@ -61,7 +61,7 @@ def _goes_on(model, optimizer, twin, twins):
     return losses[0] == losses[1] and same(values(model), values(twin))
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 def test_in_a_step_it_waits_for_the_end(watched, handler, point):
     """KeyboardInterrupt is raised after all parameters are stepped, with the undisturbed bits."""
     (model, optimizer), (twin, twins) = _pair()
@@ -103,7 +103,7 @@ def test_in_clipping_it_waits_for_the_end(monkeypatch, handler):
     assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in pairs)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 def test_a_second_one_in_a_step_comes_at_once(watched, handler, point):
     """A second Ctrl-C ends the step at once; `step()` goes on with it, bit for bit."""
     (model, optimizer), (twin, twins) = _pair()
@@ -154,7 +154,7 @@ def test_a_write_after_a_step_that_was_given_up_is_seen(watched):
     assert same(values(model), values(twin))
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 def test_in_a_backward_that_steps_it_waits_for_the_end(watched, handler, point):
     """in_backward: KeyboardInterrupt is raised after the backward, with the undisturbed bits."""
     (model, optimizer), (twin, twins) = _pair("in_backward")
@@ -205,7 +205,7 @@ def test_the_end_of_the_iteration_is_not_left_out(watched):
     assert slabs_are_free(disk_of(model))
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 def test_a_second_one_in_a_backward_comes_at_once(watched, handler, point):
     """in_backward: a second Ctrl-C ends it at once; after `zero_grad()` training goes on."""
     (model, optimizer), _ = _pair("in_backward")

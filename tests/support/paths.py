@@ -14,7 +14,7 @@ PATHS = ("fused", "composed", "traceable")
 GRIDS = [(1, 1), (1, 3), (4, 1), (3, 2)]
 
 
-class ByPoints(TiledLinear):
+class ByHooks(TiledLinear):
     """A subclass as users of the original wrote them: one point is overridden."""
 
     def _combine_output_splits(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -31,7 +31,7 @@ def on_path(path: str, layer: TiledLinear) -> TiledLinear:
         for _, tile in layer.tiles():
             tile.register_forward_hook(nothing)
     if path == "traceable":
-        layer.__class__ = ByPoints
+        layer.__class__ = ByHooks
     return layer
 
 

@@ -24,15 +24,15 @@ from memtile.transfer import layer_call
 
 Results = Iterator[tuple[Index, Any]]
 _NOTHING: Any = object()  # Any: the default of an input that may be anything
-Point = TypeVar("Point", bound=Callable[..., Any])
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
-def own_point(function: Point) -> Point:
+def own_hook(function: Hook) -> Hook:
     """Mark an override hook as memtile's own, so that an override is detected.
 
     The mark is the function itself, since `functools.wraps` copies attributes to other functions.
     """
-    function.own_point = function  # type: ignore[attr-defined]  # functions take attributes
+    function.own_hook = function  # type: ignore[attr-defined]  # functions take attributes
     return function
 
 
@@ -104,9 +104,9 @@ class LinearPaths(TiledModule):
         checks.split_sizes(name, tensor.shape[-1], self.in_splits, declared)
         return [tensor]
 
-    def _has_own(self, points: Sequence[str]) -> bool:
-        found = (getattr(getattr(self, point), "__func__", point) for point in points)
-        return all(getattr(function, "own_point", None) is function for function in found)
+    def _has_own(self, hooks: Sequence[str]) -> bool:
+        found = (getattr(getattr(self, hook), "__func__", hook) for hook in hooks)
+        return all(getattr(function, "own_hook", None) is function for function in found)
 
     def _can_fuse(self, whole: list[Any], tiles: list[nn.Module]) -> bool:
         last = self.in_splits - 1
@@ -199,12 +199,12 @@ class LinearPaths(TiledModule):
             outputs.append(current)
         return self._combine_output_splits(outputs) if self.combine_out_splits else outputs
 
-    @own_point
+    @own_hook
     def _split_global_input(self, input: Any, split_sizes: Sequence[int]) -> Sequence[Any]:
         """Cut the input along its last dimension; override for other kinds of input."""
         return ops.split_tensor_along_last_dim(input, split_sizes)
 
-    @own_point
+    @own_hook
     def _reduce_local_output(self, in_id: int, out_id: int, current_out: Any, new_out: Any) -> Any:
         """Add a tile's result to its row's; override for other kinds of result.
 
@@ -218,7 +218,7 @@ class LinearPaths(TiledModule):
         result = self._check_result((out_id, in_id), new_out)
         return result if current_out is None else current_out + result
 
-    @own_point
+    @own_hook
     def _combine_output_splits(self, outputs: Sequence[Any]) -> Any:
         """Join the rows' results; override for other kinds of result."""
         return ops.join_rows(outputs)

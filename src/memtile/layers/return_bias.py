@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import TileClassError
 from memtile.layers import checks
-from memtile.layers.paths import Results, own_point
+from memtile.layers.paths import Results, own_hook
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.values import Index
 
@@ -47,7 +47,7 @@ class TiledLinearReturnBias(TiledLinear):
         checks.check_width(self.full_name(), index, self.tile(*index), self.grid, result[0])
         return result
 
-    @own_point
+    @own_hook
     def _reduce_local_output(self, in_id: int, out_id: int, current_out: Any, new_out: Any) -> Any:
         """Add outputs; keep the bias that a column returned."""
         output, bias = self._check_pair((out_id, in_id), new_out)
@@ -55,7 +55,7 @@ class TiledLinearReturnBias(TiledLinear):
         total = super()._reduce_local_output(in_id, out_id, before, output)
         return total, kept if bias is None else bias
 
-    @own_point
+    @own_hook
     def _combine_output_splits(self, outputs: Sequence[Any]) -> Any:
         """Join outputs and biases of the rows."""
         joined = super()._combine_output_splits([output for output, _ in outputs])

@@ -144,7 +144,7 @@ def test_the_sizes_follow_the_width_that_arrives():
     assert sizes == [[5, 4, 4]]
 
 
-def test_a_point_overridden_on_the_instance_is_honoured_too():
+def test_a_hooks_overridden_on_the_instance_is_honoured_too():
     """A function set on one layer is called as one defined in a class."""
     _, layer = pair((2, 2))
     layer._combine_output_splits = len
@@ -164,7 +164,7 @@ def test_points_see_uncombined_outputs_only_when_asked_to_combine():
 
 
 def test_a_reduction_may_give_anything_that_its_combination_understands():
-    """Tuples through both points, as `TiledLinearReturnBias` uses them."""
+    """Tuples through both override hooks, as `TiledLinearReturnBias` uses them."""
 
     class Counting(TiledLinear):
         def _reduce_local_output(self, in_id, out_id, current_out, new_out):
@@ -183,7 +183,7 @@ def test_a_reduction_may_give_anything_that_its_combination_understands():
     assert counts == [2, 2, 2]
 
 
-def test_a_wrong_result_is_refused_by_the_points_as_well():
+def test_a_wrong_result_is_refused_by_the_hooks_as_well():
     """A tile that returns a tuple needs `TiledLinearReturnBias`, or a reduction of its own."""
     _, layer = as_class(Stacking, (2, 2))
     layer.tile(0, 1).register_forward_hook(lambda tile, args, output: (output, None))
