@@ -103,8 +103,8 @@ def test_untile_says_who_holds_a_tiled_layer() -> None:
 
 def test_what_variables_hold_is_nobodys_use() -> None:
     """A caller's own variables, lists, functions; an optimizer; copies and other models."""
-    model, twin = Net(), Net()
-    twin.load_state_dict(model.state_dict(), assign=True)
+    model, reference = Net(), Net()
+    reference.load_state_dict(model.state_dict(), assign=True)
     up, layers, parameters = model.up, list(model.modules()), dict(model.named_parameters())
     call, state = closure_over(up), model.state_dict()
     model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -150,9 +150,9 @@ def test_transforms_and_copies():
     assert torch.equal(torch.vmap(tiled)(IDS[0]), dense(IDS[0]))
     for copied in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         with pytest.warns(ParkedCopyWarning):
-            twin = copied(tiled)
-        assert {type(t) for _, t in twin.tiles()} == {nn.Embedding}
-        assert torch.equal(twin(IDS[0]), dense(IDS[0]))
+            reference = copied(tiled)
+        assert {type(t) for _, t in reference.tiles()} == {nn.Embedding}
+        assert torch.equal(reference(IDS[0]), dense(IDS[0]))
     alone = ParkedEmbedding(23, 5, padding_idx=3, home=memtile.homes.DiskHome())
 
     assert not alone(torch.tensor([3])).any()

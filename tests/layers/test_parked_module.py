@@ -14,8 +14,8 @@ from parked_layers import (
     assert_same_bits,
     home_called,
     parked_pair,
+    reference_optimizer,
     small_model,
-    twins,
     weights_of,
 )
 from paths import GRIDS, grid_id
@@ -72,7 +72,7 @@ def is_parked(layer: nn.Module) -> bool:
 )
 def test_what_changes_nothing_leaves_tiles_at_home(home, move: Callable[[nn.Module], object]):
     """Moving to where the tiles are, in their dtype, keeps parameters, bits and allocations."""
-    _, parked = twins(home)
+    _, parked = reference_optimizer(home)
     before, parameters = state(parked), list(parked.parameters())
 
     move(parked)
@@ -111,17 +111,17 @@ def test_another_dtype_is_refused_and_nothing_is_changed(home, grid, cast):
 )
 def test_copies_are_ordinary_layers_in_memory_and_say_so(home, copied):
     """deepcopy, pickle and torch.save: equal bits, no parked tile, and a warning."""
-    _, parked = twins(home)
+    _, parked = reference_optimizer(home)
     with pytest.warns(ParkedCopyWarning, match="ordinary layer in memory"):
-        twin = copied(parked)
+        reference = copied(parked)
 
-    assert not weights_of(twin)
+    assert not weights_of(reference)
     assert is_parked(parked)
-    assert {type(t) for _, t in twin[0].tiles()} == {nn.Linear}
-    assert_same_bits(state(twin), state(parked))
-    torch.testing.assert_close(twin(X), parked(X))
+    assert {type(t) for _, t in reference[0].tiles()} == {nn.Linear}
+    assert_same_bits(state(reference), state(parked))
+    torch.testing.assert_close(reference(X), parked(X))
     with torch.no_grad():
-        twin[0].tile(0, 0).weight.zero_()
+        reference[0].tile(0, 0).weight.zero_()
     assert parked[0].tile(0, 0).weight.any()
 
 
@@ -134,21 +134,21 @@ def saved_and_loaded(value: object) -> object:
 
 def test_a_copy_may_be_parked_again():
     """The way out that the warning names works."""
-    _, parked = twins()
+    _, parked = reference_optimizer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParkedCopyWarning)
-        twin = copy.deepcopy(parked)
+        reference = copy.deepcopy(parked)
 
-    memtile.tile(memtile.untile(twin), out_splits=2, home=DiskHome())
+    memtile.tile(memtile.untile(reference), out_splits=2, home=DiskHome())
 
-    assert is_parked(twin)
-    torch.testing.assert_close(twin(X), parked(X))
+    assert is_parked(reference)
+    torch.testing.assert_close(reference(X), parked(X))
 
 
 @in_every_home
 def test_state_dicts_save_exactly_the_tiles_bytes(home):
     """No storage is larger than its tensor, and a file comes back bit for bit."""
-    _, parked = twins(home)
+    _, parked = reference_optimizer(home)
 
     found = parked.state_dict()
 
@@ -165,7 +165,7 @@ def test_every_form_of_checkpoint_loads_into_parked_tiles(home):
         memtile.tile(small_model(6), out_splits=3),
         memtile.tile(small_model(7), out_splits=2, in_splits=3),
     ]
-    _, parked = twins(home)
+    _, parked = reference_optimizer(home)
     parameters = weights_of(parked)
     for source in sources:
         for assign in (False, True):

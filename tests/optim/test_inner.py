@@ -252,8 +252,8 @@ def test_steps_inside_a_post_accumulate_hook(optimizer_class, create_graph):
     """A parameter stepped in its hook, during backward, comes out as one stepped after it."""
     inner, state = Inner(optimizer_class, {}), {}
     weight = nn.Parameter(torch.randn(5, 7))
-    twin, x = nn.Parameter(weight.detach().clone()), torch.randn(3, 7)
-    plain = optimizer_class([twin])
+    reference, x = nn.Parameter(weight.detach().clone()), torch.randn(3, 7)
+    plain = optimizer_class([reference])
 
     def step(parameter: Tensor) -> None:
         inner.step([ParameterSlice(parameter, parameter.grad, state)], inner.defaults)
@@ -262,11 +262,11 @@ def test_steps_inside_a_post_accumulate_hook(optimizer_class, create_graph):
     weight.register_post_accumulate_grad_hook(step)
     for _ in range(3):
         (x @ weight.T).square().sum().backward(create_graph=create_graph)
-        (x @ twin.T).square().sum().backward()
+        (x @ reference.T).square().sum().backward()
         plain.step()
         plain.zero_grad()
 
-    assert torch.equal(weight, twin)
+    assert torch.equal(weight, reference)
     assert not any(v.requires_grad for v in state.values())
 
 

@@ -203,16 +203,16 @@ def test_torch_refuses_to_clip_what_is_stepped_in_backward(clip, given):
 
 def test_torch_clips_everything_else_meanwhile():
     """Other models are clipped as usual, and an infinite limit gives the norm."""
-    model, dense, twin = in_home(small(), "disk"), _dense(), _dense()
-    expected = clip_grad_norm_(twin.parameters(), 0.1)
-    clip_grad_value_(twin.parameters(), 0.001)
+    model, dense, reference = in_home(small(), "disk"), _dense(), _dense()
+    expected = clip_grad_norm_(reference.parameters(), 0.1)
+    clip_grad_value_(reference.parameters(), 0.001)
     optimizer = optimizer_for(model, mode="in_backward")
 
     norm = clip_grad_norm_(dense.parameters(), 0.1)
     clip_grad_value_(dense.parameters(), 0.001)
 
     assert torch.equal(norm, expected)
-    assert same(_gradients(dense), _gradients(twin))
+    assert same(_gradients(dense), _gradients(reference))
     assert clip_grad_norm_(model.parameters(), math.inf) == 0
     with pytest.warns(UserWarning, match="empty generator"):
         assert clip_grad_norm_((p for p in ()), 1.0) == 0

@@ -57,10 +57,13 @@ def _prepared(mode="classic", steps=1):
     return model, optimizer
 
 
-def _goes_on(model, optimizer, twin, twins):
+def _goes_on(model, optimizer, reference, reference_optimizer):
     """Whether both give the same bits from here on."""
-    losses = [train(*pair, batches(2, seed=9)) for pair in ((model, optimizer), (twin, twins))]
-    return losses[0] == losses[1] and same(values(model), values(twin))
+    losses = [
+        train(*pair, batches(2, seed=9))
+        for pair in ((model, optimizer), (reference, reference_optimizer))
+    ]
+    return losses[0] == losses[1] and same(values(model), values(reference))
 
 
 def _refuse_room(monkeypatch):
@@ -147,9 +150,12 @@ def test_what_was_reserved_is_enough(mode, dtype, monkeypatch):
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_step_that_the_disk_ended_goes_on(path, disk, act, point, steps):
     """After a HomeIOError `step()` goes on, and all bits equal those of an undisturbed run."""
-    (model, optimizer), (twin, twins) = _prepared(steps=steps), _prepared(steps=steps)
-    twins.step()
-    twins.zero_grad()
+    (model, optimizer), (reference, reference_optimizer) = (
+        _prepared(steps=steps),
+        _prepared(steps=steps),
+    )
+    reference_optimizer.step()
+    reference_optimizer.zero_grad()
 
     disk.fail(act, point)
     with pytest.raises(HomeIOError, match=f"{act} of"):
@@ -159,16 +165,16 @@ def test_a_step_that_the_disk_ended_goes_on(path, disk, act, point, steps):
     optimizer.zero_grad()
 
     assert slabs_are_free(disk_of(model))
-    assert same(values(model), values(twin))
-    assert _goes_on(model, optimizer, twin, twins)
+    assert same(values(model), values(reference))
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_step_goes_on_as_often_as_it_takes(disk, act):
     """However often the disk fails, repeating `step()` gives the bits of an undisturbed run."""
-    (model, optimizer), (twin, twins) = _prepared(), _prepared()
-    twins.step()
-    twins.zero_grad()
+    (model, optimizer), (reference, reference_optimizer) = _prepared(), _prepared()
+    reference_optimizer.step()
+    reference_optimizer.zero_grad()
 
     failures = 0
     for _ in range(200):
@@ -182,20 +188,20 @@ def test_a_step_goes_on_as_often_as_it_takes(disk, act):
     optimizer.zero_grad()
 
     assert failures
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 def test_a_write_that_fails_once_is_tried_again(disk):
     """A single failed write of a step is repeated without an error."""
-    (model, optimizer), (twin, twins) = _prepared(), _prepared()
-    twins.step()
-    twins.zero_grad()
+    (model, optimizer), (reference, reference_optimizer) = _prepared(), _prepared()
+    reference_optimizer.step()
+    reference_optimizer.zero_grad()
 
     disk.fail("write", 4, 1)
     optimizer.step()
     optimizer.zero_grad()
 
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 @pytest.mark.parametrize("act", ["read", "write"])
@@ -238,8 +244,8 @@ def test_a_disk_that_fails_in_backward(disk, act, mode, point):
 
 def test_a_disk_that_fails_in_classic_backward_changes_no_weight(disk):
     """Classic mode: after the failure and `zero_grad()` the run equals an undisturbed one."""
-    (model, optimizer), (twin, twins) = _prepared(), _prepared()
-    for each in (optimizer, twins):
+    (model, optimizer), (reference, reference_optimizer) = _prepared(), _prepared()
+    for each in (optimizer, reference_optimizer):
         each.step()
         each.zero_grad()
     loss = loss_of(model, batches(1)[0])
@@ -250,7 +256,7 @@ def test_a_disk_that_fails_in_classic_backward_changes_no_weight(disk):
     disk.mend()
     optimizer.zero_grad()
 
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -277,9 +283,9 @@ def test_an_error_of_someone_elses_in_backward(mode):
 @pytest.mark.parametrize("number", [0, 5, 14])
 def test_an_error_of_the_optimizers_in_step(watched, number):
     """An exception of the inner optimizer leaves its tile as it was: `step()` goes on with it."""
-    (model, optimizer), (twin, twins) = _prepared(), _prepared()
-    twins.step()
-    twins.zero_grad()
+    (model, optimizer), (reference, reference_optimizer) = _prepared(), _prepared()
+    reference_optimizer.step()
+    reference_optimizer.zero_grad()
 
     def fail():
         raise ValueError("the optimizer's")
@@ -290,7 +296,7 @@ def test_an_error_of_the_optimizers_in_step(watched, number):
     optimizer.step()
     optimizer.zero_grad()
 
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -316,8 +322,8 @@ def test_a_step_between_forward_and_backward_is_told(mode):
 )
 def test_a_gradient_that_is_not_finite_is_never_applied(home, name, bad):
     """In memory, nothing is stepped; in a home, the tile and those after it are not."""
-    model, twin = in_home(small(), home), in_home(small(), home)
-    optimizer, twins = optimizer_for(model), optimizer_for(twin)
+    model, reference = in_home(small(), home), in_home(small(), home)
+    optimizer, reference_optimizer = optimizer_for(model), optimizer_for(reference)
     loss_of(model, batches(1)[0]).backward()
     parameter = model.norm.weight if name == "norm" else model.up.tile(0, 0).weight
     parameter.grad.view(-1)[3] = bad
@@ -325,7 +331,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(home, name, bad):
     with pytest.raises(NotFiniteError, match=rf"the gradient of {name}.*weight is not finite"):
         optimizer.step()
 
-    found, before = values(model), values(twin)
+    found, before = values(model), values(reference)
     if (home, name) == ("disk", "up"):  # after the embedding, to which the head is tied
         assert all(
             torch.equal(found[n], before[n]) for n in found if n[:5] not in ("embed", "head.")
@@ -334,7 +340,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(home, name, bad):
         return
     assert same(found, before)
     optimizer.zero_grad()
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 @pytest.mark.parametrize("home", HOMES)

@@ -36,14 +36,14 @@ def _trained(home, mode="classic"):
 
 def _reference(optimizer, parameter):
     """Plain torch over a copy of one parameter, with a copy of its state."""
-    twin = nn.Parameter(parameter.detach().clone())
-    plain = optim.AdamW([twin], lr=0.01)
-    plain.state[twin] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
-    return twin, plain
+    reference = nn.Parameter(parameter.detach().clone())
+    plain = optim.AdamW([reference], lr=0.01)
+    plain.state[reference] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
+    return reference, plain
 
 
-def _step_both(optimizer, parameter, twin, plain):
-    twin.grad = parameter.grad.clone()
+def _step_both(optimizer, parameter, reference, plain):
+    reference.grad = parameter.grad.clone()
     plain.step()
     optimizer.step()
 
@@ -59,14 +59,14 @@ def test_a_moment_that_was_replaced(home):
     for parameter in _parameters(model):
         other = torch.full_like(parameter.detach(), 0.25)
         optimizer.state[parameter]["exp_avg"] = other
-        twin, plain = _reference(optimizer, parameter)
+        reference, plain = _reference(optimizer, parameter)
         parameter.grad = torch.ones_like(parameter)
 
-        _step_both(optimizer, parameter, twin, plain)
+        _step_both(optimizer, parameter, reference, plain)
 
-        assert torch.equal(parameter, twin)
+        assert torch.equal(parameter, reference)
         assert optimizer.state[parameter]["exp_avg"] is other
-        assert torch.equal(other, plain.state[twin]["exp_avg"])
+        assert torch.equal(other, plain.state[reference]["exp_avg"])
         optimizer.zero_grad()
 
 
@@ -75,13 +75,13 @@ def test_a_moment_that_was_written_to(home):
     model, optimizer = _trained(home)
     for parameter in _parameters(model):
         optimizer.state[parameter]["exp_avg"].fill_(0.25)
-        twin, plain = _reference(optimizer, parameter)
+        reference, plain = _reference(optimizer, parameter)
         parameter.grad = torch.ones_like(parameter)
 
-        _step_both(optimizer, parameter, twin, plain)
+        _step_both(optimizer, parameter, reference, plain)
 
-        assert torch.equal(parameter, twin)
-        assert torch.equal(optimizer.state[parameter]["exp_avg"], plain.state[twin]["exp_avg"])
+        assert torch.equal(parameter, reference)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], plain.state[reference]["exp_avg"])
         optimizer.zero_grad()
 
 
@@ -90,13 +90,13 @@ def test_state_that_was_dropped(home):
     model, optimizer = _trained(home)
     parameter = model.up.tile(1, 0).weight
     optimizer.state[parameter].clear()
-    twin = nn.Parameter(parameter.detach().clone())
-    plain = optim.AdamW([twin], lr=0.01)
+    reference = nn.Parameter(parameter.detach().clone())
+    plain = optim.AdamW([reference], lr=0.01)
     parameter.grad = torch.ones_like(parameter)
 
-    _step_both(optimizer, parameter, twin, plain)
+    _step_both(optimizer, parameter, reference, plain)
 
-    assert torch.equal(parameter, twin)
+    assert torch.equal(parameter, reference)
     assert optimizer.state[parameter]["step"] == 1
 
 
@@ -107,9 +107,9 @@ def test_a_gradient_that_was_assigned(home):
     for parameter in _parameters(model):
         assigned = torch.full_like(parameter.detach(), 0.5)
         parameter.grad = assigned
-        twin, plain = _reference(optimizer, parameter)
+        reference, plain = _reference(optimizer, parameter)
 
-        twin.grad = assigned.clone()
+        reference.grad = assigned.clone()
         plain.step()
         others = [p for p in model.parameters() if p is not parameter]
         kept = [p.grad for p in others]
@@ -119,22 +119,22 @@ def test_a_gradient_that_was_assigned(home):
         for other, gradient in zip(others, kept, strict=True):
             other.grad = gradient
 
-        assert torch.equal(parameter, twin)
+        assert torch.equal(parameter, reference)
         assert parameter.grad is assigned
         assert torch.equal(assigned, torch.full_like(assigned, 0.5))
 
 
 def test_backward_adds_to_an_assigned_gradient(home):
     """A gradient that was set before backward is added to, not overwritten."""
-    (model, _), (twin, _) = _trained(home), _trained(home)
+    (model, _), (reference, _) = _trained(home), _trained(home)
     ones = {p: torch.ones_like(p) for p in _parameters(model)}
     for parameter, gradient in ones.items():
         parameter.grad = gradient
 
-    for each in (model, twin):
+    for each in (model, reference):
         loss_of(each, batches(1)[0]).backward()
 
-    for parameter, other in zip(_parameters(model), _parameters(twin), strict=True):
+    for parameter, other in zip(_parameters(model), _parameters(reference), strict=True):
         assert parameter.grad is ones[parameter]
         torch.testing.assert_close(parameter.grad - 1, other.grad, rtol=0, atol=1e-6)
 
@@ -144,15 +144,15 @@ def test_gradients_written_in_place(home):
     model, optimizer = _trained(home)
     loss_of(model, batches(1)[0]).backward()
     pairs = [(parameter, *_reference(optimizer, parameter)) for parameter in _parameters(model)]
-    for parameter, twin, _ in pairs:
+    for parameter, reference, _ in pairs:
         parameter.grad.mul_(-3)
-        twin.grad = parameter.grad.clone()
+        reference.grad = parameter.grad.clone()
 
     optimizer.step()
 
-    for parameter, twin, plain in pairs:
+    for parameter, reference, plain in pairs:
         plain.step()
-        assert torch.equal(parameter, twin)
+        assert torch.equal(parameter, reference)
 
 
 def test_a_parameter_without_a_gradient_is_left_alone(home):
@@ -174,17 +174,22 @@ def test_a_parameter_without_a_gradient_is_left_alone(home):
 @pytest.mark.parametrize("mode", MODES)
 def test_values_that_were_swapped(home, mode):
     """`p.data = other` moves a parameter away: the other memory is used and stepped."""
-    (model, optimizer), (twin, twins) = _trained(home, mode), _trained(home, mode)
+    (model, optimizer), (reference, reference_optimizer) = (
+        _trained(home, mode),
+        _trained(home, mode),
+    )
     swapped = {}
-    for parameter, other in zip(_parameters(model), _parameters(twin), strict=True):
+    for parameter, other in zip(_parameters(model), _parameters(reference), strict=True):
         new = parameter.detach() * 1.5
         parameter.data, swapped[parameter] = new, new
         other.data.copy_(new)
 
-    losses = [train(*pair, batches(2)) for pair in ((model, optimizer), (twin, twins))]
+    losses = [
+        train(*pair, batches(2)) for pair in ((model, optimizer), (reference, reference_optimizer))
+    ]
 
     assert losses[0] == losses[1]
-    assert same(values(model), values(twin))
+    assert same(values(model), values(reference))
     for parameter, new in swapped.items():
         assert allocation_of(parameter) is None
         assert parameter.data_ptr() == new.data_ptr()
@@ -193,7 +198,10 @@ def test_values_that_were_swapped(home, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_written_between_steps(home, mode):
     """Averaged weights swapped in and out through `.data` are seen by every iteration."""
-    (model, optimizer), (twin, twins) = _trained(home, mode), _trained(home, mode)
+    (model, optimizer), (reference, reference_optimizer) = (
+        _trained(home, mode),
+        _trained(home, mode),
+    )
     kept = values(model)
     for parameter in model.parameters():
         parameter.data.mul_(0.5)
@@ -203,9 +211,9 @@ def test_weights_written_between_steps(home, mode):
 
     losses = train(model, optimizer, batches(2))
 
-    assert losses == train(twin, twins, batches(2))
+    assert losses == train(reference, reference_optimizer, batches(2))
     assert halved != losses[0]
-    assert same(values(model), values(twin))
+    assert same(values(model), values(reference))
 
 
 def test_another_optimizer_on_the_same_parameters():

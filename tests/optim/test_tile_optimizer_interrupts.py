@@ -55,19 +55,22 @@ def _pair(mode="classic"):
         yield model, optimizer
 
 
-def _goes_on(model, optimizer, twin, twins):
+def _goes_on(model, optimizer, reference, reference_optimizer):
     """Whether both give the same bits from here on."""
-    losses = [train(*pair, batches(2, seed=9)) for pair in ((model, optimizer), (twin, twins))]
-    return losses[0] == losses[1] and same(values(model), values(twin))
+    losses = [
+        train(*pair, batches(2, seed=9))
+        for pair in ((model, optimizer), (reference, reference_optimizer))
+    ]
+    return losses[0] == losses[1] and same(values(model), values(reference))
 
 
 @pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 def test_in_a_step_it_waits_for_the_end(watched, handler, point):
     """KeyboardInterrupt is raised after all parameters are stepped, with the undisturbed bits."""
-    (model, optimizer), (twin, twins) = _pair()
-    for each in (model, twin):
+    (model, optimizer), (reference, reference_optimizer) = _pair()
+    for each in (model, reference):
         loss_of(each, batches(1, seed=8)[0]).backward()
-    twins.step()
+    reference_optimizer.step()
 
     watched(at_step(point, _ctrl_c))
     with pytest.raises(KeyboardInterrupt):
@@ -75,18 +78,18 @@ def test_in_a_step_it_waits_for_the_end(watched, handler, point):
 
     assert signal.getsignal(signal.SIGINT) is handler
     assert slabs_are_free(disk_of(model))
-    assert same(values(model), values(twin))
-    for each in (optimizer, twins):
+    assert same(values(model), values(reference))
+    for each in (optimizer, reference_optimizer):
         each.zero_grad()
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 def test_in_clipping_it_waits_for_the_end(monkeypatch, handler):
     """A Ctrl-C during scaling is raised when all gradients are scaled."""
-    (model, optimizer), (twin, twins) = _pair()
-    for each in (model, twin):
+    (model, optimizer), (reference, reference_optimizer) = _pair()
+    for each in (model, reference):
         loss_of(each, batches(1, seed=8)[0]).backward()
-    twins.clip_grad_norm_(0.1)
+    reference_optimizer.clip_grad_norm_(0.1)
     calls, real = iter(range(1000)), torch.autograd.graph.increment_version
 
     def increment(tensor):
@@ -99,17 +102,17 @@ def test_in_clipping_it_waits_for_the_end(monkeypatch, handler):
         optimizer.clip_grad_norm_(0.1)
     monkeypatch.undo()
 
-    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
     assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 def test_a_second_one_in_a_step_comes_at_once(watched, handler, point):
     """A second Ctrl-C ends the step at once; `step()` goes on with it, bit for bit."""
-    (model, optimizer), (twin, twins) = _pair()
-    for each in (model, twin):
+    (model, optimizer), (reference, reference_optimizer) = _pair()
+    for each in (model, reference):
         loss_of(each, batches(1, seed=8)[0]).backward()
-    twins.step()
+    reference_optimizer.step()
     stepped = []
 
     def before(parameter):
@@ -126,15 +129,15 @@ def test_a_second_one_in_a_step_comes_at_once(watched, handler, point):
     assert signal.getsignal(signal.SIGINT) is handler
     assert nobody_works(disk_of(model))
     optimizer.step()
-    for each in (optimizer, twins):
+    for each in (optimizer, reference_optimizer):
         each.zero_grad()
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 def test_a_write_after_a_step_that_was_given_up_is_seen(watched):
     """Values that a step has read ahead are not used by the next one."""
-    (model, optimizer), (twin, twins) = _pair()
-    for each in (model, twin):
+    (model, optimizer), (reference, reference_optimizer) = _pair()
+    for each in (model, reference):
         loss_of(each, batches(1, seed=8)[0]).backward()
 
     def interrupt():
@@ -144,34 +147,34 @@ def test_a_write_after_a_step_that_was_given_up_is_seen(watched):
     watched(at_step(0, interrupt))
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
-    for each in (model, twin):
+    for each in (model, reference):
         for parameter in each.parameters():
             parameter.data.mul_(0.5)
             parameter.grad.data.mul_(2)
     optimizer.step()
-    twins.step()
+    reference_optimizer.step()
 
-    assert same(values(model), values(twin))
+    assert same(values(model), values(reference))
 
 
 @pytest.mark.parametrize("point", OVERRIDE_HOOKS)
 def test_in_a_backward_that_steps_it_waits_for_the_end(watched, handler, point):
     """in_backward: KeyboardInterrupt is raised after the backward, with the undisturbed bits."""
-    (model, optimizer), (twin, twins) = _pair("in_backward")
-    loss_of(twin, batches(1, seed=8)[0]).backward()
+    (model, optimizer), (reference, reference_optimizer) = _pair("in_backward")
+    loss_of(reference, batches(1, seed=8)[0]).backward()
 
     watched(at_step(point, _ctrl_c))
     with pytest.raises(KeyboardInterrupt):
         loss_of(model, batches(1, seed=8)[0]).backward()
 
     assert signal.getsignal(signal.SIGINT) is handler
-    assert same(values(model), values(twin))
+    assert same(values(model), values(reference))
     assert all(parameter.grad is None for parameter in model.parameters())
-    for each in (optimizer, twins):
+    for each in (optimizer, reference_optimizer):
         each.step()
         each.zero_grad()
     assert slabs_are_free(disk_of(model))
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 class _PlainHead(nn.Module):
@@ -275,7 +278,7 @@ def test_in_a_backward_that_fails_it_is_not_put_off_for_ever(watched, handler):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_elsewhere_it_comes_at_once(handler, where):
     """Classic mode: Ctrl-C in forward or backward is raised there, and the model is unchanged."""
-    (model, optimizer), (twin, twins) = _pair()
+    (model, optimizer), (reference, reference_optimizer) = _pair()
     act = [_ctrl_c]
     hook = lambda *_: act.pop()() if act else None  # noqa: E731  # it is removed by its handle
     if where == "forward":
@@ -290,12 +293,12 @@ def test_elsewhere_it_comes_at_once(handler, where):
 
     assert nobody_works(disk_of(model))
     assert signal.getsignal(signal.SIGINT) is handler
-    assert _goes_on(model, optimizer, twin, twins)
+    assert _goes_on(model, optimizer, reference, reference_optimizer)
 
 
 def test_in_another_thread_signals_are_left_alone(handler):
     """Steps and backwards of another thread set no handler, and step as usual."""
-    (model, optimizer), (twin, twins) = _pair("in_backward")
+    (model, optimizer), (reference, reference_optimizer) = _pair("in_backward")
     seen = []
 
     def run():
@@ -306,9 +309,9 @@ def test_in_another_thread_signals_are_left_alone(handler):
     thread.start()
     thread.join()
 
-    train(twin, twins, batches(1))
+    train(reference, reference_optimizer, batches(1))
     assert seen == [handler]
-    assert same(values(model), values(twin))
+    assert same(values(model), values(reference))
 
 
 def test_a_handler_of_the_users_is_called_at_the_end(watched):

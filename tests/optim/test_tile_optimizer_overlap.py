@@ -146,12 +146,14 @@ def test_no_more_is_read_than_is_stepped(layer):
 def test_slow_writes_change_no_bits(layer, monkeypatch):
     """Whether writes are delayed or not, the weights are those of plain torch."""
     model, optimizer = layer
-    twins = [torch.nn.Parameter(tile.weight.detach().clone()) for _, tile in model.tiles()]
-    plain = torch.optim.AdamW(twins, lr=0.01)
-    for twin, (_, tile) in zip(twins, model.tiles(), strict=True):
-        twin.grad = tile.weight.grad.clone()
+    reference_optimizer = [
+        torch.nn.Parameter(tile.weight.detach().clone()) for _, tile in model.tiles()
+    ]
+    plain = torch.optim.AdamW(reference_optimizer, lr=0.01)
+    for reference, (_, tile) in zip(reference_optimizer, model.tiles(), strict=True):
+        reference.grad = tile.weight.grad.clone()
         state = optimizer.state[tile.weight]
-        plain.state[twin] = {key: entry.clone() for key, entry in state.items()}
+        plain.state[reference] = {key: entry.clone() for key, entry in state.items()}
     gate = Gate(monkeypatch, model)
     gate.held = 1
     _watch(monkeypatch, lambda number: gate.opened.set() if number == 2 else None)
@@ -159,4 +161,4 @@ def test_slow_writes_change_no_bits(layer, monkeypatch):
     optimizer.step()
     plain.step()
 
-    assert same(values(model), {"weight": torch.cat(twins).detach()})
+    assert same(values(model), {"weight": torch.cat(reference_optimizer).detach()})

@@ -70,20 +70,20 @@ def _tiles_state() -> dict[str, Any]:
 def test_what_does_not_fit_is_refused(home, wrong):
     """The error names what does not fit; weights, state and options stay, and training goes on."""
     state, words = _wrong_states()[wrong]
-    (model, optimizer), (twin, twins) = _trained(home), _trained(home)
+    (model, optimizer), (reference, reference_optimizer) = _trained(home), _trained(home)
 
     with pytest.raises(OptimizerError, match=words):
         optimizer.load_state_dict(state)
 
     assert optimizer.param_groups[0]["lr"] == 0.01
-    assert same(values(model), values(twin))
-    assert train(model, optimizer, batches(2)) == train(twin, twins, batches(2))
-    assert same(values(model), values(twin))
+    assert same(values(model), values(reference))
+    assert train(model, optimizer, batches(2)) == train(reference, reference_optimizer, batches(2))
+    assert same(values(model), values(reference))
 
 
 def test_a_full_home_changes_nothing_at_loading(monkeypatch):
     """No room for loaded moments: HomeFullError, and the state is the one before."""
-    (model, optimizer), (twin, twins) = _trained("disk"), _trained("disk")
+    (model, optimizer), (reference, reference_optimizer) = _trained("disk"), _trained("disk")
     state, calls = _state_of(small(), lr=0.3), []
 
     def full(home, tensor):
@@ -98,7 +98,7 @@ def test_a_full_home_changes_nothing_at_loading(monkeypatch):
     monkeypatch.undo()
 
     assert optimizer.param_groups[0]["lr"] == 0.01
-    assert train(model, optimizer, batches(2)) == train(twin, twins, batches(2))
+    assert train(model, optimizer, batches(2)) == train(reference, reference_optimizer, batches(2))
 
 
 def test_groups_that_split_a_weight_have_no_state_dict(home):

@@ -76,18 +76,18 @@ def _accepted(models, mode):
 def test_who_was_accepted_can_always_step(home, mode):
     """Of several optimizers on one home some are refused when they are made; the others train."""
     models = [in_home(_net(), home) for _ in range(6)]
-    twin = _net()
-    truth = torch.optim.AdamW(twin.parameters(), lr=0.01)
+    reference = _net()
+    truth = torch.optim.AdamW(reference.parameters(), lr=0.01)
 
     pairs, refused = _accepted(models, mode)
     for _ in range(3):
-        _step(twin, truth)
+        _step(reference, truth)
         for pair in pairs:
             _step(*pair)
 
     assert 1 < len(pairs) < len(models)
     assert "more bytes needed" in str(refused)
-    expected = dict(twin.named_parameters())
+    expected = dict(reference.named_parameters())
     for model, _ in pairs:
         for name, value in values(model).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)

@@ -138,12 +138,12 @@ def test_a_whole_parameter_is_stepped_in_so_many_parts(few_rows, monkeypatch):
 def test_a_step_by_rows_that_the_disk_ended_goes_on(few_rows, monkeypatch, act):
     """`step()` again after an I/O error gives the undisturbed bits, no row stepped twice."""
     disk = FaultyDisk(monkeypatch)
-    (model, optimizer), (twin, twins) = (
+    (model, optimizer), (reference, reference_optimizer) = (
         (each, optimizer_for(each)) for each in (in_home(small(), "disk") for _ in range(2))
     )
-    for each in (model, twin):
+    for each in (model, reference):
         loss_of(each, batches(1)[0]).backward()
-    twins.step()
+    reference_optimizer.step()
 
     disk.fail(act, 6)
     with pytest.raises(HomeIOError):
@@ -151,7 +151,7 @@ def test_a_step_by_rows_that_the_disk_ended_goes_on(few_rows, monkeypatch, act):
     disk.mend()
     optimizer.step()
 
-    assert same(values(model), values(twin))
+    assert same(values(model), values(reference))
 
 
 def test_the_name_of_the_masters_is_taken(few_rows):

@@ -134,28 +134,28 @@ def _works(seed):
 
 def test_many_threads_give_the_bits_of_one():
     """Models, optimizers and homes used from several threads give the results of one thread."""
-    works, twins = _works(seed=1), _works(seed=1)
+    works, reference_optimizer = _works(seed=1), _works(seed=1)
 
     with switching_often():
         together(*(act for work in works for act in work.threads()))
-    for twin in twins:
-        twin.run_in_turn()
+    for reference in reference_optimizer:
+        reference.run_in_turn()
 
-    for work, twin in zip(works, twins, strict=True):
-        assert all(map(torch.equal, work.found, twin.found))
-        assert _same_training(work, twin)
+    for work, reference in zip(works, reference_optimizer, strict=True):
+        assert all(map(torch.equal, work.found, reference.found))
+        assert _same_training(work, reference)
 
 
 @pytest.mark.parametrize("home", HOMES)
 def test_two_threads_step_disjoint_halves_in_backward(home):
     """Weights and states are those of one thread, and every parameter was stepped at each step."""
-    ours, twin = (Halves(HOMES[home](), "in_backward") for _ in range(2))
+    ours, reference = (Halves(HOMES[home](), "in_backward") for _ in range(2))
 
     with switching_often():
         together(*ours.threads())
-    twin.run_in_turn()
+    reference.run_in_turn()
 
-    assert _same_training(ours, twin)
+    assert _same_training(ours, reference)
     assert {int(state["step"]) for state in _states(ours.optimizer)} == {TURNS}
 
 
@@ -165,10 +165,10 @@ def test_optimizers_that_share_a_disk_step_in_threads_of_their_own(mode):
     home = DiskHome()
     models = [tile(small(), **GRID, home=home) for _ in range(3)]
     optimizers = [optimizer_for(model, mode=mode) for model in models]
-    twin = tile(small(), **GRID, home=DiskHome())
+    reference = tile(small(), **GRID, home=DiskHome())
 
     pairs = zip(models, optimizers, strict=True)
     together(*(lambda pair=pair: train(*pair, batches(2)) for pair in pairs))
 
-    train(twin, optimizer_for(twin, mode=mode), batches(2))
-    assert all(same(values(model), values(twin)) for model in models)
+    train(reference, optimizer_for(reference, mode=mode), batches(2))
+    assert all(same(values(model), values(reference)) for model in models)

@@ -133,7 +133,9 @@ def test_the_class_that_a_config_names_is_planned(tmp_path):
     model.save_pretrained(tmp_path)
     ids = torch.ones(1, 8, dtype=torch.long)
 
-    plan = planned(tmp_path, tokens=8, work=lambda twin: twin(input_ids=ids, labels=ids).loss)
+    plan = planned(
+        tmp_path, tokens=8, work=lambda reference: reference(input_ids=ids, labels=ids).loss
+    )
 
     assert plan.model == "T5ForConditionalGeneration"
 
@@ -142,7 +144,7 @@ def test_for_inference_work_may_give_its_result():
     """A frozen model has no backward."""
     ids = torch.ones(1, 96, dtype=torch.long)
 
-    plan = planned(config(), optimizer=None, work=lambda twin: twin(input_ids=ids).logits)
+    plan = planned(config(), optimizer=None, work=lambda reference: reference(input_ids=ids).logits)
 
     assert plan.optimizer is None
 

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from parked_layers import assert_same_bits, gradients_of, small_model, twins, weights_of
+from parked_layers import (
+    assert_same_bits,
+    gradients_of,
+    reference_optimizer,
+    small_model,
+    weights_of,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -178,7 +184,7 @@ def test_a_write_is_seen_by_the_next_iteration(
     write: Writer, mode: Callable[[nn.Module], Any]
 ) -> None:
     """Nothing in a slab is used after the iteration that it was read for."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     for model in (resident, parked):
         for _ in range(2):
             mode(model)
@@ -191,8 +197,8 @@ def test_a_write_is_seen_by_the_next_iteration(
 @pytest.mark.parametrize("grid", [(1, 1), (1, 3), (4, 1), (3, 2)])
 @pytest.mark.parametrize("mode", [trains, evaluates])
 def test_a_write_is_seen_in_every_grid(grid, mode):
-    """One tile, one row, one column and a ragged grid agree with their resident twins."""
-    resident, parked = twins(out_splits=grid[0], in_splits=grid[1])
+    """One tile, one row, one column and a ragged grid agree with their resident references."""
+    resident, parked = reference_optimizer(out_splits=grid[0], in_splits=grid[1])
     for model in (resident, parked):
         for _ in range(2):
             mode(model)
@@ -206,7 +212,7 @@ def test_a_write_is_seen_in_every_grid(grid, mode):
 @pytest.mark.parametrize("second", MODES)
 def test_a_write_is_seen_by_an_iteration_of_another_kind(first, second):
     """Training, evaluation, generation and recomputation may alternate, with writes between."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     for _ in range(2):
         for mode in (first, second):
             for model in (resident, parked):
@@ -219,7 +225,7 @@ def test_a_write_is_seen_by_an_iteration_of_another_kind(first, second):
 @torch.no_grad()
 def test_functional_call_uses_the_tensors_that_it_is_given():
     """Other tensors are never replaced by the home's bytes, and the own ones come back after."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     others = dict(other_values(5).named_parameters())
     for _ in range(2):
         expected = resident(X)
@@ -233,7 +239,7 @@ def test_functional_call_uses_the_tensors_that_it_is_given():
 
 def test_gradients_flow_to_the_tensors_of_functional_call():
     """The tensor found on the tile is the one that is differentiated."""
-    _, parked = twins()
+    _, parked = reference_optimizer()
     others = {n: p.detach().clone().requires_grad_() for n, p in parked.named_parameters()}
 
     torch.func.functional_call(parked, others, (X,)).sum().backward()
@@ -244,7 +250,7 @@ def test_gradients_flow_to_the_tensors_of_functional_call():
 
 def test_a_write_between_two_forwards_without_a_backward_is_seen():
     """What was read ahead for a backward that never came is not used by the next forward."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     for _ in range(3):
         ours, theirs = parked(X), resident(X)
         assert_same_bits(ours, theirs)
@@ -278,7 +284,7 @@ class Fails(nn.Module):
         return x
 
 
-def failing_twins() -> tuple[Any, Any]:
+def failing_copies() -> tuple[Any, Any]:
     dense = small_model()
     dense.insert(2, Fails())
     resident = memtile.tile(copy.deepcopy(dense), out_splits=3, home="device")
@@ -288,7 +294,7 @@ def failing_twins() -> tuple[Any, Any]:
 @pytest.mark.parametrize("mode", [trains, evaluates, calls_one_layer])
 def test_a_write_after_an_exception_in_forward_is_seen(mode):
     """An iteration that failed leaves no stale values, whatever runs next."""
-    resident, parked = failing_twins()
+    resident, parked = failing_copies()
     trains(parked)
     parked[2].fails = True
     for grad in (True, False):
@@ -310,7 +316,7 @@ def interrupt(*args: object) -> None:
 
 def test_a_write_after_ctrl_c_in_a_tile_is_seen_by_a_layer_alone():
     """torch calls no hook of the model then; the iteration ends all the same."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     trains(parked)
     tile = parked[2].tile(1, 0)
     hook = tile.register_forward_pre_hook(interrupt)
@@ -327,7 +333,7 @@ def test_a_write_after_ctrl_c_in_a_tile_is_seen_by_a_layer_alone():
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_write_after_ctrl_c_between_tiles_is_seen(where):
     """A Ctrl-C in an ordinary module of the model ends the iteration, whatever runs next."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     trains(parked)
     register = {"forward": "register_forward_hook", "backward": "register_full_backward_hook"}
     hook = getattr(parked[1], register[where])(interrupt)
@@ -356,7 +362,7 @@ class FailsOnce:
 
 def test_a_graph_whose_backward_broke_off_can_be_walked_again():
     """After the exception the retained graph gives the gradients that it would have given."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     results = []
     for model in (resident, parked):
         x = X.clone().requires_grad_()
@@ -375,7 +381,7 @@ def test_a_graph_whose_backward_broke_off_can_be_walked_again():
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_zeroed_between_forward_and_backward_are_zero(to_none):
     """`zero_grad` just before `backward` is as good as before `forward`."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     for _ in range(4):
         results = []
         for model in (resident, parked):
@@ -389,7 +395,7 @@ def test_gradients_zeroed_between_forward_and_backward_are_zero(to_none):
 
 def test_gradients_written_between_two_backwards_are_added_to():
     """A gradient at home that was scaled or set is added to as it is then."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     for number in range(4):
         for model in (resident, parked):
             model(X).square().sum().backward()
@@ -405,7 +411,7 @@ def test_gradients_written_between_two_backwards_are_added_to():
 
 def test_a_hook_that_steps_inside_backward_is_seen_by_the_next_iteration():
     """A foreign optimizer in a post-accumulate hook writes weights in the middle of an iteration."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     for model in (resident, parked):
         for p in model.parameters():
 
@@ -422,7 +428,7 @@ def test_a_hook_that_steps_inside_backward_is_seen_by_the_next_iteration():
 
 def test_ema_swaps_of_data_need_no_bump_of_versions():
     """Swapping averages in for evaluation and back for training, again and again."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     for number in range(3):
         for model in (resident, parked):
             trains(model)
@@ -460,7 +466,7 @@ def test_a_model_within_a_model_is_fresh_too():
 @pytest.mark.parametrize("home", [HostHome, DiskHome])
 def test_a_closed_home_stops_its_own_model_only(home):
     """Another model works on; that of the closed home raises HomeError, every time."""
-    resident, other = twins()
+    resident, other = reference_optimizer()
     closing = home()
     model = memtile.tile(small_model(), out_splits=3, home=closing)
     trains(model)
@@ -477,7 +483,7 @@ def test_a_closed_home_stops_its_own_model_only(home):
 
 def test_a_broken_home_stops_its_own_model_only(monkeypatch):
     """A failed read of one home raises nothing in models of other homes."""
-    resident, parked = twins()
+    resident, parked = reference_optimizer()
     broken = memtile.tile(small_model(), out_splits=3, home=DiskHome())
     real = memtile.homes.disk_io.fill
     broken_fd = next(iter(weights_of(broken).values()))

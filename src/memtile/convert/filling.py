@@ -30,7 +30,7 @@ from memtile.optim import DenseParameter, Part
 
 _log = logging.getLogger("memtile.checkpoints")
 
-Twins = dict[int, nn.Parameter]  # by the id of the parameter on the meta device
+Copies = dict[int, nn.Parameter]  # by the id of the parameter on the meta device
 Resting = Mapping[int, Allocation]  # by the id of the parameter on the meta device
 _NOWHERE: Final[Resting] = MappingProxyType({})
 
@@ -43,22 +43,22 @@ def fill(model: nn.Module, matches: Iterable[Match], resting: Resting = _NOWHERE
     """
     matches = list(matches)
     matched = {id(part.parameter) for match in matches for part in match.dense.parts}
-    twins: Twins = {}
+    copies: Copies = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             key = id(parameter)
-            if parameter is not None and parameter.is_meta and key in matched and key not in twins:
-                twins[key] = _twin(module, name, parameter, resting)
+            if parameter is not None and parameter.is_meta and key in matched and key not in copies:
+                copies[key] = _materialized(module, name, parameter, resting)
     files: set[StoredFile] = set()
     for match in matches:
-        bring_in(_of_twins(match.dense, twins, resting), match.source)
+        bring_in(_of_copies(match.dense, copies, resting), match.source)
         files.update(stored.file for stored in match.stored())
     for file in files:
         file.check_unchanged()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                module._parameters[name] = twins.get(id(parameter), parameter)
+                module._parameters[name] = copies.get(id(parameter), parameter)
     for integration in integrations():
         integration.filled(model)
 
@@ -109,12 +109,12 @@ def to_make(model: nn.Module, findings: Findings) -> list[str]:
 def make_values(model: nn.Module, names: Collection[str]) -> Callable[[], None]:
     """Give parameters on the meta device values by the model's own rule; ties stay ties."""
     old = {name: _parameter(model, name) for name in names}
-    twins = {id(found): _without_values(found) for found in old.values()}
+    copies = {id(found): _without_values(found) for found in old.values()}
     places = [
         (path, own, parameter)
         for path, module in model.named_modules()
         for own, parameter in module._parameters.items()
-        if parameter is not None and id(parameter) in twins
+        if parameter is not None and id(parameter) in copies
     ]
 
     def put_back() -> None:
@@ -122,12 +122,12 @@ def make_values(model: nn.Module, names: Collection[str]) -> Callable[[], None]:
             model.get_submodule(path)._parameters[own] = parameter
 
     for path, own, parameter in places:
-        model.get_submodule(path)._parameters[own] = twins[id(parameter)]
+        model.get_submodule(path)._parameters[own] = copies[id(parameter)]
     try:
         for integration in integrations():
             integration.initialise(model, names)
         for name, parameter in old.items():
-            _check_made(name, twins[id(parameter)])
+            _check_made(name, copies[id(parameter)])
     except BaseException:
         put_back()
         raise
@@ -147,9 +147,9 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
 
 def _without_values(parameter: nn.Parameter) -> nn.Parameter:
     values = torch.full(parameter.shape, math.nan, dtype=parameter.dtype)
-    twin = nn.Parameter(values, parameter.requires_grad)
-    twin.__dict__.update(parameter.__dict__)
-    return twin
+    meta_copy = nn.Parameter(values, parameter.requires_grad)
+    meta_copy.__dict__.update(parameter.__dict__)
+    return meta_copy
 
 
 def _check_made(name: str, made: nn.Parameter) -> None:
@@ -197,23 +197,25 @@ def _warn(model: nn.Module, stored: Stored) -> None:
             warnings.warn(sentence, kind, stacklevel=6)
 
 
-def _twin(module: nn.Module, name: str, parameter: nn.Parameter, resting: Resting) -> nn.Parameter:
+def _materialized(
+    module: nn.Module, name: str, parameter: nn.Parameter, resting: Resting
+) -> nn.Parameter:
     """A parameter like one on the meta device, with memory: at home where its tile has one."""
     if isinstance(module, ParkedModule) and name == "weight":
         allocation = resting.get(id(parameter))
         allocation = allocation or module.home.allocate(parameter.shape, parameter.dtype)
-        twin = nn.Parameter(allocation.tensor(), parameter.requires_grad)
-        register(twin, allocation)
+        meta_copy = nn.Parameter(allocation.tensor(), parameter.requires_grad)
+        register(meta_copy, allocation)
     else:
         values = torch.empty(parameter.shape, dtype=parameter.dtype)
-        twin = nn.Parameter(values, parameter.requires_grad)
-    twin.__dict__.update(parameter.__dict__)
-    return twin
+        meta_copy = nn.Parameter(values, parameter.requires_grad)
+    meta_copy.__dict__.update(parameter.__dict__)
+    return meta_copy
 
 
-def _of_twins(dense: DenseParameter, twins: Twins, resting: Resting) -> DenseParameter:
+def _of_copies(dense: DenseParameter, copies: Copies, resting: Resting) -> DenseParameter:
     parts = (
-        replace(part, parameter=twins.get(id(part.parameter), part.parameter))
+        replace(part, parameter=copies.get(id(part.parameter), part.parameter))
         for part in dense.parts
         if id(part.parameter) not in resting
     )

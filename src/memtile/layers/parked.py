@@ -76,10 +76,10 @@ class ParkedModule(nn.Module):
             self._parameters["weight"] = weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        twin = self._resident_class().__new__(self._resident_class())
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self._resident_state(), memo))
-        return twin
+        meta_copy = self._resident_class().__new__(self._resident_class())
+        memo[id(self)] = meta_copy
+        meta_copy.__dict__.update(copy.deepcopy(self._resident_state(), memo))
+        return meta_copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # not copyreg.__newobj__, which pickle refuses for another class than the object's own

@@ -28,7 +28,7 @@ from memtile.homes import (
 )
 from memtile.optim import TileOptimizer
 from memtile.planner.operation_count import count_step
-from memtile.planner.step_count import meta_twin
+from memtile.planner.step_count import make_meta_copy
 from memtile.planning import Products, Rates
 from memtile.planning.rates import WORKSPACE_SHAPE
 
@@ -169,11 +169,11 @@ def _use_everything(home: Home, *, trains: bool) -> int:
     """Plan and run a small model as a run does; gives the memory of the process afterwards."""
     model, ids = _Everything().train(trains), torch.arange(128).view(1, -1)
 
-    def work(twin: nn.Module) -> Tensor | None:
-        loss: Tensor = twin(ids)
+    def work(meta_copy: nn.Module) -> Tensor | None:
+        loss: Tensor = meta_copy(ids)
         return loss if trains else None
 
-    count_step(meta_twin(model), work, drops_gradients=True, goes_home=True)
+    count_step(make_meta_copy(model), work, drops_gradients=True, goes_home=True)
     tile(model, max_tile_bytes=16 << 10, home=home)
     if trains:
         optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
@@ -234,10 +234,10 @@ class _Lined:
 
     def _plan(self, *, trains: bool) -> None:
         """Count as a search does: with nothing parked, and with everything."""
-        dense = meta_twin(self._made()).train(trains)
+        dense = make_meta_copy(self._made()).train(trains)
         count_step(dense, self._loss, drops_gradients=True, goes_home=True)
-        twin = self._tiled(meta_twin(dense), DeviceHome("meta"))
-        count_step(twin, self._loss, drops_gradients=True, goes_home=True)
+        meta_copy = self._tiled(make_meta_copy(dense), DeviceHome("meta"))
+        count_step(meta_copy, self._loss, drops_gradients=True, goes_home=True)
 
     def _made(self) -> nn.Sequential:
         width = 16 * (self._splits if self._layers == 1 else 1)

@@ -173,10 +173,10 @@ def _work_for(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work:
     rows, columns = kind.shape(first)
     shape, rows_only = (batch, tokens // batch), kind.rows_only
 
-    def forward(twin: nn.Module) -> Tensor | None:
+    def forward(meta_copy: nn.Module) -> Tensor | None:
         ids = torch.arange(tokens).view(shape) % rows
         x = ids if rows_only else torch.empty(*shape, columns, device="meta")
-        result: Tensor = twin(x)
+        result: Tensor = meta_copy(x)
         return result.float().square().mean() if trains else None
 
     return forward

@@ -138,9 +138,9 @@ class _Count:
         counted = self._step(layout, checkpointing)
         return counted, {name: found.counted() for name, found in self._uses.items()}
 
-    def _watch(self, twin: nn.Module) -> None:
+    def _watch(self, meta_copy: nn.Module) -> None:
         for name, modules in self._watched.items():
-            for module in map(twin.get_submodule, modules):
+            for module in map(meta_copy.get_submodule, modules):
                 module.register_forward_pre_hook(self._uses[name].begin)
                 module.register_forward_hook(self._uses[name].end)
 

@@ -35,16 +35,16 @@ class StepCount:
         Raises:
             CannotTileError: the model's code asks for values.
         """
-        twin, choices = meta_twin(self.model), _with_grids(self.choices, layout)
-        twin.train(self.trains)
+        meta_copy, choices = make_meta_copy(self.model), _with_grids(self.choices, layout)
+        meta_copy.train(self.trains)
         if any(choice.tiled for choice in choices):
-            _park(twin, choices)
-        set_checkpointing(twin, checkpointing)
+            _park(meta_copy, choices)
+        set_checkpointing(meta_copy, checkpointing)
         if self.watch is not None:
-            self.watch(twin)
+            self.watch(meta_copy)
         try:
             counted = count_step(
-                twin, self.work, drops_gradients=self.drops_gradients, goes_home=self.goes_home
+                meta_copy, self.work, drops_gradients=self.drops_gradients, goes_home=self.goes_home
             )
         except MemtileError:
             raise
@@ -59,7 +59,7 @@ class StepCount:
         return replace(counted, workspace_bytes=self.workspaces(counted.products))
 
 
-def meta_twin(model: nn.Module) -> nn.Module:
+def make_meta_copy(model: nn.Module) -> nn.Module:
     """A copy whose parameters are on the meta device, tied as they are; buffers are shared."""
     memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
@@ -68,11 +68,11 @@ def meta_twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _park(twin: nn.Module, choices: Sequence[Choice]) -> None:
+def _park(meta_copy: nn.Module, choices: Sequence[Choice]) -> None:
     """Tile a meta copy in place, its tiles parked in a home on the meta device."""
     home = DeviceHome("meta")
-    replace_chosen(twin, choices, home)
-    for module in twin.modules():
+    replace_chosen(meta_copy, choices, home)
+    for module in meta_copy.modules():
         weight = module._parameters.get("weight") if isinstance(module, ParkedModule) else None
         if weight is not None and not is_parked(weight):
             register(weight, home.allocate(weight.shape, weight.dtype))
