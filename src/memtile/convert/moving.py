@@ -174,7 +174,7 @@ def first_element(dense: DenseParameter, part: Part) -> int | None:
     if len(dense.shape) == 1:
         return part.rect.out.start
     width = dense.shape[1]
-    if part.turned or part.rect.into != Span(0, width):
+    if part.transposed or part.rect.into != Span(0, width):
         return None
     return part.rect.out.start * width
 
@@ -214,7 +214,7 @@ def _joined_bands(dense: DenseParameter, held: Held, dtype: torch.dtype) -> Iter
     for start, stop in _bands(dense.shape, dtype.itemsize):
         band = torch.empty(stop - start, dense.shape[1], dtype=dtype)
         for part, tensor, inside, place in _crossing(dense.parts, held, start, band):
-            matrix = band.t() if part.turned else band
+            matrix = band.t() if part.transposed else band
             matrix[inside.index] = tensor.detach()[place.index].to(band.device)
             evict(tensor)
         yield band
@@ -225,7 +225,7 @@ def _write_bands(dense: DenseParameter, parts: Iterable[Part], source: Source, h
     for start, stop in _bands(dense.shape, source.dtype.itemsize):
         band = source.rows(start, stop)
         for part, tensor, inside, place in _crossing(chosen, held, start, band):
-            matrix = band.t() if part.turned else band
+            matrix = band.t() if part.transposed else band
             tensor[place.index] = matrix[inside.index].to(tensor)
             evict(tensor)
 
@@ -242,7 +242,7 @@ def _crossing(
     rows, columns = Span(start, start + band.shape[0]), Span(0, band.shape[1])
     for part in parts:
         assert part.rect is not None
-        place = Rect(columns, rows) if part.turned else Rect(rows, columns)
+        place = Rect(columns, rows) if part.transposed else Rect(rows, columns)
         common = part.rect.overlap(place)
         if common is not None:
             yield part, held(part), common.since(place), common.since(part.rect)

@@ -25,7 +25,7 @@ class Wanted:
 
     names: tuple[str, ...]
     dense: DenseParameter
-    is_turned: bool = False
+    is_transposed: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,7 +35,7 @@ class Wanted:
     @property
     def matrix(self) -> DenseParameter:
         """The same with the shape (out, in) that tiles are cut from."""
-        if not self.is_turned:
+        if not self.is_transposed:
             return self.dense
         inside, out = self.dense.shape
         whole = Rect(Span(0, inside), Span(0, out))
@@ -50,14 +50,14 @@ class Wanted:
 
 def wanted_by(model: nn.Module) -> list[Wanted]:
     """The dense parameters of a model and its persistent buffers, each once, in its order."""
-    names, turned = _names(model)
+    names, transposed = _names(model)
     wanted = []
     for dense in dense_parameters(model):
         first = dense.parts[0]
         if first.rect is None:  # ZeRO-3's partitions are empty
             dense = replace(dense, shape=torch.Size(whole_shape(first.parameter)))
         key = id(first.parameter)
-        wanted.append(Wanted(tuple(names[key]), dense, key in turned))
+        wanted.append(Wanted(tuple(names[key]), dense, key in transposed))
     buffers: dict[int, list[str]] = defaultdict(list)
     for name, buffer in persistent_buffers(model):
         buffers[id(buffer)].append(name)
@@ -88,15 +88,15 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
-    """Names of each dense tensor by the id of its first part, and which of them are turned."""
+    """Names of each dense tensor by the id of its first part, and which of them are transposed."""
     names: dict[int, list[str]] = defaultdict(list)
-    turned: set[int] = set()
+    transposed: set[int] = set()
     tiles: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        for own, parameters, is_turned in _tensors(module):
+        for own, parameters, is_transposed in _tensors(module):
             names[id(parameters[0])].append(_join(path, own))
-            if is_turned:
-                turned.add(id(parameters[0]))
+            if is_transposed:
+                transposed.add(id(parameters[0]))
             if isinstance(module, TiledModule):
                 own_ids = {id(own) for own in module._parameters.values()}  # a bias kept whole
                 tiles.update({id(parameter) for parameter in parameters} - own_ids)
@@ -104,9 +104,9 @@ def _names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
             for own, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in tiles:
                     names[id(parameter)].append(_join(path, own))
-                    if own == "weight" and _is_turned(module):
-                        turned.add(id(parameter))
-    return names, turned
+                    if own == "weight" and _is_transposed(module):
+                        transposed.add(id(parameter))
+    return names, transposed
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], bool]]:
@@ -118,7 +118,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], bool]
                 yield own, tiles, own == "weight" and module.weight_is_transposed
 
 
-def _is_turned(module: nn.Module) -> bool:
+def _is_transposed(module: nn.Module) -> bool:
     kind = kind_of(module)
     return kind is not None and kind.matches(module) and kind.tiled.weight_is_transposed
 

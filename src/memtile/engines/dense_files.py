@@ -164,7 +164,7 @@ def _own(dense: DenseParameter, part: Part) -> Iterator[Part]:
             start = rect.into.start + column
             columns = Span(start, start + math.prod(values.shape[1:]))
             matrix: Any = values if values.dim() < 2 else values.view(values.shape[0], -1)
-            yield Part(matrix, Rect(rows, columns), part.turned)
+            yield Part(matrix, Rect(rows, columns), part.transposed)
 
 
 class _Matrix:

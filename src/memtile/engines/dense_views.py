@@ -211,7 +211,7 @@ def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[ShardP
         for offset, values in local_pieces(tensor):
             if values.numel():
                 place = tuple(start + along for start, along in zip(corner, offset, strict=False))
-                if part.turned:
+                if part.transposed:
                     place, values = place[::-1], values.t()
                 yield ShardPiece(place, values)
 

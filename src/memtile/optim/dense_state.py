@@ -44,12 +44,12 @@ class TiledLayer(Protocol):
 class Part:
     """A parameter of the model, and its rectangle in a dense matrix; None: it is all of it.
 
-    `turned`: the dense tensor is the matrix transposed.
+    `transposed`: the dense tensor is the matrix transposed.
     """
 
     parameter: nn.Parameter
     rect: Rect | None = None
-    turned: bool = False
+    transposed: bool = False
 
     def view(self, dense: Tensor) -> Tensor:
         """The view of this part in a tensor of the dense shape."""
@@ -57,7 +57,7 @@ class Part:
             return dense
         if dense.dim() == 1:
             return dense[self.rect.index[0]]
-        return (dense.t() if self.turned else dense)[self.rect.index]
+        return (dense.t() if self.transposed else dense)[self.rect.index]
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def _joined(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
         return
     for name in ("weight", "bias"):
         tiles = module.tile_parameters(name)
-        turned = name == "weight" and module.weight_is_transposed
-        parts = tuple(Part(p, module.tile_rect(name, i), turned) for i, p in tiles.items())
+        transposed = name == "weight" and module.weight_is_transposed
+        parts = tuple(Part(p, module.tile_rect(name, i), transposed) for i, p in tiles.items())
         if parts:
             yield DenseParameter(prefix + name, torch.Size(module.dense_shape(name)), parts)
 

@@ -163,8 +163,8 @@ class _Uses:
             self._back += 1
 
     def counted(self) -> Uses:
-        (forward, again), ended = self._begun, self._ended[True]
-        return Uses(forward, again, self._back, again - ended, self._last)
+        (forward, recomputed), ended = self._begun, self._ended[True]
+        return Uses(forward, recomputed, self._back, recomputed - ended, self._last)
 
 
 def _in_backward() -> bool:

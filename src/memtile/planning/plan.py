@@ -123,9 +123,9 @@ class Plan:
         where = "all in memory"
         if self.parked_layers:
             where = f"{self.tiles} tiles of {len(self.parked_layers)} layers {_at(self.home)}"
-        again = ", gradient checkpointing" if self.checkpointing else ""
+        recomputed = ", gradient checkpointing" if self.checkpointing else ""
         return (
-            f"{self.model}, {self.tokens} tokens, {work}: {where}{again}; predicted peak "
+            f"{self.model}, {self.tokens} tokens, {work}: {where}{recomputed}; predicted peak "
             f"{format_byte_size(self.peak_bytes)}, about {self.seconds:.2g} s a step"
         )
 

@@ -165,7 +165,7 @@ def _moments(rank: Rank, counted: Counted) -> Iterator[tuple[str, Iterable[Term]
     yield "forward", [*_gathered(rank, forward=True), *activations]
     if rank.trains:
         yield "backward", [*_gathered(rank, forward=False), *activations, *_gradients(rank)]
-    if rank.fsdp2 and any(uses.again for _, _, uses in rank.units.tiles):
+    if rank.fsdp2 and any(uses.recomputed for _, _, uses in rank.units.tiles):
         yield "the recomputation", [*_recomputed(rank), *activations]
     if rank.fsdp2 and rank.trains:
         yield "the end of backward", _root_gradients(rank)

@@ -127,11 +127,11 @@ class RankPlan:
     def summary(self) -> str:
         """The plan in one line."""
         engine, work = _ENGINES[self.engine], self.optimizer or "inference"
-        again = ", gradient checkpointing" if self.checkpointing else ""
+        recomputed = ", gradient checkpointing" if self.checkpointing else ""
         seconds = "" if self.seconds is None else f", at least {self.seconds:.2g} s a step"
         return (
             f"{self.model}, {self.world} ranks of {engine}{_OFFLOADS[self.offload]}, "
-            f"{self.tokens} tokens a rank, {work}{again}: {self.tiles} tiles; predicted peak "
+            f"{self.tokens} tokens a rank, {work}{recomputed}: {self.tiles} tiles; predicted peak "
             f"{format_byte_size(self.peak_bytes)} a device{seconds}"
         )
 

@@ -102,13 +102,15 @@ class RankSearch:
         return self._evaluate(sharding, grids, *counts, checkpointing)
 
     def _fitting(self, sharding: Sharding, checkpointing: Sequence[bool]) -> RankFound | None:
-        for again in checkpointing:
+        for recomputed in checkpointing:
             for number, grids in enumerate(self._cuts):
                 # A step is counted for these tiles only if they fit by the counts of whole tiles.
-                guess = self._evaluate(sharding, grids, *self._counted(0, again), again)
+                guess = self._evaluate(sharding, grids, *self._counted(0, recomputed), recomputed)
                 if not self._fits(guess):
                     continue
-                found = self._evaluate(sharding, grids, *self._counted(number, again), again)
+                found = self._evaluate(
+                    sharding, grids, *self._counted(number, recomputed), recomputed
+                )
                 if self._fits(found):
                     return found
         return None
@@ -120,11 +122,13 @@ class RankSearch:
     def _cuts(self) -> list[dict[str, Grid]]:
         return tile_grids(self._weights)
 
-    def _counted(self, number: int, again: bool) -> Counts:
+    def _counted(self, number: int, recomputed: bool) -> Counts:
         """The counts of a step with the grids of this number in `_cuts`."""
-        key = number, again
+        key = number, recomputed
         if key not in self._counts:
-            self._counts[key] = self._count(ParkedLayout(self._weights, self._cuts[number]), again)
+            self._counts[key] = self._count(
+                ParkedLayout(self._weights, self._cuts[number]), recomputed
+            )
         return self._counts[key]
 
     def _evaluate(
@@ -133,18 +137,18 @@ class RankSearch:
         grids: Mapping[str, Grid],
         counted: Counted,
         uses: Mapping[str, Uses],
-        again: bool,
+        recomputed: bool,
     ) -> RankFound:
         layers = [replace(each, uses=uses[each.name]) for each in self._layers]
         loose = [replace(each, uses=uses[each.name]) for each in self._loose]
         rank = Rank(self._setting, sharding, sharding.units(layers, grids, loose))
-        return RankFound(grids, again, counted, rank, kept_terms(rank), moments(rank, counted))
+        return RankFound(grids, recomputed, counted, rank, kept_terms(rank), moments(rank, counted))
 
     def _nothing_fits(self, sharding: Sharding, checkpointing: Sequence[bool]) -> BudgetError:
         assert self._memory is not None
         tried = [
-            self._evaluate(sharding, grids, *self._counted(0, again), again)
-            for again in checkpointing
+            self._evaluate(sharding, grids, *self._counted(0, recomputed), recomputed)
+            for recomputed in checkpointing
             for grids in self._cuts
         ]
         least = min(tried, key=lambda found: found.device_bytes)

@@ -79,7 +79,11 @@ class Search:
         Raises:
             BudgetError: none fits.
         """
-        found = [fit for again in checkpointing if (fit := self._fewest_tiles(again)) is not None]
+        found = [
+            fit
+            for recomputed in checkpointing
+            if (fit := self._fewest_tiles(recomputed)) is not None
+        ]
         if not found:
             raise self._nothing_fits(checkpointing)
         return min(found, key=lambda each: (each.seconds, each.layout.tiles))
@@ -185,7 +189,7 @@ class Search:
 
     def _nothing_fits(self, checkpointing: Sequence[bool]) -> BudgetError:
         ends: tuple[dict[str, Grid], ...] = ({}, self._cuts[-1])
-        tried = [self.evaluate(grids, again) for again in checkpointing for grids in ends]
+        tried = [self.evaluate(grids, recomputed) for recomputed in checkpointing for grids in ends]
         least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"

@@ -49,7 +49,7 @@ class Uses:
     """How often a step runs a layer."""
 
     forward: int
-    again: int  # in backward, where activations are recomputed
+    recomputed: int  # in backward, where activations are recomputed
     backward: int  # how often a gradient comes back through it
     cut_short: int = 0  # how often a recomputation ended inside it: nothing after it is needed
     last: int = 0  # its place in the order in which layers began their last forward
@@ -57,7 +57,7 @@ class Uses:
     @property
     def gathers(self) -> int:
         """How often a unit is gathered that is freed after each use."""
-        return self.forward + self.again + self.backward
+        return self.forward + self.recomputed + self.backward
 
 
 @dataclass(frozen=True)
