@@ -54,7 +54,7 @@ def test_writes_never_reach_the_file(tmp_path):
     before = path.read_bytes()
 
     allocation.tensor().fill_(7)
-    allocation.forget()
+    allocation.evict()
     allocation.home.close()
 
     assert path.read_bytes() == before
@@ -70,7 +70,7 @@ def test_a_file_that_changes_is_noticed_at_the_next_read(tmp_path):
     with pytest.raises(CheckpointError, match="was written to while it was in use"):
         allocation.read(piece)
     with pytest.raises(CheckpointError, match="was written to while it was in use"):
-        allocation.forget()
+        allocation.evict()
 
 
 def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
@@ -98,7 +98,7 @@ def test_files_stay_mapped_without_being_open(tmp_path, monkeypatch):
     for name, allocation in allocations.items():
         allocation.read(piece)
         assert torch.equal(piece.view(torch.float32)[:5000], tensors[name])
-        allocation.forget()
+        allocation.evict()
 
 
 def test_a_stretch_is_rows_of_its_tensor(tmp_path):
@@ -144,7 +144,7 @@ def test_pages_of_a_stretch_are_dropped(tmp_path):
     allocation.tensor().sum()
     before = shared_pages()
 
-    allocation.forget()
+    allocation.evict()
 
     assert before - shared_pages() > (30 << 20) // mmap.PAGESIZE
 

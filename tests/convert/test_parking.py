@@ -188,12 +188,12 @@ def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
     with DiskHome(tmp_path) as home:
         model = memtile.tile(small_model(), out_splits=3, home=home)
         train(model)
-        settled = []
+        allocated = []
         for ring in rings_of(home).all():
-            settle = ring.settle
-            monkeypatch.setattr(ring, "settle", lambda s=settle: settled.append(s()))
+            flush = ring.flush
+            monkeypatch.setattr(ring, "settle", lambda s=flush: allocated.append(s()))
 
-    assert len(settled) >= 2
+    assert len(allocated) >= 2
 
 
 @pytest.mark.parametrize("before", [{}, {"home": "host"}], ids=["in memory", "at home"])

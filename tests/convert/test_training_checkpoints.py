@@ -129,7 +129,7 @@ def test_a_run_goes_back_to_its_last_checkpoint(tmp_path):
     assert (run.train(3), differences(all_of(run), expected)) == (losses, [])
 
 
-def test_going_back_before_the_first_step_forgets_the_state(tmp_path):
+def test_going_back_before_the_first_step_loses_the_state(tmp_path):
     """Parameters that had no state then have none after."""
     run = a_run("disk")
     run.save(tmp_path)

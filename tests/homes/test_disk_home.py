@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from memtile.errors import HomeError, HomeFullError, HomeIOError, UnsupportedPlatformError
-from memtile.homes import PAGE, DiskHome, aligned_buffer, allocation_of, disk_io, settle_in
+from memtile.homes import PAGE, DiskHome, aligned_buffer, allocate_copy, allocation_of, disk_io
 
 _MIB = 1 << 20
 
@@ -106,7 +106,7 @@ def test_another_system_is_refused(monkeypatch, tmp_path):
 def test_a_live_home_has_no_name(tmp_path):
     """Nothing is seen in the folder while a home is open, nor after."""
     home = DiskHome(tmp_path)
-    settle_in(home, torch.ones(5000))
+    allocate_copy(home, torch.ones(5000))
 
     assert os.listdir(tmp_path) == []
     del home
@@ -125,10 +125,10 @@ def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
     _refuse(monkeypatch, errno.EOPNOTSUPP, os.O_TMPFILE)
 
     with DiskHome(tmp_path) as home:
-        settled = settle_in(home, torch.arange(5000))
+        allocated = allocate_copy(home, torch.arange(5000))
 
         assert os.listdir(tmp_path) == []
-        assert torch.equal(settled, torch.arange(5000))
+        assert torch.equal(allocated, torch.arange(5000))
 
 
 def _refuse_maps(monkeypatch, error: int) -> None:
@@ -185,7 +185,7 @@ def test_room_is_used_again(tmp_path):
         home.hold([4 * _MIB])
         before = _file_bytes(home)
         for turn in range(8):
-            kept = [settle_in(home, torch.full((n + 1, 20_000), turn)) for n in range(5)]
+            kept = [allocate_copy(home, torch.full((n + 1, 20_000), turn)) for n in range(5)]
             del kept
 
         assert _file_bytes(home) == before
@@ -283,7 +283,7 @@ def test_every_byte_is_allocated_before_it_is_mapped(tmp_path):
 def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
     """Without room the error tells needed and free bytes; afterwards the home is as it was."""
     with DiskHome(tmp_path) as home:
-        settled = settle_in(home, torch.ones(1000))
+        allocated = allocate_copy(home, torch.ones(1000))
         before = _file_bytes(home)
 
         def full(fd, offset, size):
@@ -298,7 +298,7 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
 
         assert raised.value.errno == errno.ENOSPC
         assert _file_bytes(home) == before
-        assert bool((settled == 1).all())
+        assert bool((allocated == 1).all())
         assert home.allocate((9 * _MIB,), torch.uint8).address
 
 
@@ -323,7 +323,7 @@ def test_a_limit_on_file_size_is_an_error(tmp_path):
     """The kernel's own refusal (RLIMIT_FSIZE) is HomeFullError; what was parked stays."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with DiskHome(tmp_path) as home:
-        settled = settle_in(home, torch.arange(1000))
+        allocated = allocate_copy(home, torch.arange(1000))
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 * _MIB, hard))
         try:
             with pytest.raises(HomeFullError, match="File too large"):
@@ -331,7 +331,7 @@ def test_a_limit_on_file_size_is_an_error(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-        assert torch.equal(settled, torch.arange(1000))
+        assert torch.equal(allocated, torch.arange(1000))
 
 
 def test_a_map_that_is_refused_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
@@ -348,30 +348,30 @@ def test_a_map_that_is_refused_is_an_error_and_changes_nothing(tmp_path, monkeyp
         assert _file_bytes(home) == before
 
 
-def test_forget_takes_the_pages_out_of_this_process(tmp_path):
-    """What a tensor brought into resident memory is out again after `forget`."""
+def test_evict_takes_the_pages_out_of_this_process(tmp_path):
+    """What a tensor brought into resident memory is out again after `evict`."""
 
     def resident() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
 
     with DiskHome(tmp_path) as home:
-        settled = settle_in(home, torch.ones(4 * _MIB))
-        settled.add_(1)
+        allocated = allocate_copy(home, torch.ones(4 * _MIB))
+        allocated.add_(1)
         before = resident()
 
-        allocation_of(settled).forget()
+        allocation_of(allocated).evict()
 
         assert before - resident() > 12 * _MIB
-        assert bool((settled == 2).all())
+        assert bool((allocated == 2).all())
 
 
 def test_settling_in_brings_no_pages_into_this_process(tmp_path):
     """Values are written past the mapping: only a piece's buffer is ever resident."""
     with DiskHome(tmp_path) as home:
-        settled = settle_in(home, torch.ones(4 * _MIB))
+        allocated = allocate_copy(home, torch.ones(4 * _MIB))
 
-        assert home.traffic.written_bytes == settled.nbytes
+        assert home.traffic.written_bytes == allocated.nbytes
 
 
 # Reads and writes
@@ -394,17 +394,17 @@ def test_partial_reads_and_writes_are_continued(home, monkeypatch):
     monkeypatch.setattr(disk_io, "write_at", lambda fd, b, o: writes(fd, b[:PAGE], o))
     values = torch.arange(5000)
 
-    settled = settle_in(home, values)
-    allocation_of(settled).read(buffer := aligned_buffer(settled.nbytes))
+    allocated = allocate_copy(home, values)
+    allocation_of(allocated).read(buffer := aligned_buffer(allocated.nbytes))
 
-    assert torch.equal(buffer[: settled.nbytes].view(torch.int64), values)
-    assert torch.equal(settled, values)
+    assert torch.equal(buffer[: allocated.nbytes].view(torch.int64), values)
+    assert torch.equal(allocated, values)
 
 
 def test_a_read_that_ends_early_is_an_error(home, monkeypatch):
     """A file that ends before the tile does is HomeIOError, naming the bytes; nothing is stuck."""
-    settled = settle_in(home, torch.arange(5000))
-    allocation, real = allocation_of(settled), disk_io.read_at
+    allocated = allocate_copy(home, torch.arange(5000))
+    allocation, real = allocation_of(allocated), disk_io.read_at
     buffer = aligned_buffer(allocation.room)
 
     def ending(fd, piece, offset):
@@ -422,8 +422,8 @@ def test_a_read_that_ends_early_is_an_error(home, monkeypatch):
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_an_error_of_the_disk_is_told(home, monkeypatch, act):
     """EIO becomes HomeIOError with its errno and cause, is not counted, and the home goes on."""
-    settled = settle_in(home, torch.arange(5000))
-    allocation, before = allocation_of(settled), home.traffic
+    allocated = allocate_copy(home, torch.arange(5000))
+    allocation, before = allocation_of(allocated), home.traffic
     buffer = aligned_buffer(allocation.room)
     allocation.read(buffer)
 
@@ -440,13 +440,13 @@ def test_an_error_of_the_disk_is_told(home, monkeypatch, act):
     assert home.traffic.written_bytes == before.written_bytes
     assert home.traffic.read_bytes == allocation.room
     allocation.write(buffer)
-    assert torch.equal(settled, torch.arange(5000))
+    assert torch.equal(allocated, torch.arange(5000))
 
 
 def test_closing_waits_for_what_is_being_read(home, monkeypatch):
     """A read under way ends in peace: its file is not closed, nor its number given to another."""
-    settled = settle_in(home, torch.arange(5000))
-    allocation, real = allocation_of(settled), disk_io.read_at
+    allocated = allocate_copy(home, torch.arange(5000))
+    allocation, real = allocation_of(allocated), disk_io.read_at
     buffer = aligned_buffer(allocation.room)
     reading, go_on = threading.Event(), threading.Event()
 
@@ -480,14 +480,14 @@ def test_a_file_that_outgrows_free_memory_is_read_direct(tmp_path, monkeypatch, 
         if home._file.direct_fd is None:
             pytest.skip("the folder's filesystem has no direct I/O")
         assert home.path == "page cache"
-        small = settle_in(home, torch.ones(1000))
+        small = allocate_copy(home, torch.ones(1000))
         assert home.path == "page cache"
-        large = settle_in(home, torch.ones(2 * _MIB))
+        large = allocate_copy(home, torch.ones(2 * _MIB))
 
         assert home.path == "direct"
-        for settled in (small, large):
-            allocation_of(settled).read(buffer := aligned_buffer(settled.nbytes))
-            assert torch.equal(buffer[: settled.nbytes].view(torch.float32), settled)
+        for allocated in (small, large):
+            allocation_of(allocated).read(buffer := aligned_buffer(allocated.nbytes))
+            assert torch.equal(buffer[: allocated.nbytes].view(torch.float32), allocated)
     words = [record.getMessage() for record in caplog.records]
     assert len(words) == 2
     assert "by page cache: its 4096 bytes fit" in words[0]
@@ -541,10 +541,10 @@ def test_nothing_stays_open(tmp_path):
     before, threads = _open_files(), threading.active_count()
     for close in (False, True):
         home = DiskHome(tmp_path / ".")
-        settled = settle_in(home, torch.ones(5000))
+        allocated = allocate_copy(home, torch.ones(5000))
         if close:
             home.close()
-        del home, settled
+        del home, allocated
 
         assert _open_files() == before, close
     assert threading.active_count() == threads

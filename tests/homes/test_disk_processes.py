@@ -8,29 +8,29 @@ import sys
 _PARK = """
 import os, sys, torch
 from memtile.errors import HomeError
-from memtile.homes import DiskHome, aligned_buffer, allocation_of, settle_in
+from memtile.homes import DiskHome, aligned_buffer, allocation_of, allocate_copy
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: the child would hang
 folder = sys.argv[1]
 home = DiskHome(folder)
-settled = settle_in(home, torch.arange(100_000))
+flushed = allocate_copy(home, torch.arange(100_000))
 """
 
 _FORK = """
 child = os.fork()
 if not child:
     code = 1
-    assert torch.equal(settled, torch.arange(100_000))
-    allocation_of(settled).read(aligned_buffer(allocation_of(settled).room))
+    assert torch.equal(flushed, torch.arange(100_000))
+    allocation_of(flushed).read(aligned_buffer(allocation_of(flushed).room))
     try:
         home.allocate((1,), torch.float32)
     except HomeError:
         code = 0
     home.close()
-    del home, settled
+    del home, flushed
     os._exit(code)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-allocation_of(settled).read(aligned_buffer(allocation_of(settled).room))
+allocation_of(flushed).read(aligned_buffer(allocation_of(flushed).room))
 home.close()
 """
 

@@ -18,10 +18,10 @@ from memtile.homes import (
     DiskHome,
     HostHome,
     aligned_buffer,
+    allocate_copy,
     allocation_of,
     register,
     resolve_home,
-    settle_in,
     word_for,
 )
 
@@ -42,7 +42,7 @@ def test_the_exported_names_are_there():
         "allocation_of",
         "register",
         "resolve_home",
-        "settle_in",
+        "allocate_copy",
     }
     assert all(hasattr(memtile.homes, name) for name in memtile.homes.__all__)
 
@@ -93,20 +93,20 @@ def test_memory_that_is_not_there_is_an_error(make_home):
             with pytest.raises(HomeFullError):
                 act(_TOO_MUCH)
 
-        assert settle_in(home, torch.ones(3)).sum() == 3
+        assert allocate_copy(home, torch.ones(3)).sum() == 3
 
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
 def test_settling_in_keeps_no_source_and_takes_any_layout(make_home):
-    """A transposed, expanded or requires-grad source settles as a plain contiguous tensor."""
+    """A transposed, expanded or requires-grad source flushes as a plain contiguous tensor."""
     with make_home() as home:
         base = torch.arange(12.0).view(3, 4)
         for source in (base.t(), base[:, 1], base[:1].expand(5, 4), base.clone().requires_grad_()):
-            settled = settle_in(home, source)
+            allocated = allocate_copy(home, source)
 
-            assert torch.equal(settled, source)
-            assert settled.is_contiguous()
-            assert not settled.requires_grad
+            assert torch.equal(allocated, source)
+            assert allocated.is_contiguous()
+            assert not allocated.requires_grad
 
 
 def test_only_disk_is_not_worked_on_in_place():
@@ -117,16 +117,21 @@ def test_only_disk_is_not_worked_on_in_place():
 
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
-def test_an_allocation_is_forgotten_when_the_tensor_lies_elsewhere(make_home):
+def test_an_allocation_is_dropped_when_the_tensor_lies_elsewhere(make_home):
     """Other data, also of the same address with other strides, shape or dtype, has no allocation."""
     with make_home() as home:
-        settled = settle_in(home, torch.rand(4, 4))
-        allocation = allocation_of(settled)
-        for other in (settled.t(), settled.view(2, 8), settled[:2], settled.view(torch.int32)):
+        allocated = allocate_copy(home, torch.rand(4, 4))
+        allocation = allocation_of(allocated)
+        for other in (
+            allocated.t(),
+            allocated.view(2, 8),
+            allocated[:2],
+            allocated.view(torch.int32),
+        ):
             register(other, allocation)
 
             assert allocation_of(other) is None
-        parameter = torch.nn.Parameter(settled)
+        parameter = torch.nn.Parameter(allocated)
         assert allocation_of(parameter) is None
         register(parameter, allocation)
         assert allocation_of(parameter) is allocation
@@ -137,7 +142,7 @@ def test_an_allocation_is_forgotten_when_the_tensor_lies_elsewhere(make_home):
 def test_the_registry_keeps_nothing_alive_and_marks_nothing():
     """A registered parameter dies when it is dropped, its allocation too; its pickle is clean."""
     home = HostHome()
-    parameter = torch.nn.Parameter(settle_in(home, torch.rand(40)))
+    parameter = torch.nn.Parameter(allocate_copy(home, torch.rand(40)))
     allocation = home.allocate((40,), torch.float32)
     register(parameter, allocation)
     assert vars(parameter) == {}

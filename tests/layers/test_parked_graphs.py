@@ -223,7 +223,7 @@ def test_a_backward_that_broke_off_does_not_keep_the_home_alive():
     with pytest.raises(ParkedError):
         y.backward()
 
-    memtile.transfer.rings_of(home).gradients.settle()
+    memtile.transfer.rings_of(home).gradients.flush()
     del model, y, home
     gc.collect()
 

@@ -80,22 +80,22 @@ class Shared:
 
 
 class Source:
-    settled = 0
+    allocated = 0
 
-    def settle(self):
-        self.settled += 1
+    def flush(self):
+        self.allocated += 1
 
 
-def test_a_gradient_is_settled_by_its_own_backward_only():
+def test_a_gradient_is_flushed_by_its_own_backward_only():
     """Threads share the node that accumulates a parameter's gradients, not what they ask of it."""
     node, source = Shared(), Source()
 
     def ask(grad):
-        parked._settle_before(node, source)
-        assert not source.settled
+        parked._flush_before(node, source)
+        assert not source.allocated
         node.hook((grad,))
 
     in_backward(ask)
 
-    assert source.settled == 1
+    assert source.allocated == 1
     assert not hasattr(node, "hook")

@@ -92,7 +92,7 @@ def test_a_full_home_changes_nothing_at_loading(monkeypatch):
             raise OSError("no room")
         return tensor.clone()
 
-    monkeypatch.setattr("memtile.optim.dense_state.settle_in", full)
+    monkeypatch.setattr("memtile.optim.dense_state.allocate_copy", full)
     with pytest.raises(OSError, match="no room"):
         optimizer.load_state_dict(state)
     monkeypatch.undo()

@@ -17,7 +17,15 @@ from home_probes import (
 )
 
 from memtile.errors import ArgumentError, HomeError
-from memtile.homes import PAGE, Home, Traffic, aligned_buffer, allocation_of, register, settle_in
+from memtile.homes import (
+    PAGE,
+    Home,
+    Traffic,
+    aligned_buffer,
+    allocate_copy,
+    allocation_of,
+    register,
+)
 
 _DTYPES: Final = (
     torch.float32,
@@ -56,10 +64,10 @@ class HomeContract(ABC):
             for dtype, shape in _kinds():
                 values = random_values(shape, dtype)
 
-                settled = settle_in(home, values)
+                allocated = allocate_copy(home, values)
 
-                assert (settled.dtype, settled.shape) == (dtype, values.shape)
-                assert same(settled, values), (dtype, shape)
+                assert (allocated.dtype, allocated.shape) == (dtype, values.shape)
+                assert same(allocated, values), (dtype, shape)
 
     def test_a_tensor_owns_a_storage_of_exactly_its_bytes(self) -> None:
         """torch.save writes a tensor's whole storage: it is no byte longer than the tensor."""
@@ -171,13 +179,13 @@ class HomeContract(ABC):
     def test_a_room_is_not_used_again_while_a_tensor_lies_over_it(self) -> None:
         """A view that outlives its allocation keeps its values, however much is parked after it."""
         with self.make_home() as home:
-            # Not settled in: a registered tensor, which a view keeps, would keep its allocation.
+            # Not flushed in: a registered tensor, which a view keeps, would keep its allocation.
             tensors = [home.allocate((1000,), torch.float32).tensor().fill_(n) for n in range(8)]
             views = [tensor.view(-1)[1:] for tensor in tensors]
             del tensors
             gc.collect()
 
-            others = [settle_in(home, torch.full((1000,), -1.0)) for _ in range(32)]
+            others = [allocate_copy(home, torch.full((1000,), -1.0)) for _ in range(32)]
 
             assert all(bool((view == n).all()) for n, view in enumerate(views))
             assert all(bool((other == -1).all()) for other in others)
@@ -190,7 +198,7 @@ class HomeContract(ABC):
                 allocation.tensor().fill_(number)
             gc.collect()
 
-            others = [settle_in(home, torch.full((1000,), -1.0)) for _ in range(32)]
+            others = [allocate_copy(home, torch.full((1000,), -1.0)) for _ in range(32)]
 
             assert all(bool((b.tensor() == n).all()) for n, b in enumerate(allocations))
             assert all(bool((other == -1).all()) for other in others)
@@ -199,25 +207,25 @@ class HomeContract(ABC):
         """What is parked and dropped over and over keeps its values while it is there."""
         with self.make_home() as home:
             for number in range(24):
-                settled = settle_in(home, torch.full((1 << 18,), number, dtype=torch.int32))
+                allocated = allocate_copy(home, torch.full((1 << 18,), number, dtype=torch.int32))
 
-                assert int(settled[0]) == int(settled[-1]) == number
-                del settled
+                assert int(allocated[0]) == int(allocated[-1]) == number
+                del allocated
 
-    def test_forget_keeps_the_contents(self) -> None:
-        """What was written through a tensor, or past it, is there after `forget`."""
+    def test_evict_keeps_the_contents(self) -> None:
+        """What was written through a tensor, or past it, is there after `evict`."""
         with self.make_home() as home:
             values = random_values((129, 257), torch.float32)
             allocation = home.allocate((129, 257), torch.float32)
             tensor = allocation.tensor()
             tensor.copy_(values)
 
-            allocation.forget()
+            allocation.evict()
 
             assert same(tensor, values)
             write_whole(allocation, values + 1)
-            allocation.forget()
-            allocation.forget()
+            allocation.evict()
+            allocation.evict()
             assert same(read_whole(allocation), values + 1)
             assert same(tensor, values + 1)
 
@@ -239,11 +247,11 @@ class HomeContract(ABC):
         """Reads of several threads, and writes to other allocations meanwhile, do not meet."""
         with self.make_home() as home:
             values = [random_values((50_000,), torch.float32, seed) for seed in range(4)]
-            settled = [settle_in(home, value) for value in values]
+            allocated = [allocate_copy(home, value) for value in values]
             wrong: list[int] = []
 
             def work(number: int) -> None:
-                allocation = known_allocation(settled[number])
+                allocation = known_allocation(allocated[number])
                 for turn in range(8):
                     if not same(read_whole(allocation), values[number]):
                         wrong.append(number)
@@ -262,7 +270,8 @@ class HomeContract(ABC):
             def work(number: int) -> None:
                 for turn in range(40):
                     kept = [
-                        settle_in(home, torch.full((1500,), number)) for _ in range(1 + turn % 3)
+                        allocate_copy(home, torch.full((1500,), number))
+                        for _ in range(1 + turn % 3)
                     ]
                     if not all(bool((tensor == number).all()) for tensor in kept):
                         wrong.append(number)
@@ -322,27 +331,27 @@ class HomeContract(ABC):
         """A tensor can be read and written after its home was closed and dropped."""
         home = self.make_home()
         values = random_values((129, 257), torch.float32)
-        settled = settle_in(home, values)
+        allocated = allocate_copy(home, values)
         home.close()
         del home
         gc.collect()
 
-        assert same(settled, values)
-        settled.add_(1)
-        assert same(settled, values + 1)
+        assert same(allocated, values)
+        allocated.add_(1)
+        assert same(allocated, values + 1)
 
     def test_a_tensor_is_found_in_its_allocation_only_while_it_lies_there(self) -> None:
         """A parameter that was registered is known until its data is moved away."""
         with self.make_home() as home:
-            settled = settle_in(home, torch.arange(6.0).view(2, 3))
-            parameter = torch.nn.Parameter(settled)
-            register(parameter, known_allocation(settled))
-            assert allocation_of(parameter) is allocation_of(settled)
+            allocated = allocate_copy(home, torch.arange(6.0).view(2, 3))
+            parameter = torch.nn.Parameter(allocated)
+            register(parameter, known_allocation(allocated))
+            assert allocation_of(parameter) is allocation_of(allocated)
 
             parameter.data = torch.zeros(2, 3)
 
             assert allocation_of(parameter) is None
-            assert allocation_of(settled) is not None
+            assert allocation_of(allocated) is not None
 
 
 def _kinds() -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:

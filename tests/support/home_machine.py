@@ -74,10 +74,10 @@ def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMach
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)
-        def forget(self, choice: int) -> None:
+        def evict(self, choice: int) -> None:
             parked = self._pick(choice)
             if parked.allocation is not None:
-                parked.allocation.forget()
+                parked.allocation.evict()
 
         @precondition(lambda self: self.parked)
         @rule(choice=choices)

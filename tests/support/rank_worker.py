@@ -208,8 +208,8 @@ class Probe:
     def see(self) -> None:
         """Count what is alive now."""
         found = self.measured
-        found.gathered = settled(self._gathered, found.gathered)
-        found.reduced = settled(self._reduced, found.reduced)
+        found.gathered = allocated(self._gathered, found.gathered)
+        found.reduced = allocated(self._reduced, found.reduced)
 
     def _gathered(self) -> int:
         outputs = (output for each in self._parameters for output in each.all_gather_outputs)
@@ -221,7 +221,7 @@ class Probe:
         return sum(each.nbytes for each in (*grads, *self._leaving)) + _alive(self._reducing)
 
 
-def settled(count: Callable[[], int], known: int) -> int:
+def allocated(count: Callable[[], int], known: int) -> int:
     """The larger of two counts, the new one once gloo's threads let go of what they sent.
 
     They do so a moment after their work is said to be done.

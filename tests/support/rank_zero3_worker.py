@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from processes import start_ranks
 from rank_worker import CASES as EVERY_CASE
-from rank_worker import TOKENS, WARMED, Case, Net, attribute, forward, settled
+from rank_worker import TOKENS, WARMED, Case, Net, allocated, attribute, forward
 from torch import Tensor, nn
 
 import memtile
@@ -149,7 +149,7 @@ class Probe:
         """Count what is alive now."""
         found = self.measured
         found.gathered = max(found.gathered, self._gathered())
-        found.reduced = settled(self._reduced, found.reduced)
+        found.reduced = allocated(self._reduced, found.reduced)
 
     def _gathered(self) -> int:
         """Storages of whole parameters; of one rank they may be the partitions themselves."""

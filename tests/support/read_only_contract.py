@@ -90,14 +90,14 @@ class ReadOnlyHomeContract(ABC):
             assert same(read_whole(allocation), values)
             assert same(allocation.tensor(), values)
 
-    def test_forget_keeps_what_was_written(self) -> None:
+    def test_evict_keeps_what_was_written(self) -> None:
         """Pages that were written to stay, and the others come back as they were."""
         allocation, values = self._one()
         allocation.tensor()[64:66].fill_(3)
         values[64:66].fill_(3)
 
-        allocation.forget()
-        allocation.forget()
+        allocation.evict()
+        allocation.evict()
 
         assert same(allocation.tensor(), values)
         assert same(read_whole(allocation), values)
@@ -109,7 +109,7 @@ class ReadOnlyHomeContract(ABC):
 
         allocations[1].tensor().fill_(-1)
         for allocation in allocations:
-            allocation.forget()
+            allocation.evict()
 
         assert same(read_whole(allocations[0]), tensors[0])
         assert bool((read_whole(allocations[1]) == -1).all())

@@ -61,7 +61,7 @@ def test_a_wrong_guess_corrects_itself_by_the_next_iteration():
     assert foreseen(prefetch_order) == ["0", "2", "1"]
 
 
-def test_allocations_are_not_kept_alive_and_dead_ones_are_forgotten():
+def test_allocations_are_not_kept_alive_and_dead_ones_are_dropped():
     """Groups that are new in every iteration, as gradients are, do not accumulate."""
     home, prefetch_order = WatchedHome(), PrefetchOrder()
     for _ in range(50):

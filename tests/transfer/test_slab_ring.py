@@ -148,7 +148,7 @@ def test_a_group_of_several_tensors_is_one_slab(make_ring):
         for tensor in lease.tensors:
             tensor.add_(10)
         lease.store(1)
-    ring.settle()
+    ring.flush()
 
     assert home.labels("write") == ["second"]
     assert first.tensor().tolist() == [1, 1, 1]

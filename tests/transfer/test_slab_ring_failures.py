@@ -154,14 +154,14 @@ def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():
 
 
 def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ring):
-    """`settle` tries again and raises while it fails; the tile is read from its slab meanwhile."""
+    """`flush` tries again and raises while it fails; the tile is read from its slab meanwhile."""
     home = WatchedHome()
     (tile,), ring = home.tiles(1), make_ring()
     home.broken = {"write"}
     with ring.acquire((tile,)) as lease:
         lease.tensors[0].fill_(5)
         lease.store()
-    for act in (ring.settle, ring.start, ring.settle):
+    for act in (ring.flush, ring.start, ring.flush):
         with pytest.raises(HomeIOError, match="write of 0"):
             act()
     ring.clear()
@@ -171,7 +171,7 @@ def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ring):
     assert tile.tensor().tolist() == [0, 0, 0]
 
     home.broken = set()
-    ring.settle()
+    ring.flush()
 
     assert tile.tensor().tolist() == [5, 5, 5]
     assert set(ring.holders) <= FREE
@@ -193,7 +193,7 @@ def test_slabs_that_cannot_be_written_make_others_raise_and_not_wait(make_ring):
     home.broken = set()
     with ring.acquire((tiles[2],)) as lease:
         assert lease.tensors[0].tolist() == [2, 2, 2]
-    ring.settle()
+    ring.flush()
     assert [tile.tensor()[0].item() for tile in tiles] == [10, 11, 2]
 
 
@@ -204,7 +204,7 @@ def test_an_exception_after_a_store_does_not_undo_it(make_ring):
     with pytest.raises(RuntimeError, match="the test"):
         spoil(ring, tile, RuntimeError("the test wants it"), stores=True)
 
-    ring.settle()
+    ring.flush()
 
     assert tile.tensor().tolist() == [5, 5, 5]
 
@@ -240,7 +240,7 @@ def test_a_slab_is_not_refilled_while_it_is_written(make_ring):
 
     assert ring.holders.count(Holder.WRITERS) == 1
     go_on.set()
-    ring.settle()
+    ring.flush()
     assert tiles[0].tensor().tolist() == [5, 5, 5]
 
 

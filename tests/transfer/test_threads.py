@@ -52,7 +52,7 @@ def test_gradients_are_formed_at_the_same_time(home, sums):
             out.fill_(3)
 
     together(deliver, deliver)
-    source.settle()
+    source.flush()
 
     assert tile.weight.grad.unique().tolist() == [7.0 if sums else 6.0]
 

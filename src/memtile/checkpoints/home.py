@@ -115,7 +115,7 @@ class _CheckpointAllocation(Allocation):
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
 
-    def forget(self) -> None:
+    def evict(self) -> None:
         """Drop the file's pages from memory; copied pages stay."""
         self._file.check_unchanged()
         pages = self.home.pages

@@ -88,7 +88,7 @@ def write_model(
     _check_saveable(model)
     found = [_in_dtype(tensor, dtype) for tensor in tensors(model)]
     beside = configs_beside(model, dtype)
-    settle(model)
+    flush(model)
     write_checkpoint(folder, found, max_shard_bytes=max_shard_bytes, beside=beside)
 
 
@@ -132,9 +132,9 @@ def _check_saveable(model: nn.Module) -> None:
             )
 
 
-def settle(model: nn.Module) -> None:
+def flush(model: nn.Module) -> None:
     """Return once everything that is on its way home has arrived."""
     found = map(streamed_allocation, model.parameters())
     for home in {each.home for each in found if each is not None}:
         if not home.closed:
-            rings_of(home).settle()
+            rings_of(home).flush()

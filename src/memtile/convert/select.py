@@ -284,7 +284,7 @@ def _ties(
             reasons[name] = f"its weight shares memory with {where}, which tiles could not"
         elif len(owners.of(weight)) > 1:
             shared[name] = owners.of(weight)
-    _settle(shared, reasons)
+    _decide_shared(shared, reasons)
     return {
         name: tuple(path for path, _ in places)
         for name, places in shared.items()
@@ -300,7 +300,7 @@ def _sharers(name: str, bias: nn.Parameter | None, owners: Owners) -> list[Place
     return [*others, *owners.sharing_memory(bias)]
 
 
-def _settle(shared: dict[str, list[Place]], reasons: dict[str, str]) -> None:
+def _decide_shared(shared: dict[str, list[Place]], reasons: dict[str, str]) -> None:
     """Give every member of a tie a reason where one member cannot be tiled."""
     for name, places in shared.items():
         for owner, own in places:

@@ -18,7 +18,7 @@ from memtile.checkpoints.record import RandomState, read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
 from memtile.convert.moving import bring_in, finite, outgoing
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
-from memtile.convert.saving import settle, write_model
+from memtile.convert.saving import flush, write_model
 from memtile.convert.sharded import for_distributed, for_sharded
 from memtile.convert.wanted import wanted_by
 from memtile.errors import ArgumentError, CheckpointError
@@ -146,7 +146,7 @@ def save_training(
     def weights(model: nn.Module) -> list[Outgoing]:
         return _weights(model, trainable_only, check_finite)
 
-    settle(model)
+    flush(model)
     with new_step(Path(folder), step, keep) as (partial, target):
         if trainable_only:
             write_checkpoint(partial, weights(model), stem=_TRAINABLE)
@@ -223,7 +223,7 @@ def resume_training(
     _check_weights(weights, held, model)
     check_scheduler(record["scheduler"], scheduler, saved.path)
     state = IncomingState(record["optimizer"], tensors, model, optimizer)
-    settle(model)
+    flush(model)
     state.take()
     for name, dense in held.items():
         bring_in(dense, weights[name])

@@ -97,7 +97,7 @@ def _at_home(tensor: Tensor, kind: str) -> Iterator[Tensor]:
     with ring.acquire((allocation,)) as lease:
         yield lease.tensors[0]
         lease.store()
-    ring.settle()  # the next reader may read the home's file mapping
+    ring.flush()  # the next reader may read the home's file mapping
     torch.autograd.graph.increment_version(tensor)
 
 

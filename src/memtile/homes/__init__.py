@@ -10,13 +10,13 @@ from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
 from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (
+    allocate_copy,
     allocation_of,
     evict,
     hold_room,
     is_parked,
     register,
     room_of,
-    settle_in,
     streamed_allocation,
     tensor_of,
 )
@@ -32,6 +32,7 @@ __all__ = [
     "Reservation",
     "Traffic",
     "aligned_buffer",
+    "allocate_copy",
     "allocation_of",
     "cannot_map",
     "evict",
@@ -47,7 +48,6 @@ __all__ = [
     "resolve_home",
     "room_of",
     "scratch_like",
-    "settle_in",
     "streamed_allocation",
     "tensor_of",
     "trim_heap",

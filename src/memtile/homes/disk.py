@@ -170,7 +170,7 @@ class _DiskAllocation(Allocation):
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
 
-    def forget(self) -> None:
+    def evict(self) -> None:
         """Drops the pages that tensors brought into this process's memory; contents stay."""
         if self.room:
             aligned = self._start // mmap.PAGESIZE * mmap.PAGESIZE  # may be larger than PAGE

@@ -251,7 +251,7 @@ class Allocation(ABC):
         with self.home.moving(written_bytes=source.numel()):
             self._take(source, start)
 
-    def forget(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
+    def evict(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
         """Drops the pages that tensors brought into this process's memory; contents stay."""
 
     @abstractmethod

@@ -62,7 +62,7 @@ def evict(tensor: Tensor | None) -> None:
     """Drop the pages that reading or writing a parked tensor brought into this process."""
     allocation = None if tensor is None else allocation_of(tensor)
     if allocation is not None:
-        allocation.forget()
+        allocation.evict()
 
 
 def hold_room(tensor: Tensor, held: Reservation) -> None:
@@ -77,7 +77,7 @@ def room_of(tensor: Tensor) -> AbstractContextManager[None]:
     return nullcontext() if held is None else held.used_here()
 
 
-def settle_in(home: Home, tensor: Tensor) -> Tensor:
+def allocate_copy(home: Home, tensor: Tensor) -> Tensor:
     """A new tensor with the tensor's values, of the same shape and dtype, that lives in the home.
 
     Where the home does not work in place, the values are written with `Allocation.write`, in pieces, so
@@ -89,12 +89,12 @@ def settle_in(home: Home, tensor: Tensor) -> Tensor:
         HomeIOError: writing failed.
     """
     allocation = home.allocate(tensor.shape, tensor.dtype)
-    settled = tensor_of(allocation)
+    allocated = tensor_of(allocation)
     if home.works_in_place:
-        settled.copy_(tensor.detach())
+        allocated.copy_(tensor.detach())
     else:
         _write_whole(allocation, tensor.detach())
-    return settled
+    return allocated
 
 
 def _write_whole(allocation: Allocation, tensor: Tensor) -> None:

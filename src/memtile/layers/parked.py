@@ -20,12 +20,12 @@ from memtile import ops
 from memtile.errors import ParkedCopyWarning, ParkedError
 from memtile.homes import (
     Home,
+    allocate_copy,
     allocation_of,
     evict,
     is_parked,
     register,
     resolve_home,
-    settle_in,
     tensor_of,
 )
 from memtile.layers import checks
@@ -43,7 +43,7 @@ class ParkedModule(nn.Module):
 
     home: Home
 
-    def _settle(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
+    def _flush(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
         """Give the tile its home, and memory there unless it is on the meta device."""
         self.home = resolve_home(home, device)
         if torch.empty(0, device=device).is_meta:
@@ -113,8 +113,8 @@ class ParkedModule(nn.Module):
         """Move a weight home that has just got memory."""
         weight = self._parameters.get("weight")
         if before is not None and before.is_meta and weight is not None and not weight.is_meta:
-            settled = settle_in(self.home, weight.detach())
-            self._parameters["weight"] = parameter_of(settled, weight.requires_grad)
+            allocated = allocate_copy(self.home, weight.detach())
+            self._parameters["weight"] = parameter_of(allocated, weight.requires_grad)
 
 
 class ParkedLinear(ParkedModule, nn.Linear):
@@ -143,7 +143,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         home: Home | str = "host",
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device="meta", dtype=dtype)
-        self._settle(home, (out_features, in_features), device, dtype)
+        self._flush(home, (out_features, in_features), device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -211,7 +211,7 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
             device="meta",
             dtype=dtype,
         )
-        self._settle(home, (num_embeddings, embedding_dim), device, dtype)
+        self._flush(home, (num_embeddings, embedding_dim), device, dtype)
         self.reset_parameters()
         evict(self.weight)
 

@@ -15,7 +15,7 @@ from memtile.errors import (
     TileShapeError,
 )
 from memtile.geometry import Grid, Rect, Span
-from memtile.homes import Home, page_out, settle_in
+from memtile.homes import Home, allocate_copy, page_out
 from memtile.layers.handle import DenseHandle
 from memtile.layers.loading import load_any_form, problems_of
 from memtile.layers.parked import ParkedModule, parameter_of
@@ -259,7 +259,7 @@ class TiledModule(nn.Module):
         piece = matrix[self.tile_rect(name, index).index]
         piece = piece.view(shape) if name == "bias" else piece
         if isinstance(owner, ParkedModule) and name == "weight" and not piece.is_meta:
-            return settle_in(owner.home, piece)
+            return allocate_copy(owner.home, piece)
         return piece.clone(memory_format=torch.contiguous_format)
 
     def dense_parameter(self, name: str) -> nn.Parameter | None:

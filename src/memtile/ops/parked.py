@@ -38,7 +38,7 @@ class Source(Protocol):
     def gradient(self) -> AbstractContextManager[Tensor]:
         """A tensor to write the gradient into; after the block it is in `.grad`, or added to it."""
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Return once the gradients that were delivered are where they are to go."""
 
 
@@ -135,24 +135,24 @@ def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | Non
     else:
         with ctx.source.gradient() as out:
             yield out, None
-        _settle_before(node, ctx.source)
+        _flush_before(node, ctx.source)
 
 
-def _settle_before(node: Any, source: Source) -> None:
+def _flush_before(node: Any, source: Source) -> None:
     """Wait for our gradient to be home before autograd adds another one, of an L2 term say.
 
     Autograd adds in place: a write of ours that is still under way would undo it.
     """
     task = torch._C._current_graph_task_id()
 
-    def settle(grads: tuple[Tensor | None, ...]) -> None:
+    def flush(grads: tuple[Tensor | None, ...]) -> None:
         if torch._C._current_graph_task_id() != task:  # threads share the node
             return
         handle.remove()
         if grads[0] is not None:
-            source.settle()
+            source.flush()
 
-    handle = node.register_prehook(settle)
+    handle = node.register_prehook(flush)
 
 
 def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -57,7 +57,7 @@ def clip_gradients(
             if lease is not None:
                 torch.autograd.graph.increment_version(gradient)
         for home in homes:
-            rings_of(home).steps.settle()
+            rings_of(home).steps.flush()
             rings_of(home).steps.clear()
     return total
 

@@ -77,7 +77,7 @@ class Inner:
         refuse_differentiable(self.name, self._options)
         first = self._on_stand_in()
         self._begins_with_state, self.defaults = bool(first.state), dict(first.defaults)
-        _forget(first)
+        _drop(first)
         self._idle = [first]  # one for each thread that was ever in `step` with others
         self._checked: set[object] = set()
         self._latest: tuple[dict[str, Any], dict[str, torch.dtype]] = ({}, {})
@@ -138,7 +138,7 @@ class Inner:
         try:
             yield optimizer
         finally:
-            _forget(optimizer)
+            _drop(optimizer)
             self._idle.append(optimizer)
 
     def _on_stand_in(self) -> Optimizer:
@@ -245,7 +245,7 @@ class _NoDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _forget(optimizer: Optimizer) -> None:
+def _drop(optimizer: Optimizer) -> None:
     optimizer.param_groups = []
     optimizer.state.clear()
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from memtile.errors import NotFiniteError, OptimizerError
 from memtile.homes import (
     Allocation,
+    allocate_copy,
     allocation_of,
     room_of,
-    settle_in,
     streamed_allocation,
     tensor_of,
     trim_heap,
@@ -169,7 +169,7 @@ class Stepper:
                 kept = self._step_rows(views, work.new, numbers, group)
                 _move_late(kept, late, work.tensors[VALUE], rows)
             if allocation is not None:
-                late = {key: settle_in(allocation.home, entry) for key, entry in late.items()}
+                late = {key: allocate_copy(allocation.home, entry) for key, entry in late.items()}
             work.store()
             state.update({**work.new, **late})
             state.update({key: _in_place(state.get(key), entry) for key, entry in kept.items()})

@@ -221,7 +221,7 @@ class TileOptimizer(Optimizer):
             if self.mode == "in_backward":
                 parameter.grad = None
         for home in homes:
-            rings_of(home).steps.settle()
+            rings_of(home).steps.flush()
         _drop_slabs(homes)
         self._stepped.clear()
         self._unfinished = None

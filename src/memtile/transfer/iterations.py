@@ -64,11 +64,11 @@ class SlabRings:
         """Whether its threads run: not in a fork, which has none of them, nor once closed."""
         return self._process == os.getpid() and not self._is_closed
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Return once everything that was stored is at home; HomeIOError where it cannot be."""
         if self.works:
             for ring in self.all():
-                ring.settle()
+                ring.flush()
 
     def close(self) -> None:
         """End the reader threads, without waiting for them, and free the slabs."""
@@ -147,7 +147,7 @@ def rings_of(home: Home) -> SlabRings:
         if found is None or not found.works:
             home.check_open()
             found = state.rings[home] = SlabRings()
-            home.when_closed(found.settle, found.close)
+            home.when_closed(found.flush, found.close)
         return found
 
 
@@ -231,7 +231,7 @@ def _end_backward(task: int) -> None:
         state.backwards.discard(task)
     try:
         for ring in state.all_rings():
-            ring.settle()
+            ring.flush()
     finally:
         state.end()
         if state.all_rings():

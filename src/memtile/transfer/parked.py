@@ -120,13 +120,13 @@ class ParkedSource:
             with _gradient_at_home(parameter, allocation) as out:
                 yield out
             if parameter._post_accumulate_grad_hooks:
-                self.settle()  # they may read it
+                self.flush()  # they may read it
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Return once stored gradients are at home; HomeIOError where one could not be written."""
         allocation = streamed_allocation(self.parameter)
         if allocation is not None:
-            rings_of(allocation.home).gradients.settle()
+            rings_of(allocation.home).gradients.flush()
 
 
 def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool = False) -> None:

@@ -166,7 +166,7 @@ class SlabRing:
 
         def wrote() -> None:
             with changed:
-                slab.forget_written()
+                slab.discard_written()
                 _notify(reference, changed)
 
         with self._changing():
@@ -179,9 +179,9 @@ class SlabRing:
                         other.is_spoiled = True
                     elif not other.is_unwritten:
                         other.let_go()
-            slab.forget_written()  # where the writers were faster than `store`
+            slab.discard_written()  # where the writers were faster than `store`
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Return once everything that was stored is at home.
 
         What could not be written stays in its slab, is tried again, and raises HomeIOError.
@@ -199,11 +199,11 @@ class SlabRing:
             raise problems[0]
 
     def start(self) -> None:
-        """Begin an iteration: write what is unwritten, as `settle`, and forget the rest.
+        """Begin an iteration: write what is unwritten, as `flush`, and forget the rest.
 
         Nothing is read before its first request, since it may be one of another home.
         """
-        self.settle()
+        self.flush()
         with self._changing():
             self.clear()
             self._prefetch_order.start()

@@ -71,10 +71,10 @@ class Slab:
     @property
     def is_unwritten(self) -> bool:
         """Whether it holds what its home does not have yet."""
-        self.forget_written()
+        self.discard_written()
         return bool(self._unwritten)
 
-    def forget_written(self) -> None:
+    def discard_written(self) -> None:
         """Drop the references to allocations, and so to their home, where all of it is written."""
         if self._unwritten and all(_succeeded(write) for write in self._writes):
             self._unwritten, self._writes = [], []
