@@ -241,7 +241,7 @@ def test_a_file_that_changes_meanwhile_is_said(tmp_path, monkeypatch):
     """A writer that does not replace files but rewrites them is noticed."""
     path = write(dense_values(net()), tmp_path / "model.safetensors")
     model = net(2)
-    monkeypatch.setattr("memtile.convert.filling.bring_in", lambda *_: os.utime(path, (1, 1)))
+    monkeypatch.setattr("memtile.convert.materializing.bring_in", lambda *_: os.utime(path, (1, 1)))
 
     with pytest.raises(CheckpointError, match="was written to while it was in use"):
         memtile.load_checkpoint(model, path)

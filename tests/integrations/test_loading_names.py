@@ -173,7 +173,7 @@ def test_an_error_half_way_puts_a_new_head_back(tmp_path: Path, monkeypatch: Any
         raise HomeIOError(5, "broken")
 
     with monkeypatch.context() as patched:
-        patched.setattr("memtile.convert.filling.bring_in", fail)
+        patched.setattr("memtile.convert.materializing.bring_in", fail)
         with pytest.raises(HomeIOError):
             memtile.tile(model, out_splits=2, checkpoint=folder)
     assert all(parameter.is_meta for parameter in model.parameters())

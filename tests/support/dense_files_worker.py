@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memtile
 from memtile import load_checkpoint, save_checkpoint
-from memtile.convert import moving
+from memtile.convert import streaming
 from memtile.engines import dense_files
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import CheckpointError, CheckpointWriteError, EngineError
@@ -107,7 +107,7 @@ def run(rank: int, world: int, folder: str) -> None:
     limit = timedelta(seconds=300)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     model = sharded((3, 2))
-    dense_files.BAND_BYTES = moving.PIECE_BYTES = 4 * PIECE
+    dense_files.BAND_BYTES = streaming.PIECE_BYTES = 4 * PIECE
     with Largest() as largest:
         load_checkpoint(model, here / "in")
         save_checkpoint(model, here / "out")

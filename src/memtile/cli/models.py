@@ -21,7 +21,7 @@ from memtile.checkpoints.opening import tokenizer_files
 from memtile.checkpoints.publishing import put
 from memtile.cli.errors import CommandError, first_line, is_our_bug
 from memtile.convert import empty_model
-from memtile.convert.finding import find
+from memtile.convert.name_matching import find
 from memtile.errors import BudgetError, CheckpointWarning, MemtileError, NewWeightsWarning
 from memtile.planning import format_byte_size
 

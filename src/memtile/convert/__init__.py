@@ -2,7 +2,6 @@
 
 from memtile.convert.dense import dense_items, dense_state_dict
 from memtile.convert.empty import empty_model
-from memtile.convert.finding import WAY_OUT
 from memtile.convert.kinds import (
     Integration,
     Kind,
@@ -14,6 +13,8 @@ from memtile.convert.kinds import (
     register_integration,
 )
 from memtile.convert.loading_checkpoints import Loaded, load_checkpoint
+from memtile.convert.model_tensors import persistent_buffers
+from memtile.convert.name_matching import WAY_OUT
 from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
 from memtile.convert.recutting import Recut, convert_checkpoint
 from memtile.convert.replaced import replacing
@@ -23,7 +24,6 @@ from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
-from memtile.convert.wanted import persistent_buffers
 
 __all__ = [
     "WAY_OUT",

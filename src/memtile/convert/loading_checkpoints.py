@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from memtile.checkpoints import Checkpoint, Paths
-from memtile.convert.filling import fill, make_values, to_make
-from memtile.convert.finding import checked
+from memtile.convert.materializing import fill, make_values, to_make
+from memtile.convert.name_matching import checked
 from memtile.convert.replaced import replacing
 from memtile.convert.sharded import for_sharded
 from memtile.errors import ArgumentError

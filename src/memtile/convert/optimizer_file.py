@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from memtile.checkpoints import Checkpoint, Outgoing, StoredTensor
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.header import DTYPES, dtype_name
-from memtile.convert.moving import Held, bring_in, outgoing
+from memtile.convert.streaming import Held, bring_in, outgoing
 from memtile.errors import CheckpointError
 from memtile.homes import trim_heap
 from memtile.optim import DenseParameter, Part, stored_state
@@ -207,8 +207,8 @@ def _is_new(state: Mapping[str, Any]) -> bool:
 def _number(entry: Json, parameter: Tensor, group: Mapping[str, Any]) -> Any:
     """A number for a state of its own; on the parameter's device where the step wants it there."""
     value = from_json(entry["value"])
-    wanted = entry["on_device"] or group.get("capturable") or group.get("fused")
-    return value.to(parameter.device) if isinstance(value, Tensor) and wanted else value
+    needed = entry["on_device"] or group.get("capturable") or group.get("fused")
+    return value.to(parameter.device) if isinstance(value, Tensor) and needed else value
 
 
 def beside(old: object, new: object) -> object:

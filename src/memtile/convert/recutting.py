@@ -23,8 +23,8 @@ from memtile.checkpoints import (
     write_checkpoint,
 )
 from memtile.checkpoints.opening import files_beside
-from memtile.convert.finding import tiles_by_layer
-from memtile.convert.moving import Source, TiledSource
+from memtile.convert.name_matching import tiles_by_layer
+from memtile.convert.streaming import Source, TiledSource
 from memtile.errors import ArgumentError, CheckpointError, MemtileError
 from memtile.geometry import Grid, Rect, Span
 from memtile.layers import TiledLinear

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
 from memtile.convert.dense import check_stored
 from memtile.convert.kinds import configs_beside
-from memtile.convert.moving import outgoing
+from memtile.convert.model_tensors import persistent_buffers, tensors_of
 from memtile.convert.sharded import for_sharded
-from memtile.convert.wanted import persistent_buffers, wanted_by
+from memtile.convert.streaming import outgoing
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import streamed_allocation
 from memtile.layers import TiledModule
@@ -102,7 +102,7 @@ def _in_dtype(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:
 
 def outgoing_tensors(model: nn.Module) -> list[Outgoing]:
     """The dense parameters of a model and its persistent buffers, each once, in its order."""
-    return [outgoing(wanted.dense, wanted.names[0]) for wanted in wanted_by(model)]
+    return [outgoing(needed.dense, needed.names[0]) for needed in tensors_of(model)]
 
 
 def check_modules(model: nn.Module) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from memtile.checkpoints import CheckpointHome, Paths
-from memtile.convert.filling import checked_for_empty, fill_or_untile, make_values
 from memtile.convert.kinds import kind_of, replace_module
+from memtile.convert.materializing import checked_for_empty, fill_or_untile, make_values
 from memtile.convert.planned import (
     check_alone,
     check_checkpointing,

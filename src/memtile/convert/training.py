@@ -16,11 +16,11 @@ from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.record import RandomState, read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
-from memtile.convert.moving import bring_in, finite, outgoing
+from memtile.convert.model_tensors import tensors_of
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
 from memtile.convert.saving import flush, write_model
 from memtile.convert.sharded import for_distributed, for_sharded
-from memtile.convert.wanted import wanted_by
+from memtile.convert.streaming import bring_in, finite, outgoing
 from memtile.errors import ArgumentError, CheckpointError
 from memtile.homes import trim_heap
 from memtile.optim import DenseParameter
@@ -270,11 +270,11 @@ def _weights(model: nn.Module, trainable_only: bool, check_finite: bool) -> list
 def _held_tensors(model: nn.Module, trainable_only: bool) -> dict[str, DenseParameter]:
     """What a checkpoint has of a model, by name: dense parameters, and persistent buffers."""
     held = {}
-    for wanted in wanted_by(model):
-        first: Tensor = wanted.dense.parts[0].parameter  # or a buffer
-        frozen = isinstance(first, nn.Parameter) and not is_trained(wanted.dense)
+    for needed in tensors_of(model):
+        first: Tensor = needed.dense.parts[0].parameter  # or a buffer
+        frozen = isinstance(first, nn.Parameter) and not is_trained(needed.dense)
         if not (trainable_only and frozen):
-            held[wanted.names[0]] = wanted.dense
+            held[needed.names[0]] = needed.dense
     return held
 
 

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import SHARD_BYTES, Checkpoint, Outgoing, Paths, write_checkpoint
 from memtile.checkpoints.publishing import cannot_write
-from memtile.convert.finding import Findings, Match, checked, find, left_out, some
 from memtile.convert.kinds import configs_beside
 from memtile.convert.loading_checkpoints import Loaded
-from memtile.convert.moving import Source, bring_in
-from memtile.convert.wanted import wanted_by
+from memtile.convert.model_tensors import tensors_of
+from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
+from memtile.convert.streaming import Source, bring_in
 from memtile.engines.dcp_files import read_alone, write_shards
 from memtile.engines.dense_views import (
     DenseView,
@@ -96,7 +96,7 @@ def save_checkpoint(
 
 
 def _names(model: nn.Module) -> list[str]:
-    return [wanted.names[0] for wanted in wanted_by(model)]
+    return [wanted.names[0] for wanted in tensors_of(model)]
 
 
 def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Findings:

@@ -24,9 +24,9 @@ from torch.distributed.tensor._utils import (  # private: DTensor says nowhere e
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from memtile.convert.moving import Held, values_of
+from memtile.convert.model_tensors import tensors_of
 from memtile.convert.saving import check_modules, flush
-from memtile.convert.wanted import wanted_by
+from memtile.convert.streaming import Held, values_of
 from memtile.engines.zero3_values import flat_part, is_partitioned
 from memtile.errors import ArgumentError, CheckpointError, EngineError
 from memtile.layers import whole_shape
@@ -138,7 +138,7 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
     model = unwrapped(model)
     reshard_and_flush(model)
     views: dict[str, Tensor] = {}
-    for wanted in wanted_by(model):
+    for wanted in tensors_of(model):
         view = view_of(wanted.dense, values_of)
         if isinstance(view, DenseView):
             view.takes = not any(is_partitioned(part.parameter) for part in wanted.dense.parts)

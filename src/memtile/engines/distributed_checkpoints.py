@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.steps import RECORD, new_step
-from memtile.convert.moving import check_finite as finite_or_refused
+from memtile.convert.model_tensors import tensors_of
 from memtile.convert.sharded import METADATA
+from memtile.convert.streaming import check_finite as finite_or_refused
 from memtile.convert.training import (
     Resumed,
     Scheduler,
@@ -34,7 +35,6 @@ from memtile.convert.training import (
     newest_step,
     scheduler_record,
 )
-from memtile.convert.wanted import wanted_by
 from memtile.engines.dcp_files import read_alone, read_shards, write_shards
 from memtile.engines.dense_views import DenseView, dense_view, local_pieces, unwrapped
 from memtile.engines.optimizer_state import (
@@ -143,7 +143,7 @@ def _check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Refuse trained weights and moments with a NaN or an infinity among what this rank holds."""
     tensors: dict[str, Any] = {
         wanted.names[0]: state[_MODEL][wanted.names[0]]
-        for wanted in wanted_by(model)
+        for wanted in tensors_of(model)
         if is_trained(wanted.dense)
     }
     for name, kept in state.get(KEY, {"state": {}})["state"].items():

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from memtile.checkpoints import Checkpoint, CheckpointHome, Paths, StoredFile, StoredTensor
-from memtile.convert.finding import Findings, Match, checked, find, left_out, some
 from memtile.convert.kinds import integrations
-from memtile.convert.moving import bring_in, first_element
+from memtile.convert.model_tensors import tensors_of
+from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
+from memtile.convert.streaming import bring_in, first_element
 from memtile.convert.untiling import untile
-from memtile.convert.wanted import wanted_by
 from memtile.errors import (
     ArgumentError,
     CheckpointError,
@@ -31,11 +31,11 @@ from memtile.optim import DenseParameter, Part
 _log = logging.getLogger("memtile.checkpoints")
 
 Copies = dict[int, nn.Parameter]  # by the id of the parameter on the meta device
-Resting = Mapping[int, Allocation]  # by the id of the parameter on the meta device
-_NOWHERE: Final[Resting] = MappingProxyType({})
+FileBacked = Mapping[int, Allocation]  # by the id of the parameter on the meta device
+_NOWHERE: Final[FileBacked] = MappingProxyType({})
 
 
-def fill(model: nn.Module, matches: Iterable[Match], resting: Resting = _NOWHERE) -> None:
+def fill(model: nn.Module, matches: Iterable[Match], file_backed: FileBacked = _NOWHERE) -> None:
     """Write what was found into the model; what was on the meta device gets memory, at its home.
 
     Those parameters become new ones, all of them at the end: an error leaves them on meta. So does
@@ -48,10 +48,10 @@ def fill(model: nn.Module, matches: Iterable[Match], resting: Resting = _NOWHERE
         for name, parameter in module._parameters.items():
             key = id(parameter)
             if parameter is not None and parameter.is_meta and key in matched and key not in copies:
-                copies[key] = _materialized(module, name, parameter, resting)
+                copies[key] = _materialized(module, name, parameter, file_backed)
     files: set[StoredFile] = set()
     for match in matches:
-        bring_in(_of_copies(match.dense, copies, resting), match.source)
+        bring_in(_of_copies(match.dense, copies, file_backed), match.source)
         files.update(stored.file for stored in match.stored())
     for file in files:
         file.check_unchanged()
@@ -101,8 +101,8 @@ def _check_has_none(match: Match) -> None:
 def to_make(model: nn.Module, findings: Findings) -> list[str]:
     """Names of what a checkpoint may lack, and is on the meta device."""
     names = {*findings.made, *findings.optional}
-    wanted = wanted_by(model) if names else []
-    lacking = (each.dense for each in wanted if each.dense.name in names)
+    needed = tensors_of(model) if names else []
+    lacking = (each.dense for each in needed if each.dense.name in names)
     return [dense.name for dense in lacking if dense.parts[0].parameter.is_meta]
 
 
@@ -198,11 +198,11 @@ def _warn(model: nn.Module, stored: Stored) -> None:
 
 
 def _materialized(
-    module: nn.Module, name: str, parameter: nn.Parameter, resting: Resting
+    module: nn.Module, name: str, parameter: nn.Parameter, file_backed: FileBacked
 ) -> nn.Parameter:
     """A parameter like one on the meta device, with memory: at home where its tile has one."""
     if isinstance(module, ParkedModule) and name == "weight":
-        allocation = resting.get(id(parameter))
+        allocation = file_backed.get(id(parameter))
         allocation = allocation or module.home.allocate(parameter.shape, parameter.dtype)
         meta_copy = nn.Parameter(allocation.tensor(), parameter.requires_grad)
         register(meta_copy, allocation)
@@ -213,16 +213,16 @@ def _materialized(
     return meta_copy
 
 
-def _of_copies(dense: DenseParameter, copies: Copies, resting: Resting) -> DenseParameter:
+def _of_copies(dense: DenseParameter, copies: Copies, file_backed: FileBacked) -> DenseParameter:
     parts = (
         replace(part, parameter=copies.get(id(part.parameter), part.parameter))
         for part in dense.parts
-        if id(part.parameter) not in resting
+        if id(part.parameter) not in file_backed
     )
     return replace(dense, parts=tuple(parts))
 
 
-def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHome) -> Resting:
+def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHome) -> FileBacked:
     """The stretches of the files that tiles lie in; a new disk home is made for the others.
 
     Only rows of a tensor of the model's own dtype are a stretch of its file. Columns, transposed
@@ -234,7 +234,7 @@ def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHo
         for module in model.modules()
         if isinstance(module, ParkedModule) and module.home is home
     }
-    resting: dict[int, Allocation] = {}
+    file_backed: dict[int, Allocation] = {}
     reasons: Counter[str] = Counter()
     for match in matches:
         for part in match.dense.parts:
@@ -243,12 +243,12 @@ def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHo
                 if isinstance(found, str):
                     reasons[found] += 1
                 else:
-                    resting[id(part.parameter)] = found
+                    file_backed[id(part.parameter)] = found
     for reason, count in reasons.items():
         _log.info("%d tiles are copied to a home on disk: %s", count, reason)
     if reasons:
-        _move_others(model, home, resting)
-    return resting
+        _move_others(model, home, file_backed)
+    return file_backed
 
 
 def _place(match: Match, part: Part, home: CheckpointHome) -> Allocation | str:
@@ -263,14 +263,14 @@ def _place(match: Match, part: Part, home: CheckpointHome) -> Allocation | str:
     return home.rows_of(match.source, start, part.parameter.shape)
 
 
-def _move_others(model: nn.Module, home: CheckpointHome, resting: Resting) -> None:
+def _move_others(model: nn.Module, home: CheckpointHome, file_backed: FileBacked) -> None:
     """Give the tiles that lie in no file another home, with room for all of them."""
     others = [
         module
         for module in model.modules()
         if isinstance(module, ParkedModule)
         and module.home is home
-        and id(module._parameters["weight"]) not in resting
+        and id(module._parameters["weight"]) not in file_backed
     ]
     weights = {id(m._parameters["weight"]): m._parameters["weight"] for m in others}
     disk = DiskHome()

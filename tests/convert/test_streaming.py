@@ -6,8 +6,8 @@ from torch import nn
 
 import memtile
 from memtile.checkpoints import Checkpoint, write_checkpoint
-from memtile.convert import moving
-from memtile.convert.moving import bring_in, outgoing
+from memtile.convert import streaming
+from memtile.convert.streaming import bring_in, outgoing
 from memtile.errors import CheckpointError
 from memtile.optim import dense_parameters
 from memtile.testing import LargestAllocation
@@ -19,7 +19,7 @@ HOMES = ["memory", "host", "disk"]
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """A piece is a few rows, so that small tensors pass in many."""
-    monkeypatch.setattr(moving, "PIECE_BYTES", 200)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 200)
 
 
 def layer(grid, home, folder, *, bias=True):

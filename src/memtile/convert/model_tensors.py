@@ -14,7 +14,7 @@ from memtile.optim import DenseParameter, Part, dense_parameters
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelTensor:
     """One dense tensor of a model.
 
     Args:
@@ -48,26 +48,26 @@ class Wanted:
         return DenseParameter(self.dense.name, torch.Size([out, inside]), tuple(parts))
 
 
-def wanted_by(model: nn.Module) -> list[Wanted]:
+def tensors_of(model: nn.Module) -> list[ModelTensor]:
     """The dense parameters of a model and its persistent buffers, each once, in its order."""
     names, transposed = _names(model)
-    wanted = []
+    needed = []
     for dense in dense_parameters(model):
         first = dense.parts[0]
         if first.rect is None:  # ZeRO-3's partitions are empty
             dense = replace(dense, shape=torch.Size(whole_shape(first.parameter)))
         key = id(first.parameter)
-        wanted.append(Wanted(tuple(names[key]), dense, key in transposed))
+        needed.append(ModelTensor(tuple(names[key]), dense, key in transposed))
     buffers: dict[int, list[str]] = defaultdict(list)
     for name, buffer in persistent_buffers(model):
         buffers[id(buffer)].append(name)
     for name, buffer in persistent_buffers(model):
         if buffers[id(buffer)][0] == name:
             part = Part(buffer)  # type: ignore[arg-type]  # values move alike
-            wanted.append(
-                Wanted(tuple(buffers[id(buffer)]), DenseParameter(name, buffer.shape, (part,)))
+            needed.append(
+                ModelTensor(tuple(buffers[id(buffer)]), DenseParameter(name, buffer.shape, (part,)))
             )
-    return wanted
+    return needed
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

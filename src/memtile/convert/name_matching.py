@@ -15,8 +15,8 @@ from torch import nn
 from memtile.checkpoints import PIECE_BYTES, Checkpoint, StoredTensor
 from memtile.convert.dense import check_stored
 from memtile.convert.kinds import Naming, integrations, naming_of, tiled_classes
-from memtile.convert.moving import Index, Source, TiledSource
-from memtile.convert.wanted import Wanted, computed_buffers, wanted_by
+from memtile.convert.model_tensors import ModelTensor, computed_buffers, tensors_of
+from memtile.convert.streaming import Index, Source, TiledSource
 from memtile.errors import CheckpointError, HomeError, MemtileError
 from memtile.homes import allocation_of
 from memtile.layers import TiledModule
@@ -126,7 +126,7 @@ def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
         for path in checkpoint.paths:
             integration.check_files(path)
     findings = _Search(
-        wanted_by(model), checkpoint, naming_of(model), computed_buffers(model)
+        tensors_of(model), checkpoint, naming_of(model), computed_buffers(model)
     ).run()
     for match in findings.matches:
         _refuse_scaled(match, checkpoint.where)
@@ -175,10 +175,10 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
             )
     found = {match.name for match in findings.matches}
     found.update(findings.made, findings.optional, findings.apart)
-    for wanted in wanted_by(model):
-        if wanted.dense.name not in found and wanted.dense.parts[0].parameter.is_meta:
+    for needed in tensors_of(model):
+        if needed.dense.name not in found and needed.dense.parts[0].parameter.is_meta:
             raise CheckpointError(
-                f"{wanted.dense.name} is on the meta device and the checkpoint has nothing for it; "
+                f"{needed.dense.name} is on the meta device and the checkpoint has nothing for it; "
                 "give a checkpoint that holds it, or build the model with its values"
             )
 
@@ -186,26 +186,26 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
 class _Search:
     def __init__(
         self,
-        wanted: list[Wanted],
+        needed: list[ModelTensor],
         checkpoint: Checkpoint,
         naming: Naming,
         computed: Collection[str],
     ) -> None:
-        self.wanted, self.checkpoint, self.naming = wanted, checkpoint, naming
+        self.needed, self.checkpoint, self.naming = needed, checkpoint, naming
         self.computed = computed
         self.tiles = tiles_by_layer(checkpoint)
-        self.own = {naming.stored(name) for one in wanted for name in one.names}
+        self.own = {naming.stored(name) for one in needed for name in one.names}
         self.used: set[str] = set()
         self.lacking: list[str] = []  # names of the model
         self.findings = Findings()
 
     def run(self) -> Findings:
         found = self.findings
-        for wanted in self.wanted:
+        for needed in self.needed:
             try:
-                self._match(wanted)
+                self._match(needed)
             except MemtileError as error:
-                found.problems.append(f"{wanted.dense.name}: {error}")
+                found.problems.append(f"{needed.dense.name}: {error}")
         self._check_biases()
         known = {s for name in self.computed for s in self._spellings(name)}
         besides = set(self.checkpoint) - self.used - known
@@ -227,21 +227,21 @@ class _Search:
             else:
                 (found.missing if stored in missing else found.optional).append(name)
 
-    def _match(self, wanted: Wanted) -> None:
-        sources = {name: source for name in wanted.names if (source := self._source(name))}
+    def _match(self, needed: ModelTensor) -> None:
+        sources = {name: source for name in needed.names if (source := self._source(name))}
         if not sources:
-            self.lacking.append(wanted.dense.name)
+            self.lacking.append(needed.dense.name)
             return
         (_, source), *others = sources.items()
-        dense = wanted.matrix if isinstance(source, TiledSource) else wanted.dense
-        _check_fits(dense, wanted.dtype, source)
+        dense = needed.matrix if isinstance(source, TiledSource) else needed.dense
+        _check_fits(dense, needed.dtype, source)
         for other, tied in others:
             if not _same_values(source, tied):
                 raise CheckpointError(
                     f"the model ties it to {other}, and the checkpoint holds other values under "
                     "that name; untie the model, or remove one of the two"
                 )
-        self.findings.matches.append(Match(dense, source, wanted.dense.name))
+        self.findings.matches.append(Match(dense, source, needed.dense.name))
 
     def _source(self, name: str) -> Source | None:
         """Where the checkpoint has a name, dense or in tiles."""
