@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import nn
 
 import memtile
+from memtile.costmodel import Plan, format_byte_size, parse_byte_size
 from memtile.errors import BudgetError
-from memtile.planning import Plan, format_byte_size, parse_byte_size
 from memtile.testing import PeakMemory
 
 STEPS = 3

@@ -10,7 +10,7 @@ import memtile
 from memtile.cli import main, models
 from memtile.cli.finetune.command import run_finetune
 from memtile.cli.plan import run_plan
-from memtile.planning import Plan, RankPlan
+from memtile.costmodel import Plan, RankPlan
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from memtile.costmodel import Products
 from memtile.planner.product_memory import Workspaces
-from memtile.planning import Products
 
 SHAPES = [
     (rows, depth, columns)
@@ -28,7 +28,7 @@ import json, os, sys, torch
 from memtile.convert import multiply, take_workspace
 from memtile.homes import keep_freed_memory_out, trim_heap
 from memtile.planner.machine_rates import private_bytes
-from memtile.planning import Products
+from memtile.costmodel import Products
 
 keep_freed_memory_out()
 for shapes in json.loads(sys.argv[1]):

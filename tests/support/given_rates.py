@@ -1,6 +1,6 @@
 """Rates as a machine could have them: tests of plans measure none."""
 
-from memtile.planning import Rates
+from memtile.costmodel import Rates
 
 RATES = Rates(
     product_flops=((16, 1e10), (1024, 5e10)),

@@ -23,10 +23,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 import memtile
+from memtile.costmodel import Moment, RankPlan
 from memtile.engines import exchange_order
 from memtile.engines.torch_fsdp2 import shard
 from memtile.planner import plan_ranks
-from memtile.planning import Moment, RankPlan
 
 Wrap = Callable[[Any], Any]  # around a function of torch's, which is private and untyped
 TOKENS = 12

@@ -22,9 +22,9 @@ from rank_worker import TOKENS, WARMED, Case, Net, allocated, attribute, forward
 from torch import Tensor, nn
 
 import memtile
+from memtile.costmodel import RankPlan
 from memtile.engines.deepspeed_zero3 import config, hold
 from memtile.planner import plan_ranks
-from memtile.planning import RankPlan
 
 _FSDP2_ALONE = ("neighbours together",)
 CASES = {name: case for name, case in EVERY_CASE.items() if name not in _FSDP2_ALONE} | {

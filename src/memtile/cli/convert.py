@@ -7,7 +7,7 @@ import typer
 
 from memtile.cli.errors import CommandError
 from memtile.convert import Recut, convert_checkpoint
-from memtile.planning import format_byte_size, parse_byte_size
+from memtile.costmodel import format_byte_size, parse_byte_size
 
 
 def run_convert(

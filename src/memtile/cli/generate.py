@@ -17,8 +17,8 @@ import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError, first_line, is_our_bug
 from memtile.cli.homes import check_home
+from memtile.costmodel import format_byte_size, parse_byte_size
 from memtile.errors import MemtileError
-from memtile.planning import format_byte_size, parse_byte_size
 from memtile.testing import PeakMemory
 
 _SETTINGS: Final = "generation_config.json"

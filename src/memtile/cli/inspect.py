@@ -16,7 +16,7 @@ from memtile.checkpoints.header import DTYPES, parse_json
 from memtile.checkpoints.steps import saved_steps
 from memtile.cli.errors import CommandError
 from memtile.cli.terminal import progress
-from memtile.planning import format_byte_size
+from memtile.costmodel import format_byte_size
 
 _TRAINING: Final = "training.json"
 _KEPT_HOME: Final = "tiles.memtile"  # of releases that kept homes

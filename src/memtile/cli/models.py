@@ -22,8 +22,8 @@ from memtile.checkpoints.publishing import put
 from memtile.cli.errors import CommandError, first_line, is_our_bug
 from memtile.convert import empty_model
 from memtile.convert.name_matching import find
+from memtile.costmodel import format_byte_size
 from memtile.errors import BudgetError, CheckpointWarning, MemtileError, NewWeightsWarning
-from memtile.planning import format_byte_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.homes import check_home
+from memtile.costmodel import Plan, Speeds, parse_byte_size, parse_speed
 from memtile.planner import plan_ranks
-from memtile.planning import Plan, Speeds, parse_byte_size, parse_speed
 from memtile.testing import PeakMemory
 
 _OTHERS: Final = "the tokenizer"

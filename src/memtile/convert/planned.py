@@ -7,9 +7,9 @@ from torch import nn
 
 from memtile.convert.kinds import kind_of
 from memtile.convert.select import Choice, Cut, choose
+from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import trim_heap
-from memtile.planning import Plan, PlannedLayer, Products, RankPlan
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 

@@ -22,6 +22,7 @@ from memtile.convert.planned import (
 )
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Choice, Cut, choose
+from memtile.costmodel import Plan, RankPlan
 from memtile.errors import (
     ArgumentError,
     CannotTileError,
@@ -37,7 +38,6 @@ from memtile.homes import (
     whole_pages,
 )
 from memtile.layers import TiledLinear, TiledModule, is_shard
-from memtile.planning import Plan, RankPlan
 from memtile.transfer import watch_model
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from memtile.convert import dense_items, empty_model, save_checkpoint
+from memtile.costmodel.byte_sizes import parse_byte_size
 from memtile.errors import CannotTileError
 from memtile.layers import TiledModule
-from memtile.planning.byte_sizes import parse_byte_size
 
 _MARK = "_knows_tiles"
 _SHARD_BYTES = 50_000_000_000  # what transformers writes into one file

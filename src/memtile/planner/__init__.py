@@ -1,4 +1,4 @@
-"""Looks at a model and at this machine, and makes plans by the formulas of `memtile.planning`."""
+"""Looks at a model and at this machine, and makes plans by the formulas of `memtile.costmodel`."""
 
 from memtile.planner.plan_for_machine import plan
 from memtile.planner.plan_for_ranks import plan_ranks

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memtile.convert import take_workspace, tile
+from memtile.costmodel import Products, Rates
+from memtile.costmodel.rates import WORKSPACE_SHAPE
 from memtile.errors import ArgumentError, MemtileError
 from memtile.homes import (
     DeviceHome,
@@ -29,8 +31,6 @@ from memtile.homes import (
 from memtile.optim import TileOptimizer
 from memtile.planner.operation_count import count_step
 from memtile.planner.step_count import make_meta_copy
-from memtile.planning import Products, Rates
-from memtile.planning.rates import WORKSPACE_SHAPE
 
 _ROWS: Final = (16, 64, 256, 1024)
 _SIDE: Final = 1024

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from memtile.convert import Choice, Cut, Work, choose, has_checkpointing, integrations, kind_of
+from memtile.costmodel import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
+from memtile.costmodel.model_records import Rest, State, Weight
+from memtile.costmodel.plan_parts import PARKED, RESIDENT, check_tokens
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.geometry import Grid
 from memtile.layers import TiledModule
 from memtile.optim import CHUNK_ELEMENTS, Inner, ParameterSlice
 from memtile.planner.operation_count import live_peak
-from memtile.planning import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
-from memtile.planning.model_records import Rest, State, Weight
-from memtile.planning.plan_parts import PARKED, RESIDENT, check_tokens
 
 _SIXTEEN_BITS = 2
 

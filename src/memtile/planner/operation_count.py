@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from memtile.convert import Work
+from memtile.costmodel import Products
+from memtile.costmodel.model_records import Counted
 from memtile.homes import is_parked
-from memtile.planning import Products
-from memtile.planning.model_records import Counted
 
 _aten = torch.ops.aten
 _META: Final = torch.device("meta")

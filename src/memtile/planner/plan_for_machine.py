@@ -11,16 +11,16 @@ from typing import Any, get_args
 import torch
 
 from memtile.convert import Choice, Work
+from memtile.costmodel import Budget, Plan, PlannedLayer, Rates
+from memtile.costmodel.memory_model import Rings, Setting
+from memtile.costmodel.model_records import ParkedLayout
+from memtile.costmodel.plan import OptimizerMode
+from memtile.costmodel.search import Search
 from memtile.home_names import parse_home
 from memtile.homes import PAGE, Home, fits_page_cache, trim_heap, usable_folder, word_for
 from memtile.planner.model_survey import Survey, check_choice, rest_of, survey
 from memtile.planner.saved_rates import rates_of, workspaces_of
 from memtile.planner.step_count import StepCount
-from memtile.planning import Budget, Plan, PlannedLayer, Rates
-from memtile.planning.memory_model import Rings, Setting
-from memtile.planning.model_records import ParkedLayout
-from memtile.planning.plan import OptimizerMode
-from memtile.planning.search import Search
 from memtile.transfer import GRADIENT_SLABS, SLABS
 
 _FAULT_BYTES = 64 << 10  # Linux maps so much around a page that is in the page cache

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from memtile.convert import Choice, Cut, Work
+from memtile.costmodel import LooseModule, PlannedLayer, RankPlan, Sharding, Speeds, Uses
+from memtile.costmodel.budget import checked_size
+from memtile.costmodel.model_records import Counted, ParkedLayout
+from memtile.costmodel.rank_memory import Offload, RankSetting
+from memtile.costmodel.rank_search import RankFound, RankSearch
+from memtile.costmodel.rank_traffic import rank_floors, traffic
+from memtile.costmodel.shards import Engine
 from memtile.errors import ArgumentError
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
-from memtile.planning import LooseModule, PlannedLayer, RankPlan, Sharding, Speeds, Uses
-from memtile.planning.budget import checked_size
-from memtile.planning.model_records import Counted, ParkedLayout
-from memtile.planning.rank_memory import Offload, RankSetting
-from memtile.planning.rank_search import RankFound, RankSearch
-from memtile.planning.rank_traffic import rank_floors, traffic
-from memtile.planning.shards import Engine
 
 
 def plan_ranks(

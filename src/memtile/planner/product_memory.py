@@ -29,9 +29,9 @@ from typing import Final
 import torch
 
 from memtile.convert import multiply, take_workspace
+from memtile.costmodel import Products
 from memtile.homes import keep_freed_memory_out, trim_heap
 from memtile.planner.machine_rates import MeasuringError, child_environment, private_bytes
-from memtile.planning import Products
 
 _CODE: Final = "import memtile.planner.product_memory as product_memory; product_memory.serve()"
 _SMALL: Final = 1 << 20

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from memtile.costmodel import Products, Rates
 from memtile.errors import ArgumentError
 from memtile.planner import machine_rates
 from memtile.planner.product_memory import Workspaces
-from memtile.planning import Products, Rates
 
 
 def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) -> Rates:
@@ -31,7 +31,7 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
         return given
     if given is not None and not isinstance(given, str | os.PathLike):
         raise ArgumentError(
-            f"rates={given!r} must be memtile.planning.Rates, or the path of a JSON file"
+            f"rates={given!r} must be memtile.costmodel.Rates, or the path of a JSON file"
         )
     if given is not None:
         return _read(Path(given))

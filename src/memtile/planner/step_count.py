@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from memtile.convert import Choice, Work, replace_chosen, set_checkpointing
+from memtile.costmodel import Products
+from memtile.costmodel.model_records import Counted, ParkedLayout
 from memtile.errors import CannotTileError, MemtileError
 from memtile.homes import DeviceHome, is_parked, register
 from memtile.layers import ParkedModule
 from memtile.planner.operation_count import count_step
-from memtile.planning import Products
-from memtile.planning.model_records import Counted, ParkedLayout
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from memtile.cli.demo.worker import run_worker
 from memtile.cli.errors import CommandError
 from memtile.cli.homes import check_home
 from memtile.cli.terminal import progress
-from memtile.planning import parse_byte_size
+from memtile.costmodel import parse_byte_size
 from memtile.testing import PeakMemory
 
 _BATCHES: Final = 8

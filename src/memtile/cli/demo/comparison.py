@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from memtile.cli.demo.records import DemoSettings, Machine, Outcome, Side, Verdict
-from memtile.planning import format_byte_size
+from memtile.costmodel import format_byte_size
 
 LOGITS_BOUND: Final = 2e-5  # both stand in the verdicts' words
 LOSS_BOUND: Final = 1e-5

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Outcome, Side
-from memtile.planning import format_byte_size
+from memtile.costmodel import format_byte_size
 
 _HOW_MEASURED: Final = (
     "Seconds: median of all steps but the first. Peak memory: resident, above the imports. "

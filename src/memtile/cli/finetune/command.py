@@ -24,7 +24,7 @@ from memtile.cli.finetune.settings import (
 )
 from memtile.cli.homes import check_home
 from memtile.cli.terminal import progress
-from memtile.planning import format_byte_size, parse_byte_size
+from memtile.costmodel import format_byte_size, parse_byte_size
 
 _ENGINES: Final = ("fsdp2", "zero3")
 _MEBIBYTE: Final = 1 << 20

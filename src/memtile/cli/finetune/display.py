@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from memtile.cli.finetune.log import LoggedStep
-from memtile.planning import format_byte_size
+from memtile.costmodel import format_byte_size
 
 _BETWEEN_LINES: Final = 16 << 20  # bytes of text, tens of seconds
 

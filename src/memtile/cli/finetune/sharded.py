@@ -23,13 +23,13 @@ from memtile.cli.errors import CommandError
 from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed
+from memtile.costmodel import format_byte_size
 from memtile.engines import dense_files, distributed_checkpoints
 from memtile.engines.ranks import Ranks, check_agreement
 from memtile.engines.torch_fsdp2 import shard
 from memtile.engines.zero3_config import check_installed
 from memtile.errors import ArgumentError, NotFiniteError
 from memtile.optim import is_finite
-from memtile.planning import format_byte_size
 
 T = TypeVar("T")
 

@@ -5,13 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from memtile.errors import ArgumentError
-from memtile.home_names import parse_home
-from memtile.planning.budget import Budget
-from memtile.planning.byte_sizes import format_byte_size
-from memtile.planning.json_form import from_text, to_text
-from memtile.planning.model_records import Products
-from memtile.planning.plan_parts import (
+from memtile.costmodel.budget import Budget
+from memtile.costmodel.byte_sizes import format_byte_size
+from memtile.costmodel.json_form import from_text, to_text
+from memtile.costmodel.model_records import Products
+from memtile.costmodel.plan_parts import (
     PARKED,
     PLACES,
     Floor,
@@ -26,6 +24,8 @@ from memtile.planning.plan_parts import (
     limit_rows,
     term_rows,
 )
+from memtile.errors import ArgumentError
+from memtile.home_names import parse_home
 
 OptimizerMode = Literal["classic", "in_backward"]
 _VERSION: Final = 2

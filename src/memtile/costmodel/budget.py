@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
+from memtile.costmodel.byte_sizes import format_byte_size, parse_byte_size
 from memtile.errors import ArgumentError
-from memtile.planning.byte_sizes import format_byte_size, parse_byte_size
 
 Size = int | str
 

@@ -9,15 +9,22 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
+from memtile.costmodel.budget import needed, usable
+from memtile.costmodel.byte_sizes import format_byte_size
+from memtile.costmodel.model_records import Counted, ParkedLayout, Weight
+from memtile.costmodel.plan_parts import Term, bytes_in, largest_terms
+from memtile.costmodel.rank_memory import (
+    Moment,
+    Rank,
+    RankSetting,
+    kept_terms,
+    moments,
+    peak_moment,
+)
+from memtile.costmodel.search import tile_grid, tile_grids
+from memtile.costmodel.shards import LooseModule, ShardedLayer, Sharding, Uses
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
-from memtile.planning.budget import needed, usable
-from memtile.planning.byte_sizes import format_byte_size
-from memtile.planning.model_records import Counted, ParkedLayout, Weight
-from memtile.planning.plan_parts import Term, bytes_in, largest_terms
-from memtile.planning.rank_memory import Moment, Rank, RankSetting, kept_terms, moments, peak_moment
-from memtile.planning.search import tile_grid, tile_grids
-from memtile.planning.shards import LooseModule, ShardedLayer, Sharding, Uses
 
 LARGEST_WORLD: Final = 1 << 20
 

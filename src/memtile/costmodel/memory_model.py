@@ -8,11 +8,11 @@ For the step: what was counted. For the process: what was measured on this machi
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from memtile.costmodel.model_records import Counted, ParkedLayout, Rest, State, Weight
+from memtile.costmodel.plan import OptimizerMode
+from memtile.costmodel.plan_parts import Place, Term, sorted_terms
+from memtile.costmodel.rates import Rates
 from memtile.geometry import round_up
-from memtile.planning.model_records import Counted, ParkedLayout, Rest, State, Weight
-from memtile.planning.plan import OptimizerMode
-from memtile.planning.plan_parts import Place, Term, sorted_terms
-from memtile.planning.rates import Rates
 
 
 @dataclass(frozen=True)

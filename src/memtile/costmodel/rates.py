@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from memtile.costmodel.json_form import from_text, to_text
+from memtile.costmodel.model_records import Products
 from memtile.errors import ArgumentError
-from memtile.planning.json_form import from_text, to_text
-from memtile.planning.model_records import Products
 
 _VERSION: Final = 1
 WORKSPACE_SHAPE: Final = (1024, 512, 8192)

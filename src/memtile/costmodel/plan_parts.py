@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from memtile.costmodel.budget import margin
+from memtile.costmodel.byte_sizes import format_byte_size
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
-from memtile.planning.budget import margin
-from memtile.planning.byte_sizes import format_byte_size
 
 Place = Literal["device", "host", "disk"]
 PLACES: Final[tuple[Place, ...]] = ("device", "host", "disk")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memtile.planning.budget import margin, needed, usable
+from memtile.costmodel.budget import margin, needed, usable
 
 MIB = 1 << 20
 

@@ -5,8 +5,8 @@ import torch
 from given_rates import RATES
 
 import memtile
+from memtile.costmodel import Plan
 from memtile.errors import ArgumentError, BudgetError, CannotTileError, CheckpointError
-from memtile.planning import Plan
 
 transformers = pytest.importorskip("transformers")
 

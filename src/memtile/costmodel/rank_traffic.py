@@ -9,10 +9,10 @@ gathered for each of its uses. What is frozen is not reduced.
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from memtile.costmodel.plan_parts import Floor
+from memtile.costmodel.rank_memory import FLOAT32, Rank
+from memtile.costmodel.shards import GatherUnit, trained_of
 from memtile.errors import ArgumentError
-from memtile.planning.plan_parts import Floor
-from memtile.planning.rank_memory import FLOAT32, Rank
-from memtile.planning.shards import GatherUnit, trained_of
 
 
 @dataclass(frozen=True)

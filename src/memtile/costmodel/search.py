@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
+from memtile.costmodel.budget import Budget, needed, usable
+from memtile.costmodel.byte_sizes import format_byte_size
+from memtile.costmodel.memory_model import Setting, terms
+from memtile.costmodel.model_records import Counted, ParkedLayout, Products, Weight
+from memtile.costmodel.plan_parts import PLACES, Floor, Place, Term, bytes_in, largest_terms
+from memtile.costmodel.time_model import Moved, floors, moved
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
-from memtile.planning.budget import Budget, needed, usable
-from memtile.planning.byte_sizes import format_byte_size
-from memtile.planning.memory_model import Setting, terms
-from memtile.planning.model_records import Counted, ParkedLayout, Products, Weight
-from memtile.planning.plan_parts import PLACES, Floor, Place, Term, bytes_in, largest_terms
-from memtile.planning.time_model import Moved, floors, moved
 
 SMALLEST_TILE: Final = 64 << 10
 """Bytes. Smaller tiles are mostly overhead, so no plan asks for them."""

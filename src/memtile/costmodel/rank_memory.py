@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from memtile.planning.memory_model import activation_terms
-from memtile.planning.model_records import Counted, State
-from memtile.planning.plan_parts import Place, Term, sorted_terms
-from memtile.planning.shards import GatherUnit, Parameter, Sharding, Units, trained_of
+from memtile.costmodel.memory_model import activation_terms
+from memtile.costmodel.model_records import Counted, State
+from memtile.costmodel.plan_parts import Place, Term, sorted_terms
+from memtile.costmodel.shards import GatherUnit, Parameter, Sharding, Units, trained_of
 
 Offload = Literal["none", "cpu", "nvme"]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from memtile.costmodel import format_byte_size, parse_byte_size, parse_speed
 from memtile.errors import ArgumentError
-from memtile.planning import format_byte_size, parse_byte_size, parse_speed
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ the step takes the longer of the two.
 
 from dataclasses import dataclass
 
-from memtile.planning.memory_model import Setting
-from memtile.planning.model_records import Counted, ParkedLayout
-from memtile.planning.plan_parts import Floor
+from memtile.costmodel.memory_model import Setting
+from memtile.costmodel.model_records import Counted, ParkedLayout
+from memtile.costmodel.plan_parts import Floor
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from given_rates import RATES
 from torch import nn
 
 import memtile
+from memtile.costmodel import Plan, Rates
 from memtile.errors import ArgumentError
-from memtile.planning import Plan, Rates
 
 
 def a_plan() -> Plan:

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import memtile
+from memtile.costmodel import LooseModule, Parameter, RankPlan, ShardedLayer, Sharding, Speeds, Uses
 from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
 from memtile.layers import ParkedLinear
 from memtile.planner import plan_ranks
-from memtile.planning import LooseModule, Parameter, RankPlan, ShardedLayer, Sharding, Speeds, Uses
 
 MIB = 1 << 20
 TRAINED = Uses(1, 0, 1)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from memtile.planning.byte_sizes import format_byte_size
-from memtile.planning.json_form import from_text, to_text
-from memtile.planning.plan_parts import (
+from memtile.costmodel.byte_sizes import format_byte_size
+from memtile.costmodel.json_form import from_text, to_text
+from memtile.costmodel.plan_parts import (
     PLACES,
     Floor,
     Place,
@@ -20,9 +20,9 @@ from memtile.planning.plan_parts import (
     limit_rows,
     term_rows,
 )
-from memtile.planning.rank_memory import Moment, Offload, peak_moment
-from memtile.planning.rank_traffic import LinkTraffic, Speeds
-from memtile.planning.shards import Engine
+from memtile.costmodel.rank_memory import Moment, Offload, peak_moment
+from memtile.costmodel.rank_traffic import LinkTraffic, Speeds
+from memtile.costmodel.shards import Engine
 
 _VERSION: Final = 1
 _TITLES: Final = {

@@ -11,9 +11,9 @@ from given_rates import RATES
 from torch import nn
 
 import memtile
+from memtile.costmodel import Budget, Plan
 from memtile.errors import ArgumentError, BudgetError, CannotTileError, HomeError
 from memtile.homes import keep_freed_memory_out
-from memtile.planning import Budget, Plan
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -257,7 +257,7 @@ def test_where_nothing_fits_the_need_is_said_and_true():
     with pytest.raises(BudgetError, match=r"need at least host .* fewer tokens") as raised:
         planned(100 * KIB)
     words = str(raised.value).split("need at least host ")[1].split(",")[0].split(";")[0]
-    needed = memtile.planning.parse_byte_size(words, "need")
+    needed = memtile.costmodel.parse_byte_size(words, "need")
 
     assert planned(int(needed * 1.01)).tiles > 0
 

@@ -1,0 +1,34 @@
+"""Formulas for memory and time of a step, and searches for a plan, on numbers alone: no torch.
+
+`memtile.planner` looks at a model and at this machine, and calls what is here.
+"""
+
+from memtile.costmodel.budget import Budget
+from memtile.costmodel.byte_sizes import format_byte_size, parse_byte_size, parse_speed
+from memtile.costmodel.model_records import Products
+from memtile.costmodel.plan import Plan
+from memtile.costmodel.plan_parts import PlannedLayer
+from memtile.costmodel.rank_memory import Moment
+from memtile.costmodel.rank_plan import RankPlan
+from memtile.costmodel.rank_traffic import Speeds
+from memtile.costmodel.rates import Rates
+from memtile.costmodel.shards import LooseModule, Parameter, ShardedLayer, Sharding, Uses
+
+__all__ = [
+    "Budget",
+    "LooseModule",
+    "Moment",
+    "Parameter",
+    "Plan",
+    "PlannedLayer",
+    "Products",
+    "RankPlan",
+    "Rates",
+    "ShardedLayer",
+    "Sharding",
+    "Speeds",
+    "Uses",
+    "format_byte_size",
+    "parse_byte_size",
+    "parse_speed",
+]
