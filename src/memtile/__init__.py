@@ -47,23 +47,23 @@ __all__ = [
     "untile",
 ]
 
-_MOVED: Final = {  # names that stood here before, and the module that has them
-    "Budget": "planning",
-    "Choice": "convert",
-    "Home": "homes",
-    "Loaded": "convert",
-    "ParkedLinear": "layers",
-    "Plan": "planning",
-    "RankPlan": "planning",
-    "Rates": "planning",
-    "Recut": "convert",
-    "Resumed": "convert",
-    "Speeds": "planning",
-    "convert_checkpoint": "convert",
-    "has_training": "convert",
-    "plan_ranks": "planner",
-    "select_linears": "convert",
-    "training_folder": "checkpoints",
+_MOVED: Final = {  # names that stood here before, and where they are now
+    "Budget": "costmodel.Budget",
+    "Choice": "convert.TilingDecision",
+    "Home": "homes.Home",
+    "Loaded": "convert.IncompatibleKeys",
+    "ParkedLinear": "layers.ParkedLinear",
+    "Plan": "costmodel.Plan",
+    "RankPlan": "costmodel.RankPlan",
+    "Rates": "costmodel.MachineProfile",
+    "Recut": "convert.TilingSpec",
+    "Resumed": "convert.Resumed",
+    "Speeds": "costmodel.ClusterSpec",
+    "convert_checkpoint": "convert.convert_checkpoint",
+    "has_training": "convert.has_training",
+    "plan_ranks": "planner.plan_ranks",
+    "select_linears": "convert.select_linears",
+    "training_folder": "checkpoints.training_folder",
 }
 
 register_all()
@@ -74,5 +74,5 @@ if not TYPE_CHECKING:  # type checkers are to report unknown names
     def __getattr__(name: str) -> object:
         """Say where a name is that stood here before."""
         if name in _MOVED:
-            raise AttributeError(f"memtile.{name} is memtile.{_MOVED[name]}.{name} now")
+            raise AttributeError(f"memtile.{name} is memtile.{_MOVED[name]} now")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

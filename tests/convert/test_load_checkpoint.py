@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import memtile
-from memtile.convert import Loaded
+from memtile.convert import IncompatibleKeys
 from memtile.errors import ArgumentError, CannotTileError, CheckpointError, MemtileError
 
 transformers.utils.logging.disable_progress_bar()
@@ -56,7 +56,7 @@ def test_every_form_is_read_into_every_model(kind, how, form, tmp_path):
     told = memtile.load_checkpoint(model, path)
 
     assert same_tensors(dense_values(model), expected)
-    assert told == Loaded((), ())
+    assert told == IncompatibleKeys((), ())
 
 
 @pytest.mark.parametrize("ours", [torch.float32, torch.bfloat16, torch.float16])
@@ -202,7 +202,7 @@ def test_what_does_not_fit_can_be_left_out(tmp_path):
 
     told = memtile.load_checkpoint(model, path, strict=False)
 
-    assert told == Loaded(missing=("2.bias",), unexpected=("stranger",))
+    assert told == IncompatibleKeys(missing=("2.bias",), unexpected=("stranger",))
     assert same_tensors(dense_values(model), expected)
 
 

@@ -13,7 +13,7 @@ from small_models import SIZES, build
 from stored_models import dense_values, write
 
 import memtile
-from memtile.convert import Loaded
+from memtile.convert import IncompatibleKeys
 from memtile.errors import CheckpointError, CheckpointWarning, HomeIOError, NewWeightsWarning
 
 transformers.utils.logging.disable_progress_bar()
@@ -74,7 +74,7 @@ def test_what_transformers_ignores_is_ignored(kind: str, strict: bool, tmp_path:
     )
     told = memtile.load_checkpoint(model, folder)
 
-    assert told == Loaded((), ())
+    assert told == IncompatibleKeys((), ())
 
 
 @pytest.mark.parametrize("kind", MORE)
@@ -193,7 +193,7 @@ def test_load_checkpoint_makes_what_has_no_values(tmp_path: Path) -> None:
     drawn = model.score.weight.clone()
     memtile.load_checkpoint(model, folder, strict=False)
 
-    assert told == Loaded(("score.weight",), ("lm_head.weight",))
+    assert told == IncompatibleKeys(("score.weight",), ("lm_head.weight",))
     assert drawn.std() > 0
     assert torch.equal(model.score.weight, drawn)
 
@@ -246,7 +246,7 @@ def test_adapters_around_an_empty_model_are_filled(how: str, tmp_path: Path) -> 
         with pytest.warns(CheckpointWarning, match=r"lora_A.*have no values yet.*load_checkpoint"):
             memtile.tile(model, out_splits=3, checkpoint=base)
         told = memtile.load_checkpoint(model, own)
-        assert told == Loaded((), ())
+        assert told == IncompatibleKeys((), ())
     else:
         home = memtile.DiskHome(tmp_path)
         memtile.tile(model, out_splits=3, checkpoint=[base, own], home=home)

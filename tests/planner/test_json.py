@@ -7,7 +7,7 @@ from given_rates import RATES
 from torch import nn
 
 import memtile
-from memtile.costmodel import Plan, Rates
+from memtile.costmodel import MachineProfile, Plan
 from memtile.errors import ArgumentError
 
 
@@ -26,7 +26,7 @@ def test_a_plan_comes_back_as_it_was():
 
 def test_rates_come_back_as_they_were():
     """Every rate survives."""
-    assert Rates.from_json(RATES.to_json()) == RATES
+    assert MachineProfile.from_json(RATES.to_json()) == RATES
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 import memtile
-from memtile.costmodel import LooseModule, Parameter, RankPlan, ShardedLayer, Sharding, Speeds, Uses
+from memtile.costmodel import (
+    ClusterSpec,
+    LooseModule,
+    Parameter,
+    RankPlan,
+    ShardedLayer,
+    Sharding,
+    Uses,
+)
 from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
 from memtile.layers import ParkedLinear
@@ -148,7 +156,7 @@ def padded(elements: int) -> int:
 
 def test_floors_are_bytes_and_operations_over_speeds():
     """The step takes the longest floor; without speeds there is none."""
-    speeds = Speeds(flops=1e12, link=50e9, disk=7e9)
+    speeds = ClusterSpec(flops=1e12, link=50e9, disk=7e9)
     plan = planned(4, "zero3", offload="nvme", speeds=speeds)
 
     found = {floor.name: floor.seconds for floor in plan.floors}
@@ -229,7 +237,7 @@ def test_inference_holds_shards_alone():
 
 def test_a_plan_for_ranks_comes_back_as_it_was():
     """Every field survives, grids, moments and speeds too."""
-    speeds = Speeds(link=50e9)
+    speeds = ClusterSpec(link=50e9)
     plan = planned(2, device_memory="30MiB", speeds=speeds)
 
     assert RankPlan.from_json(plan.to_json()) == plan
@@ -273,7 +281,7 @@ def test_what_no_cluster_is_is_refused_by_name(options, words):
 def test_what_is_no_speed_is_refused(value):
     """Each must be a number above 0."""
     with pytest.raises(ArgumentError, match="link="):
-        Speeds(link=value)
+        ClusterSpec(link=value)
 
 
 def test_the_default_unit_is_the_engines():

@@ -1,8 +1,8 @@
-"""Rates as a machine could have them: tests of plans measure none."""
+"""MachineProfile as a machine could have them: tests of plans measure none."""
 
-from memtile.costmodel import Rates
+from memtile.costmodel import MachineProfile
 
-RATES = Rates(
+RATES = MachineProfile(
     product_flops=((16, 1e10), (1024, 5e10)),
     product_flops_16=((16, 1e10), (1024, 1e11)),
     touched_bytes=3e9,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from memtile.cli.errors import CommandError
-from memtile.convert import Recut, convert_checkpoint
+from memtile.convert import TilingSpec, convert_checkpoint
 from memtile.costmodel import format_byte_size, parse_byte_size
 
 
@@ -34,7 +34,7 @@ def run_convert(
         raise CommandError(
             "--modules is missing: name the linears to cut, such as --modules '*.mlp.*'."
         )
-    recut = Recut(modules, out_splits, in_splits, tile_bytes) if modules else None
+    recut = TilingSpec(modules, out_splits, in_splits, tile_bytes) if modules else None
     changed = convert_checkpoint(
         source, target, recut, max_shard_bytes=parse_byte_size(max_shard, "--max-shard")
     )

@@ -13,7 +13,7 @@ import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.homes import check_home
-from memtile.costmodel import Plan, Speeds, parse_byte_size, parse_speed
+from memtile.costmodel import ClusterSpec, Plan, parse_byte_size, parse_speed
 from memtile.planner import plan_ranks
 from memtile.testing import PeakMemory
 
@@ -134,13 +134,13 @@ def _check_cluster(
             )
 
 
-def _speeds(given: Mapping[str, str | None]) -> Speeds:
+def _speeds(given: Mapping[str, str | None]) -> ClusterSpec:
     def speed(option: str, unit: str = "B") -> float | None:
         text = given[option]
         return None if text is None else parse_speed(text, option, unit)
 
     flops, link = speed("--flops", "FLOP"), speed("--link")
-    return Speeds(flops=flops, link=link, host=speed("--host-link"), disk=speed("--disk"))
+    return ClusterSpec(flops=flops, link=link, host=speed("--host-link"), disk=speed("--disk"))
 
 
 @contextmanager

@@ -12,14 +12,14 @@ from memtile.convert.kinds import (
     naming_of,
     register_integration,
 )
-from memtile.convert.loading_checkpoints import Loaded, load_checkpoint
+from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
 from memtile.convert.name_matching import WAY_OUT
 from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
-from memtile.convert.recutting import Recut, convert_checkpoint
+from memtile.convert.recutting import TilingSpec, convert_checkpoint
 from memtile.convert.replaced import replacing
 from memtile.convert.saving import save_checkpoint
-from memtile.convert.select import Choice, Cut, choose, select_linears
+from memtile.convert.select import Cut, TilingDecision, choose, select_linears
 from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
@@ -27,15 +27,15 @@ from memtile.convert.untiling import untile
 
 __all__ = [
     "WAY_OUT",
-    "Choice",
     "Cut",
+    "IncompatibleKeys",
     "Integration",
     "Kind",
-    "Loaded",
     "Naming",
-    "Recut",
     "Resumed",
     "ShardedCheckpoints",
+    "TilingDecision",
+    "TilingSpec",
     "Work",
     "choose",
     "convert_checkpoint",

@@ -15,7 +15,7 @@ from memtile.errors import ArgumentError
 
 
 @dataclass(frozen=True)
-class Loaded:
+class IncompatibleKeys:
     """What a checkpoint and a model did not have in common.
 
     Args:
@@ -35,7 +35,7 @@ def load_checkpoint(
     strict: bool = True,
     device: torch.device | str | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> Loaded:
+) -> IncompatibleKeys:
     """Read a checkpoint into a model, a few MiB at a time.
 
     Example:
@@ -79,7 +79,7 @@ def load_checkpoint(
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     sharded = for_sharded(model, device=device, process_group=process_group)
     if sharded is not None:
-        loaded: Loaded = sharded.load_checkpoint(
+        loaded: IncompatibleKeys = sharded.load_checkpoint(
             model, path, device=device, strict=strict, process_group=process_group
         )
         return loaded
@@ -87,4 +87,4 @@ def load_checkpoint(
     with replacing(model, "memtile.load_checkpoint"):
         make_values(model, to_make(model, findings))
         fill(model, findings.matches)
-    return Loaded((*findings.missing, *findings.made), tuple(findings.unexpected))
+    return IncompatibleKeys((*findings.missing, *findings.made), tuple(findings.unexpected))

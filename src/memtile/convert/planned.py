@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from memtile.convert.kinds import kind_of
-from memtile.convert.select import Choice, Cut, choose
+from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import trim_heap
@@ -14,7 +14,7 @@ from memtile.homes import trim_heap
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
 
-def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[Choice]:
+def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecision]:
     """What happens to each linear and embedding of the model by this plan."""
     planned = {layer.name: layer for layer in plan.layers}
     choices = choose(model, Cut(parks=True), None)

@@ -31,7 +31,7 @@ from memtile.layers import TiledLinear
 
 
 @dataclass(frozen=True)
-class Recut:
+class TilingSpec:
     """How linears are cut.
 
     Args:
@@ -73,7 +73,7 @@ class Recut:
 def convert_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    cut: Recut | None = None,
+    cut: TilingSpec | None = None,
     *,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
@@ -99,9 +99,9 @@ def convert_checkpoint(
         SplitsError: a linear cannot be cut so.
         CheckpointWriteError: it could not be written; what was there is as it was.
     """
-    if cut is not None and not isinstance(cut, Recut):
+    if cut is not None and not isinstance(cut, TilingSpec):
         raise ArgumentError(
-            f"the cut is a {type(cut).__name__}; give memtile.convert.Recut(['*.mlp.*'], "
+            f"the cut is a {type(cut).__name__}; give memtile.convert.TilingSpec(['*.mlp.*'], "
             "out_splits=4), or None for a dense checkpoint"
         )
     place, out = Path(source), Path(target)
@@ -141,7 +141,7 @@ def _joined(name: str, checkpoint: Checkpoint, keyed: Mapping[tuple[int, int], s
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _to_cut(dense: Mapping[str, Source], cut: Recut, place: Path) -> dict[str, Grid]:
+def _to_cut(dense: Mapping[str, Source], cut: TilingSpec, place: Path) -> dict[str, Grid]:
     """The grid of each linear that is to be cut, by its name."""
     found = {}
     for name, source in dense.items():

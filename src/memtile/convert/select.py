@@ -16,7 +16,7 @@ Place = tuple[str, str]  # a module's name, and a parameter's own
 
 
 @dataclass(frozen=True)
-class Choice:
+class TilingDecision:
     """What happens to one module.
 
     Args:
@@ -115,7 +115,7 @@ def select_linears(
     in_splits: int = 1,
     max_tile_bytes: int | None = None,
     modules: Collection[str] | None = None,
-) -> list[Choice]:
+) -> list[TilingDecision]:
     """What `tile` would do with the same arguments: each linear and embedding, with the reason.
 
     Args:
@@ -126,7 +126,7 @@ def select_linears(
         modules: names to choose from; all by default.
 
     Returns:
-        One `Choice` for each linear and embedding, in the model's order.
+        One `TilingDecision` for each linear and embedding, in the model's order.
 
     Raises:
         ArgumentError: the sizes make no sense, or a name is no module of the model.
@@ -135,7 +135,7 @@ def select_linears(
     return choose(model, Cut(out_splits, in_splits, max_tile_bytes), modules)
 
 
-def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[Choice]:
+def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[TilingDecision]:
     """The same for a cut that is checked already."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
@@ -149,7 +149,9 @@ def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[
     groups = _ties(owners, candidates, reasons)
     choices = []
     for name, (module, kind) in candidates.items():
-        choice = Choice(name, False, reasons[name], _shape(module, kind), ties=groups.get(name, ()))
+        choice = TilingDecision(
+            name, False, reasons[name], _shape(module, kind), ties=groups.get(name, ())
+        )
         if not reasons[name]:
             sharers = _sharers(name, module._parameters.get("bias"), owners)
             choice = _with_grid(replace(choice, keeps_bias=bool(sharers)), candidates, cut)
@@ -312,8 +314,8 @@ def _decide_shared(shared: dict[str, list[Place]], reasons: dict[str, str]) -> N
 
 
 def _with_grid(
-    choice: Choice, candidates: dict[str, tuple[nn.Module, Kind | None]], cut: Cut
-) -> Choice:
+    choice: TilingDecision, candidates: dict[str, tuple[nn.Module, Kind | None]], cut: Cut
+) -> TilingDecision:
     module, kind = candidates[choice.name]
     assert kind is not None
     tied_kinds = [candidates[name][1] for name in choice.ties]
@@ -355,7 +357,7 @@ def _checked_names(
     return names
 
 
-def _refuse_named(choices: list[Choice], modules: Collection[str] | None) -> None:
+def _refuse_named(choices: list[TilingDecision], modules: Collection[str] | None) -> None:
     for choice in choices:
         if modules is not None and choice.name in modules and not choice.tiled:
             raise CannotTileError(f"{choice.name} cannot be tiled: {choice.reason}")

@@ -21,7 +21,7 @@ from memtile.convert.planned import (
     take_workspace,
 )
 from memtile.convert.replaced import Replaced, replacing
-from memtile.convert.select import Choice, Cut, choose
+from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, RankPlan
 from memtile.errors import (
     ArgumentError,
@@ -129,7 +129,9 @@ def tile(
     return model
 
 
-def _checked_choices(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[Choice]:
+def _checked_choices(
+    model: nn.Module, cut: Cut, modules: Collection[str] | None
+) -> list[TilingDecision]:
     """What happens to each module, once it is known that something does."""
     if not cut.is_given:
         raise ArgumentError(
@@ -196,7 +198,7 @@ def _carry_out(
 
 def replace_chosen(
     model: nn.Module,
-    choices: Sequence[Choice],
+    choices: Sequence[TilingDecision],
     home: Home | str | None,
     checkpoint: Paths | None = None,
     strict: bool = False,
@@ -235,7 +237,7 @@ def replace_chosen(
     return replaced
 
 
-def _room_for(model: nn.Module, choices: Sequence[Choice], home: Home | str) -> Reservation:
+def _room_for(model: nn.Module, choices: Sequence[TilingDecision], home: Home | str) -> Reservation:
     """Room for every tile that was chosen in the home that is meant; nothing is parked yet."""
     if home == "checkpoint":
         return Reservation(CheckpointHome())
@@ -263,7 +265,7 @@ def _refuse_tiled_before(model: nn.Module) -> None:
             )
 
 
-def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[Choice]) -> None:
+def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[TilingDecision]) -> None:
     """Warn of parameters above `max_tile_bytes`; without it, above the largest parked weight."""
     limit, rule = cut.max_tile_bytes, f"above max_tile_bytes={cut.max_tile_bytes}"
     parameters = dict(model.named_parameters())
@@ -288,7 +290,7 @@ def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[Choice]) -> None:
 
 def _tile_group(
     model: nn.Module,
-    choice: Choice,
+    choice: TilingDecision,
     home: Home | None,
     keep_bias: Collection[str],
     replaced: Replaced,

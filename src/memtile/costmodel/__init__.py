@@ -10,23 +10,23 @@ from memtile.costmodel.plan import Plan
 from memtile.costmodel.plan_parts import PlannedLayer
 from memtile.costmodel.rank_memory import Moment
 from memtile.costmodel.rank_plan import RankPlan
-from memtile.costmodel.rank_traffic import Speeds
-from memtile.costmodel.rates import Rates
+from memtile.costmodel.rank_traffic import ClusterSpec
+from memtile.costmodel.rates import MachineProfile
 from memtile.costmodel.shards import LooseModule, Parameter, ShardedLayer, Sharding, Uses
 
 __all__ = [
     "Budget",
+    "ClusterSpec",
     "LooseModule",
+    "MachineProfile",
     "Moment",
     "Parameter",
     "Plan",
     "PlannedLayer",
     "Products",
     "RankPlan",
-    "Rates",
     "ShardedLayer",
     "Sharding",
-    "Speeds",
     "Uses",
     "format_byte_size",
     "parse_byte_size",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from memtile.costmodel.model_records import Counted, ParkedLayout, Rest, State, Weight
 from memtile.costmodel.plan import OptimizerMode
 from memtile.costmodel.plan_parts import Place, Term, sorted_terms
-from memtile.costmodel.rates import Rates
+from memtile.costmodel.rates import MachineProfile
 from memtile.geometry import round_up
 
 
@@ -41,7 +41,7 @@ class Setting:
     in_place: bool  # whether the home is memory that is worked on where it lies
     place: Place  # where the work's memory is
     rings: Rings
-    rates: Rates
+    rates: MachineProfile
     imports: bool  # whether the optimizer's imports are still to come
 
     def entries(self, weight: Weight) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from memtile.costmodel.plan_parts import (
     term_rows,
 )
 from memtile.costmodel.rank_memory import Moment, Offload, peak_moment
-from memtile.costmodel.rank_traffic import LinkTraffic, Speeds
+from memtile.costmodel.rank_traffic import ClusterSpec, LinkTraffic
 from memtile.costmodel.shards import Engine
 
 _VERSION: Final = 1
@@ -79,7 +79,7 @@ class RankPlan:
     padding_bytes: int
     traffic: tuple[LinkTraffic, ...]
     flops: int
-    speeds: Speeds
+    speeds: ClusterSpec
     floors: tuple[Floor, ...]
     smallest_world: int | None
 

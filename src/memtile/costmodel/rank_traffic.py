@@ -25,7 +25,7 @@ class LinkTraffic:
 
 
 @dataclass(frozen=True)
-class Speeds:
+class ClusterSpec:
     """What a rank does in a second; None: not known, so that it bounds nothing.
 
     Args:
@@ -104,7 +104,9 @@ def _offloaded(rank: Rank, fetched: int) -> Iterator[LinkTraffic]:
         yield LinkTraffic("shards and moments written", "disk", written + stepped)
 
 
-def rank_floors(flops: int, moved: tuple[LinkTraffic, ...], speeds: Speeds) -> tuple[Floor, ...]:
+def rank_floors(
+    flops: int, moved: tuple[LinkTraffic, ...], speeds: ClusterSpec
+) -> tuple[Floor, ...]:
     """Seconds that a step of one rank takes at least, for each speed that is known."""
     work = [("products", flops, speeds.flops)]
     names = {"ranks": "link between ranks", "host": "link to the host", "disk": "disk"}

@@ -13,7 +13,7 @@ WORKSPACE_SHAPE: Final = (1024, 512, 8192)
 
 
 @dataclass(frozen=True)
-class Rates:
+class MachineProfile:
     """Measured rates; `memtile.plan` measures them, a JSON file or a user gives others.
 
     Args:
@@ -92,7 +92,7 @@ class Rates:
         return to_text(self, "Rates", _VERSION)
 
     @classmethod
-    def from_json(cls, text: str) -> "Rates":
+    def from_json(cls, text: str) -> "MachineProfile":
         """The rates that `to_json` wrote.
 
         Raises:

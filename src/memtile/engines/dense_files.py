@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from memtile.checkpoints import SHARD_BYTES, Checkpoint, Outgoing, Paths, write_checkpoint
 from memtile.checkpoints.publishing import cannot_write
 from memtile.convert.kinds import configs_beside
-from memtile.convert.loading_checkpoints import Loaded
+from memtile.convert.loading_checkpoints import IncompatibleKeys
 from memtile.convert.model_tensors import tensors_of
 from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
 from memtile.convert.streaming import Source, bring_in
@@ -55,7 +55,7 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     strict: bool = False,
     process_group: dist.ProcessGroup | None = None,
-) -> Loaded:
+) -> IncompatibleKeys:
     """`memtile.load_checkpoint` of a sharded model, or of any that all ranks load together.
 
     Without strict, the first rank warns of what the checkpoint holds besides.
@@ -68,7 +68,7 @@ def load_checkpoint(
     reshard_and_flush(model)
     ranks.each(lambda: read_into_shards(findings.matches))
     ranks.each(lambda: write_masters(model))
-    return Loaded((), tuple(findings.unexpected))
+    return IncompatibleKeys((), tuple(findings.unexpected))
 
 
 def save_checkpoint(

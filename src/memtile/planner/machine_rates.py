@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memtile.convert import take_workspace, tile
-from memtile.costmodel import Products, Rates
+from memtile.costmodel import MachineProfile, Products
 from memtile.costmodel.rates import WORKSPACE_SHAPE
 from memtile.errors import ArgumentError, MemtileError
 from memtile.homes import (
@@ -48,7 +48,7 @@ class MeasuringError(MemtileError, RuntimeError):
     """The process that measures ended without a result."""
 
 
-def measured(folder: Path | None) -> Rates:
+def measured(folder: Path | None) -> MachineProfile:
     """The rates of this machine, in a few seconds.
 
     Args:
@@ -66,7 +66,7 @@ def measured(folder: Path | None) -> Rates:
         check=False,
     )
     try:
-        return Rates.from_json(done.stdout.splitlines()[-1])
+        return MachineProfile.from_json(done.stdout.splitlines()[-1])
     except (IndexError, ArgumentError) as error:
         raise MeasuringError(
             f"the rates of this machine could not be measured:\n{done.stderr}\ngive rates=… instead"
@@ -85,7 +85,7 @@ def report() -> None:
     folder = sys.argv[1] if len(sys.argv) > 1 else None
     keep_freed_memory_out()
     memory = _memory(folder)
-    rates = Rates(
+    rates = MachineProfile(
         **memory,
         product_flops=tuple((rows, _product_flops(rows, torch.float32)) for rows in _ROWS),
         product_flops_16=tuple((rows, _product_flops(rows, torch.bfloat16)) for rows in _ROWS),
@@ -95,7 +95,7 @@ def report() -> None:
     print(rates.to_json().replace("\n", ""))
 
 
-def _memory(folder: str | None) -> dict[str, Any]:  # fields of `Rates`
+def _memory(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
     """Memory of each first use, in the order in which a run takes it."""
     before = _resident_bytes()
     import torch._dynamo  # torch's optimizers import it when they first step
@@ -270,7 +270,7 @@ def _touched_bytes() -> float:
     return 3.0 * x.nbytes / _least_seconds(lambda: torch.add(x, x))
 
 
-def _disk(folder: str | None) -> dict[str, Any]:  # fields of `Rates`
+def _disk(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
     names = ("read_bytes", "written_bytes", "cached_bytes")
     if folder is None:
         return dict.fromkeys(names, 0.0)

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Choice, Cut, Work, choose, has_checkpointing, integrations, kind_of
+from memtile.convert import (
+    Cut,
+    TilingDecision,
+    Work,
+    choose,
+    has_checkpointing,
+    integrations,
+    kind_of,
+)
 from memtile.costmodel import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
 from memtile.costmodel.model_records import Rest, State, Weight
 from memtile.costmodel.plan_parts import PARKED, RESIDENT, check_tokens
@@ -28,7 +36,7 @@ class Survey:
     """What both planners need to know of a model and of its step."""
 
     model: nn.Module
-    choices: Sequence[Choice]  # its linears and embeddings
+    choices: Sequence[TilingDecision]  # its linears and embeddings
     weights: Sequence[Weight]  # of these, shared ones once
     state: State | None  # what the optimizer keeps; None: inference
     work: Work  # the forward of a step
@@ -39,7 +47,7 @@ class Survey:
         """Whether a step has a backward."""
         return self.state is not None
 
-    def layer(self, choice: Choice, grid: Grid | None, reason: str) -> PlannedLayer:
+    def layer(self, choice: TilingDecision, grid: Grid | None, reason: str) -> PlannedLayer:
         """What a plan says of a layer that is cut by this grid; None: it is resident."""
         weight = self.weight_of(choice)
         return PlannedLayer(
@@ -54,7 +62,7 @@ class Survey:
             ties=choice.ties,
         )
 
-    def weight_of(self, choice: Choice) -> Weight:
+    def weight_of(self, choice: TilingDecision) -> Weight:
         """The weight of a layer."""
         return next(weight for weight in self.weights if choice.name in weight.names)
 
@@ -182,16 +190,16 @@ def _work_for(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work:
     return forward
 
 
-def _weights_of(model: nn.Module, choices: Sequence[Choice], trains: bool) -> list[Weight]:
+def _weights_of(model: nn.Module, choices: Sequence[TilingDecision], trains: bool) -> list[Weight]:
     """The weight of each linear and embedding, those that are shared once."""
-    groups: dict[int, list[Choice]] = {}
+    groups: dict[int, list[TilingDecision]] = {}
     for choice in choices:
         weight = model.get_submodule(choice.name).weight
         groups.setdefault(id(weight), []).append(choice)
     return [_weight(model, group, trains) for group in groups.values()]
 
 
-def _weight(model: nn.Module, group: Sequence[Choice], trains: bool) -> Weight:
+def _weight(model: nn.Module, group: Sequence[TilingDecision], trains: bool) -> Weight:
     first = group[0]
     modules = [model.get_submodule(choice.name) for choice in group]
     parameter = modules[0].weight

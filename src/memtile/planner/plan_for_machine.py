@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 import torch
 
-from memtile.convert import Choice, Work
-from memtile.costmodel import Budget, Plan, PlannedLayer, Rates
+from memtile.convert import TilingDecision, Work
+from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
 from memtile.costmodel.model_records import ParkedLayout
 from memtile.costmodel.plan import OptimizerMode
@@ -40,7 +40,7 @@ def plan(
     checkpointing: bool | None = None,
     dtype: torch.dtype | None = None,
     work: Work | None = None,
-    rates: Rates | str | os.PathLike[str] | None = None,
+    rates: MachineProfile | str | os.PathLike[str] | None = None,
 ) -> Plan:
     """The plan with the fewest tiles that fits a budget, for `memtile.tile(model, plan)`.
 
@@ -124,7 +124,7 @@ def plan(
     )
 
 
-def _layer(seen: Survey, choice: Choice, layout: ParkedLayout) -> PlannedLayer:
+def _layer(seen: Survey, choice: TilingDecision, layout: ParkedLayout) -> PlannedLayer:
     weight = seen.weight_of(choice)
     grid = layout.grid_of(weight)
     if grid is None:

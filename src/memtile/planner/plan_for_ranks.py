@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Choice, Cut, Work
-from memtile.costmodel import LooseModule, PlannedLayer, RankPlan, Sharding, Speeds, Uses
+from memtile.convert import Cut, TilingDecision, Work
+from memtile.costmodel import ClusterSpec, LooseModule, PlannedLayer, RankPlan, Sharding, Uses
 from memtile.costmodel.budget import checked_size
 from memtile.costmodel.model_records import Counted, ParkedLayout
 from memtile.costmodel.rank_memory import Offload, RankSetting
@@ -37,7 +37,7 @@ def plan_ranks(
     checkpointing: bool | None = None,
     dtype: torch.dtype | None = None,
     work: Work | None = None,
-    speeds: Speeds | None = None,
+    speeds: ClusterSpec | None = None,
 ) -> RankPlan:
     """What one rank of a cluster holds and moves, in the fewest tiles that its device has room for.
 
@@ -87,7 +87,7 @@ def plan_ranks(
     else:
         tile_bytes = Cut(max_tile_bytes=max_tile_bytes).max_tile_bytes or 1
         found = search.cut(sharding, tile_bytes, seen.checkpointing[0])
-    moved, speeds = traffic(found.rank), speeds or Speeds()
+    moved, speeds = traffic(found.rank), speeds or ClusterSpec()
     return RankPlan(
         model=type(seen.model).__name__,
         engine=engine,
@@ -171,7 +171,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks
 
 
-def _layer(seen: Survey, choice: Choice, found: RankFound) -> PlannedLayer:
+def _layer(seen: Survey, choice: TilingDecision, found: RankFound) -> PlannedLayer:
     weight = seen.weight_of(choice)
     grid = found.grids.get(weight.names[0])
     if grid is None:

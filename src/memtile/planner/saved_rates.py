@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from memtile.costmodel import Products, Rates
+from memtile.costmodel import MachineProfile, Products
 from memtile.errors import ArgumentError
 from memtile.planner import machine_rates
 from memtile.planner.product_memory import Workspaces
 
 
-def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) -> Rates:
+def rates_of(
+    given: MachineProfile | str | os.PathLike[str] | None, folder: Path | None
+) -> MachineProfile:
     """The rates given, those in a file, or this machine's.
 
     Args:
@@ -27,11 +29,11 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
     Raises:
         ArgumentError: the file holds no rates.
     """
-    if isinstance(given, Rates):
+    if isinstance(given, MachineProfile):
         return given
     if given is not None and not isinstance(given, str | os.PathLike):
         raise ArgumentError(
-            f"rates={given!r} must be memtile.costmodel.Rates, or the path of a JSON file"
+            f"rates={given!r} must be memtile.costmodel.MachineProfile, or the path of a JSON file"
         )
     if given is not None:
         return _read(Path(given))
@@ -46,7 +48,7 @@ def rates_of(given: Rates | str | os.PathLike[str] | None, folder: Path | None) 
 
 
 @contextlib.contextmanager
-def workspaces_of(given: object, rates: Rates) -> Iterator[Callable[[Products], int]]:
+def workspaces_of(given: object, rates: MachineProfile) -> Iterator[Callable[[Products], int]]:
     """Gives what the library keeps for products: measured and saved, or estimated from rates."""
     if given is not None:
         yield rates.workspaces
@@ -63,12 +65,12 @@ def workspaces_of(given: object, rates: Rates) -> Iterator[Callable[[Products], 
             _keep(json.dumps(known), kept)
 
 
-def _read(path: Path) -> Rates:
+def _read(path: Path) -> MachineProfile:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ArgumentError(f"rates={str(path)!r} cannot be read ({error})") from error
-    return Rates.from_json(text)
+    return MachineProfile.from_json(text)
 
 
 def _keep(text: str, path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from memtile.convert import Choice, Work, replace_chosen, set_checkpointing
+from memtile.convert import TilingDecision, Work, replace_chosen, set_checkpointing
 from memtile.costmodel import Products
 from memtile.costmodel.model_records import Counted, ParkedLayout
 from memtile.errors import CannotTileError, MemtileError
@@ -21,7 +21,7 @@ class StepCount:
     """Counts a step of a layout, on a copy of the model whose parameters hold nothing."""
 
     model: nn.Module
-    choices: Sequence[Choice]  # its linears and embeddings
+    choices: Sequence[TilingDecision]  # its linears and embeddings
     work: Work  # the forward
     trains: bool
     drops_gradients: bool  # each gradient is freed as soon as it is complete
@@ -68,7 +68,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _park(meta_copy: nn.Module, choices: Sequence[Choice]) -> None:
+def _park(meta_copy: nn.Module, choices: Sequence[TilingDecision]) -> None:
     """Tile a meta copy in place, its tiles parked in a home on the meta device."""
     home = DeviceHome("meta")
     replace_chosen(meta_copy, choices, home)
@@ -78,7 +78,7 @@ def _park(meta_copy: nn.Module, choices: Sequence[Choice]) -> None:
             register(weight, home.allocate(weight.shape, weight.dtype))
 
 
-def _with_grids(choices: Sequence[Choice], layout: ParkedLayout) -> list[Choice]:
+def _with_grids(choices: Sequence[TilingDecision], layout: ParkedLayout) -> list[TilingDecision]:
     grids = {name: layout.grid_of(weight) for weight in layout.weights for name in weight.names}
     return [
         replace(choice, tiled=grids[choice.name] is not None, grid=grids[choice.name])
