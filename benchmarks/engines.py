@@ -100,12 +100,12 @@ def zero3(model: nn.Module, config: dict[str, Any], held: bool) -> Step:
     """A DeepSpeed engine's step, with memtile's hold on its tiles or without."""
     import deepspeed
 
-    from memtile.engines.deepspeed_zero3 import hold
+    from memtile.engines.deepspeed_zero3 import attach
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if held:
-        hold(engine)
+        attach(engine)
 
     def step(x: Tensor) -> None:
         engine.backward(engine(x).square().mean())

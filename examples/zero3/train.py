@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import memtile
-from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
+from memtile.engines.deepspeed_zero3 import attach, config, from_checkpoint
 
 
 def dense() -> nn.Module:
@@ -36,7 +36,7 @@ def main() -> None:
     from_checkpoint(model, names[0], settings)  # each rank reads its own parts
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    hold(engine)
+    attach(engine)
 
     generator = torch.Generator().manual_seed(dist.get_rank())
     for step in range(8):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from averaging_worker import CASES, Net, spawn, train
 
 import memtile
-from memtile.engines.torch_ddp import Averaging
+from memtile.engines.torch_ddp import GradientAverager
 from memtile.errors import EngineError, OptimizerError
 
 
@@ -60,7 +60,7 @@ def test_a_gradient_of_another_parameter_on_the_other_rank_is_refused_on_both(ra
 def test_without_a_process_group_the_way_to_one_is_said():
     """A script that was started as one process is told to use torchrun."""
     with pytest.raises(EngineError, match="torchrun"):
-        Averaging(Net())
+        GradientAverager(Net())
 
 
 def test_an_optimizer_that_would_step_first_is_refused(alone):
@@ -68,21 +68,21 @@ def test_an_optimizer_that_would_step_first_is_refused(alone):
     model = memtile.tile(Net(), out_splits=2)
     optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward")
 
-    with pytest.raises(OptimizerError, match="make the Averaging first"):
-        Averaging(model)
+    with pytest.raises(OptimizerError, match="make the GradientAverager first"):
+        GradientAverager(model)
     del optimizer
 
 
 def test_a_model_without_values_is_refused(alone):
     """A model on the meta device has no values to send."""
     with pytest.raises(EngineError, match="meta"):
-        Averaging(Net().to("meta"))
+        GradientAverager(Net().to("meta"))
 
 
 def test_it_can_be_taken_away(alone):
     """After `remove()` gradients are this rank's own."""
     model, calls = Net(), []
-    averaging = Averaging(model)
+    averaging = GradientAverager(model)
     averaging._average = calls.append
     averaging.remove()
     model(torch.tensor([[1, 2]])).backward()
@@ -94,9 +94,9 @@ def test_it_can_be_taken_away(alone):
 def test_gradients_are_averaged_once(alone):
     """A second averager of the same model raises, until the first is removed."""
     model = Net()
-    averaging = Averaging(model)
+    averaging = GradientAverager(model)
 
     with pytest.raises(EngineError, match="averaged already"):
-        Averaging(model)
+        GradientAverager(model)
     averaging.remove()
-    Averaging(model)
+    GradientAverager(model)

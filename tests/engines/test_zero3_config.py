@@ -11,7 +11,7 @@ from torch import nn
 
 import memtile
 from memtile.engines import zero3_config
-from memtile.engines.deepspeed_zero3 import Finding, check, config, hold
+from memtile.engines.deepspeed_zero3 import Finding, attach, check, config
 from memtile.errors import ArgumentError, EngineError
 
 ZERO = "zero_optimization"
@@ -222,7 +222,7 @@ def test_a_missing_deepspeed_is_said(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(zero3_config, "version", missing)
-    for act in (config, hold):
+    for act in (config, attach):
         with pytest.raises(EngineError, match=r"pip install .memtile\[deepspeed\]"):
             act(model())
 

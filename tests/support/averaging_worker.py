@@ -15,7 +15,7 @@ from processes import start_ranks
 from torch import Tensor, nn
 
 import memtile
-from memtile.engines.torch_ddp import Averaging
+from memtile.engines.torch_ddp import GradientAverager
 from memtile.errors import EngineError
 
 STEPS = 6
@@ -49,7 +49,7 @@ def batches() -> Tensor:
 
 def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> None:
     """Steps of AdamW on this rank's share of each part of each batch."""
-    averaging = Averaging(model) if world > 1 else None
+    averaging = GradientAverager(model) if world > 1 else None
     optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode=case.mode, lr=1e-2)
     for batch in batches():
         optimizer.zero_grad()
@@ -86,7 +86,7 @@ def run_case(case: Case, rank: int, folder: Path) -> tuple[dict[str, Tensor], in
 def refused(rank: int) -> str:
     """What a rank is told whose grid is another."""
     try:
-        Averaging(memtile.tile(Net(), out_splits=2 + rank))
+        GradientAverager(memtile.tile(Net(), out_splits=2 + rank))
     except EngineError as error:
         return str(error)
     return ""
@@ -97,7 +97,7 @@ def told_of_another_way(rank: int) -> str:
     with memtile.HostHome() as home:
         layers = [nn.Linear(12, 12, bias=False) for _ in range(2)]
         model = memtile.tile(nn.ModuleList(layers), home=home)
-        Averaging(model, dist.new_group())  # which has exchanged nothing yet
+        GradientAverager(model, dist.new_group())  # which has exchanged nothing yet
         try:
             model[rank](torch.ones(2, 12)).sum().backward()
         except EngineError as error:

@@ -15,7 +15,7 @@ from processes import start_ranks
 from torch import Tensor, nn
 
 import memtile
-from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.engines.distributed_checkpoints import dense_view, load, save
 
 WORLD = 2
@@ -29,7 +29,7 @@ def started(grid: tuple[int, int], lr: float) -> tuple[nn.Module, Any]:
     model = memtile.tile(Net().float(), out_splits=grid[0], in_splits=grid[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     engine = deepspeed.initialize(model=model, config=config(model), optimizer=optimizer)[0]
-    return model, hold(engine)
+    return model, attach(engine)
 
 
 def step(engine: Any) -> None:

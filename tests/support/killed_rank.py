@@ -42,11 +42,11 @@ def zero3(rank: int, folder: str) -> tuple[nn.Module, Step]:
     from zero3_group import join
     from zero3_worker import started
 
-    from memtile.engines.deepspeed_zero3 import config, hold
+    from memtile.engines.deepspeed_zero3 import attach, config
 
     join(rank, 2, folder, TIMEOUT_SECONDS)
     model = tiled(Case(), torch.float32)
-    engine = hold(started(model, config(model)))
+    engine = attach(started(model, config(model)))
 
     def step(ids: Tensor) -> None:
         engine.backward(engine(ids))

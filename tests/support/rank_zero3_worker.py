@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import memtile
 from memtile.costmodel import RankPlan
-from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.planner import plan_ranks
 
 _FSDP2_ALONE = ("neighbours together",)
@@ -208,7 +208,7 @@ def run_case(case: Case, world: int) -> Measured:
     given = config(model, prefetch=case.prefetch, offload_param=place, offload_optimizer=place)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     made = deepspeed.initialize(model=model, config=given, optimizer=adam)[0]
-    engine: Any = hold(made, prefetch=case.prefetch)
+    engine: Any = attach(made, prefetch=case.prefetch)
     for _ in range(WARMED):
         step(engine)
     probe = Probe(model, engine.optimizer)

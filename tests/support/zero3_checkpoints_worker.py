@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import memtile
-from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.engines.distributed_checkpoints import load, save
 from memtile.engines.torch_fsdp2 import shard
 
@@ -63,7 +63,7 @@ def under_zero3(way: Way, grid: tuple[int, int]) -> tuple[nn.Module, Any]:
     if way.sub_group is not None:
         given["zero_optimization"]["sub_group_size"] = way.sub_group
     optimizer = optimizer_of(model)
-    return model, hold(deepspeed.initialize(model=model, config=given, optimizer=optimizer)[0])
+    return model, attach(deepspeed.initialize(model=model, config=given, optimizer=optimizer)[0])
 
 
 def train(

@@ -12,7 +12,7 @@ from zero3_group import join
 from zero3_worker import train
 
 import memtile
-from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.deepspeed_zero3 import attach, config
 
 WORLD = 2
 CASES = {
@@ -37,7 +37,7 @@ def in_tiles(case: Case, rank: int) -> dict[str, Tensor]:
     """The parameters of the tiled run."""
     model = tiled(case, torch.float32)
     given = config(model, clip=case.clip, offload_param="cpu", offload_optimizer="cpu")
-    engine = hold(started(model, given))
+    engine = attach(started(model, given))
     train(engine, case, rank, WORLD)
     state = {name: tensor.clone() for name, tensor in memtile.dense_state_dict(model)}
     engine.destroy()

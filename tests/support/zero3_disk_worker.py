@@ -12,7 +12,7 @@ from zero3_group import join
 from zero3_worker import started, tile_weights, watched
 
 import memtile
-from memtile.engines.deepspeed_zero3 import check, config, hold
+from memtile.engines.deepspeed_zero3 import attach, check, config
 from memtile.errors import EngineError
 
 STEPS = 6
@@ -63,7 +63,7 @@ def trained(
     given = config(model, offload_param=param, offload_optimizer=optimizer)
     seen: dict[str, Any] = {"findings": [str(each) for each in check(given, model)]}
     deepspeed.zero.Init(module=model, config_dict_or_path=given)
-    engine = hold(started(model, given, lr=1e-3))
+    engine = attach(started(model, given, lr=1e-3))
     with watched(model) as live:
         for x in batches():
             engine.backward(engine(x.chunk(world)[rank]).square().mean())
@@ -88,12 +88,12 @@ def _stays(model: Any, engine: Any) -> bool:  # both with attributes that have n
 
 
 def _rounded(folder: Path) -> str:
-    """What `hold` says of parts that are on the disk in another dtype, or nothing."""
+    """What `attach` says of parts that are on the disk in another dtype, or nothing."""
     model = memtile.tile(net(), out_splits=splits_for(dist.get_world_size()))
     engine = started(model, config(model, offload_param=folder / "rounded"))
     files = next(model.parameters()).nvme_swapper  # type: ignore[attr-defined]
     try:
-        hold(engine)
+        attach(engine)
     except EngineError as error:
         return str(error)
     finally:

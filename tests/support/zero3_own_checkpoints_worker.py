@@ -17,7 +17,7 @@ from zero3_group import join
 from zero3_worker import started
 
 import memtile
-from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.deepspeed_zero3 import attach, config
 
 HALF = 5
 WORLD, OTHER = 2, 1
@@ -43,7 +43,7 @@ def engine_of(case: Case, seed: int = 0, **keys: Any) -> Any:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=seed / 10)
     place = "cpu" if case.offload else None
     given = config(model, clip=case.clip, offload_param=place, offload_optimizer=place)
-    return hold(started(model, {**given, **keys}))
+    return attach(started(model, {**given, **keys}))
 
 
 def train(engine: Any, first: int, last: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import memtile
 from memtile import TiledEmbedding, TiledLinear, TiledLinearReturnBias
-from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.errors import MemtileError
 
 GIVEN = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -108,7 +108,7 @@ def into_masters(start: Started, dtype: torch.dtype, offload: str | None) -> boo
     """Whether a copy after `deepspeed.initialize` stays through steps that change nothing."""
     tiled = TiledLinear(13, 11, in_splits=3, out_splits=2).to(dtype)
     given = config(tiled, offload_param=offload, offload_optimizer=offload)
-    engine = hold(start(tiled, given, lr=0.0, weight_decay=0.0))
+    engine = attach(start(tiled, given, lr=0.0, weight_decay=0.0))
     dense = dense_linear(seed=7)
     tiled.copy_params_from(dense if dist.get_rank() == 0 else nn.Linear(13, 11, device="meta"))
     before = same(tiled, dense, dtype)
@@ -136,20 +136,20 @@ def refusals(start: Started, rank: int, world: int) -> dict[str, str]:
         other = memtile.tile(Net(Case(), torch.float32), out_splits=2 + rank)
         found["grids"] = told(lambda: config(other))
     model = tiled(Case(), torch.float32)
-    found["no engine"] = told(lambda: hold(model))
-    engine = hold(start(model, config(model)))
-    found["twice"] = told(lambda: hold(engine))
+    found["no engine"] = told(lambda: attach(model))
+    engine = attach(start(model, config(model)))
+    found["twice"] = told(lambda: attach(engine))
     engine.destroy()
     return found
 
 
 def warned(start: Started) -> list[str]:
-    """What `hold` says about DeepSpeed's defaults."""
+    """What `attach` says about DeepSpeed's defaults."""
     model = tiled(Case(), torch.float32)
     engine = start(model, GIVEN)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        hold(engine)
+        attach(engine)
     engine.destroy()
     return [str(each.message) for each in caught]
 

@@ -24,7 +24,7 @@ from zero3_group import join
 from zero3_values import all_values
 
 import memtile
-from memtile.engines.deepspeed_zero3 import config, hold
+from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.engines.zero3_values import whole_numel
 
 
@@ -39,7 +39,7 @@ def run_case(case: Case, rank: int, world: int) -> tuple[dict[str, Any], dict[st
         offload_param=offload,
         offload_optimizer=offload,
     )
-    engine = hold(started(model, given))
+    engine = attach(started(model, given))
     with watched(model) as seen:
         losses = train(engine, case, rank, world)
     state = {name: tensor.clone() for name, tensor in memtile.dense_state_dict(model)}
@@ -117,7 +117,7 @@ def parallel_step() -> Callable[[Tensor], float]:
     """A step of tensor-parallel linears that return their biases."""
     model = ParallelNet()
     engine = started(model, config(model))
-    hold(engine)
+    attach(engine)
 
     def step(x: Tensor) -> float:
         loss = engine(x)

@@ -2,7 +2,7 @@
 
 Source: `deepspeed.initialize` with ZeRO stage 3 (arXiv 2104.07857), whose own tiled linear this one
 replaces. `config` makes a config for tiles, `check` finds what is wrong with one of your own, and
-`hold` does what no key of a config can.
+`attach` does what no key of a config can.
 """
 
 import os
@@ -25,13 +25,13 @@ from memtile.engines.zero3_config import check_installed, config, tiles_of
 from memtile.engines.zero3_values import is_partitioned
 from memtile.errors import ArgumentError, EngineConfigWarning, EngineError
 
-__all__ = ["Finding", "check", "config", "from_checkpoint", "hold"]
+__all__ = ["Finding", "attach", "check", "config", "from_checkpoint"]
 
 Engine = TypeVar("Engine")  # DeepSpeed's, which is untyped
 _HELD = "_memtile_holds_tiles"
 
 
-def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
+def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
     """Free tiles where DeepSpeed by itself would not; call it once, on each rank.
 
     In backward DeepSpeed frees a tile only where the layer's input requires grad; then it is freed
@@ -57,12 +57,12 @@ def hold(engine: Engine, *, prefetch: int = 1) -> Engine:
     parameters = [parameter for tile in tiles for parameter in tile.parameters()]
     if not isinstance(model, nn.Module) or not all(map(is_partitioned, parameters)):
         raise EngineError(
-            f"hold({type(engine).__name__}) takes the engine that deepspeed.initialize gives with "
+            f"attach({type(engine).__name__}) takes the engine that deepspeed.initialize gives with "
             "ZeRO stage 3: engine, *_ = deepspeed.initialize(model=model, config=config(model), …)"
         )
     _check_files(model)
     if hasattr(model, _HELD):
-        raise EngineError("the engine's tiles are held already: call hold(engine) once")
+        raise EngineError("the engine's tiles are held already: call attach(engine) once")
     setattr(model, _HELD, True)
     for tile in tiles:
         release_in_backward(tile)

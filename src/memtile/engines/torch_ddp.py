@@ -24,7 +24,7 @@ from memtile.transfer import is_stepped_in_backward, rings_of
 _averaged = WeakIdKeyDictionary()
 
 
-class Averaging:
+class GradientAverager:
     """Averages each gradient of a model over ranks, before hooks that are registered later.
 
     Make it before the optimizer. Rank 0's parameters and buffers are sent to all ranks first. Each
@@ -107,7 +107,7 @@ def _check(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise EngineError(
             f"parameters of this {type(model).__name__} are shards, whose gradients their engine "
-            "reduces; Averaging is for a whole model on each rank"
+            "reduces; GradientAverager is for a whole model on each rank"
         )
     if any(parameter.is_meta for parameter in parameters):
         raise EngineError(
@@ -117,11 +117,11 @@ def _check(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     if any(parameter in _averaged for parameter in parameters):
         raise EngineError(
             "gradients of this model are averaged already, and twice would send them twice; call "
-            "remove() of the Averaging before"
+            "remove() of the GradientAverager before"
         )
     if any(map(is_stepped_in_backward, parameters)):
         raise OptimizerError(
             "a TileOptimizer steps this model in backward already, before gradients could be "
-            "averaged; make the Averaging first"
+            "averaged; make the GradientAverager first"
         )
     check_agreement(model, (), [group])

@@ -21,7 +21,7 @@ from memtile.errors import ArgumentError, EngineError
 from memtile.layers import TiledModule
 
 OLDEST: Final = (0, 19)
-"""The first release with what `hold` needs: older ones keep what they recompute in backward."""
+"""The first release with what `attach` needs: older ones keep what they recompute in backward."""
 SWAPPED_BYTES: Final = 1 << 20
 """The smallest part of a parameter, on one rank, that DeepSpeed swaps to a disk."""
 Place: TypeAlias = str | os.PathLike[str]

@@ -159,7 +159,7 @@ def _fsdp2(model: Any, settings: TrainingSettings, options: Options) -> Backend:
 def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     import deepspeed
 
-    from memtile.engines.deepspeed_zero3 import config, from_checkpoint, hold
+    from memtile.engines.deepspeed_zero3 import attach, config, from_checkpoint
 
     dtype: torch.dtype = next(model.parameters()).dtype
     model = model.to(dtype)  # DeepSpeed takes one dtype
@@ -168,7 +168,7 @@ def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     from_checkpoint(model, Path(settings.model), given, strict=options.strict)
     adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     model.train()
-    engine = hold(deepspeed.initialize(model=model, optimizer=adamw, config=given)[0])
+    engine = attach(deepspeed.initialize(model=model, optimizer=adamw, config=given)[0])
     return _Zero3(model, engine, CosineAnnealingLR(adamw, settings.steps), dtype)
 
 
