@@ -33,7 +33,7 @@ def found(request):
 
 
 def test_what_is_written_is_what_was_read(found):
-    """IncompatibleKeys into shards of another grid and saved: equal bits and names, tied tensors once."""
+    """Loaded into shards of another grid and saved: equal bits and names, tied tensors once."""
     _, files = found
 
     assert files["out"].keys() == files["in"].keys()
@@ -41,7 +41,7 @@ def test_what_is_written_is_what_was_read(found):
 
 
 def test_the_file_is_one_that_the_dense_model_loads(found):
-    """IncompatibleKeys by the function for one process."""
+    """Loaded by the function for one process."""
     _, files = found
 
     assert all(torch.equal(files["net"][n], value) for n, value in filled().state_dict().items())

@@ -118,7 +118,7 @@ def test_only_disk_is_not_worked_on_in_place():
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
 def test_an_allocation_is_dropped_when_the_tensor_lies_elsewhere(make_home):
-    """Other data, also of the same address with other strides, shape or dtype, has no allocation."""
+    """Other data has no allocation, also with the same address in other strides or dtype."""
     with make_home() as home:
         allocated = allocate_copy(home, torch.rand(4, 4))
         allocation = allocation_of(allocated)

@@ -12,7 +12,7 @@ from parked_layers import (
     assert_same_bits,
     gradients_of,
     parked_pair,
-    reference_optimizer,
+    resident_and_parked,
     small_model,
     weights_of,
 )
@@ -38,7 +38,7 @@ def batch(*lead: int, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tens
 
 def test_a_tensor_hook_sees_the_gradient_and_may_change_it():
     """`p.register_hook` on a parked weight fires once, with the gradient, and is obeyed."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for model in (resident, parked):
         model.seen = []
         for p in model.parameters():
@@ -155,7 +155,7 @@ def test_gradients_accumulate_over_backwards():
 
 def test_a_retained_graph_gives_the_same_gradients_twice():
     """`retain_graph=True`, then again: the sum is twice the gradient, for parked and resident."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for model in (resident, parked):
         loss = model(batch(dtype=torch.float32)).square().sum()
         loss.backward(retain_graph=True)
@@ -176,7 +176,7 @@ def test_a_graph_that_is_freed_says_so():
 
 def test_a_graph_that_is_older_than_a_later_forward_is_right():
     """Backward through two graphs in either order, together, or with an evaluation between."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for order in ([0, 1], [1, 0]):
         for model in (resident, parked):
             model.zero_grad()
@@ -284,7 +284,7 @@ def test_a_tied_embedding_and_head_sum_both_uses(out_splits):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_recomputation_gives_the_same_gradients(use_reentrant, frozen):
     """Activation checkpointing of each block, twice over, with weights trained or frozen."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     results = []
     for model in (resident, parked):
         for name, p in model.named_parameters():

@@ -14,7 +14,7 @@ from parked_layers import (
     assert_same_bits,
     home_called,
     parked_pair,
-    reference_optimizer,
+    resident_and_parked,
     small_model,
     weights_of,
 )
@@ -72,7 +72,7 @@ def is_parked(layer: nn.Module) -> bool:
 )
 def test_what_changes_nothing_leaves_tiles_at_home(home, move: Callable[[nn.Module], object]):
     """Moving to where the tiles are, in their dtype, keeps parameters, bits and allocations."""
-    _, parked = reference_optimizer(home)
+    _, parked = resident_and_parked(home)
     before, parameters = state(parked), list(parked.parameters())
 
     move(parked)
@@ -111,7 +111,7 @@ def test_another_dtype_is_refused_and_nothing_is_changed(home, grid, cast):
 )
 def test_copies_are_ordinary_layers_in_memory_and_say_so(home, copied):
     """deepcopy, pickle and torch.save: equal bits, no parked tile, and a warning."""
-    _, parked = reference_optimizer(home)
+    _, parked = resident_and_parked(home)
     with pytest.warns(ParkedCopyWarning, match="ordinary layer in memory"):
         reference = copied(parked)
 
@@ -134,7 +134,7 @@ def saved_and_loaded(value: object) -> object:
 
 def test_a_copy_may_be_parked_again():
     """The way out that the warning names works."""
-    _, parked = reference_optimizer()
+    _, parked = resident_and_parked()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParkedCopyWarning)
         reference = copy.deepcopy(parked)
@@ -148,7 +148,7 @@ def test_a_copy_may_be_parked_again():
 @in_every_home
 def test_state_dicts_save_exactly_the_tiles_bytes(home):
     """No storage is larger than its tensor, and a file comes back bit for bit."""
-    _, parked = reference_optimizer(home)
+    _, parked = resident_and_parked(home)
 
     found = parked.state_dict()
 
@@ -165,7 +165,7 @@ def test_every_form_of_checkpoint_loads_into_parked_tiles(home):
         memtile.tile(small_model(6), out_splits=3),
         memtile.tile(small_model(7), out_splits=2, in_splits=3),
     ]
-    _, parked = reference_optimizer(home)
+    _, parked = resident_and_parked(home)
     parameters = weights_of(parked)
     for source in sources:
         for assign in (False, True):

@@ -15,7 +15,7 @@ RUN = Path(__file__).parent.parent / "support" / "planned_run.py"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """MachineProfile are measured now: what libraries map depends on the page cache (23 or 33 MB, seen)."""
+    """Rates are measured now: what libraries map depends on the page cache (23 or 33 MB, seen)."""
     return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("rates"))}
 
 

@@ -210,7 +210,7 @@ def test_masters_survive_the_state_dict(home):
 
 @pytest.mark.parametrize("masters", [False, True])
 def test_a_plain_16_bit_run_is_taken_over_and_given_back(home, masters):
-    """IncompatibleKeys bfloat16 moments are cast to the stepped dtype; plain torch loads the result."""
+    """Loaded bfloat16 moments are cast to the stepped dtype; plain torch loads the result."""
     dense = small(torch.bfloat16)
     plain = optim.AdamW(dense.parameters(), **OPTIONS)
     train(dense, plain, batches(1))

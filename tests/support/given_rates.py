@@ -1,4 +1,4 @@
-"""MachineProfile as a machine could have them: tests of plans measure none."""
+"""A machine profile as it could be: tests of plans measure none."""
 
 from memtile.costmodel import MachineProfile
 

@@ -92,7 +92,7 @@ class HomeContract(ABC):
                 assert allocation.home is home
 
     def test_each_call_gives_a_new_tensor_over_the_same_bytes(self) -> None:
-        """Two tensors of an allocation are two objects, at its address, and see each other's values."""
+        """Two tensors of an allocation are two objects at its address with the same values."""
         with self.make_home() as home:
             allocation = home.allocate((5, 7), torch.float32)
             first, second = allocation.tensor(), allocation.tensor()
@@ -191,7 +191,7 @@ class HomeContract(ABC):
             assert all(bool((other == -1).all()) for other in others)
 
     def test_a_room_is_not_used_again_while_its_allocation_is_alive(self) -> None:
-        """An allocation keeps its bytes when every tensor over it is gone, and makes new tensors."""
+        """An allocation keeps its bytes when all its tensors are gone, and makes new ones."""
         with self.make_home() as home:
             allocations = [home.allocate((1000,), torch.float32) for _ in range(8)]
             for number, allocation in enumerate(allocations):

@@ -47,7 +47,7 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequent
     return nn.Sequential(nn.Linear(13, 29), nn.Tanh(), nn.Linear(29, 7)).to(dtype)
 
 
-def reference_optimizer(
+def resident_and_parked(
     home: str = "disk", out_splits: int = 3, in_splits: int = 1, seed: int = 0
 ) -> tuple[Any, Any]:
     """The same tiled model twice: with resident tiles by the same code, and parked."""

@@ -13,7 +13,7 @@ import torch
 from parked_layers import (
     assert_same_bits,
     gradients_of,
-    reference_optimizer,
+    resident_and_parked,
     small_model,
     weights_of,
 )
@@ -184,7 +184,7 @@ def test_a_write_is_seen_by_the_next_iteration(
     write: Writer, mode: Callable[[nn.Module], Any]
 ) -> None:
     """Nothing in a slab is used after the iteration that it was read for."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for model in (resident, parked):
         for _ in range(2):
             mode(model)
@@ -198,7 +198,7 @@ def test_a_write_is_seen_by_the_next_iteration(
 @pytest.mark.parametrize("mode", [trains, evaluates])
 def test_a_write_is_seen_in_every_grid(grid, mode):
     """One tile, one row, one column and a ragged grid agree with their resident references."""
-    resident, parked = reference_optimizer(out_splits=grid[0], in_splits=grid[1])
+    resident, parked = resident_and_parked(out_splits=grid[0], in_splits=grid[1])
     for model in (resident, parked):
         for _ in range(2):
             mode(model)
@@ -212,7 +212,7 @@ def test_a_write_is_seen_in_every_grid(grid, mode):
 @pytest.mark.parametrize("second", MODES)
 def test_a_write_is_seen_by_an_iteration_of_another_kind(first, second):
     """Training, evaluation, generation and recomputation may alternate, with writes between."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for _ in range(2):
         for mode in (first, second):
             for model in (resident, parked):
@@ -225,7 +225,7 @@ def test_a_write_is_seen_by_an_iteration_of_another_kind(first, second):
 @torch.no_grad()
 def test_functional_call_uses_the_tensors_that_it_is_given():
     """Other tensors are never replaced by the home's bytes, and the own ones come back after."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     others = dict(other_values(5).named_parameters())
     for _ in range(2):
         expected = resident(X)
@@ -239,7 +239,7 @@ def test_functional_call_uses_the_tensors_that_it_is_given():
 
 def test_gradients_flow_to_the_tensors_of_functional_call():
     """The tensor found on the tile is the one that is differentiated."""
-    _, parked = reference_optimizer()
+    _, parked = resident_and_parked()
     others = {n: p.detach().clone().requires_grad_() for n, p in parked.named_parameters()}
 
     torch.func.functional_call(parked, others, (X,)).sum().backward()
@@ -250,7 +250,7 @@ def test_gradients_flow_to_the_tensors_of_functional_call():
 
 def test_a_write_between_two_forwards_without_a_backward_is_seen():
     """What was read ahead for a backward that never came is not used by the next forward."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for _ in range(3):
         ours, theirs = parked(X), resident(X)
         assert_same_bits(ours, theirs)
@@ -316,7 +316,7 @@ def interrupt(*args: object) -> None:
 
 def test_a_write_after_ctrl_c_in_a_tile_is_seen_by_a_layer_alone():
     """torch calls no hook of the model then; the iteration ends all the same."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     trains(parked)
     tile = parked[2].tile(1, 0)
     hook = tile.register_forward_pre_hook(interrupt)
@@ -333,7 +333,7 @@ def test_a_write_after_ctrl_c_in_a_tile_is_seen_by_a_layer_alone():
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_write_after_ctrl_c_between_tiles_is_seen(where):
     """A Ctrl-C in an ordinary module of the model ends the iteration, whatever runs next."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     trains(parked)
     register = {"forward": "register_forward_hook", "backward": "register_full_backward_hook"}
     hook = getattr(parked[1], register[where])(interrupt)
@@ -362,7 +362,7 @@ class FailsOnce:
 
 def test_a_graph_whose_backward_broke_off_can_be_walked_again():
     """After the exception the retained graph gives the gradients that it would have given."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     results = []
     for model in (resident, parked):
         x = X.clone().requires_grad_()
@@ -381,7 +381,7 @@ def test_a_graph_whose_backward_broke_off_can_be_walked_again():
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_zeroed_between_forward_and_backward_are_zero(to_none):
     """`zero_grad` just before `backward` is as good as before `forward`."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for _ in range(4):
         results = []
         for model in (resident, parked):
@@ -395,7 +395,7 @@ def test_gradients_zeroed_between_forward_and_backward_are_zero(to_none):
 
 def test_gradients_written_between_two_backwards_are_added_to():
     """A gradient at home that was scaled or set is added to as it is then."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for number in range(4):
         for model in (resident, parked):
             model(X).square().sum().backward()
@@ -410,8 +410,8 @@ def test_gradients_written_between_two_backwards_are_added_to():
 
 
 def test_a_hook_that_steps_inside_backward_is_seen_by_the_next_iteration():
-    """A foreign optimizer in a post-accumulate hook writes weights in the middle of an iteration."""
-    resident, parked = reference_optimizer()
+    """A foreign optimizer in a post-accumulate hook writes weights within an iteration."""
+    resident, parked = resident_and_parked()
     for model in (resident, parked):
         for p in model.parameters():
 
@@ -428,7 +428,7 @@ def test_a_hook_that_steps_inside_backward_is_seen_by_the_next_iteration():
 
 def test_ema_swaps_of_data_need_no_bump_of_versions():
     """Swapping averages in for evaluation and back for training, again and again."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     for number in range(3):
         for model in (resident, parked):
             trains(model)
@@ -466,7 +466,7 @@ def test_a_model_within_a_model_is_fresh_too():
 @pytest.mark.parametrize("home", [HostHome, DiskHome])
 def test_a_closed_home_stops_its_own_model_only(home):
     """Another model works on; that of the closed home raises HomeError, every time."""
-    resident, other = reference_optimizer()
+    resident, other = resident_and_parked()
     closing = home()
     model = memtile.tile(small_model(), out_splits=3, home=closing)
     trains(model)
@@ -483,7 +483,7 @@ def test_a_closed_home_stops_its_own_model_only(home):
 
 def test_a_broken_home_stops_its_own_model_only(monkeypatch):
     """A failed read of one home raises nothing in models of other homes."""
-    resident, parked = reference_optimizer()
+    resident, parked = resident_and_parked()
     broken = memtile.tile(small_model(), out_splits=3, home=DiskHome())
     real = memtile.homes.disk_io.fill
     broken_fd = next(iter(weights_of(broken).values()))

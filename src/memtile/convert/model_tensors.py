@@ -20,7 +20,7 @@ class ModelTensor:
     Args:
         names: in the dense model; more than one where it is tied.
         dense: its shape and the parts that it is kept in.
-        is_turned: whether the dense tensor is a linear's matrix transposed, as `Conv1D` keeps it.
+        is_transposed: whether the dense tensor is the matrix transposed, as `Conv1D` keeps it.
     """
 
     names: tuple[str, ...]

@@ -16,7 +16,7 @@ from memtile.checkpoints import PIECE_BYTES, Checkpoint, StoredTensor
 from memtile.convert.dense import check_stored
 from memtile.convert.kinds import Naming, integrations, naming_of, tiled_classes
 from memtile.convert.model_tensors import ModelTensor, computed_buffers, tensors_of
-from memtile.convert.streaming import Index, Source, TiledSource
+from memtile.convert.streaming import Index, TensorSource, TiledSource
 from memtile.errors import CheckpointError, HomeError, MemtileError
 from memtile.homes import allocation_of
 from memtile.layers import TiledModule
@@ -42,7 +42,7 @@ class Match:
     """
 
     dense: DenseParameter
-    source: Source
+    source: TensorSource
     name: str
 
     def stored(self) -> Iterator[StoredTensor]:
@@ -243,7 +243,7 @@ class _Search:
                 )
         self.findings.matches.append(Match(dense, source, needed.dense.name))
 
-    def _source(self, name: str) -> Source | None:
+    def _source(self, name: str) -> TensorSource | None:
         """Where the checkpoint has a name, dense or in tiles."""
         spellings = [spelling.rpartition(".") for spelling in self._spellings(name)]
         keys = ["".join(parts) for parts in spellings if "".join(parts) in self.checkpoint]
@@ -302,7 +302,7 @@ def tiles_by_layer(checkpoint: Iterable[str]) -> Mapping[tuple[str, str], dict[I
     return found
 
 
-def _check_fits(dense: DenseParameter, dtype: torch.dtype, source: Source) -> None:
+def _check_fits(dense: DenseParameter, dtype: torch.dtype, source: TensorSource) -> None:
     if source.shape != dense.shape:
         raise CheckpointError(
             f"the checkpoint's is {tuple(source.shape)}, the model's {tuple(dense.shape)}"
@@ -317,7 +317,7 @@ def _family(dtype: torch.dtype) -> str:
     return "real" if dtype.is_floating_point else "whole"
 
 
-def _same_values(one: Source, other: Source) -> bool:
+def _same_values(one: TensorSource, other: TensorSource) -> bool:
     if one.shape != other.shape:
         return False
     size, step = one.shape.numel(), PIECE_BYTES // one.dtype.itemsize

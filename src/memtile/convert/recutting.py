@@ -24,7 +24,7 @@ from memtile.checkpoints import (
 )
 from memtile.checkpoints.opening import files_beside
 from memtile.convert.name_matching import tiles_by_layer
-from memtile.convert.streaming import Source, TiledSource
+from memtile.convert.streaming import TensorSource, TiledSource
 from memtile.errors import ArgumentError, CheckpointError, MemtileError
 from memtile.geometry import Grid, Rect, Span
 from memtile.layers import TiledLinear
@@ -116,11 +116,11 @@ def convert_checkpoint(
     return joined if cut is None else list(weights)
 
 
-def _dense(checkpoint: Checkpoint) -> tuple[dict[str, Source], list[str]]:
+def _dense(checkpoint: Checkpoint) -> tuple[dict[str, TensorSource], list[str]]:
     """Every dense tensor by its name, tiles joined; and the layers that were in tiles."""
     tiles = tiles_by_layer(checkpoint)
     layer_of = {key: place for place, keyed in tiles.items() for key in keyed.values()}
-    dense: dict[str, Source] = {}
+    dense: dict[str, TensorSource] = {}
     for name, stored in checkpoint.items():
         if name not in layer_of:
             dense[name] = stored
@@ -141,7 +141,7 @@ def _joined(name: str, checkpoint: Checkpoint, keyed: Mapping[tuple[int, int], s
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _to_cut(dense: Mapping[str, Source], cut: TilingSpec, place: Path) -> dict[str, Grid]:
+def _to_cut(dense: Mapping[str, TensorSource], cut: TilingSpec, place: Path) -> dict[str, Grid]:
     """The grid of each linear that is to be cut, by its name."""
     found = {}
     for name, source in dense.items():
@@ -165,7 +165,7 @@ def _is_one(layer: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(layer, pattern) for pattern in patterns)
 
 
-def _outgoing(name: str, source: Source, cut: Mapping[str, Grid]) -> Iterator[Outgoing]:
+def _outgoing(name: str, source: TensorSource, cut: Mapping[str, Grid]) -> Iterator[Outgoing]:
     layer, _, own = name.rpartition(".")
     grid = cut.get(layer)
     if grid is None or own not in ("weight", "bias"):
@@ -179,7 +179,7 @@ def _outgoing(name: str, source: Source, cut: Mapping[str, Grid]) -> Iterator[Ou
             yield _part(tile, source, rect if own == "weight" else Rect(rect.out, Span(0, 1)))
 
 
-def _part(name: str, source: Source, rect: Rect | None) -> Outgoing:
+def _part(name: str, source: TensorSource, rect: Rect | None) -> Outgoing:
     """A rectangle of a source, or all of it, under a name."""
     if isinstance(source, StoredTensor) and (rect is None or not source.shape):
         return Outgoing(name, source.entry.kind, source.shape, source.raw)
@@ -189,12 +189,12 @@ def _part(name: str, source: Source, rect: Rect | None) -> Outgoing:
     return Outgoing(name, source.dtype, shape, lambda: _bands(source, rect))
 
 
-def _flat(source: Source) -> Iterator[Tensor]:
+def _flat(source: TensorSource) -> Iterator[Tensor]:
     step, size = PIECE_BYTES // source.dtype.itemsize, source.shape.numel()
     return (source.elements(i, min(i + step, size)) for i in range(0, size, step))
 
 
-def _bands(source: Source, rect: Rect) -> Iterator[Tensor]:
+def _bands(source: TensorSource, rect: Rect) -> Iterator[Tensor]:
     height = max(1, PIECE_BYTES // (source.shape[1:].numel() * source.dtype.itemsize))
     for start in range(rect.out.start, rect.out.stop, height):
         rows = source.rows(start, min(start + height, rect.out.stop))

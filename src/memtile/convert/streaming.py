@@ -23,7 +23,7 @@ Index = tuple[int, int]
 Held = Callable[[Part], Tensor]  # which tensor of a part is meant: its values, a moment
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Where the values of one dense tensor are read."""
 
     @property
@@ -149,7 +149,7 @@ def _common_dtype(dense: DenseParameter, name: str, held: Held) -> torch.dtype:
 
 
 @torch.no_grad()
-def bring_in(dense: DenseParameter, source: Source, held: Held = values_of) -> None:
+def bring_in(dense: DenseParameter, source: TensorSource, held: Held = values_of) -> None:
     """Write a source's values into what is held for each part, in place, converting the dtype."""
     flat: list[tuple[Part, int]] = []
     others: list[Part] = []
@@ -191,7 +191,7 @@ def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield piece[:used].view(tensor.dtype)
 
 
-def _write_flat(tensor: Tensor, source: Source, first: int) -> None:
+def _write_flat(tensor: Tensor, source: TensorSource, first: int) -> None:
     allocation = streamed_allocation(tensor)
     size = tensor.element_size()
     if allocation is not None:
@@ -220,7 +220,9 @@ def _joined_bands(dense: DenseParameter, held: Held, dtype: torch.dtype) -> Iter
         yield band
 
 
-def _write_bands(dense: DenseParameter, parts: Iterable[Part], source: Source, held: Held) -> None:
+def _write_bands(
+    dense: DenseParameter, parts: Iterable[Part], source: TensorSource, held: Held
+) -> None:
     chosen = tuple(parts)
     for start, stop in _bands(dense.shape, source.dtype.itemsize):
         band = source.rows(start, stop)

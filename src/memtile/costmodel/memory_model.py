@@ -8,7 +8,7 @@ For the step: what was counted. For the process: what was measured on this machi
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from memtile.costmodel.model_records import Counted, ParkedLayout, Rest, State, Weight
+from memtile.costmodel.model_records import Counted, ParkedLayout, Rest, StateSizes, Weight
 from memtile.costmodel.plan import OptimizerMode
 from memtile.costmodel.plan_parts import Place, Term, sorted_terms
 from memtile.costmodel.rates import MachineProfile
@@ -36,7 +36,7 @@ class Setting:
 
     tokens: int  # of a step
     rest: Rest
-    state: State | None  # what the optimizer keeps; None: inference
+    state: StateSizes | None  # what the optimizer keeps; None: inference
     mode: OptimizerMode
     in_place: bool  # whether the home is memory that is worked on where it lies
     place: Place  # where the work's memory is
@@ -75,7 +75,7 @@ def terms(setting: Setting, layout: ParkedLayout, counted: Counted) -> tuple[Ter
 
 
 def activation_terms(
-    counted: Counted, state: State | None, place: Place, temporary: str
+    counted: Counted, state: StateSizes | None, place: Place, temporary: str
 ) -> Iterator[Term]:
     """What a step makes: what is kept for backward, and temporary tensors under the given name."""
     kept = min(counted.kept_bytes, counted.peak_bytes)

@@ -90,7 +90,7 @@ class Rest:
 
 
 @dataclass(frozen=True)
-class State:
+class StateSizes:
     """What an optimizer keeps of one element."""
 
     # (bytes of a weight's element, bytes of each moment and master beside it)

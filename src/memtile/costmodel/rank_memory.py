@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Literal
 
 from memtile.costmodel.memory_model import activation_terms
-from memtile.costmodel.model_records import Counted, State
+from memtile.costmodel.model_records import Counted, StateSizes
 from memtile.costmodel.plan_parts import Place, Term, sorted_terms
 from memtile.costmodel.shards import GatherUnit, Parameter, Sharding, Units, trained_of
 
@@ -39,7 +39,7 @@ class RankSetting:
 
     offload: Offload  # where shards, gradients and moments live; "none": on the device
     prefetch: int  # units that are gathered ahead of the one in use
-    state: State | None  # what the optimizer keeps; None: inference
+    state: StateSizes | None  # what the optimizer keeps; None: inference
 
     def state_bytes(self, parameter: Parameter, engine: str) -> int:
         """Bytes that the optimizer keeps for one element of a parameter."""

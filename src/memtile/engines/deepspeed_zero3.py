@@ -57,8 +57,9 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
     parameters = [parameter for tile in tiles for parameter in tile.parameters()]
     if not isinstance(model, nn.Module) or not all(map(is_partitioned, parameters)):
         raise EngineError(
-            f"attach({type(engine).__name__}) takes the engine that deepspeed.initialize gives with "
-            "ZeRO stage 3: engine, *_ = deepspeed.initialize(model=model, config=config(model), …)"
+            f"attach({type(engine).__name__}) takes the engine that deepspeed.initialize gives "
+            "with ZeRO stage 3: "
+            "engine, *_ = deepspeed.initialize(model=model, config=config(model), …)"
         )
     _check_files(model)
     if hasattr(model, _HELD):

@@ -26,7 +26,7 @@ from memtile.convert.kinds import configs_beside
 from memtile.convert.loading_checkpoints import IncompatibleKeys
 from memtile.convert.model_tensors import tensors_of
 from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
-from memtile.convert.streaming import Source, bring_in
+from memtile.convert.streaming import TensorSource, bring_in
 from memtile.engines.dcp_files import read_alone, write_shards
 from memtile.engines.dense_views import (
     DenseView,
@@ -170,7 +170,7 @@ def _own(dense: DenseParameter, part: Part) -> Iterator[Part]:
 class _Matrix:
     """A source of more dimensions as (first, all others)."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TensorSource) -> None:
         self._source = source
         self.shape = torch.Size([source.shape[0], math.prod(source.shape[1:])])
         self.dtype = source.dtype

@@ -80,8 +80,8 @@ def room_of(tensor: Tensor) -> AbstractContextManager[None]:
 def allocate_copy(home: Home, tensor: Tensor) -> Tensor:
     """A new tensor with the tensor's values, of the same shape and dtype, that lives in the home.
 
-    Where the home does not work in place, the values are written with `Allocation.write`, in pieces, so
-    that no page of the mapping comes into this process's memory.
+    Where the home does not work in place, the values are written with `Allocation.write`, in
+    pieces, so that no page of the mapping comes into this process's memory.
 
     Raises:
         HomeFullError: the home has no room for it.

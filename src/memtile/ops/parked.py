@@ -23,7 +23,7 @@ from torch.nn import functional
 from memtile.ops.products import is_batched, sum_of_products
 
 
-class Source(Protocol):
+class ParameterSource(Protocol):
     """Where a tile's values come from and its gradient goes; `transfer.ParkedSource` is one."""
 
     def note_use(self) -> None:
@@ -42,7 +42,9 @@ class Source(Protocol):
         """Return once the gradients that were delivered are where they are to go."""
 
 
-def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: Source) -> Tensor:
+def parked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, source: ParameterSource
+) -> Tensor:
     """y (…, M), with the weight in memory for the product only.
 
     Args:
@@ -62,7 +64,7 @@ class _ParkedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        source: Source,
+        source: ParameterSource,
     ) -> Tensor:
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
@@ -138,7 +140,7 @@ def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | Non
         _flush_before(node, ctx.source)
 
 
-def _flush_before(node: Any, source: Source) -> None:
+def _flush_before(node: Any, source: ParameterSource) -> None:
     """Wait for our gradient to be home before autograd adds another one, of an L2 term say.
 
     Autograd adds in place: a write of ours that is still under way would undo it.
@@ -189,7 +191,11 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def parked_embedding(
-    ids: Tensor, weight: Tensor, padding_idx: int | None, by_frequency: bool, source: Source
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None,
+    by_frequency: bool,
+    source: ParameterSource,
 ) -> Tensor:
     """The rows (ids…, D) of a parked tile; only the pages that hold them are read.
 
@@ -212,7 +218,7 @@ class _ParkedEmbedding(torch.autograd.Function):
         weight: Tensor,
         padding_idx: int | None,
         by_frequency: bool,
-        source: Source,
+        source: ParameterSource,
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.padding, ctx.by_frequency = -1 if padding_idx is None else padding_idx, by_frequency

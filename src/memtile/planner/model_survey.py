@@ -20,7 +20,7 @@ from memtile.convert import (
     kind_of,
 )
 from memtile.costmodel import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
-from memtile.costmodel.model_records import Rest, State, Weight
+from memtile.costmodel.model_records import Rest, StateSizes, Weight
 from memtile.costmodel.plan_parts import PARKED, RESIDENT, check_tokens
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.geometry import Grid
@@ -38,7 +38,7 @@ class Survey:
     model: nn.Module
     choices: Sequence[TilingDecision]  # its linears and embeddings
     weights: Sequence[Weight]  # of these, shared ones once
-    state: State | None  # what the optimizer keeps; None: inference
+    state: StateSizes | None  # what the optimizer keeps; None: inference
     work: Work  # the forward of a step
     checkpointing: Sequence[bool]  # the possible choices
 
@@ -291,7 +291,7 @@ def _state_of(
     optimizer: type[torch.optim.Optimizer],
     options: Mapping[str, Any],  # what the optimizer's class takes
     masters: bool,
-) -> State:
+) -> StateSizes:
     """What an optimizer keeps of one element of each dtype, and its temporary memory."""
     inner = Inner(optimizer, options)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
@@ -301,7 +301,7 @@ def _state_of(
         stepped = torch.float32 if wide else dtype
         moments = [each.itemsize for each in inner.fields(inner.defaults, stepped).values()]
         kept[dtype.itemsize] = (*moments, *([stepped.itemsize] if wide else []))
-    return State(tuple(sorted(kept.items())), _temporary_bytes(inner, model))
+    return StateSizes(tuple(sorted(kept.items())), _temporary_bytes(inner, model))
 
 
 def _temporary_bytes(inner: Inner, model: nn.Module) -> int:

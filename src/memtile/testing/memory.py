@@ -69,7 +69,7 @@ class PeakMemory:
                 "run it on Linux, or in a Linux container or virtual machine."
             )
         for running in PeakMemory._running:
-            running._note()  # what the reset below would make it forget
+            running._note()  # what the reset below would lose
         try:
             _CLEAR_REFS.write_text(_RESET_PEAK)
         except OSError as error:

@@ -95,7 +95,7 @@ class _Thread(threading.local):
     depth = 0
 
 
-class State:
+class IterationState:
     """What this process knows of its homes, iterations and parameters.
 
     Attributes:
@@ -132,12 +132,12 @@ class State:
             ring.start()
 
     def end(self) -> None:
-        """End it: forget everything that was read."""
+        """End it: discard everything that was read."""
         for ring in self.all_rings():
             ring.clear()
 
 
-state = State()
+state = IterationState()
 
 
 def rings_of(home: Home) -> SlabRings:

@@ -199,7 +199,7 @@ class SlabRing:
             raise problems[0]
 
     def start(self) -> None:
-        """Begin an iteration: write what is unwritten, as `flush`, and forget the rest.
+        """Begin an iteration: write what is unwritten, as `flush`, and discard the rest.
 
         Nothing is read before its first request, since it may be one of another home.
         """
