@@ -7,30 +7,30 @@ TORCH  ?= torch==2.13.0
 # A built wheel to test in place of the source tree, as CI does.
 WHEEL  ?=
 STEPS  ?= 20
-# Processes that the tests are shared out to, each of one thread.
+# Processes that run the tests, one thread each.
 JOBS   ?= 2
 # Further options for the demo or for pytest: make demo ARGS="--tokens 64", make test ARGS="-k demo"
 ARGS   ?=
 
 BIN    := $(VENV)/bin
-# A stamp for what was asked: another torch, or a wheel, makes the environment anew.
+# A stamp file for each choice of torch and wheel: another choice makes a new environment.
 READY  := $(VENV)/.ready-$(subst =,,$(TORCH))$(if $(WHEEL),-wheel)
 SOURCE := $(or $(WHEEL),-e .)
 
-.PHONY: help demo model test lint types ladder docs check environment clean
+.PHONY: help demo model test lint types imports docs check environment clean
 
 help:
-	@echo "make demo   train a real model, dense and tiled, side by side (STEPS=20 ARGS=): 3 minutes"
-	@echo "make model  unpack the demo's model and print its folder: seconds"
-	@echo "make test   run all tests but the slow ones (ARGS= JOBS=2): 6 minutes"
-	@echo "make lint   check style and format: a second"
-	@echo "make types  check types: a quarter of a minute"
-	@echo "make ladder check which room imports which: a second"
-	@echo "make docs   build the documentation into site/: some seconds"
-	@echo "make check  lint, types, ladder and test: 7 minutes"
-	@echo "make clean  remove $(VENV) and what the tools leave behind"
+	@echo "make demo     train a real model, dense and tiled, compare them (STEPS=20 ARGS=): 3 minutes"
+	@echo "make model    unpack the demo's model and print its folder: seconds"
+	@echo "make test     run all tests but the slow ones (ARGS= JOBS=2): 6 minutes"
+	@echo "make lint     check style and format: a second"
+	@echo "make types    check types: a quarter of a minute"
+	@echo "make imports  check the order of imports between folders: a second"
+	@echo "make docs     build the documentation into site/: some seconds"
+	@echo "make check    lint, types, imports and test: 7 minutes"
+	@echo "make clean    remove $(VENV) and what the tools leave behind"
 	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH) in a minute or"
-	@echo "more at first. Times are of two cores of a server; bash .ci/run, which has all, takes 20 minutes."
+	@echo "more. Times are for two cores of a server; bash .ci/run, which runs everything, takes 20 minutes."
 
 demo: $(VENV)/.model
 	$(BIN)/memtile demo --steps $(STEPS) $(ARGS)
@@ -48,14 +48,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-ladder: $(READY)
+imports: $(READY)
 	$(BIN)/lint-imports
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "open site/index.html"
 
-check: lint types ladder test
+check: lint types imports test
 
 environment: $(READY)
 

@@ -1,4 +1,4 @@
-"""The words that name a home: "disk", "disk:FOLDER", "host" and "device"; knows no torch."""
+"""The words that name a home: "disk", "disk:FOLDER", "host" and "device". Imports no torch."""
 
 from collections.abc import Sequence
 from typing import Final

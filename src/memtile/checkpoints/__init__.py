@@ -1,4 +1,4 @@
-"""Checkpoints as files: safetensors, read and written piece by piece, whole or not at all."""
+"""Checkpoint files: safetensors, read and written a few MiB at a time, whole or not at all."""
 
 from memtile.checkpoints.home import CheckpointHome
 from memtile.checkpoints.opening import Checkpoint, OnePath, Paths

@@ -1,7 +1,7 @@
 """The header of a safetensors file: read and checked, and written.
 
 A file is the header's length (8 bytes, little endian), the header (JSON), and the tensors' bytes
-without holes. Source: the format's description in the safetensors project. memtile adds the CRC-32
+without gaps. Source: the format's description in the safetensors project. memtile adds the CRC-32
 of each tensor to the header's metadata, which other readers ignore.
 """
 

@@ -1,8 +1,8 @@
-"""The home of tiles in the unmodified files of a checkpoint, which are only read.
+"""The home of tiles that stay in the unmodified files of a checkpoint, which are only read.
 
-Rows of a tensor follow one another in a safetensors file, so a row tile is a stretch of it. The
-files are mapped privately: a write to a tile's memory copies its pages in this process and leaves
-the file as it is; reads notice copied pages and take those.
+Rows of a tensor follow one another in a safetensors file, so a tile of whole rows is one range of
+it. The files are mapped privately: a write to a tile's memory copies its pages in this process and
+leaves the file unchanged; reads find out which pages were copied, and use those.
 """
 
 import ctypes

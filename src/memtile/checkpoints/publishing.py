@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a partial name, synced and renamed."""
+"""Writes files whole or not at all: under a partial name, then synced and renamed."""
 
 import contextlib
 import errno

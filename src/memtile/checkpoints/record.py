@@ -1,7 +1,7 @@
 """The record of a training checkpoint: a JSON file with checksums, and the random state.
 
-Tensors have checksums in their files' headers. The record has one of each header, of each other
-file and of itself, so a flipped bit anywhere is found.
+Tensors have checksums in their files' headers. The record has a checksum of each header, of each
+other file and of itself, so a flipped bit anywhere is detected.
 """
 
 import json

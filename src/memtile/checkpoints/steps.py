@@ -1,8 +1,8 @@
 """A folder of training checkpoints, one folder for each saved step; the newest is always whole.
 
 A step is written under a partial name and renamed when it is complete. Older ones are renamed back
-to a partial name before they are removed. So whatever a `kill -9` leaves is whole or has a partial
-name.
+to a partial name before they are removed. So after a `kill -9` every folder is whole or has a
+partial name.
 """
 
 import contextlib

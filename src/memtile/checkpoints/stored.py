@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read a few MiB at a time and never mapped."""
+"""Reads tensors from safetensors files, a few MiB at a time and without mapping them."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""`memtile convert`: writes a checkpoint anew, dense or in tiles of any grid."""
+"""`memtile convert`: writes a new checkpoint, dense or with tiles of any grid."""
 
 from pathlib import Path
 from typing import Annotated

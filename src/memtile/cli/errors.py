@@ -1,4 +1,4 @@
-"""The errors of the command line, and which errors of libraries are a user's mistake."""
+"""The errors of the command line, and which errors of libraries count as a user's mistake."""
 
 import json
 import traceback

@@ -1,4 +1,4 @@
-"""`memtile generate`: text from a model that need not fit in memory."""
+"""`memtile generate`: generates text with a model that need not fit in memory."""
 
 import json
 import math

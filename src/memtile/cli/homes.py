@@ -1,4 +1,4 @@
-"""The word on the command line that names a home."""
+"""Checks the `--home` option of a subcommand."""
 
 from memtile.home_names import parse_home
 

@@ -1,4 +1,4 @@
-"""`memtile plan`: which layers a budget needs tiled, before anything is loaded."""
+"""`memtile plan`: shows which layers are tiled for a budget, without loading the model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Progress bars, and Ctrl-C and SIGTERM as errors."""
+"""Progress bars; turns Ctrl-C and SIGTERM into exceptions."""
 
 import signal
 from collections.abc import Iterator

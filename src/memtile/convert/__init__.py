@@ -1,4 +1,4 @@
-"""Whole models: tiled in place and back, and their dense checkpoints."""
+"""Tiles whole models in place and back, and saves and loads their checkpoints and runs."""
 
 from memtile.convert.dense import dense_items, dense_state_dict
 from memtile.convert.empty import empty_model

@@ -1,4 +1,4 @@
-"""Dense names and tensors of a tiled model, one at a time."""
+"""`dense_state_dict`: dense names and tensors of a tiled model, one at a time."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

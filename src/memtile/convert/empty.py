@@ -1,4 +1,4 @@
-"""A model without its parameters: they are on the meta device, its buffers are real."""
+"""`empty_model`: a model with its parameters on the meta device, and real buffers."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping

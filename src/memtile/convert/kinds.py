@@ -1,4 +1,4 @@
-"""Which dense modules have a tiled form, and what other libraries add to that."""
+"""Which classes of modules can be tiled; `integrations` registers those of other libraries."""
 
 import types
 from collections.abc import Callable, Collection

@@ -1,4 +1,4 @@
-"""Values from a checkpoint into a model, and memory first for parameters on the meta device."""
+"""Gives parameters on the meta device memory, and fills a model from a checkpoint."""
 
 import logging
 import math

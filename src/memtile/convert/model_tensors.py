@@ -1,4 +1,4 @@
-"""What a model wants of a checkpoint: each dense tensor once, with all the names that it has."""
+"""The dense tensors of a model that a checkpoint has: each once, with all its names."""
 
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint are which of a model: every name form, checked before any is used.
+"""Finds the tensors of a checkpoint for those of a model, and checks all before any is used.
 
-A checkpoint may have dense names, or tile names of any grid; under any name of a tied tensor; with
-the name of a transformers model's base before them, or without.
+A checkpoint may have dense names, or tile names of any grid; any of the names of a tied tensor; and
+names with or without the prefix of a transformers model's base.
 """
 
 import re

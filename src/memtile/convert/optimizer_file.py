@@ -1,4 +1,4 @@
-"""An optimizer's state out to a checkpoint and back in, tensor by tensor."""
+"""Writes an optimizer's state to a checkpoint and reads it back, tensor by tensor."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a plan says about one model: its choices, its home, whether activations are recomputed."""
+"""Checks that a plan is of a model, and gives its choices of tiles, home and recomputation."""
 
 from dataclasses import replace
 

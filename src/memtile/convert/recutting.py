@@ -1,7 +1,7 @@
-"""`convert_checkpoint`: dense names into the tile names of the original and back, without a model.
+"""`convert_checkpoint`: changes dense tensors of a checkpoint into tiles and back, without a model.
 
-What is a tile is told by its name, which ends in `linears.{row}.{column}.weight` or `.bias`; what
-is to become tiles is said by the user, since a name does not tell a linear from an embedding.
+A tile is recognised by its name, which ends in `linears.{row}.{column}.weight` or `.bias`. Which
+tensors become tiles is said by the user, since a name does not tell a linear from an embedding.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""What still uses parameters and modules that were replaced: it is told, since it trains nothing.
+"""Warns of whatever still uses parameters and modules that were replaced, and so trains nothing.
 
-An optimizer of old parameters is told when it steps. Any other module is told that has a way to an
-old one, or to a tensor in the memory of its weight: an attribute, a plain list in one, a bound
-method, a partial, a closure. What only variables hold (a caller's, for comparison) uses nothing.
+An optimizer of old parameters warns at its first step. `tile` and `untile` warn of a module that
+refers to an old one, or to a tensor in the memory of its weight: by an attribute, a plain list in
+one, a bound method, a partial, a closure. References from variables alone are not reported.
 """
 
 import gc

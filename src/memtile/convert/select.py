@@ -1,4 +1,4 @@
-"""Which modules of a model are tiled, with which grid, and the reason for each yes and no."""
+"""Decides which modules of a model are tiled, with which grid, and says why or why not."""
 
 import operator
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Checkpoints of models that an engine has sharded over ranks: the engine's functions do them."""
+"""Finds the functions of `engines` that save and load a model that is sharded over ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""The values of one dense tensor on their way between a file and the tiles that hold them.
+"""Moves the values of one dense tensor between a file and the tiles that hold them.
 
-They pass a few MiB at a time, past the mapping of a parked tile where tiles are rows of the dense
-tensor, so that neither the dense tensor nor a tile is ever in memory as a whole.
+They are moved a few MiB at a time. If the tiles are rows of the dense tensor this bypasses the
+mapping of a parked tile, so that neither the dense tensor nor a tile is in memory as a whole.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""`save_training`, `resume_training`: a run that goes on as if it had never been interrupted."""
+"""`save_training` and `resume_training`: a run resumed bit for bit."""
 
 import os
 import sys

@@ -1,6 +1,6 @@
-"""Formulas for memory and time of a step, and searches for a plan, on numbers alone: no torch.
+"""Formulas for memory and time of a step, and the search for a plan. Imports no torch.
 
-`memtile.planner` looks at a model and at this machine, and calls what is here.
+`memtile.planner` gets the numbers from a model and from this machine, and calls these functions.
 """
 
 from memtile.costmodel.budget import Budget

@@ -1,4 +1,4 @@
-"""A model and one step of it as numbers: weights, tiles, what was counted."""
+"""Records of a model and of one step of it: weights, tiles, counted bytes and operations."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""What both kinds of plans consist of: layers, memory terms, time floors, lines of a table."""
+"""Parts of `Plan` and `RankPlan`: layers, memory terms, lower bounds of time, lines of a table."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass

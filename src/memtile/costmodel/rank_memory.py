@@ -1,8 +1,8 @@
-"""The peak of one rank as a sum of named terms: what it keeps, and the moment that takes most.
+"""The peak memory of one rank as a sum of named terms.
 
-The moments of a step are its forward, its backward, and the optimizer's step. Each has terms of its
-own; the largest moment is added to what is kept all the time. A unit is what is gathered together:
-U bytes of the largest one, R bytes of what stays whole.
+It is what is kept all the time and the largest of three phases: forward, backward, and the
+optimizer's step, each with its own terms. A unit is what is gathered at once. The largest unit has
+U bytes, and the parameters that stay gathered have R bytes.
 
 FSDP2, forward: R + U in use + the buffer that it arrived in + one for each unit that is being
 gathered, at least one: the last buffer is freed after the next unit arrived. Backward: R + U in use
@@ -11,7 +11,7 @@ which the gradient before it is reduced. One rank gathers nothing. A tied weight
 the sum of its uses': autograd keeps those of the later uses, whole, until it comes to the first.
 
 ZeRO-3 gathers into the parameter itself; one rank uses its own. Gradients are reduced from a bucket
-that is allocated once and as large as the largest tile. Its content is copied and padded for that.
+that is allocated once and as large as the largest tile. Its content is copied and padded first.
 """
 
 from collections.abc import Iterable, Iterator

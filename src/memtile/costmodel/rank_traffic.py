@@ -1,4 +1,4 @@
-"""What one rank moves in a step, and the least time that takes.
+"""What one rank moves in a step, and a lower bound of the time it takes.
 
 A ring all-gather of n ranks sends n - 1 shards over each rank's link, and so does its
 reduce-scatter: (n - 1)/n of a parameter's bytes each. A unit of tiles is gathered for each use in

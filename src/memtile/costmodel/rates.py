@@ -1,4 +1,4 @@
-"""What this machine does in a second, and what memory its libraries take: measured values."""
+"""`MachineProfile`: what a machine does in a second, and what memory its libraries take."""
 
 import math
 from dataclasses import dataclass

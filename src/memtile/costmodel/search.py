@@ -1,7 +1,7 @@
 """Finds the layout with the fewest tiles that fits, and whether to recompute activations.
 
 Two numbers make a layout: the largest tile that is allowed, and how many weights stay in memory,
-small ones first, since each of those is a tile less. For every size of tile as many weights stay as
+small ones first, since each of those saves a tile. For every size of tile as many weights stay as
 fit; of those layouts the one with the fewest tiles is taken. The sizes do not depend on the budget,
 so more budget never means more tiles. The smallest tiles take least memory: where those do not fit,
 nothing does.

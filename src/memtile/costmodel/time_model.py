@@ -1,4 +1,4 @@
-"""The least time of a step on this machine, by its measured rates.
+"""A lower bound of the time of a step on this machine, from its measured rates.
 
 Products take flops / (flop/s); all other operations move bytes through memory; the optimizer steps
 elements. One processor does these one after another, so they add up. A disk works at the same time:

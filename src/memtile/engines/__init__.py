@@ -1,6 +1,6 @@
-"""Engines that keep tiles as shards over ranks; each is imported where it is used.
+"""Tiles over several ranks, with FSDP2, ZeRO-3 or data parallelism; users import the one they use.
 
-What must be known before one is used is registered: inside `deepspeed.zero.Init` tiles are
+`import memtile` registers only what must be there before: inside `deepspeed.zero.Init` tiles are
 partitioned while their layer is being made.
 """
 

@@ -1,7 +1,7 @@
-"""Dense safetensors into shards and out of them: no rank ever holds a dense layer.
+"""Loads dense safetensors into shards and saves them: no rank ever holds a dense layer.
 
-In: each rank reads the rows that it holds. Out: the shards go through a distributed checkpoint, and
-the first rank reads it back a few MiB at a time, in the order in which safetensors want elements.
+To load, each rank reads the rows that it holds. To save, shards are written as a distributed
+checkpoint first, and rank 0 reads it back a few MiB at a time, in the order that safetensors need.
 """
 
 import math

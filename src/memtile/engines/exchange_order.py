@@ -2,9 +2,9 @@
 
 The collectives of a process group are paired by their number alone. Ranks that use other modules
 than the others (samples routed to other experts, say) would get bytes of modules that they did not
-ask for, and compute with them. So each exchange is noted by name, and every few exchanges a hash of
-all names so far is compared. Ranks that wait for each other are at the same number, whatever they
-are about to exchange; so no rank compares alone.
+ask for, and compute with them. So the name of each exchange is recorded, and every few exchanges a
+hash of all names so far is compared. Ranks that wait for each other have made the same number of
+exchanges, whatever they are about to exchange; so no rank compares alone.
 """
 
 import hashlib

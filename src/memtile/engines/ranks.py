@@ -1,4 +1,4 @@
-"""Ranks that act together: all raise the error of one; models and options are compared."""
+"""Ranks that act together: an error of one is raised on all; models and options are compared."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence

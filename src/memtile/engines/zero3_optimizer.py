@@ -1,4 +1,4 @@
-"""What torch's optimizer keeps under ZeRO-3, parameter by parameter.
+"""Reads and writes the state of torch's optimizer under ZeRO-3, parameter by parameter.
 
 DeepSpeed gives the optimizer one flat tensor for a group of parameters: this rank's parts of them,
 end to end. A moment has the same length, and the count of steps is one for the group.

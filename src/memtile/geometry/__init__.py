@@ -1,4 +1,4 @@
-"""Spans and grids: where the tiles of a weight begin and end. Knows no torch."""
+"""Spans and grids: where the tiles of a weight begin and end. Imports no torch."""
 
 from memtile.geometry.grid import Grid, Rect, Span, partition_uniform, round_up, spans_of
 

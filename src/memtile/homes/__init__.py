@@ -1,4 +1,4 @@
-"""Homes: where tiles live while nobody works on them, in memory or on disk."""
+"""Homes: where tiles live while they are not used, in memory or on disk."""
 
 from memtile.homes.buffers import aligned_buffer, pieces, scratch_like
 from memtile.homes.disk import DiskHome

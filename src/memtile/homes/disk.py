@@ -1,4 +1,4 @@
-"""A home on disk: one file without a name, whose tensors are mapped, and read and written directly.
+"""A home on disk: one unnamed file, whose tensors are mapped, and read and written directly.
 
 Linux only. A parked tensor lies over a shared map of the file, so anything may read and write it.
 `read` and `write` go to the file itself: through the page cache where the whole file fits there,

@@ -1,7 +1,4 @@
-"""What a forked child makes anew: locks that a thread of its parent may have held.
-
-Only the thread that forks exists in the child.
-"""
+"""Renews locks in a forked child, where the parent's thread that held one does not exist."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""How much memory this process may still use: what the system has free, within its cgroups."""
+"""How much memory this process may still use, by the system's free memory and its cgroups."""
 
 from collections.abc import Iterator
 from pathlib import Path

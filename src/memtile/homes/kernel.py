@@ -1,4 +1,4 @@
-"""Hints about memory for the kernel and the C library; they change no value."""
+"""Hints about memory to the kernel and to malloc; they change no values."""
 
 import ctypes
 import logging

@@ -1,4 +1,4 @@
-"""The file of a disk home: without a name, grown and mapped in segments."""
+"""The unnamed file of a disk home, which grows and is mapped in segments."""
 
 import contextlib
 import errno

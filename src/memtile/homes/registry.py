@@ -1,4 +1,4 @@
-"""Which allocation a tensor lies in, and what room is held for it; it keeps no tensor alive."""
+"""Maps tensors to their allocations and reservations, without keeping a tensor alive."""
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""A home from what a user gave, and the word for a home."""
+"""`resolve_home`: a home from what the user gave; `word_for`: the word that names a home."""
 
 from typing import Any, Final
 

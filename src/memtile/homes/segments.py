@@ -1,4 +1,4 @@
-"""Which bytes of a growing file are free: segments, each mapped once, and rooms within them."""
+"""Which bytes of a growing file are free. It grows by segments, each of which is mapped once."""
 
 import mmap
 import threading

@@ -1,4 +1,4 @@
-"""transformers: its own kinds of layers, its names and ties, models from its configs."""
+"""transformers: its classes of linears and embeddings, names, ties, and models from its configs."""
 
 import inspect
 from collections.abc import Callable

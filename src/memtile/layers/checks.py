@@ -1,4 +1,4 @@
-"""Checks of a call: whether its tiles are plain, whether input and results fit."""
+"""Checks at each call: whether tiles are plain, and whether input and results fit."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""One call of a tiled linear: three paths over its grid, and the hooks that subclasses override.
+"""The three paths of a call of a tiled linear, and the hooks that subclasses override.
 
 - fused, when every tile is resident and plain: one autograd function (`ops.fused`);
 - composed, when a tile is anything more (hooks, another class, parked, an engine, autocast): each

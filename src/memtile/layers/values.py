@@ -1,9 +1,9 @@
-"""The values of a weight or bias, whatever grid they are stored in and whoever shards them.
+"""Reads and writes the values of a weight or bias, in any grid and under any engine.
 
 A bias (out_features,) is treated as a weight with one column, so that both are read by rectangles.
 
-Whoever copies, reads, resets, loads or saves values of tiles does it inside `gathered`. Tiles in
-this process are whole already. An engine that shards them over ranks registers a gatherer, which
+All code that copies, reads, resets, loads or saves values of tiles does so inside `gathered`. Tiles
+of one process are whole already. An engine that shards them over ranks registers a gatherer, which
 makes the parameters whole inside the context and, where they were written, keeps what rank 0 wrote.
 """
 

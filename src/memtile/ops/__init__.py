@@ -1,4 +1,4 @@
-"""Mathematics and autograd of tiled products and lookups; imports no home and no module."""
+"""Autograd functions for tiled products, sums and lookups. Imports no home and no module."""
 
 from memtile.ops.composed import (
     ResultShapes,

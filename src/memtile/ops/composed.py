@@ -1,4 +1,4 @@
-"""The composed path: results of tiles that were called as modules, written into the one output.
+"""The composed path: tiles are called as modules, and their results written into one output.
 
 An autograd function puts each result into its slice of the output, in place, and gives the slice
 of the gradient back: no clone, no `cat`. Partial sums of 16-bit results are float32.

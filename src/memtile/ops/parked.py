@@ -1,12 +1,12 @@
-"""A parked tile in autograd: one function a tile, which reads the weight again in backward.
+"""The autograd function of a parked tile, which reads the weight again in backward.
 
 Shapes: N tokens, W (M, K); x (…, K), y (…, M), g the gradient of y.
 
 Forward: y = x Wᵀ + b. Backward: dx = g W, and dW = gᵀ x is written where it is to be kept.
 
-One function for a whole layer would return the gradients of all its tiles at once, and so hold
-them all. A graph keeps of a tile its slice of the input and the parameter's version, never a slab.
-dW goes home inside backward, which returns None for it; autograd calls the parameter's
+There is one function per tile: one for a whole layer would hold the gradients of all its tiles at
+once. The graph keeps a tile's slice of the input and the parameter's version, never a slab. dW is
+written to the home inside backward, which returns None for it; autograd calls the parameter's
 post-accumulate-grad hooks all the same, once, after its last use. dW is returned to autograd as
 usual where it is needed there: tensor hooks on the parameter, `autograd.grad`, `create_graph=True`,
 batched gradients.

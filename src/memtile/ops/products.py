@@ -1,4 +1,4 @@
-"""Sums of matrix products, written in place and accumulated in float32; what surrounds a call.
+"""Sums of matrix products, written in place and accumulated in float32; autocast and transforms.
 
 Shapes: N tokens, K inner, M outer; a (N, K), b (K, M), out (N, M), any of them a slice.
 

@@ -1,4 +1,4 @@
-"""Clipping of gradients that live in homes, and the refusal to clip those that are gone."""
+"""Clips gradients that live in homes; refuses to clip those that were stepped in backward."""
 
 import inspect
 import math

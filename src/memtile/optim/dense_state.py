@@ -1,4 +1,4 @@
-"""An optimizer's state dict over the dense model: joined from the tiles' states, and cut again.
+"""An optimizer's state dict over the dense model: joined from the tiles' states, and split again.
 
 Each state tensor of a weight's tiles becomes one tensor of the dense shape, under the index that
 the dense parameter has in the dense model.

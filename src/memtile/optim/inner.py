@@ -1,7 +1,7 @@
 """Any element-wise torch optimizer, applied to slices of parameters, whose state is kept elsewhere.
 
-A slice is stepped as if it were a parameter: the optimizer gets an `nn.Parameter` in the slice's
-memory, a stand-in, with the slice's gradient and state. Between two steps it holds nothing.
+A slice is stepped as if it were a parameter: the optimizer gets an `nn.Parameter` that shares the
+slice's memory, with the slice's gradient and state. Between two steps it holds no tensors.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

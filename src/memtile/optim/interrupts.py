@@ -1,4 +1,4 @@
-"""Ctrl-C during a step waits until the step is whole; a second one does not wait."""
+"""Delays Ctrl-C until the step under way is complete; a second Ctrl-C is not delayed."""
 
 import signal
 import threading

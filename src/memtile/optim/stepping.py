@@ -1,4 +1,4 @@
-"""One step of one parameter: its values, gradient and state are brought in, stepped, stored.
+"""One step of one parameter: its values, gradient and state are read, stepped and written.
 
 A parked parameter's tensors come into slabs, and are written home while the next ones are read.
 Tensors in memory are stepped in place, also those that replaced parked ones.

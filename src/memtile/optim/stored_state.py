@@ -1,4 +1,4 @@
-"""An optimizer's state for each dense parameter, as a checkpoint stores it; no file is opened here.
+"""An optimizer's state for each dense parameter, as checkpoints store it. Opens no file.
 
 Tensors of a parameter's shape are in parts, one for each tile, and are streamed. Anything else,
 step counters for the most part, must be equal for all tiles of a weight.

@@ -1,4 +1,4 @@
-"""Looks at a model and at this machine, and makes plans by the formulas of `memtile.costmodel`."""
+"""Makes plans: counts a step, measures the machine, and searches with `memtile.costmodel`."""
 
 from memtile.planner.plan_for_machine import plan
 from memtile.planner.plan_for_ranks import plan_ranks

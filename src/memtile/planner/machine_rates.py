@@ -1,4 +1,4 @@
-"""Measures, in a new process, what this machine does in a second and what its libraries take.
+"""Measures the machine profile in a new process: its speeds, and the memory its libraries take.
 
 The process is new because a library takes the memory of its first use only once.
 """

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: weights, other parameters, what an optimizer keeps."""
+"""Lists what the planner needs of a model: weights, other parameters, optimizer state."""
 
 import os
 from collections import Counter

@@ -1,7 +1,7 @@
 """Counts the memory and work of a step, operation by operation, without weights.
 
 Parameters are on the meta device, ids are real: what depends on ids alone (masks, positions, which
-rows of which tile) is computed; of what depends on weights only the shape is known. A storage
+rows of which tile) is computed; for what depends on weights only the shape is known. A storage
 counts from the operation that makes it until nothing holds it any more.
 """
 

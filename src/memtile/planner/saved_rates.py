@@ -1,4 +1,4 @@
-"""The rates of this machine: given, or measured once and saved in a file."""
+"""The machine profile: given by the user, or measured once and saved in a file."""
 
 import contextlib
 import hashlib

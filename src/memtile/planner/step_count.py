@@ -1,4 +1,4 @@
-"""One step of a model that is tiled as a layout says, counted on a meta copy of it."""
+"""Counts one step of a model on a meta copy that is tiled as a layout says."""
 
 import copy
 from collections.abc import Callable, Sequence

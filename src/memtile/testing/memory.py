@@ -1,4 +1,4 @@
-"""How much memory code takes: the process's peak, its tensors' peak, its largest allocation."""
+"""Measures memory: the process's peak, the peak of its tensors, the largest allocation."""
 
 import platform
 import sys

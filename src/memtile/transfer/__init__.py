@@ -1,4 +1,4 @@
-"""Moving tiles between homes and those who work on them: slabs, reading ahead, iterations."""
+"""Moves tiles between homes and the code that computes with them: slabs, prefetch, iterations."""
 
 from memtile.transfer.iterations import (
     GRADIENT_SLABS,

@@ -1,4 +1,4 @@
-"""The slab rings of each home, and the iterations after which nothing in them is used again.
+"""The slab rings of each home, and the iterations after which their contents are discarded.
 
 Writes through `.data`, by foreign optimizers or through a mapping cannot be seen from here. So what
 a slab holds is only used in the iteration that read it: a forward, with the backward through it.

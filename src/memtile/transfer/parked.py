@@ -1,4 +1,4 @@
-"""A parked parameter as an operation sees it: values to read, a place to write its gradient."""
+"""`ParkedSource`: how an operation reads a parked parameter's values and writes its gradient."""
 
 import threading
 import weakref

@@ -1,7 +1,7 @@
-"""A ring of slabs for the tiles of one home, and the order in which they are read ahead.
+"""A ring of slabs for the tiles of one home, and the order in which they are prefetched.
 
-A group is one tile, or the few tensors that are worked on together (a weight, its gradient and its
-moments). `acquire` gives a group in memory and starts reading what is expected to be needed next.
+A group is one tile, or the few tensors that are used together (a weight, its gradient and its
+moments). `acquire` gives a group in memory and starts reading the groups expected next.
 """
 
 import os

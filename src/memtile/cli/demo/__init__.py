@@ -1,1 +1,1 @@
-"""The demo: a real model trained dense and tiled, side by side; one worker process for each."""
+"""`memtile demo`: trains a model dense and tiled, each in a worker process, and compares them."""

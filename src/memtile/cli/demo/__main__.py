@@ -1,4 +1,4 @@
-"""The demo's worker process: does one task, and reports on stdout, one JSON document a line.
+"""The demo's worker process: does one task, and reports on stdout, one JSON document per line.
 
 A line is {"step": …, "loss": …} while it trains, and {"result": …} or {"mistake": "a sentence"} at
 the end. Everything else that is printed goes to stderr, which the parent keeps as a log.

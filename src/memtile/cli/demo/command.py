@@ -1,4 +1,4 @@
-"""`memtile demo`: trains a real model dense and tiled, side by side."""
+"""The options of `memtile demo`; starts both runs, and prints the comparison."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Compares both runs: the differences, and whether each bound was kept."""
+"""Compares the dense and the tiled run: differences, and whether each bound was met."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""The demo's outcome as tables for a terminal."""
+"""Formats the demo's comparison as tables for a terminal."""
 
 from typing import Final
 

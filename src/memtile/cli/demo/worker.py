@@ -1,4 +1,4 @@
-"""Starts a worker process of the demo, hears its steps, and gets its result."""
+"""Starts a worker process of the demo, and reads its progress and its result."""
 
 import json
 import os

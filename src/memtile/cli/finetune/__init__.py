@@ -1,1 +1,1 @@
-"""Fine-tuning within a budget of memory: what `memtile finetune` does."""
+"""`memtile finetune`: fine-tuning within a memory budget."""

@@ -1,4 +1,4 @@
-"""What a run trains: a model in this process, whose tiles live where its plan says."""
+"""The model of a run in one process: tiled and parked as its plan says."""
 
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""`memtile finetune`: trains a model within a budget of memory; can be stopped and resumed."""
+"""The options of `memtile finetune`; starts or resumes the run."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a step, and a picture of its losses."""
+"""The log of a run: one JSON object per step, and a picture of the losses."""
 
 import json
 import subprocess

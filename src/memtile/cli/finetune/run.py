@@ -1,4 +1,4 @@
-"""A training run: steps, log, checkpoints, and an orderly end when a signal asks for one."""
+"""The training loop of a run: steps, log, checkpoints; a signal saves and stops it after a step."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""Texts as sequences of tokens, and which sequence is trained on in which step."""
+"""Cuts texts into sequences of tokens, and says which sequence each step trains on."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A model whose tiles are shards over the ranks of FSDP2 or ZeRO-3."""
+"""The model of a run over several ranks: its tiles are shards of FSDP2 or ZeRO-3."""
 
 import logging
 import math
