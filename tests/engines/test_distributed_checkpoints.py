@@ -402,7 +402,7 @@ def test_another_optimizer_is_refused(tmp_path):
 
     with pytest.raises(CheckpointError, match="this optimizer is torch"):
         load(tmp_path, model, sgd)
-    with pytest.raises(CheckpointError, match="1 parameter groups, the checkpoint 2"):
+    with pytest.raises(CheckpointError, match=r"1 parameter groups, the checkpoint .* has 2"):
         load(tmp_path, model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(OptimizerError, match="make the optimizer after"):
         load(tmp_path, model, optimizer_of(Net()))

@@ -1,8 +1,8 @@
 """Distributed checkpoints with dense names: saved under one world size and grid, loaded by another.
 
-Source: `torch.distributed.checkpoint` (DCP) writes and reads. Done here: the names of the untiled
-model (`dense_views`), an optimizer's state (`optimizer_views`; `zero3_state` under ZeRO-3), and
-that a checkpoint is whole or not there. The format has pickles in it, as DCP's always has: load
+Source: `torch.distributed.checkpoint` (DCP) writes and reads. Added here: the names of the untiled
+model (`dense_views`), an optimizer's state (`optimizer_state`; `zero3_optimizer` under ZeRO-3), and
+that a checkpoint appears whole or not at all. As in all of DCP's, there are pickles in it: load
 only what you trust.
 """
 
@@ -35,7 +35,7 @@ from memtile.convert.training import (
     newest_step,
     scheduler_record,
 )
-from memtile.engines.dcp_files import read_alone, read_shards, write_shards
+from memtile.engines.dcp_files import DcpState, read_alone, read_shards, write_shards
 from memtile.engines.dense_views import DenseView, dense_view, local_pieces, unwrapped
 from memtile.engines.optimizer_state import (
     KEY,
@@ -78,7 +78,7 @@ def save(
     ranks.check_same("the folder and step", f"{folder}, {step}")
     given = {"step": step, "position": position, "extra": extra}
 
-    def outgoing() -> dict[str, Any]:  # what DCP takes
+    def outgoing() -> DcpState:
         check_numbers(step, keep)
         state = _outgoing(model, optimizer, scheduler, given)
         if check_finite:
@@ -112,7 +112,7 @@ def load(
     metadata, record = ranks.each(lambda: _opened(saved.path))
     ranks.each(lambda: check_scheduler(record.get("scheduler"), scheduler, saved.path))
     wanted = ranks.each(lambda: _wanted(model, metadata, saved.path))
-    state: dict[str, Any] = {_MODEL: wanted}  # what DCP takes: tensors, dictionaries, anything
+    state: DcpState = {_MODEL: wanted}
     incoming = None
     if optimizer is not None:
         found = ranks.each(lambda: _incoming(record, metadata, model, optimizer, saved.path))
@@ -130,8 +130,8 @@ def load(
 
 def _outgoing(
     model: nn.Module, optimizer: object, scheduler: Scheduler | None, given: Mapping[str, Any]
-) -> dict[str, Any]:  # what DCP takes
-    state: dict[str, Any] = {_MODEL: dense_view(model)}
+) -> DcpState:
+    state: DcpState = {_MODEL: dense_view(model)}
     record: Json = {name: to_json(value, name) for name, value in given.items()}
     record["scheduler"] = scheduler_record(scheduler)
     if optimizer is not None:
@@ -164,22 +164,22 @@ def _whole(ranks: Ranks, folder: Path, step: int, keep: int) -> Iterator[tuple[P
         partial, target = ranks.first(
             lambda: stack.enter_context(new_step(folder, step, keep, METADATA))
         )
-        ranks.each(lambda: _check_seen(partial))
+
+        def check_seen() -> None:
+            if not partial.is_dir():
+                raise EngineError(
+                    f"{partial.parent} is not the same folder on each rank: give one on a "
+                    "filesystem that all of them see"
+                )
+
+        ranks.each(check_seen)
         yield partial, target
         ranks.first(stack.close)
 
 
-def _check_seen(partial: Path) -> None:
-    if not partial.is_dir():
-        raise EngineError(
-            f"{partial.parent} is not the same folder on each rank: give one on a filesystem that "
-            "all of them see"
-        )
-
-
 def _opened(place: Path) -> tuple[Metadata, Json]:
     """What a checkpoint says of itself."""
-    alone: dict[str, Any] = {_RECORD: ""}
+    alone: DcpState = {_RECORD: ""}
     try:
         metadata = FileSystemReader(place).read_metadata()
         read_alone(alone, place)
@@ -252,7 +252,7 @@ def _incoming(
             f"{place} was saved without an optimizer: load the model only, and start the optimizer "
             "anew"
         )
-    incoming = OptimizerStateLoader(record[KEY], metadata, model, kept_by)
+    incoming = OptimizerStateLoader(record[KEY], metadata, model, kept_by, place)
     if isinstance(kept_by, PartitionedState):
         numbers = incoming.numbers()
         read_alone({KEY: {"state": numbers}}, place)
