@@ -28,7 +28,7 @@ from memtile.errors import ArgumentError, EngineConfigWarning, EngineError
 __all__ = ["Finding", "attach", "check", "config", "from_checkpoint"]
 
 Engine = TypeVar("Engine")  # DeepSpeed's, which is untyped
-_HELD = "_memtile_holds_tiles"
+_ATTACHED = "_memtile_attached"
 
 
 def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
@@ -45,7 +45,7 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
         The engine.
 
     Raises:
-        EngineError: it is none of ZeRO-3, or held already, or its parts on a disk are rounded.
+        EngineError: it is none of ZeRO-3, attached already, or its parts on a disk are rounded.
         ArgumentError: nothing of its model is tiled.
 
     Warns:
@@ -62,14 +62,18 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
             "engine, *_ = deepspeed.initialize(model=model, config=config(model), …)"
         )
     _check_files(model)
-    if hasattr(model, _HELD):
-        raise EngineError("the engine's tiles are held already: call attach(engine) once")
-    setattr(model, _HELD, True)
+    if hasattr(model, _ATTACHED):
+        raise EngineError("the engine is attached already: call attach(engine) once")
+    setattr(model, _ATTACHED, True)
     for tile in tiles:
         release_in_backward(tile)
     _free_leftovers(model, tiles)
     _read_once(model)
-    _warn(getattr(engine, "config", None), model, prefetch)
+    given = getattr(engine, "config", None)
+    # DeepSpeed also takes none, and one in base64: these are not checked
+    if isinstance(given, Mapping) or (isinstance(given, str) and Path(given).is_file()):
+        for finding in check(given, model, prefetch=prefetch):
+            warnings.warn(str(finding), EngineConfigWarning, stacklevel=2)
     return engine
 
 
@@ -106,7 +110,7 @@ def _read_once(model: nn.Module) -> None:
 
 
 def _free_leftovers(model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpeed's attributes
-    """Free tiles that are gathered, or being gathered, for no use: evaluation has no backward.
+    """Free tiles that an evaluation, which has no backward, leaves gathered or being gathered.
 
     DeepSpeed counts live elements from zero in each forward, so they would be extra: 3 tiles in
     place of 2. And it refuses to read what is being gathered.
@@ -129,15 +133,6 @@ def _free_leftovers(model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpe
 
     model.register_forward_pre_hook(free, prepend=True)
     model.register_forward_hook(free_unless_trained)
-
-
-def _warn(given: object, model: nn.Module, prefetch: int) -> None:
-    if not isinstance(given, Mapping | str) or (
-        isinstance(given, str) and not Path(given).is_file()
-    ):
-        return  # in base64, or none: DeepSpeed takes that too
-    for finding in check(given, model, prefetch=prefetch):
-        warnings.warn(str(finding), EngineConfigWarning, stacklevel=3)
 
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -18,13 +18,7 @@ _NONE: Final[list[UnitModule]] = []
 
 
 def bring_ahead(model: nn.Module, units: Sequence[Sequence[nn.Module]], ahead: int) -> None:
-    """Gather units ahead of their use.
-
-    Args:
-        model: the root, sharded already.
-        units: modules that are gathered together, sharded already.
-        ahead: how many.
-    """
+    """Gather so many units of a sharded model ahead of the one in use."""
     order = _Order(model, ahead)
     for unit in units:
         _Prefetch(unit, order)
@@ -38,7 +32,7 @@ class _Order:
         self._ahead = ahead
         self._has_begun, self._has_ended = False, True
         self._used: list[UnitModule] = []
-        self._with_backward: set[UnitModule] = set()  # of this forward
+        self.with_backward: set[UnitModule] = set()  # in this forward, whose results require grad
         self._before: dict[UnitModule, list[UnitModule]] = {}  # likewise
         self._waiting: set[UnitModule] = set()  # gathered ahead, and not used yet
         self._following: dict[UnitModule, list[UnitModule]] = {}
@@ -46,11 +40,7 @@ class _Order:
         model.register_forward_hook(self._end)
 
     def use(self, unit: UnitModule) -> tuple[list[UnitModule], list[UnitModule]]:
-        """Note that a unit is used now; give the units after it and before it, nearest first.
-
-        Raises:
-            EngineError: the model itself was never called, so FSDP2 knows no root.
-        """
+        """Note that a unit is used now; give the units after it and before it, nearest first."""
         if not self._has_begun:
             raise EngineError(
                 f"a layer inside the {type(self._root).__name__} was called before the model "
@@ -61,16 +51,12 @@ class _Order:
         self._waiting.discard(unit)
         self._free(self._waiting.difference(following))
         self._waiting.update(following)
-        earlier = (each for each in reversed(self._used) if each in self._with_backward)
+        earlier = (each for each in reversed(self._used) if each in self.with_backward)
         before = [each for each, _ in groupby(earlier) if each is not unit][: self._ahead]
         if self._before.setdefault(unit, before) != before:  # a second use, after other units
             before = _NONE
         self._used.append(unit)
         return following, before
-
-    def will_have_backward(self, unit: UnitModule) -> None:
-        """A result of the unit requires grad."""
-        self._with_backward.add(unit)
 
     def _begin(self, *_: object) -> None:
         self._has_begun = True
@@ -78,7 +64,7 @@ class _Order:
             unit.reshard()
         self._free(self._waiting)
         self._has_ended = False
-        self._used, self._with_backward, self._before = [], set(), {}
+        self._used, self.with_backward, self._before = [], set(), {}
 
     def _end(self, *_: object) -> None:
         self._has_ended = True
@@ -101,9 +87,9 @@ class _Order:
 class _Prefetch:
     """Sets what one unit prefetches in forward and backward; nothing where it is recomputed.
 
-    FSDP2 keeps what is recomputed in backward until its own backward: of a checkpointed block, all
-    tiles. So such a unit is freed right after its recomputation, and prefetches no other. Its first
-    backward, which shows whether it is recomputed, prefetches nothing.
+    FSDP2 keeps what is recomputed in backward until its own backward: all tiles of a checkpointed
+    block. So such a unit is freed after its recomputation and prefetches nothing; nor does any
+    unit in its first backward, which shows whether it is recomputed.
     """
 
     def __init__(self, unit: Sequence[nn.Module], order: _Order) -> None:
@@ -133,7 +119,7 @@ class _Prefetch:
     def _note(self, module: nn.Module, inputs: object, result: object) -> None:
         results = result if isinstance(result, tuple) else (result,)
         if any(isinstance(each, torch.Tensor) and each.requires_grad for each in results):
-            self._order.will_have_backward(self._first)
+            self._order.with_backward.add(self._first)
 
     def _free(self, *_: object) -> None:
         if _in_backward():

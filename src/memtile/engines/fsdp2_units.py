@@ -82,11 +82,7 @@ class SharedTile(nn.Linear):
 
 
 def share_tied_tiles(model: nn.Module) -> None:
-    """Put one module in the places of all tiles that share a weight: FSDP2 shards by module.
-
-    Raises:
-        EngineError: several of them have biases.
-    """
+    """Put one module in the places of all tiles that share a weight: FSDP2 shards by module."""
     places: dict[object, list[tuple[TiledModule, tuple[int, int]]]] = {}
     for layer in tiled_layers(model):
         for index, tile in layer.tiles():
