@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 import memtile
-from memtile.engines.distributed_checkpoints import dense_view, load, save
+from memtile.engines.dense_views import dense_view
+from memtile.engines.distributed_checkpoints import load, save
 from memtile.errors import (
     ArgumentError,
     CannotTileError,

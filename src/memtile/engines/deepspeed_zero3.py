@@ -45,7 +45,8 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
         The engine.
 
     Raises:
-        EngineError: it is none of ZeRO-3, attached already, or its parts on a disk are rounded.
+        EngineError: it is no engine with ZeRO stage 3, is attached already, or DeepSpeed rounds its
+            parts on a disk.
         ArgumentError: nothing of its model is tiled.
 
     Warns:

@@ -126,7 +126,7 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
         model: tiled or not, over ranks or not, in `DistributedDataParallel` or not.
 
     Raises:
-        ArgumentError: the model is none.
+        ArgumentError: the model is no `nn.Module`.
         CannotTileError: a tile computes its weight, or a module has extra state.
         CheckpointError: a tensor has no values yet, or tiles make no dense tensor.
     """
@@ -229,8 +229,8 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Offset,
     """(offset, sizes) of the rectangles that a stretch of a flattened tensor consists of."""
     if start >= stop:
         return
-    if len(shape) < 2:
-        yield ((start,), (stop - start,)) if shape else ((), ())
+    if not shape:
+        yield (), ()
         return
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row

@@ -44,11 +44,9 @@ from memtile.engines.optimizer_state import (
     outgoing_state,
 )
 from memtile.engines.ranks import Ranks
-from memtile.engines.zero3_optimizer import PartitionedState, is_of_zero3
+from memtile.engines.zero3_optimizer import PartitionedState
 from memtile.engines.zero3_values import is_partitioned, write_masters
 from memtile.errors import ArgumentError, CheckpointError, EngineError
-
-__all__ = ["dense_view", "load", "save"]
 
 _MODEL, _RECORD = "model", "memtile"
 
@@ -70,9 +68,8 @@ def save(
 ) -> Path:
     """`memtile.save_training` of any model in this format; all ranks call it.
 
-    Each rank writes the pieces that it holds, and what several hold is written once. The optimizer
-    may be left out. Of use by itself for a model that is not sharded, and whose checkpoint a
-    sharded one is to take over.
+    Each rank writes the pieces that it holds; what several hold is written once. The optimizer may
+    be left out. Call it directly for a model that is not sharded, but will be when it resumes.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder and step", f"{folder}, {step}")
@@ -102,9 +99,8 @@ def load(
 ) -> Resumed:
     """`memtile.resume_training` for a checkpoint of this format; all ranks call it.
 
-    Each rank reads the pieces that it holds. Names and shapes are checked before anything is
-    changed. Without an optimizer its state is left out. Frozen parameters may be in its groups or
-    not.
+    Each rank reads the pieces that it holds, after names and shapes were checked. Without an
+    optimizer its state is left out. Frozen parameters may be in its groups or not.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder", folder)
@@ -227,7 +223,7 @@ def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tens
 
 
 def _state_of(model: nn.Module, optimizer: object) -> OptimizerState:
-    if is_of_zero3(optimizer):
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # DeepSpeed's, under ZeRO-3
         return PartitionedState(model, optimizer)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(

@@ -29,28 +29,21 @@ class Ranks:
         Where it failed, every rank raises the error of the first such rank.
         """
         result, failure = self._attempt(act)
-        failures = [failure]
-        if not self.is_alone:
-            with self.answering():
-                failures = of_all_ranks(failure, self.group)
-        for found in failures:
+        for found in self._gathered(failure):
             if found is not None:
                 raise found
-        assert result is not None
-        return result[0]
+        value: T = result
+        return value
 
     def check_same(self, what: str, value: object) -> None:
         """Raise EngineError on every rank where `str(value)` differs between ranks."""
-        theirs = self.first(lambda: str(value))
-
-        def compare() -> None:
-            if str(value) != theirs:
+        first, *others = self._gathered(str(value))
+        for rank, theirs in enumerate(others, 1):
+            if theirs != first:
                 raise EngineError(
-                    f"rank {self.number} was given {what} {value}, and rank 0 {theirs}: give the "
-                    "same on each rank"
+                    f"rank {rank} was given {what} {theirs}, and rank 0 {first}: give the same on "
+                    "each rank"
                 )
-
-        self.each(compare)
 
     def first(self, act: Callable[[], T]) -> T:
         """The result, or the error, of `act` on the first rank, which alone runs it."""
@@ -62,8 +55,14 @@ class Ranks:
         result, failure = answers[0]
         if failure is not None:
             raise failure
-        value: T = result[0]
+        value: T = result
         return value
+
+    def _gathered(self, value: T) -> list[T]:
+        if self.is_alone:
+            return [value]
+        with self.answering():
+            return of_all_ranks(value, self.group)
 
     @contextmanager
     def answering(self, *, collectives_only: bool = False) -> Iterator[None]:
@@ -84,9 +83,9 @@ class Ranks:
                 f"within the process group's timeout ({error}); start all ranks again"
             ) from error
 
-    def _attempt(self, act: Callable[[], T]) -> tuple[tuple[T] | None, MemtileError | None]:
+    def _attempt(self, act: Callable[[], Any]) -> tuple[Any, MemtileError | None]:  # of any act
         try:
-            return (act(),), None
+            return act(), None
         except MemtileError as error:
             return None, error
         except Exception as error:

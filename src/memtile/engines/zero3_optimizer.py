@@ -27,11 +27,6 @@ from memtile.optim.stepping import MASTER
 _WAY_OUT = "save and load it with engine.save_checkpoint and engine.load_checkpoint"
 
 
-def is_of_zero3(optimizer: object) -> bool:
-    """Whether it is the optimizer that DeepSpeed's engine has under ZeRO-3."""
-    return hasattr(optimizer, "fp32_partitioned_groups_flat")
-
-
 class PartitionedState(OptimizerState):
     """The state of torch's optimizer inside DeepSpeed's; both are the engine's."""
 
