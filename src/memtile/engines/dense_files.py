@@ -96,11 +96,7 @@ def save_checkpoint(
 def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Findings:
     """What a checkpoint has for a model, all of it; the first rank verifies checksums and warns."""
     checkpoint = Checkpoint.of(path)
-    if is_first:
-        findings = checked(model, checkpoint, strict=strict, complete=True)
-    else:
-        findings = find(model, checkpoint)
-        findings.check(checkpoint.where, strict=strict, complete=True)
+    findings = checked(model, checkpoint, strict=strict, complete=True, sums=is_first)
     parameters = dict(model.named_parameters())
     known = {*findings.optional, *findings.apart} & parameters.keys()
     lacking = [*findings.made, *(name for name in known if parameters[name].is_meta)]
@@ -138,27 +134,23 @@ def _local(dense: DenseParameter) -> DenseParameter:
     """What this rank holds of a dense tensor, as parts of it; of more dimensions, as a matrix."""
     if not any(is_shard(part.parameter) for part in dense.parts):
         return dense
-    shape = dense.shape
-    if len(shape) > 2:
-        shape = torch.Size([shape[0], shape[1:].numel()])
-    parts = tuple(own for part in dense.parts for own in _own(dense, part))
-    return replace(dense, shape=shape, parts=parts)
+    first, *inner = dense.shape
+    shape = torch.Size([first, math.prod(inner)] if len(inner) > 1 else dense.shape)
+    return replace(dense, shape=shape, parts=tuple(_own(dense)))
 
 
-def _own(dense: DenseParameter, part: Part) -> Iterator[Part]:
-    if not is_shard(part.parameter):
-        yield part
-        return
-    rect = part.rect or Rect(Span(0, dense.shape[0]), Span(0, dense.shape[1:].numel()))
-    inner = whole_shape(part.parameter)[1:]
-    for offset, values in local_pieces(part.parameter):
-        if values.numel():
-            column = sum(at * math.prod(inner[n + 1 :]) for n, at in enumerate(offset[1:]))
-            rows = Span(rect.out.start + offset[0], rect.out.start + offset[0] + values.shape[0])
-            start = rect.into.start + column
-            columns = Span(start, start + math.prod(values.shape[1:]))
-            matrix: Any = values if values.dim() < 2 else values.view(values.shape[0], -1)
-            yield Part(matrix, Rect(rows, columns), part.transposed)
+def _own(dense: DenseParameter) -> Iterator[Part]:
+    for part in dense.parts:
+        rect = part.rect or Rect(Span(0, dense.shape[0]), Span(0, dense.shape[1:].numel()))
+        inner = whole_shape(part.parameter)[1:]
+        for offset, values in local_pieces(part.parameter):
+            if values.numel():
+                column = sum(at * math.prod(inner[n + 1 :]) for n, at in enumerate(offset[1:]))
+                row, column = rect.out.start + offset[0], rect.into.start + column
+                columns = Span(column, column + math.prod(values.shape[1:]))
+                matrix: Any = values if values.dim() < 2 else values.view(values.shape[0], -1)
+                place = Rect(Span(row, row + values.shape[0]), columns)
+                yield Part(matrix, place, part.transposed)
 
 
 class _Matrix:
