@@ -2,10 +2,9 @@
 
 Collectives of a process group are paired by their number alone: ranks that use different modules
 (samples routed to different experts, say) would compute with the bytes of others. So each exchange
-is noted by name, and every few exchanges all ranks compare a hash of the names so far.
+is noted by name, and every few exchanges all ranks compare the names since the last comparison.
 """
 
-import hashlib
 import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -55,7 +54,7 @@ class ExchangeOrder:
     def __init__(self, group: ProcessGroup) -> None:
         self.models = 0
         self._group = weakref.ref(group)  # or it would outlive its destruction
-        self._count, self._hash = 0, hashlib.blake2b(digest_size=8)
+        self._count = 0
         self._recent: list[str] = []  # since the last comparison
 
     def note(self, what: str) -> None:
@@ -66,26 +65,18 @@ class ExchangeOrder:
             return
         self._count += 1
         self._recent.append(what)
-        self._hash.update(what.encode())
         if self._count > FIRST and self._count % EVERY:
             return
-        logs, self._recent = self._recent, []
-        if len(set(of_all_ranks(self._hash.digest(), group))) > 1:
-            self._hash = hashlib.blake2b(digest_size=8)  # the ranks are at the same number still
-            raise EngineError(_difference(of_all_ranks(logs, group)))
-
-
-def _difference(logs: Sequence[Sequence[str]]) -> str:
-    """Where the ranks' logs begin to differ, in words."""
-    steps = zip_longest(*logs, fillvalue="is done")
-    step = next((step for step in steps if len(set(step)) > 1), ("began anew", "did not"))
-    other = next(rank for rank, what in enumerate(step) if what != step[0])
-    return (
-        f"rank 0 of the group {step[0]} while rank {other} {step[other]}: ranks that use other "
-        "modules than the others, or in another order, get bytes that are not theirs; use the same "
-        "modules in the same order on each rank, also those that get no samples on one of them "
-        "(call them with an empty batch)"
-    )
+        recent, self._recent = self._recent, []
+        for step in zip_longest(*of_all_ranks(recent, group), fillvalue="is done"):
+            for rank, name in enumerate(step):
+                if name != step[0]:
+                    raise EngineError(
+                        f"rank 0 of the group {step[0]} while rank {rank} {name}: ranks that use "
+                        "other modules than the others, or in another order, get bytes that are "
+                        "not theirs; use the same modules in the same order on each rank, also "
+                        "those that get no samples on one of them (call them with an empty batch)"
+                    )
 
 
 class _Noted:
