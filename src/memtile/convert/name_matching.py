@@ -143,12 +143,10 @@ def _refuse_scaled(match: Match, where: object) -> None:
         )
 
 
-def checked(
-    model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool, sums: bool = True
-) -> Findings:
+def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool) -> Findings:
     """What a checkpoint has for a model, once everything about it is known to be right.
 
-    Strict and complete are as for `Findings.check`. Checksums may be left to another rank.
+    Strict and complete are as for `Findings.check`.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, TiledModule):
@@ -163,8 +161,7 @@ def checked(
     findings = find(model, checkpoint)
     findings.check(checkpoint.where, strict=strict, complete=complete)
     _check_meta(model, findings)
-    if sums:
-        findings.check_sums()
+    findings.check_sums()
     return findings
 
 

@@ -1,7 +1,7 @@
-"""Loads dense safetensors into shards and saves shards as such; no rank ever holds a dense layer.
+"""Loads dense safetensors into shards and saves them: no rank ever holds a dense layer.
 
-Loading: each rank reads the rows that it holds. Saving: ranks write a distributed checkpoint, and
-the first rank reads it back a few MiB at a time, in the order of elements in safetensors.
+To load, each rank reads the rows that it holds. To save, shards are written as a distributed
+checkpoint first, and rank 0 reads it back a few MiB at a time, in the order that safetensors need.
 """
 
 import math
@@ -96,7 +96,11 @@ def save_checkpoint(
 def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Findings:
     """What a checkpoint has for a model, all of it; the first rank verifies checksums and warns."""
     checkpoint = Checkpoint.of(path)
-    findings = checked(model, checkpoint, strict=strict, complete=True, sums=is_first)
+    if is_first:
+        findings = checked(model, checkpoint, strict=strict, complete=True)
+    else:
+        findings = find(model, checkpoint)
+        findings.check(checkpoint.where, strict=strict, complete=True)
     parameters = dict(model.named_parameters())
     known = {*findings.optional, *findings.apart} & parameters.keys()
     lacking = [*findings.made, *(name for name in known if parameters[name].is_meta)]
