@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 import memtile
-from memtile.engines.distributed_checkpoints import dense_view, load, save
+from memtile.engines.dense_views import dense_view
+from memtile.engines.distributed_checkpoints import load, save
 from memtile.errors import (
     ArgumentError,
     CannotTileError,
@@ -402,7 +403,7 @@ def test_another_optimizer_is_refused(tmp_path):
 
     with pytest.raises(CheckpointError, match="this optimizer is torch"):
         load(tmp_path, model, sgd)
-    with pytest.raises(CheckpointError, match="1 parameter groups, the checkpoint 2"):
+    with pytest.raises(CheckpointError, match=r"1 parameter groups, the checkpoint .* has 2"):
         load(tmp_path, model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(OptimizerError, match="make the optimizer after"):
         load(tmp_path, model, optimizer_of(Net()))

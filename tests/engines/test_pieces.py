@@ -71,11 +71,10 @@ def test_a_folder_on_a_filesystem_without_maps_is_read(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         torch.distributed.checkpoint.save({"a": truth}, checkpoint_id=tmp_path, no_dist=True)
 
-    class Refusing(dcp_files._Map):
-        def __new__(cls, *_, **__):
-            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr(dcp_files, "_Map", Refusing)
+    monkeypatch.setattr(dcp_files.mmap, "mmap", refuse)
     read_alone({"a": found}, tmp_path)
 
     assert torch.equal(found, truth)

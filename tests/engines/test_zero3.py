@@ -100,7 +100,7 @@ def test_a_copy_reaches_the_masters(outcome):
         ("gathered", ["leave that context out"]),
         ("grids", ["make the same model"]),
         ("no engine", ["takes the engine"]),
-        ("twice", ["held already"]),
+        ("twice", ["attached already"]),
     ],
 )
 def test_what_cannot_work_is_refused_on_every_rank(outcome, case, words):

@@ -25,7 +25,8 @@ from torch.optim import AdamW, Optimizer
 from transformers.pytorch_utils import Conv1D
 
 import memtile
-from memtile.engines.distributed_checkpoints import dense_view, load, save
+from memtile.engines.dense_views import dense_view
+from memtile.engines.distributed_checkpoints import load, save
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import MemtileError
 from memtile.testing import peak_allocated_bytes

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import memtile
 from memtile.engines.deepspeed_zero3 import attach, config
-from memtile.engines.distributed_checkpoints import dense_view, load, save
+from memtile.engines.dense_views import dense_view
+from memtile.engines.distributed_checkpoints import load, save
 
 WORLD = 2
 IDS = torch.randint(23, (4, 6), generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,7 @@
 """Writes an optimizer's state to a checkpoint and reads it back, tensor by tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from memtile.optim.stored_state import KeptState
 
 Json = dict[str, Any]  # of the record: whatever JSON it has
 
+Members = Sequence[Mapping[str, DenseParameter]]  # of each group, by dense names
+
 OWN_OPTIONS = frozenset({"params", "param_names"})  # names of tiles, which depend on the grid
 
 
@@ -26,22 +29,72 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
     stored_state.check_between_steps(optimizer)
     stored_state.check_keys(model, optimizer)
     tensors: list[Outgoing] = []
-    groups, states = [], {}
-    named = stored_state.members(model, optimizer.param_groups)
-    for number, (group, found) in enumerate(zip(optimizer.param_groups, named, strict=True)):
-        options = {
-            key: to_json(value, f"the optimizer's param_groups[{number}][{key!r}]")
-            for key, value in group.items()
-            if key not in OWN_OPTIONS
-        }
-        groups.append({"options": options, "names": list(found)})
+    states = {}
+    members = stored_state.members(model, optimizer.param_groups)
+    for found in members:
         for name, dense in found.items():
             kept = stored_state.kept_state(optimizer.state, dense)
             if kept is not None:
                 states[name] = _entries(optimizer, kept)
                 tensors.extend(_tensors(optimizer, kept))
+    groups = group_records(optimizer.param_groups, members)
     record = {"class": stored_state.class_of(optimizer), "groups": groups, "state": states}
     return record, tensors
+
+
+def group_records(groups: Sequence[Json], members: Members) -> list[Json]:
+    """What the record says of an optimizer's groups: options, and dense names of parameters."""
+    return [
+        {
+            "options": {
+                key: to_json(value, f"the optimizer's param_groups[{number}][{key!r}]")
+                for key, value in group.items()
+                if key not in OWN_OPTIONS
+            },
+            "names": list(found),
+        }
+        for number, (group, found) in enumerate(zip(groups, members, strict=True))
+    ]
+
+
+def check_same_optimizer(
+    class_name: str,
+    members: Members,
+    record: Json,
+    place: Path,
+    ignored: Set[str] = frozenset(),
+) -> None:
+    """Raise CheckpointError where a record is of another class or of other groups."""
+    if class_name != record["class"]:
+        raise CheckpointError(
+            f"the checkpoint {place} was trained with {record['class']}, and this optimizer is "
+            f"{class_name}: its state means something else; resume with {record['class']}, or "
+            "load only the weights"
+        )
+    theirs = [set(group["names"]) for group in record["groups"]]
+    ours = [set(found) for found in members]
+    if len(theirs) != len(ours):
+        raise CheckpointError(
+            f"the optimizer has {len(ours)} parameter groups, the checkpoint {place} has "
+            f"{len(theirs)}: make the groups as they were made for the run that saved it"
+        )
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        for name in sorted((one ^ other) - ignored):
+            whose = "the optimizer" if name in one else f"the checkpoint {place}"
+            raise CheckpointError(
+                f"only {whose} has {name} in group {number}: give the optimizer the parameters "
+                "that it had in the run that was saved, in the same groups"
+            )
+
+
+def take_options(groups: Sequence[Json], record: Json) -> None:
+    """Put saved options into groups; a tensor goes to the device of the one that it replaces."""
+    for group, saved in zip(groups, record["groups"], strict=True):
+        for key, new in from_json(saved["options"]).items():
+            old = group.get(key)
+            if isinstance(old, Tensor) and isinstance(new, Tensor):
+                new = new.to(old.device)
+            group[key] = new
 
 
 def _entries(optimizer: Optimizer, kept: KeptState) -> Json:
@@ -102,8 +155,8 @@ class IncomingState:
     ) -> None:
         self._record, self._tensors, self._optimizer = record, tensors, optimizer
         self._members = stored_state.members(model, optimizer.param_groups)
-        self._check_class()
-        self._check_groups()
+        name = stored_state.class_of(optimizer)
+        check_same_optimizer(name, self._members, record, tensors.path.parent)
         self._flows: list[tuple[DenseParameter, StoredTensor, str]] = []
         self._states: dict[Tensor, dict[str, Any]] = {}
         for group, found in zip(optimizer.param_groups, self._members, strict=True):
@@ -111,34 +164,9 @@ class IncomingState:
                 if name in record["state"]:
                     self._prepare(dense, record["state"][name], group)
 
-    def _check_class(self) -> None:
-        ours, theirs = stored_state.class_of(self._optimizer), self._record["class"]
-        if ours != theirs:
-            raise CheckpointError(
-                f"the checkpoint {self._place} was trained with {theirs}, and this optimizer is "
-                f"{ours}: its state means something else; resume with {theirs}, or load only the "
-                "weights"
-            )
-
     @property
     def _place(self) -> str:
         return str(self._tensors.path.parent)
-
-    def _check_groups(self) -> None:
-        theirs = [set(group["names"]) for group in self._record["groups"]]
-        ours = [set(found) for found in self._members]
-        if len(theirs) != len(ours):
-            raise CheckpointError(
-                f"the optimizer has {len(ours)} parameter groups, the checkpoint {self._place} has "
-                f"{len(theirs)}: make the groups as they were made for the run that saved it"
-            )
-        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            for name in sorted(one ^ other):
-                whose = "the optimizer" if name in one else f"the checkpoint {self._place}"
-                raise CheckpointError(
-                    f"only {whose} has {name} in group {number}: give the optimizer the parameters "
-                    "that it had in the run that was saved, in the same groups"
-                )
 
     def _prepare(self, dense: DenseParameter, saved: Json, group: Mapping[str, Any]) -> None:
         """Room for what is to come for one dense parameter; numbers come at once."""
@@ -190,9 +218,7 @@ class IncomingState:
         for target, stored, key in self._flows:
             bring_in(target, stored, entry_of(self._states, key))
             trim_heap()  # holes that the pieces left grew the peak from 16 to 50 MiB, measured
-        for own, saved in zip(self._optimizer.param_groups, self._record["groups"], strict=True):
-            for key, value in from_json(saved["options"]).items():
-                own[key] = beside(own.get(key), value)
+        take_options(self._optimizer.param_groups, self._record)
         begun = dict(self._optimizer.state)
         self._optimizer.state.clear()
         self._optimizer.state.update({p: state for p, state in begun.items() if _is_new(state)})
@@ -209,8 +235,3 @@ def _number(entry: Json, parameter: Tensor, group: Mapping[str, Any]) -> Any:
     value = from_json(entry["value"])
     needed = entry["on_device"] or group.get("capturable") or group.get("fused")
     return value.to(parameter.device) if isinstance(value, Tensor) and needed else value
-
-
-def beside(old: object, new: object) -> object:
-    """An option, on the device of the one that it replaces."""
-    return new.to(old.device) if isinstance(old, Tensor) and isinstance(new, Tensor) else new

@@ -1,17 +1,17 @@
 """Reads and writes the folders of `torch.distributed.checkpoint` (DCP), by all ranks or by one."""
 
 import errno
+import io
 import mmap
 import pickle
 import sys
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +26,10 @@ from memtile.engines.ranks import Ranks
 from memtile.errors import CheckpointError, CheckpointWriteError, way_out
 
 DcpState = dict[str, Any]  # what DCP takes: tensors, dictionaries, anything
-_HEADER_BYTES: Final = 30
-"""Of a zip file's member, before its name and extra field, whose lengths are the last four."""
 
 
 def write_shards(ranks: Ranks, state: DcpState, folder: Path) -> None:
-    """Write what each rank holds.
-
-    Raises:
-        CheckpointWriteError: some rank could not.
-        EngineError: a rank is gone.
-    """
+    """Write what each rank holds; CheckpointWriteError where some rank could not."""
     writer = FileSystemWriter(folder)
     try:
         with ranks.answering(), _silent():
@@ -54,12 +47,7 @@ def write_shards(ranks: Ranks, state: DcpState, folder: Path) -> None:
 
 
 def read_shards(ranks: Ranks, state: DcpState, folder: Path) -> None:
-    """Read what each rank wants, in place.
-
-    Raises:
-        CheckpointError: some rank could not.
-        EngineError: a rank is gone.
-    """
+    """Read what each rank wants, in place; CheckpointError where some rank could not."""
     reader = PieceReader(folder)
     try:
         with ranks.answering(), _silent():
@@ -129,18 +117,23 @@ class PieceReader(FileSystemReader):
         info, held = self.storage_data[place], self._held[place.fqn]
         if info.transform_descriptors or not isinstance(held, TensorStorageMetadata):
             return None
-        start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
-        length = info.offset + info.length - start
         path = self.fs.concat_path(self.path, info.relative_path)
         with self.fs.create_stream(path, "rb") as file:
             try:
-                mapped = _Map(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-            except OSError:  # ENODEV: some network filesystems map nothing; torch reads
-                return None
-        try:
-            return _tensor_in(mapped, held.properties.dtype)
-        except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError):
-            return None
+                part = self._slice_file(file, info)
+                archive: Any = torch._C.PyTorchFileReader(part)  # torch's stub lacks methods
+                is_native = archive.get_record("byteorder").decode() == sys.byteorder
+                layout = _LayoutUnpickler(io.BytesIO(archive.get_record("data.pkl"))).load()
+                if not is_native or not isinstance(layout, _Layout):
+                    return None
+                key, numel = layout.storage
+                offset = info.offset + archive.get_record_offset(f"data/{key}")
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (RuntimeError, pickle.UnpicklingError, OSError):
+                return None  # OSError: some network filesystems map nothing (ENODEV)
+        dtype = held.properties.dtype
+        flat = torch.frombuffer(mapped, dtype=dtype, count=numel, offset=offset)
+        return flat.as_strided(layout.size, layout.stride, layout.start)
 
 
 def _part_of(stored: Tensor, item: ReadItem) -> Tensor:
@@ -149,55 +142,26 @@ def _part_of(stored: Tensor, item: ReadItem) -> Tensor:
     return stored
 
 
-class _Map(mmap.mmap):
-    """A map that `zipfile` reads as a file."""
-
-    def seekable(self) -> bool:
-        """Before Python 3.13 maps do not say so."""
-        return True
-
-
-def _tensor_in(mapped: _Map, dtype: torch.dtype) -> Tensor:
-    """The one tensor of the torch file that the map ends with, over the map's own memory."""
-    with zipfile.ZipFile(mapped) as archive:  # type: ignore[call-overload]  # a map reads like a file
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        form = _TensorUnpickler(archive.open(names["data.pkl"])).load()
-        byteorder = archive.read(names["byteorder"]).decode()
-        if not isinstance(form, _Form) or byteorder != sys.byteorder:
-            raise pickle.UnpicklingError("not a plain tensor of this machine's byte order")
-        data = archive.getinfo(names[f"data/{form.key}"])
-    header = mapped[data.header_offset : data.header_offset + _HEADER_BYTES]
-    lengths = int.from_bytes(header[-4:-2], "little") + int.from_bytes(header[-2:], "little")
-    first = data.header_offset + _HEADER_BYTES + lengths
-    count = data.file_size // dtype.itemsize
-    flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=first)
-    return flat.as_strided(form.size, form.stride, form.start)
-
-
-class _Form(NamedTuple):
+class _Layout(NamedTuple):
     """How a tensor lies in its storage."""
 
-    key: str
+    storage: tuple[str, int]  # its name and number of elements
     start: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class _LayoutUnpickler(pickle.Unpickler):
     """Reads how a plain tensor lies in its storage, and runs nothing."""
 
-    def persistent_load(self, pid: Any) -> str:  # as torch writes it: kind, class, key, …
-        """The key of a storage."""
-        return str(pid[2])
+    def persistent_load(self, pid: Any) -> tuple[str, int]:  # kind, class, key, device, numel
+        """The name of a storage and its number of elements."""
+        return pid[2], pid[4]
 
     def find_class(self, module: str, name: str) -> Any:  # whatever is called
-        """What stands for the few names that a plain tensor needs.
-
-        Raises:
-            UnpicklingError: it needs another.
-        """
+        """What stands for the few names of a plain tensor; UnpicklingError for others."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda key, start, size, stride, *_: _Form(key, start, size, stride)
+            return lambda *values: _Layout(*values[:4])
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name.endswith("Storage"):

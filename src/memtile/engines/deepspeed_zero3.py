@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from memtile.engines.dense_files import found_for, read_into_shards
 from memtile.engines.ranks import Ranks, check_process_group
@@ -28,7 +28,7 @@ from memtile.errors import ArgumentError, EngineConfigWarning, EngineError
 __all__ = ["Finding", "attach", "check", "config", "from_checkpoint"]
 
 Engine = TypeVar("Engine")  # DeepSpeed's, which is untyped
-_HELD = "_memtile_holds_tiles"
+_ATTACHED = "_memtile_attached"
 
 
 def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
@@ -45,7 +45,8 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
         The engine.
 
     Raises:
-        EngineError: it is none of ZeRO-3, or held already, or its parts on a disk are rounded.
+        EngineError: it is no engine with ZeRO stage 3, is attached already, or DeepSpeed rounds its
+            parts on a disk.
         ArgumentError: nothing of its model is tiled.
 
     Warns:
@@ -61,52 +62,55 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
             "with ZeRO stage 3: "
             "engine, *_ = deepspeed.initialize(model=model, config=config(model), …)"
         )
-    _check_files(model)
-    if hasattr(model, _HELD):
-        raise EngineError("the engine's tiles are held already: call attach(engine) once")
-    setattr(model, _HELD, True)
+    if hasattr(model, _ATTACHED):
+        raise EngineError("the engine is attached already: call attach(engine) once")
+    _read_once(model)
+    setattr(model, _ATTACHED, True)
     for tile in tiles:
         release_in_backward(tile)
     _free_leftovers(model, tiles)
-    _read_once(model)
-    _warn(getattr(engine, "config", None), model, prefetch)
+    given = getattr(engine, "config", None)
+    # DeepSpeed also takes none, and one in base64: these are not checked
+    if isinstance(given, Mapping) or (isinstance(given, str) and Path(given).is_file()):
+        for finding in check(given, model, prefetch=prefetch):
+            warnings.warn(str(finding), EngineConfigWarning, stacklevel=2)
     return engine
 
 
-def _check_files(model: nn.Module) -> None:
-    """Refuse parts on a disk that are rounded: DeepSpeed 0.19 takes bfloat16 on most CPUs."""
+def _read_once(model: nn.Module) -> None:
+    """Read a tile from a disk once where it is the last of forward and the first of backward.
+
+    DeepSpeed 0.19 reads ahead along both, and fails: "param … already assigned swap buffer". Parts
+    that it rounds on the disk are refused: it takes bfloat16 on most CPUs.
+    """
+    found: dict[int, Any] = {}  # DeepSpeed's, without types
     for name, parameter in model.named_parameters():
         files = getattr(parameter, "nvme_swapper", None)
-        if files is not None and files.dtype != parameter.dtype:
+        if files is None:
+            continue
+        if files.dtype != parameter.dtype:
             raise EngineError(
                 f"parts of {name}, of {parameter.dtype}, are on the disk as {files.dtype}: "
                 "DeepSpeed takes that for the dtype of what is handed to deepspeed.initialize on "
                 "this device; before it, partition the model by the same config: "
                 "deepspeed.zero.Init(module=model, config_dict_or_path=config(model, …))"
             )
+        found[id(files)] = files
+    for files in found.values():
+        files.swap_in = partial(_swap_in_each_once, files.swap_in)
 
 
-def _read_once(model: nn.Module) -> None:
-    """Read a tile from a disk once where it is the last of forward and the first of backward.
-
-    DeepSpeed 0.19 reads ahead along both, and fails: "param … already assigned swap buffer".
-    """
-
-    def once(
-        read: Callable[..., None],
-        params: Sequence[nn.Parameter],
-        *arguments: Any,  # DeepSpeed's own
-        **options: Any,
-    ) -> None:
-        read(list(dict.fromkeys(params)), *arguments, **options)
-
-    found = [getattr(parameter, "nvme_swapper", None) for parameter in model.parameters()]
-    for files in {id(each): each for each in found if each is not None}.values():
-        files.swap_in = partial(once, files.swap_in)
+def _swap_in_each_once(
+    read: Callable[..., None],
+    params: Sequence[nn.Parameter],
+    *arguments: Any,  # DeepSpeed's own
+    **options: Any,
+) -> None:
+    read(list(dict.fromkeys(params)), *arguments, **options)
 
 
 def _free_leftovers(model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpeed's attributes
-    """Free tiles that are gathered, or being gathered, for no use: evaluation has no backward.
+    """Free tiles that an evaluation, which has no backward, leaves gathered or being gathered.
 
     DeepSpeed counts live elements from zero in each forward, so they would be extra: 3 tiles in
     place of 2. And it refuses to read what is being gathered.
@@ -129,15 +133,6 @@ def _free_leftovers(model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpe
 
     model.register_forward_pre_hook(free, prepend=True)
     model.register_forward_hook(free_unless_trained)
-
-
-def _warn(given: object, model: nn.Module, prefetch: int) -> None:
-    if not isinstance(given, Mapping | str) or (
-        isinstance(given, str) and not Path(given).is_file()
-    ):
-        return  # in base64, or none: DeepSpeed takes that too
-    for finding in check(given, model, prefetch=prefetch):
-        warnings.warn(str(finding), EngineConfigWarning, stacklevel=3)
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -182,7 +177,7 @@ def from_checkpoint(
     matches = []
     for match in findings.matches:
         parts = [
-            replace(part, parameter=partitions.get(id(part.parameter), part.parameter))
+            replace(part, parameter=partitions.get(part.parameter, part.parameter))
             for part in match.dense.parts
         ]
         matches.append(replace(match, dense=replace(match.dense, parts=tuple(parts))))
@@ -199,23 +194,21 @@ def _check_empty(model: nn.Module) -> None:
             )
 
 
-def _partitioned(model: nn.Module, config: Mapping[str, Any]) -> dict[int, nn.Parameter]:
-    """Replace each parameter by a partitioned one; gives the new ones by the ids of the old."""
+def _partitioned(model: nn.Module, config: Mapping[str, Any]) -> dict[Tensor, nn.Parameter]:
+    """Replace each parameter by a partitioned one; gives the new ones by the old."""
     from deepspeed import zero
 
-    partitions: dict[int, nn.Parameter] = {}
-    kept = list(model.parameters())  # alive, so that an id stays one parameter's
+    partitions: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
-            if id(parameter) not in partitions:
+            if parameter not in partitions:
                 values = torch.zeros(parameter.shape, dtype=parameter.dtype)
                 alone = nn.Module()
                 alone.parameter = nn.Parameter(values, parameter.requires_grad)
                 alone.parameter.__dict__.update(parameter.__dict__)
                 zero.Init(module=alone, config_dict_or_path=dict(config))
-                partitions[id(parameter)] = alone.parameter
-            module._parameters[name] = partitions[id(parameter)]
-    del kept
+                partitions[parameter] = alone.parameter
+            module._parameters[name] = partitions[parameter]
     return partitions

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,10 +37,10 @@ from memtile.engines.dense_views import (
     unwrapped,
 )
 from memtile.engines.ranks import Ranks
-from memtile.engines.zero3_values import is_partitioned, write_masters
+from memtile.engines.zero3_values import write_masters
 from memtile.errors import CheckpointError, CheckpointWarning
 from memtile.geometry import Rect, Span
-from memtile.layers import whole_shape
+from memtile.layers import is_shard, whole_shape
 from memtile.optim import DenseParameter, Part
 
 BAND_BYTES: Final = 32 << 20
@@ -56,10 +56,7 @@ def load_checkpoint(
     strict: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> IncompatibleKeys:
-    """`memtile.load_checkpoint` of a sharded model, or of any that all ranks load together.
-
-    Without strict, the first rank warns of what the checkpoint holds besides.
-    """
+    """`memtile.load_checkpoint` of a sharded model, or of any that all ranks load together."""
     ranks, model = Ranks(process_group), unwrapped(model)
     findings = ranks.each(lambda: found_for(model, path, ranks.number == 0, strict))
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -85,18 +82,15 @@ def save_checkpoint(
     view = ranks.each(lambda: dense_view(model))
     with _between(ranks, Path(folder)) as between:
         write_shards(ranks, view, between)
+        names = [wanted.names[0] for wanted in tensors_of(model)]
         ranks.first(
             lambda: write_checkpoint(
                 folder,
-                [_outgoing(name, view[name], between, dtype) for name in _names(model)],
+                [_outgoing(name, view[name], between, dtype) for name in names],
                 max_shard_bytes=max_shard_bytes,
                 beside=configs_beside(model, dtype),
             )
         )
-
-
-def _names(model: nn.Module) -> list[str]:
-    return [wanted.names[0] for wanted in tensors_of(model)]
 
 
 def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Findings:
@@ -142,29 +136,25 @@ def read_into_shards(matches: Iterable[Match]) -> None:
 
 def _local(dense: DenseParameter) -> DenseParameter:
     """What this rank holds of a dense tensor, as parts of it; of more dimensions, as a matrix."""
-    if not any(map(_is_sharded, (part.parameter for part in dense.parts))):
+    if not any(is_shard(part.parameter) for part in dense.parts):
         return dense
-    shape = dense.shape
-    if len(shape) > 2:
-        shape = torch.Size([shape[0], math.prod(shape[1:])])
-    parts = tuple(own for part in dense.parts for own in _own(dense, part))
-    return replace(dense, shape=shape, parts=parts)
+    first, *inner = dense.shape
+    shape = torch.Size([first, math.prod(inner)] if len(inner) > 1 else dense.shape)
+    return replace(dense, shape=shape, parts=tuple(_own(dense)))
 
 
-def _own(dense: DenseParameter, part: Part) -> Iterator[Part]:
-    if not _is_sharded(part.parameter):
-        yield part
-        return
-    rect = part.rect or _whole(dense.shape)
-    inner = whole_shape(part.parameter)[1:]
-    for offset, values in local_pieces(part.parameter):
-        if values.numel():
-            column = sum(at * math.prod(inner[n + 1 :]) for n, at in enumerate(offset[1:]))
-            rows = Span(rect.out.start + offset[0], rect.out.start + offset[0] + values.shape[0])
-            start = rect.into.start + column
-            columns = Span(start, start + math.prod(values.shape[1:]))
-            matrix: Any = values if values.dim() < 2 else values.view(values.shape[0], -1)
-            yield Part(matrix, Rect(rows, columns), part.transposed)
+def _own(dense: DenseParameter) -> Iterator[Part]:
+    for part in dense.parts:
+        rect = part.rect or Rect(Span(0, dense.shape[0]), Span(0, dense.shape[1:].numel()))
+        inner = whole_shape(part.parameter)[1:]
+        for offset, values in local_pieces(part.parameter):
+            if values.numel():
+                column = sum(at * math.prod(inner[n + 1 :]) for n, at in enumerate(offset[1:]))
+                row, column = rect.out.start + offset[0], rect.into.start + column
+                columns = Span(column, column + math.prod(values.shape[1:]))
+                matrix: Any = values if values.dim() < 2 else values.view(values.shape[0], -1)
+                place = Rect(Span(row, row + values.shape[0]), columns)
+                yield Part(matrix, place, part.transposed)
 
 
 class _Matrix:
@@ -172,21 +162,13 @@ class _Matrix:
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
-        self.shape = torch.Size([source.shape[0], math.prod(source.shape[1:])])
+        self.shape = torch.Size([source.shape[0], source.shape[1:].numel()])
         self.dtype = source.dtype
         self.elements = source.elements
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Whole rows."""
         return self._source.rows(start, stop).view(stop - start, -1)
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) or is_partitioned(tensor)
-
-
-def _whole(shape: Sequence[int]) -> Rect:
-    return Rect(Span(0, shape[0]), Span(0, math.prod(shape[1:])))
 
 
 @contextmanager
@@ -214,18 +196,15 @@ def _outgoing(name: str, like: Tensor, between: Path, dtype: torch.dtype | None)
 
     def flow() -> Iterator[Tensor]:
         if not shape:
-            yield _read(between, name, torch.empty((), dtype=kept)).to(written)
+            scalar = torch.empty((), dtype=kept)
+            read_alone({name: scalar}, between)
+            yield scalar.to(written)
             return
         height = max(1, BAND_BYTES // max(1, shape[1:].numel() * kept.itemsize))
         for start in range(0, shape[0], height):
             band = torch.empty(min(height, shape[0] - start), *shape[1:], dtype=kept)
             place = (start, *(0 for _ in shape[1:]))
-            _read(between, name, DenseView(shape, [ShardPiece(place, band)], band))
+            read_alone({name: DenseView(shape, [ShardPiece(place, band)], band)}, between)
             yield band.to(written)
 
     return Outgoing(name, written, shape, flow)
-
-
-def _read(between: Path, name: str, into: Tensor) -> Tensor:
-    read_alone({name: into}, between)
-    return into

@@ -36,15 +36,10 @@ Offset = tuple[int, ...]
 
 
 class ShardPiece(NamedTuple):
-    """A rectangle of a tensor that this rank holds.
+    """A rectangle of a tensor that this rank holds."""
 
-    Attributes:
-        offset: its corner in the whole tensor.
-        values: shares memory with the tensor or its shard.
-    """
-
-    offset: Offset
-    values: Tensor
+    offset: Offset  # its corner in the whole tensor
+    values: Tensor  # shares memory with the tensor or its shard
 
 
 class DenseView(Tensor):
@@ -131,7 +126,7 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
         model: tiled or not, over ranks or not, in `DistributedDataParallel` or not.
 
     Raises:
-        ArgumentError: the model is none.
+        ArgumentError: the model is no `nn.Module`.
         CannotTileError: a tile computes its weight, or a module has extra state.
         CheckpointError: a tensor has no values yet, or tiles make no dense tensor.
     """
@@ -148,20 +143,14 @@ def dense_view(model: nn.Module) -> dict[str, Tensor]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `DistributedDataParallel` or DeepSpeed's engine; or the model itself."""
-    engine = type(model).__module__.startswith("deepspeed.")
-    inner = model.module if isinstance(model, DistributedDataParallel) or engine else model
-    return cast(nn.Module, inner)
+    is_engine = type(model).__module__.startswith("deepspeed.")
+    is_wrapper = is_engine or isinstance(model, DistributedDataParallel)
+    return cast(nn.Module, model.module) if is_wrapper else model
 
 
 def reshard_and_flush(model: nn.Module) -> None:
-    """Reshard what is gathered, and write buffers to their homes; refuse what has no dense form.
-
-    Raises:
-        ArgumentError: the model is none.
-        CannotTileError: a tile computes its weight, or a module has extra state.
-    """
-    given: object = model  # callers without types give anything
-    if not isinstance(given, nn.Module):
+    """Reshard what is gathered, and write buffers to their homes; refuse what has no dense form."""
+    if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     check_modules(model)
     for module in model.modules():
@@ -171,11 +160,7 @@ def reshard_and_flush(model: nn.Module) -> None:
 
 
 def view_of(dense: DenseParameter, held: Held) -> Tensor:
-    """A view of a dense tensor, or the tensor itself where it is one part and no shard of ZeRO-3.
-
-    Raises:
-        CheckpointError: its parts have no values, or do not make the dense tensor.
-    """
+    """A view of a dense tensor; the tensor itself where it is whole, or FSDP2's shard."""
     tensors = [held(part) for part in dense.parts]
     if any(tensor.is_meta for tensor in tensors):
         raise CheckpointError(
@@ -217,11 +202,7 @@ def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[ShardP
 
 
 def local_pieces(tensor: Tensor) -> Iterator[ShardPiece]:
-    """What this rank holds of a tensor, sharing its memory: all of it, or a shard.
-
-    Raises:
-        CheckpointError: its shard is not in memory.
-    """
+    """What this rank holds of a tensor, sharing its memory: all of it, or a shard."""
     if is_partitioned(tensor):
         yield from _of_partition(tensor)
     elif not isinstance(tensor, DTensor):
@@ -248,8 +229,8 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Offset,
     """(offset, sizes) of the rectangles that a stretch of a flattened tensor consists of."""
     if start >= stop:
         return
-    if len(shape) < 2:
-        yield ((start,), (stop - start,)) if shape else ((), ())
+    if not shape:
+        yield (), ()
         return
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row

@@ -1,8 +1,8 @@
 """Distributed checkpoints with dense names: saved under one world size and grid, loaded by another.
 
-Source: `torch.distributed.checkpoint` (DCP) writes and reads. Done here: the names of the untiled
-model (`dense_views`), an optimizer's state (`optimizer_views`; `zero3_state` under ZeRO-3), and
-that a checkpoint is whole or not there. The format has pickles in it, as DCP's always has: load
+Source: `torch.distributed.checkpoint` (DCP) writes and reads. Added here: the names of the untiled
+model (`dense_views`), an optimizer's state (`optimizer_state`; `zero3_optimizer` under ZeRO-3), and
+that a checkpoint appears whole or not at all. As in all of DCP's, there are pickles in it: load
 only what you trust.
 """
 
@@ -35,7 +35,7 @@ from memtile.convert.training import (
     newest_step,
     scheduler_record,
 )
-from memtile.engines.dcp_files import read_alone, read_shards, write_shards
+from memtile.engines.dcp_files import DcpState, read_alone, read_shards, write_shards
 from memtile.engines.dense_views import DenseView, dense_view, local_pieces, unwrapped
 from memtile.engines.optimizer_state import (
     KEY,
@@ -44,11 +44,9 @@ from memtile.engines.optimizer_state import (
     outgoing_state,
 )
 from memtile.engines.ranks import Ranks
-from memtile.engines.zero3_optimizer import PartitionedState, is_of_zero3
+from memtile.engines.zero3_optimizer import PartitionedState
 from memtile.engines.zero3_values import is_partitioned, write_masters
 from memtile.errors import ArgumentError, CheckpointError, EngineError
-
-__all__ = ["dense_view", "load", "save"]
 
 _MODEL, _RECORD = "model", "memtile"
 
@@ -70,15 +68,14 @@ def save(
 ) -> Path:
     """`memtile.save_training` of any model in this format; all ranks call it.
 
-    Each rank writes the pieces that it holds, and what several hold is written once. The optimizer
-    may be left out. Of use by itself for a model that is not sharded, and whose checkpoint a
-    sharded one is to take over.
+    Each rank writes the pieces that it holds; what several hold is written once. The optimizer may
+    be left out. Call it directly for a model that is not sharded, but will be when it resumes.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder and step", f"{folder}, {step}")
     given = {"step": step, "position": position, "extra": extra}
 
-    def outgoing() -> dict[str, Any]:  # what DCP takes
+    def outgoing() -> DcpState:
         check_numbers(step, keep)
         state = _outgoing(model, optimizer, scheduler, given)
         if check_finite:
@@ -102,9 +99,8 @@ def load(
 ) -> Resumed:
     """`memtile.resume_training` for a checkpoint of this format; all ranks call it.
 
-    Each rank reads the pieces that it holds. Names and shapes are checked before anything is
-    changed. Without an optimizer its state is left out. Frozen parameters may be in its groups or
-    not.
+    Each rank reads the pieces that it holds, after names and shapes were checked. Without an
+    optimizer its state is left out. Frozen parameters may be in its groups or not.
     """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder", folder)
@@ -112,7 +108,7 @@ def load(
     metadata, record = ranks.each(lambda: _opened(saved.path))
     ranks.each(lambda: check_scheduler(record.get("scheduler"), scheduler, saved.path))
     wanted = ranks.each(lambda: _wanted(model, metadata, saved.path))
-    state: dict[str, Any] = {_MODEL: wanted}  # what DCP takes: tensors, dictionaries, anything
+    state: DcpState = {_MODEL: wanted}
     incoming = None
     if optimizer is not None:
         found = ranks.each(lambda: _incoming(record, metadata, model, optimizer, saved.path))
@@ -130,8 +126,8 @@ def load(
 
 def _outgoing(
     model: nn.Module, optimizer: object, scheduler: Scheduler | None, given: Mapping[str, Any]
-) -> dict[str, Any]:  # what DCP takes
-    state: dict[str, Any] = {_MODEL: dense_view(model)}
+) -> DcpState:
+    state: DcpState = {_MODEL: dense_view(model)}
     record: Json = {name: to_json(value, name) for name, value in given.items()}
     record["scheduler"] = scheduler_record(scheduler)
     if optimizer is not None:
@@ -164,22 +160,22 @@ def _whole(ranks: Ranks, folder: Path, step: int, keep: int) -> Iterator[tuple[P
         partial, target = ranks.first(
             lambda: stack.enter_context(new_step(folder, step, keep, METADATA))
         )
-        ranks.each(lambda: _check_seen(partial))
+
+        def check_seen() -> None:
+            if not partial.is_dir():
+                raise EngineError(
+                    f"{partial.parent} is not the same folder on each rank: give one on a "
+                    "filesystem that all of them see"
+                )
+
+        ranks.each(check_seen)
         yield partial, target
         ranks.first(stack.close)
 
 
-def _check_seen(partial: Path) -> None:
-    if not partial.is_dir():
-        raise EngineError(
-            f"{partial.parent} is not the same folder on each rank: give one on a filesystem that "
-            "all of them see"
-        )
-
-
 def _opened(place: Path) -> tuple[Metadata, Json]:
     """What a checkpoint says of itself."""
-    alone: dict[str, Any] = {_RECORD: ""}
+    alone: DcpState = {_RECORD: ""}
     try:
         metadata = FileSystemReader(place).read_metadata()
         read_alone(alone, place)
@@ -227,7 +223,7 @@ def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tens
 
 
 def _state_of(model: nn.Module, optimizer: object) -> OptimizerState:
-    if is_of_zero3(optimizer):
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # DeepSpeed's, under ZeRO-3
         return PartitionedState(model, optimizer)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(
@@ -252,7 +248,7 @@ def _incoming(
             f"{place} was saved without an optimizer: load the model only, and start the optimizer "
             "anew"
         )
-    incoming = OptimizerStateLoader(record[KEY], metadata, model, kept_by)
+    incoming = OptimizerStateLoader(record[KEY], metadata, model, kept_by, place)
     if isinstance(kept_by, PartitionedState):
         numbers = incoming.numbers()
         read_alone({KEY: {"state": numbers}}, place)

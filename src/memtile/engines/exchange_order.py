@@ -1,13 +1,10 @@
-"""Checks that ranks exchange the same modules in the same order, by comparing names as they go.
+"""Checks that ranks exchange the same modules in the same order, by comparing names.
 
-The collectives of a process group are paired by their number alone. Ranks that use other modules
-than the others (samples routed to other experts, say) would get bytes of modules that they did not
-ask for, and compute with them. So the name of each exchange is recorded, and every few exchanges a
-hash of all names so far is compared. Ranks that wait for each other have made the same number of
-exchanges, whatever they are about to exchange; so no rank compares alone.
+Collectives of a process group are paired by their number alone: ranks that use different modules
+(samples routed to different experts, say) would compute with the bytes of others. So each exchange
+is noted by name, and every few exchanges all ranks compare the names since the last comparison.
 """
 
-import hashlib
 import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -25,22 +22,14 @@ FIRST: Final = 64
 EVERY: Final = 32
 """After them, one exchange in so many: comparing took as long as gathering 1 MiB, over gloo."""
 
-# the names of torch before 2.13, which warns of them
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 _orders: "weakref.WeakKeyDictionary[ProcessGroup, ExchangeOrder]" = weakref.WeakKeyDictionary()
 
 
 def compare_order(model: Any, units: Sequence[Any], groups: Sequence[ProcessGroup]) -> None:
-    """Compare what the ranks of a sharded model exchange.
+    """Compare what the ranks of a model exchange that FSDP2 has sharded.
 
-    Nothing is compared where torch does not let exchanges be seen (`set_custom_all_gather`).
-
-    Args:
-        model: sharded by FSDP2 (torch's own methods are on it).
-        units: the first module of each unit.
-        groups: of the mesh; the last one is the one that is sharded over.
+    `units` are the first modules of units; the last group is the one that is sharded over. Nothing
+    is compared where torch does not let exchanges be seen (`set_custom_all_gather`).
     """
     if not hasattr(model, "set_custom_all_gather") or max(group.size() for group in groups) == 1:
         return
@@ -65,45 +54,35 @@ class ExchangeOrder:
     def __init__(self, group: ProcessGroup) -> None:
         self.models = 0
         self._group = weakref.ref(group)  # or it would outlive its destruction
-        self._count, self._hash = 0, hashlib.blake2b(digest_size=8)
+        self._count = 0
         self._recent: list[str] = []  # since the last comparison
 
     def note(self, what: str) -> None:
-        """Note an exchange before it begins; compare, if this one is to be compared.
-
-        Raises:
-            EngineError: the ranks are not about to exchange the same; on each rank.
-        """
+        """Note an exchange before it begins; EngineError on each rank where ranks differ."""
         group = self._group()
         assert group is not None  # the caller, who is about to use it, holds it
         if group.size() == 1:
             return
         self._count += 1
         self._recent.append(what)
-        self._hash.update(what.encode())
         if self._count > FIRST and self._count % EVERY:
             return
-        logs, self._recent = self._recent, []
-        if len(set(of_all_ranks(self._hash.digest(), group))) > 1:
-            self._hash = hashlib.blake2b(digest_size=8)  # the ranks are at the same number still
-            raise EngineError(_difference(of_all_ranks(logs, group)))
-
-
-def _difference(logs: Sequence[Sequence[str]]) -> str:
-    """Where the ranks' logs begin to differ, in words."""
-    steps = zip_longest(*logs, fillvalue="is done")
-    step = next((step for step in steps if len(set(step)) > 1), ("began anew", "did not"))
-    other = next(rank for rank, what in enumerate(step) if what != step[0])
-    return (
-        f"rank 0 of the group {step[0]} while rank {other} {step[other]}: ranks that use other "
-        "modules than the others, or in another order, get bytes that are not theirs; use the same "
-        "modules in the same order on each rank, also those that get no samples on one of them "
-        "(call them with an empty batch)"
-    )
+        recent, self._recent = self._recent, []
+        for step in zip_longest(*of_all_ranks(recent, group), fillvalue="is done"):
+            for rank, name in enumerate(step):
+                if name != step[0]:
+                    raise EngineError(
+                        f"rank 0 of the group {step[0]} while rank {rank} {name}: ranks that use "
+                        "other modules than the others, or in another order, get bytes that are "
+                        "not theirs; use the same modules in the same order on each rank, also "
+                        "those that get no samples on one of them (call them with an empty batch)"
+                    )
 
 
 class _Noted:
     """torch's own collective, noted before it begins."""
+
+    _collective: Any
 
     def __init__(self, what: str, orders: Sequence[ExchangeOrder]) -> None:
         self._what, self._orders = what, orders
@@ -114,31 +93,26 @@ class _Noted:
         """The buffer for it, allocated as torch's own does."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def _note(self) -> None:
-        for order in self._orders:
-            order.note(self._what)
-
-
-class _Gather(_Noted):
     def __call__(
         self,
         output_tensor: torch.Tensor,
         input_tensor: torch.Tensor,
         group: ProcessGroup,
-        async_op: bool = False,
+        **options: Any,  # op, of a reduction: torch's, or one that scales before; async_op
     ) -> Any:  # work, or None
-        self._note()
-        return _all_gather(output_tensor, input_tensor, group, async_op)
+        for order in self._orders:
+            order.note(self._what)
+        return self._collective(output_tensor, input_tensor, group=group, **options)
+
+
+# the second names are those of torch before 2.13, which warns of them
+class _Gather(_Noted):
+    _collective = staticmethod(
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )
 
 
 class _Reduce(_Noted):
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: ProcessGroup,
-        op: Any,  # torch's, or one that scales before
-        async_op: bool = False,
-    ) -> Any:  # work, or None
-        self._note()
-        return _reduce_scatter(output_tensor, input_tensor, op, group, async_op)
+    _collective = staticmethod(
+        getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    )

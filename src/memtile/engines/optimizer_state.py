@@ -5,8 +5,8 @@ untiled model's script reads it with torch's own functions.
 """
 
 import copy
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +19,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.header import DTYPES, dtype_name
-from memtile.convert.optimizer_file import OWN_OPTIONS, beside, entry_of
+from memtile.convert.optimizer_file import (
+    OWN_OPTIONS,
+    Members,
+    check_same_optimizer,
+    entry_of,
+    group_records,
+    take_options,
+)
 from memtile.engines.dense_views import view_of
 from memtile.errors import CheckpointError
 from memtile.optim import DenseParameter, Part, dense_parameters, stepping, stored_state
@@ -40,13 +46,10 @@ class OptimizerState:
         groups: the optimizer's own, whose options are to be saved and replaced.
         members: the dense parameters of each group by their names.
         by_parameter: what is kept for each parameter.
-
-    Raises:
-        OptimizerError: the optimizer is not of this model.
     """
 
     groups: Sequence[State]
-    members: Sequence[Mapping[str, DenseParameter]]
+    members: Members
     by_parameter: Mapping[Any, State]
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -96,23 +99,14 @@ class OptimizerState:
 
 
 def outgoing_state(kept_by: OptimizerState) -> tuple[State, Json]:
-    """What is to be saved of an optimizer: its state in torch's layout, and a record to check by.
-
-    Raises:
-        OptimizerError: it is in the middle of a step, or there is no dense form of what it keeps.
-        CheckpointError: an option of a group is neither a tensor of one element nor JSON.
-    """
+    """An optimizer's state in torch's layout, and a record to check by."""
     kept_by.check_savable()
+    groups = group_records(kept_by.groups, kept_by.members)
     state: State = {"state": {}, "param_groups": []}
-    record: Json = {"class": kept_by.class_name, "groups": [], "stepped": {}}
-    for number, (group, found) in enumerate(zip(kept_by.groups, kept_by.members, strict=True)):
+    record: Json = {"class": kept_by.class_name, "groups": groups, "stepped": {}}
+    for group, found in zip(kept_by.groups, kept_by.members, strict=True):
         options = {key: value for key, value in group.items() if key not in OWN_OPTIONS}
         state["param_groups"].append({"params": list(found), **options})
-        written = {
-            key: to_json(value, f"the optimizer's param_groups[{number}][{key!r}]")
-            for key, value in options.items()
-        }
-        record["groups"].append({"names": list(found), "options": written})
         for name, dense in found.items():
             kept = stored_state.kept_state(kept_by.by_parameter, dense, kept_by.is_shaped)
             if kept is None:  # before its first step
@@ -127,85 +121,57 @@ def outgoing_state(kept_by: OptimizerState) -> tuple[State, Json]:
     return state, record
 
 
-@dataclass
 class OptimizerStateLoader:
     """Loads a saved state into an optimizer: made, it is checked; only `take` changes anything.
 
     Attributes:
         state: to be given to DCP under the name `KEY`.
-
-    Raises:
-        CheckpointError: it is of another optimizer, or of another model.
-        OptimizerError: the optimizer is not of this model.
-        HomeFullError: a home has no room for it.
     """
 
-    record: Json
-    metadata: Metadata
-    model: nn.Module
-    kept_by: OptimizerState
-    state: State = field(init=False, default_factory=lambda: {"state": {}})
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        record: Json,
+        metadata: Metadata,
+        model: nn.Module,
+        kept_by: OptimizerState,
+        place: Path,
+    ) -> None:
+        self.state: State = {"state": {}}
+        self._record, self._kept_by = record, kept_by
         self._states: dict[Any, State] = {}  # by parameters
-        self._alike: list[tuple[DenseParameter, str]] = []
-        self._check_class()
+        self._numbers: list[tuple[DenseParameter, str]] = []
         stored: dict[str, dict[str, _StoredMetadata]] = {}  # by dense names
-        for flat, path in (self.metadata.planner_data or {}).items():
+        for flat, path in (metadata.planner_data or {}).items():
             if path[:2] == (KEY, "state"):
-                stored.setdefault(path[2], {})[path[3]] = self.metadata.state_dict_metadata[flat]
-        self._check_groups(stored.keys())
-        for found in self.kept_by.members:
+                stored.setdefault(path[2], {})[path[3]] = metadata.state_dict_metadata[flat]
+        frozen = {
+            dense.name
+            for dense in dense_parameters(model)
+            if not any(part.parameter.requires_grad for part in dense.parts)
+        }
+        ignored = frozen - stored.keys()  # a frozen parameter that was never stepped
+        check_same_optimizer(kept_by.class_name, kept_by.members, record, place, ignored)
+        for found in kept_by.members:
             for name, dense in found.items():
                 for key, entry in stored.get(name, {}).items():
                     self._prepare(dense, key, entry)
 
-    def _check_class(self) -> None:
-        ours, theirs = self.kept_by.class_name, self.record["class"]
-        if ours != theirs:
-            raise CheckpointError(
-                f"the checkpoint was trained with {theirs}, and this optimizer is {ours}: its "
-                f"state means something else; load with {theirs}, or load the model only"
-            )
-
-    def _check_groups(self, stepped: Set[str]) -> None:
-        """Refuse groups of other parameters; frozen ones that were never stepped do not count."""
-        frozen = {
-            dense.name
-            for dense in dense_parameters(self.model)
-            if not any(part.parameter.requires_grad for part in dense.parts)
-        }
-        ours = [set(found) for found in self.kept_by.members]
-        theirs = [set(group["names"]) for group in self.record["groups"]]
-        if len(theirs) != len(ours):
-            raise CheckpointError(
-                f"the optimizer has {len(ours)} parameter groups, the checkpoint {len(theirs)}: "
-                "make the groups as they were made for the run that saved it"
-            )
-        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            for name in sorted((one ^ other) - (frozen - stepped)):
-                whose = "the optimizer" if name in one else "the checkpoint"
-                raise CheckpointError(
-                    f"only {whose} has {name!r} in group {number}: make the groups as they were "
-                    "made for the run that saved it"
-                )
-
     def _prepare(self, dense: DenseParameter, key: str, entry: _StoredMetadata) -> None:
         """Make room for one entry, in each part's new state and for DCP."""
-        stepped = DTYPES[self.record["stepped"][dense.name]]
-        if not self.kept_by.keeps(dense.parts[0].parameter, key, stepped):
+        stepped = DTYPES[self._record["stepped"][dense.name]]
+        if not self._kept_by.keeps(dense.parts[0].parameter, key, stepped):
             return
         entries = self.state["state"].setdefault(dense.name, {})
         if isinstance(entry, BytesStorageMetadata):
             entries[key] = None
-            self._alike.append((dense, key))
+            self._numbers.append((dense, key))
         elif (entry.size.numel() <= 1 and entry.size != dense.shape) or not entry.size:
             entries[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-            self._alike.append((dense, key))
+            self._numbers.append((dense, key))
         else:
             dtype = entry.properties.dtype
             if dtype == stepped:
-                dtype = self.kept_by.stepped_dtype(dense.parts[0].parameter)
+                dtype = self._kept_by.stepped_dtype(dense.parts[0].parameter)
             if dense.parts[0].rect is not None and entry.size != dense.shape:
                 raise CheckpointError(
                     f"{dense.name}: {key!r} of the checkpoint is {tuple(entry.size)}, the "
@@ -213,26 +179,26 @@ class OptimizerStateLoader:
                     "layer untiled"
                 )
             for part in dense.parts:
-                room = self.kept_by.room(part, key, entry.size, dtype)
+                room = self._kept_by.room(part, key, entry.size, dtype)
                 self._states.setdefault(part.parameter, {})[key] = room
             entries[key] = view_of(dense, entry_of(self._states, key))
 
     def numbers(self) -> State:
         """What is one number for a whole parameter, by dense names: to be read as DCP does."""
         numbers: State = {}
-        for dense, key in self._alike:
+        for dense, key in self._numbers:
             numbers.setdefault(dense.name, {})[key] = self.state["state"][dense.name][key]
         return numbers
 
     def take(self) -> None:
         """Put what DCP has read into the optimizer, options of groups too; drop gradients."""
-        self.kept_by.zero_grad()
+        self._kept_by.zero_grad()
         groups = {
             name: group
-            for group, found in zip(self.kept_by.groups, self.kept_by.members, strict=True)
+            for group, found in zip(self._kept_by.groups, self._kept_by.members, strict=True)
             for name in found
         }
-        for dense, key in self._alike:
+        for dense, key in self._numbers:
             value, group = self.state["state"][dense.name][key], groups[dense.name]
             on_device = group.get("capturable") or group.get("fused")
             for part in dense.parts:
@@ -240,7 +206,5 @@ class OptimizerStateLoader:
                 if isinstance(own, Tensor) and on_device:
                     own = own.to(part.parameter.device)
                 self._states.setdefault(part.parameter, {})[key] = own
-        for group, saved in zip(self.kept_by.groups, self.record["groups"], strict=True):
-            for option, value in from_json(saved["options"]).items():
-                group[option] = beside(group.get(option), value)
-        self.kept_by.put(self._states)
+        take_options(self._kept_by.groups, self._record)
+        self._kept_by.put(self._states)

@@ -26,41 +26,27 @@ class Ranks:
     def each(self, act: Callable[[], T]) -> T:
         """The result of `act` on this rank, once it has succeeded on every rank.
 
-        Raises:
-            MemtileError: it failed somewhere; every rank raises the error of the first such rank.
-            EngineError: a rank is gone.
+        Where it failed, every rank raises the error of the first such rank.
         """
         result, failure = self._attempt(act)
-        failures = [failure]
-        if not self.is_alone:
-            with self.answering():
-                failures = of_all_ranks(failure, self.group)
-        for found in failures:
+        for found in self._gathered(failure):
             if found is not None:
                 raise found
-        assert result is not None
-        return result[0]
+        value: T = result
+        return value
 
     def check_same(self, what: str, value: object) -> None:
         """Raise EngineError on every rank where `str(value)` differs between ranks."""
-        theirs = self.first(lambda: str(value))
-
-        def compare() -> None:
-            if str(value) != theirs:
+        first, *others = self._gathered(str(value))
+        for rank, theirs in enumerate(others, 1):
+            if theirs != first:
                 raise EngineError(
-                    f"rank {self.number} was given {what} {value}, and rank 0 {theirs}: give the "
-                    "same on each rank"
+                    f"rank {rank} was given {what} {theirs}, and rank 0 {first}: give the same on "
+                    "each rank"
                 )
 
-        self.each(compare)
-
     def first(self, act: Callable[[], T]) -> T:
-        """The result of `act`, which runs on the first rank only, on all ranks.
-
-        Raises:
-            MemtileError: it failed; on every rank.
-            EngineError: a rank is gone.
-        """
+        """The result, or the error, of `act` on the first rank, which alone runs it."""
         answers: list[Any] = [self._attempt(act) if self.number == 0 else None]
         if not self.is_alone:
             source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
@@ -69,40 +55,37 @@ class Ranks:
         result, failure = answers[0]
         if failure is not None:
             raise failure
-        value: T = result[0]
+        value: T = result
         return value
 
+    def _gathered(self, value: T) -> list[T]:
+        if self.is_alone:
+            return [value]
+        with self.answering():
+            return of_all_ranks(value, self.group)
+
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Raise EngineError in place of torch's RuntimeError about a rank that is gone."""
+    def answering(self, *, collectives_only: bool = False) -> Iterator[None]:
+        """Raise EngineError in place of torch's RuntimeError about a rank that is gone.
+
+        Every RuntimeError is taken for one, or only what a collective raises.
+        """
         try:
             yield
         except MemtileError:
             raise
         except RuntimeError as error:
-            raise self._gone(error) from error
+            of_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if collectives_only and not of_collective:
+                raise
+            raise EngineError(
+                f"rank {self.number} waits for another one that was killed, or did not answer "
+                f"within the process group's timeout ({error}); start all ranks again"
+            ) from error
 
-    @contextmanager
-    def missing_none(self) -> Iterator[None]:
-        """As `answering`, for code that does more: errors of no collective pass unchanged."""
+    def _attempt(self, act: Callable[[], Any]) -> tuple[Any, MemtileError | None]:  # of any act
         try:
-            yield
-        except MemtileError:
-            raise
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise self._gone(error) from error
-            raise
-
-    def _gone(self, error: RuntimeError) -> EngineError:
-        return EngineError(
-            f"rank {self.number} waits for another one that was killed, or did not answer "
-            f"within the process group's timeout ({error}); start all ranks again"
-        )
-
-    def _attempt(self, act: Callable[[], T]) -> tuple[tuple[T] | None, MemtileError | None]:
-        try:
-            return (act(),), None
+            return act(), None
         except MemtileError as error:
             return None, error
         except Exception as error:
@@ -132,30 +115,21 @@ def check_process_group() -> None:
 def check_agreement(
     model: nn.Module, options: object, groups: Sequence[ProcessGroup | None] = (None,)
 ) -> None:
-    """Compare models and options over ranks: different ones would wait for each other forever.
+    """Raise EngineError on every rank where models, or the `repr` of options, differ.
 
-    Args:
-        model: its parameters' names, shapes, dtypes and requires_grad are compared.
-        options: whatever else must be the same, by its `repr`.
-        groups: which together reach every rank; None: all ranks.
-
-    Raises:
-        EngineError: they differ; on every rank.
+    Such ranks would wait for each other forever. `groups` together reach every rank; None: all.
     """
-    known = {dist.get_rank(): _digest(model, options)}
+    parameters = [
+        (name, whole_shape(parameter), str(parameter.dtype), parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    ]
+    digest = hashlib.sha256(repr((parameters, options)).encode()).hexdigest()
+    known = {dist.get_rank(): digest}
     for group in groups:
         known = dict(item for each in of_all_ranks(known, group) for item in each.items())
-    odd = sorted(rank for rank, digest in known.items() if digest != known[min(known)])
+    odd = sorted(rank for rank, theirs in known.items() if theirs != known[min(known)])
     if odd:
         raise EngineError(
             f"ranks {odd} have another model, other tiles or other arguments than rank "
             f"{min(known)}: make the same model with the same grids on each rank"
         )
-
-
-def _digest(model: nn.Module, options: object) -> str:
-    parameters = [
-        (name, whole_shape(parameter), str(parameter.dtype), parameter.requires_grad)
-        for name, parameter in model.named_parameters()
-    ]
-    return hashlib.sha256(repr((parameters, options)).encode()).hexdigest()

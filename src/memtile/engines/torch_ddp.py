@@ -1,8 +1,8 @@
 """Data parallelism with parked tiles: gradients are averaged over ranks, one parameter at a time.
 
-For resident tiles use `DistributedDataParallel`. Parked ones it would broadcast all at once, copy
-into buckets of their size, and reduce after a step in backward has used the gradients. Here each
-gradient is averaged in its home as soon as it is complete, before any optimizer reads it.
+For resident tiles use `DistributedDataParallel`. It would broadcast all parked tiles at once, copy
+gradients into buckets of their size, and reduce them after a step in backward has used them. Here
+each gradient is averaged in its home as soon as it is complete, before any optimizer reads it.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class GradientAverager:
         group: its ranks; None: all.
 
     Raises:
-        EngineError: there is no process group, ranks have other models, an engine holds shards, or
+        EngineError: there is no process group, ranks differ in models, an engine holds shards, or
             gradients are averaged already.
         OptimizerError: a `TileOptimizer` steps in backward already, so it would come first.
     """

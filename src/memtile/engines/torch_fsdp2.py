@@ -1,9 +1,9 @@
 """Tiles as shards of PyTorch's FSDP2: each tile is a unit, gathered for its use and freed after it.
 
 Source: `torch.distributed.fsdp.fully_shard`. Added here, because FSDP2 does not do it for tiles:
-prefetching in the layer's order, in both directions (`fsdp2_prefetch`); freeing a tile in backward
-even where its input needs no gradient (`release`); tied tiles as one unit (`fsdp2_units`); and an
-error where ranks use different modules (`exchange_order`).
+prefetching in the layer's order, in both directions, and tied tiles as one unit (`fsdp2_units`);
+freeing a tile in backward even where its input needs no gradient (`release`); and an error where
+ranks use different modules (`exchange_order`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memtile.convert import replacing
 from memtile.engines.exchange_order import compare_order
-from memtile.engines.fsdp2_prefetch import bring_ahead
-from memtile.engines.fsdp2_units import SharedTile, share_tied_tiles, tiled_layers, units_of
+from memtile.engines.fsdp2_units import (
+    SharedTile,
+    bring_ahead,
+    share_tied_tiles,
+    tiled_layers,
+    units_of,
+)
 from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.engines.release import release_in_backward
 from memtile.errors import ArgumentError, EngineError, ParkedError
@@ -67,7 +72,7 @@ def shard(
         offload_policy: such as `CPUOffloadPolicy()`: shards, gradients and moments on the CPU.
 
     Raises:
-        EngineError: there is no process group, or ranks have other models or arguments.
+        EngineError: there is no process group, or ranks differ in models or arguments.
         ArgumentError: nothing is tiled, or a number is out of its range.
         ParkedError: tiles live in a home already.
     """
@@ -104,7 +109,7 @@ def shard(
 
 @contextmanager
 def _refuse_shards(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
-    """Refuse code that reads or writes whole tiles: these are shards, and it would be wrong."""
+    """Refuse code that reads or writes whole tiles, of which a rank has shards only."""
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise EngineError(
             f"whole tiles are asked for {'to write' if write else 'to read'} them, and they are "
@@ -145,7 +150,7 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
                 raise EngineError(f"{layer.full_name()} is sharded already: shard a model once")
             if any(map(is_parked, tile.parameters())):
                 raise ParkedError(
-                    f"{layer.full_name()} is parked in a home, and shards have no other: tile the "
+                    f"{layer.full_name()} is parked in a home, where shards cannot be: tile the "
                     "model without home=…, and give offload_policy=CPUOffloadPolicy() instead"
                 )
 

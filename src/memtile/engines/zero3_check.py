@@ -30,21 +30,13 @@ _DEFAULTS: Final[Mapping[str, float]] = {  # of DeepSpeed 0.19
 
 @dataclass(frozen=True)
 class Finding:
-    """A value that defeats the tiling.
+    """A value that defeats the tiling."""
 
-    Args:
-        key: its path in the config, with dots.
-        value: what is given, or the default that is in force.
-        is_default: whether it is DeepSpeed's.
-        reason: what it does to tiles.
-        instead: a value that does not.
-    """
-
-    key: str
-    value: object
+    key: str  # its path in the config, with dots
+    value: object  # given, or DeepSpeed's default
     is_default: bool
-    reason: str
-    instead: object
+    reason: str  # what it does to tiles
+    instead: object  # a value that does not
 
     def __str__(self) -> str:
         source = " (DeepSpeed's default)" if self.is_default else ""
@@ -86,13 +78,19 @@ def check(
 
 @dataclass(frozen=True)
 class _Section:
+    """A part of a config, and its path in it."""
+
     path: str
     given: Given
 
     def value(self, key: str) -> float:
         """The value in force: the given number, or DeepSpeed's default."""
-        value = self.given.get(key, _DEFAULTS.get(key))
-        return _DEFAULTS.get(key, 0.0) if isinstance(value, str) or value is None else value
+        value = self.given.get(key)
+        return value if isinstance(value, int | float) else _DEFAULTS.get(key, 0)
+
+    def exceeds(self, key: str, most: int) -> bool:
+        """Whether a value is larger, or accelerate fills it in from the width of the model."""
+        return self.given.get(key) == "auto" or self.value(key) > most
 
     def finding(self, key: str, reason: str, instead: object) -> Finding:
         """A finding about a key of this section."""
@@ -102,9 +100,6 @@ class _Section:
         in_force = given if key in self.given else _DEFAULTS.get(key)
         shown = int(in_force) if isinstance(in_force, float) else in_force
         return Finding(f"{self.path}.{key}", shown, key not in self.given, reason, instead)
-
-    def is_auto(self, key: str) -> bool:
-        return self.given.get(key) == "auto"
 
 
 def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Finding]:
@@ -123,11 +118,11 @@ def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Findi
         reason = f"tiles of {sizes.largest} elements are gathered ahead until so many are live"
         yield zero.finding("stage3_max_live_parameters", reason, live)
     key = "stage3_prefetch_bucket_size"
-    if zero.is_auto(key) or zero.value(key) > sizes.smallest:
+    if zero.exceeds(key, sizes.smallest):
         yield zero.finding(key, "so many elements of tiles are gathered ahead at once", 1)
 
     key, instead = "stage3_param_persistence_threshold", sizes.persistent_up_to
-    if zero.is_auto(key) or zero.value(key) >= sizes.smallest:
+    if zero.exceeds(key, sizes.smallest - 1):
         reason = f"parameters up to it are never freed, tiles of {sizes.smallest} among them"
         yield zero.finding(key, reason, instead)
     elif zero.value(key) < instead:
@@ -138,25 +133,21 @@ def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Findi
         yield zero.finding(key, reason, instead)
 
     key = "reduce_bucket_size"
-    if zero.is_auto(key) or zero.value(key) > max(sizes.largest, *sizes.others, 0):
+    if zero.exceeds(key, max(sizes.largest, *sizes.others, 0)):
         reason = f"a buffer of so many elements is allocated, and a tile has {sizes.largest}"
         yield zero.finding(key, reason, sizes.largest)
 
 
 def _of_disk(zero: _Section, sizes: Sizes, ranks: int, itemsize: int) -> Iterator[Finding]:
-    section = _Section(f"{zero.path}.offload_param", zero.given.get("offload_param") or {})
-    if section.given.get("device") == "nvme":
-        yield from _of_parts_on_disk(section, sizes, ranks, itemsize)
     if (zero.given.get("offload_optimizer") or {}).get("device") == "nvme":
         numels = (sizes.smallest, sizes.beside, *sizes.others)
         if zero.value("sub_group_size") > min(part_of(numel, ranks) for numel in numels if numel):
             reason = "gradients of parameters that share a group may come back from the disk wrong"
             yield zero.finding("sub_group_size", reason, 1)
 
-
-def _of_parts_on_disk(
-    section: _Section, sizes: Sizes, ranks: int, itemsize: int
-) -> Iterator[Finding]:
+    section = _Section(f"{zero.path}.offload_param", zero.given.get("offload_param") or {})
+    if section.given.get("device") != "nvme":
+        return
     largest, smallest = part_of(sizes.largest, ranks), part_of(sizes.smallest, ranks)
     if section.value("buffer_size") < largest:
         reason = f"a rank's part of a tile has {largest} elements and is read into one buffer"

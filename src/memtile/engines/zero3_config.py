@@ -32,21 +32,13 @@ _SIXTEEN_BITS: Final[Mapping[torch.dtype, str]] = {torch.bfloat16: "bf16", torch
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of elements in a tiled model, counted before partitioning.
+    """Numbers of elements in a tiled model, counted before partitioning."""
 
-    Args:
-        largest: of the largest tile.
-        smallest: of the smallest tile.
-        beside: of the largest parameter that a tile has beside its weight; 0 where there is none.
-        others: of every other parameter of the model, each once.
-        most_at_once: the most parameters that one module has itself.
-    """
-
-    largest: int
+    largest: int  # of the largest tile
     smallest: int
-    beside: int
-    others: tuple[int, ...]
-    most_at_once: int
+    beside: int  # of the largest parameter that a tile has beside its weight, or 0
+    others: tuple[int, ...]  # of every other parameter of the model, each once
+    most_at_once: int  # the most parameters that one module has itself
 
     @property
     def persistent_up_to(self) -> int:
@@ -216,11 +208,7 @@ def _check_libaio(place: Place) -> None:
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """The sizes of a tiled model: on the meta device, partitioned or ordinary.
-
-    Raises:
-        ArgumentError: nothing is tiled.
-    """
+    """The sizes of a tiled model: on the meta device, partitioned or ordinary."""
     weights: dict[nn.Parameter, int] = {}
     beside: list[int] = []
     for tile in tiles_of(model):
@@ -235,11 +223,7 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 
 def tiles_of(model: nn.Module) -> list[nn.Module]:
-    """Every tile of a model, each once.
-
-    Raises:
-        ArgumentError: nothing is tiled.
-    """
+    """Every tile of a model, each once."""
     layers = [module for module in model.modules() if isinstance(module, TiledModule)]
     if not layers:
         raise ArgumentError(

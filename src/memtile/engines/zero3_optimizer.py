@@ -27,17 +27,8 @@ from memtile.optim.stepping import MASTER
 _WAY_OUT = "save and load it with engine.save_checkpoint and engine.load_checkpoint"
 
 
-def is_of_zero3(optimizer: object) -> bool:
-    """Whether it is the optimizer that DeepSpeed's engine has under ZeRO-3."""
-    return hasattr(optimizer, "fp32_partitioned_groups_flat")
-
-
 class PartitionedState(OptimizerState):
-    """The state of torch's optimizer inside DeepSpeed's; both are the engine's.
-
-    Raises:
-        OptimizerError: its state is not all in memory, or it is no optimizer of torch's.
-    """
+    """The state of torch's optimizer inside DeepSpeed's; both are the engine's."""
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:  # DeepSpeed's, without types
         _check_kind(optimizer)
@@ -52,10 +43,10 @@ class PartitionedState(OptimizerState):
             {name: _whole(dense) for name, dense in found.items()}
             for found in stored_state.members(model, own)
         ]
+        self._dense = {name: dense for found in self.members for name, dense in found.items()}
         self.by_parameter = {
             part.parameter: dict(self._entries(part.parameter))
-            for found in self.members
-            for dense in found.values()
+            for dense in self._dense.values()
             for part in dense.parts
         }
 
@@ -75,11 +66,7 @@ class PartitionedState(OptimizerState):
         return True
 
     def room(self, part: Part, key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """This rank's part of an entry, to be read into; in place where there is one.
-
-        Raises:
-            CheckpointError: the entry is not of the parameter's shape.
-        """
+        """This rank's part of an entry, to be read into; in place where there is one."""
         shape = whole_shape(part.parameter)
         if part.rect is None and size != shape:
             raise CheckpointError(
@@ -97,13 +84,9 @@ class PartitionedState(OptimizerState):
         return self._part(part.parameter, self._made[group, key])
 
     def check_numbers(self, numbers: Mapping[str, State]) -> None:
-        """Refuse saved numbers that are not the same for all that is stepped as one.
-
-        Raises:
-            OptimizerError: they are not.
-        """
+        """Refuse saved numbers that are not the same for all that is stepped as one."""
         first: dict[tuple[int, str], tuple[str, object]] = {}
-        for name, dense in self._dense().items():
+        for name, dense in self._dense.items():
             for key, value in numbers.get(name, {}).items():
                 for group in {self._span(part.parameter).group for part in dense.parts}:
                     other, known = first.setdefault((group, key), (name, value))
@@ -121,15 +104,16 @@ class PartitionedState(OptimizerState):
     def put(self, states: Mapping[Any, State]) -> None:
         """Replace all that is kept by these states of parameters; masters are copied into place.
 
-        A parameter without a state among others that have one gets zeros, as DeepSpeed itself gives
-        to one without a gradient.
+        A parameter without a state gets zeros, as DeepSpeed gives to one without a gradient.
         """
         found: list[State] = [{} for _ in self._flats]
         for parameter in self.by_parameter:
             state = dict(states.get(parameter, {}))
-            master = state.pop(MASTER, None)
-            if master is not None:
-                _master(parameter).copy_(master.ds_tensor)
+            saved = state.pop(MASTER, None)
+            if saved is not None:
+                master = master_of(parameter)
+                assert master is not None  # checked with its kind
+                master.copy_(saved.ds_tensor)
             for key, value in state.items():
                 group = self._span(parameter).group
                 found[group][key] = self._made.get((group, key), value)
@@ -143,15 +127,8 @@ class PartitionedState(OptimizerState):
                 self._optimizer.state[flat] = state
         write_masters(self._model)
 
-    def _dense(self) -> dict[str, DenseParameter]:
-        return {name: dense for found in self.members for name, dense in found.items()}
-
     def _entries(self, parameter: nn.Parameter) -> Iterator[tuple[str, Any]]:
-        """What is kept for one parameter.
-
-        Raises:
-            OptimizerError: something has neither one element nor one for each of the parameter's.
-        """
+        """What is kept for one parameter."""
         flat = self._flats[self._span(parameter).group]
         for key, entry in self._optimizer.state.get(flat, {}).items():
             if isinstance(entry, Tensor) and entry.dim() and entry.shape == flat.shape:
@@ -194,13 +171,6 @@ def _check_kind(optimizer: Any) -> None:  # DeepSpeed's, without types
 
 
 def _whole(dense: DenseParameter) -> DenseParameter:
-    """With the shape of what is gathered."""
     if dense.parts[0].rect is not None:
         return dense
     return replace(dense, shape=torch.Size(whole_shape(dense.parts[0].parameter)))
-
-
-def _master(parameter: nn.Parameter) -> Tensor:
-    master = master_of(parameter)
-    assert master is not None  # checked with its kind
-    return master

@@ -1,7 +1,7 @@
 """Reads and writes the values of parameters that DeepSpeed's ZeRO-3 has partitioned.
 
-A partitioned parameter is empty; its shape, its number of elements and what gathers it are
-attributes that begin with `ds_`. Nothing of DeepSpeed is imported before such a parameter is met.
+Such a parameter is empty; its shape, its size and what gathers it are attributes `ds_…`. DeepSpeed
+is not imported before one is met.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,11 +61,7 @@ def master_of(parameter: Any) -> Tensor | None:  # an nn.Parameter, with DeepSpe
 
 
 def flat_part(partitioned: Any) -> Tensor:  # with DeepSpeed's attributes
-    """This rank's part of a partitioned tensor with its padding; of the master if there is one.
-
-    Raises:
-        CheckpointError: it is not in memory.
-    """
+    """This rank's part of a partitioned tensor with its padding; of the master if there is one."""
     part: Any = partitioned.ds_tensor
     if part.numel() < part.ds_numel:
         raise CheckpointError(
@@ -113,11 +109,7 @@ def _whole_shape(tensor: Tensor) -> tuple[int, ...] | None:
 
 @contextmanager
 def _gather(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[bool]:
-    """Gather parameters; what rank 0 writes reaches all ranks, and the optimizer's masters.
-
-    Raises:
-        EngineError: they are to be written and are gathered already, or another rank failed.
-    """
+    """Gather parameters; what rank 0 writes reaches all ranks, and the optimizer's masters."""
     mine = [parameter for parameter in parameters if is_partitioned(parameter)]
     held = [parameter for parameter in mine if getattr(parameter, _OPEN, 0)]
     if write and held:
@@ -154,7 +146,9 @@ def _raising_on_all(group: Any) -> Iterator[None]:  # DeepSpeed's groups are tor
         failed.fill_(1)
         raise
     finally:
-        failed = failed.to(_device())
+        from deepspeed.accelerator import get_accelerator
+
+        failed = failed.to(get_accelerator().current_device_name())
         others = failed.clone()
         dist.all_reduce(others, group=group)
     if others.item():
@@ -180,9 +174,3 @@ def _write_master(parameter: Any) -> None:  # an nn.Parameter, with DeepSpeed's 
         mine = parameter.detach().flatten()[start : start + part.numel()]
         part[: mine.numel()].copy_(mine)
         safe_set_local_fp32_param(parameter, part)
-
-
-def _device() -> torch.device:
-    from deepspeed.accelerator import get_accelerator
-
-    return torch.device(get_accelerator().current_device_name())
