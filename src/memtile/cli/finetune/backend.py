@@ -13,7 +13,7 @@ import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Options, TrainingSettings
-from memtile.convert import Resumed, has_training
+from memtile.convert import Resumed
 from memtile.testing import PeakMemory
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ class Backend:
         optimizer: Any,  # torch's, or DeepSpeed's around it
         scheduler: LRScheduler,
         has_adapters: bool = False,  # only these are trained and written
+        dtype: torch.dtype | None = None,  # to write the model in; None: its own
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self._has_adapters = has_adapters
+        self._has_adapters, self._dtype = has_adapters, dtype
 
     def loss(self, ids: Tensor) -> Tensor:
         """The loss of sequences (batch, tokens), which are their own labels."""
@@ -64,10 +65,6 @@ class Backend:
         """The largest over ranks."""
         return value
 
-    def has_saved(self, folder: Path) -> bool:
-        """Whether there is a checkpoint of the run."""
-        return has_training(folder)
-
     def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
         """Saves a checkpoint of the run; `position` is where it is in the texts."""
         memtile.save_training(
@@ -90,8 +87,8 @@ class Backend:
         if self._has_adapters:
             self.model.save_pretrained(str(out))
         else:
-            memtile.save_checkpoint(self.model, out)
-        models.carry_tokenizer(source, out)
+            memtile.save_checkpoint(self.model, out, dtype=self._dtype)
+        self.first(lambda: models.carry_tokenizer(source, out))
 
 
 def load(

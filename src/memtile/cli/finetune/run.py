@@ -21,6 +21,7 @@ from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, Log, LoggedStep
 from memtile.cli.finetune.sequences import Sequences, read_sequences
 from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
+from memtile.convert import has_training
 from memtile.errors import NotFiniteError
 from memtile.homes import keep_freed_memory_out, usable_folder
 from memtile.testing import PeakMemory
@@ -75,7 +76,7 @@ class Run:
 
     def resume(self, folder: Path) -> None:
         """Goes on from the last checkpoint; a run that was killed before its first begins anew."""
-        if self.backend.first(lambda: self.backend.has_saved(folder)):
+        if self.backend.first(lambda: has_training(folder)):
             found = self.backend.resume(folder)
             self.done = found.step
             self.seen = found.position.get("sequences", found.step)
@@ -92,7 +93,7 @@ class Run:
             lower = f"give a --lr below {self.settings.lr:g}"
             return CommandError(f"{what} at step {self.done + 1}: {lower}.")
         folder = self.out / TRAINING
-        saved = self.backend.has_saved(folder)
+        saved = has_training(folder)
         kept = f"the last good state is in {folder}" if saved else "nothing was saved before"
         return CommandError(
             f"{what} after {self.done} of {self.settings.steps} steps; {kept}: begin again in "

@@ -17,14 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import memtile
-from memtile.checkpoints.steps import saved_steps
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.settings import Options, TrainingSettings
-from memtile.convert import Resumed
 from memtile.costmodel import format_byte_size
-from memtile.engines import dense_files, distributed_checkpoints
+from memtile.engines import dense_files
 from memtile.engines.ranks import Ranks, check_agreement
 from memtile.engines.torch_fsdp2 import shard
 from memtile.engines.zero3_config import check_installed
@@ -44,9 +42,8 @@ class _Sharded(Backend):
         scheduler: LRScheduler,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(model, optimizer, scheduler)
+        super().__init__(model, optimizer, scheduler, dtype=dtype)
         self.rank, self.ranks, self.device = dist.get_rank(), dist.get_world_size(), _device()
-        self._dtype = dtype  # of the model's checkpoint, in which it is written
 
     def first(self, act: Callable[[], T]) -> T:
         return Ranks().first(act)
@@ -60,26 +57,6 @@ class _Sharded(Backend):
         most = torch.tensor(value)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
-
-    def has_saved(self, folder: Path) -> bool:
-        return bool(saved_steps(folder))
-
-    def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
-        extra = self.scheduler.state_dict()
-        distributed_checkpoints.save(
-            folder, self.model, self.optimizer, step=step, position=position, extra=extra
-        )
-
-    def resume(self, folder: Path) -> Resumed:
-        found = distributed_checkpoints.load(folder, self.model, self.optimizer)
-        self.scheduler.load_state_dict(found.extra)
-        return found
-
-    def write(self, source: Path, out: Path) -> None:
-        self.model.eval()
-        dense_files.save_checkpoint(self.model, out, dtype=self._dtype)
-        if self.rank == 0:
-            models.carry_tokenizer(source, out)
 
 
 class _Fsdp2(_Sharded):
