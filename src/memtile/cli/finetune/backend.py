@@ -1,11 +1,12 @@
-"""What a run trains: a model in this process, whose tiles live where its plan says."""
+"""What a run trains: a model with its optimizer; `load` makes one for a single process."""
 
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
@@ -14,21 +15,17 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed
+from memtile.engines.ranks import Ranks
 from memtile.testing import PeakMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-T = TypeVar("T")
-
 _OTHERS: Final = "tokenizer, texts and adapters"
 
 
 class Backend:
-    """A model with its optimizer and learning rate, in this process; subclasses are over ranks."""
-
-    rank, ranks = 0, 1
-    device = torch.device("cpu")  # on which sequences are expected
+    """A model with its optimizer and learning rate, in this process or as shards over ranks."""
 
     def __init__(
         self,
@@ -37,9 +34,13 @@ class Backend:
         scheduler: LRScheduler,
         has_adapters: bool = False,  # only these are trained and written
         dtype: torch.dtype | None = None,  # to write the model in; None: its own
+        device: torch.device | None = None,  # on which sequences are expected; None: CPU
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self._has_adapters, self._dtype = has_adapters, dtype
+        self.device = device or torch.device("cpu")
+        self._has_adapters, self.dtype = has_adapters, dtype
+        is_alone = not dist.is_initialized()
+        self.rank, self.ranks = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
 
     def loss(self, ids: Tensor) -> Tensor:
         """The loss of sequences (batch, tokens), which are their own labels."""
@@ -53,17 +54,21 @@ class Backend:
         self.optimizer.step()
         self.scheduler.step()
 
-    def first(self, act: Callable[[], T]) -> T:
-        """What `act` gives, called on the first rank alone."""
-        return act()
-
     def mean(self, value: float) -> float:
         """The mean over ranks."""
-        return value
+        if self.ranks == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / self.ranks
 
     def largest(self, value: int) -> int:
         """The largest over ranks."""
-        return value
+        if self.ranks == 1:
+            return value
+        most = torch.tensor(value)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
     def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
         """Saves a checkpoint of the run; `position` is where it is in the texts."""
@@ -87,8 +92,8 @@ class Backend:
         if self._has_adapters:
             self.model.save_pretrained(str(out))
         else:
-            memtile.save_checkpoint(self.model, out, dtype=self._dtype)
-        self.first(lambda: models.carry_tokenizer(source, out))
+            memtile.save_checkpoint(self.model, out, dtype=self.dtype)
+        Ranks().first(lambda: models.carry_tokenizer(source, out))
 
 
 def load(

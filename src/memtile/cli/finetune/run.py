@@ -22,6 +22,7 @@ from memtile.cli.finetune.log import LOG, Log, LoggedStep
 from memtile.cli.finetune.sequences import Sequences, read_sequences
 from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
 from memtile.convert import has_training
+from memtile.engines.ranks import Ranks
 from memtile.errors import NotFiniteError
 from memtile.homes import keep_freed_memory_out, usable_folder
 from memtile.testing import PeakMemory
@@ -76,7 +77,7 @@ class Run:
 
     def resume(self, folder: Path) -> None:
         """Goes on from the last checkpoint; a run that was killed before its first begins anew."""
-        if self.backend.first(lambda: has_training(folder)):
+        if Ranks().first(lambda: has_training(folder)):
             found = self.backend.resume(folder)
             self.done = found.step
             self.seen = found.position.get("sequences", found.step)
@@ -131,7 +132,7 @@ def finetune(settings: TrainingSettings, options: Options, display: Display) -> 
         if options.resume:
             run.resume(folder)
         else:
-            run.backend.first(lambda: settings.write(options.out))
+            Ranks().first(lambda: settings.write(options.out))
         display.started(run.done)
         result = train(run, display.report)
         run.backend.write(Path(settings.model), options.out)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,37 +29,8 @@ from memtile.engines.zero3_config import check_installed
 from memtile.errors import ArgumentError, NotFiniteError
 from memtile.optim import is_finite
 
-T = TypeVar("T")
 
-
-class _Sharded(Backend):
-    """What both engines have in common: each rank trains on a sequence of its own."""
-
-    def __init__(
-        self,
-        model: Any,  # of transformers
-        optimizer: Any,  # torch's, or DeepSpeed's around it
-        scheduler: LRScheduler,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(model, optimizer, scheduler, dtype=dtype)
-        self.rank, self.ranks, self.device = dist.get_rank(), dist.get_world_size(), _device()
-
-    def first(self, act: Callable[[], T]) -> T:
-        return Ranks().first(act)
-
-    def mean(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total) / self.ranks
-
-    def largest(self, value: int) -> int:
-        most = torch.tensor(value)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
-
-
-class _Fsdp2(_Sharded):
+class _Fsdp2(Backend):
     """Under FSDP2: weights, gradients and moments in float32."""
 
     def update(self, loss: Tensor) -> None:
@@ -69,11 +40,11 @@ class _Fsdp2(_Sharded):
         self.scheduler.step()
 
 
-class _Zero3(_Sharded):
+class _Zero3(Backend):
     """Under DeepSpeed's ZeRO-3: in the checkpoint's dtype, with float32 masters of 16 bits."""
 
     def __init__(self, model: Any, engine: Any, scheduler: LRScheduler, dtype: torch.dtype) -> None:
-        super().__init__(model, engine.optimizer, scheduler, dtype)
+        super().__init__(model, engine.optimizer, scheduler, dtype=dtype, device=_device())
         self._engine = engine
 
     def loss(self, ids: Tensor) -> Tensor:
@@ -86,7 +57,7 @@ class _Zero3(_Sharded):
         self._engine.backward(loss)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        if self._dtype != torch.float16 and norm is not None and not math.isfinite(norm):
+        if self.dtype != torch.float16 and norm is not None and not math.isfinite(norm):
             raise NotFiniteError("the norm of the gradients is not finite; nothing was stepped")
         self.scheduler.step()
 
@@ -130,7 +101,8 @@ def _fsdp2(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     dense_files.load_checkpoint(model, Path(settings.model), device=device, strict=options.strict)
     adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     model.train()
-    return _Fsdp2(model, adamw, CosineAnnealingLR(adamw, settings.steps), dtype)
+    cosine = CosineAnnealingLR(adamw, settings.steps)
+    return _Fsdp2(model, adamw, cosine, dtype=dtype, device=_device())
 
 
 def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
