@@ -12,9 +12,9 @@ from rich.console import Console
 
 from memtile.cli import main
 from memtile.cli.demo import command, comparison, smollm2, worker
-from memtile.cli.demo.__main__ import main as worker_main
 from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Side
 from memtile.cli.demo.training import SHIPPED_TEXT, cut_batches, text_of
+from memtile.cli.demo.worker import main as worker_main
 from memtile.cli.errors import CommandError, WorkerError
 
 SIDE = Side(
@@ -287,9 +287,12 @@ def test_the_worker_says_each_step_and_then_its_result(tiny_model, tiny_text, tm
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"tokens": 65, "batches": 1}, "give 64 or fewer"),
+        (
+            {"tokens": 65, "batches": 1},
+            "65 tokens are more than the model reads at once, 64",
+        ),
         ({"learning_rate": 1e30}, "give a --lr below 1e+30"),
-        ({"model": "/nowhere/at/all"}, "finds no causal language model in /nowhere/at/all"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all is no causal language model"),
     ],
 )
 def test_the_worker_hands_back_a_mistake_as_a_sentence(
@@ -316,7 +319,7 @@ def test_a_model_without_its_tokenizer_is_refused(tiny_model, tiny_text, tmp_pat
 
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 2
-    assert "finds no tokenizer in" in last["mistake"]
+    assert "holds no tokenizer" in last["mistake"]
 
 
 def test_the_worker_started_by_hand_names_the_command(capsys):

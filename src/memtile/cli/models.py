@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -24,10 +23,12 @@ from memtile.convert import empty_model
 from memtile.convert.name_matching import find
 from memtile.costmodel import format_byte_size
 from memtile.errors import BudgetError, CheckpointWarning, MemtileError, NewWeightsWarning
+from memtile.home_names import parse_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Folder = Annotated[Path, typer.Argument(help="A transformers folder with safetensors.")]
 TrustsCode = Annotated[
     bool,
     typer.Option(
@@ -48,14 +49,10 @@ _MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers 
 _SETTINGS_WAY_OUT: Final = "correct it, or remove it"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """How a command loads a model."""
-
-    budget: int  # bytes above the imports
-    home: str  # of the tiles: "disk", "disk:FOLDER" or "host"
-    strict: bool = False  # refuse a folder that holds more than the model has, or lacks a head
-    trusts_code: bool = False  # whether code of the folder may run
+def check_home(word: str, *more: str) -> str:
+    """The word if it names a home: "disk", "disk:FOLDER", "host", or one of the others."""
+    parse_home(word, "--home ", ("disk", "disk:FOLDER", "host", *more), more=".")
+    return word
 
 
 def check_folder(folder: Path, *, name: str = "MODEL", needs_weights: bool = True) -> None:
@@ -158,7 +155,7 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
     _config_of(folder, trusts_code)  # which transformers looks at for a tokenizer too
     if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
         raise CommandError(f"MODEL {folder} holds no tokenizer: {_TOKENIZER_WAY_OUT}.")
-    with _reading(folder, "has no tokenizer that can be loaded", _TOKENIZER_WAY_OUT):
+    with reading(folder, "has no tokenizer that can be loaded", _TOKENIZER_WAY_OUT):
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusts_code
         )
@@ -187,7 +184,7 @@ def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
     from memtile.integrations.pretrained import dtype_of
 
     config = _config_of(folder, trusts_code)
-    with _reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
         model: PreTrainedModel = empty_model(
             lambda: AutoModelForCausalLM.from_config(
                 config, dtype=dtype_of(config, folder), trust_remote_code=trusts_code
@@ -219,7 +216,7 @@ def told(*, trains: bool = True) -> Iterator[None]:
 def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
     from transformers import AutoConfig
 
-    with _reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
         # None in place of False would ask, and believe a pipe
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusts_code
@@ -256,31 +253,30 @@ def read_settings(model: "PreTrainedModel", folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        with _reading(
-            folder, "has a generation_config.json that cannot be used", _SETTINGS_WAY_OUT
-        ):
+        with reading(folder, "has a generation_config.json that cannot be used", _SETTINGS_WAY_OUT):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 @contextmanager
-def _reading(folder: Path, problem: str, way_out: str) -> Iterator[None]:
-    """Turns any error of transformers about a folder's files into one sentence."""
+def reading(
+    folder: Path, problem: str, way_out: str, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turns errors of transformers about a folder's files into one sentence."""
     try:
         yield
-    except MemtileError:
-        raise
-    except Exception as error:
-        if is_our_bug(error):
+    except kinds as error:
+        if isinstance(error, MemtileError) or is_our_bug(error):
             raise
-        if "trust_remote_code" in str(error) and (code := code_of(folder)):
+        if "trust_remote_code" in str(error) and (code := _code_of(folder)):
             raise CommandError(
                 f"MODEL {folder} needs Python code that lies in it, and none is run unasked: "
-                f"{', '.join(code)}; read it, and give --trust-remote-code to run it."
+                f"{', '.join(code)}; read it, and run it by --trust-remote-code of memtile plan, "
+                "generate or finetune."
             ) from error
         raise CommandError(f"MODEL {folder} {problem} ({first_line(error)}): {way_out}.") from error
 
 
-def code_of(folder: Path) -> list[str]:
+def _code_of(folder: Path) -> list[str]:
     """The classes that a folder's `auto_map`s name, as module.Class."""
     found: dict[str, None] = {}
     for name in ("config.json", "tokenizer_config.json"):

@@ -20,8 +20,7 @@ from memtile.cli.demo.tables import show
 from memtile.cli.demo.training import SHIPPED_TEXT, text_of
 from memtile.cli.demo.worker import run_worker
 from memtile.cli.errors import CommandError
-from memtile.cli.homes import check_home
-from memtile.cli.terminal import progress
+from memtile.cli.terminal import AsJson, progress
 from memtile.costmodel import parse_byte_size
 from memtile.testing import PeakMemory
 
@@ -37,7 +36,7 @@ def run_demo(
     home: Annotated[
         str, typer.Option(help="Where tiles live: disk, disk:FOLDER, host or none.")
     ] = "disk",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    as_json: AsJson = False,
     cache: Annotated[
         Path | None, typer.Option(help="Where to keep the model (~/.cache/memtile).")
     ] = None,
@@ -59,7 +58,7 @@ def run_demo(
         return 0
     _check_numbers(steps, tokens, lr)
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
-    check_home(home, "none")
+    models.check_home(home, "none")
     if model is not None:
         models.check_folder(model, name="--model")
     text_of(text or SHIPPED_TEXT)

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 from rich.console import Console
@@ -22,16 +22,14 @@ from memtile.cli.finetune.settings import (
     is_first_rank,
     weight_files,
 )
-from memtile.cli.homes import check_home
 from memtile.cli.terminal import progress
 from memtile.costmodel import format_byte_size, parse_byte_size
 
-_ENGINES: Final = ("fsdp2", "zero3")
 _MEBIBYTE: Final = 1 << 20
 
 
 def run_finetune(
-    model: Annotated[Path, typer.Argument(help="A transformers folder with safetensors.")],
+    model: models.Folder,
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
     out: Annotated[Path, typer.Option(help="The folder of the run and of the fine-tuned model.")],
     budget: Annotated[
@@ -54,8 +52,8 @@ def run_finetune(
     seed: Annotated[int, typer.Option(help="Of the order of sequences, and of dropout.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     engine: Annotated[
-        str | None,
-        typer.Option(help="fsdp2 or zero3: tiles are shards over the ranks of torchrun."),
+        Literal["fsdp2", "zero3"] | None,
+        typer.Option(help="What shards tiles over the ranks of torchrun."),
     ] = None,
     tile: Annotated[
         str | None, typer.Option(help="With --engine: the most that a tile has; 16MiB.")
@@ -74,7 +72,7 @@ def run_finetune(
     _check_options(engine, {"--budget": budget, "--home": home}, tile, offload, lora)
     options = Options(
         budget=parse_byte_size(budget or "2GiB", "--budget"),
-        home=check_home(home or "disk"),
+        home=models.check_home(home or "disk"),
         strict=strict,
         trusts_code=trust_remote_code,
         out=out,
@@ -117,8 +115,6 @@ def _check_options(
         raise CommandError("--tile and --offload go with --engine: in one process give --budget.")
     if engine is None:
         return
-    if engine not in _ENGINES:
-        raise CommandError(f"--engine {engine!r} is none: give {' or '.join(_ENGINES)}.")
     if given:
         raise CommandError(
             f"{given[0]} plans one process; with --engine, tiles are shards over ranks: give "

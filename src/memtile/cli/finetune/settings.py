@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from memtile.checkpoints import Checkpoint, write_text
 from memtile.cli.errors import CommandError
-from memtile.cli.models import Loading
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
@@ -19,9 +18,13 @@ _READ_WHOLE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Loading):
+class Options:
     """How a run is carried out, which changes none of its numbers."""
 
+    budget: int  # bytes above the imports
+    home: str  # of the tiles: "disk", "disk:FOLDER" or "host"
+    strict: bool  # refuse a folder that holds more than the model has, or lacks a head
+    trusts_code: bool  # whether code of the folder may run
     out: Path  # its folder, which all ranks see
     save_every: int  # steps between checkpoints
     resume: bool  # go on from the last one
@@ -66,9 +69,9 @@ class TrainingSettings:
 
     def check_continues(self, out: Path) -> None:
         """Refuses to resume a run with other settings than its own."""
-        theirs = _read(out)
+        saved = _read(out)
         for field in fields(self):
-            ours, old = getattr(self, field.name), getattr(theirs, field.name)
+            ours, old = getattr(self, field.name), getattr(saved, field.name)
             if field.name == "engine" and ours and old:
                 continue  # they share checkpoints
             if ours != old and field.name == "digests":
@@ -77,9 +80,11 @@ class TrainingSettings:
                     "restore them, or begin in another --out."
                 )
             if ours != old:
+                option = {"model": "MODEL", "texts": "TEXT"}.get(field.name, f"--{field.name}")
+                theirs, ours = ("none" if value is None else value for value in (old, ours))
                 raise CommandError(
-                    f"{out} holds a run with {_option(field.name)} {_or_none(old)}, and this is "
-                    f"{_or_none(ours)}: give what it was begun with, or another --out."
+                    f"{out} holds a run with {option} {theirs}, and this is {ours}: give what it "
+                    "was begun with, or another --out."
                 )
 
 
@@ -143,11 +148,3 @@ def _digest(file: Path, heard: Callable[[int], None]) -> str:
             found.update(piece)
             heard(len(piece))
     return found.hexdigest()
-
-
-def _or_none(value: object) -> str:
-    return "none" if value is None else str(value)
-
-
-def _option(name: str) -> str:
-    return {"model": "MODEL", "texts": "TEXT"}.get(name, f"--{name}")
