@@ -582,11 +582,11 @@ def test_two_runs_may_unpack_at_once(monkeypatch, tmp_path, found, kept):
 def test_the_cache_is_the_users_own_by_default(monkeypatch, tmp_path):
     """XDG_CACHE_HOME decides, and ~/.cache where it is not set."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert smollm2.default_cache() == tmp_path / "xdg" / "memtile"
+    assert command.cache_folder() == tmp_path / "xdg" / "memtile"
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert smollm2.default_cache() == tmp_path / ".cache" / "memtile"
+    assert command.cache_folder() == tmp_path / ".cache" / "memtile"
 
 
 def test_a_package_without_the_file_is_refused(monkeypatch, tmp_path):

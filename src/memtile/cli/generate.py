@@ -126,7 +126,7 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         tokenizer = models.tokenizer_of(request.model, request.trusts_code)
         prompt = _encoded(request, tokenizer)
         model = _loaded(request, prompt.shape[1], memory, note)
-        streams = _beams(model) == 1
+        streams = _count(model, "num_beams") == 1
         padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         drawing: dict[str, Any] = {"do_sample": True, "temperature": request.temperature}
         if request.temperature == 0:
@@ -176,6 +176,7 @@ def _loaded(
 ) -> Any:  # a transformers model, which is not imported to name its type
     model = models.empty_of(request.model, request.trusts_code)
     models.read_settings(model, request.model)
+    beams, texts = _count(model, "num_beams"), _count(model, "num_return_sequences")
     tokens = prompt_tokens + request.tokens
     models.check_length(model, tokens, f"--prompt with --tokens {request.tokens}")
     is_stored = request.home == "checkpoint"
@@ -183,22 +184,21 @@ def _loaded(
         plan = memtile.plan(
             model,
             budget=left,
-            tokens=tokens * _beams(model),
-            batch=_beams(model),
+            tokens=tokens * beams,
+            batch=beams,
             optimizer=None,
             home="disk" if is_stored else request.home,
         )
     note(plan.summary)
-    note(models.taken(request.budget, request.budget - left, _OTHERS))
-    _note_settings(model, note)
+    note(models.budget_note(request.budget, request.budget - left, _OTHERS))
+    if beams > 1:
+        note(f"num_beams={beams} in {_SETTINGS}: the text is printed when it is whole")
+    if texts > 1:
+        note(f"num_return_sequences={texts} in {_SETTINGS}: one text is printed")
     home = "checkpoint" if is_stored and plan.parked_layers else None
-    with models.told(trains=False):
+    with models.printing_warnings(trains=False):
         memtile.tile(model, plan, checkpoint=request.model, home=home, strict=request.strict)
     return model.requires_grad_(False).eval()
-
-
-def _beams(model: Any) -> int:  # of transformers
-    return _count(model, "num_beams")
 
 
 def _count(model: Any, name: str) -> int:  # of transformers
@@ -207,15 +207,6 @@ def _count(model: Any, name: str) -> int:  # of transformers
     if value is not None and not (type(value) is int and value >= 1):
         raise CommandError(f"{name}={value!r} in {_SETTINGS} is no number of texts: give 1, say.")
     return value or 1
-
-
-def _note_settings(model: Any, note: Say) -> None:  # of transformers
-    """Names the settings of the folder that are not followed as a reader may expect."""
-    if _beams(model) > 1:
-        note(f"num_beams={_beams(model)} in {_SETTINGS}: the text is printed when it is whole")
-    texts = _count(model, "num_return_sequences")
-    if texts > 1:
-        note(f"num_return_sequences={texts} in {_SETTINGS}: one text is printed")
 
 
 def _streamer(tokenizer: Any, say: Say) -> Any:

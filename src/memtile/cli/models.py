@@ -140,7 +140,7 @@ def within(budget: int, used: int, others: str) -> Iterator[int]:
         raise BudgetError(f"{before}: {error}") from error
 
 
-def taken(budget: int, used: int, others: str) -> str:
+def budget_note(budget: int, used: int, others: str) -> str:
     """Says why a plan is for less than the budget."""
     return (
         f"{others} took {format_byte_size(used)} of {format_byte_size(budget)}; the plan is for "
@@ -162,7 +162,7 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
     return found
 
 
-def carry_tokenizer(folder: Path, out: Path) -> None:
+def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copies a tokenizer's files: written anew, its class has a name that older readers refuse."""
     for name, path in tokenizer_files(folder).items():
         put(out / name, path)
@@ -197,11 +197,10 @@ def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
 
 
 @contextmanager
-def told(*, trains: bool = True) -> Iterator[None]:
+def printing_warnings(*, trains: bool = True) -> Iterator[None]:
     """Prints what a folder and a model do not have in common, a line each, on stderr.
 
-    Raises:
-        CommandError: Weights that the folder lacks were made anew, and are not to be trained.
+    Weights that were made anew are refused, unless they are to be trained.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointWarning)

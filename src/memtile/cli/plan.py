@@ -122,7 +122,7 @@ def run_plan(
                 mode=mode or "in_backward",
                 rates=rates,
             )
-    others = models.taken(allowed, allowed - left, _OTHERS)
+    others = models.budget_note(allowed, allowed - left, _OTHERS)
     print(found.to_json() if as_json else f"{found}\n{others}")
     return 0
 

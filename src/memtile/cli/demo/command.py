@@ -15,13 +15,14 @@ from rich.progress import Progress
 from memtile.cli import models
 from memtile.cli.demo.comparison import compare, relative_difference
 from memtile.cli.demo.records import DemoSettings, Outcome, Side
-from memtile.cli.demo.smollm2 import cached_folder, default_cache, find_gguf
+from memtile.cli.demo.smollm2 import cached_folder, find_gguf
 from memtile.cli.demo.tables import show
 from memtile.cli.demo.training import SHIPPED_TEXT, text_of
 from memtile.cli.demo.worker import run_worker
 from memtile.cli.errors import CommandError
 from memtile.cli.terminal import AsJson, progress
 from memtile.costmodel import parse_byte_size
+from memtile.planner.saved_rates import cache_folder
 from memtile.testing import PeakMemory
 
 _BATCHES: Final = 8
@@ -54,7 +55,7 @@ def run_demo(
     """
     if model_only:
         with progress() as bars:
-            print(smollm2_folder(cache or default_cache(), bars))
+            print(smollm2_folder(cache or cache_folder(), bars))
         return 0
     _check_numbers(steps, tokens, lr)
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
@@ -65,7 +66,7 @@ def run_demo(
     with progress() as bars:
         ensure_runnable()
         settings = DemoSettings(
-            model=str(model or smollm2_folder(cache or default_cache(), bars)),
+            model=str(model or smollm2_folder(cache or cache_folder(), bars)),
             text=str(text or SHIPPED_TEXT),
             steps=steps,
             tokens=tokens,
@@ -135,10 +136,10 @@ def _run_side(settings: DemoSettings, tiled: bool, logits: Path, bars: Progress)
     name = "tiled" if tiled else "dense"
     bar = bars.add_task(f"{name}: loading", total=settings.steps)
 
-    def heard(step: int, loss: float) -> None:
+    def on_step(step: int, loss: float) -> None:
         bars.update(bar, completed=step, description=f"{name}: loss {loss:.4f}")
 
     task = {"do": "train", "settings": asdict(settings), "tiled": tiled, "logits": str(logits)}
-    side = Side.from_json(run_worker(task, heard))
+    side = Side.from_json(run_worker(task, on_step))
     bars.update(bar, description=f"{name}: done")
     return side

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Final, TextIO, cast
@@ -23,8 +23,6 @@ from memtile.cli.demo.training import run_side
 from memtile.cli.errors import CommandError, WorkerError
 from memtile.errors import MemtileError
 
-StepHeard = Callable[[int, float], None]
-
 _LOG_BYTES: Final = 8000
 _ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",  # it reads folders only
@@ -33,14 +31,11 @@ _ENVIRONMENT: Final = {
 }
 
 
-def run_worker(task: Document, heard: StepHeard) -> Document:
+def run_worker(task: Document, on_step: Callable[[int, float], None]) -> Document:
     """Runs a task in a process of its own, and gives its result.
 
-    `heard` is called with number and loss of each training step.
-
-    Raises:
-        CommandError: The worker found a mistake in what it was given; with its sentence.
-        WorkerError: It ended in any other way without a result.
+    `on_step` gets number and loss of each training step. A mistake that the worker finds is a
+    CommandError, any other end without a result a WorkerError.
     """
     command = [sys.executable, "-m", __name__, json.dumps(task)]
     with (
@@ -55,8 +50,12 @@ def run_worker(task: Document, heard: StepHeard) -> Document:
         ) as worker,
     ):
         assert worker.stdout is not None  # it is a pipe
+        last: Document = {}
         try:
-            last = _listen(worker.stdout, heard)
+            for line in worker.stdout:
+                last = json.loads(line)
+                if "step" in last:
+                    on_step(last["step"], last["loss"])
         except BaseException:
             worker.kill()
             raise
@@ -66,15 +65,6 @@ def run_worker(task: Document, heard: StepHeard) -> Document:
         if code != 0 or "result" not in last:
             raise WorkerError(_how_it_ended(code), _tail(log))
         return cast("Document", last["result"])
-
-
-def _listen(lines: Iterable[str], heard: StepHeard) -> Document:
-    last: Document = {}
-    for line in lines:
-        last = json.loads(line)
-        if "step" in last:
-            heard(last["step"], last["loss"])
-    return last
 
 
 def _how_it_ended(code: int) -> str:

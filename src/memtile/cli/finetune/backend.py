@@ -93,7 +93,7 @@ class Backend:
             self.model.save_pretrained(str(out))
         else:
             memtile.save_checkpoint(self.model, out, dtype=self.dtype)
-        Ranks().first(lambda: models.carry_tokenizer(source, out))
+        Ranks().first(lambda: models.copy_tokenizer(source, out))
 
 
 def load(
@@ -122,8 +122,8 @@ def load(
             mode="in_backward",
         )
     planned(plan.summary)
-    planned(models.taken(options.budget, options.budget - left, _OTHERS))
-    with models.told():
+    planned(models.budget_note(options.budget, options.budget - left, _OTHERS))
+    with models.printing_warnings():
         memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
     model.train()
     adamw = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=settings.lr)

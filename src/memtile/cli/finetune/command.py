@@ -1,7 +1,6 @@
 """`memtile finetune`: trains a model within a budget of memory; can be stopped and resumed."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -13,7 +12,7 @@ from memtile.cli.errors import CommandError
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, PICTURE
 from memtile.cli.finetune.run import Result, finetune
-from memtile.cli.finetune.sequences import check_texts
+from memtile.cli.finetune.sequences import checked_texts
 from memtile.cli.finetune.settings import (
     Options,
     TrainingSettings,
@@ -86,9 +85,8 @@ def run_finetune(
     if save_every < 1:
         raise CommandError(f"--save-every {save_every} is too few: give 1 or more.")
     models.check_folder(model)
-    texts = _with_words(texts)
+    texts = checked_texts(texts)
     paths = tuple(str(text.resolve()) for text in texts)
-    check_texts(texts)
     found = _digests(model, texts, lora is not None)
     settings = TrainingSettings(
         str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine
@@ -130,22 +128,6 @@ def _check_launched() -> None:
             "--engine trains over ranks, and this is one process by itself: start it with "
             "torchrun --nproc-per-node 2 -m memtile.cli finetune … (any number of processes)."
         )
-
-
-def _with_words(texts: list[Path]) -> list[Path]:
-    """The texts without empty ones, which are named; all texts, if all are empty."""
-    for text in texts:
-        if text.is_dir():
-            raise CommandError(f"TEXT {text} is a folder: give its files, such as {text}/*.txt.")
-    some = [text for text in texts if not _is_empty(text)]
-    for text in texts if some and is_first_rank() else ():
-        if text not in some:
-            print(f"TEXT {text} is empty: skipped", file=sys.stderr)
-    return some or texts
-
-
-def _is_empty(text: Path) -> bool:
-    return text.is_file() and text.stat().st_size < 1 << 20 and not text.read_bytes().strip()
 
 
 def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, ...]:

@@ -72,7 +72,8 @@ def _draw_here(log: Path, picture: Path) -> None:
         return
     steps = [entry["step"] for entry in entries]
     losses = [entry["loss"] for entry in entries]
-    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
     axes.plot(steps, list(_smoothed(losses)), color="C0", label="smoothed")
     axes.set_xlabel("step")
@@ -80,7 +81,7 @@ def _draw_here(log: Path, picture: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     partial = picture.with_name(f"{picture.name}.partial")
-    axes.figure.savefig(partial, format="png", dpi=120)
+    figure.savefig(partial, format="png", dpi=120)
     partial.replace(picture)
 
 

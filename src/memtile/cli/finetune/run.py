@@ -54,12 +54,7 @@ class Run:
     seen: int = 0  # sequences, of all ranks together
 
     def step(self) -> LoggedStep:
-        """One step more.
-
-        Raises:
-            CommandError: the loss is not finite; the weights are unchanged.
-            NotFiniteError: a gradient is not finite; some weights may have been stepped.
-        """
+        """One step more; a loss that is not finite leaves the weights unchanged."""
         backend = self.backend
         started, lr = time.perf_counter(), float(backend.scheduler.get_last_lr()[0])
         ids = self.sequences.at(self.seen + backend.rank).to(backend.device)
@@ -84,9 +79,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Saves a checkpoint; NotFiniteError leaves the one before unchanged."""
-        over_ranks = self.settings.engine is not None
-        position = {"sequences": self.seen} if over_ranks else self.sequences.position(self.done)
-        self.backend.save(folder, self.done, position)
+        self.backend.save(folder, self.done, {"sequences": self.seen})
 
     def refusal(self, what: str) -> CommandError:
         """The error for a number that is not finite, with what there is to go on from."""
@@ -103,15 +96,7 @@ class Run:
 
 
 def finetune(settings: TrainingSettings, options: Options, display: Display) -> Result:
-    """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it.
-
-    Raises:
-        CommandError: something given cannot be trained on or with, or the loss is not finite.
-        BudgetError: nothing fits in the budget.
-        EngineError: a rank is gone, or ranks differ.
-        CheckpointError: the model's or the run's checkpoint is damaged.
-        Interrupted: a signal came, to one of the ranks; the run is saved.
-    """
+    """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it."""
     folder = options.out / TRAINING
     missing = [path for path in (options.out, *options.out.parents) if not path.exists()]
     session: AbstractContextManager[object]
@@ -185,9 +170,8 @@ def _check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers
 def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = None) -> Result:
     """Steps until the settings' end or `until`; `report` is called on the first rank.
 
-    Raises:
-        CommandError: a loss, a gradient or a weight is not finite; the last checkpoint stays.
-        Interrupted: a signal came; the run is saved.
+    A number that is not finite is a CommandError, and the last checkpoint stays. A signal saves the
+    run, and is raised as Interrupted.
     """
     last = run.settings.steps if until is None else until
     writes = run.backend.rank == 0

@@ -34,11 +34,7 @@ class Options:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that decides the numbers of a run, and nothing else.
-
-    Raises:
-        CommandError: a number that makes no sense.
-    """
+    """Everything that decides the numbers of a run, and nothing else; checked when it is made."""
 
     model: str  # its folder
     texts: tuple[str, ...]  # files to train on, in order
@@ -117,23 +113,23 @@ def digests(
     model: Path,
     texts: Sequence[Path],
     with_weights: bool,
-    heard: Callable[[int], None] = lambda nbytes: None,
+    on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[str, ...]:
     """SHA-256 of the model's config and tokenizer together, then of each text.
 
     Of weights the sizes count, since a run has them in its own checkpoints; a run whose checkpoints
-    have adapters only needs `with_weights`. `heard` gets the size of each piece that was read.
+    have adapters only needs `with_weights`. `on_read` gets the size of each piece that was read.
     """
     known: dict[str, object] = {
-        path.name: _digest(path, heard)
+        path.name: _digest(path, on_read)
         for pattern in _READ_WHOLE
         for path in sorted(model.glob(pattern))
         if path.is_file()
     }
     for path in weight_files(model):
-        known[path.name] = _digest(path, heard) if with_weights else path.stat().st_size
+        known[path.name] = _digest(path, on_read) if with_weights else path.stat().st_size
     together = hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()
-    return (together, *(_digest(text, heard) for text in texts))
+    return (together, *(_digest(text, on_read) for text in texts))
 
 
 def weight_files(model: Path) -> list[Path]:
@@ -141,10 +137,10 @@ def weight_files(model: Path) -> list[Path]:
     return [file.path for file in Checkpoint.open(model).files]
 
 
-def _digest(file: Path, heard: Callable[[int], None]) -> str:
+def _digest(file: Path, on_read: Callable[[int], None]) -> str:
     found = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):
             found.update(piece)
-            heard(len(piece))
+            on_read(len(piece))
     return found.hexdigest()

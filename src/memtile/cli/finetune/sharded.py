@@ -73,7 +73,7 @@ def load(
     tile = format_byte_size(options.tile_bytes)
     check_agreement(model, (settings, options))
     made = _zero3 if settings.engine == "zero3" else _fsdp2
-    with models.told():
+    with models.printing_warnings():
         memtile.tile(model, max_tile_bytes=options.tile_bytes)
         try:
             backend = made(model, settings, options)
