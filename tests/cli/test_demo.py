@@ -13,7 +13,7 @@ from rich.console import Console
 from memtile.cli import main
 from memtile.cli.demo import command, comparison, smollm2, worker
 from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Side
-from memtile.cli.demo.training import SHIPPED_TEXT, cut_batches, text_of
+from memtile.cli.demo.training import DEFAULT_TEXT, cut_batches, text_of
 from memtile.cli.demo.worker import main as worker_main
 from memtile.cli.errors import CommandError, WorkerError
 
@@ -502,14 +502,14 @@ def test_a_missed_promise_is_shown_and_is_the_exit_code(capsys, monkeypatch):
     assert "2.5e-01" in out
 
 
-# The shipped text, and the model's folder
+# The demo's own text, and the model's folder
 
 
-def test_the_shipped_text_is_the_novel_without_its_source_note():
+def test_the_default_text_is_the_novel_without_its_source_note():
     """The file names its source, the batches start with the novel's first words."""
-    text = text_of(SHIPPED_TEXT)
+    text = text_of(DEFAULT_TEXT)
 
-    assert "Jane Austen" in SHIPPED_TEXT.read_text(encoding="utf-8").splitlines()[0]
+    assert "Jane Austen" in DEFAULT_TEXT.read_text(encoding="utf-8").splitlines()[0]
     assert text.startswith("It is a truth universally acknowledged, that a single man")
     assert text.endswith("ask him to dinner.")
     assert "#" not in text
@@ -564,7 +564,7 @@ def test_an_unpacking_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("found", "kept"), [("config.json", "theirs"), ("scrap", "ours")])
 def test_two_runs_may_unpack_at_once(monkeypatch, tmp_path, found, kept):
-    """A folder that appeared meanwhile is used if it is a model, and replaced if it is not."""
+    """A folder that another run made first is used if it is a model, and replaced if it is not."""
     cache = tmp_path / "cache"
 
     def unpack_after_someone_else(gguf, folder):

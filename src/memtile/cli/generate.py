@@ -14,7 +14,7 @@ from rich.console import Console
 
 import memtile
 from memtile.cli import models
-from memtile.cli.errors import CommandError
+from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson
 from memtile.costmodel import format_byte_size, parse_byte_size
 from memtile.testing import PeakMemory
@@ -49,10 +49,9 @@ def run_generate(
     trust_remote_code: models.TrustsCode = False,
 ) -> int:
     """Generate text straight from the unmodified safetensors, printed as it comes."""
-    if tokens < 1:
-        raise CommandError(f"--tokens {tokens} is too few: give 1 or more.")
+    check_at_least("--tokens", tokens, 1)
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise CommandError(f"--temperature {temperature} is none: give 0 or more.")
+        raise CommandError(f"--temperature {temperature} is no temperature: give 0 or more.")
     allowed = parse_byte_size(budget, "--budget")
     models.check_home(home, "checkpoint")
     models.check_folder(model)

@@ -46,7 +46,6 @@ _NO_MODEL: Final = "is no causal language model of this transformers"
 _TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
 _MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
-_SETTINGS_WAY_OUT: Final = "correct it, or remove it"
 
 
 def check_home(word: str, *more: str) -> str:
@@ -91,7 +90,7 @@ def _no_folder(path: Path) -> str:
 
 
 def load_transformers(folder: Path) -> None:
-    """Loads transformers with the model's own module, and has it print nothing by itself.
+    """Loads transformers with the model's own module, and has it print nothing of its own.
 
     A folder whose config.json cannot be read or whose weights are quantized is refused.
     """
@@ -101,31 +100,28 @@ def load_transformers(folder: Path) -> None:
         raise CommandError(
             "This command needs transformers: pip install 'memtile[finetune]'"
         ) from error
-    quieten()
-    for name in _architectures(folder):
-        getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
     from memtile.integrations.pretrained import check_files
 
+    quieten()
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        architectures = [str(name) for name in config.get("architectures") or []]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CommandError(
+            f"MODEL {folder}: its config.json cannot be read ({error}): take another copy of it."
+        ) from error
+    for name in architectures:
+        getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
     check_files(folder)
 
 
 def quieten() -> None:
-    """Has transformers print nothing by itself, neither bars nor deprecations."""
+    """Turns off the bars, logs and warnings of transformers."""
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def _architectures(folder: Path) -> list[str]:
-    try:
-        found = json.loads((folder / "config.json").read_bytes())
-        return [str(name) for name in found.get("architectures") or []]
-    except (OSError, ValueError, AttributeError) as error:
-        raise CommandError(
-            f"MODEL {folder}: its config.json cannot be read ({error}): take another copy of it."
-        ) from error
 
 
 @contextmanager
@@ -153,7 +149,7 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
     from transformers import AutoTokenizer
 
     _config_of(folder, trusts_code)  # which transformers looks at for a tokenizer too
-    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise CommandError(f"MODEL {folder} holds no tokenizer: {_TOKENIZER_WAY_OUT}.")
     with reading(folder, "has no tokenizer that can be loaded", _TOKENIZER_WAY_OUT):
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -170,8 +166,7 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder has files of a tokenizer."""
-    ends = (".json", "_config.json", ".model")
-    return any((folder / f"tokenizer{end}").is_file() for end in ends)
+    return any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern))
 
 
 def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
@@ -252,7 +247,8 @@ def read_settings(model: "PreTrainedModel", folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        with reading(folder, "has a generation_config.json that cannot be used", _SETTINGS_WAY_OUT):
+        problem = "has a generation_config.json that cannot be used"
+        with reading(folder, problem, "correct it, or remove it"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
@@ -268,8 +264,8 @@ def reading(
             raise
         if "trust_remote_code" in str(error) and (code := _code_of(folder)):
             raise CommandError(
-                f"MODEL {folder} needs Python code that lies in it, and none is run unasked: "
-                f"{', '.join(code)}; read it, and run it by --trust-remote-code of memtile plan, "
+                f"MODEL {folder} needs Python code from that folder, and none is run by default: "
+                f"{', '.join(code)}; read it, and give --trust-remote-code to memtile plan, "
                 "generate or finetune."
             ) from error
         raise CommandError(f"MODEL {folder} {problem} ({first_line(error)}): {way_out}.") from error

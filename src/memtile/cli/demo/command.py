@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +16,9 @@ from memtile.cli.demo.comparison import compare, relative_difference
 from memtile.cli.demo.records import DemoSettings, Outcome, Side
 from memtile.cli.demo.smollm2 import cached_folder, find_gguf
 from memtile.cli.demo.tables import show
-from memtile.cli.demo.training import SHIPPED_TEXT, text_of
+from memtile.cli.demo.training import DEFAULT_TEXT, text_of
 from memtile.cli.demo.worker import run_worker
-from memtile.cli.errors import CommandError
+from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
 from memtile.cli.terminal import AsJson, progress
 from memtile.costmodel import parse_byte_size
 from memtile.planner.saved_rates import cache_folder
@@ -57,17 +56,19 @@ def run_demo(
         with progress() as bars:
             print(smollm2_folder(cache or cache_folder(), bars))
         return 0
-    _check_numbers(steps, tokens, lr)
+    check_at_least("--steps", steps, 2, ", since the first step is timed apart")
+    check_at_least("--tokens", tokens, 2, ", since each but the first is predicted")
+    check_learning_rate(lr)
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
     models.check_home(home, "none")
     if model is not None:
         models.check_folder(model, name="--model")
-    text_of(text or SHIPPED_TEXT)
+    text_of(text or DEFAULT_TEXT)
     with progress() as bars:
         ensure_runnable()
         settings = DemoSettings(
             model=str(model or smollm2_folder(cache or cache_folder(), bars)),
-            text=str(text or SHIPPED_TEXT),
+            text=str(text or DEFAULT_TEXT),
             steps=steps,
             tokens=tokens,
             batches=_BATCHES,
@@ -81,21 +82,6 @@ def run_demo(
     else:
         show(outcome, Console())
     return 0 if outcome.kept else 1
-
-
-def _check_numbers(steps: int, tokens: int, learning_rate: float) -> None:
-    if steps < 2:
-        raise CommandError(
-            f"--steps {steps} is too few: give 2 or more, since the first step is timed apart."
-        )
-    if tokens < 2:
-        raise CommandError(
-            f"--tokens {tokens} is too few: give 2 or more, since each but the first is predicted."
-        )
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise CommandError(
-            f"--lr {learning_rate} is no learning rate: give one above 0, such as 1e-4."
-        )
 
 
 def ensure_runnable() -> None:

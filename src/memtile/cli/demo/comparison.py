@@ -11,7 +11,7 @@ from memtile.cli.demo.records import DemoSettings, Machine, Outcome, Side, Verdi
 from memtile.costmodel import format_byte_size
 from memtile.planner.saved_rates import processor
 
-LOGITS_BOUND: Final = 2e-5  # both stand in the verdicts' words
+LOGITS_BOUND: Final = 2e-5  # both are in the verdicts' text
 LOSS_BOUND: Final = 1e-5
 MEMORY_BOUND: Final = 0.25
 

@@ -28,7 +28,7 @@ from memtile.testing import LargestAllocation, PeakMemory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHIPPED_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
+DEFAULT_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
 
 _PROMPT_TOKENS: Final = 8
 _NEW_TOKENS: Final = 24
@@ -66,9 +66,9 @@ def run_side(
 
 
 def text_of(file: Path) -> str:
-    """The text of `file`; in the shipped one, without the lines on top that name its source."""
+    """The text of `file`; in the demo's own, without the lines on top that name its source."""
     text = "".join(text_pieces(file, "--text"))
-    if file == SHIPPED_TEXT:
+    if file == DEFAULT_TEXT:
         text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     return text.strip()
 
@@ -149,7 +149,7 @@ def _train(
     memory: PeakMemory,
     report: Callable[[int, float], None],
 ) -> dict[str, Any]:
-    """Trains, and gives the fields of `Side` that are measured meanwhile."""
+    """Trains, and gives the fields of `Side` that are measured in training."""
     model.train()
     optimizer = _optimizer(model, settings.learning_rate, home)
     training = TrainingSettings(

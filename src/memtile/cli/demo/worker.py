@@ -1,4 +1,4 @@
-"""A worker process of the demo: what starts it and hears its steps, and what it does.
+"""A worker process of the demo: `run_worker` starts it, `main` is what it does.
 
 It gets one task, a JSON object, as its argument, and reports on stdout, one JSON document a line:
 {"step": …, "loss": …} while it trains, and {"result": …} or {"mistake": "a sentence"} at the end.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,13 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed
-from memtile.engines.ranks import Ranks
+from memtile.engines.ranks import Ranks, of_all_ranks
 from memtile.testing import PeakMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 _OTHERS: Final = "tokenizer, texts and adapters"
 
@@ -54,21 +56,9 @@ class Backend:
         self.optimizer.step()
         self.scheduler.step()
 
-    def mean(self, value: float) -> float:
-        """The mean over ranks."""
-        if self.ranks == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total) / self.ranks
-
-    def largest(self, value: int) -> int:
-        """The largest over ranks."""
-        if self.ranks == 1:
-            return value
-        most = torch.tensor(value)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+    def of_all_ranks(self, value: T) -> list[T]:
+        """The value that each rank gives."""
+        return [value] if self.ranks == 1 else of_all_ranks(value)
 
     def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
         """Saves a checkpoint of the run; `position` is where it is in the texts."""

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from memtile.cli import models
-from memtile.cli.errors import CommandError
+from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, PICTURE
 from memtile.cli.finetune.run import Result, finetune
@@ -82,8 +82,7 @@ def run_finetune(
     )
     if engine is not None:
         _check_launched()
-    if save_every < 1:
-        raise CommandError(f"--save-every {save_every} is too few: give 1 or more.")
+    check_at_least("--save-every", save_every, 1)
     models.check_folder(model)
     texts = checked_texts(texts)
     paths = tuple(str(text.resolve()) for text in texts)
@@ -125,7 +124,7 @@ def _check_options(
 def _check_launched() -> None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         raise CommandError(
-            "--engine trains over ranks, and this is one process by itself: start it with "
+            "--engine trains over ranks, and this is a single process: start it with "
             "torchrun --nproc-per-node 2 -m memtile.cli finetune … (any number of processes)."
         )
 

@@ -59,7 +59,7 @@ class Run:
         started, lr = time.perf_counter(), float(backend.scheduler.get_last_lr()[0])
         ids = self.sequences.at(self.seen + backend.rank).to(backend.device)
         loss = backend.loss(ids)
-        value = backend.mean(float(loss.detach()))
+        value = sum(backend.of_all_ranks(float(loss.detach()))) / backend.ranks
         if not math.isfinite(value):  # before backward, which may step the weights with it
             raise self.refusal(f"the loss is {value}")
         backend.update(loss)
@@ -67,7 +67,7 @@ class Run:
         self.seen += backend.ranks
         seconds = time.perf_counter() - started
         speed = self.settings.tokens * backend.ranks / seconds
-        peak_bytes = backend.largest(self.memory.nbytes)
+        peak_bytes = max(backend.of_all_ranks(self.memory.nbytes))
         return LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
 
     def resume(self, folder: Path) -> None:
@@ -201,7 +201,7 @@ def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = No
 
 def _save_or_stop(run: Run, folder: Path, signals: list[int]) -> None:
     ended = run.done == run.settings.steps
-    stops = run.backend.largest(int(bool(signals))) > 0  # a checkpoint takes all ranks
+    stops = any(run.backend.of_all_ranks(bool(signals)))  # a checkpoint takes all ranks
     if stops or ended or run.done % run.save_every == 0:
         run.save(folder)
     if stops and not ended:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memtile.checkpoints import Checkpoint, write_text
-from memtile.cli.errors import CommandError
+from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
@@ -49,14 +48,11 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("tokens", 2), ("seed", 0), ("lora", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise CommandError(f"--{name} {value} is too few: give {least} or more.")
+            if value is not None:
+                check_at_least(f"--{name}", value, least)
         if self.seed >= 1 << 63:
             raise CommandError(f"--seed {self.seed} is too large: give one below 2^63.")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise CommandError(
-                f"--lr {self.lr} is no learning rate: give one above 0, such as 1e-5."
-            )
+        check_learning_rate(self.lr)
 
     def write(self, out: Path) -> None:
         """Writes them into the run's folder."""

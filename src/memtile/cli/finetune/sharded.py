@@ -23,7 +23,7 @@ from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.costmodel import format_byte_size
 from memtile.engines import dense_files
-from memtile.engines.ranks import Ranks, check_agreement
+from memtile.engines.ranks import Ranks, check_agreement, of_all_ranks
 from memtile.engines.torch_fsdp2 import shard
 from memtile.engines.zero3_config import check_installed
 from memtile.errors import ArgumentError, NotFiniteError
@@ -127,17 +127,15 @@ def _device() -> torch.device:
 
 def check_shards(model: nn.Module) -> None:
     """Raises NotFiniteError on every rank where a gradient of any rank is not finite."""
-    bad = [
-        name
-        for name, parameter in model.named_parameters()
-        if (grad := parameter.grad) is not None
-        and not is_finite(grad.to_local() if isinstance(grad, DTensor) else grad)
-    ]
-    count = torch.tensor(len(bad))
-    dist.all_reduce(count)
-    if count:
-        whose = bad[0] if bad else "a shard of another rank"
-        raise NotFiniteError(f"the gradient of {whose} is not finite; nothing was stepped")
+    gradients = ((name, each.grad) for name, each in model.named_parameters())
+    bad = (name for name, grad in gradients if grad is not None and not is_finite(_local(grad)))
+    for name in of_all_ranks(next(bad, None)):
+        if name is not None:
+            raise NotFiniteError(f"the gradient of {name} is not finite; nothing was stepped")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
