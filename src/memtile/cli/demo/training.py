@@ -121,8 +121,11 @@ def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
 
 def _load_model(folder: str) -> "PreTrainedModel":
     import transformers
+    from safetensors import SafetensorError
 
-    with models.reading(Path(folder), "has weights that cannot be loaded", "take another copy"):
+    kinds = (OSError, ValueError, SafetensorError)
+    problem, way_out = "has weights that cannot be loaded", "take another copy"
+    with models.reading(Path(folder), problem, way_out, kinds):
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
