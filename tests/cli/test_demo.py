@@ -12,9 +12,9 @@ from rich.console import Console
 
 from memtile.cli import main
 from memtile.cli.demo import command, comparison, smollm2, worker
-from memtile.cli.demo.__main__ import main as worker_main
 from memtile.cli.demo.records import DemoSettings, Machine, NamedSize, Side
-from memtile.cli.demo.training import SHIPPED_TEXT, cut_batches, text_of
+from memtile.cli.demo.training import DEFAULT_TEXT, cut_batches, text_of
+from memtile.cli.demo.worker import main as worker_main
 from memtile.cli.errors import CommandError, WorkerError
 
 SIDE = Side(
@@ -287,9 +287,12 @@ def test_the_worker_says_each_step_and_then_its_result(tiny_model, tiny_text, tm
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"tokens": 65, "batches": 1}, "give 64 or fewer"),
+        (
+            {"tokens": 65, "batches": 1},
+            "65 tokens are more than the model reads at once, 64",
+        ),
         ({"learning_rate": 1e30}, "give a --lr below 1e+30"),
-        ({"model": "/nowhere/at/all"}, "finds no causal language model in /nowhere/at/all"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all is no causal language model"),
     ],
 )
 def test_the_worker_hands_back_a_mistake_as_a_sentence(
@@ -316,7 +319,7 @@ def test_a_model_without_its_tokenizer_is_refused(tiny_model, tiny_text, tmp_pat
 
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 2
-    assert "finds no tokenizer in" in last["mistake"]
+    assert "holds no tokenizer" in last["mistake"]
 
 
 def test_the_worker_started_by_hand_names_the_command(capsys):
@@ -499,14 +502,14 @@ def test_a_missed_promise_is_shown_and_is_the_exit_code(capsys, monkeypatch):
     assert "2.5e-01" in out
 
 
-# The shipped text, and the model's folder
+# The demo's own text, and the model's folder
 
 
-def test_the_shipped_text_is_the_novel_without_its_source_note():
+def test_the_default_text_is_the_novel_without_its_source_note():
     """The file names its source, the batches start with the novel's first words."""
-    text = text_of(SHIPPED_TEXT)
+    text = text_of(DEFAULT_TEXT)
 
-    assert "Jane Austen" in SHIPPED_TEXT.read_text(encoding="utf-8").splitlines()[0]
+    assert "Jane Austen" in DEFAULT_TEXT.read_text(encoding="utf-8").splitlines()[0]
     assert text.startswith("It is a truth universally acknowledged, that a single man")
     assert text.endswith("ask him to dinner.")
     assert "#" not in text
@@ -561,7 +564,7 @@ def test_an_unpacking_that_fails_leaves_nothing(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("found", "kept"), [("config.json", "theirs"), ("scrap", "ours")])
 def test_two_runs_may_unpack_at_once(monkeypatch, tmp_path, found, kept):
-    """A folder that appeared meanwhile is used if it is a model, and replaced if it is not."""
+    """A folder that another run made first is used if it is a model, and replaced if it is not."""
     cache = tmp_path / "cache"
 
     def unpack_after_someone_else(gguf, folder):
@@ -579,11 +582,11 @@ def test_two_runs_may_unpack_at_once(monkeypatch, tmp_path, found, kept):
 def test_the_cache_is_the_users_own_by_default(monkeypatch, tmp_path):
     """XDG_CACHE_HOME decides, and ~/.cache where it is not set."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert smollm2.default_cache() == tmp_path / "xdg" / "memtile"
+    assert command.cache_folder() == tmp_path / "xdg" / "memtile"
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert smollm2.default_cache() == tmp_path / ".cache" / "memtile"
+    assert command.cache_folder() == tmp_path / ".cache" / "memtile"
 
 
 def test_a_package_without_the_file_is_refused(monkeypatch, tmp_path):

@@ -122,7 +122,7 @@ def _kill_a_rank(launcher):
         (["--budget", "1GiB"], "--budget plans one process"),
         (["--home", "host"], "--home plans one process"),
         (["--lora", "4"], "--lora is not there over ranks"),
-        (["--engine", "ddp"], "--engine 'ddp' is none: give fsdp2 or zero3"),
+        (["--engine", "ddp"], "'ddp' is not one of 'fsdp2', 'zero3'"),
         (["--tile", "much"], "--tile"),
     ],
 )

@@ -100,7 +100,7 @@ def test_pieces_give_the_tokens_of_the_whole(kind):
     ],
 )
 def test_special_tokens_are_there_once_a_document(begin, end, more, expected):
-    """What the tokenizer adds by itself stands at the ends, once, and a text's end is marked."""
+    """What the tokenizer adds is at the ends, once, and a text's end is marked."""
     tokenizer = trained(byte_level, begin, end, **more)
     text = some_text(3 * OVERLAP)
 

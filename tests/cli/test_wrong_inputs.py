@@ -72,7 +72,7 @@ def refused(here, capsys, words) -> str:
     ],
 )
 def test_what_is_no_folder_of_a_model_gets_a_way_out(here, capsys, command, model, sentence):
-    """A name of the Hub, a file, GGUF, pickles and nothing: what to do stands in the sentence."""
+    """A name of the Hub, a file, GGUF, pickles and nothing: the sentence says what to do."""
     for folder, file in (("ggufs", "tiny.gguf"), ("pickles", "pytorch_model.bin")):
         (here / folder).mkdir()
         (here / folder / file).write_bytes(b"GGUF")

@@ -1,4 +1,4 @@
-"""Runs a subcommand: prints one sentence for a user's mistake, and gives the exit code.
+"""The command `memtile`: its subcommands, the message for a mistake, and the exit code.
 
 Exit codes: 0 success; 1 the demo missed a bound; 2 wrong input, or a system that lacks what is
 needed; 3 a worker process ended without a result; 130 or 143 interrupted by Ctrl-C or SIGTERM.

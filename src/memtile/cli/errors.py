@@ -1,6 +1,7 @@
-"""The errors of the command line, and which errors of libraries count as a user's mistake."""
+"""The errors of the command line, checks of numbers, and whose mistake an error is."""
 
 import json
+import math
 import traceback
 from types import TracebackType
 from typing import Final
@@ -15,6 +16,18 @@ _READERS: Final = frozenset(
 
 class CommandError(MemtileError, ValueError):
     """An option, a file or a folder that the command cannot work with."""
+
+
+def check_at_least(option: str, value: int, least: int, why: str = "") -> None:
+    """Refuses a number below the least that makes sense; `why` ends the sentence."""
+    if value < least:
+        raise CommandError(f"{option} {value} is too few: give {least} or more{why}.")
+
+
+def check_learning_rate(lr: float) -> None:
+    """Refuses what is no learning rate."""
+    if not (math.isfinite(lr) and lr > 0):
+        raise CommandError(f"--lr {lr} is no learning rate: give one above 0, such as 1e-5.")
 
 
 class Interrupted(MemtileError):

@@ -3,8 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -15,20 +14,20 @@ from rich.console import Console
 
 import memtile
 from memtile.cli import models
-from memtile.cli.errors import CommandError, first_line, is_our_bug
-from memtile.cli.homes import check_home
+from memtile.cli.errors import CommandError, check_at_least
+from memtile.cli.terminal import AsJson
 from memtile.costmodel import format_byte_size, parse_byte_size
-from memtile.errors import MemtileError
 from memtile.testing import PeakMemory
 
 _SETTINGS: Final = "generation_config.json"
 _OTHERS: Final = "tokenizer and prompt"
+_REFUSALS: Final = (ValueError, TypeError, ImportError, NotImplementedError)  # of settings
 
 Say = Callable[[str], None]
 
 
 def run_generate(
-    model: Annotated[Path, typer.Argument(help="A transformers folder with safetensors.")],
+    model: models.Folder,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     budget: Annotated[
         str, typer.Option(help="Memory to use above the imports, such as 2GiB.")
@@ -46,16 +45,15 @@ def run_generate(
         bool, typer.Option("--chat", help="The prompt is a message: use the chat template.")
     ] = False,
     strict: models.Strict = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    as_json: AsJson = False,
     trust_remote_code: models.TrustsCode = False,
 ) -> int:
     """Generate text straight from the unmodified safetensors, printed as it comes."""
-    if tokens < 1:
-        raise CommandError(f"--tokens {tokens} is too few: give 1 or more.")
+    check_at_least("--tokens", tokens, 1)
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise CommandError(f"--temperature {temperature} is none: give 0 or more.")
+        raise CommandError(f"--temperature {temperature} is no temperature: give 0 or more.")
     allowed = parse_byte_size(budget, "--budget")
-    check_home(home, "checkpoint")
+    models.check_home(home, "checkpoint")
     models.check_folder(model)
     models.load_transformers(model)
     request = Request(
@@ -70,28 +68,30 @@ def run_generate(
         strict=strict,
         trusts_code=trust_remote_code,
     )
-    console = Console(stderr=True, highlight=False)
-    found = generate(
-        request,
-        lambda words: None if as_json else console.print(words, style="dim", soft_wrap=True),
-        lambda text: None if as_json else print(text, end="", flush=True),
-    )
+    console = Console(stderr=True, highlight=False, quiet=as_json)
+
+    def note(words: str) -> None:
+        console.print(words, style="dim", soft_wrap=True)
+
+    def say(text: str) -> None:
+        if not as_json:
+            print(text, end="", flush=True)
+
+    found = generate(request, note, say)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return 0
     print()
-    console.print(
+    note(
         f"{len(found.token_ids)} tokens in {found.seconds:.1f} s, peak memory "
-        f"{format_byte_size(found.peak_bytes)} of {format_byte_size(allowed)}",
-        style="dim",
-        soft_wrap=True,
+        f"{format_byte_size(found.peak_bytes)} of {format_byte_size(allowed)}"
     )
     return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request(models.Loading):
-    """What to generate; `home` may also be "checkpoint", the folder's own files."""
+@dataclass(frozen=True)
+class Request:
+    """What to generate, and how the model is loaded."""
 
     model: Path
     prompt: str
@@ -99,6 +99,10 @@ class Request(models.Loading):
     temperature: float
     seed: int
     chat: bool
+    budget: int  # bytes above the imports
+    home: str  # "disk", "disk:FOLDER", "host", or "checkpoint", the folder's own files
+    strict: bool  # refuse a folder that holds more than the model has
+    trusts_code: bool  # whether code of the folder may run
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,16 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         tokenizer = models.tokenizer_of(request.model, request.trusts_code)
         prompt = _encoded(request, tokenizer)
         model = _loaded(request, prompt.shape[1], memory, note)
-        streams = _beams(model) == 1
+        streams = _count(model, "num_beams") == 1
         padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         drawing: dict[str, Any] = {"do_sample": True, "temperature": request.temperature}
         if request.temperature == 0:
             drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         torch.manual_seed(request.seed)
         started = time.perf_counter()
-        with torch.inference_mode(), _settings_that_work(request.model):
+        problem = f"cannot generate by its {_SETTINGS}"
+        way_out = "change that setting, or remove the file"
+        with torch.inference_mode(), models.reading(request.model, problem, way_out, _REFUSALS):
             found = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -169,6 +175,7 @@ def _loaded(
 ) -> Any:  # a transformers model, which is not imported to name its type
     model = models.empty_of(request.model, request.trusts_code)
     models.read_settings(model, request.model)
+    beams, texts = _count(model, "num_beams"), _count(model, "num_return_sequences")
     tokens = prompt_tokens + request.tokens
     models.check_length(model, tokens, f"--prompt with --tokens {request.tokens}")
     is_stored = request.home == "checkpoint"
@@ -176,22 +183,21 @@ def _loaded(
         plan = memtile.plan(
             model,
             budget=left,
-            tokens=tokens * _beams(model),
-            batch=_beams(model),
+            tokens=tokens * beams,
+            batch=beams,
             optimizer=None,
             home="disk" if is_stored else request.home,
         )
     note(plan.summary)
-    note(models.taken(request.budget, request.budget - left, _OTHERS))
-    _note_settings(model, note)
+    note(models.budget_note(request.budget, request.budget - left, _OTHERS))
+    if beams > 1:
+        note(f"num_beams={beams} in {_SETTINGS}: the text is printed when it is whole")
+    if texts > 1:
+        note(f"num_return_sequences={texts} in {_SETTINGS}: one text is printed")
     home = "checkpoint" if is_stored and plan.parked_layers else None
-    with models.told(trains=False):
+    with models.printing_warnings(trains=False):
         memtile.tile(model, plan, checkpoint=request.model, home=home, strict=request.strict)
     return model.requires_grad_(False).eval()
-
-
-def _beams(model: Any) -> int:  # of transformers
-    return _count(model, "num_beams")
 
 
 def _count(model: Any, name: str) -> int:  # of transformers
@@ -200,29 +206,6 @@ def _count(model: Any, name: str) -> int:  # of transformers
     if value is not None and not (type(value) is int and value >= 1):
         raise CommandError(f"{name}={value!r} in {_SETTINGS} is no number of texts: give 1, say.")
     return value or 1
-
-
-def _note_settings(model: Any, note: Say) -> None:  # of transformers
-    """Names the settings of the folder that are not followed as a reader may expect."""
-    if _beams(model) > 1:
-        note(f"num_beams={_beams(model)} in {_SETTINGS}: the text is printed when it is whole")
-    texts = _count(model, "num_return_sequences")
-    if texts > 1:
-        note(f"num_return_sequences={texts} in {_SETTINGS}: one text is printed")
-
-
-@contextmanager
-def _settings_that_work(folder: Path) -> Iterator[None]:
-    """Turns what transformers refuses of a folder's settings into one sentence."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        if isinstance(error, MemtileError) or is_our_bug(error):
-            raise
-        raise CommandError(
-            f"MODEL {folder}: transformers cannot generate by its {_SETTINGS} "
-            f"({first_line(error)}): change that setting, or remove the file."
-        ) from error
 
 
 def _streamer(tokenizer: Any, say: Say) -> Any:

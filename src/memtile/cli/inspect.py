@@ -1,7 +1,6 @@
 """`memtile inspect`: lists the tensors of a checkpoint, and verifies their checksums."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -11,14 +10,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from memtile.checkpoints import Checkpoint, StoredTensor
+from memtile.checkpoints import Checkpoint
 from memtile.checkpoints.header import DTYPES, parse_json
-from memtile.checkpoints.steps import saved_steps
+from memtile.checkpoints.steps import RECORD, saved_steps
 from memtile.cli.errors import CommandError
-from memtile.cli.terminal import progress
+from memtile.cli.terminal import AsJson, progress
 from memtile.costmodel import format_byte_size
 
-_TRAINING: Final = "training.json"
 _KEPT_HOME: Final = "tiles.memtile"  # of releases that kept homes
 _RUN_PARTS: Final = ("model", "trainable", "optimizer", "random")
 
@@ -28,7 +26,7 @@ def run_inspect(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read all bytes, verify checksums.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Show the tensors of a safetensors checkpoint, and verify their checksums.
 
@@ -77,46 +75,31 @@ def inspect(path: Path, verify: bool, bars: Progress) -> Contents:
         )
     steps = saved_steps(path)
     folder = steps[-1].path if steps and not any(path.glob("*.safetensors")) else path
-    if (folder / _TRAINING).is_file():
-        return _training(folder, verify, bars)
-    tensors = Checkpoint.open(path).values()
-    return _contents(path, "safetensors checkpoint", tensors, {}, verify, bars)
-
-
-def _training(folder: Path, verify: bool, bars: Progress) -> Contents:
-    try:
-        record = parse_json((folder / _TRAINING).read_bytes())
-        facts = {name: json.dumps(record[name]) for name in ("step", "position") if name in record}
-    except (OSError, ValueError, TypeError) as error:
-        raise CommandError(
-            f"{folder / _TRAINING} cannot be read ({error}): take another step's folder."
-        ) from error
-    tensors = [
-        tensor
-        for stem in _RUN_PARTS
-        if any(folder.glob(f"{stem}*.safetensors"))
-        for tensor in Checkpoint.open(folder, stem).values()
-    ]
-    return _contents(folder, "checkpoint of a run", tensors, facts, verify, bars)
-
-
-def _contents(
-    path: Path,
-    kind: str,
-    tensors: Iterable[StoredTensor],
-    facts: dict[str, str],
-    verify: bool,
-    bars: Progress,
-) -> Contents:
-    found = list(tensors)
+    if (folder / RECORD).is_file():
+        kind, facts = "checkpoint of a run", _facts(folder / RECORD)
+        stems = [stem for stem in _RUN_PARTS if any(folder.glob(f"{stem}*.safetensors"))]
+        parts = [Checkpoint.open(folder, stem) for stem in stems]
+    else:
+        folder, kind, facts, parts = path, "safetensors checkpoint", {}, [Checkpoint.open(path)]
+    tensors = [tensor for part in parts for tensor in part.values()]
     rows = [
         Row(t.entry.name, tuple(t.shape), _dtype(t.entry.kind), t.nbytes, t.file.path.name)
-        for t in found
+        for t in tensors
     ]
-    read = bars.track(found, description="Verifying checksums") if verify else ()
+    read = bars.track(tensors, description="Verifying checksums") if verify else ()
     verified = sum(tensor.check_sum() for tensor in read)
-    unknown = sum(tensor.entry.crc is None for tensor in found)
-    return Contents(str(path), kind, rows, facts, verified, unknown)
+    unknown = sum(tensor.entry.crc is None for tensor in tensors)
+    return Contents(str(folder), kind, rows, facts, verified, unknown)
+
+
+def _facts(file: Path) -> dict[str, str]:
+    try:
+        record = parse_json(file.read_bytes())
+        return {name: json.dumps(record[name]) for name in ("step", "position") if name in record}
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(
+            f"{file} cannot be read ({error}): take another step's folder."
+        ) from error
 
 
 def _dtype(kind: str) -> str:

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -24,10 +23,12 @@ from memtile.convert import empty_model
 from memtile.convert.name_matching import find
 from memtile.costmodel import format_byte_size
 from memtile.errors import BudgetError, CheckpointWarning, MemtileError, NewWeightsWarning
+from memtile.home_names import parse_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Folder = Annotated[Path, typer.Argument(help="A transformers folder with safetensors.")]
 TrustsCode = Annotated[
     bool,
     typer.Option(
@@ -45,17 +46,12 @@ _NO_MODEL: Final = "is no causal language model of this transformers"
 _TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
 _MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
-_SETTINGS_WAY_OUT: Final = "correct it, or remove it"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """How a command loads a model."""
-
-    budget: int  # bytes above the imports
-    home: str  # of the tiles: "disk", "disk:FOLDER" or "host"
-    strict: bool = False  # refuse a folder that holds more than the model has, or lacks a head
-    trusts_code: bool = False  # whether code of the folder may run
+def check_home(word: str, *more: str) -> str:
+    """The word if it names a home: "disk", "disk:FOLDER", "host", or one of the others."""
+    parse_home(word, "--home ", ("disk", "disk:FOLDER", "host", *more), more=".")
+    return word
 
 
 def check_folder(folder: Path, *, name: str = "MODEL", needs_weights: bool = True) -> None:
@@ -94,7 +90,7 @@ def _no_folder(path: Path) -> str:
 
 
 def load_transformers(folder: Path) -> None:
-    """Loads transformers with the model's own module, and has it print nothing by itself.
+    """Loads transformers with the model's own module, and has it print nothing of its own.
 
     A folder whose config.json cannot be read or whose weights are quantized is refused.
     """
@@ -104,31 +100,28 @@ def load_transformers(folder: Path) -> None:
         raise CommandError(
             "This command needs transformers: pip install 'memtile[finetune]'"
         ) from error
-    quieten()
-    for name in _architectures(folder):
-        getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
     from memtile.integrations.pretrained import check_files
 
+    quieten()
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        architectures = [str(name) for name in config.get("architectures") or []]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CommandError(
+            f"MODEL {folder}: its config.json cannot be read ({error}): take another copy of it."
+        ) from error
+    for name in architectures:
+        getattr(transformers, name, None)  # loads its module: an import, no memory of the run's
     check_files(folder)
 
 
 def quieten() -> None:
-    """Has transformers print nothing by itself, neither bars nor deprecations."""
+    """Turns off the bars, logs and warnings of transformers."""
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def _architectures(folder: Path) -> list[str]:
-    try:
-        found = json.loads((folder / "config.json").read_bytes())
-        return [str(name) for name in found.get("architectures") or []]
-    except (OSError, ValueError, AttributeError) as error:
-        raise CommandError(
-            f"MODEL {folder}: its config.json cannot be read ({error}): take another copy of it."
-        ) from error
 
 
 @contextmanager
@@ -143,7 +136,7 @@ def within(budget: int, used: int, others: str) -> Iterator[int]:
         raise BudgetError(f"{before}: {error}") from error
 
 
-def taken(budget: int, used: int, others: str) -> str:
+def budget_note(budget: int, used: int, others: str) -> str:
     """Says why a plan is for less than the budget."""
     return (
         f"{others} took {format_byte_size(used)} of {format_byte_size(budget)}; the plan is for "
@@ -156,16 +149,16 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
     from transformers import AutoTokenizer
 
     _config_of(folder, trusts_code)  # which transformers looks at for a tokenizer too
-    if not any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise CommandError(f"MODEL {folder} holds no tokenizer: {_TOKENIZER_WAY_OUT}.")
-    with _reading(folder, "has no tokenizer that can be loaded", _TOKENIZER_WAY_OUT):
+    with reading(folder, "has no tokenizer that can be loaded", _TOKENIZER_WAY_OUT):
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusts_code
         )
     return found
 
 
-def carry_tokenizer(folder: Path, out: Path) -> None:
+def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copies a tokenizer's files: written anew, its class has a name that older readers refuse."""
     for name, path in tokenizer_files(folder).items():
         put(out / name, path)
@@ -173,8 +166,7 @@ def carry_tokenizer(folder: Path, out: Path) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder has files of a tokenizer."""
-    ends = (".json", "_config.json", ".model")
-    return any((folder / f"tokenizer{end}").is_file() for end in ends)
+    return any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern))
 
 
 def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
@@ -187,7 +179,7 @@ def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
     from memtile.integrations.pretrained import dtype_of
 
     config = _config_of(folder, trusts_code)
-    with _reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
         model: PreTrainedModel = empty_model(
             lambda: AutoModelForCausalLM.from_config(
                 config, dtype=dtype_of(config, folder), trust_remote_code=trusts_code
@@ -200,11 +192,10 @@ def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
 
 
 @contextmanager
-def told(*, trains: bool = True) -> Iterator[None]:
+def printing_warnings(*, trains: bool = True) -> Iterator[None]:
     """Prints what a folder and a model do not have in common, a line each, on stderr.
 
-    Raises:
-        CommandError: Weights that the folder lacks were made anew, and are not to be trained.
+    Weights that were made anew are refused, unless they are to be trained.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointWarning)
@@ -219,7 +210,7 @@ def told(*, trains: bool = True) -> Iterator[None]:
 def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
     from transformers import AutoConfig
 
-    with _reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
         # None in place of False would ask, and believe a pipe
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusts_code
@@ -256,31 +247,31 @@ def read_settings(model: "PreTrainedModel", folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
-        with _reading(
-            folder, "has a generation_config.json that cannot be used", _SETTINGS_WAY_OUT
-        ):
+        problem = "has a generation_config.json that cannot be used"
+        with reading(folder, problem, "correct it, or remove it"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 @contextmanager
-def _reading(folder: Path, problem: str, way_out: str) -> Iterator[None]:
-    """Turns any error of transformers about a folder's files into one sentence."""
+def reading(
+    folder: Path, problem: str, way_out: str, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turns errors of transformers about a folder's files into one sentence."""
     try:
         yield
-    except MemtileError:
-        raise
-    except Exception as error:
-        if is_our_bug(error):
+    except kinds as error:
+        if isinstance(error, MemtileError) or is_our_bug(error):
             raise
-        if "trust_remote_code" in str(error) and (code := code_of(folder)):
+        if "trust_remote_code" in str(error) and (code := _code_of(folder)):
             raise CommandError(
-                f"MODEL {folder} needs Python code that lies in it, and none is run unasked: "
-                f"{', '.join(code)}; read it, and give --trust-remote-code to run it."
+                f"MODEL {folder} needs Python code from that folder, and none is run by default: "
+                f"{', '.join(code)}; read it, and give --trust-remote-code to memtile plan, "
+                "generate or finetune."
             ) from error
         raise CommandError(f"MODEL {folder} {problem} ({first_line(error)}): {way_out}.") from error
 
 
-def code_of(folder: Path) -> list[str]:
+def _code_of(folder: Path) -> list[str]:
     """The classes that a folder's `auto_map`s name, as module.Class."""
     found: dict[str, None] = {}
     for name in ("config.json", "tokenizer_config.json"):

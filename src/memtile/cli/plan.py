@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import torch
 import typer
@@ -12,8 +12,8 @@ from rich.console import Console
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
-from memtile.cli.homes import check_home
-from memtile.costmodel import ClusterSpec, Plan, parse_byte_size, parse_speed
+from memtile.cli.terminal import AsJson
+from memtile.costmodel import ClusterSpec, parse_byte_size, parse_speed
 from memtile.planner import plan_ranks
 from memtile.testing import PeakMemory
 
@@ -48,7 +48,7 @@ def run_plan(
     rates: Annotated[
         Path | None, typer.Option(help="A JSON file of rates, in place of measured ones.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON instead.")] = False,
+    as_json: AsJson = False,
     trust_remote_code: models.TrustsCode = False,
     world_size: Annotated[
         int | None, typer.Option(help="Plan for so many ranks, instead of one process.")
@@ -84,7 +84,7 @@ def run_plan(
     _check_cluster(world_size, cluster, one_process)
     if world_size is not None and engine is not None:
         memory = device_memory and parse_byte_size(device_memory, "--device-memory")
-        over = _speeds(speeds)
+        rank = _speeds(speeds)
         with _counting(model):
             ranks = plan_ranks(
                 models.empty_of(model, trust_remote_code),
@@ -93,7 +93,7 @@ def run_plan(
                 engine=engine,
                 device_memory=memory or None,
                 offload=offload or "none",
-                speeds=over,
+                speeds=rank,
                 tokens=tokens,
                 batch=batch,
             )
@@ -102,16 +102,28 @@ def run_plan(
     if budget is None:
         raise CommandError("there is no limit: give --budget 2GiB, or --world-size for a cluster.")
     allowed = parse_byte_size(budget, "--budget")
-    home = check_home(home or "disk", "checkpoint")
+    home = models.check_home(home or "disk", "checkpoint")
     if home == "checkpoint":
         if optimizer != "none":
             raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
         home = "disk"  # what is in memory is the same
-    alone: dict[str, Any] = {"home": home, "mode": mode or "in_backward", "rates": rates}
-    alone |= {"tokens": tokens, "batch": batch}
-    with _counting(model):
-        found, used = _plan(model, allowed, trust_remote_code, alone, optimizer)
-    print(found.to_json() if as_json else f"{found}\n{models.taken(allowed, used, _OTHERS)}")
+    with _counting(model), PeakMemory() as peak:  # as `finetune` and `generate` plan
+        if models.has_tokenizer(model):
+            models.tokenizer_of(model, trust_remote_code)
+        empty = models.empty_of(model, trust_remote_code)
+        with models.within(allowed, peak.nbytes, _OTHERS) as left:
+            found = memtile.plan(
+                empty,
+                budget=left,
+                tokens=tokens,
+                batch=batch,
+                optimizer=_optimizer(optimizer),
+                home=home,
+                mode=mode or "in_backward",
+                rates=rates,
+            )
+    others = models.budget_note(allowed, allowed - left, _OTHERS)
+    print(found.to_json() if as_json else f"{found}\n{others}")
     return 0
 
 
@@ -150,24 +162,6 @@ def _counting(folder: Path) -> Iterator[None]:
     models.load_transformers(folder)
     with Console(stderr=True).status("counting a step, measuring the machine once"):
         yield
-
-
-def _plan(
-    folder: Path,
-    budget: int,
-    trusts_code: bool,
-    arguments: dict[str, Any],  # of memtile.plan
-    optimizer: str,
-) -> tuple[Plan, int]:
-    """The plan that `finetune` and `generate` make without their texts, and what is not in it."""
-    chosen = _optimizer(optimizer)
-    with PeakMemory() as memory:
-        if models.has_tokenizer(folder):
-            models.tokenizer_of(folder, trusts_code)
-        model = models.empty_of(folder, trusts_code)
-        with models.within(budget, memory.nbytes, _OTHERS) as left:
-            found = memtile.plan(model, budget=left, optimizer=chosen, **arguments)
-    return found, budget - left
 
 
 def _optimizer(name: str) -> type[torch.optim.Optimizer] | None:

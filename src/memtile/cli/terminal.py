@@ -1,13 +1,17 @@
-"""Progress bars; turns Ctrl-C and SIGTERM into exceptions."""
+"""The option --json, progress bars, and Ctrl-C and SIGTERM as errors."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memtile.cli.errors import Interrupted
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead.")]
 
 
 @contextmanager

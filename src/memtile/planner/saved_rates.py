@@ -37,7 +37,7 @@ def rates_of(
         )
     if given is not None:
         return _read(Path(given))
-    kept = _cache() / f"rates-{_machine(folder)}.json"
+    kept = cache_folder() / f"rates-{_machine(folder)}.json"
     if kept.is_file():
         with contextlib.suppress(ArgumentError):  # of an earlier version: measured anew
             return _read(kept)
@@ -53,7 +53,7 @@ def workspaces_of(given: object, rates: MachineProfile) -> Iterator[Callable[[Pr
     if given is not None:
         yield rates.workspaces
         return
-    kept = _cache() / f"workspaces-{_machine(None)}.json"
+    kept = cache_folder() / f"workspaces-{_machine(None)}.json"
     known: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, or not ours
         known = {name: int(size) for name, size in json.loads(kept.read_text("utf-8")).items()}
@@ -80,20 +80,21 @@ def _keep(text: str, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """The user's cache folder for memtile."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "memtile"
 
 
 def _machine(folder: Path | None) -> str:
     """A digest that differs between machines, disks, numbers of threads and copies of torch."""
-    known = [platform.node(), _processor(), str(os.cpu_count()), torch.__version__]
+    known = [platform.node(), processor(), str(os.cpu_count()), torch.__version__]
     known += [str(torch.get_num_threads()), torch.__file__]  # another copy maps other pages
     known += [str(folder.stat().st_dev)] if folder else []
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's name: machines with the same host name can have different CPUs."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,14 +14,14 @@ from rich.progress import Progress
 from memtile.cli import models
 from memtile.cli.demo.comparison import compare, relative_difference
 from memtile.cli.demo.records import DemoSettings, Outcome, Side
-from memtile.cli.demo.smollm2 import cached_folder, default_cache, find_gguf
+from memtile.cli.demo.smollm2 import cached_folder, find_gguf
 from memtile.cli.demo.tables import show
-from memtile.cli.demo.training import SHIPPED_TEXT, text_of
+from memtile.cli.demo.training import DEFAULT_TEXT, text_of
 from memtile.cli.demo.worker import run_worker
-from memtile.cli.errors import CommandError
-from memtile.cli.homes import check_home
-from memtile.cli.terminal import progress
+from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
+from memtile.cli.terminal import AsJson, progress
 from memtile.costmodel import parse_byte_size
+from memtile.planner.saved_rates import cache_folder
 from memtile.testing import PeakMemory
 
 _BATCHES: Final = 8
@@ -37,7 +36,7 @@ def run_demo(
     home: Annotated[
         str, typer.Option(help="Where tiles live: disk, disk:FOLDER, host or none.")
     ] = "disk",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead.")] = False,
+    as_json: AsJson = False,
     cache: Annotated[
         Path | None, typer.Option(help="Where to keep the model (~/.cache/memtile).")
     ] = None,
@@ -55,19 +54,21 @@ def run_demo(
     """
     if model_only:
         with progress() as bars:
-            print(smollm2_folder(cache or default_cache(), bars))
+            print(smollm2_folder(cache or cache_folder(), bars))
         return 0
-    _check_numbers(steps, tokens, lr)
+    check_at_least("--steps", steps, 2, ", since the first step is timed apart")
+    check_at_least("--tokens", tokens, 2, ", since each but the first is predicted")
+    check_learning_rate(lr)
     max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
-    check_home(home, "none")
+    models.check_home(home, "none")
     if model is not None:
         models.check_folder(model, name="--model")
-    text_of(text or SHIPPED_TEXT)
+    text_of(text or DEFAULT_TEXT)
     with progress() as bars:
         ensure_runnable()
         settings = DemoSettings(
-            model=str(model or smollm2_folder(cache or default_cache(), bars)),
-            text=str(text or SHIPPED_TEXT),
+            model=str(model or smollm2_folder(cache or cache_folder(), bars)),
+            text=str(text or DEFAULT_TEXT),
             steps=steps,
             tokens=tokens,
             batches=_BATCHES,
@@ -81,21 +82,6 @@ def run_demo(
     else:
         show(outcome, Console())
     return 0 if outcome.kept else 1
-
-
-def _check_numbers(steps: int, tokens: int, learning_rate: float) -> None:
-    if steps < 2:
-        raise CommandError(
-            f"--steps {steps} is too few: give 2 or more, since the first step is timed apart."
-        )
-    if tokens < 2:
-        raise CommandError(
-            f"--tokens {tokens} is too few: give 2 or more, since each but the first is predicted."
-        )
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise CommandError(
-            f"--lr {learning_rate} is no learning rate: give one above 0, such as 1e-4."
-        )
 
 
 def ensure_runnable() -> None:
@@ -136,10 +122,10 @@ def _run_side(settings: DemoSettings, tiled: bool, logits: Path, bars: Progress)
     name = "tiled" if tiled else "dense"
     bar = bars.add_task(f"{name}: loading", total=settings.steps)
 
-    def heard(step: int, loss: float) -> None:
+    def on_step(step: int, loss: float) -> None:
         bars.update(bar, completed=step, description=f"{name}: loss {loss:.4f}")
 
     task = {"do": "train", "settings": asdict(settings), "tiled": tiled, "logits": str(logits)}
-    side = Side.from_json(run_worker(task, heard))
+    side = Side.from_json(run_worker(task, on_step))
     bars.update(bar, description=f"{name}: done")
     return side

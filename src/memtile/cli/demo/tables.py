@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +25,8 @@ def show(outcome: Outcome, console: Console) -> None:
     console.print(_losses(outcome))
     console.print(_costs(outcome))
     console.print(_wear(outcome.tiled))
-    console.print(_continuations(outcome))
+    for name, side in (("dense", outcome.dense), ("tiled", outcome.tiled)):
+        console.print(Panel(Text(side.continuation), title=f"Generated after training, {name}"))
     console.print(_verdicts(outcome))
 
 
@@ -96,13 +97,6 @@ def _row(table: Table, what: str, dense: str, tiled: str, ratio: float) -> None:
 
 def _sized(size: NamedSize) -> str:
     return f"{format_byte_size(size.nbytes)}\n{size.what}".rstrip()
-
-
-def _continuations(outcome: Outcome) -> Group:
-    return Group(
-        Panel(Text(outcome.dense.continuation), title="Generated after training, dense"),
-        Panel(Text(outcome.tiled.continuation), title="Generated after training, tiled"),
-    )
 
 
 def _verdicts(outcome: Outcome) -> Text:

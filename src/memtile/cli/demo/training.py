@@ -5,7 +5,6 @@ optimizer that steps tiles where they live.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import ConstantLR
 import memtile
 from memtile.cli import models
 from memtile.cli.demo.records import DemoSettings, NamedSize, Side
-from memtile.cli.errors import CommandError, first_line
+from memtile.cli.errors import CommandError
 from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.run import Run, train
 from memtile.cli.finetune.sequences import Sequences, text_pieces
@@ -29,7 +28,7 @@ from memtile.testing import LargestAllocation, PeakMemory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHIPPED_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
+DEFAULT_TEXT: Final = Path(__file__).with_name("pride_and_prejudice.txt")
 
 _PROMPT_TOKENS: Final = 8
 _NEW_TOKENS: Final = 24
@@ -67,9 +66,9 @@ def run_side(
 
 
 def text_of(file: Path) -> str:
-    """The text of `file`; in the shipped one, without the lines on top that name its source."""
+    """The text of `file`; in the demo's own, without the lines on top that name its source."""
     text = "".join(text_pieces(file, "--text"))
-    if file == SHIPPED_TEXT:
+    if file == DEFAULT_TEXT:
         text = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     return text.strip()
 
@@ -102,21 +101,10 @@ def _described(home: Home | None) -> str:
 
 def _prepare(settings: DemoSettings) -> tuple["PreTrainedTokenizerBase", Sequences]:
     """Tokenizer and batches; the model's code is imported too, so that no peak counts it."""
-    import transformers
-
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _reading(settings.model, "causal language model"):
-        config = transformers.AutoConfig.from_pretrained(settings.model, **local)
-        with torch.device("meta"):
-            transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    with _reading(settings.model, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model, **local)
-    longest = getattr(config, "max_position_embeddings", None) or settings.tokens
-    if settings.tokens > longest:
-        raise CommandError(
-            f"--tokens {settings.tokens} is more than the model reads at once: give {longest} or "
-            "fewer."
-        )
+    folder = Path(settings.model)
+    model = models.empty_of(folder)
+    tokenizer = models.tokenizer_of(folder)
+    models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
     text = text_of(Path(settings.text))
     return tokenizer, cut_batches(text, tokenizer, settings.batches, settings.tokens)
 
@@ -131,28 +119,13 @@ def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
         )
 
 
-@contextmanager
-def _reading(folder: str, what: str) -> Iterator[None]:
-    """Turns what transformers says of a folder's files into one sentence."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = first_line(error)
-        if "trust_remote_code" in str(error):
-            code = ", ".join(models.code_of(Path(folder)))
-            reason = f"it needs {code}, and the demo runs no such code"
-        raise CommandError(
-            f"transformers finds no {what} in {folder} ({reason}): "
-            "give --model a folder that save_pretrained wrote, with its tokenizer."
-        ) from error
-
-
 def _load_model(folder: str) -> "PreTrainedModel":
     import transformers
+    from safetensors import SafetensorError
 
-    with _reading(folder, "weights"):
+    kinds = (OSError, ValueError, SafetensorError)
+    problem, way_out = "has weights that cannot be loaded", "take another copy"
+    with models.reading(Path(folder), problem, way_out, kinds):
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
@@ -179,7 +152,7 @@ def _train(
     memory: PeakMemory,
     report: Callable[[int, float], None],
 ) -> dict[str, Any]:
-    """Trains, and gives the fields of `Side` that are measured meanwhile."""
+    """Trains, and gives the fields of `Side` that are measured in training."""
     model.train()
     optimizer = _optimizer(model, settings.learning_rate, home)
     training = TrainingSettings(

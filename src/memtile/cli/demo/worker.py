@@ -1,4 +1,9 @@
-"""Starts a worker process of the demo, and reads its progress and its result."""
+"""A worker process of the demo: `run_worker` starts it, `main` is what it does.
+
+It gets one task, a JSON object, as its argument, and reports on stdout, one JSON document a line:
+{"step": …, "loss": …} while it trains, and {"result": …} or {"mistake": "a sentence"} at the end.
+Everything else that is printed goes to stderr, which the parent keeps as a log.
+"""
 
 import json
 import os
@@ -6,13 +11,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from typing import IO, Final, cast
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Final, TextIO, cast
 
-from memtile.cli.demo.records import Document
+from memtile.cli import models
+from memtile.cli.demo.records import DemoSettings, Document
+from memtile.cli.demo.smollm2 import write_folder
+from memtile.cli.demo.training import run_side
 from memtile.cli.errors import CommandError, WorkerError
-
-StepHeard = Callable[[int, float], None]
+from memtile.errors import MemtileError
 
 _LOG_BYTES: Final = 8000
 _ENVIRONMENT: Final = {
@@ -22,16 +31,13 @@ _ENVIRONMENT: Final = {
 }
 
 
-def run_worker(task: Document, heard: StepHeard) -> Document:
-    """Runs a task of `memtile.cli.demo.__main__` in a process of its own, and gives its result.
+def run_worker(task: Document, on_step: Callable[[int, float], None]) -> Document:
+    """Runs a task in a process of its own, and gives its result.
 
-    `heard` is called with number and loss of each training step.
-
-    Raises:
-        CommandError: The worker found a mistake in what it was given; with its sentence.
-        WorkerError: It ended in any other way without a result.
+    `on_step` gets number and loss of each training step. A mistake that the worker finds is a
+    CommandError, any other end without a result a WorkerError.
     """
-    command = [sys.executable, "-m", "memtile.cli.demo", json.dumps(task)]
+    command = [sys.executable, "-m", __name__, json.dumps(task)]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
@@ -44,8 +50,12 @@ def run_worker(task: Document, heard: StepHeard) -> Document:
         ) as worker,
     ):
         assert worker.stdout is not None  # it is a pipe
+        last: Document = {}
         try:
-            last = _listen(worker.stdout, heard)
+            for line in worker.stdout:
+                last = json.loads(line)
+                if "step" in last:
+                    on_step(last["step"], last["loss"])
         except BaseException:
             worker.kill()
             raise
@@ -55,15 +65,6 @@ def run_worker(task: Document, heard: StepHeard) -> Document:
         if code != 0 or "result" not in last:
             raise WorkerError(_how_it_ended(code), _tail(log))
         return cast("Document", last["result"])
-
-
-def _listen(lines: Iterable[str], heard: StepHeard) -> Document:
-    last: Document = {}
-    for line in lines:
-        last = json.loads(line)
-        if "step" in last:
-            heard(last["step"], last["loss"])
-    return last
 
 
 def _how_it_ended(code: int) -> str:
@@ -78,3 +79,39 @@ def _how_it_ended(code: int) -> str:
 def _tail(log: IO[bytes]) -> str:
     log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
     return log.read().decode(errors="replace")
+
+
+def main(arguments: list[str]) -> int:
+    """Does the task that the one argument names, a JSON object, and gives the exit code."""
+    if len(arguments) != 1:
+        print("This is the worker of the demo; run: memtile demo", file=sys.stderr)
+        return 2
+    lines, sys.stdout = sys.stdout, sys.stderr
+    try:
+        result = _do(json.loads(arguments[0]), lines)
+    except MemtileError as mistake:
+        _say(lines, mistake=str(mistake))
+        return 2
+    _say(lines, result=result)
+    return 0
+
+
+def _do(task: Document, lines: TextIO) -> Document:
+    models.quieten()
+    if task["do"] == "unpack":
+        return {"folder": str(write_folder(Path(task["gguf"]), Path(task["cache"])))}
+    side = run_side(
+        DemoSettings(**task["settings"]),
+        task["tiled"],
+        Path(task["logits"]),
+        lambda step, loss: _say(lines, step=step, loss=loss),
+    )
+    return asdict(side)
+
+
+def _say(lines: TextIO, **document: object) -> None:
+    print(json.dumps(document), file=lines, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The model of a run in one process: tiled and parked as its plan says."""
+"""What a run trains: a model with its optimizer; `load` makes one for a single process."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
@@ -13,7 +14,8 @@ import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Options, TrainingSettings
-from memtile.convert import Resumed, has_training
+from memtile.convert import Resumed
+from memtile.engines.ranks import Ranks, of_all_ranks
 from memtile.testing import PeakMemory
 
 if TYPE_CHECKING:
@@ -25,10 +27,7 @@ _OTHERS: Final = "tokenizer, texts and adapters"
 
 
 class Backend:
-    """A model with its optimizer and learning rate, in this process; subclasses are over ranks."""
-
-    rank, ranks = 0, 1
-    device = torch.device("cpu")  # on which sequences are expected
+    """A model with its optimizer and learning rate, in this process or as shards over ranks."""
 
     def __init__(
         self,
@@ -36,9 +35,14 @@ class Backend:
         optimizer: Any,  # torch's, or DeepSpeed's around it
         scheduler: LRScheduler,
         has_adapters: bool = False,  # only these are trained and written
+        dtype: torch.dtype | None = None,  # to write the model in; None: its own
+        device: torch.device | None = None,  # on which sequences are expected; None: CPU
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self._has_adapters = has_adapters
+        self.device = device or torch.device("cpu")
+        self._has_adapters, self.dtype = has_adapters, dtype
+        is_alone = not dist.is_initialized()
+        self.rank, self.ranks = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
 
     def loss(self, ids: Tensor) -> Tensor:
         """The loss of sequences (batch, tokens), which are their own labels."""
@@ -52,21 +56,9 @@ class Backend:
         self.optimizer.step()
         self.scheduler.step()
 
-    def first(self, act: Callable[[], T]) -> T:
-        """What `act` gives, called on the first rank alone."""
-        return act()
-
-    def mean(self, value: float) -> float:
-        """The mean over ranks."""
-        return value
-
-    def largest(self, value: int) -> int:
-        """The largest over ranks."""
-        return value
-
-    def has_saved(self, folder: Path) -> bool:
-        """Whether there is a checkpoint of the run."""
-        return has_training(folder)
+    def of_all_ranks(self, value: T) -> list[T]:
+        """The value that each rank gives."""
+        return [value] if self.ranks == 1 else of_all_ranks(value)
 
     def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
         """Saves a checkpoint of the run; `position` is where it is in the texts."""
@@ -90,8 +82,8 @@ class Backend:
         if self._has_adapters:
             self.model.save_pretrained(str(out))
         else:
-            memtile.save_checkpoint(self.model, out)
-        models.carry_tokenizer(source, out)
+            memtile.save_checkpoint(self.model, out, dtype=self.dtype)
+        Ranks().first(lambda: models.copy_tokenizer(source, out))
 
 
 def load(
@@ -120,8 +112,8 @@ def load(
             mode="in_backward",
         )
     planned(plan.summary)
-    planned(models.taken(options.budget, options.budget - left, _OTHERS))
-    with models.told():
+    planned(models.budget_note(options.budget, options.budget - left, _OTHERS))
+    with models.printing_warnings():
         memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
     model.train()
     adamw = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=settings.lr)

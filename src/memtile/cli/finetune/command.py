@@ -1,19 +1,18 @@
 """The options of `memtile finetune`; starts or resumes the run."""
 
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 from rich.console import Console
 
 from memtile.cli import models
-from memtile.cli.errors import CommandError
+from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, PICTURE
 from memtile.cli.finetune.run import Result, finetune
-from memtile.cli.finetune.sequences import check_texts
+from memtile.cli.finetune.sequences import checked_texts
 from memtile.cli.finetune.settings import (
     Options,
     TrainingSettings,
@@ -22,16 +21,14 @@ from memtile.cli.finetune.settings import (
     is_first_rank,
     weight_files,
 )
-from memtile.cli.homes import check_home
 from memtile.cli.terminal import progress
 from memtile.costmodel import format_byte_size, parse_byte_size
 
-_ENGINES: Final = ("fsdp2", "zero3")
 _MEBIBYTE: Final = 1 << 20
 
 
 def run_finetune(
-    model: Annotated[Path, typer.Argument(help="A transformers folder with safetensors.")],
+    model: models.Folder,
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
     out: Annotated[Path, typer.Option(help="The folder of the run and of the fine-tuned model.")],
     budget: Annotated[
@@ -54,8 +51,8 @@ def run_finetune(
     seed: Annotated[int, typer.Option(help="Of the order of sequences, and of dropout.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     engine: Annotated[
-        str | None,
-        typer.Option(help="fsdp2 or zero3: tiles are shards over the ranks of torchrun."),
+        Literal["fsdp2", "zero3"] | None,
+        typer.Option(help="What shards tiles over the ranks of torchrun."),
     ] = None,
     tile: Annotated[
         str | None, typer.Option(help="With --engine: the most that a tile has; 16MiB.")
@@ -74,7 +71,7 @@ def run_finetune(
     _check_options(engine, {"--budget": budget, "--home": home}, tile, offload, lora)
     options = Options(
         budget=parse_byte_size(budget or "2GiB", "--budget"),
-        home=check_home(home or "disk"),
+        home=models.check_home(home or "disk"),
         strict=strict,
         trusts_code=trust_remote_code,
         out=out,
@@ -85,12 +82,10 @@ def run_finetune(
     )
     if engine is not None:
         _check_launched()
-    if save_every < 1:
-        raise CommandError(f"--save-every {save_every} is too few: give 1 or more.")
+    check_at_least("--save-every", save_every, 1)
     models.check_folder(model)
-    texts = _with_words(texts)
+    texts = checked_texts(texts)
     paths = tuple(str(text.resolve()) for text in texts)
-    check_texts(texts)
     found = _digests(model, texts, lora is not None)
     settings = TrainingSettings(
         str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine
@@ -117,8 +112,6 @@ def _check_options(
         raise CommandError("--tile and --offload go with --engine: in one process give --budget.")
     if engine is None:
         return
-    if engine not in _ENGINES:
-        raise CommandError(f"--engine {engine!r} is none: give {' or '.join(_ENGINES)}.")
     if given:
         raise CommandError(
             f"{given[0]} plans one process; with --engine, tiles are shards over ranks: give "
@@ -131,25 +124,9 @@ def _check_options(
 def _check_launched() -> None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         raise CommandError(
-            "--engine trains over ranks, and this is one process by itself: start it with "
+            "--engine trains over ranks, and this is a single process: start it with "
             "torchrun --nproc-per-node 2 -m memtile.cli finetune … (any number of processes)."
         )
-
-
-def _with_words(texts: list[Path]) -> list[Path]:
-    """The texts without empty ones, which are named; all texts, if all are empty."""
-    for text in texts:
-        if text.is_dir():
-            raise CommandError(f"TEXT {text} is a folder: give its files, such as {text}/*.txt.")
-    some = [text for text in texts if not _is_empty(text)]
-    for text in texts if some and is_first_rank() else ():
-        if text not in some:
-            print(f"TEXT {text} is empty: skipped", file=sys.stderr)
-    return some or texts
-
-
-def _is_empty(text: Path) -> bool:
-    return text.is_file() and text.stat().st_size < 1 << 20 and not text.read_bytes().strip()
 
 
 def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """What a run prints: the plan's summary, and a bar or a line for each step."""
 
-from types import TracebackType
 from typing import Final
 
 from rich.console import Console
@@ -30,12 +29,7 @@ class Display:
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._texts.stop()
         self._bar.stop()
 

@@ -1,14 +1,20 @@
-"""The log of a run: one JSON object per step, and a picture of the losses."""
+"""The log of a run: one JSON object a step, and a picture of its losses.
+
+As a script, `python log.py LOG PNG`, it draws the picture; it imports no torch.
+"""
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 LOG: Final = "log.jsonl"
 PICTURE: Final = "loss.png"
+
+_SMOOTHED: Final = 0.9  # weight of what came before, in the picture's second line
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,10 @@ class Log:
         draw(self._out)
 
 
-def draw(out: Path) -> bool:
-    """Draws the losses in a process of its own; False without matplotlib."""
-    script = Path(__file__).with_name("curve.py")
-    command = [sys.executable, str(script), str(out / LOG), str(out / PICTURE)]
-    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+def draw(out: Path) -> None:
+    """Draws the losses in a process of its own; without matplotlib there is no picture."""
+    command = [sys.executable, __file__, str(out / LOG), str(out / PICTURE)]
+    subprocess.run(command, check=False, capture_output=True)
 
 
 def _lines(file: Path) -> list[str]:
@@ -57,3 +62,36 @@ def _lines(file: Path) -> list[str]:
         return []
     lines = file.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def _draw_here(log: Path, picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    entries = [json.loads(line) for line in _lines(log)]
+    if not entries:
+        return
+    steps = [entry["step"] for entry in entries]
+    losses = [entry["loss"] for entry in entries]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
+    axes.plot(steps, list(_smoothed(losses)), color="C0", label="smoothed")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    partial = picture.with_name(f"{picture.name}.partial")
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(picture)
+
+
+def _smoothed(losses: list[float]) -> Iterator[float]:
+    """Means that weigh each loss less the longer ago it was."""
+    total = weight = 0.0
+    for loss in losses:
+        total, weight = _SMOOTHED * total + loss, _SMOOTHED * weight + 1
+        yield total / weight
+
+
+if __name__ == "__main__":
+    _draw_here(Path(sys.argv[1]), Path(sys.argv[2]))

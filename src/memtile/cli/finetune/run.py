@@ -21,6 +21,8 @@ from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, Log, LoggedStep
 from memtile.cli.finetune.sequences import Sequences, read_sequences
 from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
+from memtile.convert import has_training
+from memtile.engines.ranks import Ranks
 from memtile.errors import NotFiniteError
 from memtile.homes import keep_freed_memory_out, usable_folder
 from memtile.testing import PeakMemory
@@ -52,17 +54,12 @@ class Run:
     seen: int = 0  # sequences, of all ranks together
 
     def step(self) -> LoggedStep:
-        """One step more.
-
-        Raises:
-            CommandError: the loss is not finite; the weights are unchanged.
-            NotFiniteError: a gradient is not finite; some weights may have been stepped.
-        """
+        """One step more; a loss that is not finite leaves the weights unchanged."""
         backend = self.backend
         started, lr = time.perf_counter(), float(backend.scheduler.get_last_lr()[0])
         ids = self.sequences.at(self.seen + backend.rank).to(backend.device)
         loss = backend.loss(ids)
-        value = backend.mean(float(loss.detach()))
+        value = sum(backend.of_all_ranks(float(loss.detach()))) / backend.ranks
         if not math.isfinite(value):  # before backward, which may step the weights with it
             raise self.refusal(f"the loss is {value}")
         backend.update(loss)
@@ -70,21 +67,19 @@ class Run:
         self.seen += backend.ranks
         seconds = time.perf_counter() - started
         speed = self.settings.tokens * backend.ranks / seconds
-        peak_bytes = backend.largest(self.memory.nbytes)
+        peak_bytes = max(backend.of_all_ranks(self.memory.nbytes))
         return LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
 
     def resume(self, folder: Path) -> None:
         """Goes on from the last checkpoint; a run that was killed before its first begins anew."""
-        if self.backend.first(lambda: self.backend.has_saved(folder)):
+        if Ranks().first(lambda: has_training(folder)):
             found = self.backend.resume(folder)
             self.done = found.step
             self.seen = found.position.get("sequences", found.step)
 
     def save(self, folder: Path) -> None:
         """Saves a checkpoint; NotFiniteError leaves the one before unchanged."""
-        over_ranks = self.settings.engine is not None
-        position = {"sequences": self.seen} if over_ranks else self.sequences.position(self.done)
-        self.backend.save(folder, self.done, position)
+        self.backend.save(folder, self.done, {"sequences": self.seen})
 
     def refusal(self, what: str) -> CommandError:
         """The error for a number that is not finite, with what there is to go on from."""
@@ -92,7 +87,7 @@ class Run:
             lower = f"give a --lr below {self.settings.lr:g}"
             return CommandError(f"{what} at step {self.done + 1}: {lower}.")
         folder = self.out / TRAINING
-        saved = self.backend.has_saved(folder)
+        saved = has_training(folder)
         kept = f"the last good state is in {folder}" if saved else "nothing was saved before"
         return CommandError(
             f"{what} after {self.done} of {self.settings.steps} steps; {kept}: begin again in "
@@ -101,15 +96,7 @@ class Run:
 
 
 def finetune(settings: TrainingSettings, options: Options, display: Display) -> Result:
-    """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it.
-
-    Raises:
-        CommandError: something given cannot be trained on or with, or the loss is not finite.
-        BudgetError: nothing fits in the budget.
-        EngineError: a rank is gone, or ranks differ.
-        CheckpointError: the model's or the run's checkpoint is damaged.
-        Interrupted: a signal came, to one of the ranks; the run is saved.
-    """
+    """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it."""
     folder = options.out / TRAINING
     missing = [path for path in (options.out, *options.out.parents) if not path.exists()]
     session: AbstractContextManager[object]
@@ -130,7 +117,7 @@ def finetune(settings: TrainingSettings, options: Options, display: Display) -> 
         if options.resume:
             run.resume(folder)
         else:
-            run.backend.first(lambda: settings.write(options.out))
+            Ranks().first(lambda: settings.write(options.out))
         display.started(run.done)
         result = train(run, display.report)
         run.backend.write(Path(settings.model), options.out)
@@ -183,9 +170,8 @@ def _check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers
 def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = None) -> Result:
     """Steps until the settings' end or `until`; `report` is called on the first rank.
 
-    Raises:
-        CommandError: a loss, a gradient or a weight is not finite; the last checkpoint stays.
-        Interrupted: a signal came; the run is saved.
+    A number that is not finite is a CommandError, and the last checkpoint stays. A signal saves the
+    run, and is raised as Interrupted.
     """
     last = run.settings.steps if until is None else until
     writes = run.backend.rank == 0
@@ -215,7 +201,7 @@ def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = No
 
 def _save_or_stop(run: Run, folder: Path, signals: list[int]) -> None:
     ended = run.done == run.settings.steps
-    stops = run.backend.largest(int(bool(signals))) > 0  # a checkpoint takes all ranks
+    stops = any(run.backend.of_all_ranks(bool(signals)))  # a checkpoint takes all ranks
     if stops or ended or run.done % run.save_every == 0:
         run.save(folder)
     if stops and not ended:

@@ -1,6 +1,7 @@
 """Cuts texts into sequences of tokens, and says which sequence each step trains on."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -8,12 +9,14 @@ from typing import Any, Final
 from torch import Tensor
 
 from memtile.cli.errors import CommandError
+from memtile.cli.finetune.settings import is_first_rank
 from memtile.cli.finetune.tokens import TokenFile, document_tokens
 
-Heard = Callable[[int, int], None]
-"""Called with the bytes of text that were read, and with those of all texts."""
-
 _PIECE: Final = 1 << 16  # characters that are read at once
+
+
+class EmptyTextError(CommandError):
+    """A text has nothing but white space."""
 
 
 class Sequences:
@@ -39,11 +42,6 @@ class Sequences:
         if self._seed is not None:
             place = shuffled(place, len(self), f"{self._seed} {epoch}")
         return self._stream.read(place * self._tokens, self._tokens)
-
-    def position(self, step: int) -> dict[str, int]:
-        """The epoch of a step, and which of its sequences it is."""
-        epoch, place = divmod(step, len(self))
-        return {"epoch": epoch, "sequence": place}
 
 
 def shuffled(place: int, count: int, key: str) -> int:
@@ -73,18 +71,26 @@ def read_sequences(
     tokens: int,
     seed: int,
     folder: Path,
-    heard: Heard = lambda done, total: None,
+    on_read: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sequences:
     """The sequences of UTF-8 texts, each text tokenized as one document.
 
-    A text is read piece by piece, and its tokens go to a file without a name in `folder`.
+    A text is read piece by piece, and its tokens go to a file without a name in `folder`. `on_read`
+    gets the bytes of text that were read, and those of all texts.
     """
-    stream, sizes = TokenFile(folder), [file.stat().st_size for file in files]
-    for number, file in enumerate(files):
-        pieces = _heard(file, sum(sizes[:number]), sum(sizes), heard)
-        for ids in document_tokens(pieces, tokenizer):
+    stream, done, total = TokenFile(folder), 0, sum(file.stat().st_size for file in files)
+
+    def pieces(file: Path) -> Iterator[str]:
+        nonlocal done
+        for piece in text_pieces(file, "TEXT"):
+            yield piece
+            done += len(piece.encode())
+            on_read(done, total)
+
+    for file in files:
+        for ids in document_tokens(pieces(file), tokenizer):
             stream.append(ids)
-    heard(sum(sizes), sum(sizes))
+    on_read(total, total)
     if stream.count < tokens:
         raise CommandError(
             f"--tokens {tokens} is more than all texts have, {stream.count}: give fewer tokens, or "
@@ -93,25 +99,30 @@ def read_sequences(
     return Sequences(stream, tokens, seed)
 
 
-def _heard(file: Path, done: int, total: int, heard: Heard) -> Iterator[str]:
-    for piece in text_pieces(file, "TEXT"):
-        yield piece
-        done += len(piece.encode())
-        heard(done, total)
-
-
-def check_texts(files: Iterable[Path]) -> None:
-    """Refuses texts that cannot be read, before anything slow begins."""
+def checked_texts(files: Iterable[Path]) -> list[Path]:
+    """The texts without empty ones, which are named; refuses what cannot be read as text."""
+    some: list[Path] = []
+    empty: dict[Path, EmptyTextError] = {}
     for file in files:
-        for _ in text_pieces(file, "TEXT"):
-            pass
+        if file.is_dir():
+            raise CommandError(f"TEXT {file} is a folder: give its files, such as {file}/*.txt.")
+        try:
+            for _ in text_pieces(file, "TEXT"):
+                pass
+            some.append(file)
+        except EmptyTextError as error:
+            empty[file] = error
+    if empty and not some:
+        raise next(iter(empty.values()))
+    for file in empty if is_first_rank() else ():
+        print(f"TEXT {file} is empty: skipped", file=sys.stderr)
+    return some
 
 
 def text_pieces(file: Path, name: str, characters: int = _PIECE) -> Iterator[str]:
     """The UTF-8 text of a file, in pieces of so many characters; the last may have fewer.
 
-    Raises:
-        CommandError: it is missing, binary or empty; the argument that gave it is called `name`.
+    One that is missing, binary or empty is refused; the argument that gave it is called `name`.
     """
     is_empty = True
     try:
@@ -127,4 +138,4 @@ def text_pieces(file: Path, name: str, characters: int = _PIECE) -> Iterator[str
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CommandError(f"{name} {file} cannot be read ({reason}): give plain text.") from error
     if is_empty:
-        raise CommandError(f"{name} {file} is empty: give a text file.")
+        raise EmptyTextError(f"{name} {file} is empty: give a text file.")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memtile.checkpoints import Checkpoint, write_text
-from memtile.cli.errors import CommandError
-from memtile.cli.models import Loading
+from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
@@ -19,9 +17,13 @@ _READ_WHOLE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Loading):
+class Options:
     """How a run is carried out, which changes none of its numbers."""
 
+    budget: int  # bytes above the imports
+    home: str  # of the tiles: "disk", "disk:FOLDER" or "host"
+    strict: bool  # refuse a folder that holds more than the model has, or lacks a head
+    trusts_code: bool  # whether code of the folder may run
     out: Path  # its folder, which all ranks see
     save_every: int  # steps between checkpoints
     resume: bool  # go on from the last one
@@ -31,11 +33,7 @@ class Options(Loading):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that decides the numbers of a run, and nothing else.
-
-    Raises:
-        CommandError: a number that makes no sense.
-    """
+    """Everything that decides the numbers of a run, and nothing else; checked when it is made."""
 
     model: str  # its folder
     texts: tuple[str, ...]  # files to train on, in order
@@ -50,14 +48,11 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("tokens", 2), ("seed", 0), ("lora", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise CommandError(f"--{name} {value} is too few: give {least} or more.")
+            if value is not None:
+                check_at_least(f"--{name}", value, least)
         if self.seed >= 1 << 63:
             raise CommandError(f"--seed {self.seed} is too large: give one below 2^63.")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise CommandError(
-                f"--lr {self.lr} is no learning rate: give one above 0, such as 1e-5."
-            )
+        check_learning_rate(self.lr)
 
     def write(self, out: Path) -> None:
         """Writes them into the run's folder."""
@@ -66,9 +61,9 @@ class TrainingSettings:
 
     def check_continues(self, out: Path) -> None:
         """Refuses to resume a run with other settings than its own."""
-        theirs = _read(out)
+        saved = _read(out)
         for field in fields(self):
-            ours, old = getattr(self, field.name), getattr(theirs, field.name)
+            ours, old = getattr(self, field.name), getattr(saved, field.name)
             if field.name == "engine" and ours and old:
                 continue  # they share checkpoints
             if ours != old and field.name == "digests":
@@ -77,9 +72,11 @@ class TrainingSettings:
                     "restore them, or begin in another --out."
                 )
             if ours != old:
+                option = {"model": "MODEL", "texts": "TEXT"}.get(field.name, f"--{field.name}")
+                theirs, ours = ("none" if value is None else value for value in (old, ours))
                 raise CommandError(
-                    f"{out} holds a run with {_option(field.name)} {_or_none(old)}, and this is "
-                    f"{_or_none(ours)}: give what it was begun with, or another --out."
+                    f"{out} holds a run with {option} {theirs}, and this is {ours}: give what it "
+                    "was begun with, or another --out."
                 )
 
 
@@ -112,23 +109,23 @@ def digests(
     model: Path,
     texts: Sequence[Path],
     with_weights: bool,
-    heard: Callable[[int], None] = lambda nbytes: None,
+    on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[str, ...]:
     """SHA-256 of the model's config and tokenizer together, then of each text.
 
     Of weights the sizes count, since a run has them in its own checkpoints; a run whose checkpoints
-    have adapters only needs `with_weights`. `heard` gets the size of each piece that was read.
+    have adapters only needs `with_weights`. `on_read` gets the size of each piece that was read.
     """
     known: dict[str, object] = {
-        path.name: _digest(path, heard)
+        path.name: _digest(path, on_read)
         for pattern in _READ_WHOLE
         for path in sorted(model.glob(pattern))
         if path.is_file()
     }
     for path in weight_files(model):
-        known[path.name] = _digest(path, heard) if with_weights else path.stat().st_size
+        known[path.name] = _digest(path, on_read) if with_weights else path.stat().st_size
     together = hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()
-    return (together, *(_digest(text, heard) for text in texts))
+    return (together, *(_digest(text, on_read) for text in texts))
 
 
 def weight_files(model: Path) -> list[Path]:
@@ -136,18 +133,10 @@ def weight_files(model: Path) -> list[Path]:
     return [file.path for file in Checkpoint.open(model).files]
 
 
-def _digest(file: Path, heard: Callable[[int], None]) -> str:
+def _digest(file: Path, on_read: Callable[[int], None]) -> str:
     found = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):
             found.update(piece)
-            heard(len(piece))
+            on_read(len(piece))
     return found.hexdigest()
-
-
-def _or_none(value: object) -> str:
-    return "none" if value is None else str(value)
-
-
-def _option(name: str) -> str:
-    return {"model": "MODEL", "texts": "TEXT"}.get(name, f"--{name}")

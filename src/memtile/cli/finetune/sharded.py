@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,72 +17,20 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import memtile
-from memtile.checkpoints.steps import saved_steps
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.settings import Options, TrainingSettings
-from memtile.convert import Resumed
 from memtile.costmodel import format_byte_size
-from memtile.engines import dense_files, distributed_checkpoints
-from memtile.engines.ranks import Ranks, check_agreement
+from memtile.engines import dense_files
+from memtile.engines.ranks import Ranks, check_agreement, of_all_ranks
 from memtile.engines.torch_fsdp2 import shard
 from memtile.engines.zero3_config import check_installed
 from memtile.errors import ArgumentError, NotFiniteError
 from memtile.optim import is_finite
 
-T = TypeVar("T")
 
-
-class _Sharded(Backend):
-    """What both engines have in common: each rank trains on a sequence of its own."""
-
-    def __init__(
-        self,
-        model: Any,  # of transformers
-        optimizer: Any,  # torch's, or DeepSpeed's around it
-        scheduler: LRScheduler,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(model, optimizer, scheduler)
-        self.rank, self.ranks, self.device = dist.get_rank(), dist.get_world_size(), _device()
-        self._dtype = dtype  # of the model's checkpoint, in which it is written
-
-    def first(self, act: Callable[[], T]) -> T:
-        return Ranks().first(act)
-
-    def mean(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total) / self.ranks
-
-    def largest(self, value: int) -> int:
-        most = torch.tensor(value)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
-
-    def has_saved(self, folder: Path) -> bool:
-        return bool(saved_steps(folder))
-
-    def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
-        extra = self.scheduler.state_dict()
-        distributed_checkpoints.save(
-            folder, self.model, self.optimizer, step=step, position=position, extra=extra
-        )
-
-    def resume(self, folder: Path) -> Resumed:
-        found = distributed_checkpoints.load(folder, self.model, self.optimizer)
-        self.scheduler.load_state_dict(found.extra)
-        return found
-
-    def write(self, source: Path, out: Path) -> None:
-        self.model.eval()
-        dense_files.save_checkpoint(self.model, out, dtype=self._dtype)
-        if self.rank == 0:
-            models.carry_tokenizer(source, out)
-
-
-class _Fsdp2(_Sharded):
+class _Fsdp2(Backend):
     """Under FSDP2: weights, gradients and moments in float32."""
 
     def update(self, loss: Tensor) -> None:
@@ -92,11 +40,11 @@ class _Fsdp2(_Sharded):
         self.scheduler.step()
 
 
-class _Zero3(_Sharded):
+class _Zero3(Backend):
     """Under DeepSpeed's ZeRO-3: in the checkpoint's dtype, with float32 masters of 16 bits."""
 
     def __init__(self, model: Any, engine: Any, scheduler: LRScheduler, dtype: torch.dtype) -> None:
-        super().__init__(model, engine.optimizer, scheduler, dtype)
+        super().__init__(model, engine.optimizer, scheduler, dtype=dtype, device=_device())
         self._engine = engine
 
     def loss(self, ids: Tensor) -> Tensor:
@@ -109,7 +57,7 @@ class _Zero3(_Sharded):
         self._engine.backward(loss)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        if self._dtype != torch.float16 and norm is not None and not math.isfinite(norm):
+        if self.dtype != torch.float16 and norm is not None and not math.isfinite(norm):
             raise NotFiniteError("the norm of the gradients is not finite; nothing was stepped")
         self.scheduler.step()
 
@@ -125,7 +73,7 @@ def load(
     tile = format_byte_size(options.tile_bytes)
     check_agreement(model, (settings, options))
     made = _zero3 if settings.engine == "zero3" else _fsdp2
-    with models.told():
+    with models.printing_warnings():
         memtile.tile(model, max_tile_bytes=options.tile_bytes)
         try:
             backend = made(model, settings, options)
@@ -153,7 +101,8 @@ def _fsdp2(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     dense_files.load_checkpoint(model, Path(settings.model), device=device, strict=options.strict)
     adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     model.train()
-    return _Fsdp2(model, adamw, CosineAnnealingLR(adamw, settings.steps), dtype)
+    cosine = CosineAnnealingLR(adamw, settings.steps)
+    return _Fsdp2(model, adamw, cosine, dtype=dtype, device=_device())
 
 
 def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
@@ -178,17 +127,15 @@ def _device() -> torch.device:
 
 def check_shards(model: nn.Module) -> None:
     """Raises NotFiniteError on every rank where a gradient of any rank is not finite."""
-    bad = [
-        name
-        for name, parameter in model.named_parameters()
-        if (grad := parameter.grad) is not None
-        and not is_finite(grad.to_local() if isinstance(grad, DTensor) else grad)
-    ]
-    count = torch.tensor(len(bad))
-    dist.all_reduce(count)
-    if count:
-        whose = bad[0] if bad else "a shard of another rank"
-        raise NotFiniteError(f"the gradient of {whose} is not finite; nothing was stepped")
+    gradients = ((name, each.grad) for name, each in model.named_parameters())
+    bad = (name for name, grad in gradients if grad is not None and not is_finite(_local(grad)))
+    for name in of_all_ranks(next(bad, None)):
+        if name is not None:
+            raise NotFiniteError(f"the gradient of {name} is not finite; nothing was stepped")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
