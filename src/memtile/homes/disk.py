@@ -20,10 +20,9 @@ from torch import Tensor
 
 from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.homes import disk_io
-from memtile.homes.buffers import tensor_over
 from memtile.homes.filesystems import usable_folder
-from memtile.homes.free_memory import free_bytes
 from memtile.homes.home import Allocation, Home, Reservation
+from memtile.homes.kernel import free_bytes, tensor_over
 from memtile.homes.live_file import LiveFile
 from memtile.homes.segments import NOBODY, Segments
 

@@ -11,24 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
-from memtile.geometry import round_up
-from memtile.homes.forks import renew_in_child
+from memtile.homes.kernel import PAGE, renew_in_child, whole_pages
 
 _H = TypeVar("_H", bound="Home")
-
-PAGE: Final = 4096
-"""Bytes of a page: rooms, and the pieces that `read` and `write` move, are multiples of it."""
-
-
-def whole_pages(nbytes: int) -> int:
-    """The number of bytes, rounded up to pages."""
-    return round_up(nbytes, PAGE)
 
 
 @dataclass(frozen=True)

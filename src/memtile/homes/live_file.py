@@ -12,8 +12,7 @@ from typing import Final
 from memtile.errors import HomeError, HomeFullError, HomeIOError, MemtileError, way_out
 from memtile.geometry import round_up
 from memtile.homes import disk_io
-from memtile.homes.buffers import aligned_buffer
-from memtile.homes.home import PAGE
+from memtile.homes.kernel import PAGE, aligned_buffer
 from memtile.homes.segments import FreeRoom, Segment
 
 _UNIT: Final = max(PAGE, mmap.ALLOCATIONGRANULARITY)  # maps begin at multiples of it

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from memtile.errors import HomeFullError
-from memtile.homes.buffers import private_view, tensor_over
-from memtile.homes.free_memory import free_bytes
 from memtile.homes.home import Allocation, Home, Reservation
+from memtile.homes.kernel import free_bytes, private_view, tensor_over
 
 
 class DeviceHome(Home):

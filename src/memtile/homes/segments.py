@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple
 
-from memtile.homes.forks import renew_in_child
+from memtile.homes.kernel import renew_in_child
 
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""
