@@ -1,6 +1,7 @@
 """`TiledModule`: a grid, tiles with parameters of their own, and the dense forms of both."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -29,12 +30,15 @@ from memtile.layers.values import (
     gathered,
 )
 
-_watchers: list[Callable[[], None]] = []
+_watchers: list[tuple[str, Callable[[], None]]] = []
 
 
-def watch_tiles(watcher: Callable[[], None]) -> None:
-    """Call `watcher` whenever a tiled layer is made or unpickled, and before its state is saved."""
-    _watchers.append(watcher)
+def watch_tiles(library: str, watcher: Callable[[], None]) -> None:
+    """Call `watcher` whenever a tiled layer is made or unpickled, and before its state is saved.
+
+    Only in processes that have imported `library`.
+    """
+    _watchers.append((library, watcher))
 
 
 class TiledModule(nn.Module):
@@ -346,5 +350,6 @@ class TiledModule(nn.Module):
 
 
 def _tell_watchers() -> None:
-    for watcher in _watchers:
-        watcher()
+    for library, watcher in _watchers:
+        if library in sys.modules:
+            watcher()
