@@ -35,18 +35,14 @@ def usable_folder(folder: str | os.PathLike[str] | None) -> Path:
             f"folder={folder!r} is no folder; give the path of one on a disk, or None for the "
             "first usable default"
         )
-    if folder is not None:
-        path = Path(folder).absolute()
-        reason = why_unusable(path)
-        if reason:
-            raise HomeError(f"a home in {path}: {reason}; give a folder on a disk")
-        return path
     refused = []
-    for default in _defaults():
-        reason = why_unusable(default)
+    for path in _defaults() if folder is None else [Path(folder).absolute()]:
+        reason = why_unusable(path)
         if not reason:
-            return default
-        refused.append(f"{default}: {reason}")
+            return path
+        refused.append(f"{path}: {reason}")
+    if folder is not None:
+        raise HomeError(f"a home in {refused[0]}; give a folder on a disk")
     raise HomeError(
         f"no folder for a home was given and no default is usable ({'; '.join(refused)}); give a "
         "folder on a disk"

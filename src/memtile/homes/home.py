@@ -24,12 +24,7 @@ _H = TypeVar("_H", bound="Home")
 
 @dataclass(frozen=True)
 class Traffic:
-    """How much `Allocation.read` and `Allocation.write` have moved so far.
-
-    Attributes:
-        read_bytes: moved by `read`, in whole pages.
-        written_bytes: moved by `write`, likewise.
-    """
+    """Bytes that `Allocation.read` and `Allocation.write` have moved so far, in whole pages."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -114,11 +109,7 @@ class Home(ABC):
         self._after_close.append(after)
 
     def check_open(self) -> None:
-        """Refuses a closed home.
-
-        Raises:
-            HomeError: it is closed.
-        """
+        """Raises HomeError where the home is closed."""
         if self.closed:
             raise HomeError(
                 f"{self!r} is closed: a closed home parks and moves nothing; keep it open for as "
@@ -127,11 +118,7 @@ class Home(ABC):
 
     @contextmanager
     def moving(self, read_bytes: int = 0, written_bytes: int = 0) -> Iterator[None]:
-        """Keeps the home open inside; unless an error comes out, the bytes count as moved.
-
-        Raises:
-            HomeError: it is closed.
-        """
+        """Keeps the home open inside; unless an error comes out, the bytes count as moved."""
         with self._change:
             self.check_open()
             self._moving += 1
@@ -148,10 +135,7 @@ class Home(ABC):
                 self._change.notify_all()
 
     def _release(self) -> None:  # noqa: B027  # a home may have nothing to give back
-        """Gives back what the home holds, with no read or write under way.
-
-        Where it raises, the home stays open.
-        """
+        """Gives back what the home holds, no read or write being under way; open if it raises."""
 
     def __enter__(self: _H) -> _H:
         return self
@@ -225,18 +209,10 @@ class Allocation(ABC):
             self._fill(into, start)
 
     def write(self, source: Tensor, start: int = 0) -> None:
-        """Writes all of `source` into the room from `start` on, from any thread.
+        """Writes all of `source` into the room from `start` on; arguments and errors as of `read`.
 
-        Autograd does not see it: who writes under a graph increments the tensor's version.
-
-        Args:
-            source: as `into` of `read`.
-            start: the first byte, a multiple of `PAGE`.
-
-        Raises:
-            ArgumentError: it is not such a tensor, or reaches past the room.
-            HomeError: the home is closed.
-            HomeIOError: the bytes could not be written; the content of the piece is undefined.
+        Autograd does not see it: who writes under a graph increments the tensor's version. After a
+        HomeIOError the content of these bytes of the room is undefined.
         """
         self._check_piece("write", source, start)
         with self.home.moving(written_bytes=source.numel()):

@@ -48,7 +48,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 # Filled by finalizers, which may run in any thread and at any time: a deque needs no lock.
 _waiting: deque[memoryview] = deque(maxlen=KEPT)
 _renewals: "weakref.WeakKeyDictionary[Any, Callable[[Any], None]]" = weakref.WeakKeyDictionary()
-_locks: list[Any] = []  # typeshed knows no _at_fork_reinit
+_locks: "weakref.WeakSet[Any]" = weakref.WeakSet()  # Any: typeshed knows no _at_fork_reinit
 
 
 def whole_pages(nbytes: int) -> int:
@@ -97,14 +97,8 @@ def scratch_like(tensor: Tensor) -> Tensor:
 def private_view(room: int, in_children: bool = True) -> memoryview:
     """A private anonymous map of `room` bytes, pinned where CUDA is available.
 
-    It is unmapped when the view and everything that keeps it are gone.
-
-    Args:
-        room: whole pages, not 0.
-        in_children: whether a forked child has its content; else it finds zeros.
-
-    Raises:
-        HomeFullError: there is no memory for it, or CUDA cannot pin so much.
+    `room` is whole pages, not 0. The map ends when the view and everything that keeps it are gone.
+    Without `in_children` a forked child finds zeros. HomeFullError where there is no such memory.
     """
     try:
         memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -277,30 +271,27 @@ def _is_mapped_file(address: int) -> bool:
     return False
 
 
-def lock_of_a_module() -> threading.RLock:
-    """A lock that is never dropped; in a forked child nobody holds it."""
+def fork_safe_lock() -> threading.RLock:
+    """A lock that nobody holds in a forked child, where only the thread that forks exists."""
     lock = threading.RLock()
-    _locks.append(lock)
+    _locks.add(lock)
     return lock
 
 
 def renew_in_child(thing: Any, renew: Callable[[Any], None]) -> None:
-    """Call `renew` with the thing in every forked child, while the thing is alive.
-
-    Only the thread that forks exists in the child: locks that others held are to be made anew.
-    """
+    """Call `renew` with the thing in every forked child, while the thing is alive."""
     _renewals[thing] = renew
     _watch_forks()
 
 
 @lru_cache
 def _watch_forks() -> None:
-    """Not at import: the system is told when it is first needed."""
+    """Called by homes, not at import: without a home there is nothing to renew."""
     os.register_at_fork(after_in_child=_renew_all)
 
 
 def _renew_all() -> None:
-    for lock in _locks:
+    for lock in list(_locks):
         lock._at_fork_reinit()  # as the standard library does with its own
     for thing, renew in list(_renewals.items()):
         renew(thing)

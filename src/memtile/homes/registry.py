@@ -27,14 +27,8 @@ _held = WeakIdKeyDictionary()
 def resolve_home(home: Home | str, device: Any = None) -> Home:
     """The home itself, or a new one for "disk", "disk:FOLDER", "host" or "device".
 
-    Args:
-        home: what the user gave.
-        device: what "device" means, as torch takes it; None: torch's default device.
-
-    Raises:
-        ArgumentError: it is neither a home nor such a word.
-        HomeError: a home on disk cannot be in that folder.
-        HomeFullError: its disk is full.
+    `device` is what "device" means, as torch takes it; None: torch's default device. ArgumentError
+    where it is neither a home nor such a word.
     """
     if isinstance(home, Home):
         return home
@@ -45,11 +39,7 @@ def resolve_home(home: Home | str, device: Any = None) -> Home:
 
 
 def word_for(home: Home | str) -> str:
-    """The word that names a home of the same kind and folder; a word that names one is itself.
-
-    Raises:
-        ArgumentError: there is none.
-    """
+    """The word that names a home of the same kind and folder; ArgumentError where there is none."""
     if isinstance(home, DiskHome):
         return f"disk:{home.folder}"
     if isinstance(home, HostHome):
@@ -127,24 +117,15 @@ def allocate_copy(home: Home, tensor: Tensor) -> Tensor:
 
     Where the home does not work in place, the values are written with `Allocation.write`, in
     pieces, so that no page of the mapping comes into this process's memory.
-
-    Raises:
-        HomeFullError: the home has no room for it.
-        HomeError: the home is closed.
-        HomeIOError: writing failed.
     """
-    allocation = home.allocate(tensor.shape, tensor.dtype)
-    allocated = tensor_of(allocation)
+    allocation, values = home.allocate(tensor.shape, tensor.dtype), tensor.detach()
+    parked = tensor_of(allocation)
     if home.works_in_place:
-        allocated.copy_(tensor.detach())
-    else:
-        _write_whole(allocation, tensor.detach())
-    return allocated
-
-
-def _write_whole(allocation: Allocation, tensor: Tensor) -> None:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
-    for start, piece in pieces(allocation.room):
-        used = min(piece.numel(), allocation.nbytes - start)
-        piece[:used].copy_(flat[start : start + used])
-        allocation.write(piece, start)
+        parked.copy_(values)
+    elif values.numel():
+        flat = values.contiguous().view(-1).view(torch.uint8)
+        for start, piece in pieces(allocation.room):
+            used = min(piece.numel(), allocation.nbytes - start)
+            piece[:used].copy_(flat[start : start + used])
+            allocation.write(piece, start)
+    return parked

@@ -41,14 +41,8 @@ def problems_of(
 def load_any_form(layer: Layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> list[str]:
     """Rewrite the layer's entries of `state_dict` into names and values of its own tiles, in place.
 
-    Args:
-        layer: the tiled layer.
-        state_dict: the module's own copy of the checkpoint's dictionary.
-        prefix: the layer's name in it, with a dot, or nothing.
-        assign: torch will make the entries the tiles' parameters, so they must be copies.
-
-    Returns:
-        What is wrong, as sentences; the tiles keep their values then.
+    With `assign` torch makes the entries the tiles' parameters, so they must be copies. Gives what
+    is wrong, as sentences; the tiles keep their values then.
     """
     found = _Found(layer, state_dict, prefix)
     problems = found.problems(assign)

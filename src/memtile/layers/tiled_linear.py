@@ -254,9 +254,9 @@ class TiledLinear(LinearPaths):
 
 
 def _with_home(linear_cls: LinearClass, arguments: dict[str, Any]) -> LinearClass:
-    """The class to use with these arguments: `ParkedLinear` where a `home` is given.
+    """`ParkedLinear` where a `home` is given, which becomes one home for all tiles of the layer.
 
-    Tiles of one layer share one home. A user's own class gets the argument as it is.
+    A user's own class gets the argument as it is.
     """
     if linear_cls is nn.Linear and arguments.get("home") is None:
         arguments.pop("home", None)
@@ -270,18 +270,7 @@ def _with_home(linear_cls: LinearClass, arguments: dict[str, Any]) -> LinearClas
 def _make_tile(
     linear_cls: LinearClass, in_features: int, out_features: int, bias: bool, **kwargs: Any
 ) -> nn.Module:
-    """One tile; a plain `nn.Linear` comes without starting values.
-
-    Args:
-        linear_cls: called as `linear_cls(in_features, out_features, bias=bias, **kwargs)`.
-        in_features: columns of the tile.
-        out_features: rows of the tile.
-        bias: whether the tile carries its row's bias.
-        **kwargs: the user's own, passed on by contract.
-
-    Raises:
-        TileClassError: the class ignores `bias=False`, is none, or gives no module.
-    """
+    """One tile, checked to be what a layer can hold; a plain linear comes without values."""
     if linear_cls in (nn.Linear, ParkedLinear):
         return uninitialised(linear_cls, in_features, out_features, bias=bias, **kwargs)
     name = getattr(linear_cls, "__qualname__", repr(linear_cls))

@@ -96,15 +96,10 @@ def _shape_of_engine(tensor: Tensor) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class Values:
-    """The tensors of one weight or bias, and the grid that they stand in.
-
-    Args:
-        grid: how the tensors make the whole.
-        tensors: one matrix, or one bias, for each place of the grid; gathered when it is read.
-    """
+    """The tensors of one weight or bias, and the grid that they stand in."""
 
     grid: Grid
-    tensors: Mapping[Index, Tensor]
+    tensors: Mapping[Index, Tensor]  # gathered one by one, when they are read
 
     @classmethod
     def dense(cls, tensor: Tensor) -> "Values":
@@ -114,12 +109,7 @@ class Values:
 
     @classmethod
     def tiles(cls, tensors: Mapping[Index, Tensor]) -> "Values":
-        """The values of tiles; their spans are read from their shapes.
-
-        Raises:
-            TileShapeError: they do not make a grid.
-            StateDictError: their dtypes differ.
-        """
+        """The values of tiles, of one dtype; their spans are read from their shapes."""
         dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
         if len(dtypes) > 1:
             raise StateDictError(
@@ -174,12 +164,7 @@ def bias_rect(rows: Span) -> Rect:
 def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...]) -> Tensor:
     """The dense tensor that the tiles' parameters make: differentiable where gradients are on.
 
-    Args:
-        parameters: the tiles' weights, or their biases as one column.
-        shape: the dense shape that they must add up to.
-
-    Raises:
-        TileShapeError: they add up to another shape (tensor-parallel shards, say).
+    TileShapeError where they add up to another shape (tensor-parallel shards, say).
     """
     if torch.compiler.is_compiling():  # cannot trace engines or the writes below
         return _cat(parameters)

@@ -1,4 +1,4 @@
-"""Mathematics and autograd of tiled products and lookups; imports no home and no module."""
+"""Mathematics and autograd of tiled products and lookups."""
 
 from memtile.ops.composed import (
     ResultShapes,

@@ -1,6 +1,5 @@
 """A parked parameter as an operation sees it: values to read, a place to write its gradient."""
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +11,7 @@ from memtile.errors import ParkedError
 from memtile.homes import (
     Allocation,
     allocation_of,
-    renew_in_child,
+    fork_safe_lock,
     room_of,
     scratch_like,
     streamed_allocation,
@@ -22,22 +21,12 @@ from memtile.transfer.iterations import enter_backward, rings_of, state
 
 
 class _Trained:
-    """What is known of a parameter while it is trained.
-
-    Attributes:
-        uses: sources of nodes whose backward has not run.
-        is_stepped_in_backward: a hook takes the gradient, so it need not go home.
-        lock: held by a thread that adds to the gradient, or takes it.
-    """
+    """What is known of a parameter while it is trained."""
 
     def __init__(self) -> None:
-        self._renew_lock()
-        renew_in_child(self, _Trained._renew_lock)
-        self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()
-        self.is_stepped_in_backward = False
-
-    def _renew_lock(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = fork_safe_lock()  # held while the gradient is added to, or taken
+        self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()  # whose backward has not run
+        self.is_stepped_in_backward = False  # a hook takes the gradient: it need not go home
 
 
 def _record(parameter: Tensor) -> _Trained:
