@@ -160,7 +160,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
             return functional.linear(input, weight, bias)
         checks.check_tensor(_NAME, input)
         checks.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
-        checks.check_kinds(_NAME, [input], weight, same_device=False)
+        checks.check_dtypes_and_devices(_NAME, [input], weight, same_device=False)
         x = input.to(ops.autocast_dtype(input) or input.dtype)
         with layer_call():
             bias = None if bias is None else bias.to(x.dtype)

@@ -137,10 +137,10 @@ class SlabRing:
             yield Lease(self, slabs, groups)
             self._check_process()
         except BaseException:
-            self._leave(slabs, half_changed=True)
+            self._release(slabs, half_changed=True)
             raise
         else:
-            self._leave(slabs)
+            self._release(slabs)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -317,7 +317,7 @@ class SlabRing:
 
         return min(free, key=cost, default=None)
 
-    def _leave(self, slabs: Sequence[Slab], half_changed: bool = False) -> None:
+    def _release(self, slabs: Sequence[Slab], half_changed: bool = False) -> None:
         with self._changing():
             for slab in slabs:
                 slab.users -= 1
