@@ -1,4 +1,4 @@
-"""What is asked of Linux and the C library: memory, how much is free, hints, word of forks.
+"""What is asked of Linux and the C library: memory, how much is free, hints about it, and forks.
 
 Buffers are private maps of their exact size. Python's default, a shared map, would escape
 `RLIMIT_DATA`; PyTorch's `pin_memory` rounds every block up to a power of two.
