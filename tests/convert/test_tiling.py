@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import memtile
+from memtile.convert import Integration, kinds
 from memtile.errors import CannotTileError
 
 
@@ -206,3 +207,19 @@ def test_errors_name_the_layer_in_its_model() -> None:
 
     with pytest.raises(memtile.errors.TileShapeError, match=r"block\.proj: the input is 9 wide"):
         model["block"]["proj"](torch.randn(2, 9))  # type: ignore[index]
+
+
+def test_an_integration_is_asked_only_where_its_library_was_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until then no module can be one of its: it keeps nothing, and is told of no replacement."""
+
+    def refuse(*given: object) -> dict[str, str]:
+        raise AssertionError
+
+    unknown = Integration("imported_by_nobody", keeps=refuse, replaced=refuse)  # type: ignore[arg-type]
+    monkeypatch.setattr(kinds, "_integrations", [*kinds._integrations, unknown])
+
+    model = memtile.untile(memtile.tile(Net(), out_splits=2))
+
+    assert type(model.up) is nn.Linear

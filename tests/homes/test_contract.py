@@ -59,5 +59,5 @@ class _DirectHome(DiskHome):
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome, _DirectHome])
 def test_anything_in_any_order_agrees_with_a_plain_model(make_home):
-    """Parking, writing, reading, forgetting and dropping in any order loses and mixes nothing."""
+    """Parking, writing, reading, evicting and dropping in any order loses and mixes nothing."""
     run_state_machine_as_test(home_state_machine(make_home), settings=_SETTINGS)

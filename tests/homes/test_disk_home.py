@@ -125,10 +125,10 @@ def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
     _refuse(monkeypatch, errno.EOPNOTSUPP, os.O_TMPFILE)
 
     with DiskHome(tmp_path) as home:
-        allocated = allocate_copy(home, torch.arange(5000))
+        parked = allocate_copy(home, torch.arange(5000))
 
         assert os.listdir(tmp_path) == []
-        assert torch.equal(allocated, torch.arange(5000))
+        assert torch.equal(parked, torch.arange(5000))
 
 
 def _refuse_maps(monkeypatch, error: int) -> None:
@@ -283,7 +283,7 @@ def test_every_byte_is_allocated_before_it_is_mapped(tmp_path):
 def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
     """Without room the error tells needed and free bytes; afterwards the home is as it was."""
     with DiskHome(tmp_path) as home:
-        allocated = allocate_copy(home, torch.ones(1000))
+        parked = allocate_copy(home, torch.ones(1000))
         before = _file_bytes(home)
 
         def full(fd, offset, size):
@@ -298,7 +298,7 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
 
         assert raised.value.errno == errno.ENOSPC
         assert _file_bytes(home) == before
-        assert bool((allocated == 1).all())
+        assert bool((parked == 1).all())
         assert home.allocate((9 * _MIB,), torch.uint8).address
 
 
@@ -323,7 +323,7 @@ def test_a_limit_on_file_size_is_an_error(tmp_path):
     """The kernel's own refusal (RLIMIT_FSIZE) is HomeFullError; what was parked stays."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with DiskHome(tmp_path) as home:
-        allocated = allocate_copy(home, torch.arange(1000))
+        parked = allocate_copy(home, torch.arange(1000))
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 * _MIB, hard))
         try:
             with pytest.raises(HomeFullError, match="File too large"):
@@ -331,7 +331,7 @@ def test_a_limit_on_file_size_is_an_error(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-        assert torch.equal(allocated, torch.arange(1000))
+        assert torch.equal(parked, torch.arange(1000))
 
 
 def test_a_map_that_is_refused_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
@@ -356,22 +356,22 @@ def test_evict_takes_the_pages_out_of_this_process(tmp_path):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
 
     with DiskHome(tmp_path) as home:
-        allocated = allocate_copy(home, torch.ones(4 * _MIB))
-        allocated.add_(1)
+        parked = allocate_copy(home, torch.ones(4 * _MIB))
+        parked.add_(1)
         before = resident()
 
-        allocation_of(allocated).evict()
+        allocation_of(parked).evict()
 
         assert before - resident() > 12 * _MIB
-        assert bool((allocated == 2).all())
+        assert bool((parked == 2).all())
 
 
-def test_settling_in_brings_no_pages_into_this_process(tmp_path):
+def test_parking_a_copy_brings_no_pages_into_this_process(tmp_path):
     """Values are written past the mapping: only a piece's buffer is ever resident."""
     with DiskHome(tmp_path) as home:
-        allocated = allocate_copy(home, torch.ones(4 * _MIB))
+        parked = allocate_copy(home, torch.ones(4 * _MIB))
 
-        assert home.traffic.written_bytes == allocated.nbytes
+        assert home.traffic.written_bytes == parked.nbytes
 
 
 # Reads and writes
@@ -394,17 +394,17 @@ def test_partial_reads_and_writes_are_continued(home, monkeypatch):
     monkeypatch.setattr(disk_io, "write_at", lambda fd, b, o: writes(fd, b[:PAGE], o))
     values = torch.arange(5000)
 
-    allocated = allocate_copy(home, values)
-    allocation_of(allocated).read(buffer := aligned_buffer(allocated.nbytes))
+    parked = allocate_copy(home, values)
+    allocation_of(parked).read(buffer := aligned_buffer(parked.nbytes))
 
-    assert torch.equal(buffer[: allocated.nbytes].view(torch.int64), values)
-    assert torch.equal(allocated, values)
+    assert torch.equal(buffer[: parked.nbytes].view(torch.int64), values)
+    assert torch.equal(parked, values)
 
 
 def test_a_read_that_ends_early_is_an_error(home, monkeypatch):
     """A file that ends before the tile does is HomeIOError, naming the bytes; nothing is stuck."""
-    allocated = allocate_copy(home, torch.arange(5000))
-    allocation, real = allocation_of(allocated), disk_io.read_at
+    parked = allocate_copy(home, torch.arange(5000))
+    allocation, real = allocation_of(parked), disk_io.read_at
     buffer = aligned_buffer(allocation.room)
 
     def ending(fd, piece, offset):
@@ -422,8 +422,8 @@ def test_a_read_that_ends_early_is_an_error(home, monkeypatch):
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_an_error_of_the_disk_is_told(home, monkeypatch, act):
     """EIO becomes HomeIOError with its errno and cause, is not counted, and the home goes on."""
-    allocated = allocate_copy(home, torch.arange(5000))
-    allocation, before = allocation_of(allocated), home.traffic
+    parked = allocate_copy(home, torch.arange(5000))
+    allocation, before = allocation_of(parked), home.traffic
     buffer = aligned_buffer(allocation.room)
     allocation.read(buffer)
 
@@ -440,13 +440,13 @@ def test_an_error_of_the_disk_is_told(home, monkeypatch, act):
     assert home.traffic.written_bytes == before.written_bytes
     assert home.traffic.read_bytes == allocation.room
     allocation.write(buffer)
-    assert torch.equal(allocated, torch.arange(5000))
+    assert torch.equal(parked, torch.arange(5000))
 
 
 def test_closing_waits_for_what_is_being_read(home, monkeypatch):
-    """A read under way ends in peace: its file is not closed, nor its number given to another."""
-    allocated = allocate_copy(home, torch.arange(5000))
-    allocation, real = allocation_of(allocated), disk_io.read_at
+    """A read under way ends before its file is closed and the descriptor given to another."""
+    parked = allocate_copy(home, torch.arange(5000))
+    allocation, real = allocation_of(parked), disk_io.read_at
     buffer = aligned_buffer(allocation.room)
     reading, go_on = threading.Event(), threading.Event()
 
@@ -485,9 +485,9 @@ def test_a_file_that_outgrows_free_memory_is_read_direct(tmp_path, monkeypatch, 
         large = allocate_copy(home, torch.ones(2 * _MIB))
 
         assert home.path == "direct"
-        for allocated in (small, large):
-            allocation_of(allocated).read(buffer := aligned_buffer(allocated.nbytes))
-            assert torch.equal(buffer[: allocated.nbytes].view(torch.float32), allocated)
+        for parked in (small, large):
+            allocation_of(parked).read(buffer := aligned_buffer(parked.nbytes))
+            assert torch.equal(buffer[: parked.nbytes].view(torch.float32), parked)
     words = [record.getMessage() for record in caplog.records]
     assert len(words) == 2
     assert "by page cache: its 4096 bytes fit" in words[0]
@@ -541,10 +541,10 @@ def test_nothing_stays_open(tmp_path):
     before, threads = _open_files(), threading.active_count()
     for close in (False, True):
         home = DiskHome(tmp_path / ".")
-        allocated = allocate_copy(home, torch.ones(5000))
+        parked = allocate_copy(home, torch.ones(5000))
         if close:
             home.close()
-        del home, allocated
+        del home, parked
 
         assert _open_files() == before, close
     assert threading.active_count() == threads

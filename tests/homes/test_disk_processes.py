@@ -13,24 +13,24 @@ from memtile.homes import DiskHome, aligned_buffer, allocation_of, allocate_copy
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: the child would hang
 folder = sys.argv[1]
 home = DiskHome(folder)
-flushed = allocate_copy(home, torch.arange(100_000))
+parked = allocate_copy(home, torch.arange(100_000))
 """
 
 _FORK = """
 child = os.fork()
 if not child:
     code = 1
-    assert torch.equal(flushed, torch.arange(100_000))
-    allocation_of(flushed).read(aligned_buffer(allocation_of(flushed).room))
+    assert torch.equal(parked, torch.arange(100_000))
+    allocation_of(parked).read(aligned_buffer(allocation_of(parked).room))
     try:
         home.allocate((1,), torch.float32)
     except HomeError:
         code = 0
     home.close()
-    del home, flushed
+    del home, parked
     os._exit(code)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-allocation_of(flushed).read(aligned_buffer(allocation_of(flushed).room))
+allocation_of(parked).read(aligned_buffer(allocation_of(parked).room))
 home.close()
 """
 

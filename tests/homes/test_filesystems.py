@@ -1,4 +1,4 @@
-"""Which filesystem a folder is on."""
+"""Which filesystems a home can be on."""
 
 import os
 from pathlib import Path
@@ -7,75 +7,39 @@ import pytest
 
 from memtile.homes import filesystems
 
-
-@pytest.fixture
-def mounts(tmp_path, monkeypatch):
-    """Writes another mountinfo; each mount is its point, kind and device."""
-
-    def write(*lines):
-        rows = [
-            f"{n} 1 {device or '0:0'} / {point} rw shared:1 master:2 - {kind} src rw"
-            for n, (point, kind, device) in enumerate(lines)
-        ]
-        (tmp_path / "mountinfo").write_text("\n".join(rows))
-        monkeypatch.setattr(filesystems, "_MOUNTS", tmp_path / "mountinfo")
-
-    return write
+SHARED_MEMORY = Path("/dev/shm")
 
 
-def test_the_longest_mount_point_counts(tmp_path, mounts):
-    """A folder is on the innermost mount above it, not on one whose name only begins alike."""
-    mounts(("/", "ext4", None), (tmp_path, "xfs", None), (f"{tmp_path}/in", "tmpfs", None))
-    (tmp_path / "inside").mkdir()
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
+def test_memory_is_refused_also_through_a_link(tmp_path):
+    """A folder in a tmpfs is memory, by whatever path it is named."""
+    (tmp_path / "link").symlink_to(SHARED_MEMORY)
 
-    assert filesystems.filesystem_of(tmp_path / "inside") == "xfs"
-
-
-def test_a_mount_hides_an_earlier_one(tmp_path, mounts):
-    """Of two mounts on one point the later counts."""
-    mounts((tmp_path, "ext4", None), (tmp_path, "ramfs", None))
-
-    assert filesystems.filesystem_of(tmp_path) == "ramfs"
-    assert "ramfs" in filesystems.why_unusable(tmp_path)
+    for folder in (SHARED_MEMORY, tmp_path / "link"):
+        assert "it is tmpfs, which is memory" in filesystems.why_unusable(folder)
 
 
-def test_the_device_counts_before_the_path(tmp_path, mounts):
-    """A mount of the folder's own device is believed before a longer path of another."""
-    number = os.stat(tmp_path).st_dev
-    mounts(
-        ("/", "ext4", f"{os.major(number)}:{os.minor(number)}"),
-        (tmp_path, "tmpfs", "0:99"),
-    )
+@pytest.mark.parametrize(
+    ("number", "kind"), [*filesystems._IN_MEMORY.items(), *filesystems._OF_THE_KERNEL.items()]
+)
+def test_what_keeps_no_files_is_refused_by_name(tmp_path, monkeypatch, number, kind):
+    """Filesystems in memory, and those by which the kernel shows itself."""
+    monkeypatch.setattr(filesystems, "filesystem_type", lambda folder: number)
 
-    assert filesystems.filesystem_of(tmp_path) == "ext4"
-
-
-def test_names_with_spaces_are_understood(tmp_path, mounts):
-    """Mount points stand there with octal escapes."""
-    folder = tmp_path / "a b\\c"
-    folder.mkdir()
-    mounts(
-        ("/", "ext4", None),
-        (str(folder).replace("\\", "\\134").replace(" ", "\\040"), "tmpfs", None),
-    )
-
-    assert filesystems.filesystem_of(folder) == "tmpfs"
+    assert f"it is {kind}, which" in filesystems.why_unusable(tmp_path)
 
 
-def test_a_link_is_followed(tmp_path, mounts):
-    """A link to a folder in memory is in memory."""
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    mounts(("/", "ext4", None), (tmp_path / "real", "tmpfs", None))
-
-    assert filesystems.filesystem_of(tmp_path / "link") == "tmpfs"
+def test_the_kernel_tells_the_type(tmp_path):
+    """/proc is known for what it is, and an ordinary folder for something else."""
+    assert filesystems._OF_THE_KERNEL[filesystems.filesystem_type(Path("/proc"))] == "proc"
+    assert filesystems.filesystem_type(tmp_path) not in filesystems._OF_THE_KERNEL
 
 
 def test_an_unknown_filesystem_is_not_refused(tmp_path, monkeypatch):
-    """Where the system does not tell its mounts, a folder is taken for a disk."""
-    monkeypatch.setattr(filesystems, "_MOUNTS", Path("/nowhere"))
+    """Where the system does not tell its kind, a folder is taken for a disk."""
+    assert filesystems.filesystem_type(tmp_path / "missing") is None
+    monkeypatch.setattr(filesystems, "filesystem_type", lambda folder: None)
 
-    assert filesystems.filesystem_of(tmp_path) == ""
     assert filesystems.why_unusable(tmp_path) is None
 
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from memtile.homes import free_memory
+from memtile.homes import kernel
 
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
     """Writes files of /proc and /sys of another system."""
-    monkeypatch.setattr(free_memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(free_memory, "_OWN_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(free_memory, "_CGROUPS", tmp_path / "sys")
+    monkeypatch.setattr(kernel, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(kernel, "_OWN_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(kernel, "_CGROUPS", tmp_path / "sys")
 
     def write(**files):
         for name, text in files.items():
@@ -23,14 +23,14 @@ def system(tmp_path, monkeypatch):
 
 def test_this_system_tells():
     """On Linux some memory is free, and less than there can be."""
-    assert 0 < free_memory.free_bytes() < 1 << 60
+    assert 0 < kernel.free_bytes() < 1 << 60
 
 
 def test_without_cgroups_the_system_tells(system):
     """MemAvailable, in bytes."""
     system(meminfo="MemTotal: 9 kB\nMemAvailable:     5 kB\n")
 
-    assert free_memory.free_bytes() == 5 * 1024
+    assert kernel.free_bytes() == 5 * 1024
 
 
 def test_a_limit_of_version_2_counts(system):
@@ -45,7 +45,7 @@ def test_a_limit_of_version_2_counts(system):
         },
     )
 
-    assert free_memory.free_bytes() == 1500
+    assert kernel.free_bytes() == 1500
 
 
 def test_the_tightest_group_above_counts(system):
@@ -61,7 +61,7 @@ def test_the_tightest_group_above_counts(system):
         },
     )
 
-    assert free_memory.free_bytes() == 1
+    assert kernel.free_bytes() == 1
 
 
 def test_a_limit_of_version_1_counts(system):
@@ -76,7 +76,7 @@ def test_a_limit_of_version_1_counts(system):
         },
     )
 
-    assert free_memory.free_bytes() == 1200
+    assert kernel.free_bytes() == 1200
 
 
 def test_more_used_than_allowed_is_nothing_free(system):
@@ -87,9 +87,9 @@ def test_more_used_than_allowed_is_nothing_free(system):
         **{"sys__memory.max": "10\n", "sys__memory.current": "20\n"},
     )
 
-    assert free_memory.free_bytes() == 0
+    assert kernel.free_bytes() == 0
 
 
 def test_a_system_that_does_not_tell(system):
     """Without /proc it is None."""
-    assert free_memory.free_bytes() is None
+    assert kernel.free_bytes() is None

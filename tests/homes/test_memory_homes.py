@@ -97,16 +97,16 @@ def test_memory_that_is_not_there_is_an_error(make_home):
 
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome])
-def test_settling_in_keeps_no_source_and_takes_any_layout(make_home):
-    """A transposed, expanded or requires-grad source flushes as a plain contiguous tensor."""
+def test_parking_a_copy_keeps_no_source_and_takes_any_layout(make_home):
+    """A transposed, expanded or requires-grad source is parked as a plain contiguous tensor."""
     with make_home() as home:
         base = torch.arange(12.0).view(3, 4)
         for source in (base.t(), base[:, 1], base[:1].expand(5, 4), base.clone().requires_grad_()):
-            allocated = allocate_copy(home, source)
+            parked = allocate_copy(home, source)
 
-            assert torch.equal(allocated, source)
-            assert allocated.is_contiguous()
-            assert not allocated.requires_grad
+            assert torch.equal(parked, source)
+            assert parked.is_contiguous()
+            assert not parked.requires_grad
 
 
 def test_only_disk_is_not_worked_on_in_place():
@@ -120,18 +120,18 @@ def test_only_disk_is_not_worked_on_in_place():
 def test_an_allocation_is_dropped_when_the_tensor_lies_elsewhere(make_home):
     """Other data has no allocation, also with the same address in other strides or dtype."""
     with make_home() as home:
-        allocated = allocate_copy(home, torch.rand(4, 4))
-        allocation = allocation_of(allocated)
+        parked = allocate_copy(home, torch.rand(4, 4))
+        allocation = allocation_of(parked)
         for other in (
-            allocated.t(),
-            allocated.view(2, 8),
-            allocated[:2],
-            allocated.view(torch.int32),
+            parked.t(),
+            parked.view(2, 8),
+            parked[:2],
+            parked.view(torch.int32),
         ):
             register(other, allocation)
 
             assert allocation_of(other) is None
-        parameter = torch.nn.Parameter(allocated)
+        parameter = torch.nn.Parameter(parked)
         assert allocation_of(parameter) is None
         register(parameter, allocation)
         assert allocation_of(parameter) is allocation

@@ -174,3 +174,19 @@ def test_an_engine_that_is_taken_away_is_asked_no_more():
         pass
 
     assert asked == [(1, True)]
+
+
+def test_an_engine_is_asked_only_where_its_library_was_imported():
+    """An engine of a library that nobody imported has no parameter: it is not called."""
+
+    @contextmanager
+    def refuse(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
+        raise AssertionError
+        yield
+
+    unregister = register_gatherer(refuse, library="imported_by_nobody")
+    try:
+        with gathered([nn.Parameter(torch.ones(1))]) as kept:
+            assert kept
+    finally:
+        unregister()

@@ -44,7 +44,7 @@ def pair(out_splits: int, home: str, **options: object) -> tuple[nn.Embedding, T
     ids=str,
 )
 def test_rows_and_gradients_are_the_dense_embeddings(home, out_splits, ids, options):
-    """Rows bit for bit; gradients over two passes, with padding and frequencies counted."""
+    """Rows bit for bit; gradients over two iterations, with padding and frequencies counted."""
     dense, tiled = pair(out_splits, home, **options)
     for _ in range(2):
         for module in (dense, tiled):

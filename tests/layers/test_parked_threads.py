@@ -80,10 +80,10 @@ class Shared:
 
 
 class Source:
-    allocated = 0
+    flushes = 0
 
     def flush(self):
-        self.allocated += 1
+        self.flushes += 1
 
 
 def test_a_gradient_is_flushed_by_its_own_backward_only():
@@ -92,10 +92,10 @@ def test_a_gradient_is_flushed_by_its_own_backward_only():
 
     def ask(grad):
         parked._flush_before(node, source)
-        assert not source.allocated
+        assert not source.flushes
         node.hook((grad,))
 
     in_backward(ask)
 
-    assert source.allocated == 1
+    assert source.flushes == 1
     assert not hasattr(node, "hook")

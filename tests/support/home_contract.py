@@ -64,10 +64,10 @@ class HomeContract(ABC):
             for dtype, shape in _kinds():
                 values = random_values(shape, dtype)
 
-                allocated = allocate_copy(home, values)
+                parked = allocate_copy(home, values)
 
-                assert (allocated.dtype, allocated.shape) == (dtype, values.shape)
-                assert same(allocated, values), (dtype, shape)
+                assert (parked.dtype, parked.shape) == (dtype, values.shape)
+                assert same(parked, values), (dtype, shape)
 
     def test_a_tensor_owns_a_storage_of_exactly_its_bytes(self) -> None:
         """torch.save writes a tensor's whole storage: it is no byte longer than the tensor."""
@@ -179,7 +179,7 @@ class HomeContract(ABC):
     def test_a_room_is_not_used_again_while_a_tensor_lies_over_it(self) -> None:
         """A view that outlives its allocation keeps its values, however much is parked after it."""
         with self.make_home() as home:
-            # Not flushed in: a registered tensor, which a view keeps, would keep its allocation.
+            # Not by allocate_copy: views keep registered tensors, and these their allocations.
             tensors = [home.allocate((1000,), torch.float32).tensor().fill_(n) for n in range(8)]
             views = [tensor.view(-1)[1:] for tensor in tensors]
             del tensors
@@ -207,10 +207,10 @@ class HomeContract(ABC):
         """What is parked and dropped over and over keeps its values while it is there."""
         with self.make_home() as home:
             for number in range(24):
-                allocated = allocate_copy(home, torch.full((1 << 18,), number, dtype=torch.int32))
+                parked = allocate_copy(home, torch.full((1 << 18,), number, dtype=torch.int32))
 
-                assert int(allocated[0]) == int(allocated[-1]) == number
-                del allocated
+                assert int(parked[0]) == int(parked[-1]) == number
+                del parked
 
     def test_evict_keeps_the_contents(self) -> None:
         """What was written through a tensor, or past it, is there after `evict`."""
@@ -247,11 +247,11 @@ class HomeContract(ABC):
         """Reads of several threads, and writes to other allocations meanwhile, do not meet."""
         with self.make_home() as home:
             values = [random_values((50_000,), torch.float32, seed) for seed in range(4)]
-            allocated = [allocate_copy(home, value) for value in values]
+            parked = [allocate_copy(home, value) for value in values]
             wrong: list[int] = []
 
             def work(number: int) -> None:
-                allocation = known_allocation(allocated[number])
+                allocation = known_allocation(parked[number])
                 for turn in range(8):
                     if not same(read_whole(allocation), values[number]):
                         wrong.append(number)
@@ -306,7 +306,7 @@ class HomeContract(ABC):
             assert allocation.label == "layers.0.weight"
 
     def test_a_closed_home_refuses(self) -> None:
-        """Once closed, `allocation`, `hold`, `read` and `write` raise HomeError."""
+        """Once closed, `allocate`, `hold`, `read` and `write` raise HomeError."""
         home = self.make_home()
         allocation, piece = home.allocate((PAGE,), torch.uint8), aligned_buffer(PAGE)
 
@@ -331,27 +331,27 @@ class HomeContract(ABC):
         """A tensor can be read and written after its home was closed and dropped."""
         home = self.make_home()
         values = random_values((129, 257), torch.float32)
-        allocated = allocate_copy(home, values)
+        parked = allocate_copy(home, values)
         home.close()
         del home
         gc.collect()
 
-        assert same(allocated, values)
-        allocated.add_(1)
-        assert same(allocated, values + 1)
+        assert same(parked, values)
+        parked.add_(1)
+        assert same(parked, values + 1)
 
     def test_a_tensor_is_found_in_its_allocation_only_while_it_lies_there(self) -> None:
         """A parameter that was registered is known until its data is moved away."""
         with self.make_home() as home:
-            allocated = allocate_copy(home, torch.arange(6.0).view(2, 3))
-            parameter = torch.nn.Parameter(allocated)
-            register(parameter, known_allocation(allocated))
-            assert allocation_of(parameter) is allocation_of(allocated)
+            parked = allocate_copy(home, torch.arange(6.0).view(2, 3))
+            parameter = torch.nn.Parameter(parked)
+            register(parameter, known_allocation(parked))
+            assert allocation_of(parameter) is allocation_of(parked)
 
             parameter.data = torch.zeros(2, 3)
 
             assert allocation_of(parameter) is None
-            assert allocation_of(allocated) is not None
+            assert allocation_of(parked) is not None
 
 
 def _kinds() -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:

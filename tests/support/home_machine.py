@@ -28,7 +28,7 @@ class _Parked:
 def home_state_machine(make_home: Callable[[], Home]) -> type[RuleBasedStateMachine]:
     """A state machine for homes of this kind, for `run_state_machine_as_test`.
 
-    It parks, writes through tensors and past them, reads both ways, forgets, holds, drops
+    It parks, writes through tensors and past them, reads both ways, evicts, holds, drops
     allocations and tensors in any order, and compares with a plain model after every step.
 
     Args:

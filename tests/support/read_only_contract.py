@@ -42,7 +42,7 @@ class ReadOnlyHomeContract(ABC):
             assert allocation.room % PAGE == 0
 
     def test_the_home_says_that_it_is_read_only(self) -> None:
-        """`allocation`, `hold` and `write` raise HomeError, which names the way out."""
+        """`allocate`, `hold` and `write` raise HomeError, which names the way out."""
         allocation, _ = self._one()
 
         assert allocation.home.is_read_only

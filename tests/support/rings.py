@@ -1,4 +1,4 @@
-"""Walking tiles through a ring, and waiting for what its threads do."""
+"""Taking tiles through a ring in turn, and waiting for what its threads do."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ MakeRing = Callable[..., SlabRing]
 
 
 def path(ring: SlabRing, order: list[Allocation]) -> list[float]:
-    """One pass: the first value of each tile, as it was found."""
+    """One iteration: the first value of each tile, as it was found."""
     found = []
     ring.start()
     for allocation in order:

@@ -14,7 +14,7 @@ from memtile import DiskHome, tile
 from memtile.errors import HomeError
 from memtile.homes import aligned_buffer, allocation_of, disk_io
 from memtile.transfer import iterations, rings_of
-from memtile.transfer.parked import gradient_of
+from memtile.transfer.parked import gradient_lock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -57,7 +57,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
             conditions = [ring._changed for ring in rings.all()]
             locks = [
                 iterations.state.lock,
-                gradient_of(_weight(model)),
+                gradient_lock(_weight(model)),
                 home._change,
                 home._segments._lock,
                 *conditions,

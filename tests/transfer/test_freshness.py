@@ -1,7 +1,7 @@
 """Whatever wrote to a parked weight, the next iteration uses what was written.
 
 Each write is done to a model on disk and to the same model with resident tiles: they must agree bit
-for bit. The passes before have filled slabs, and learnt what to read ahead.
+for bit. The iterations before have filled slabs, and learnt what to read ahead.
 """
 
 import copy
@@ -360,7 +360,7 @@ class FailsOnce:
             raise RuntimeError("the test wants it")
 
 
-def test_a_graph_whose_backward_broke_off_can_be_walked_again():
+def test_a_graph_whose_backward_failed_can_run_backward_again():
     """After the exception the retained graph gives the gradients that it would have given."""
     resident, parked = resident_and_parked()
     results = []

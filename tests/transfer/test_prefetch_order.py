@@ -16,28 +16,28 @@ def path(prefetch_order: PrefetchOrder, order: list[Allocation]) -> None:
         prefetch_order.note(key_of((allocation,)))
 
 
-def foreseen(prefetch_order: PrefetchOrder, number: int = 9) -> list[str | None]:
+def predicted(prefetch_order: PrefetchOrder, number: int = 9) -> list[str | None]:
     """Labels of what is predicted to come next."""
     groups = [group_of(key) for key in islice(prefetch_order.ahead(), number)]
     return [None if group is None else group[0].label for group in groups]
 
 
-def test_nothing_is_foreseen_at_first():
+def test_nothing_is_predicted_at_first():
     """Without any request nothing is predicted."""
     prefetch_order = PrefetchOrder()
     prefetch_order.start()
 
-    assert foreseen(prefetch_order) == []
+    assert predicted(prefetch_order) == []
 
 
-def test_an_order_is_known_after_one_pass_and_ends_where_the_iteration_ended():
+def test_an_order_is_known_after_one_iteration_and_ends_where_the_iteration_ended():
     """The whole iteration is predicted in its order, and nothing after its end."""
     tiles, prefetch_order = WatchedHome().tiles(4), PrefetchOrder()
     path(prefetch_order, tiles)
 
     prefetch_order.start()
 
-    assert foreseen(prefetch_order) == ["0", "1", "2", "3"]
+    assert predicted(prefetch_order) == ["0", "1", "2", "3"]
 
 
 def test_one_tile_there_and_back_is_told_apart_by_what_came_before():
@@ -47,7 +47,7 @@ def test_one_tile_there_and_back_is_told_apart_by_what_came_before():
 
     prefetch_order.start()
 
-    assert foreseen(prefetch_order) == ["0", "1", "2", "2", "1", "0"]
+    assert predicted(prefetch_order) == ["0", "1", "2", "2", "1", "0"]
 
 
 def test_a_wrong_guess_corrects_itself_by_the_next_iteration():
@@ -58,7 +58,7 @@ def test_a_wrong_guess_corrects_itself_by_the_next_iteration():
 
     prefetch_order.start()
 
-    assert foreseen(prefetch_order) == ["0", "2", "1"]
+    assert predicted(prefetch_order) == ["0", "2", "1"]
 
 
 def test_allocations_are_not_kept_alive_and_dead_ones_are_dropped():
@@ -68,4 +68,4 @@ def test_allocations_are_not_kept_alive_and_dead_ones_are_dropped():
         path(prefetch_order, home.tiles(3))
 
     assert len(prefetch_order._next) <= 2 * 3
-    assert set(foreseen(prefetch_order)) <= {None}
+    assert set(predicted(prefetch_order)) <= {None}

@@ -11,7 +11,7 @@ from memtile.homes import PAGE
 
 
 def test_what_comes_next_is_read_while_a_tile_is_worked_on(make_ring):
-    """In the second pass, tile 1 and tile 2 are on their way while tile 0 is leased."""
+    """In the second iteration, tile 1 and tile 2 are on their way while tile 0 is leased."""
     home = WatchedHome()
     tiles, ring = home.tiles(5), make_ring()
     path(ring, tiles)
@@ -155,7 +155,7 @@ def test_a_group_of_several_tensors_is_one_slab(make_ring):
     assert second.tensor().tolist() == [[12] * 3] * 2
 
 
-def test_two_acquireers_of_one_tile_share_a_slab_that_is_read_once(make_ring):
+def test_two_leases_of_one_tile_share_a_slab_that_is_read_once(make_ring):
     """A tile that is leased again while it is leased is not read again."""
     home = WatchedHome()
     (tile,), ring = home.tiles(1), make_ring()
@@ -167,8 +167,8 @@ def test_two_acquireers_of_one_tile_share_a_slab_that_is_read_once(make_ring):
     assert set(ring.holders) <= FREE
 
 
-def test_what_was_read_for_one_pass_is_not_used_in_the_next(make_ring):
-    """A tile that was written to between two passes is read anew, by both kinds of ring."""
+def test_what_was_read_for_one_iteration_is_not_used_in_the_next(make_ring):
+    """A tile that was written to between two iterations is read anew, by both kinds of ring."""
     home = WatchedHome()
     tiles = home.tiles(2)
     for ring in (make_ring(), make_ring()):

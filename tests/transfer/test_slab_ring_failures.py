@@ -153,7 +153,7 @@ def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():
     assert ring.holders == [Holder.NOBODY] * 2
 
 
-def test_a_failed_write_keeps_the_slab_as_the_truth_until_it_is_home(make_ring):
+def test_a_failed_write_keeps_the_newest_values_in_its_slab(make_ring):
     """`flush` tries again and raises while it fails; the tile is read from its slab meanwhile."""
     home = WatchedHome()
     (tile,), ring = home.tiles(1), make_ring()

@@ -9,7 +9,7 @@ from threads import PATIENCE_SECONDS, switching_often, together
 from watched_home import WatchedHome
 
 from memtile.layers import ParkedLinear
-from memtile.transfer import ParkedSource, gradient_of, rings_of
+from memtile.transfer import ParkedSource, gradient_lock, rings_of
 
 THREADS = 4
 
@@ -61,7 +61,7 @@ def test_threads_that_are_the_first_share_rings_and_locks():
     """All threads get the same ring of a home, and the same lock of a parameter."""
 
     def ask(home, parameter, found):
-        found.append((rings_of(home).weights, gradient_of(parameter)))
+        found.append((rings_of(home).weights, gradient_lock(parameter)))
 
     for _ in range(20):
         home, parameter, found = WatchedHome(), torch.zeros(1), []

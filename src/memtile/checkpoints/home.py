@@ -22,7 +22,7 @@ from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import HomeError
 from memtile.geometry import round_up
 from memtile.homes import Allocation, Home, Reservation, cannot_map, disk_io
-from memtile.homes.buffers import tensor_over
+from memtile.homes.kernel import tensor_over
 
 _log = logging.getLogger("memtile.checkpoints")
 

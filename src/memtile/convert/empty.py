@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from memtile.convert.kinds import integrations
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import lock_of_a_module
+from memtile.homes import fork_safe_lock
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,7 +96,7 @@ class _Moving(threading.local):
 
 
 _moving = _Moving()
-_patching = lock_of_a_module()
+_patching = fork_safe_lock()
 _inside = 0  # calls of `empty_model` under way, in all threads
 _register = nn.Module.register_parameter
 

@@ -1,5 +1,6 @@
 """Which classes of modules can be tiled; `integrations` registers those of other libraries."""
 
+import sys
 import types
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Integration:
     """What another library needs when its models are tiled.
 
     Args:
+        library: the name by which it is imported.
         kinds: dense modules of its own.
         keeps: gives, from the model, names below which its modules stay dense, with the reason.
         replaced: called with (old, new) after each replacement, in both directions.
@@ -91,6 +93,7 @@ class Integration:
             trains; None where the model is not one of theirs.
     """
 
+    library: str
     kinds: tuple[Kind, ...] = ()
     keeps: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     replaced: Callable[[nn.Module, nn.Module], None] = _nothing
@@ -129,9 +132,12 @@ def register_integration(integration: Integration) -> None:
     _integrations.append(integration)
 
 
-def integrations() -> tuple[Integration, ...]:
-    """Every registered integration."""
-    return tuple(_integrations)
+def integrations(*, imported_only: bool = True) -> list[Integration]:
+    """The registered integrations whose library this process has imported, or all of them.
+
+    All are asked for what may come before the import: `empty` and `check_files`.
+    """
+    return [own for own in _integrations if own.library in sys.modules or not imported_only]
 
 
 def configs_beside(model: nn.Module, dtype: torch.dtype | None = None) -> Beside:
@@ -150,13 +156,14 @@ def kind_of(module: nn.Module) -> Kind | None:
     return exact or next((kind for kind in _kinds() if kind.resembles(module)), None)
 
 
-def _kinds() -> list[Kind]:
-    return [kind for found in _integrations for kind in found.kinds] + [LINEAR, EMBEDDING]
+def _kinds(*, imported_only: bool = True) -> list[Kind]:
+    found = integrations(imported_only=imported_only)
+    return [*(kind for own in found for kind in own.kinds), LINEAR, EMBEDDING]
 
 
 def tiled_classes() -> set[type[TiledModule]]:
     """The tiled forms of all kinds."""
-    return {kind.tiled for kind in _kinds()}
+    return {kind.tiled for kind in _kinds(imported_only=False)}
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -169,7 +176,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             elif child is not None and id(child) not in known:
                 known.add(id(child))
                 found.append(child)
-    for integration in _integrations:
+    for integration in integrations():
         integration.replaced(old, new)
 
 

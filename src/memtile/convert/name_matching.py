@@ -122,7 +122,7 @@ def left_out(where: object, names: Collection[str]) -> str:
 
 def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
     """What a checkpoint has for a model; only headers are read, unless ties must be compared."""
-    for integration in integrations():
+    for integration in integrations(imported_only=False):
         for path in checkpoint.paths:
             integration.check_files(path)
     findings = _Search(

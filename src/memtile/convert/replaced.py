@@ -22,11 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.errors import ReplacedModuleWarning, ReplacedParametersWarning
-from memtile.homes import lock_of_a_module
+from memtile.homes import fork_safe_lock
 from memtile.optim import TileOptimizer
 
 _replaced = WeakIdKeyDictionary()  # parameter: who replaced it
-_hooking = lock_of_a_module()
+_hooking = fork_safe_lock()
 _hook: RemovableHandle | None = None
 
 

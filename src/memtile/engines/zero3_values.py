@@ -20,7 +20,7 @@ _OPEN = "_ds_z3_gathered_param_context_depth"  # DeepSpeed's count of contexts a
 
 def register_zero3_gatherer() -> None:
     """Let memtile's layers read and write partitioned tiles."""
-    register_gatherer(_gather, _whole_shape)
+    register_gatherer(_gather, _whole_shape, library="deepspeed")
 
 
 def is_partitioned(tensor: Tensor) -> bool:

@@ -98,15 +98,10 @@ class Rect:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a weight of shape (out_features, in_features) is cut into tiles.
+    """How a weight of shape (out_features, in_features) is cut into tiles."""
 
-    Args:
-        out_parts: bounds of the out-spans, from 0 to out_features.
-        in_parts: bounds of the in-spans, from 0 to in_features.
-    """
-
-    out_parts: tuple[int, ...]
-    in_parts: tuple[int, ...]
+    out_parts: tuple[int, ...]  # bounds of the out-spans, from 0 to out_features
+    in_parts: tuple[int, ...]  # bounds of the in-spans, from 0 to in_features
 
     @classmethod
     def uniform(
@@ -118,9 +113,7 @@ class Grid:
     ) -> "Grid":
         """The grid of `out_splits` × `in_splits` tiles that are as even as possible.
 
-        Raises:
-            SplitsError: a number of splits is no whole number from 1 to its number of features, or
-                a number of features no whole number from 1.
+        SplitsError unless each number of splits is a whole one from 1 to its number of features.
         """
         in_parts = _bounds("in", in_features, in_splits)
         return cls(_bounds("out", out_features, out_splits), in_parts)
@@ -131,9 +124,6 @@ class Grid:
 
         Rows of the weight stay whole where they fit (row tiles are contiguous in a checkpoint and
         need no sums); a row that is itself too long is cut into as few columns as it needs.
-
-        Raises:
-            SplitsError: `max_elements` is below 1.
         """
         if max_elements < 1:
             raise SplitsError(
@@ -149,9 +139,7 @@ class Grid:
         """The grid that tiles of the given shapes make, keyed by (row, column).
 
         Checkpoints of other releases cut their spans in other ways: they are read, never assumed.
-
-        Raises:
-            TileShapeError: tiles are missing, or do not line up in rows and columns.
+        TileShapeError where tiles are missing, or do not line up in rows and columns.
         """
         out_splits = 1 + max(row for row, _ in shapes)
         in_splits = 1 + max(column for _, column in shapes)

@@ -1,12 +1,21 @@
 """Homes: where tiles live while they are not used, in memory or on disk."""
 
-from memtile.homes.buffers import aligned_buffer, pieces, scratch_like
 from memtile.homes.disk import DiskHome
 from memtile.homes.filesystems import usable_folder
-from memtile.homes.forks import lock_of_a_module, renew_in_child
-from memtile.homes.free_memory import fits_page_cache
-from memtile.homes.home import PAGE, Allocation, Home, Reservation, Traffic, whole_pages
-from memtile.homes.kernel import keep_freed_memory_out, page_out, trim_heap
+from memtile.homes.home import Allocation, Home, Reservation, Traffic
+from memtile.homes.kernel import (
+    PAGE,
+    aligned_buffer,
+    fits_page_cache,
+    fork_safe_lock,
+    keep_freed_memory_out,
+    page_out,
+    pieces,
+    renew_in_child,
+    scratch_like,
+    trim_heap,
+    whole_pages,
+)
 from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (
@@ -16,11 +25,12 @@ from memtile.homes.registry import (
     hold_room,
     is_parked,
     register,
+    resolve_home,
     room_of,
     streamed_allocation,
     tensor_of,
+    word_for,
 )
-from memtile.homes.resolving import resolve_home, word_for
 
 __all__ = [
     "PAGE",
@@ -37,10 +47,10 @@ __all__ = [
     "cannot_map",
     "evict",
     "fits_page_cache",
+    "fork_safe_lock",
     "hold_room",
     "is_parked",
     "keep_freed_memory_out",
-    "lock_of_a_module",
     "page_out",
     "pieces",
     "register",

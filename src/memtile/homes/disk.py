@@ -20,10 +20,9 @@ from torch import Tensor
 
 from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.homes import disk_io
-from memtile.homes.buffers import tensor_over
 from memtile.homes.filesystems import usable_folder
-from memtile.homes.free_memory import free_bytes
 from memtile.homes.home import Allocation, Home, Reservation
+from memtile.homes.kernel import free_bytes, tensor_over
 from memtile.homes.live_file import LiveFile
 from memtile.homes.segments import NOBODY, Segments
 
@@ -92,21 +91,20 @@ class DiskHome(Home):
             self._choose_path()
 
     def _choose_path(self) -> None:
-        if self._file.size == self._chosen_at:
+        """Decide by what `read` and `write` go, again whenever the file has grown."""
+        size = self._file.size
+        if size == self._chosen_at:
             return
-        self._chosen_at = self._file.size
-        path, reason = self._better_path()
+        self._chosen_at, free = size, free_bytes()
+        fits = free is not None and size <= free // 2
+        path = PAGE_CACHE if fits or self._file.direct_fd is None else DIRECT
+        fit = "fit" if fits else "do not fit"
+        reason = f"its {size} bytes {fit} into half of {free} bytes of free memory"
+        if self._file.direct_fd is None:
+            reason = "direct I/O is refused here, or does not agree with the mapping"
         if path != self.path:
             self.path = path
             _log.info("home in %s: reads and writes go by %s: %s", self.folder, path, reason)
-
-    def _better_path(self) -> tuple[str, str]:
-        size, free = self._file.size, free_bytes()
-        if self._file.direct_fd is None:
-            return PAGE_CACHE, "direct I/O is refused here, or does not agree with the mapping"
-        if free is not None and size <= free // 2:
-            return PAGE_CACHE, f"its {size} bytes fit into half of {free} bytes of free memory"
-        return DIRECT, f"its {size} bytes do not fit into half of {free} bytes of free memory"
 
     def _check_process(self) -> None:
         if os.getpid() != self._owner:

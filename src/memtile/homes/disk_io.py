@@ -19,20 +19,12 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def fill(fd: int, buffer: memoryview, offset: int) -> None:
-    """Reads the whole buffer from the file at the offset, with the GIL released.
-
-    Raises:
-        HomeIOError: the system refused, or the file ends too early.
-    """
+    """Reads the whole buffer from the file at the offset, with the GIL released, or HomeIOError."""
     _move("read", fd, buffer, offset)
 
 
 def drain(fd: int, buffer: memoryview, offset: int) -> None:
-    """Writes the whole buffer to the file at the offset, with the GIL released.
-
-    Raises:
-        HomeIOError: the system refused, or wrote no more.
-    """
+    """Writes the whole buffer to the file at the offset, with the GIL released, or HomeIOError."""
     _move("write", fd, buffer, offset)
 
 

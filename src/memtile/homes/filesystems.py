@@ -1,21 +1,23 @@
 """Which folders a home's file can be in: those on a disk that may be written to."""
 
+import ctypes
 import os
+import sys
 import tempfile
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from memtile.errors import ArgumentError, HomeError
 
-_MOUNTS = Path("/proc/self/mountinfo")
-_IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
-_OF_THE_KERNEL: Final = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "debugfs", "securityfs"})
-
-
-class _Mount(NamedTuple):
-    device: str
-    point: Path
-    kind: str
+_IN_MEMORY: Final = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
+_OF_THE_KERNEL: Final = {
+    0x9FA0: "proc",
+    0x62656572: "sysfs",
+    0x27E0EB: "cgroup",
+    0x63677270: "cgroup2",
+    0x64626720: "debugfs",
+    0x73636673: "securityfs",
+}
 
 
 def usable_folder(folder: str | os.PathLike[str] | None) -> Path:
@@ -35,18 +37,14 @@ def usable_folder(folder: str | os.PathLike[str] | None) -> Path:
             f"folder={folder!r} is no folder; give the path of one on a disk, or None for the "
             "first usable default"
         )
-    if folder is not None:
-        path = Path(folder).absolute()
-        reason = why_unusable(path)
-        if reason:
-            raise HomeError(f"a home in {path}: {reason}; give a folder on a disk")
-        return path
     refused = []
-    for default in _defaults():
-        reason = why_unusable(default)
+    for path in _defaults() if folder is None else [Path(folder).absolute()]:
+        reason = why_unusable(path)
         if not reason:
-            return default
-        refused.append(f"{default}: {reason}")
+            return path
+        refused.append(f"{path}: {reason}")
+    if folder is not None:
+        raise HomeError(f"a home in {refused[0]}; give a folder on a disk")
     raise HomeError(
         f"no folder for a home was given and no default is usable ({'; '.join(refused)}); give a "
         "folder on a disk"
@@ -63,48 +61,22 @@ def why_unusable(folder: Path) -> str | None:
         return "its filesystem is read-only"
     if not os.access(folder, os.W_OK | os.X_OK):
         return "it may not be written to"
-    kind = filesystem_of(folder)
+    kind = filesystem_type(folder)
     if kind in _OF_THE_KERNEL:
-        return f"it is {kind}, which holds no files of ours"
+        return f"it is {_OF_THE_KERNEL[kind]}, which holds no files of ours"
     if kind in _IN_MEMORY:
-        return f"it is {kind}, which is memory: tiles there would fill what they should spare"
+        name = _IN_MEMORY[kind]
+        return f"it is {name}, which is memory: tiles there would fill what they should spare"
     return None
 
 
-def filesystem_of(folder: Path) -> str:
-    """The kind of filesystem that the folder is on, such as "ext4"; "" where that is unknown.
-
-    It is looked up by device, and where no mount has the folder's device (btrfs subvolumes, some
-    overlays) by the longest mount point above it.
-    """
-    real = folder.resolve()
-    number = real.stat().st_dev
-    device = f"{os.major(number)}:{os.minor(number)}"
-    above = [mount for mount in _mounts() if real.is_relative_to(mount.point)]
-    same = [mount for mount in above if mount.device == device]
-    # Of mounts on one point the last hides the others, and max takes the first of equal ones.
-    last_first = reversed(same or above)
-    longest = max(last_first, key=lambda mount: len(mount.point.parts), default=None)
-    return longest.kind if longest else ""
-
-
-def _mounts() -> list[_Mount]:
-    """proc(5): id, parent, device, root, point, options, optional fields, "-", kind, more."""
-    try:
-        lines = _MOUNTS.read_text().splitlines()
-    except OSError:
-        return []
-    mounts = []
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        device, _, point = before.split()[2:5]
-        mounts.append(_Mount(device, Path(_unescaped(point)), after.split()[0]))
-    return mounts
-
-
-def _unescaped(point: str) -> str:
-    """Spaces, tabs, line ends and backslashes are in octal there."""
-    return point.encode("latin-1", "backslashreplace").decode("unicode_escape")
+def filesystem_type(folder: Path) -> int | None:
+    """Linux's number for the kind of filesystem (statfs(2)); None where it is unknown."""
+    if sys.platform != "linux":
+        return None
+    found = (ctypes.c_long * 32)()  # longer than the struct, whose first field is the type
+    failed = ctypes.CDLL(None).statfs(os.fsencode(folder), found)
+    return None if failed else found[0] & 0xFFFFFFFF
 
 
 def _defaults() -> list[Path]:

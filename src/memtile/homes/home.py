@@ -11,34 +11,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
-from memtile.geometry import round_up
-from memtile.homes.forks import renew_in_child
+from memtile.homes.kernel import PAGE, renew_in_child, whole_pages
 
 _H = TypeVar("_H", bound="Home")
-
-PAGE: Final = 4096
-"""Bytes of a page: rooms, and the pieces that `read` and `write` move, are multiples of it."""
-
-
-def whole_pages(nbytes: int) -> int:
-    """The number of bytes, rounded up to pages."""
-    return round_up(nbytes, PAGE)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """How much `Allocation.read` and `Allocation.write` have moved so far.
-
-    Attributes:
-        read_bytes: moved by `read`, in whole pages.
-        written_bytes: moved by `write`, likewise.
-    """
+    """Bytes that `Allocation.read` and `Allocation.write` have moved so far, in whole pages."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -123,11 +109,7 @@ class Home(ABC):
         self._after_close.append(after)
 
     def check_open(self) -> None:
-        """Refuses a closed home.
-
-        Raises:
-            HomeError: it is closed.
-        """
+        """Raises HomeError where the home is closed."""
         if self.closed:
             raise HomeError(
                 f"{self!r} is closed: a closed home parks and moves nothing; keep it open for as "
@@ -136,11 +118,7 @@ class Home(ABC):
 
     @contextmanager
     def moving(self, read_bytes: int = 0, written_bytes: int = 0) -> Iterator[None]:
-        """Keeps the home open inside; unless an error comes out, the bytes count as moved.
-
-        Raises:
-            HomeError: it is closed.
-        """
+        """Keeps the home open inside; unless an error comes out, the bytes count as moved."""
         with self._change:
             self.check_open()
             self._moving += 1
@@ -157,10 +135,7 @@ class Home(ABC):
                 self._change.notify_all()
 
     def _release(self) -> None:  # noqa: B027  # a home may have nothing to give back
-        """Gives back what the home holds, with no read or write under way.
-
-        Where it raises, the home stays open.
-        """
+        """Gives back what the home holds, no read or write being under way; open if it raises."""
 
     def __enter__(self: _H) -> _H:
         return self
@@ -234,18 +209,10 @@ class Allocation(ABC):
             self._fill(into, start)
 
     def write(self, source: Tensor, start: int = 0) -> None:
-        """Writes all of `source` into the room from `start` on, from any thread.
+        """Writes all of `source` into the room from `start` on; arguments and errors as of `read`.
 
-        Autograd does not see it: who writes under a graph increments the tensor's version.
-
-        Args:
-            source: as `into` of `read`.
-            start: the first byte, a multiple of `PAGE`.
-
-        Raises:
-            ArgumentError: it is not such a tensor, or reaches past the room.
-            HomeError: the home is closed.
-            HomeIOError: the bytes could not be written; the content of the piece is undefined.
+        Autograd does not see it: who writes under a graph increments the tensor's version. After a
+        HomeIOError the content of these bytes of the room is undefined.
         """
         self._check_piece("write", source, start)
         with self.home.moving(written_bytes=source.numel()):

@@ -1,21 +1,210 @@
-"""Hints about memory to the kernel and to malloc; they change no values."""
+"""What is asked of Linux and the C library: memory, how much is free, hints about it, and forks.
+
+Buffers are private maps of their exact size. Python's default, a shared map, would escape
+`RLIMIT_DATA`; PyTorch's `pin_memory` rounds every block up to a power of two.
+"""
 
 import ctypes
+import errno
 import logging
+import mmap
+import os
 import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
-from memtile.homes.home import PAGE, whole_pages
+from memtile.errors import HomeFullError
+from memtile.geometry import round_up
 
 _log = logging.getLogger("memtile.homes")
-_MAPS = Path("/proc/self/maps")
+
+PAGE: Final = 4096
+"""Bytes of a page: rooms, and the pieces that `read` and `write` move, are multiples of it."""
+
+PIECE: Final = 4 << 20
+"""Bytes of the largest piece in which whole tiles are streamed."""
+
+KEPT: Final = 3
+"""Buffers of `scratch_like` that wait to be used again."""
+
+_WIPE_ON_FORK: Final = 18  # madvise(2); mmap has no name for it
+_PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to stays
 _MMAP_THRESHOLD: Final = -3  # mallopt(3)
 _MAPPED_FROM: Final = 64 << 10
-_PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to stays
+_MAPS = Path("/proc/self/maps")
+_MEMINFO = Path("/proc/meminfo")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+# Filled by finalizers, which may run in any thread and at any time: a deque needs no lock.
+_waiting: deque[memoryview] = deque(maxlen=KEPT)
+_renewals: "weakref.WeakKeyDictionary[Any, Callable[[Any], None]]" = weakref.WeakKeyDictionary()
+_locks: "weakref.WeakSet[Any]" = weakref.WeakSet()  # Any: typeshed knows no _at_fork_reinit
+
+
+def whole_pages(nbytes: int) -> int:
+    """The number of bytes, rounded up to pages."""
+    return round_up(nbytes, PAGE)
+
+
+def aligned_buffer(nbytes: int) -> Tensor:
+    """A page-aligned 1-D uint8 tensor of `nbytes` rounded up to pages, freed with the tensor.
+
+    Zeroed at first. Where CUDA is available it is pinned: drop it only after the copies from and to
+    it are done. A forked child finds zeros in it. If it were shared with the child, a page that the
+    disk is writing into would be copied for one of the two processes, and before Linux 6.3 perhaps
+    for the wrong one.
+
+    Raises:
+        HomeFullError: there is no memory for it, or CUDA cannot pin so much.
+    """
+    room = whole_pages(nbytes)
+    view = private_view(room, in_children=False) if room else None
+    return tensor_over(view, torch.Size([room]), torch.uint8)
+
+
+def pieces(room: int) -> Iterator[tuple[int, Tensor]]:
+    """The room in pieces of at most `PIECE`: where each starts, and one buffer for each in turn."""
+    buffer = aligned_buffer(min(room, PIECE))
+    for start in range(0, room, PIECE):
+        yield start, buffer[: min(PIECE, room - start)]
+
+
+def scratch_like(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor of the same shape and dtype, its content undefined.
+
+    For short-lived tensors of a tile's size: the memory is used again once the tensor is gone. On
+    the heap they would leave holes, which grow it (`trim_heap`).
+    """
+    room = whole_pages(tensor.nbytes)
+    if not room:
+        return tensor_over(None, tensor.shape, tensor.dtype)
+    buffer = _waiting_buffer(room) or private_view(room)
+    lent = buffer[:room]
+    weakref.finalize(lent, _waiting.append, buffer).atexit = False
+    return tensor_over(lent, tensor.shape, tensor.dtype)
+
+
+def private_view(room: int, in_children: bool = True) -> memoryview:
+    """A private anonymous map of `room` bytes, pinned where CUDA is available.
+
+    `room` is whole pages, not 0. The map ends when the view and everything that keeps it are gone.
+    Without `in_children` a forked child finds zeros. HomeFullError where there is no such memory.
+    """
+    try:
+        memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise HomeFullError(
+            errno.ENOMEM, f"no memory for {room} more bytes ({error}): park less, or on disk"
+        ) from error
+    if not in_children:
+        with suppress(OSError):  # kernels before 4.14 do not know it
+            memory.madvise(_WIPE_ON_FORK)
+    view = memoryview(memory)
+    if torch.cuda.is_available():
+        _pin(view, memory, room)
+    return view
+
+
+def tensor_over(view: memoryview | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A new CPU tensor over the view's first bytes, whose storage keeps the view alive.
+
+    The view may be None only for a tensor without elements.
+    """
+    with torch.inference_mode(False):  # a parked parameter must be able to train later
+        if not shape.numel() or view is None:  # frombuffer refuses nothing
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        # resize_ and not view: the tensor must be a base of its own to become a leaf
+        return torch.frombuffer(view, dtype=dtype, count=shape.numel()).resize_(shape)
+
+
+def _waiting_buffer(room: int) -> memoryview | None:
+    for _ in range(KEPT):
+        with suppress(IndexError):  # none is waiting
+            buffer = _waiting.popleft()
+            if buffer.nbytes >= room:
+                return buffer
+    return None
+
+
+def _pin(view: memoryview, memory: mmap.mmap, room: int) -> None:
+    address = torch.frombuffer(view, dtype=torch.uint8).data_ptr()
+    failure = int(torch.cuda.cudart().cudaHostRegister(address, room, 0))
+    if failure:
+        raise HomeFullError(
+            errno.ENOMEM,
+            f"CUDA cannot pin {room} more bytes (cudaHostRegister: error {failure}): raise the "
+            "limit of locked memory, park less, or on disk",
+        )
+    # The finalizer holds the map: a memoryview lets go of its own before its finalizers run.
+    weakref.finalize(view, _unpin, memory, address, os.getpid()).atexit = False
+
+
+def _unpin(memory: mmap.mmap, address: int, owner: int) -> None:
+    if os.getpid() == owner:  # CUDA cannot be called in a forked child
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def free_bytes() -> int | None:
+    """Bytes of memory that are free or easily freed; None where the system does not tell.
+
+    The least of Linux's `MemAvailable` and what is left under the limit of each memory cgroup
+    (version 1 or 2) that this process is in. Cached files count as free: they are given up first.
+    """
+    known = [*_available(), *_left_in_cgroups()]
+    return max(0, min(known)) if known else None
+
+
+def fits_page_cache(nbytes: int) -> bool:
+    """Whether a file of so many bytes fits into half of the free memory, as cached files."""
+    free = free_bytes()
+    return free is not None and nbytes <= free // 2
+
+
+def _available() -> Iterator[int]:
+    for line in _lines(_MEMINFO):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024  # proc(5): in kB, which are KiB
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    for line in _lines(_OWN_CGROUPS):
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, names = _CGROUPS, ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            root = _CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        inner = root / path.lstrip("/")  # may not exist in a container: its parents may
+        for group in [inner, *inner.parents[: len(inner.parts) - len(root.parts)]]:
+            yield from _left_in(group, *names)
+
+
+def _left_in(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
+    bound, used = _lines(group / limit), _lines(group / usage)
+    if not bound or not used or bound[0] == "max":
+        return
+    counts = dict(line.split() for line in _lines(group / "memory.stat"))
+    cached = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    yield int(bound[0]) - (int(used[0]) - cached)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def page_out(tensor: Tensor) -> None:
@@ -74,9 +263,35 @@ def _library() -> Any:  # ctypes knows no types of what it loads
 
 
 def _is_mapped_file(address: int) -> bool:
-    for line in _MAPS.read_text().splitlines():
+    for line in _lines(_MAPS):
         span, _, _, _, inode, *_ = line.split()
         start, _, stop = span.partition("-")
         if int(start, 16) <= address < int(stop, 16):
             return inode != "0"
     return False
+
+
+def fork_safe_lock() -> threading.RLock:
+    """A lock that nobody holds in a forked child, where only the thread that forks exists."""
+    lock = threading.RLock()
+    _locks.add(lock)
+    return lock
+
+
+def renew_in_child(thing: Any, renew: Callable[[Any], None]) -> None:
+    """Call `renew` with the thing in every forked child, while the thing is alive."""
+    _renewals[thing] = renew
+    _watch_forks()
+
+
+@lru_cache
+def _watch_forks() -> None:
+    """Called by homes, not at import: without a home there is nothing to renew."""
+    os.register_at_fork(after_in_child=_renew_all)
+
+
+def _renew_all() -> None:
+    for lock in list(_locks):
+        lock._at_fork_reinit()  # as the standard library does with its own
+    for thing, renew in list(_renewals.items()):
+        renew(thing)

@@ -12,8 +12,7 @@ from typing import Final
 from memtile.errors import HomeError, HomeFullError, HomeIOError, MemtileError, way_out
 from memtile.geometry import round_up
 from memtile.homes import disk_io
-from memtile.homes.buffers import aligned_buffer
-from memtile.homes.home import PAGE
+from memtile.homes.kernel import PAGE, aligned_buffer
 from memtile.homes.segments import FreeRoom, Segment
 
 _UNIT: Final = max(PAGE, mmap.ALLOCATIONGRANULARITY)  # maps begin at multiples of it
@@ -26,15 +25,9 @@ _LIMITS: Final = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFI
 class LiveFile:
     """A file that nobody else can open and that does not outlive this process.
 
-    Its first unit holds no tensor: the self-test uses it.
-
-    Args:
-        folder: where, checked before.
-
-    Attributes:
-        fd: read and written through the page cache.
-        direct_fd: past the page cache; None where that does not work here.
-        size: bytes so far, all of them allocated on the disk.
+    Its first unit holds no tensor: the self-test uses it. All `size` bytes are allocated on the
+    disk. Reads and writes by `fd` go through the page cache, those by `direct_fd` past it; it is
+    None where that does not work.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,14 +44,10 @@ class LiveFile:
             raise
 
     def extend(self, needed: int) -> Segment:
-        """More of the file, at least so many bytes, mapped.
+        """More of the file, at least so many bytes, mapped; after an error it is as it was.
 
         It doubles the file up to 1 GiB at a time, since each map costs a file descriptor; where
         there is no room for that, it adds what is needed.
-
-        Raises:
-            HomeFullError: there is no room for it, or a limit on maps; the file is as it was.
-            HomeError: its filesystem maps no more of it; the file is as it was.
         """
         offset = self.size
         size = round_up(max(needed, min(_LARGEST_AHEAD, offset), _SMALLEST_GROWTH), _UNIT)
@@ -151,12 +140,9 @@ def _file_without_name(folder: Path) -> io.FileIO:
 
 
 def cannot_map(what: str, error: OSError, elsewhere: str) -> MemtileError:
-    """The error where a file is not mapped: a limit is reached, or its filesystem maps none.
+    """The error where `what` was not mapped: a limit is reached, or the filesystem is at fault.
 
-    Args:
-        what: was to be mapped.
-        error: the system's.
-        elsewhere: the way out where the filesystem is at fault.
+    `elsewhere` is the way out in the second case.
     """
     if error.errno in _LIMITS:
         return HomeFullError(

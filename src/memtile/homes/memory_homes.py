@@ -1,6 +1,7 @@
 """Homes in memory: ordinary memory of a device, and host memory at its exact size."""
 
 import errno
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -8,9 +9,8 @@ import torch
 from torch import Tensor
 
 from memtile.errors import HomeFullError
-from memtile.homes.buffers import private_view, tensor_over
-from memtile.homes.free_memory import free_bytes
 from memtile.homes.home import Allocation, Home, Reservation
+from memtile.homes.kernel import free_bytes, private_view, tensor_over
 
 
 class DeviceHome(Home):
@@ -64,15 +64,10 @@ class HostHome(Home):
         return held
 
 
-class _DeviceAllocation(Allocation):
-    def __init__(self, home: DeviceHome, shape: Sequence[int], dtype: torch.dtype) -> None:
-        super().__init__(home, shape, dtype)
-        tensor = _allocate(home, self.shape, dtype)
-        self._storage = tensor.untyped_storage()  # an allocation keeps no tensor alive
-        self.address = tensor.data_ptr()
-
-    def tensor(self) -> Tensor:
-        return self._over(self.shape, self.dtype)
+class _MemoryAllocation(Allocation):
+    @abstractmethod
+    def _bytes(self) -> Tensor:
+        """The `nbytes` bytes of the tensor; the room's others are in no memory."""
 
     def _fill(self, into: Tensor, start: int) -> None:
         used = max(0, min(into.numel(), self.nbytes - start))
@@ -83,6 +78,17 @@ class _DeviceAllocation(Allocation):
         used = max(0, min(source.numel(), self.nbytes - start))
         self._bytes()[start : start + used].copy_(source[:used])
 
+
+class _DeviceAllocation(_MemoryAllocation):
+    def __init__(self, home: DeviceHome, shape: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__(home, shape, dtype)
+        tensor = _allocate(home, self.shape, dtype)
+        self._storage = tensor.untyped_storage()  # an allocation keeps no tensor alive
+        self.address = tensor.data_ptr()
+
+    def tensor(self) -> Tensor:
+        return self._over(self.shape, self.dtype)
+
     def _bytes(self) -> Tensor:
         return self._over(torch.Size([self.nbytes]), torch.uint8)
 
@@ -92,7 +98,7 @@ class _DeviceAllocation(Allocation):
             return tensor.set_(self._storage).resize_(shape)
 
 
-class _HostAllocation(Allocation):
+class _HostAllocation(_MemoryAllocation):
     def __init__(self, home: HostHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         self._view = private_view(self.room) if self.room else None
@@ -101,14 +107,8 @@ class _HostAllocation(Allocation):
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
 
-    def _fill(self, into: Tensor, start: int) -> None:
-        into.copy_(self._bytes()[start : start + into.numel()])
-
-    def _take(self, source: Tensor, start: int) -> None:
-        self._bytes()[start : start + source.numel()].copy_(source)
-
     def _bytes(self) -> Tensor:
-        return tensor_over(self._view, torch.Size([self.room]), torch.uint8)
+        return tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
 
 
 def _allocate(home: DeviceHome, shape: torch.Size, dtype: torch.dtype) -> Tensor:

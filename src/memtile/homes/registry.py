@@ -1,18 +1,53 @@
-"""Maps tensors to their allocations and reservations, without keeping a tensor alive."""
+"""Parking: the home that a user names, and the allocation that a tensor lies in.
+
+The tables here keep no tensor alive.
+"""
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memtile.homes.buffers import pieces
+from memtile.home_names import parse_home
+from memtile.homes.disk import DiskHome
 from memtile.homes.home import Allocation, Home, Reservation
+from memtile.homes.kernel import pieces
+from memtile.homes.memory_homes import DeviceHome, HostHome
+
+_WAY_OUT: Final = ", or a home such as memtile.DiskHome(folder)"
 
 # Not in the parameter's __dict__: that is pickled, and copied to a parameter somewhere else.
 _allocations = WeakIdKeyDictionary()
 _held = WeakIdKeyDictionary()
+
+
+def resolve_home(home: Home | str, device: Any = None) -> Home:
+    """The home itself, or a new one for "disk", "disk:FOLDER", "host" or "device".
+
+    `device` is what "device" means, as torch takes it; None: torch's default device. ArgumentError
+    where it is neither a home nor such a word.
+    """
+    if isinstance(home, Home):
+        return home
+    kind, folder = parse_home(home, more=_WAY_OUT)
+    if kind == "disk":
+        return DiskHome(folder)
+    return HostHome() if kind == "host" else DeviceHome(torch.empty(0, device=device).device)
+
+
+def word_for(home: Home | str) -> str:
+    """The word that names a home of the same kind and folder; ArgumentError where there is none."""
+    if isinstance(home, DiskHome):
+        return f"disk:{home.folder}"
+    if isinstance(home, HostHome):
+        return "host"
+    if isinstance(home, DeviceHome):
+        return "device"
+    parse_home(home, more=_WAY_OUT)
+    return str(home)
 
 
 def register(tensor: Tensor, allocation: Allocation) -> None:
@@ -82,24 +117,15 @@ def allocate_copy(home: Home, tensor: Tensor) -> Tensor:
 
     Where the home does not work in place, the values are written with `Allocation.write`, in
     pieces, so that no page of the mapping comes into this process's memory.
-
-    Raises:
-        HomeFullError: the home has no room for it.
-        HomeError: the home is closed.
-        HomeIOError: writing failed.
     """
-    allocation = home.allocate(tensor.shape, tensor.dtype)
-    allocated = tensor_of(allocation)
+    allocation, values = home.allocate(tensor.shape, tensor.dtype), tensor.detach()
+    parked = tensor_of(allocation)
     if home.works_in_place:
-        allocated.copy_(tensor.detach())
-    else:
-        _write_whole(allocation, tensor.detach())
-    return allocated
-
-
-def _write_whole(allocation: Allocation, tensor: Tensor) -> None:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
-    for start, piece in pieces(allocation.room):
-        used = min(piece.numel(), allocation.nbytes - start)
-        piece[:used].copy_(flat[start : start + used])
-        allocation.write(piece, start)
+        parked.copy_(values)
+    elif values.numel():
+        flat = values.contiguous().view(-1).view(torch.uint8)
+        for start, piece in pieces(allocation.room):
+            used = min(piece.numel(), allocation.nbytes - start)
+            piece[:used].copy_(flat[start : start + used])
+            allocation.write(piece, start)
+    return parked

@@ -1,7 +1,6 @@
 """Which bytes of a growing file are free. It grows by segments, each of which is mapped once."""
 
 import mmap
-import threading
 import weakref
 from bisect import bisect_left
 from collections import deque
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple
 
-from memtile.homes.forks import renew_in_child
+from memtile.homes.kernel import fork_safe_lock
 
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""
@@ -19,11 +18,7 @@ NOBODY: Final = 0
 class FreeRoom:
     """The free bytes of one segment; first fit.
 
-    Args:
-        size: how many bytes, all of them free.
-
-    Attributes:
-        runs: of free bytes, as (start, stop), in order; no run touches another.
+    `runs` of free bytes are (start, stop), in order; no run touches another.
     """
 
     def __init__(self, size: int) -> None:
@@ -52,17 +47,11 @@ class FreeRoom:
 
 @dataclass(eq=False)
 class Segment:
-    """A part of the file that was made and mapped at once.
+    """A part of the file that was made and mapped at once."""
 
-    Attributes:
-        offset: where it begins in the file.
-        memory: its shared map.
-        free: its free bytes, counted from its beginning.
-    """
-
-    offset: int
-    memory: mmap.mmap
-    free: FreeRoom
+    offset: int  # where it begins in the file
+    memory: mmap.mmap  # shared
+    free: FreeRoom  # counted from its beginning
 
 
 class Extent(NamedTuple):
@@ -77,15 +66,13 @@ class Extent(NamedTuple):
 class Segments:
     """All segments of a file, safe to use from any thread.
 
-    Args:
-        grow: makes a segment with at least so many bytes, or raises and changes nothing.
+    `grow` makes a segment with at least so many bytes, or raises and changes nothing.
     """
 
     def __init__(self, grow: Callable[[int], Segment]) -> None:
         self._grow = grow
         self._all: list[Segment] = []
-        self._renew_lock()
-        renew_in_child(self, Segments._renew_lock)  # whoever held the lock may be gone there
+        self._lock = fork_safe_lock()
         self._held: dict[int, dict[int, list[Extent]]] = {}  # by holder and size
         self._holders = count(1)
         # Both are filled by finalizers, which run at any time, also in a thread that is inside
@@ -134,9 +121,6 @@ class Segments:
         """Gives the room back once the view is gone, unless the file is gone before."""
         room = weakref.ref(extent.segment), extent.start, extent.size, extent.holder
         weakref.finalize(view, self._returned.append, room).atexit = False
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.RLock()
 
     def drop(self) -> None:
         """Drops all maps; those that tensors lie over stay until the tensors are gone."""

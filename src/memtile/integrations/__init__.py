@@ -8,7 +8,6 @@ from memtile.layers import watch_tiles
 
 def register_all() -> None:
     """Let `memtile.tile` and `memtile.untile` take models of transformers and PEFT."""
-    for integration in (TRANSFORMERS, PEFT):
+    for integration, patch in ((TRANSFORMERS, patch_transformers), (PEFT, patch_peft)):
         register_integration(integration)
-    for watcher in (patch_transformers, patch_peft):
-        watch_tiles(watcher)
+        watch_tiles(integration.library, patch)

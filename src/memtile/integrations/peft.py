@@ -129,4 +129,4 @@ def _take_values(copied: nn.Module, original: Any) -> None:
             copied.get_submodule(path)._parameters[own] = values
 
 
-PEFT = Integration(keeps=_keeps, naming=_naming, filled=_filled)
+PEFT = Integration("peft", keeps=_keeps, naming=_naming, filled=_filled)

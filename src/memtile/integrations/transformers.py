@@ -233,6 +233,7 @@ def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | Non
 
 
 TRANSFORMERS = Integration(
+    library="transformers",
     kinds=(
         Kind(
             name="transposed linear",

@@ -128,7 +128,7 @@ def check_chunks(
             )
 
 
-def check_kinds(
+def check_dtypes_and_devices(
     name: str, chunks: Sequence[object], weight: Tensor, *, same_device: bool = True
 ) -> None:
     """Check dtypes and devices against plain or parked tiles, after the casts of autocast."""

@@ -103,21 +103,20 @@ class DenseHandle(Tensor):
             raise HandleError(f"{self.full_name()}: the gradient is gone; read it again")
         return values
 
+    def _tiles(self) -> list[nn.Parameter]:
+        return list(self._layer.tile_parameters(self._name).values())
+
     def is_of_tiles(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether the handle stands for exactly these parameters, in this order."""
-        own = list(self._layer.tile_parameters(self._name).values())
-        return len(own) == len(parameters) and all(
-            a is b for a, b in zip(own, parameters, strict=True)
-        )
+        return [*map(id, self._tiles())] == [*map(id, parameters)]
 
     def stands_for_same(self, other: "DenseHandle") -> bool:
         """Whether both handles stand for the same tiles."""
-        return self.is_of_tiles(list(other._layer.tile_parameters(other._name).values()))
+        return self.is_of_tiles(other._tiles())
 
     def _gradient(self) -> "DenseHandle | None":
-        tiles = self._layer.tile_parameters(self._name).values()
         is_values = self._of_gradient or self._of_data
-        if is_values or any(tile.grad is None for tile in tiles):
+        if is_values or any(tile.grad is None for tile in self._tiles()):
             return None
         return DenseHandle(self._layer, self._name, of_gradient=True)
 
@@ -139,7 +138,7 @@ class DenseHandle(Tensor):
             of = args[0]
             return DenseHandle(of._layer, of._name, of._of_gradient, of_data=True)
         if func == _READ_VERSION:  # grows whenever a tile is written to
-            return sum(p._version for p in args[0]._layer.tile_parameters(args[0]._name).values())
+            return sum(tile._version for tile in args[0]._tiles())
         _refuse_writes(func, args, kwargs)
         return func(*tree_map(_assembled, tuple(args)), **tree_map(_assembled, kwargs))
 

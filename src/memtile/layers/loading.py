@@ -41,14 +41,8 @@ def problems_of(
 def load_any_form(layer: Layer, state_dict: dict[str, Any], prefix: str, assign: bool) -> list[str]:
     """Rewrite the layer's entries of `state_dict` into names and values of its own tiles, in place.
 
-    Args:
-        layer: the tiled layer.
-        state_dict: the module's own copy of the checkpoint's dictionary.
-        prefix: the layer's name in it, with a dot, or nothing.
-        assign: torch will make the entries the tiles' parameters, so they must be copies.
-
-    Returns:
-        What is wrong, as sentences; the tiles keep their values then.
+    With `assign` torch makes the entries the tiles' parameters, so they must be copies. Gives what
+    is wrong, as sentences; the tiles keep their values then.
     """
     found = _Found(layer, state_dict, prefix)
     problems = found.problems(assign)
@@ -59,11 +53,11 @@ def load_any_form(layer: Layer, state_dict: dict[str, Any], prefix: str, assign:
 
 
 class _Found:
-    """What a checkpoint holds for one layer."""
+    """What a checkpoint holds for one layer: dense names, tiles of any grid, and other keys."""
 
     def __init__(self, layer: Layer, state_dict: Mapping[str, Any], prefix: str) -> None:
         self.layer, self.state_dict, self.prefix = layer, state_dict, prefix
-        self.own = {name: layer.stored_parameters(name) for name in DENSE_NAMES}
+        self.own = {name: layer.stored_parameters(name) for name in DENSE_NAMES}  # to be loaded
         self.keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
         self.dense = {name for name in DENSE_NAMES if name in self.keys}
         self.tiles: dict[str, dict[Index, str]] = {name: {} for name in DENSE_NAMES}

@@ -35,15 +35,11 @@ _NAME = "ParkedLinear"  # in messages: a tile does not know its name
 
 
 class ParkedModule(nn.Module):
-    """A tile whose weight is parked; subclasses are an `nn.Linear` or an `nn.Embedding` too.
+    """A tile whose weight is parked; subclasses are an `nn.Linear` or an `nn.Embedding` too."""
 
-    Attributes:
-        home: where the weight lives.
-    """
+    home: Home  # where the weight lives
 
-    home: Home
-
-    def _flush(self, home: "Home | str", shape: Sequence[int], device: Any, dtype: Any) -> None:
+    def _park_weight(self, home: Home | str, shape: Sequence[int], device: Any, dtype: Any) -> None:
         """Give the tile its home, and memory there unless it is on the meta device."""
         self.home = resolve_home(home, device)
         if torch.empty(0, device=device).is_meta:
@@ -52,11 +48,7 @@ class ParkedModule(nn.Module):
         self._parameters["weight"] = parameter_of(tensor_of(allocation), True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move what is not parked; the weight stays in its home with its dtype.
-
-        Raises:
-            ParkedError: another dtype is asked for.
-        """
+        """Move what is not parked; ParkedError where the parked weight is to change its dtype."""
         weight = self._parameters.get("weight")  # none where it is pruned or parametrized
         if weight is None or not is_parked(weight):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -74,6 +66,10 @@ class ParkedModule(nn.Module):
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         finally:
             self._parameters["weight"] = weight
+
+    def extra_repr(self) -> str:
+        """As of the class that is not parked, and the home."""
+        return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         meta_copy = self._resident_class().__new__(self._resident_class())
@@ -113,8 +109,8 @@ class ParkedModule(nn.Module):
         """Move a weight home that has just got memory."""
         weight = self._parameters.get("weight")
         if before is not None and before.is_meta and weight is not None and not weight.is_meta:
-            allocated = allocate_copy(self.home, weight.detach())
-            self._parameters["weight"] = parameter_of(allocated, weight.requires_grad)
+            parked = allocate_copy(self.home, weight.detach())
+            self._parameters["weight"] = parameter_of(parked, weight.requires_grad)
 
 
 class ParkedLinear(ParkedModule, nn.Linear):
@@ -143,7 +139,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
         home: Home | str = "host",
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device="meta", dtype=dtype)
-        self._flush(home, (out_features, in_features), device, dtype)
+        self._park_weight(home, (out_features, in_features), device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -164,15 +160,11 @@ class ParkedLinear(ParkedModule, nn.Linear):
             return functional.linear(input, weight, bias)
         checks.check_tensor(_NAME, input)
         checks.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
-        checks.check_kinds(_NAME, [input], weight, same_device=False)
+        checks.check_dtypes_and_devices(_NAME, [input], weight, same_device=False)
         x = input.to(ops.autocast_dtype(input) or input.dtype)
         with layer_call():
             bias = None if bias is None else bias.to(x.dtype)
             return ops.parked_linear(x, weight, bias, ParkedSource(weight))
-
-    def extra_repr(self) -> str:
-        """Features, bias and home."""
-        return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
 
 
 class ParkedEmbedding(ParkedModule, nn.Embedding):
@@ -211,7 +203,7 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
             device="meta",
             dtype=dtype,
         )
-        self._flush(home, (num_embeddings, embedding_dim), device, dtype)
+        self._park_weight(home, (num_embeddings, embedding_dim), device, dtype)
         self.reset_parameters()
         evict(self.weight)
 
@@ -227,10 +219,6 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
             )
         evict(weight)
         return rows
-
-    def extra_repr(self) -> str:
-        """Rows, width and home."""
-        return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
 
 
 def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:

@@ -76,14 +76,14 @@ class LinearPaths(TiledModule):
         parked = type(tiles[0]) is ParkedLinear
         if plain or (parked and not transformed):
             weight: Any = tiles[0].weight  # a Tensor, which mypy does not know
-            checks.check_kinds(self.full_name(), whole, weight, same_device=plain)
-        own = self._has_own(("_reduce_local_output", "_combine_output_splits"))
-        if own and plain and len(tiles) > 1 and self._can_fuse(whole, tiles):
+            checks.check_dtypes_and_devices(self.full_name(), whole, weight, same_device=plain)
+        overridden = not self._has_own_hooks("_reduce_local_output", "_combine_output_splits")
+        if plain and not overridden and len(tiles) > 1 and self._can_fuse(whole, tiles):
             return self._fused_path(whole, tiles)
         if plain or parked or (transformed and type(tiles[0]) is nn.Linear):
             whole = _cast_as_autocast(whole)
         chunks = self._split(whole, declared)
-        path = self._composed_path if own and not transformed else self._traceable_path
+        path = self._traceable_path if overridden or transformed else self._composed_path
         with nullcontext() if transformed else layer_call():
             return path(self._results(chunks))
 
@@ -98,20 +98,21 @@ class LinearPaths(TiledModule):
                 f"{name}: input_is_already_split=True with in_splits={self.in_splits} takes a "
                 "sequence of chunks, not one tensor; pass x.split(sizes, -1)"
             )
-        if not isinstance(input_, Tensor) and not self._has_own(("_split_global_input",)):
+        if not isinstance(input_, Tensor) and not self._has_own_hooks("_split_global_input"):
             return [input_]
         tensor = checks.check_tensor(name, input_)
         checks.split_sizes(name, tensor.shape[-1], self.in_splits, declared)
         return [tensor]
 
-    def _has_own(self, hooks: Sequence[str]) -> bool:
+    def _has_own_hooks(self, *hooks: str) -> bool:
+        """Whether no subclass has overridden these, nor anyone on the instance."""
         found = (getattr(getattr(self, hook), "__func__", hook) for hook in hooks)
         return all(getattr(function, "own_hook", None) is function for function in found)
 
     def _can_fuse(self, whole: list[Any], tiles: list[nn.Module]) -> bool:
         last = self.in_splits - 1
         return (
-            self._has_own(("_split_global_input",))
+            self._has_own_hooks("_split_global_input")
             and all(
                 tile._parameters.get("bias") is None
                 or (self.use_bias and number % self.in_splits == last)
@@ -161,10 +162,8 @@ class LinearPaths(TiledModule):
         return () if whole is None else whole.split([span.size for span in self.grid.out_spans])
 
     def _composed_path(self, results: Results) -> Any:
-        checked = map(self._checked, results)
-        if self.combine_out_splits:
-            return ops.write_results(checked, self.grid)
-        return ops.write_rows(checked, self.grid)
+        write = ops.write_results if self.combine_out_splits else ops.write_rows
+        return write(map(self._checked, results), self.grid)
 
     def _checked(self, result: tuple[Index, Any]) -> tuple[Index, Tensor]:
         """For `map`: a generator would keep each result in a variable beside the next one."""

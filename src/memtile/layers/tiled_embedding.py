@@ -195,19 +195,18 @@ class TiledEmbedding(TiledModule):
         if len(tiles) == 1:
             rows: Tensor = tiles[0](input)
             return rows
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if static:
-            self._check_static()
+            self._check_static(trained)
             return ops.gather_rows_statically(input, tiles, spans)
-        free = not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters())
         # Tiles may be skipped only where no engine or hook counts on their calls.
-        free = free and all(is_plain(tile, type(tile)) for tile in tiles)
-        gather = ops.gather_some_rows if free else ops.gather_rows
+        skips = not trained and all(is_plain(tile, type(tile)) for tile in tiles)
+        gather = ops.gather_some_rows if skips else ops.gather_rows
         with layer_call():
             return gather(input, tiles, spans, self.embedding_dim)
 
-    def _check_static(self) -> None:
+    def _check_static(self, trained: bool) -> None:
         """Refuse `scale_grad_by_freq`: static lookups give every tile all ids, not only its own."""
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.scale_grad_by_freq and trained:
             raise ArgumentError(
                 f"{self.full_name()}: scale_grad_by_freq=True cannot be trained under a compiler "

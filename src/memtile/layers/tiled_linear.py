@@ -73,7 +73,7 @@ class TiledLinear(LinearPaths):
         **kwargs: Any,  # the contract passes them to linear_cls
     ) -> None:
         super().__init__()
-        linear_cls = _with_home(linear_cls, kwargs)
+        linear_cls, kwargs = _with_home(linear_cls, kwargs)
         self.grid = Grid.uniform(out_features, in_features, out_splits, in_splits)
         self.in_features, self.out_features = self.grid.in_features, self.grid.out_features
         self.in_splits, self.out_splits = self.grid.in_splits, self.grid.out_splits
@@ -253,35 +253,23 @@ class TiledLinear(LinearPaths):
         return linear
 
 
-def _with_home(linear_cls: LinearClass, arguments: dict[str, Any]) -> LinearClass:
-    """The class to use with these arguments: `ParkedLinear` where a `home` is given.
-
-    Tiles of one layer share one home. A user's own class gets the argument as it is.
-    """
-    if linear_cls is nn.Linear and arguments.get("home") is None:
-        arguments.pop("home", None)
-        return linear_cls
-    if linear_cls in (nn.Linear, ParkedLinear):
-        arguments["home"] = resolve_home(arguments.get("home") or "host", arguments.get("device"))
-        return ParkedLinear
-    return linear_cls
+def _with_home(
+    linear_cls: LinearClass, arguments: dict[str, Any]
+) -> tuple[LinearClass, dict[str, Any]]:
+    """The class and its arguments; where tiles are to be parked, with one home for all of them."""
+    if linear_cls not in (nn.Linear, ParkedLinear):
+        return linear_cls, arguments  # a user's own class gets its arguments as they are
+    others = {name: value for name, value in arguments.items() if name != "home"}
+    home = arguments.get("home")
+    if home is None and linear_cls is nn.Linear:
+        return linear_cls, others
+    return ParkedLinear, {**others, "home": resolve_home(home or "host", others.get("device"))}
 
 
 def _make_tile(
     linear_cls: LinearClass, in_features: int, out_features: int, bias: bool, **kwargs: Any
 ) -> nn.Module:
-    """One tile; a plain `nn.Linear` comes without starting values.
-
-    Args:
-        linear_cls: called as `linear_cls(in_features, out_features, bias=bias, **kwargs)`.
-        in_features: columns of the tile.
-        out_features: rows of the tile.
-        bias: whether the tile carries its row's bias.
-        **kwargs: the user's own, passed on by contract.
-
-    Raises:
-        TileClassError: the class ignores `bias=False`, is none, or gives no module.
-    """
+    """One tile, checked to be what a layer can hold; a plain linear comes without values."""
     if linear_cls in (nn.Linear, ParkedLinear):
         return uninitialised(linear_cls, in_features, out_features, bias=bias, **kwargs)
     name = getattr(linear_cls, "__qualname__", repr(linear_cls))

@@ -1,6 +1,7 @@
 """`TiledModule`: a grid, tiles with parameters of their own, and the dense forms of both."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -29,29 +30,25 @@ from memtile.layers.values import (
     gathered,
 )
 
-_watchers: list[Callable[[], None]] = []
+_watchers: list[tuple[str, Callable[[], None]]] = []
 
 
-def watch_tiles(watcher: Callable[[], None]) -> None:
-    """Call `watcher` whenever a tiled layer is made or unpickled, and before its state is saved."""
-    _watchers.append(watcher)
+def watch_tiles(library: str, watcher: Callable[[], None]) -> None:
+    """Call `watcher` whenever a tiled layer is made or unpickled, and before its state is saved.
+
+    Only in processes that have imported `library`.
+    """
+    _watchers.append((library, watcher))
 
 
 class TiledModule(nn.Module):
-    """The base of tiled layers. Subclasses hold their tiles and say under which names.
+    """The base of tiled layers. Subclasses hold their tiles and say under which names."""
 
-    Attributes:
-        grid: how the weight is cut.
-        weight_is_transposed: whether the dense module keeps its weight as (in, out).
-        tile_pattern: the state dict names of tiles, with groups row, column (or none) and name.
-        stands_for_dense: whether it was made from a dense module, to replace it.
-    """
-
-    weight_is_transposed: ClassVar[bool] = False
-    tile_pattern: ClassVar[re.Pattern[str]]
-    grid: Grid
-    name_in_model: str = ""
-    stands_for_dense: bool = False
+    weight_is_transposed: ClassVar[bool] = False  # whether the dense module's weight is (in, out)
+    tile_pattern: ClassVar[re.Pattern[str]]  # of state dict names: groups row, column and name
+    grid: Grid  # how the weight is cut
+    name_in_model: str = ""  # for messages
+    stands_for_dense: bool = False  # whether it was made from a dense module, to replace it
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,11 +103,7 @@ class TiledModule(nn.Module):
         }
 
     def writable_parameters(self, name: str) -> dict[Index, nn.Parameter]:
-        """All of them, to be written to.
-
-        Raises:
-            TileClassError: a tile computes its parameter.
-        """
+        """All of them, to be written to; TileClassError where a tile computes its parameter."""
         parameters = self.tile_parameters(name)
         for index, parameter in parameters.items():
             if not isinstance(parameter, nn.Parameter):
@@ -213,11 +206,7 @@ class TiledModule(nn.Module):
 
     @torch.no_grad()
     def share_tiles_with(self, other: "TiledModule") -> None:
-        """Use the other layer's tile weights from now on: one set of tiles for both.
-
-        Raises:
-            TileShapeError: the grids differ.
-        """
+        """Use the other layer's tile weights from now on; TileShapeError where the grids differ."""
         if self.grid != other.grid or self.weight_is_transposed != other.weight_is_transposed:
             raise TileShapeError(
                 f"{self.full_name()} has grid {self.grid.out_parts} × {self.grid.in_parts}, "
@@ -236,13 +225,9 @@ class TiledModule(nn.Module):
 
     @torch.no_grad()
     def adopt(self, name: str, dense: Tensor) -> None:
-        """Give every tile a new parameter: its piece of `dense`, copied.
+        """Give every tile a new parameter: its piece of the dense weight or bias, copied.
 
         dtype, device, requires_grad, a gradient and attributes set on the parameter are kept.
-
-        Args:
-            name: "weight" or "bias".
-            dense: the dense parameter as the dense module keeps it.
         """
         for index, old in self.tile_parameters(name).items():
             values = self._piece(name, index, dense, old.shape)
@@ -265,8 +250,7 @@ class TiledModule(nn.Module):
     def dense_parameter(self, name: str) -> nn.Parameter | None:
         """The dense parameter as a new leaf with the tiles' dtype, device, requires_grad, gradient.
 
-        Raises:
-            CannotTileError: some tiles are frozen and some are not.
+        CannotTileError where some tiles are frozen and some are not.
         """
         tiles = list(self.tile_parameters(name).values())
         if not tiles:
@@ -321,10 +305,9 @@ class TiledModule(nn.Module):
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load dense names, this grid's or any other grid's tile names; all of it or nothing.
+        """Load dense names, this grid's or any other grid's tile names.
 
-        Raises:
-            StateDictError: tensors are missing, extra or misshapen, or do not make one layer.
+        StateDictError, and nothing is loaded, where tensors are missing, extra or misshapen.
         """
         problems = problems_of(self, state_dict, strict, assign)
         if problems:
@@ -346,5 +329,6 @@ class TiledModule(nn.Module):
 
 
 def _tell_watchers() -> None:
-    for watcher in _watchers:
-        watcher()
+    for library, watcher in _watchers:
+        if library in sys.modules:
+            watcher()

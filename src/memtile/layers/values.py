@@ -7,9 +7,11 @@ of one process are whole already. An engine that shards them over ranks register
 makes the parameters whole inside the context and, where they were written, keeps what rank 0 wrote.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +25,41 @@ DENSE_NAMES = ("weight", "bias")
 Gatherer = Callable[[Sequence[nn.Parameter], bool], AbstractContextManager[bool | None]]
 ShapeOf = Callable[[Tensor], tuple[int, ...] | None]
 
-_gatherers: list[tuple[Gatherer, ShapeOf | None]] = []
+
+def _no_shape(tensor: Tensor) -> None:
+    """The `shape_of` of an engine whose parameters have their whole shape."""
 
 
-def register_gatherer(gatherer: Gatherer, shape_of: ShapeOf | None = None) -> Callable[[], None]:
+class _Engine(NamedTuple):
+    gather: Gatherer
+    shape_of: ShapeOf
+    library: str
+
+
+_engines: list[_Engine] = []
+
+
+def register_gatherer(
+    gatherer: Gatherer, shape_of: ShapeOf = _no_shape, library: str = "torch"
+) -> Callable[[], None]:
     """Let an engine make parameters whole wherever memtile touches their values.
 
     Args:
         gatherer: called with the parameters and whether they will be written; gives a context, and
             from it False where what this rank writes is dropped for another rank's.
         shape_of: the whole shape of a parameter that the engine stores in another shape, else None.
+        library: the engine's; it is asked only in processes that have imported it.
 
     Returns:
         A function that takes the gatherer away again.
     """
-    entry = (gatherer, shape_of)
-    _gatherers.append(entry)
-    return lambda: _gatherers.remove(entry)
+    engine = _Engine(gatherer, shape_of, library)
+    _engines.append(engine)
+    return lambda: _engines.remove(engine)
+
+
+def _running_engines() -> list[_Engine]:
+    return [engine for engine in _engines if engine.library in sys.modules]
 
 
 @contextmanager
@@ -50,8 +70,8 @@ def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iter
     """
     try:
         with ExitStack() as stack:
-            enter = stack.enter_context
-            yield False not in [enter(gatherer(parameters, write)) for gatherer, _ in _gatherers]
+            contexts = [engine.gather(parameters, write) for engine in _running_engines()]
+            yield False not in [stack.enter_context(context) for context in contexts]
     finally:
         for parameter in parameters:
             evict(parameter)
@@ -59,31 +79,27 @@ def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iter
 
 def is_shard(tensor: Tensor) -> bool:
     """Whether an engine has the tensor: torch's `DTensor`, or an engine's own, gathered or not."""
-    return hasattr(tensor, "device_mesh") or any(
-        shape_of is not None and shape_of(tensor) is not None for _, shape_of in _gatherers
-    )
+    return hasattr(tensor, "device_mesh") or _shape_of_engine(tensor) is not None
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape that a tensor has when it is gathered."""
-    for _, shape_of in _gatherers:
-        shape = None if shape_of is None else shape_of(tensor)
-        if shape is not None:
-            return shape
-    return tuple(tensor.shape)
+    shape = _shape_of_engine(tensor)
+    return tuple(tensor.shape) if shape is None else shape
+
+
+def _shape_of_engine(tensor: Tensor) -> tuple[int, ...] | None:
+    """The whole shape that an engine gives for the tensor; None where none has it."""
+    shapes = (engine.shape_of(tensor) for engine in _running_engines())
+    return next((shape for shape in shapes if shape is not None), None)
 
 
 @dataclass(frozen=True)
 class Values:
-    """The tensors of one weight or bias, and the grid that they stand in.
-
-    Args:
-        grid: how the tensors make the whole.
-        tensors: one matrix, or one bias, for each place of the grid; gathered when it is read.
-    """
+    """The tensors of one weight or bias, and the grid that they stand in."""
 
     grid: Grid
-    tensors: Mapping[Index, Tensor]
+    tensors: Mapping[Index, Tensor]  # gathered one by one, when they are read
 
     @classmethod
     def dense(cls, tensor: Tensor) -> "Values":
@@ -93,12 +109,7 @@ class Values:
 
     @classmethod
     def tiles(cls, tensors: Mapping[Index, Tensor]) -> "Values":
-        """The values of tiles; their spans are read from their shapes.
-
-        Raises:
-            TileShapeError: they do not make a grid.
-            StateDictError: their dtypes differ.
-        """
+        """The values of tiles, of one dtype; their spans are read from their shapes."""
         dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
         if len(dtypes) > 1:
             raise StateDictError(
@@ -153,12 +164,7 @@ def bias_rect(rows: Span) -> Rect:
 def dense_copy(parameters: Mapping[Index, nn.Parameter], shape: tuple[int, ...]) -> Tensor:
     """The dense tensor that the tiles' parameters make: differentiable where gradients are on.
 
-    Args:
-        parameters: the tiles' weights, or their biases as one column.
-        shape: the dense shape that they must add up to.
-
-    Raises:
-        TileShapeError: they add up to another shape (tensor-parallel shards, say).
+    TileShapeError where they add up to another shape (tensor-parallel shards, say).
     """
     if torch.compiler.is_compiling():  # cannot trace engines or the writes below
         return _cat(parameters)

@@ -1,4 +1,4 @@
-"""Autograd functions for tiled products, sums and lookups. Imports no home and no module."""
+"""Mathematics and autograd of tiled products and lookups."""
 
 from memtile.ops.composed import (
     ResultShapes,

@@ -26,10 +26,9 @@ Feed = Iterable[tuple[tuple[int, int], Tensor]]
 def write_results(feed: Feed, grid: Grid) -> Tensor:
     """The output (…, out_features) that the tiles' results make, each summed into its row.
 
-    Args:
-        feed: ((row, column), result) in row-major order, each taken after the last was written.
-        grid: the grid of the tiles. Where results are narrower than their span by a whole factor
-            (shards of a tensor-parallel linear), the output is narrower by it too.
+    The feed gives ((row, column), result) row by row; each is taken after the last was written.
+    Where results are narrower than their span by a whole factor (shards of a tensor-parallel
+    linear), the output is narrower by it too.
     """
     if grid.out_splits == grid.in_splits == 1:
         return write_rows(feed, grid)[0]
@@ -63,15 +62,7 @@ def write_rows(feed: Feed, grid: Grid) -> list[Tensor]:
 
 
 class ResultShapes:
-    """Checks that every tile returns its out-span, or the same whole fraction of it.
-
-    Args:
-        first: the first tile's result; a fraction of its span is one tensor-parallel shard.
-        grid: the grid of the tiles.
-
-    Raises:
-        TileClassError: the width is no whole fraction of the span.
-    """
+    """Checks that every tile returns its out-span, or the same whole fraction of it (a shard)."""
 
     def __init__(self, first: Tensor, grid: Grid) -> None:
         span, width = grid.out_spans[0].size, first.shape[-1] if first.dim() else 0
@@ -168,7 +159,8 @@ class _Place(torch.autograd.Function):
 
 def float32_edges(chunk: Tensor, rows: int) -> Iterator[Tensor]:
     """`rows` aliases of `chunk`, one for each row of tiles; gradients are summed in float32."""
-    if rows == 1 or chunk.dtype not in SIXTEEN_BITS or not _tracked(chunk):
+    is_tracked = chunk.requires_grad and torch.is_grad_enabled()
+    if rows == 1 or chunk.dtype not in SIXTEEN_BITS or not is_tracked:
         yield from (chunk for _ in range(rows))
         return
     node = _Float32Node.apply(chunk)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -185,10 +177,6 @@ def float32_casts(chunk: Tensor, rows: int) -> Iterator[Tensor]:
     wide = chunk.to(torch.float32)
     for _ in range(rows):
         yield wide.to(chunk.dtype)
-
-
-def _tracked(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 class _Float32Node(torch.autograd.Function):

@@ -18,14 +18,8 @@ Lookup = Callable[[Tensor], Tensor]
 def gather_rows(ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], dim: int) -> Tensor:
     """The rows of `ids`; each tile is called with the ids that it holds only.
 
-    Tiles that hold none of the ids are called too: their gradient is zero, not None, as in a dense
-    embedding.
-
-    Args:
-        ids: whole numbers within the spans, any shape.
-        lookups: one for each tile: (K,) ids counted from the tile's first row → (K, D).
-        spans: the rows of the vocabulary that each tile holds.
-        dim: D.
+    A lookup takes (K,) ids counted from the first row of its span, and gives (K, D). Tiles that
+    hold none of the ids are called too: their gradient is zero, not None, as in a dense embedding.
     """
     flat, out = ids.reshape(-1), None
     for lookup, span in zip(lookups, spans, strict=True):

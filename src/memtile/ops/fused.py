@@ -34,19 +34,12 @@ Rows = list[tuple[int, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class FusedSpec:
-    """The form of one call, and where each of its tensors stands in the flat argument list.
-
-    Args:
-        grid: the grid of the weight.
-        chunks: how many tensors the input comes in: 1, or in_splits.
-        combine: whether the rows of the output are joined in one tensor.
-        has_bias: whether each row of tiles has a bias.
-    """
+    """The form of one call, and where each of its tensors stands in the flat argument list."""
 
     grid: Grid
-    chunks: int
-    combine: bool
-    has_bias: bool
+    chunks: int  # how many tensors the input comes in: 1, or in_splits
+    combine: bool  # whether the rows of the output are joined in one tensor
+    has_bias: bool  # whether each row of tiles has one
 
     def weight(self, row: int, column: int) -> int:
         """Where the weight of tile (row, column) stands."""
@@ -64,16 +57,9 @@ class FusedSpec:
 def fused_linear(
     spec: FusedSpec, inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor | tuple[Tensor, ...]:
-    """The output of the whole layer.
+    """The output y (…, out_features), or one tensor (…, out_o) for each row without `spec.combine`.
 
-    Args:
-        spec: grid and form of the call.
-        inputs: x, or its chunks.
-        weights: the tiles' weights, row by row.
-        biases: one for each row of tiles, or none.
-
-    Returns:
-        y (…, out_features), or one tensor (…, out_o) for each row when `spec.combine` is False.
+    `inputs` are x or its chunks, `weights` go row by row, `biases` are one for each row, or none.
     """
     result: Tensor | tuple[Tensor, ...]
     result = _FusedLinear.apply(spec, *inputs, *weights, *biases)  # type: ignore[no-untyped-call]  # torch leaves it untyped

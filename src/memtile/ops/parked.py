@@ -14,44 +14,20 @@ batched gradients.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from memtile.ops.products import is_batched, sum_of_products
+from memtile.transfer import ParkedSource
 
 
-class ParameterSource(Protocol):
-    """Where a tile's values come from and its gradient goes; `transfer.ParkedSource` is one."""
+def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: ParkedSource) -> Tensor:
+    """y (…, M) of x (…, K), in x's dtype, with the weight in memory for the product only.
 
-    def note_use(self) -> None:
-        """Backward will need the values again."""
-
-    def resume(self) -> None:
-        """Backward begins; raises where the values have changed since the use was noted."""
-
-    def values(self, device: torch.device) -> AbstractContextManager[Tensor]:
-        """The values on this device, to be read inside the block only."""
-
-    def gradient(self) -> AbstractContextManager[Tensor]:
-        """A tensor to write the gradient into; after the block it is in `.grad`, or added to it."""
-
-    def flush(self) -> None:
-        """Return once the gradients that were delivered are where they are to go."""
-
-
-def parked_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, source: ParameterSource
-) -> Tensor:
-    """y (…, M), with the weight in memory for the product only.
-
-    Args:
-        x: (…, K), of the dtype that the product is to have.
-        weight: (M, K), the parameter, for autograd only: its values are not read.
-        bias: (M,) of x's dtype, or None.
-        source: of the weight's values.
+    The weight (M, K) is the parameter, for autograd: its values come from the source.
     """
     result: Tensor = _ParkedLinear.apply(x, weight, bias, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
@@ -64,7 +40,7 @@ class _ParkedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        source: ParameterSource,
+        source: ParkedSource,
     ) -> Tensor:
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
@@ -118,11 +94,8 @@ def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
 def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """A tensor to write the weight's gradient into, and what backward returns for the weight.
 
-    Both are the same where autograd takes the gradient; both are None where it is not needed.
-
-    Args:
-        ctx: has the weight and its source.
-        node: the node of the graph that accumulates the weight's gradients.
+    Both are the same where autograd takes the gradient; both are None where it is not needed. The
+    node is the graph's that accumulates the weight's gradients.
     """
     try:
         is_accumulated = torch._C._will_engine_execute_node(node)
@@ -140,7 +113,7 @@ def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | Non
         _flush_before(node, ctx.source)
 
 
-def _flush_before(node: Any, source: ParameterSource) -> None:
+def _flush_before(node: Any, source: ParkedSource) -> None:
     """Wait for our gradient to be home before autograd adds another one, of an L2 term say.
 
     Autograd adds in place: a write of ours that is still under way would undo it.
@@ -195,16 +168,12 @@ def parked_embedding(
     weight: Tensor,
     padding_idx: int | None,
     by_frequency: bool,
-    source: ParameterSource,
+    source: ParkedSource,
 ) -> Tensor:
-    """The rows (ids…, D) of a parked tile; only the pages that hold them are read.
+    """The rows (ids…, D) of a parked tile (K, D); only the pages that hold them are read.
 
-    Args:
-        ids: whole numbers within the tile.
-        weight: (K, D), the parameter; its rows are read where they lie.
-        padding_idx: a row whose gradient is zero, or None.
-        by_frequency: divide each row's gradient by how often its id occurs.
-        source: of the weight.
+    The rows are read where the parameter lies. The gradient of row `padding_idx` is zero; with
+    `by_frequency` each row's gradient is divided by how often its id occurs.
     """
     result: Tensor = _ParkedEmbedding.apply(ids, weight, padding_idx, by_frequency, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
@@ -218,7 +187,7 @@ class _ParkedEmbedding(torch.autograd.Function):
         weight: Tensor,
         padding_idx: int | None,
         by_frequency: bool,
-        source: ParameterSource,
+        source: ParkedSource,
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.padding, ctx.by_frequency = -1 if padding_idx is None else padding_idx, by_frequency

@@ -32,13 +32,9 @@ def needs_float32_sum(dtype: torch.dtype, parts: int) -> bool:
 def sum_of_products(
     out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], parts: int, bias: Tensor | None = None
 ) -> None:
-    """Write `Σ a @ b + bias` into `out`, in place and outside of autograd.
+    """Write `Σ a @ b + bias` into `out` (N, M), in place and outside of autograd.
 
-    Args:
-        out: (N, M), a slice with unit inner stride is written directly.
-        pairs: `parts` pairs of a (N, K) and b (K, M) in out's dtype, drawn one at a time.
-        parts: how many pairs there are, at least 1.
-        bias: (M,) or None, added once.
+    The `parts` pairs (a, b), at least 1, are in out's dtype and drawn one at a time.
     """
     if needs_float32_sum(out.dtype, parts):
         _sum_in_float32(out, pairs, bias)
@@ -155,9 +151,7 @@ def is_batched(gradient: Tensor) -> bool:
 def autocast_dtype(tensor: Tensor, device_type: str | None = None) -> torch.dtype | None:
     """The dtype that autocast gives this tensor in a matrix product; None where it is off.
 
-    Args:
-        tensor: what is multiplied.
-        device_type: of the product, where it is not the tensor's.
+    `device_type` is the product's, where it is not the tensor's.
     """
     if tensor.is_meta or not tensor.is_floating_point():  # asked about meta, torch raises
         return None

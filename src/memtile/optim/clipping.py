@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.errors import OptimizerError
-from memtile.homes import lock_of_a_module, streamed_allocation
+from memtile.homes import fork_safe_lock, streamed_allocation
 from memtile.transfer import Lease, is_stepped_in_backward, rings_of
 
 _CLIPPING: Final = ("clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_")
@@ -95,7 +95,7 @@ class _ClippingCheck:
     """
 
     def __init__(self) -> None:
-        self._lock = lock_of_a_module()  # a finalizer may run while its thread is inside
+        self._lock = fork_safe_lock()  # a finalizer may run while its thread is inside
         self._owners: set[object] = set()
         self._originals: list[tuple[CellType, ClipFunction]] = []
 

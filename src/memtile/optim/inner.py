@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtile.errors import OptimizerError
-from memtile.homes import lock_of_a_module
+from memtile.homes import fork_safe_lock
 from memtile.optim.elementwise import (
     check_class,
     construct,
@@ -30,7 +30,7 @@ from memtile.optim.elementwise import (
 )
 
 _CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
-_trying = lock_of_a_module()  # torch's flags for a dispatch mode are of the whole process
+_trying = fork_safe_lock()  # torch's flags for a dispatch mode are of the whole process
 _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 

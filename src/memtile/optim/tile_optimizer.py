@@ -17,7 +17,7 @@ from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_sta
 from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.stepping import Stepper
-from memtile.transfer import gradient_of, is_stepped_in_backward, rings_of, step_in_backward
+from memtile.transfer import gradient_lock, is_stepped_in_backward, rings_of, step_in_backward
 
 StepMode = Literal["classic", "in_backward"]
 
@@ -228,7 +228,7 @@ class TileOptimizer(Optimizer):
 
     def _step_after_backward(self, parameter: nn.Parameter) -> None:
         """The hook of in-backward mode: the parameter's gradient is complete."""
-        with gradient_of(parameter):
+        with gradient_lock(parameter):
             if parameter.grad is None:
                 return
             if parameter in self._stepped:

@@ -125,7 +125,7 @@ def _model_of(source: object, dtype: torch.dtype | None) -> nn.Module:
         raise ArgumentError(
             f"{str(source)!r} holds no config.json; give a folder that save_pretrained wrote"
         )
-    for integration in integrations():
+    for integration in integrations(imported_only=False):
         model = integration.empty(source, dtype)
         if model is not None:
             return model

@@ -10,7 +10,7 @@ from memtile.transfer.iterations import (
 )
 from memtile.transfer.parked import (
     ParkedSource,
-    gradient_of,
+    gradient_lock,
     is_stepped_in_backward,
     step_in_backward,
 )
@@ -24,7 +24,7 @@ __all__ = [
     "Lease",
     "ParkedSource",
     "SlabRing",
-    "gradient_of",
+    "gradient_lock",
     "is_stepped_in_backward",
     "layer_call",
     "rings_of",

@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd import Variable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from memtile.homes import Home, lock_of_a_module, renew_in_child, trim_heap
+from memtile.homes import Home, fork_safe_lock, trim_heap
 from memtile.transfer.slab_ring import SlabRing
 
 # Threads a home. Four saturate an idle disk; while products keep all cores busy a thread waits for
@@ -35,29 +35,22 @@ _CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forw
 
 
 class SlabRings:
-    """The slab rings of one home, with one set of reader threads.
-
-    Attributes:
-        weights: tiles that are worked on in forward and backward.
-        gradients: gradients on their way home.
-        steps: what an optimizer works on.
-    """
+    """The slab rings of one home, with one set of reader threads."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
         self._process, self._is_closed = os.getpid(), False
-        self._empty()
-        renew_in_child(self, SlabRings._renew_locks)
+        self._make()
 
-    def _empty(self) -> None:
+    def _make(self) -> None:
         """New rings: their slabs have no memory before they are used."""
-        self.weights = SlabRing(self._executor, SLABS)
-        self.gradients = SlabRing(self._executor, GRADIENT_SLABS)
-        self.steps = SlabRing(self._executor, SLABS)
+        self.weights = SlabRing(self._executor, SLABS)  # of forward and backward
+        self.gradients = SlabRing(self._executor, GRADIENT_SLABS)  # on their way home
+        self.steps = SlabRing(self._executor, SLABS)  # what an optimizer works on
 
-    def all(self) -> Iterator[SlabRing]:
+    def all(self) -> tuple[SlabRing, ...]:
         """Each of them."""
-        return iter((self.weights, self.gradients, self.steps))
+        return self.weights, self.gradients, self.steps
 
     @property
     def works(self) -> bool:
@@ -75,46 +68,30 @@ class SlabRings:
         self._is_closed = True
         if self._process == os.getpid():  # a child has none, and their locks are as they were
             self._executor.shutdown(wait=False)
-        self._empty()
-
-    def _renew_locks(self) -> None:
-        """In the child of a fork: a tile that is in a slab now is still to be released."""
-        for ring in self.all():
-            ring.renew_lock()
+        self._make()
 
 
 class _Thread(threading.local):
-    """What one thread is in.
+    """The calls that one thread is in."""
 
-    Attributes:
-        model: that it has entered and not left.
-        depth: of tiled layers.
-    """
-
-    model: "weakref.ref[nn.Module] | None" = None
-    depth = 0
+    model: "weakref.ref[nn.Module] | None" = None  # watched, entered and not left
+    depth = 0  # of tiled layers
 
 
 class IterationState:
     """What this process knows of its homes, iterations and parameters.
 
-    Attributes:
-        lock: guards rings, iteration and backwards; nothing is moved or computed under it.
-        rings: of each home, gone with it.
-        newest: the number of the iteration that began last.
-        iteration: the number of the one that the slabs were read for.
-        backwards: graph tasks of the engine that have read tiles.
-        thread: what the thread that asks is in.
-        trained: what `transfer.parked` knows of each parameter, gone with it.
+    Its lock guards rings, iteration and backwards; nothing is moved or computed under it.
     """
 
     def __init__(self) -> None:
-        self.lock = lock_of_a_module()
+        self.lock = fork_safe_lock()
         self.rings: weakref.WeakKeyDictionary[Home, SlabRings] = weakref.WeakKeyDictionary()
-        self.newest = self.iteration = 0
-        self.backwards: set[int] = set()
+        self.newest = 0  # the number of the iteration that began last
+        self.iteration = 0  # the number of the one that the slabs were read for
+        self.backwards: set[int] = set()  # autograd's graph tasks that have read tiles
         self.thread = _Thread()
-        self.trained = WeakIdKeyDictionary()
+        self.trained = WeakIdKeyDictionary()  # what `transfer.parked` knows of each parameter
 
     def all_rings(self) -> list[SlabRing]:
         """Those in use, of all homes."""

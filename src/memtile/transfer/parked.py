@@ -1,6 +1,5 @@
 """`ParkedSource`: how an operation reads a parked parameter's values and writes its gradient."""
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 
 from memtile.errors import ParkedError
 from memtile.homes import (
-    Allocation,
-    allocation_of,
-    renew_in_child,
+    Home,
+    fork_safe_lock,
     room_of,
     scratch_like,
     streamed_allocation,
@@ -22,22 +20,12 @@ from memtile.transfer.iterations import enter_backward, rings_of, state
 
 
 class _Trained:
-    """What is known of a parameter while it is trained.
-
-    Attributes:
-        uses: sources of nodes whose backward has not run.
-        is_stepped_in_backward: a hook takes the gradient, so it need not go home.
-        lock: held by a thread that adds to the gradient, or takes it.
-    """
+    """What is known of a parameter while it is trained."""
 
     def __init__(self) -> None:
-        self._renew_lock()
-        renew_in_child(self, _Trained._renew_lock)
-        self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()
-        self.is_stepped_in_backward = False
-
-    def _renew_lock(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = fork_safe_lock()  # held while the gradient is added to, or taken
+        self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()  # whose backward has not run
+        self.is_stepped_in_backward = False  # a hook takes the gradient: it need not go home
 
 
 def _record(parameter: Tensor) -> _Trained:
@@ -47,8 +35,8 @@ def _record(parameter: Tensor) -> _Trained:
     return found
 
 
-def gradient_of(parameter: Tensor) -> AbstractContextManager[object]:
-    """Inside, no other thread adds to the parameter's gradient, or takes it."""
+def gradient_lock(parameter: Tensor) -> AbstractContextManager[object]:
+    """Held by a thread that adds to the parameter's gradient, or takes it."""
     return _record(parameter).lock
 
 
@@ -108,19 +96,15 @@ class ParkedSource:
         """
         parameter, allocation = self.parameter, streamed_allocation(self.parameter)
         record = _record(parameter)
-        if allocation is None:
-            out = torch.empty_like(parameter)
+        if allocation is None or (record.is_stepped_in_backward and not record.uses):
+            out = torch.empty_like(parameter) if allocation is None else scratch_like(parameter)
             yield out
-            _accumulate(parameter, out)
-        elif record.is_stepped_in_backward and not record.uses:
-            out = scratch_like(parameter)
+            _add(parameter, out, home=None)
+            return
+        with _gradient_at_home(parameter, allocation.home) as out:
             yield out
-            _accumulate(parameter, out, replaces_sum_at_home=True)
-        else:
-            with _gradient_at_home(parameter, allocation) as out:
-                yield out
-            if parameter._post_accumulate_grad_hooks:
-                self.flush()  # they may read it
+        if parameter._post_accumulate_grad_hooks:
+            self.flush()  # they may read it
 
     def flush(self) -> None:
         """Return once stored gradients are at home; HomeIOError where one could not be written."""
@@ -129,63 +113,54 @@ class ParkedSource:
             rings_of(allocation.home).gradients.flush()
 
 
-def _accumulate(parameter: nn.Parameter, new: Tensor, replaces_sum_at_home: bool = False) -> None:
-    """Put `new` into `.grad`, in memory, or add it to what is there.
-
-    With `replaces_sum_at_home` a sum that was sent home before comes back into memory.
-    """
-    with gradient_of(parameter):
-        old = parameter.grad
-        allocation = allocation_of(old) if old is not None else None
-        if old is None:
-            parameter.grad = new
-        elif allocation is None or not replaces_sum_at_home:
-            old.add_(new)
-        else:
-            with rings_of(allocation.home).gradients.acquire((allocation,)) as lease:
-                parameter.grad = new.add_(lease.tensors[0])
-
-
 @contextmanager
-def _gradient_at_home(parameter: nn.Parameter, allocation: Allocation) -> Iterator[Tensor]:
+def _gradient_at_home(parameter: nn.Parameter, home: Home) -> Iterator[Tensor]:
     """A tensor whose content is sent home after the block, to be `.grad` or added to it."""
     lock = _record(parameter).lock
     if parameter.grad is None and lock.acquire(blocking=False):
         try:
             if parameter.grad is None:  # other threads add theirs once this one is whole
-                with _new_gradient(parameter, allocation) as out:
+                with _new_gradient(parameter, home) as out:
                     yield out
                 return
         finally:
             lock.release()
     out = scratch_like(parameter)
     yield out
-    with lock:
-        _add_at_home(parameter, allocation, out)
+    _add(parameter, out, home)
 
 
 @contextmanager
-def _new_gradient(parameter: nn.Parameter, allocation: Allocation) -> Iterator[Tensor]:
+def _new_gradient(parameter: nn.Parameter, home: Home) -> Iterator[Tensor]:
     """A slab to write the first gradient into; after the block it is `.grad`, at home."""
     with room_of(parameter):
-        new = allocation.home.allocate(parameter.shape, parameter.dtype)
-    with rings_of(allocation.home).gradients.acquire(made=(new,)) as lease:
+        new = home.allocate(parameter.shape, parameter.dtype)
+    with rings_of(home).gradients.acquire(made=(new,)) as lease:
         yield lease.tensors[0]
         lease.store()
     parameter.grad = tensor_of(new)
 
 
-def _add_at_home(parameter: nn.Parameter, allocation: Allocation, new: Tensor) -> None:
-    old = parameter.grad
-    if old is None:  # another thread has taken it since
-        with _new_gradient(parameter, allocation) as out:
-            out.copy_(new)
-        return
-    old_allocation = allocation_of(old)
-    if old_allocation is None:
-        old.add_(new)
-        return
-    with rings_of(old_allocation.home).gradients.acquire((old_allocation,)) as lease:
-        lease.tensors[0].add_(new)
-        lease.store()
-    torch.autograd.graph.increment_version(old)
+def _add(parameter: nn.Parameter, new: Tensor, home: Home | None) -> None:
+    """Put `new` into `.grad`, or add it to what is there, and keep the sum in the home.
+
+    Without a home it is kept in memory, where a sum that was sent home before comes back to.
+    """
+    with gradient_lock(parameter):
+        old = parameter.grad
+        allocation = None if old is None else streamed_allocation(old)
+        if old is None and home is not None:
+            with _new_gradient(parameter, home) as out:
+                out.copy_(new)
+        elif old is None:
+            parameter.grad = new
+        elif allocation is None:
+            old.add_(new)
+        else:
+            with rings_of(allocation.home).gradients.acquire((allocation,)) as lease:
+                if home is None:
+                    parameter.grad = new.add_(lease.tensors[0])
+                else:
+                    lease.tensors[0].add_(new)
+                    lease.store()
+                    torch.autograd.graph.increment_version(old)

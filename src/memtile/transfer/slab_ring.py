@@ -16,12 +16,12 @@ from itertools import count, islice
 from torch import Tensor
 
 from memtile.errors import HomeError
-from memtile.homes import Allocation
+from memtile.homes import Allocation, renew_in_child
 from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
 
 
 class PrefetchOrder:
-    """The prefetch order: which group is needed after which, learnt while running.
+    """Which group is needed after which, learnt while running.
 
     A table (previous, this) → next, updated at every request. A wrong guess costs one wait and
     corrects itself, so training, evaluation, generation and recomputation may alternate.
@@ -60,8 +60,7 @@ def _is_alive(*keys: Key | None) -> bool:
 class Lease:
     """Groups that were acquired at once, in memory until they are released.
 
-    Attributes:
-        tensors: one for each allocation, in its slab: not to be kept.
+    `tensors` are one for each allocation, in its slab: not to be kept.
     """
 
     def __init__(self, ring: "SlabRing", slabs: Sequence[Slab], groups: Sequence[Group]) -> None:
@@ -83,11 +82,9 @@ class Lease:
 
 
 class SlabRing:
-    """A ring of slabs.
+    """A fixed number of slabs, each as large as the largest group that it ever held.
 
-    Args:
-        executor: runs reads and writes; shared by the rings of one home.
-        slabs: how many there are. Each is as large as the largest group that it ever held.
+    The executor runs reads and writes; the rings of one home share it.
     """
 
     def __init__(self, executor: Executor, slabs: int) -> None:
@@ -98,7 +95,8 @@ class SlabRing:
         self._prefetch_order = PrefetchOrder()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
         self._process = os.getpid()
-        self.renew_lock()
+        self._renew_lock()
+        renew_in_child(self, SlabRing._renew_lock)
 
     @property
     def slab_bytes(self) -> int:
@@ -139,10 +137,10 @@ class SlabRing:
             yield Lease(self, slabs, groups)
             self._check_process()
         except BaseException:
-            self._leave(slabs, half_changed=True)
+            self._release(slabs, half_changed=True)
             raise
         else:
-            self._leave(slabs)
+            self._release(slabs)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -151,8 +149,11 @@ class SlabRing:
                 "in a child: fork between two calls of the model"
             )
 
-    def renew_lock(self) -> None:
-        """Make the lock; again in a forked child, where the thread that held it does not exist."""
+    def _renew_lock(self) -> None:
+        """Make the lock; again in a forked child, where the thread that held it does not exist.
+
+        What a child finds in a slab is still to be released there.
+        """
         self._depth = 0  # of changes that are under way, in the thread that holds the lock
         self._changed = threading.Condition()
         # Futures keep it: a bound method would keep the ring alive.
@@ -209,7 +210,7 @@ class SlabRing:
             self._prefetch_order.start()
 
     def clear(self) -> None:
-        """Forget everything that was read; what is still to be written stays."""
+        """Discard everything that was read; what is still to be written stays."""
         with self._changing():
             self._delayed = []
             for slab in self._slabs:
@@ -316,7 +317,7 @@ class SlabRing:
 
         return min(free, key=cost, default=None)
 
-    def _leave(self, slabs: Sequence[Slab], half_changed: bool = False) -> None:
+    def _release(self, slabs: Sequence[Slab], half_changed: bool = False) -> None:
         with self._changing():
             for slab in slabs:
                 slab.users -= 1

@@ -94,15 +94,16 @@ class Slab:
         self.claim(group)
         try:
             for allocation, room in zip(group, self._rooms, strict=True):
-                for start, piece in _pieces(room):
-                    self._reads.append(_submit(executor, notify, allocation.read, piece, start))
+                for read in _start(executor, notify, allocation.read, room):
+                    self._reads.append(read)
         except BaseException:
             self.key = None  # otherwise it would count as read
             raise
 
     def claim(self, group: Group) -> None:
-        """Take a group in whose content is still to be computed."""
-        self.empty()
+        """Take a group in whose content is still to be computed; no reader is at work."""
+        self.key, self.is_spoiled = None, False
+        self.tensors, self._rooms, self._reads = [], [], []
         needed = sum(allocation.room for allocation in group)
         if self.memory.numel() < needed:
             self.memory = torch.empty(0, dtype=torch.uint8)  # free the old before the new is made
@@ -113,11 +114,6 @@ class Slab:
             for room, allocation in zip(self._rooms, group, strict=True)
         ]
         self.key = key_of(group)
-
-    def empty(self) -> None:
-        """Hold nothing; readers that are still at work must have ended before."""
-        self.key, self.is_spoiled = None, False
-        self.tensors, self._rooms, self._reads = [], [], []
 
     def let_go(self) -> None:
         """Hold nothing; the memory stays with readers that are at work until they have ended."""
@@ -139,9 +135,9 @@ class Slab:
         """Start writing home those of its tensors that are named by number."""
         unwritten = [(allocation, self._rooms[number]) for number, allocation in allocations]
         self._writes = [
-            _submit(executor, notify, allocation.write, piece, start)
+            write
             for allocation, room in unwritten
-            for start, piece in _pieces(room)
+            for write in _start(executor, notify, allocation.write, room)
         ]
         self._unwritten = unwritten
 
@@ -163,18 +159,14 @@ def _succeeded(future: "Future[None]") -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _submit(
+def _start(
     executor: Executor,
     notify: Callable[[], None],
     move: Callable[[Tensor, int], None],
-    piece: Tensor,
-    start: int,
-) -> "Future[None]":
-    future = executor.submit(move, piece, start)
-    future.add_done_callback(lambda _: notify())
-    return future
-
-
-def _pieces(room: Tensor) -> Iterator[tuple[int, Tensor]]:
-    starts = range(0, room.numel(), PIECE_BYTES)
-    return ((start, room[start : start + PIECE_BYTES]) for start in starts)
+    room: Tensor,
+) -> Iterator["Future[None]"]:
+    """Move the room's bytes in pieces, each in a thread, and call `notify` after each."""
+    for start in range(0, room.numel(), PIECE_BYTES):
+        future = executor.submit(move, room[start : start + PIECE_BYTES], start)
+        future.add_done_callback(lambda _: notify())
+        yield future
