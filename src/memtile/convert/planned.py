@@ -9,7 +9,7 @@ from memtile.convert.kinds import kind_of
 from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import trim_heap
+from memtile.homes import Home, trim_heap
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
@@ -18,7 +18,9 @@ def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecis
     """What happens to each linear and embedding of the model by this plan."""
     planned = {layer.name: layer for layer in plan.layers}
     choices = choose(model, Cut(parks=True), None)
-    _check_names(model, planned.keys(), [choice.name for choice in choices])
+    for name in sorted(planned.keys() ^ {choice.name for choice in choices}):
+        where = "it" if name in planned else "the model"
+        raise _other_model(model, f"{name} is only in {where}")
     found = []
     for choice in choices:
         layer = planned[choice.name]
@@ -48,15 +50,23 @@ def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan | RankPlan) -
         )
 
 
-def planned_home(plan: Plan) -> str | None:
-    """The word for the home that a plan names; None where it parks nothing."""
-    return plan.home if plan.parked_layers else None
+def planned_home(
+    model: nn.Module, plan: Plan | RankPlan, home: Home | str | None
+) -> Home | str | None:
+    """The home that is given, or the one that a plan names; None where it parks nothing.
 
-
-def check_checkpointing(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan that recomputes what the model cannot."""
+    A plan that recomputes what the model cannot is refused.
+    """
+    if isinstance(plan, RankPlan):
+        if home is not None:
+            raise ArgumentError(
+                f"home={home!r} beside a plan for ranks: its tiles live as shards of the engine; "
+                "leave home out, or plan for one process with memtile.plan"
+            )
+        return None
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
+    return plan.home if home is None and plan.parked_layers else home
 
 
 def has_checkpointing(model: nn.Module) -> bool:
@@ -88,12 +98,6 @@ def check_alone(plan: object, given: dict[str, object]) -> None:
             f"tile(model, plan, {others[0]}=…): a plan says how each layer is cut; give the plan "
             "alone, or sizes alone"
         )
-
-
-def _check_names(model: nn.Module, planned: object, found: list[str]) -> None:
-    odd = sorted(set(planned).symmetric_difference(found))  # type: ignore[call-overload]  # keys
-    if odd:
-        raise _other_model(model, f"{odd[0]} is only in {'the model' if odd[0] in found else 'it'}")
 
 
 def _other_model(model: nn.Module, why: str) -> CannotTileError:
