@@ -1,4 +1,4 @@
-"""Values from a checkpoint into a model, and memory first for parameters on the meta device."""
+"""Values from a checkpoint into a model; parameters on the meta device get memory first."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -64,19 +64,9 @@ def fill(model: nn.Module, matches: Iterable[Match], file_backed: FileBacked = _
         integration.filled(model)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint that fits a model without values, and what the model itself is to initialise."""
-
-    checkpoint: Checkpoint
-    findings: Findings
-    made: list[str]  # names of parameters
-
-
-def checked_for_empty(model: nn.Module, paths: Paths, *, strict: bool) -> Stored:
+def checked_for_empty(model: nn.Module, paths: Paths, *, strict: bool) -> Findings:
     """The checkpoint for a model without values, all of it checked."""
-    checkpoint = Checkpoint.of(paths)
-    findings = checked(model, checkpoint, strict=strict, complete=True)
+    findings = checked(model, Checkpoint.of(paths), strict=strict, complete=True)
     for match in findings.matches:
         held: Tensor = match.dense.parts[0].parameter  # or a buffer
         if isinstance(held, nn.Parameter) and not held.is_meta:  # adapters around it may have some
@@ -85,11 +75,11 @@ def checked_for_empty(model: nn.Module, paths: Paths, *, strict: bool) -> Stored
                 "has none (memtile.empty_model(lambda: …)); tile this one without, then call "
                 "memtile.load_checkpoint(model, folder)"
             )
-    return Stored(checkpoint, findings, to_make(model, findings))
+    return findings
 
 
 def to_make(model: nn.Module, findings: Findings) -> list[str]:
-    """Names of what a checkpoint may lack, and is on the meta device."""
+    """Names of parameters on the meta device that a checkpoint lacks and may lack."""
     names = {*findings.made, *findings.optional}
     needed = tensors_of(model) if names else []
     lacking = (each.dense for each in needed if each.dense.name in names)
@@ -152,12 +142,12 @@ def _like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
 
 
 @contextmanager
-def filled_from(model: nn.Module, stored: Stored, home: Home | None) -> Iterator[None]:
+def filled_from(model: nn.Module, findings: Findings, home: Home | None) -> Iterator[None]:
     """Inside, a model on the meta device is cut; then it is filled. After an error it is dense."""
-    with values_made(model, stored.made):
+    with values_made(model, to_make(model, findings)):
         try:
             yield
-            matches = find(model, stored.checkpoint).matches
+            matches = find(model, findings.checkpoint).matches
             if isinstance(home, CheckpointHome):
                 fill(model, matches, rest_in_files(model, matches, home))
             else:
@@ -165,14 +155,14 @@ def filled_from(model: nn.Module, stored: Stored, home: Home | None) -> Iterator
         except BaseException:
             untile(model)
             raise
-    path = stored.checkpoint.path
+    path = findings.checkpoint.path
     for own in integrations():
         own.read_from(model, path if path.is_dir() else path.parent)
 
 
-def warn_of_differences(model: nn.Module, stored: Stored, stacklevel: int) -> None:
+def warn_of_differences(model: nn.Module, found: Findings, stacklevel: int) -> None:
     """Warn of what the model and the checkpoint do not have in common."""
-    where, found = stored.checkpoint.where, stored.findings
+    where = found.checkpoint.where
     waiting = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     made = (
         f"{where} lacks {some(found.made)}: initialised anew by the model's own rule, to be "
@@ -194,7 +184,7 @@ def warn_of_differences(model: nn.Module, stored: Stored, stacklevel: int) -> No
 def _materialized(
     module: nn.Module, name: str, parameter: nn.Parameter, file_backed: FileBacked
 ) -> nn.Parameter:
-    """A parameter like one on the meta device, with memory: at home where its tile has one."""
+    """A parameter like one on the meta device, with memory: in its tile's home if it has one."""
     if not isinstance(module, ParkedModule) or name != "weight":
         return _like(parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
     allocation = file_backed.get(id(parameter))
@@ -245,7 +235,7 @@ def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHo
 
 
 def _place(match: Match, part: Part, home: CheckpointHome) -> Allocation | str:
-    """Where a tile lies in the files, or the reason why it does not."""
+    """Where a tile lies in the files, or why it lies in none."""
     if not isinstance(match.source, StoredTensor):
         return "the checkpoint holds them in tiles of its own"
     start = first_element(match.dense, part)

@@ -52,6 +52,7 @@ class Findings:
     """What a checkpoint has for a model.
 
     Attributes:
+        checkpoint: where it was looked for.
         matches: tensors that are in both.
         missing: names of the model that the checkpoint should have and has not.
         made: names that it has not, and that the model initialises by its own rule.
@@ -61,6 +62,7 @@ class Findings:
         problems: what keeps it from being loaded, a sentence each.
     """
 
+    checkpoint: Checkpoint
     matches: list[Match] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
@@ -69,8 +71,11 @@ class Findings:
     unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def check(self, where: object, *, strict: bool, complete: bool) -> None:
-        """Refuses what cannot be loaded."""
+    def check(self, *, strict: bool, complete: bool) -> None:
+        """Refuse what cannot be loaded.
+
+        Strict: anything missing or unexpected. Complete: anything missing but what the model makes.
+        """
         problems = list(self.problems)
         missing = self.missing + (self.made if strict else [])
         if missing and (strict or complete):
@@ -79,9 +84,9 @@ class Findings:
             problems.append(f"it has {some(self.unexpected)}, which the model has not")
         if problems:
             raise CheckpointError(
-                f"{where} is not a checkpoint of this model: {'; '.join(problems)}. Nothing was "
-                f"changed; give the checkpoint of this model, or build it with the checkpoint's "
-                f"configuration{self._ways_out(complete)}"
+                f"{self.checkpoint.where} is not a checkpoint of this model: "
+                f"{'; '.join(problems)}. Nothing was changed; give the checkpoint of this model, "
+                f"or build it with the checkpoint's configuration{self._ways_out(complete)}"
             )
 
     def _ways_out(self, complete: bool) -> str:
@@ -96,12 +101,6 @@ class Findings:
             )
         return ways
 
-    def check_sums(self) -> None:
-        """Verify what will be read, as far as its checksums are known."""
-        for match in self.matches:
-            for stored in match.stored():
-                stored.check_sum()
-
 
 def some(names: Collection[str]) -> str:
     """The first of some names, and how many there are besides."""
@@ -110,7 +109,7 @@ def some(names: Collection[str]) -> str:
 
 
 def left_out(where: object, names: Collection[str]) -> str:
-    """What is said of names that only the checkpoint has."""
+    """The warning of names that only the checkpoint has."""
     return f"{where} holds {some(names)}, which the model has not: left out"
 
 
@@ -131,7 +130,7 @@ def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
 
 
 def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool) -> Findings:
-    """What a checkpoint has for a model, all of it checked; `strict` as for `Findings.check`."""
+    """`find`, with everything checked; `strict` and `complete` are those of `Findings.check`."""
     for name, layer in model.named_modules():
         if isinstance(layer, TiledModule):
             check_stored(name, layer)
@@ -143,9 +142,11 @@ def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete:
                 "anew with memtile.tile(memtile.empty_model(lambda: …), …, checkpoint=folder)"
             )
     findings = find(model, checkpoint)
-    findings.check(checkpoint.where, strict=strict, complete=complete)
+    findings.check(strict=strict, complete=complete)
     _check_meta(model, findings)
-    findings.check_sums()
+    for match in findings.matches:
+        for stored in match.stored():
+            stored.check_sum()
     return findings
 
 
@@ -175,7 +176,7 @@ class _Search:
         self.own = {self.naming.stored(name) for one in self.needed for name in one.names}
         self.used: set[str] = set()
         self.lacking: list[str] = []  # names of the model
-        self.findings = Findings()
+        self.findings = Findings(checkpoint)
 
     def run(self) -> Findings:
         found = self.findings
@@ -239,7 +240,7 @@ class _Search:
         return None
 
     def _spellings(self, name: str) -> list[str]:
-        """A name as it is; or, where it is not there, with or without the base's name before it."""
+        """The names in the checkpoint to look for: as it is, or with its base's prefix changed."""
         name = self.naming.stored(name)
         prefix = f"{self.naming.prefix}."
         if name in self.checkpoint or prefix == ".":

@@ -12,11 +12,12 @@ from torch import nn
 from memtile.checkpoints import CheckpointHome, Paths
 from memtile.convert.kinds import kind_of, replace_module
 from memtile.convert.materializing import (
-    Stored,
     checked_for_empty,
     filled_from,
+    to_make,
     warn_of_differences,
 )
+from memtile.convert.name_matching import Findings
 from memtile.convert.planned import (
     check_alone,
     planned_choices,
@@ -131,12 +132,12 @@ def tile(
     if isinstance(plan, Plan):
         take_workspace(plan.products)
     if checkpoint is not None or any(choice.tiled for choice in choices):
-        stored = None
+        findings = None
         if checkpoint is not None:
-            stored = checked_for_empty(model, checkpoint, strict=strict)
-        replaced = replace_chosen(model, choices, home, stored)
-        if stored is not None:
-            warn_of_differences(model, stored, stacklevel=2)
+            findings = checked_for_empty(model, checkpoint, strict=strict)
+        replaced = replace_chosen(model, choices, home, findings)
+        if findings is not None:
+            warn_of_differences(model, findings, stacklevel=2)
         replaced.warn(model, stacklevel=2)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, choices)
@@ -148,7 +149,7 @@ def tile(
 def _checked_choices(
     model: nn.Module, cut: Cut, modules: Collection[str] | None
 ) -> list[TilingDecision]:
-    """What happens to each module, once it is known that something does."""
+    """What happens to each module; refused where nothing can be tiled."""
     if not cut.is_given:
         raise ArgumentError(
             "tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…; with "
@@ -185,21 +186,21 @@ def replace_chosen(
     model: nn.Module,
     choices: Sequence[TilingDecision],
     home: Home | str | None,
-    stored: Stored | None = None,
+    findings: Findings | None = None,
 ) -> Replaced:
     """Replace what was chosen, once its home has room for all of it, and fill it if asked to."""
-    if stored is None and home == "checkpoint":
+    if findings is None and home == "checkpoint":
         raise ArgumentError(
             'home="checkpoint" leaves the tiles in the files of a checkpoint: give its folder too, '
             "as checkpoint=folder, with a model of memtile.empty_model(lambda: …)"
         )
-    if stored is not None and home == "checkpoint":
-        made = {name.removesuffix(".weight") for name in stored.made}  # in no file
+    if findings is not None and home == "checkpoint":
+        made = {name.removesuffix(".weight") for name in to_make(model, findings)}  # in no file
         choices = [c for c in choices if made.isdisjoint(c.ties or (c.name,))]
     held = None if home is None else _room_for(model, choices, home)
     parked = None if held is None else held.home
     parks = nullcontext() if held is None else held.used_here()
-    fills = nullcontext() if stored is None else filled_from(model, stored, parked)
+    fills = nullcontext() if findings is None else filled_from(model, findings, parked)
     keep_bias = {choice.name for choice in choices if choice.keeps_bias}
     replaced, done = Replaced(), set[str]()
     with parks, replacing(model, "memtile.tile"), fills:
@@ -278,19 +279,19 @@ def _tile_group(
     names = choice.ties or (choice.name,)
     for name in names:
         dense = model.get_submodule(name)
-        kind, bias = kind_of(dense), dense._parameters.get("bias")
+        kind = kind_of(dense)
         assert choice.grid is not None
         assert kind is not None
-        replaced.add(name, dense, [dense._parameters["weight"]])
-        if name in keep_bias:  # others share it: the layer gets the very parameter
-            dense._parameters["bias"] = None
+        replaced.add(name, dense, dense._parameters["weight"])
+        # A bias that others share stays whole: the layer gets the parameter itself.
+        bias = dense._parameters.get("bias") if name in keep_bias else None
+        dense._parameters |= {} if bias is None else {"bias": None}
         try:
             layer = kind.tiled.from_dense(dense, choice.grid, first, home)
         finally:
             dense._parameters |= {} if bias is None else {"bias": bias}
-        if name in keep_bias:
+        if bias is not None:
             assert isinstance(layer, TiledLinear)  # nothing else has a bias
-            assert bias is not None
             layer.keep_bias(bias)
         layer.name_in_model = name
         first = first or layer
