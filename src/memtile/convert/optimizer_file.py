@@ -1,4 +1,4 @@
-"""An optimizer's state out to a checkpoint and back in, tensor by tensor."""
+"""An optimizer's state into a checkpoint and back, tensor by tensor."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +39,9 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
             kept = stored_state.kept_state(optimizer.state, dense)
             if kept is not None:
                 states[name] = _entries(optimizer, kept)
-                tensors.extend(_tensors(optimizer, kept))
+                for key, tensor in kept.tensors.items():
+                    held = entry_of(optimizer.state, key)
+                    tensors.append(outgoing(tensor, f"{key}/{dense.name}", held))
     record = {"class": stored_state.class_of(optimizer), "groups": groups, "state": states}
     return record, tensors
 
@@ -50,7 +52,7 @@ def _entries(optimizer: Optimizer, kept: KeptState) -> Json:
     for key in kept.keys:
         if key in kept.tensors:
             is_whole = kept.tensors[key] is not kept.dense
-            entries[key] = {"tensor": _name(key, kept.dense), "own_shape": is_whole}
+            entries[key] = {"tensor": f"{key}/{kept.dense.name}", "own_shape": is_whole}
         else:
             value = kept.numbers[key]
             where = f"the optimizer's state of {kept.dense.name}[{key!r}]"
@@ -58,17 +60,6 @@ def _entries(optimizer: Optimizer, kept: KeptState) -> Json:
             entries[key] = {"value": to_json(value, where), "on_device": on_device}
     stepped = stored_state.stepped_dtype(optimizer, parameter)
     return {"stepped": dtype_name(stepped), "entries": entries}
-
-
-def _tensors(optimizer: Optimizer, kept: KeptState) -> list[Outgoing]:
-    return [
-        outgoing(dense, _name(key, kept.dense), entry_of(optimizer.state, key))
-        for key, dense in kept.tensors.items()
-    ]
-
-
-def _name(key: str, dense: DenseParameter) -> str:
-    return f"{key}/{dense.name}"
 
 
 def entry_of(states: Mapping[Tensor, Mapping[str, Any]], key: str) -> Held:
@@ -83,24 +74,13 @@ def entry_of(states: Mapping[Tensor, Mapping[str, Any]], key: str) -> Held:
 
 
 class IncomingState:
-    """A stored state on its way into an optimizer; made, it has been checked, and changed nothing.
-
-    Args:
-        record: what the checkpoint's record says of the optimizer.
-        tensors: the tensors beside it.
-        model: whose parameters are optimized.
-        optimizer: that takes the state over.
-
-    Raises:
-        CheckpointError: it is of another optimizer, or of another model.
-        OptimizerError: the optimizer is not of this model.
-        HomeFullError: a home has no room for it.
-    """
+    """A stored state for an optimizer: making it checks everything, and changes nothing."""
 
     def __init__(
         self, record: Json, tensors: Checkpoint, model: nn.Module, optimizer: Optimizer
     ) -> None:
         self._record, self._tensors, self._optimizer = record, tensors, optimizer
+        self._place = tensors.path.parent
         self._members = stored_state.members(model, optimizer.param_groups)
         self._check_class()
         self._check_groups()
@@ -120,10 +100,6 @@ class IncomingState:
                 "weights"
             )
 
-    @property
-    def _place(self) -> str:
-        return str(self._tensors.path.parent)
-
     def _check_groups(self) -> None:
         theirs = [set(group["names"]) for group in self._record["groups"]]
         ours = [set(found) for found in self._members]
@@ -141,7 +117,7 @@ class IncomingState:
                 )
 
     def _prepare(self, dense: DenseParameter, saved: Json, group: Mapping[str, Any]) -> None:
-        """Room for what is to come for one dense parameter; numbers come at once."""
+        """Make room for the tensors of one dense parameter; take its numbers."""
         stepped = DTYPES[saved["stepped"]]
         for part in dense.parts:
             self._states[part.parameter] = {}
@@ -158,10 +134,10 @@ class IncomingState:
     def _prepare_tensor(
         self, dense: DenseParameter, key: str, entry: Json, stepped: torch.dtype
     ) -> None:
-        stored, dtype = self._tensors[entry["tensor"]], self._tensors[entry["tensor"]].dtype
+        stored = self._tensors[entry["tensor"]]
+        dtype, target = stored.dtype, dense
         if not entry["own_shape"] and dtype == stepped:
             dtype = stored_state.stepped_dtype(self._optimizer, dense.parts[0].parameter)
-        target = dense
         if entry["own_shape"]:
             target = self._as_it_is(dense, key, stored)
         elif stored.shape != dense.shape:

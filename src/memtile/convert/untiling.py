@@ -52,7 +52,7 @@ def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> Replaced:
     for number, name in enumerate(names, 1):
         layer = model.get_submodule(name)
         assert isinstance(layer, TiledModule)
-        replaced.add(name, layer, [])
+        replaced.add(name, layer)
         known = weights.get(ids[name])
         dense = layer.to_dense(known[0] if known else None)
         if ids[name] in [ids[other] for other in names[number:]]:
@@ -83,7 +83,7 @@ def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _own_reason(layer: TiledModule) -> str:
-    """What a dense module would not do that this layer does; "" when there is nothing."""
+    """What a dense module would not do that this layer does; "" for nothing."""
     if type(layer) not in tiled_classes():
         return f"{type(layer).__name__} is a class of its own, which no dense module stands for"
     if getattr(layer, "input_is_already_split", False):
@@ -111,7 +111,7 @@ def _shared_reason(
     ids: dict[str, tuple[int, ...]],
     owners: Owners,
 ) -> str:
-    """Dense modules share whole weights: tiles shared in another way would come apart."""
+    """Which tile is shared in a way that whole dense weights could not be; "" for none."""
     tied = [other for other in layers if ids[other] == ids[name]]
     for own in ("weight",) if layers[name].whole_bias is not None else ("weight", "bias"):
         among = tied if own == "weight" else [name]
