@@ -16,7 +16,7 @@ def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     An iterator that never holds more than one assembled tensor: write each before you take the
     next. Tensors of untiled modules are the model's own, not copies. Tied tensors come under every
-    name that they have. Where an engine gathers parameters, each rank walks through all of it, and
+    name that they have. Where an engine gathers parameters, each rank iterates over all of it, and
     one tile at a time is gathered.
 
     Args:
@@ -47,7 +47,7 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
 
 
 def check_stored(name: str, layer: TiledModule) -> None:
-    """Refuses a layer whose tiles keep something else than their weight and bias."""
+    """Refuse a layer whose tiles keep something else than their weight and bias."""
     for own in ("weight", "bias"):
         stored = layer.stored_parameters(own)
         computed = [index for index in layer.tile_parameters(own) if index not in stored]

@@ -1,4 +1,4 @@
-"""What a plan says about one model: its choices, its home, whether activations are recomputed."""
+"""How `tile` carries out a plan: its choices, its home, recomputed activations, its workspace."""
 
 from dataclasses import replace
 
@@ -110,10 +110,10 @@ def _other_model(model: nn.Module, why: str) -> CannotTileError:
 def take_workspace(products: Products) -> None:
     """Make the widest float32 product of a step, with factors whose pages take no memory.
 
-    MKL keeps the workspace of each product for the next one, and takes another where none that it
-    has is large enough. By ever larger products of SmolLM2-135M it came to hold 41 MiB; with the
-    largest first, 11 (torch 2.13 on an AMD EPYC, measured). What it holds in the end depends on
-    the CPU: `memtile.planner.product_memory` measures that.
+    MKL keeps the workspace of each product for the next one, and takes another where none is large
+    enough. By ever larger products of SmolLM2-135M it came to hold 41 MiB; with the largest first,
+    11 (torch 2.13 on an AMD EPYC). The CPU decides what stays: `memtile.planner.product_memory`
+    measures it.
     """
     if products.widest is not None:
         multiply(*products.widest)

@@ -78,8 +78,8 @@ def convert_checkpoint(
     """Write a checkpoint anew with other names, a few MiB at a time; values stay bit for bit.
 
     Tiles of any grid are joined; then, with a `cut`, the named linears are cut into tiles under the
-    names of DeepSpeed's tiled linear. What lies beside the tensors (config, tokenizer) is copied as
-    it is, and so are the bytes of a tensor that stays as it is, whatever its dtype.
+    names of DeepSpeed's tiled linear. Files beside the tensors (config, tokenizer) are copied, and
+    so are the bytes of a tensor that is neither joined nor cut, whatever its dtype.
 
     Args:
         source: a folder, a `.safetensors` file or an index.
@@ -95,7 +95,7 @@ def convert_checkpoint(
         CheckpointError: there is no checkpoint, tiles of it make no linear, or no linear of it has
             one of the names.
         SplitsError: a linear cannot be cut so.
-        CheckpointWriteError: it could not be written; what was there is as it was.
+        CheckpointWriteError: it could not be written; what was there is unchanged.
     """
     if cut is not None and not isinstance(cut, TilingSpec):
         raise ArgumentError(

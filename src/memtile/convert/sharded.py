@@ -1,4 +1,4 @@
-"""Checkpoints of models that an engine has sharded over ranks: the engine's functions do them."""
+"""Which functions save and load a model that an engine has sharded over ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _engines: list[Callable[[], ShardedCheckpoints]] = []
 
 
 def register_sharded(functions: Callable[[], ShardedCheckpoints]) -> None:
-    """Say what saves and loads sharded models; called when one is met."""
+    """Set what gives the functions for sharded models; it is called when a model is sharded."""
     _engines[:] = [functions]
 
 
