@@ -15,8 +15,8 @@ from memtile.homes import lock_of_a_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What makes values that are drawn or written later, as parameters are made. What is computed
-# (arange, tensor, zeros, ones, full) is real: a buffer is made of it, a rotary table say.
+# Functions whose values are drawn, or written later: parameters are made with them. Computed values
+# (arange, tensor, zeros, ones, full) stay real, since buffers are made with them (rotary tables).
 _MAKERS: Final = frozenset(
     {
         torch.empty,
@@ -74,7 +74,7 @@ def empty_model(factory: Callable[[], Model]) -> Model:
 
 
 class _Makers(TorchFunctionMode):
-    """Puts what is made empty or drawn on the meta device, unless it asks for another one."""
+    """Makes empty and random tensors on the meta device."""
 
     def __torch_function__(
         self,

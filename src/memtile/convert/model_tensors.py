@@ -29,7 +29,7 @@ class ModelTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's tensor."""
+        """The dtype of the model's tensor."""
         return self.dense.parts[0].parameter.dtype
 
     @property

@@ -38,7 +38,7 @@ def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecis
 
 
 def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan | RankPlan) -> None:
-    """Refuse a cut that no embedding has, and what trains though it was planned as frozen."""
+    """Refuse columns of an embedding, and weights that train though planned as frozen."""
     modules = [model.get_submodule(name) for name in layer.ties or (layer.name,)]
     rows_only = any((kind := kind_of(m)) is not None and kind.rows_only for m in modules)
     if layer.grid is not None and layer.grid.in_splits > 1 and rows_only:
@@ -76,7 +76,7 @@ def has_checkpointing(model: nn.Module) -> bool:
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Let a model that can recompute its activations do so in backward, or not."""
+    """Turn gradient checkpointing on or off, where the model has it."""
     act, arguments = ("enable", [{"use_reentrant": False}]) if on else ("disable", [])
     for name in _CHECKPOINTING:
         switch = getattr(model, f"{name}_checkpointing_{act}", None)

@@ -76,7 +76,7 @@ def _warn_of_step(optimizer: Optimizer, *_: Any) -> None:  # what its step was g
     )
 
 
-_MOST: Final = 1_000_000  # objects that are looked at: a module may lead to a whole data set
+_MOST: Final = 1_000_000  # objects to look at: a module may lead to a whole data set
 _TABLES: Final = ("_modules", "_parameters", "_buffers")
 _ENDS: Final = (nn.Module, Tensor, types.FrameType, types.ModuleType, type, Optimizer)
 _Attribute = tuple[nn.Module, str, str]  # the module, the name in it, the kind of what is there

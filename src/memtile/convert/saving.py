@@ -91,7 +91,7 @@ def _in_dtype(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse a model of which not everything is a tensor of the dense model."""
+    """Refuse a model that holds more than the tensors of the dense model."""
     for name, module in model.named_modules():
         if isinstance(module, TiledModule):
             check_stored(name, module)

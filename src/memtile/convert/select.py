@@ -265,7 +265,7 @@ class Owners:
 
 
 def _storage(parameter: nn.Parameter) -> int:
-    """What tells memory apart; 0 for a parameter that has none to compare."""
+    """The address of a parameter's memory; 0 where it has none to compare."""
     if type(parameter) is not nn.Parameter or parameter.is_meta:
         return 0
     return parameter.untyped_storage().data_ptr()

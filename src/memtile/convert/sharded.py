@@ -17,7 +17,7 @@ METADATA: Final = ".metadata"
 
 @dataclass(frozen=True)
 class ShardedCheckpoints:
-    """The functions of the same names for a sharded model; all ranks call them."""
+    """`memtile`'s functions of these names, for a sharded model; all ranks call them."""
 
     save_checkpoint: Callable[..., Any]  # of `memtile.engines.dense_files`
     load_checkpoint: Callable[..., Any]

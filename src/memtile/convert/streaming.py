@@ -27,11 +27,11 @@ class TensorSource(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the dense tensor."""
+        """The shape of the dense tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which they are kept there."""
+        """The dtype of the stored values."""
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor."""
@@ -82,7 +82,7 @@ def spans(stop: int, unit_bytes: int, start: int = 0) -> Iterator[tuple[int, int
 
 
 def values_of(part: Part) -> Tensor:
-    """The values themselves: the parameter, since only that is known to be parked."""
+    """The parameter itself, not its data: only the parameter is known to be parked."""
     return part.parameter
 
 
@@ -155,7 +155,7 @@ def bring_in(dense: DenseParameter, source: TensorSource, held: Held = values_of
 
 
 def first_element(dense: DenseParameter, part: Part) -> int | None:
-    """The flat element of the dense tensor that a part begins at; None where it has gaps there."""
+    """The flat element of the dense tensor where a part begins; None where it is not contiguous."""
     if part.rect is None:
         return 0
     if len(dense.shape) == 1:

@@ -217,7 +217,7 @@ def replace_chosen(
 
 
 def _room_for(model: nn.Module, choices: Sequence[TilingDecision], home: Home | str) -> Reservation:
-    """Room for every tile that was chosen in the home that is meant; nothing is parked yet."""
+    """A reservation in the home for every chosen tile; nothing is parked yet."""
     if home == "checkpoint":
         return Reservation(CheckpointHome())
     device = next(model.parameters(), torch.empty(0)).device

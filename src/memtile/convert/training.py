@@ -1,4 +1,4 @@
-"""`save_training` and `resume_training`: a run goes on bit for bit as if it was not interrupted."""
+"""`save_training` and `resume_training`: a resumed run is the uninterrupted one, bit for bit."""
 
 import os
 import sys
@@ -236,7 +236,7 @@ def resume_training(
 
 
 def check_numbers(step: object, keep: object) -> None:
-    """Refuse numbers of steps and of checkpoints that are none."""
+    """Refuse wrong numbers of steps and of checkpoints."""
     for name, value, least, what in (
         ("step", step, 0, "a number of steps: 0 or more"),
         ("keep", keep, 1, "how many checkpoints stay: 1 or more"),

@@ -111,7 +111,7 @@ def _shared_reason(
     ids: dict[str, tuple[int, ...]],
     owners: Owners,
 ) -> str:
-    """Which tile is shared in a way that whole dense weights could not be; "" for none."""
+    """Why dense modules, which share whole weights only, could not share as tiles do; or ""."""
     tied = [other for other in layers if ids[other] == ids[name]]
     for own in ("weight",) if layers[name].whole_bias is not None else ("weight", "bias"):
         among = tied if own == "weight" else [name]
