@@ -134,31 +134,28 @@ class IncomingState:
     def _prepare_tensor(
         self, dense: DenseParameter, key: str, entry: Json, stepped: torch.dtype
     ) -> None:
-        stored = self._tensors[entry["tensor"]]
+        stored, first = self._tensors[entry["tensor"]], dense.parts[0]
         dtype, target = stored.dtype, dense
-        if not entry["own_shape"] and dtype == stepped:
-            dtype = stored_state.stepped_dtype(self._optimizer, dense.parts[0].parameter)
         if entry["own_shape"]:
-            target = self._as_it_is(dense, key, stored)
+            if first.rect is not None:
+                raise CheckpointError(
+                    f"{dense.name} is tiled now, and {key!r} of the checkpoint {self._place} has a "
+                    f"shape of its own, {tuple(stored.shape)}, that cannot be cut along tiles; "
+                    "resume with this layer as it was"
+                )
+            target = DenseParameter(dense.name, stored.shape, (Part(first.parameter),))
         elif stored.shape != dense.shape:
             raise CheckpointError(
                 f"{dense.name}: {key!r} of the checkpoint {self._place} is "
                 f"{tuple(stored.shape)}, the parameter {tuple(dense.shape)}: it is of another model"
             )
+        elif dtype == stepped:
+            dtype = stored_state.stepped_dtype(self._optimizer, first.parameter)
         for part in target.parts:
             shape = stored.shape if entry["own_shape"] else part.parameter.shape
             room = stored_state.room_for(self._optimizer, part.parameter, key, shape, dtype)
             self._states[part.parameter][key] = room
         self._flows.append((target, stored, key))
-
-    def _as_it_is(self, dense: DenseParameter, key: str, stored: StoredTensor) -> DenseParameter:
-        if dense.parts[0].rect is not None:
-            raise CheckpointError(
-                f"{dense.name} is tiled now, and {key!r} of the checkpoint {self._place} has a "
-                f"shape of its own, {tuple(stored.shape)}, that cannot be cut along tiles; resume "
-                "with this layer as it was"
-            )
-        return DenseParameter(dense.name, stored.shape, (Part(dense.parts[0].parameter),))
 
     def take(self) -> None:
         """Put the state and the groups' options into the optimizer; gradients are dropped."""
@@ -181,7 +178,7 @@ def _is_new(state: Mapping[str, Any]) -> bool:
 
 
 def _number(entry: Json, parameter: Tensor, group: Mapping[str, Any]) -> Any:
-    """A number for a state of its own; on the parameter's device where the step wants it there."""
+    """A number of a state, on the parameter's device where the step needs it there."""
     value = from_json(entry["value"])
     needed = entry["on_device"] or group.get("capturable") or group.get("fused")
     return value.to(parameter.device) if isinstance(value, Tensor) and needed else value
