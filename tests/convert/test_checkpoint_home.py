@@ -32,7 +32,7 @@ def in_place(kind, folder, **options):
 
 
 def homes_of(model):
-    """Kinds of the homes that parameters live in, by name."""
+    """The class of the home of each parameter, by name."""
     return {n: type(allocation_of(p).home) for n, p in model.named_parameters() if allocation_of(p)}
 
 
@@ -43,7 +43,7 @@ def digests(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_those_of_the_model_in_memory(kind, tmp_path):
-    """Values and outputs are bit-identical; only what is no row of its file is copied."""
+    """Values and outputs are bit-identical; only tiles that are no rows of their file move."""
     model, truth = in_place(kind, tmp_path), memtile.tile(build(kind).eval(), out_splits=3)
 
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_another_dtype_than_the_files_is_copied(dtype, tmp_path):
 
 
 def test_columns_and_tile_names_are_copied(tmp_path):
-    """Neither lies in the files as rows of the model's tensors."""
+    """Tiles of columns, and tiles of a checkpoint in tiles, are copied."""
     columns = in_place(net, tmp_path / "dense", out_splits=2, in_splits=3)
     tiled = memtile.tile(net(), out_splits=3)
     write(tiled.state_dict(), tmp_path / "tiles" / "model.safetensors")
@@ -110,7 +110,7 @@ def test_the_files_are_never_written_to(tmp_path):
 
 @pytest.mark.parametrize("through_data", [True, False])
 def test_a_write_to_a_weight_is_seen_by_the_next_forward(through_data, tmp_path):
-    """An in-place change, through .data too, counts as it does for any weight: nothing is stale."""
+    """After an in-place change, through .data too, forward uses the new values."""
     model, truth = in_place(net, tmp_path), memtile.tile(net().eval(), out_splits=3)
     x = torch.randn(5, 6)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_a_write_to_a_weight_is_seen_by_the_next_forward(through_data, tmp_path)
 @pytest.mark.parametrize("mode", ["classic", "in_backward"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_optimizer_refuses_what_cannot_be_written(mode, optimizer, tmp_path):
-    """It is said when the optimizer is made, with both ways out."""
+    """Making the optimizer raises, and the message names both ways out."""
     model = in_place(net, tmp_path)
 
     with pytest.raises(HomeError, match=r"requires_grad_\(False\), or tile with home="):
@@ -176,7 +176,7 @@ def test_a_file_that_is_rewritten_is_noticed_by_the_next_forward(tmp_path):
 
 
 def test_a_model_in_the_files_is_saved_over_them(tmp_path):
-    """Saving replaces files; the model goes on with those that it has open."""
+    """Saving replaces files; the model keeps reading those that it has open."""
     model = in_place(net, tmp_path)
     with torch.no_grad():
         model[2].linears[0][0].weight.fill_(2)
@@ -209,7 +209,7 @@ def test_it_can_be_untiled(tmp_path):
 
 
 def test_the_home_needs_a_checkpoint():
-    """By itself the word means nothing."""
+    """home="checkpoint" without a checkpoint is refused."""
     with pytest.raises(ArgumentError, match="give its folder too"):
         memtile.tile(net(), out_splits=3, home="checkpoint")
 

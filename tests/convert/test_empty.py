@@ -48,7 +48,7 @@ def test_a_transformers_config_is_enough(dtype):
 
 
 def test_no_memory_is_taken_for_parameters():
-    """A linear of 400 MB is made of nothing."""
+    """A linear of 400 MB takes no memory."""
     with LargestAllocation() as largest:
         memtile.empty_model(lambda: nn.Sequential(nn.Linear(10_000, 10_000)))
 
@@ -89,13 +89,13 @@ def test_a_buffer_without_values_is_refused_by_name(make):
 
 
 def test_a_factory_that_makes_no_module_is_refused():
-    """The call that is right is shown."""
+    """The message shows the right call."""
     with pytest.raises(ArgumentError, match="the factory gave a int"):
         memtile.empty_model(lambda: 3)
 
 
 def test_modules_are_made_as_ever_afterwards():
-    """Also where the factory failed."""
+    """Modules and tensors are made on the CPU again, also after the factory failed."""
 
     def fails():
         raise RuntimeError("no")
@@ -109,7 +109,7 @@ def test_modules_are_made_as_ever_afterwards():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_other_threads_build_models_as_ever(threads):
-    """While threads make models without parameters, the others' are real, whoever ends first."""
+    """While one thread makes a model without parameters, those of other threads stay real."""
     register = nn.Module.register_parameter
     begun, built = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
     turns = [threading.Event() for _ in range(threads)]

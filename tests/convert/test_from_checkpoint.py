@@ -114,7 +114,7 @@ def test_frozen_stays_frozen_and_tied_stays_tied(tmp_path):
 
 
 def test_it_trains(tmp_path):
-    """A model that never was dense is trained where it lives, as one tiled from memory."""
+    """A model that was filled from a checkpoint trains as one that was tiled in memory."""
     path = write(net().state_dict(), tmp_path / "model.safetensors")
     ids, results = torch.tensor([1, 2, 5, 12]), []
     for empty in (True, False):
@@ -133,7 +133,7 @@ def test_it_trains(tmp_path):
 
 @pytest.mark.parametrize("budget", ["12 MiB", "1 GiB"])
 def test_a_plan_is_carried_out_from_a_checkpoint(budget, tmp_path):
-    """What a plan parks is streamed home, and what it leaves resident is loaded into memory."""
+    """What a plan parks is streamed to its home; what it leaves resident is in memory."""
     sizes = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2000}
     config = transformers.LlamaConfig(**sizes, **heads)
@@ -153,7 +153,7 @@ def test_a_plan_is_carried_out_from_a_checkpoint(budget, tmp_path):
 
 
 def shape_of(model):
-    """Names, kinds, devices: what a model is, its values apart."""
+    """Names, classes and devices of a model's parameters, without values."""
     modules = [(name, type(module)) for name, module in model.named_modules()]
     tensors = [(n, p.shape, p.dtype, p.is_meta) for n, p in model.named_parameters()]
     return modules, tensors
@@ -311,7 +311,7 @@ def environment():
 
 
 def test_nothing_but_memtile_errors_is_raised_for_a_path_that_is_none(tmp_path):
-    """A file that is no checkpoint is said to be none."""
+    """A file that is no checkpoint is refused as such."""
     (tmp_path / "weights.safetensors").write_text("nonsense")
 
     with pytest.raises(MemtileError):

@@ -24,7 +24,7 @@ FORMS = ["dense", "tiles", "other tiles"]
 
 
 def shaped(model, how, folder):
-    """The model in one of the ways in which it can be kept."""
+    """The model: dense, tiled, or parked."""
     if how == "rows":
         return memtile.tile(model, out_splits=3)
     if how == "columns":
@@ -248,7 +248,7 @@ def test_a_file_that_changes_meanwhile_is_said(tmp_path, monkeypatch):
 
 
 def test_a_tile_that_computes_its_weight_is_refused(tmp_path):
-    """What is written to it would be lost."""
+    """A tile that computes its weight is refused: values written to it would be lost."""
     model = memtile.tile(net(), out_splits=3)
     prune.l1_unstructured(model[2].linears[0][0], "weight", amount=0.5)
 
@@ -257,7 +257,7 @@ def test_a_tile_that_computes_its_weight_is_refused(tmp_path):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    """The model comes first."""
+    """What is no module is refused, with its type."""
     with pytest.raises(ArgumentError, match="the model is a str"):
         memtile.load_checkpoint("model", tmp_path)
 
@@ -276,7 +276,7 @@ def test_a_model_with_modules_called_linears_keeps_its_names(tmp_path):
 
 
 def test_backward_after_loading_is_refused_where_it_would_be_wrong(tmp_path):
-    """A load between forward and backward is seen as any other write."""
+    """A load between forward and backward is noticed by autograd as any other in-place write."""
     path = write(dense_values(net()), tmp_path / "m.safetensors")
     model = shaped(net(2), "disk", tmp_path)
     loss = model[3](model[0](torch.tensor([1, 2]))).sum()
@@ -316,7 +316,7 @@ def test_quantized_weights_are_refused_in_any_case(how, strict, tmp_path):
 
 
 def test_float8_goes_into_a_model_of_float8(tmp_path):
-    """A model that has the scales itself gets the bits."""
+    """A model with float8 weights of its own gets the bits."""
     linear = nn.Linear(4, 3, bias=False).to(torch.float8_e4m3fn)
     path = write(linear.state_dict(), tmp_path / "m.safetensors")
     other = nn.Linear(4, 3, bias=False).to(torch.float8_e4m3fn)

@@ -54,7 +54,7 @@ def test_every_home_gives_the_same_bits(kind, sizes):
 
 @pytest.mark.parametrize("home", HOMES)
 def test_untile_gives_the_plain_model_back(home):
-    """Values are the old bits, ties are ties, every module is ordinary, no hook of ours is left."""
+    """`untile` keeps bits and ties, and leaves plain modules without a hook of ours."""
     dense = build("llama-tied")
     model = memtile.tile(copy.deepcopy(dense), out_splits=3, home=home_called(home))
 
@@ -70,7 +70,7 @@ def test_untile_gives_the_plain_model_back(home):
 
 
 def test_tiling_and_untiling_again_and_again_leaves_nothing():
-    """Hooks do not pile up, and each home is gone with its tiles."""
+    """Tiling and untiling again adds no hooks, and each home is freed with its tiles."""
     model = small_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for splits in (1, 2, 3):
@@ -127,7 +127,7 @@ def test_frozen_stays_frozen_and_gradients_move_home(home):
 
 @pytest.mark.parametrize("home", ["disc", "/var/tmp", 3, DiskHome, b"host", torch.device("cpu")])
 def test_a_wrong_home_is_refused_by_its_value(home):
-    """What is no home is named, with what can be given; the model is unchanged."""
+    """A wrong home is named, with what can be given; the model is unchanged."""
     model = small_model()
     with pytest.raises(ArgumentError, match="home="):
         memtile.tile(model, out_splits=2, home=home)
@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_model_unchanged(monkeypatch, has_gradients):
 
 
 def train(model: nn.Module) -> None:
-    """A few steps of an optimizer that knows nothing of homes."""
+    """A few steps of a plain torch optimizer."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for seed in range(3):
         optimizer.zero_grad()
@@ -184,7 +184,7 @@ def train(model: nn.Module) -> None:
 
 
 def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
-    """A gradient that was still being written is at home once the home is closed, or it says so."""
+    """Closing a home waits for gradients that are still being written."""
     with DiskHome(tmp_path) as home:
         model = memtile.tile(small_model(), out_splits=3, home=home)
         train(model)
@@ -198,7 +198,7 @@ def test_closing_waits_for_what_is_on_its_way_home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("before", [{}, {"home": "host"}], ids=["in memory", "at home"])
 def test_a_model_that_is_tiled_already_is_refused(before):
-    """It would stay where it is: said, with the way out."""
+    """A model whose tiles are in memory is refused, and the message names the way out."""
     model = memtile.tile(small_model(), out_splits=3, **before)
 
     with pytest.raises(CannotTileError, match="untile"):
@@ -207,6 +207,6 @@ def test_a_model_that_is_tiled_already_is_refused(before):
 
 @pytest.mark.parametrize(("folder", "sentence"), [("", "folder=''"), (3, "folder=3")])
 def test_a_home_without_a_place_is_refused(folder, sentence):
-    """No file in the working directory by accident."""
+    """An empty folder name is refused: no file is made in the working directory by accident."""
     with pytest.raises(ArgumentError, match=f"{sentence} is no folder"):
         DiskHome(folder)

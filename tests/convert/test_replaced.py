@@ -21,7 +21,7 @@ def _net() -> nn.Module:
 
 
 def _prepared(by: str, folder):
-    """A model whose parameters an act will replace, and the act."""
+    """A model, and a function that replaces its parameters."""
     if by == "memtile.tile":
         model = _net()
         return model, lambda: memtile.tile(model, out_splits=2)
@@ -41,7 +41,7 @@ def _step(model, optimizer) -> None:
 
 @pytest.mark.parametrize("by", BY)
 def test_a_plain_optimizer_that_was_made_before_is_told_once(by, tmp_path):
-    """At its first step, with its name, what happened and what to do; then it goes on as it can."""
+    """An optimizer of replaced parameters warns at its first step, once, and then steps."""
     model, act = _prepared(by, tmp_path)
     held = len(list(model.parameters())) - (0 if by == BY[2] else 2)  # LayerNorm's stay
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -54,7 +54,7 @@ def test_a_plain_optimizer_that_was_made_before_is_told_once(by, tmp_path):
 
 
 def test_under_a_scheduler_and_a_closure_too():
-    """Whatever is wrapped around a step, or given to it."""
+    """It warns whatever is wrapped around a step, or given to it."""
     model = _net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -66,7 +66,7 @@ def test_under_a_scheduler_and_a_closure_too():
 
 
 def test_who_only_holds_replaced_parameters_is_told_nothing():
-    """A list of them, or an old optimizer that steps no more, harms nobody."""
+    """A list of old parameters, or an old optimizer that never steps, causes no warning."""
     model = _net()
     old, listed = torch.optim.SGD(model.parameters(), lr=0.1), list(model.parameters())
     memtile.tile(model, out_splits=2)
@@ -81,7 +81,7 @@ def test_who_only_holds_replaced_parameters_is_told_nothing():
 
 
 def test_a_tile_optimizer_refuses_by_itself():
-    """One that was made before raises, and does not warn besides."""
+    """A `TileOptimizer` of old parameters raises, and does not warn besides."""
     model = _net()
     optimizer = memtile.TileOptimizer(model, torch.optim.SGD, lr=0.1)
     memtile.tile(model, out_splits=2)

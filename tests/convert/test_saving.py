@@ -76,7 +76,7 @@ def test_a_plain_model_is_saved_from_anywhere(home, in_splits, tmp_path):
 
 
 def test_an_untiled_model_is_saved_too(tmp_path):
-    """Nothing needs to be tiled."""
+    """A model without tiles is saved too."""
     model = net(tied=False)
 
     memtile.save_checkpoint(model, tmp_path)
@@ -99,7 +99,7 @@ def test_a_tensor_is_never_in_memory_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
 def test_what_was_trained_is_saved(kind, tmp_path):
-    """Weights that an optimizer just sent home are in the file."""
+    """Weights that are still being written to their home are in the file."""
     model = parked(build(kind), tmp_path)
     before = dense_values(model)
     optimizer = memtile.TileOptimizer(model, torch.optim.SGD, mode="in_backward", lr=0.1)
@@ -154,7 +154,7 @@ def test_a_model_without_a_dense_checkpoint_is_refused(how, why, tmp_path):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    """A state dict is not what is saved here."""
+    """A state dict in place of a model is refused."""
     with pytest.raises(ArgumentError, match="the model is a OrderedDict"):
         memtile.save_checkpoint(net().state_dict(), tmp_path)
 

@@ -71,7 +71,7 @@ def test_every_linear_and_embedding_gets_a_verdict_with_a_reason() -> None:
     ],
 )
 def test_a_module_that_cannot_be_tiled_says_why(name: str, word: str) -> None:
-    """The reason names what speaks against tiling."""
+    """The reason names what keeps a module dense."""
     assert word in reasons()[name]
 
 
@@ -160,7 +160,7 @@ def test_a_weight_shared_with_something_dense_keeps_its_owners_dense() -> None:
 
 
 def test_a_bias_shared_with_another_module_is_kept_whole_and_said_so() -> None:
-    """The weights become tiles all the same."""
+    """A bias that others share does not keep the weights from becoming tiles."""
     built = nn.ModuleDict({"one": nn.Linear(6, 11), "two": nn.Linear(6, 11)})
     built["one"].bias = built["two"].bias
 
@@ -171,7 +171,7 @@ def test_a_bias_shared_with_another_module_is_kept_whole_and_said_so() -> None:
 
 
 def test_a_choice_prints_as_one_line() -> None:
-    """What a person sees holds verdict, name, size, grid and reason."""
+    """The printed decision has verdict, name, size, grid and reason."""
     first = select_linears(model(), out_splits=2)[0]
 
     assert str(first) == "yes plain 7×10 → 2×1 tiles: a plain linear"
@@ -207,7 +207,7 @@ def test_splits_that_fit_nothing_are_refused(built: nn.Module) -> None:
 
 
 def test_parameters_that_stay_above_the_size_are_named_in_a_warning() -> None:
-    """Experts in one tensor and layers that are tiled already do not pass in silence."""
+    """Experts in one tensor and layers that are tiled already cause a warning."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:

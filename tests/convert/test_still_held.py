@@ -14,7 +14,7 @@ from memtile.errors import ReplacedModuleWarning
 
 
 class Net(nn.Module):
-    """Two linears, and whatever a test adds."""
+    """Two linears, and the attributes that a test adds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,13 +22,13 @@ class Net(nn.Module):
         self.other: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the two give."""
+        """The output of both."""
         result: Tensor = self.down(torch.tanh(self.up(x)))
         return result
 
 
 class Runner:
-    """No module, but with one."""
+    """An object that is no module and holds one."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -64,7 +64,7 @@ def test_who_holds_a_replaced_module_is_named(holder: str) -> None:
 
 
 def test_a_list_of_the_module_around_the_part_that_is_tiled_is_named() -> None:
-    """What was not shown to `tile` is found all the same; the other module is not named."""
+    """An old module held outside the tiled model is found; the other module is not named."""
     outer = Net()
     outer.inner = Net()
     outer.other = [outer.inner.down]
@@ -74,7 +74,7 @@ def test_a_list_of_the_module_around_the_part_that_is_tiled_is_named() -> None:
 
 
 def test_another_model_with_the_same_module_is_named() -> None:
-    """It keeps the dense one: the two would not share any more."""
+    """A module outside the tiled one that holds the dense module is named in the warning."""
     model, other = Net(), Net()
     other.up = model.up
 
@@ -93,7 +93,7 @@ def test_a_tie_with_what_is_not_tiled_is_named() -> None:
 
 
 def test_untile_says_who_holds_a_tiled_layer() -> None:
-    """The other direction: a list made between the two."""
+    """`untile` warns of a list that holds a tiled layer."""
     model = memtile.tile(Net(), out_splits=3)
     model.other = [model.up]
 
@@ -102,7 +102,7 @@ def test_untile_says_who_holds_a_tiled_layer() -> None:
 
 
 def test_what_variables_hold_is_nobodys_use() -> None:
-    """A caller's own variables, lists, functions; an optimizer; copies and other models."""
+    """A caller's variables and functions, optimizers and other models cause no warning."""
     model, reference = Net(), Net()
     reference.load_state_dict(model.state_dict(), assign=True)
     up, layers, parameters = model.up, list(model.modules()), dict(model.named_parameters())
@@ -118,7 +118,7 @@ def test_what_variables_hold_is_nobodys_use() -> None:
 
 
 def test_a_leftover_that_only_the_collector_frees_is_nobodys_use() -> None:
-    """A cycle of a model that is gone holds nothing that is used."""
+    """A reference cycle of a deleted model causes no warning."""
     model = Net()
     model.other = Net()
     model.other.cycle, model.other.layers = [model.other], [model.up]

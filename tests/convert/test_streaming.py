@@ -31,7 +31,7 @@ def layer(grid, home, folder, *, bias=True):
 
 
 def written(model, folder):
-    """The dense tensors of a model after a way through a file."""
+    """The dense tensors of a model, written to a file and read back."""
     write_checkpoint(folder, [outgoing(dense, dense.name) for dense in dense_parameters(model)])
     return {name: stored.read() for name, stored in Checkpoint.open(folder).items()}
 
@@ -89,7 +89,7 @@ def test_a_turned_weight_goes_both_ways(tmp_path):
 
 
 def test_what_is_held_for_each_part_can_be_another_tensor(tmp_path):
-    """Moments of tiles pass as values do."""
+    """Moments of tiles are written and read as values are."""
     model = layer((3, 2), "memory", tmp_path, bias=False)
     held = {id(p): torch.randn_like(p) for p in model.parameters()}
     (dense,) = dense_parameters(model)
@@ -117,7 +117,7 @@ def test_nothing_larger_than_a_piece_is_allocated(grid, tmp_path):
 
 
 def test_tiles_of_two_dtypes_are_refused(tmp_path):
-    """They have no dense tensor."""
+    """Tiles of different dtypes are refused."""
     model = layer((3, 1), "memory", tmp_path)
     model[0].linears[0][0].double()
     dense = dense_parameters(model)[0]
@@ -127,7 +127,7 @@ def test_tiles_of_two_dtypes_are_refused(tmp_path):
 
 
 def test_shards_of_a_parallel_linear_are_refused(tmp_path):
-    """What is not the whole tensor is not written as if it were."""
+    """A shard of a parallel linear is refused."""
     model = layer((3, 1), "memory", tmp_path)
     model[0].linears[0][0].weight = nn.Parameter(torch.ones(4, 13))
 

@@ -43,7 +43,7 @@ CUTS = [
 
 
 def parts(model: nn.Module) -> dict[str, tuple[object, ...]]:
-    """What must not change about each dense parameter."""
+    """The properties of each dense parameter that must not change."""
     return {n: (p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()}
 
 

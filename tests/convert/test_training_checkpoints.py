@@ -41,7 +41,7 @@ def ended_in_two(folder, steps, between=None, **options):
 @pytest.mark.parametrize("options", [ADAMW, SGD, ADAGRAD, LION], ids=str)
 @pytest.mark.parametrize("home", HOMES)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, home, options):
-    """Losses, weights, buffers, state, options, scheduler and random state: all to the last bit."""
+    """Losses, weights, buffers, state, options, scheduler and random state are bit-identical."""
     losses, expected = ended_at_once(7, home=home, **options)
 
     resumed_losses, found = ended_in_two(tmp_path, 7, home=home, **options)
@@ -81,7 +81,7 @@ def test_a_plain_optimizer_goes_on(tmp_path, home, options):
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("grid", [{"out_splits": 3}, {"out_splits": 1, "in_splits": 4}], ids=str)
 def test_it_goes_on_in_another_grid_and_home(tmp_path, grid, home, plain_before, plain_after):
-    """What was saved from 2 × 2 tiles on disk is, value for value, in any form of the model."""
+    """What was saved from 2 × 2 tiles on disk resumes with its values in any form of the model."""
     first = a_run("disk", plain=plain_before)
     first.train(3)
     again = first.save(tmp_path / "first")
@@ -100,7 +100,7 @@ def test_it_goes_on_in_another_grid_and_home(tmp_path, grid, home, plain_before,
 
 
 def test_state_comes_back_into_the_home(tmp_path):
-    """Moments of parked tiles lie in the tiles' home after a resume, in room that was reserved."""
+    """After a resume, moments of parked tiles are in the tiles' home, in room that was reserved."""
     first = a_run("disk", mode="in_backward")
     first.train(2)
     first.save(tmp_path)
@@ -117,7 +117,7 @@ def test_state_comes_back_into_the_home(tmp_path):
 
 
 def test_a_run_goes_back_to_its_last_checkpoint(tmp_path):
-    """In the process that saved it too: what was trained since is gone, and comes out the same."""
+    """Resuming in the process that saved discards later steps, and repeats them bit for bit."""
     run = a_run("disk")
     run.train(3)
     run.save(tmp_path)

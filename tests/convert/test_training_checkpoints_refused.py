@@ -24,7 +24,7 @@ from memtile.errors import (
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Gives a folder with one checkpoint, of three steps."""
+    """A folder with one checkpoint, after three steps."""
     folder = tmp_path_factory.mktemp("saved")
     run = a_run("disk")
     run.train(3)
@@ -73,7 +73,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(copied):
 
 @pytest.mark.parametrize("end", [-1, -5000, 4, 0])
 def test_a_file_cut_short_is_refused(copied, end):
-    """By a byte, by much, or to nothing."""
+    """A file that is shorter by a byte, by much, or empty, is refused."""
     run = a_run()
     for path in files_of(copied):
         whole = path.read_bytes()
@@ -84,7 +84,7 @@ def test_a_file_cut_short_is_refused(copied, end):
 
 
 def test_a_missing_file_is_named(copied):
-    """Whichever of the files it is."""
+    """A missing file is refused, whichever it is."""
     run = a_run()
     for path in files_of(copied):
         moved = path.rename(copied / path.name)
@@ -105,7 +105,7 @@ def test_a_file_of_another_checkpoint_is_refused(copied, tmp_path):
 
 
 def test_the_way_out_of_a_damaged_one_is_the_one_before(tmp_path):
-    """It is named, and never taken without being asked for."""
+    """The older checkpoint is named, and never taken by itself."""
     run = a_run()
     for _ in range(2):
         run.train(1)
@@ -130,7 +130,7 @@ def test_another_format_names_who_wrote_it(copied):
 
 
 def test_where_there_is_none_the_message_says_what_to_do(tmp_path):
-    """No folder, an empty one, a file, a half-written one."""
+    """No folder, an empty one, a file, and a half-written checkpoint are refused."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     (tmp_path / "half" / "step-00000003.partial-0a1b2c3d").mkdir(parents=True)
@@ -144,7 +144,7 @@ def test_where_there_is_none_the_message_says_what_to_do(tmp_path):
 
 
 def test_another_model_is_refused(saved):
-    """Names, shapes, dtypes: each is told."""
+    """Another model is refused, with the name, shape or dtype that differs."""
     run = a_run()
     run.model.head = nn.Linear(9, 23, bias=False)  # not tied any more
 
@@ -160,7 +160,7 @@ def test_another_model_is_refused(saved):
 
 
 def test_another_optimizer_is_refused(saved):
-    """Its class, the number of its groups, what is in them."""
+    """An optimizer of another class, number of groups or members is refused."""
     assert_refused(a_run(optimizer_class=Lion), saved, "trained with torch.*AdamW, and .*Lion: ")
     assert_refused(a_run(optimizer_class=optim.SGD, plain=True), saved, "and .*SGD: its state")
     run = a_run()
@@ -172,7 +172,7 @@ def test_another_optimizer_is_refused(saved):
 
 
 def test_another_scheduler_is_refused(saved):
-    """One of another class, and none at all."""
+    """A scheduler of another class, and a missing one, are refused."""
     run = a_run()
     run.scheduler = optim.lr_scheduler.StepLR(run.optimizer, 1)
     assert_refused(run, saved, "with torch.*CosineAnnealingLR, .* with torch.*StepLR")
@@ -193,7 +193,7 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
 
 
 def test_a_step_that_is_under_way_is_not_saved(tmp_path):
-    """Between a backward that stepped and its step(), the state is of no moment."""
+    """Saving is refused between a backward that stepped and its step()."""
     run = a_run("disk", mode="in_backward")
     loss_of(run.model, torch.ones(3, 6, dtype=torch.long)).backward()
 
@@ -204,7 +204,7 @@ def test_a_step_that_is_under_way_is_not_saved(tmp_path):
 
 
 def test_a_step_that_failed_half_way_is_not_saved(tmp_path, monkeypatch):
-    """It is to be finished first."""
+    """Saving is refused after a step that was not finished."""
     run = a_run()
     loss_of(run.model, torch.ones(3, 6, dtype=torch.long)).backward()
     with monkeypatch.context() as patch:
@@ -223,7 +223,7 @@ def _broken(*args, **options):
 
 
 def test_tiles_that_were_stepped_unevenly_are_not_saved(tmp_path):
-    """There is no dense counter of steps then."""
+    """Tiles of one weight that were stepped unequally often cannot be saved."""
     run = a_run("device")
     run.train(1)
     tiles = list(run.model.up.tile_parameters("weight").values())
@@ -252,7 +252,7 @@ def test_tiles_that_were_stepped_unevenly_are_not_saved(tmp_path):
     ],
 )
 def test_what_is_neither_a_tensor_nor_json_is_named(tmp_path, spoil, named):
-    """And nothing is written."""
+    """Values that JSON cannot hold are refused, and nothing is written."""
     run = a_run()
     run.train(1)
     spoil(run)
@@ -264,7 +264,7 @@ def test_what_is_neither_a_tensor_nor_json_is_named(tmp_path, spoil, named):
 
 @pytest.mark.parametrize("name", ["position", "extra"])
 def test_a_position_that_is_no_json_is_named(tmp_path, name):
-    """Sets, arrays, objects: told by their place."""
+    """Sets, arrays and objects are refused, with their place."""
     with pytest.raises(CheckpointError, match=rf"^{name}\['a'\]\[1\] is a set, which cannot be"):
         a_run().save(tmp_path, **{name: {"a": [1, {2}]}})
 
@@ -281,7 +281,7 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path, options):
 
 
 def test_without_room_for_the_state_nothing_changes(saved, monkeypatch):
-    """A full home is told before the first value is replaced."""
+    """A full home raises before the first value is replaced."""
     run = a_run("disk")
     before = all_of(run)
     monkeypatch.setattr(memtile.DiskHome, "allocate", _full)

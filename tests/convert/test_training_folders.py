@@ -39,7 +39,7 @@ def test_the_newest_stay(tmp_path):
 
 
 def test_a_step_may_be_saved_again(tmp_path):
-    """The later one counts, and the earlier stays until the later is whole."""
+    """A step that is saved again is replaced, once the new one is complete."""
     run = a_run()
     for number in range(3):
         path = run.save(tmp_path, position=number, keep=2)
@@ -61,7 +61,7 @@ def test_a_newer_step_is_not_overwritten(tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    """Whoever holds it keeps the other out, who says so; inside, its own saves go on."""
+    """`training_folder` keeps other runs out; the run's own saves inside it work."""
     run = a_run()
     holder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
@@ -87,7 +87,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 class Failing:
-    """A call of the system that fails once: the call of this number, counted from 1."""
+    """The n-th system call fails once, counted from 1."""
 
     def __init__(self, real, number, code):
         self.real, self.number, self.code = real, number, code
@@ -114,7 +114,7 @@ class Failing:
     ids=["posix_fallocate", "fsync", "rename", "write_at", "mkdir"],
 )
 def test_a_disk_that_fails_loses_nothing(tmp_path, monkeypatch, owner, name, numbers, code):
-    """At whichever call: the old checkpoint is whole, nothing else is left, a later save works."""
+    """Whichever call fails, the old checkpoint stays, nothing else is left, a later save works."""
     run = a_run()
     run.train(1)
     run.save(tmp_path)
@@ -143,7 +143,7 @@ def test_what_is_no_folder_is_refused(tmp_path):
 
 
 def test_ctrl_c_while_saving_loses_nothing(tmp_path, monkeypatch):
-    """The new one is gone, the old one whole."""
+    """After Ctrl-C the new checkpoint is removed and the old one complete."""
     run = a_run()
     run.save(tmp_path)
     run.done = 1

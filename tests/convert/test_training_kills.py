@@ -29,7 +29,7 @@ def start(folder, until):
 
 
 def exit_code(process):
-    """How it ended, once it has."""
+    """The exit code, once the process has ended."""
     process.join()
     return process.exitcode
 
@@ -85,7 +85,7 @@ def test_every_kill_leaves_a_whole_checkpoint(tmp_path):
 
 
 def test_a_process_may_be_killed_before_it_saves(tmp_path):
-    """There is nothing to resume then, and the next one begins."""
+    """After a kill before the first save there is nothing to resume, and the run starts anew."""
     process = start(tmp_path / "run", FOREVER)
     process.kill()
     assert exit_code(process) == -signal.SIGKILL

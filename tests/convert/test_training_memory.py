@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 @pytest.mark.slow
 def test_a_model_on_disk_is_saved_and_resumed_within_a_sixteenth(request):
-    """256 MiB of weights and 512 of moments: nothing of them is ever in memory as a whole."""
+    """256 MiB of weights and 512 of moments are saved and resumed with a few MiB in memory."""
     if shutil.disk_usage("/var/tmp").free < 3 << 30:
         pytest.skip("needs 3 GiB of disk in /var/tmp")
     folder = tempfile.TemporaryDirectory(dir="/var/tmp", prefix="memtile-test-")

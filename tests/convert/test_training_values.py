@@ -33,7 +33,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_schedulers_go_on(tmp_path, kind):
-    """Infinite bests, counters with integer keys, nested schedulers: each goes on exactly."""
+    """Infinite bests, counters with integer keys and nested schedulers come back exactly."""
 
     def begin():
         run = a_run(**SGD)
@@ -74,7 +74,7 @@ def test_numbers_that_numpy_draws_go_on(tmp_path):
 
 
 def test_position_and_extra_come_back(tmp_path):
-    """Any numbers, texts, lists, tuples and dictionaries, as they were."""
+    """Numbers, texts, lists, tuples and dictionaries come back as they were."""
     position = {"file": "a.txt", "offset": 3, "seen": [1, 2.5, None], 7: ("x", True)}
     extra = [0.1 + 0.2, float("inf"), -0.0, 2**80, {"$": 1}, "\udcff"]
     run = a_run()
@@ -117,7 +117,7 @@ def test_not_a_number_comes_back():
 
 
 def test_generators_are_the_last_to_change(tmp_path):
-    """Making the model, and reading the checkpoint, draw what they draw: it does not matter."""
+    """Random numbers drawn while the run is made and resumed do not matter."""
     run = a_run()
     run.save(tmp_path)
     expected = random.random(), torch.rand(1).item()

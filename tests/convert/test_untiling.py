@@ -25,7 +25,7 @@ class Scaled(nn.Linear):
 
 
 class Sub(TiledLinear):
-    """A tiled layer of a class that nothing dense stands for."""
+    """A tiled layer of a class without a dense form."""
 
 
 def nothing(*_: object) -> None:
@@ -82,7 +82,7 @@ def test_behaviour_that_a_dense_module_lacks_is_not_dropped(case: str) -> None:
 
 
 def test_biases_and_single_tiles_tied_by_hand_are_not_untied() -> None:
-    """Dense modules share whole weights only: other ties would come apart silently."""
+    """Tiles that are shared in part are refused: dense modules share whole weights only."""
 
     def shared_bias(model: nn.ModuleDict) -> None:
         model["b"].tile(0, 0).bias = model["a"].tile(0, 0).bias
@@ -138,7 +138,7 @@ def test_a_dense_checkpoint_of_computed_weights_is_refused(prune_all: bool) -> N
 
 
 def test_a_tiled_transformers_model_is_freed_when_it_is_dropped() -> None:
-    """No cycle keeps the weights: they go with the last reference, without a garbage collection."""
+    """The weights are freed with the last reference, without a garbage collection."""
     from small_models import build
 
     model = memtile.tile(build("llama-tied"), out_splits=2)

@@ -1,6 +1,7 @@
 """`dense_state_dict`: dense names and tensors of a tiled model, one at a time."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     An iterator that never holds more than one assembled tensor: write each before you take the
     next. Tensors of untiled modules are the model's own, not copies. Tied tensors come under every
-    name that they have. Where an engine gathers parameters, each rank walks through all of it, and
+    name that they have. Where an engine gathers parameters, each rank iterates over all of it, and
     one tile at a time is gathered.
 
     Args:
@@ -32,24 +33,21 @@ def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tup
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, TiledModule)
     }
-    for name, layer in layers.items():
-        check_stored(name, layer)
+    place_of = _places(layers)
     given = set()
     for key, value in state_dict.items():
-        found = _place_of(key, layers)
-        if found is None:
+        place = place_of.get(key)
+        if place is None:
             with gathered([value] if isinstance(value, nn.Parameter) else []):
                 yield key, value.detach() if isinstance(value, Tensor) else value
-        elif found not in given:
-            given.add(found)
-            layer_name, name = found
-            layer = layers[layer_name]
-            dense_name = f"{layer_name}.{name}" if layer_name else name
-            yield dense_name, layer.assemble(name, _tiles_of(layer, layer_name, name, state_dict))
+        elif place.dense_name not in given:
+            given.add(place.dense_name)
+            tiles = {index: state_dict[tile] for index, tile in place.keys.items()}
+            yield place.dense_name, place.layer.assemble(place.own, tiles)
 
 
 def check_stored(name: str, layer: TiledModule) -> None:
-    """Refuses a layer whose tiles keep something else than their weight and bias."""
+    """Refuse a layer whose tiles keep something else than their weight and bias."""
     for own in ("weight", "bias"):
         stored = layer.stored_parameters(own)
         computed = [index for index in layer.tile_parameters(own) if index not in stored]
@@ -61,26 +59,25 @@ def check_stored(name: str, layer: TiledModule) -> None:
             )
 
 
-def _place_of(key: str, layers: Mapping[str, TiledModule]) -> tuple[str, str] | None:
-    """(layer, "weight" or "bias") that a key is a tile of, or None."""
-    parts = key.split(".")
-    for length in range(len(parts)):
-        name = ".".join(parts[:length])
-        layer = layers.get(name)
-        if layer is not None:
-            match = layer.tile_pattern.fullmatch(".".join(parts[length:]))
-            return (name, match["name"]) if match else None
-    return None
+@dataclass(frozen=True)
+class _Tiles:
+    """The tiles of one dense tensor: its name, its layer, "weight" or "bias", their keys."""
+
+    dense_name: str
+    layer: TiledModule
+    own: str
+    keys: Mapping[tuple[int, int], str]
 
 
-def _tiles_of(
-    layer: TiledModule, layer_name: str, name: str, state_dict: Mapping[str, Any]
-) -> dict[tuple[int, int], Tensor]:
-    prefix = f"{layer_name}." if layer_name else ""
-    last = layer.grid.in_splits - 1
-    return {
-        index: state_dict[
-            f"{prefix}{layer.tile_path(index[0], index[1] if name == 'weight' else last)}.{name}"
-        ]
-        for index in layer.tile_parameters(name)
-    }
+def _places(layers: Mapping[str, TiledModule]) -> dict[str, _Tiles]:
+    """By the key of a tile in the state dict, what it belongs to; each layer is checked."""
+    found: dict[str, _Tiles] = {}
+    for name, layer in layers.items():
+        check_stored(name, layer)
+        prefix = f"{name}." if name else ""
+        for own in ("weight", "bias") if layer.whole_bias is None else ("weight",):
+            indices = layer.tile_parameters(own)
+            keys = {index: prefix + layer.parameter_path(own, index) for index in indices}
+            tiles = _Tiles(prefix + own, layer, own, keys)
+            found.update(dict.fromkeys(keys.values(), tiles))
+    return found

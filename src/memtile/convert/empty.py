@@ -15,8 +15,8 @@ from memtile.homes import fork_safe_lock
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What makes values that are drawn or written later, as parameters are made. What is computed
-# (arange, tensor, zeros, ones, full) is real: a buffer is made of it, a rotary table say.
+# Functions whose values are drawn, or written later: parameters are made with them. Computed values
+# (arange, tensor, zeros, ones, full) stay real, since buffers are made with them (rotary tables).
 _MAKERS: Final = frozenset(
     {
         torch.empty,
@@ -74,7 +74,7 @@ def empty_model(factory: Callable[[], Model]) -> Model:
 
 
 class _Makers(TorchFunctionMode):
-    """Puts what is made empty or drawn on the meta device, unless it asks for another one."""
+    """Makes empty and random tensors on the meta device."""
 
     def __torch_function__(
         self,
@@ -89,21 +89,15 @@ class _Makers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Moving(threading.local):
-    """Which parameters this thread has moved, by what they were made of; None: it moves none."""
-
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] | None = None
-
-
-_moving = _Moving()
-_patching = fork_safe_lock()
+_moving = threading.local()  # .moved: (parameter, its meta copy) by the parameter's id
+_patching = lock_of_a_module()
 _inside = 0  # calls of `empty_model` under way, in all threads
 _register = nn.Module.register_parameter
 
 
 def _register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """`register_parameter` as long as some thread is in `empty_model`: the others' as ever."""
-    moved = _moving.moved
+    """`register_parameter` while a thread is in `empty_model`; for other threads the plain one."""
+    moved = getattr(_moving, "moved", None)
     if moved is not None and parameter is not None and not parameter.is_meta:
         known = moved.get(id(parameter))
         if known is None:
@@ -115,12 +109,11 @@ def _register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | No
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Whatever becomes a parameter inside, in this thread, is moved to meta, ties included.
+    """Every parameter registered inside, by this thread, is moved to meta; ties stay ties.
 
-    torch's own hook on registrations would serve, but its dictionary must not change while another
-    thread registers a parameter.
+    torch's own registration hooks would fail where another thread registers a parameter meanwhile.
     """
-    outer = _moving.moved
+    outer = getattr(_moving, "moved", None)
     _moving.moved = {} if outer is None else outer
     _patch(1)
     try:
@@ -131,9 +124,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _patch(more: int) -> None:
-    """The first that comes puts our function in place, the last that goes takes it away.
+    """Put our function in place for the first call under way, and take it away after the last.
 
-    Someone else who replaces it meanwhile may put it back later: it does nothing then.
+    If someone else has replaced it meanwhile, it stays, and does nothing any more.
     """
     global _inside, _register
     with _patching:

@@ -1,4 +1,4 @@
-"""Which classes of modules can be tiled; `integrations` registers those of other libraries."""
+"""Which dense modules have a tiled form, and how other libraries (`Integration`) add to that."""
 
 import sys
 import types
@@ -16,7 +16,7 @@ Work = Callable[[nn.Module], Tensor | None]
 """One step's forward: gives the loss, or None where nothing is trained."""
 
 Beside = dict[str, bytes | Path]
-"""Small files by their names: what they hold, or the file to copy."""
+"""Small files by name: their bytes, or the file to copy."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Kind:
     """One kind of dense module and its tiled form.
 
     Args:
-        name: for reasons, "linear" say.
-        matches: whether a module is exactly of this kind, so that its tiled form can stand for it.
-        resembles: whether a module derives from it, so that a reason is owed when it is not tiled.
+        name: for reasons, such as "linear".
+        matches: whether a module is exactly of this kind, so that its tiled form can replace it.
+        resembles: whether a module derives from it, so that `tile` gives a reason to keep it.
         tiled: the tiled form.
         shape: the (rows, columns) of a module's weight.
         rows_only: whether only rows can be cut, as in an embedding.
@@ -49,14 +49,13 @@ class Naming:
     """How names in checkpoints of a library's models may differ from the model's own.
 
     Args:
-        prefix: of names below the base model, which a checkpoint may have or lack.
-        stored: gives, from a name of the model, the one that checkpoints have in its place.
-        relevant: gives, of the stored names that a checkpoint lacks and of those that it has
-            besides, the ones that the library does not ignore.
-        made: gives, of stored names that a checkpoint lacks, those that no checkpoint of its class
-            has: the model makes them by its own rule, as it does a new head.
-        apart: whether a name of the model is of those that lie in checkpoints of their own, as
-            adapters do.
+        prefix: of names below the base model; a checkpoint may have it or lack it.
+        stored: the checkpoint's name of a name of the model.
+        relevant: of the stored names that a checkpoint lacks and of those that it has besides, the
+            ones that the library does not ignore.
+        made: of stored names that a checkpoint lacks, those that no checkpoint of its class has
+            and that the model initialises, as it does a new head.
+        apart: whether a name of the model lies in a checkpoint of its own, as adapters do.
     """
 
     prefix: str = ""
@@ -71,26 +70,24 @@ class Integration:
     """What another library needs when its models are tiled.
 
     Args:
-        library: the name by which it is imported.
-        kinds: dense modules of its own.
-        keeps: gives, from the model, names below which its modules stay dense, with the reason.
+        kinds: its own dense modules.
+        keeps: names below which the model's modules stay dense, each with the reason.
         replaced: called with (old, new) after each replacement, in both directions.
-        naming: how names differ in checkpoints of this model; None where it is not one of theirs.
-        beside: gives small files, by their names, that its checkpoint has beside the tensors: what
-            they hold, or the file to copy. Called with the dtype of the weights there, or None
-            where it is the model's own.
-        read_from: called with a model that got its values from a folder, and with that.
-        empty: makes a model with nothing in memory from a config or a folder, and a dtype or None;
-            None where the source is not one of theirs.
-        check_files: called with the path of a checkpoint, to refuse one that it knows is not to be
-            read as it is.
+        naming: how names differ in checkpoints of a model; None where the model is not its own.
+        beside: small files that the model's checkpoint has beside the tensors. Called with the
+            dtype of the weights there, or None where it is the model's own.
+        read_from: called with a model that got its values from a folder, and with the folder.
+        empty: makes a model on the meta device from a config or a folder, and a dtype or None;
+            None where the source is not one of its own.
+        check_files: called with the path of a checkpoint, to refuse one that cannot be read as
+            plain tensors.
         initialise: called with a model and names of parameters whose memory is new, to give them
             values by the model's own rule.
         filled: called with a model whose parameters got values from a checkpoint.
-        emptied: called with a model that `empty_model` made, to change what its library would have
-            changed on reading its weights.
-        work: gives what one step's forward is, from the model, the tokens, the batch and whether it
-            trains; None where the model is not one of theirs.
+        emptied: called with a model that `empty_model` made, to change what the library changes
+            when it reads weights.
+        work: one step's forward, from the model, the tokens, the batch and whether it trains; None
+            where the model is not its own.
     """
 
     library: str

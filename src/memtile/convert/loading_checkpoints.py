@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from memtile.checkpoints import Checkpoint, Paths
-from memtile.convert.materializing import fill, make_values, to_make
+from memtile.convert.materializing import fill, to_make, values_made
 from memtile.convert.name_matching import checked
 from memtile.convert.replaced import replacing
 from memtile.convert.sharded import for_sharded
@@ -84,7 +84,7 @@ def load_checkpoint(
         )
         return loaded
     findings = checked(model, Checkpoint.of(path), strict=strict, complete=False)
-    with replacing(model, "memtile.load_checkpoint"):
-        make_values(model, to_make(model, findings))
+    made = to_make(model, findings)
+    with replacing(model, "memtile.load_checkpoint"), values_made(model, made):
         fill(model, findings.matches)
     return IncompatibleKeys((*findings.missing, *findings.made), tuple(findings.unexpected))

@@ -1,4 +1,4 @@
-"""The dense tensors of a model that a checkpoint has: each once, with all its names."""
+"""The dense tensors of a model, each once, with all the names that it has."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class ModelTensor:
 
     Args:
         names: in the dense model; more than one where it is tied.
-        dense: its shape and the parts that it is kept in.
+        dense: its shape and its parts.
         is_transposed: whether the dense tensor is the matrix transposed, as `Conv1D` keeps it.
     """
 
@@ -29,7 +29,7 @@ class ModelTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's tensor."""
+        """The dtype of the model's tensor."""
         return self.dense.parts[0].parameter.dtype
 
     @property
@@ -56,17 +56,14 @@ def tensors_of(model: nn.Module) -> list[ModelTensor]:
         first = dense.parts[0]
         if first.rect is None:  # ZeRO-3's partitions are empty
             dense = replace(dense, shape=torch.Size(whole_shape(first.parameter)))
-        key = id(first.parameter)
-        needed.append(ModelTensor(tuple(names[key]), dense, key in transposed))
-    buffers: dict[int, list[str]] = defaultdict(list)
+        own_names = tuple(names[first.parameter])
+        needed.append(ModelTensor(own_names, dense, first.parameter in transposed))
+    buffers: dict[Tensor, list[str]] = defaultdict(list)
     for name, buffer in persistent_buffers(model):
-        buffers[id(buffer)].append(name)
-    for name, buffer in persistent_buffers(model):
-        if buffers[id(buffer)][0] == name:
-            part = Part(buffer)  # type: ignore[arg-type]  # values move alike
-            needed.append(
-                ModelTensor(tuple(buffers[id(buffer)]), DenseParameter(name, buffer.shape, (part,)))
-            )
+        buffers[buffer].append(name)
+    for buffer, found in buffers.items():
+        part = Part(buffer)  # type: ignore[arg-type]  # values move alike
+        needed.append(ModelTensor(tuple(found), DenseParameter(found[0], buffer.shape, (part,))))
     return needed
 
 
@@ -87,38 +84,29 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
                 yield _join(path, own), buffer, own not in module._non_persistent_buffers_set
 
 
-def _names(model: nn.Module) -> tuple[dict[int, list[str]], set[int]]:
-    """Names of each dense tensor by the id of its first part, and which of them are transposed."""
-    names: dict[int, list[str]] = defaultdict(list)
-    transposed: set[int] = set()
-    tiles: set[int] = set()
+def _names(model: nn.Module) -> tuple[dict[Tensor, list[str]], set[Tensor]]:
+    """Names of each dense tensor by its first part, and which of them are transposed."""
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    transposed: set[Tensor] = set()
+    tiles: set[Tensor] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        for own, parameters, is_transposed in _tensors(module):
-            names[id(parameters[0])].append(_join(path, own))
-            if is_transposed:
-                transposed.add(id(parameters[0]))
-            if isinstance(module, TiledModule):
-                own_ids = {id(own) for own in module._parameters.values()}  # a bias kept whole
-                tiles.update({id(parameter) for parameter in parameters} - own_ids)
-        if not isinstance(module, TiledModule):
-            for own, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in tiles:
-                    names[id(parameter)].append(_join(path, own))
-                    if own == "weight" and _is_transposed(module):
-                        transposed.add(id(parameter))
+        if isinstance(module, TiledModule):
+            held = {own: [*module.tile_parameters(own).values()] for own in ("weight", "bias")}
+            tiles.update(p for parts in held.values() for p in parts if p is not module.whole_bias)
+        else:
+            own_parameters = module._parameters.items()
+            held = {own: [p] for own, p in own_parameters if p is not None and p not in tiles}
+        for own, parts in held.items():
+            if parts:
+                names[parts[0]].append(_join(path, own))
+                if own == "weight" and _is_transposed(module):
+                    transposed.add(parts[0])
     return names, transposed
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], bool]]:
-    """Name, tiles and direction of what a tiled layer holds."""
-    if isinstance(module, TiledModule):
-        for own in ("weight", "bias"):
-            tiles = list(module.tile_parameters(own).values())
-            if tiles:
-                yield own, tiles, own == "weight" and module.weight_is_transposed
-
-
 def _is_transposed(module: nn.Module) -> bool:
+    if isinstance(module, TiledModule):
+        return module.weight_is_transposed
     kind = kind_of(module)
     return kind is not None and kind.matches(module) and kind.tiled.weight_is_transposed
 

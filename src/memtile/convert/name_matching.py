@@ -1,7 +1,7 @@
-"""Finds the tensors of a checkpoint for those of a model, and checks all before any is used.
+"""Which tensors of a checkpoint are which of a model; everything is checked before any is read.
 
-A checkpoint may have dense names, or tile names of any grid; any of the names of a tied tensor; and
-names with or without the prefix of a transformers model's base.
+A checkpoint may have dense names, or tile names of any grid; any name of a tied tensor; and names
+with or without the prefix of a transformers model's base.
 """
 
 import re
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from memtile.checkpoints import PIECE_BYTES, Checkpoint, StoredTensor
+from memtile.checkpoints import Checkpoint, StoredTensor
 from memtile.convert.dense import check_stored
-from memtile.convert.kinds import Naming, integrations, naming_of, tiled_classes
+from memtile.convert.kinds import integrations, naming_of, tiled_classes
 from memtile.convert.model_tensors import ModelTensor, computed_buffers, tensors_of
-from memtile.convert.streaming import Index, TensorSource, TiledSource
+from memtile.convert.streaming import Index, TensorSource, TiledSource, spans
 from memtile.errors import CheckpointError, HomeError, MemtileError
 from memtile.homes import allocation_of
 from memtile.layers import TiledModule
@@ -33,17 +33,11 @@ WAY_OUT = (
 
 @dataclass(frozen=True)
 class Match:
-    """One tensor of the model and where its values are.
-
-    Args:
-        dense: the tensor, in the direction in which the source has it.
-        source: its values.
-        name: of the dense tensor.
-    """
+    """One tensor of the model, in the direction of the source, and where its values are."""
 
     dense: DenseParameter
     source: TensorSource
-    name: str
+    name: str  # of the dense tensor
 
     def stored(self) -> Iterator[StoredTensor]:
         """The tensors of the files that will be read."""
@@ -58,15 +52,17 @@ class Findings:
     """What a checkpoint has for a model.
 
     Attributes:
+        checkpoint: where it was looked for.
         matches: tensors that are in both.
-        missing: names of the model that it has nothing for, though it should.
-        made: names of the model that it has nothing for, and that the model makes by its own rule.
-        optional: names of the model that its library lets a checkpoint lack.
-        apart: names of the model that lie in a checkpoint of their own, which this is not.
-        unexpected: its names that mean nothing to the model.
+        missing: names of the model that the checkpoint should have and has not.
+        made: names that it has not, and that the model initialises by its own rule.
+        optional: names that the model's library lets a checkpoint lack.
+        apart: names that lie in a checkpoint of their own, which this one is not.
+        unexpected: names of the checkpoint that mean nothing to the model.
         problems: what keeps it from being loaded, a sentence each.
     """
 
+    checkpoint: Checkpoint
     matches: list[Match] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
@@ -75,8 +71,11 @@ class Findings:
     unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def check(self, where: object, *, strict: bool, complete: bool) -> None:
-        """Refuses what cannot be loaded."""
+    def check(self, *, strict: bool, complete: bool) -> None:
+        """Refuse what cannot be loaded.
+
+        Strict: anything missing or unexpected. Complete: anything missing but what the model makes.
+        """
         problems = list(self.problems)
         missing = self.missing + (self.made if strict else [])
         if missing and (strict or complete):
@@ -85,9 +84,9 @@ class Findings:
             problems.append(f"it has {some(self.unexpected)}, which the model has not")
         if problems:
             raise CheckpointError(
-                f"{where} is not a checkpoint of this model: {'; '.join(problems)}. Nothing was "
-                f"changed; give the checkpoint of this model, or build it with the checkpoint's "
-                f"configuration{self._ways_out(complete)}"
+                f"{self.checkpoint.where} is not a checkpoint of this model: "
+                f"{'; '.join(problems)}. Nothing was changed; give the checkpoint of this model, "
+                f"or build it with the checkpoint's configuration{self._ways_out(complete)}"
             )
 
     def _ways_out(self, complete: bool) -> str:
@@ -102,12 +101,6 @@ class Findings:
             )
         return ways
 
-    def check_sums(self) -> None:
-        """Verify what will be read, as far as its checksums are known."""
-        for match in self.matches:
-            for stored in match.stored():
-                stored.check_sum()
-
 
 def some(names: Collection[str]) -> str:
     """The first of some names, and how many there are besides."""
@@ -116,7 +109,7 @@ def some(names: Collection[str]) -> str:
 
 
 def left_out(where: object, names: Collection[str]) -> str:
-    """What is said of names that only the checkpoint has."""
+    """The warning of names that only the checkpoint has."""
     return f"{where} holds {some(names)}, which the model has not: left out"
 
 
@@ -125,29 +118,19 @@ def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
     for integration in integrations(imported_only=False):
         for path in checkpoint.paths:
             integration.check_files(path)
-    findings = _Search(
-        tensors_of(model), checkpoint, naming_of(model), computed_buffers(model)
-    ).run()
+    findings = _Search(model, checkpoint).run()
     for match in findings.matches:
-        _refuse_scaled(match, checkpoint.where)
+        theirs, ours = match.source.dtype, match.dense.parts[0].parameter.dtype
+        if theirs.is_floating_point and theirs.itemsize == 1 and theirs != ours:
+            raise CheckpointError(  # its scales stand in other tensors
+                f"{checkpoint.where} holds {match.name} as {theirs}, quantized, and memtile "
+                f"applies no scales: {WAY_OUT}"
+            )
     return findings
 
 
-def _refuse_scaled(match: Match, where: object) -> None:
-    """Values of 8 bits and less are wrong without their scales, which stand in other tensors."""
-    theirs, ours = match.source.dtype, match.dense.parts[0].parameter.dtype
-    if theirs.is_floating_point and theirs.itemsize == 1 and theirs != ours:
-        raise CheckpointError(
-            f"{where} holds {match.name} as {theirs}, quantized, and memtile applies no scales: "
-            f"{WAY_OUT}"
-        )
-
-
 def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool) -> Findings:
-    """What a checkpoint has for a model, once everything about it is known to be right.
-
-    Strict and complete are as for `Findings.check`.
-    """
+    """`find`, with everything checked; `strict` and `complete` are those of `Findings.check`."""
     for name, layer in model.named_modules():
         if isinstance(layer, TiledModule):
             check_stored(name, layer)
@@ -159,9 +142,11 @@ def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete:
                 "anew with memtile.tile(memtile.empty_model(lambda: …), …, checkpoint=folder)"
             )
     findings = find(model, checkpoint)
-    findings.check(checkpoint.where, strict=strict, complete=complete)
+    findings.check(strict=strict, complete=complete)
     _check_meta(model, findings)
-    findings.check_sums()
+    for match in findings.matches:
+        for stored in match.stored():
+            stored.check_sum()
     return findings
 
 
@@ -184,20 +169,14 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
 
 
 class _Search:
-    def __init__(
-        self,
-        needed: list[ModelTensor],
-        checkpoint: Checkpoint,
-        naming: Naming,
-        computed: Collection[str],
-    ) -> None:
-        self.needed, self.checkpoint, self.naming = needed, checkpoint, naming
-        self.computed = computed
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self.needed, self.checkpoint = tensors_of(model), checkpoint
+        self.naming, self.computed = naming_of(model), computed_buffers(model)
         self.tiles = tiles_by_layer(checkpoint)
-        self.own = {naming.stored(name) for one in needed for name in one.names}
+        self.own = {self.naming.stored(name) for one in self.needed for name in one.names}
         self.used: set[str] = set()
         self.lacking: list[str] = []  # names of the model
-        self.findings = Findings()
+        self.findings = Findings(checkpoint)
 
     def run(self) -> Findings:
         found = self.findings
@@ -212,20 +191,17 @@ class _Search:
         lacking = {self.naming.stored(name) for name in self.lacking}
         missing, unexpected = self.naming.relevant(lacking, besides)
         found.unexpected = [name for name in self.checkpoint if name in unexpected]
-        self._sort_lacking(missing, self.naming.made(missing))
-        return found
-
-    def _sort_lacking(self, missing: Collection[str], made: Collection[str]) -> None:
-        found = self.findings
-        matched = {self.naming.apart(match.name) for match in found.matches}
+        made = self.naming.made(missing)
+        matched_apart = {self.naming.apart(match.name) for match in found.matches}
         for name in self.lacking:
             stored = self.naming.stored(name)
-            if matched == {not self.naming.apart(name)}:
+            if matched_apart == {not self.naming.apart(name)}:
                 found.apart.append(name)
             elif stored in made:
                 found.made.append(name)
             else:
                 (found.missing if stored in missing else found.optional).append(name)
+        return found
 
     def _match(self, needed: ModelTensor) -> None:
         sources = {name: source for name in needed.names if (source := self._source(name))}
@@ -264,7 +240,7 @@ class _Search:
         return None
 
     def _spellings(self, name: str) -> list[str]:
-        """A name as it is; or, where it is not there, with or without the base's name before it."""
+        """The names in the checkpoint to look for: as it is, or with its base's prefix changed."""
         name = self.naming.stored(name)
         prefix = f"{self.naming.prefix}."
         if name in self.checkpoint or prefix == ".":
@@ -307,19 +283,13 @@ def _check_fits(dense: DenseParameter, dtype: torch.dtype, source: TensorSource)
         raise CheckpointError(
             f"the checkpoint's is {tuple(source.shape)}, the model's {tuple(dense.shape)}"
         )
-    if _family(source.dtype) != _family(dtype):
+    theirs, ours = ((each.is_complex, each.is_floating_point) for each in (source.dtype, dtype))
+    if theirs != ours:
         raise CheckpointError(f"the checkpoint's is {source.dtype}, the model's {dtype}")
-
-
-def _family(dtype: torch.dtype) -> str:
-    if dtype.is_complex:
-        return "complex"
-    return "real" if dtype.is_floating_point else "whole"
 
 
 def _same_values(one: TensorSource, other: TensorSource) -> bool:
     if one.shape != other.shape:
         return False
-    size, step = one.shape.numel(), PIECE_BYTES // one.dtype.itemsize
-    spans = ((start, min(start + step, size)) for start in range(0, size, step))
-    return all(torch.equal(one.elements(*span), other.elements(*span)) for span in spans)
+    pieces = spans(one.shape.numel(), one.dtype.itemsize)
+    return all(torch.equal(one.elements(*piece), other.elements(*piece)) for piece in pieces)

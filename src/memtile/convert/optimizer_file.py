@@ -1,4 +1,4 @@
-"""Writes an optimizer's state to a checkpoint and reads it back, tensor by tensor."""
+"""An optimizer's state into a checkpoint and back, tensor by tensor."""
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -36,8 +36,9 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
             kept = stored_state.kept_state(optimizer.state, dense)
             if kept is not None:
                 states[name] = _entries(optimizer, kept)
-                tensors.extend(_tensors(optimizer, kept))
-    groups = group_records(optimizer.param_groups, members)
+                for key, tensor in kept.tensors.items():
+                    held = entry_of(optimizer.state, key)
+                    tensors.append(outgoing(tensor, f"{key}/{dense.name}", held))
     record = {"class": stored_state.class_of(optimizer), "groups": groups, "state": states}
     return record, tensors
 
@@ -103,7 +104,7 @@ def _entries(optimizer: Optimizer, kept: KeptState) -> Json:
     for key in kept.keys:
         if key in kept.tensors:
             is_whole = kept.tensors[key] is not kept.dense
-            entries[key] = {"tensor": _name(key, kept.dense), "own_shape": is_whole}
+            entries[key] = {"tensor": f"{key}/{kept.dense.name}", "own_shape": is_whole}
         else:
             value = kept.numbers[key]
             where = f"the optimizer's state of {kept.dense.name}[{key!r}]"
@@ -111,17 +112,6 @@ def _entries(optimizer: Optimizer, kept: KeptState) -> Json:
             entries[key] = {"value": to_json(value, where), "on_device": on_device}
     stepped = stored_state.stepped_dtype(optimizer, parameter)
     return {"stepped": dtype_name(stepped), "entries": entries}
-
-
-def _tensors(optimizer: Optimizer, kept: KeptState) -> list[Outgoing]:
-    return [
-        outgoing(dense, _name(key, kept.dense), entry_of(optimizer.state, key))
-        for key, dense in kept.tensors.items()
-    ]
-
-
-def _name(key: str, dense: DenseParameter) -> str:
-    return f"{key}/{dense.name}"
 
 
 def entry_of(states: Mapping[Tensor, Mapping[str, Any]], key: str) -> Held:
@@ -136,24 +126,13 @@ def entry_of(states: Mapping[Tensor, Mapping[str, Any]], key: str) -> Held:
 
 
 class IncomingState:
-    """A stored state on its way into an optimizer; made, it has been checked, and changed nothing.
-
-    Args:
-        record: what the checkpoint's record says of the optimizer.
-        tensors: the tensors beside it.
-        model: whose parameters are optimized.
-        optimizer: that takes the state over.
-
-    Raises:
-        CheckpointError: it is of another optimizer, or of another model.
-        OptimizerError: the optimizer is not of this model.
-        HomeFullError: a home has no room for it.
-    """
+    """A stored state for an optimizer: making it checks everything, and changes nothing."""
 
     def __init__(
         self, record: Json, tensors: Checkpoint, model: nn.Module, optimizer: Optimizer
     ) -> None:
         self._record, self._tensors, self._optimizer = record, tensors, optimizer
+        self._place = tensors.path.parent
         self._members = stored_state.members(model, optimizer.param_groups)
         name = stored_state.class_of(optimizer)
         check_same_optimizer(name, self._members, record, tensors.path.parent)
@@ -164,12 +143,33 @@ class IncomingState:
                 if name in record["state"]:
                     self._prepare(dense, record["state"][name], group)
 
-    @property
-    def _place(self) -> str:
-        return str(self._tensors.path.parent)
+    def _check_class(self) -> None:
+        ours, theirs = stored_state.class_of(self._optimizer), self._record["class"]
+        if ours != theirs:
+            raise CheckpointError(
+                f"the checkpoint {self._place} was trained with {theirs}, and this optimizer is "
+                f"{ours}: its state means something else; resume with {theirs}, or load only the "
+                "weights"
+            )
+
+    def _check_groups(self) -> None:
+        theirs = [set(group["names"]) for group in self._record["groups"]]
+        ours = [set(found) for found in self._members]
+        if len(theirs) != len(ours):
+            raise CheckpointError(
+                f"the optimizer has {len(ours)} parameter groups, the checkpoint {self._place} has "
+                f"{len(theirs)}: make the groups as they were made for the run that saved it"
+            )
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            for name in sorted(one ^ other):
+                whose = "the optimizer" if name in one else f"the checkpoint {self._place}"
+                raise CheckpointError(
+                    f"only {whose} has {name} in group {number}: give the optimizer the parameters "
+                    "that it had in the run that was saved, in the same groups"
+                )
 
     def _prepare(self, dense: DenseParameter, saved: Json, group: Mapping[str, Any]) -> None:
-        """Room for what is to come for one dense parameter; numbers come at once."""
+        """Make room for the tensors of one dense parameter; take its numbers."""
         stepped = DTYPES[saved["stepped"]]
         for part in dense.parts:
             self._states[part.parameter] = {}
@@ -186,31 +186,28 @@ class IncomingState:
     def _prepare_tensor(
         self, dense: DenseParameter, key: str, entry: Json, stepped: torch.dtype
     ) -> None:
-        stored, dtype = self._tensors[entry["tensor"]], self._tensors[entry["tensor"]].dtype
-        if not entry["own_shape"] and dtype == stepped:
-            dtype = stored_state.stepped_dtype(self._optimizer, dense.parts[0].parameter)
-        target = dense
+        stored, first = self._tensors[entry["tensor"]], dense.parts[0]
+        dtype, target = stored.dtype, dense
         if entry["own_shape"]:
-            target = self._as_it_is(dense, key, stored)
+            if first.rect is not None:
+                raise CheckpointError(
+                    f"{dense.name} is tiled now, and {key!r} of the checkpoint {self._place} has a "
+                    f"shape of its own, {tuple(stored.shape)}, that cannot be cut along tiles; "
+                    "resume with this layer as it was"
+                )
+            target = DenseParameter(dense.name, stored.shape, (Part(first.parameter),))
         elif stored.shape != dense.shape:
             raise CheckpointError(
                 f"{dense.name}: {key!r} of the checkpoint {self._place} is "
                 f"{tuple(stored.shape)}, the parameter {tuple(dense.shape)}: it is of another model"
             )
+        elif dtype == stepped:
+            dtype = stored_state.stepped_dtype(self._optimizer, first.parameter)
         for part in target.parts:
             shape = stored.shape if entry["own_shape"] else part.parameter.shape
             room = stored_state.room_for(self._optimizer, part.parameter, key, shape, dtype)
             self._states[part.parameter][key] = room
         self._flows.append((target, stored, key))
-
-    def _as_it_is(self, dense: DenseParameter, key: str, stored: StoredTensor) -> DenseParameter:
-        if dense.parts[0].rect is not None:
-            raise CheckpointError(
-                f"{dense.name} is tiled now, and {key!r} of the checkpoint {self._place} has a "
-                f"shape of its own, {tuple(stored.shape)}, that cannot be cut along tiles; resume "
-                "with this layer as it was"
-            )
-        return DenseParameter(dense.name, stored.shape, (Part(dense.parts[0].parameter),))
 
     def take(self) -> None:
         """Put the state and the groups' options into the optimizer; gradients are dropped."""
@@ -231,7 +228,7 @@ def _is_new(state: Mapping[str, Any]) -> bool:
 
 
 def _number(entry: Json, parameter: Tensor, group: Mapping[str, Any]) -> Any:
-    """A number for a state of its own; on the parameter's device where the step wants it there."""
+    """A number of a state, on the parameter's device where the step needs it there."""
     value = from_json(entry["value"])
     needed = entry["on_device"] or group.get("capturable") or group.get("fused")
     return value.to(parameter.device) if isinstance(value, Tensor) and needed else value

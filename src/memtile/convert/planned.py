@@ -1,4 +1,4 @@
-"""Checks that a plan is of a model, and gives its choices of tiles, home and recomputation."""
+"""How `tile` carries out a plan: its choices, its home, recomputed activations, its workspace."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from memtile.convert.kinds import kind_of
 from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import trim_heap
+from memtile.homes import Home, trim_heap
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
@@ -18,7 +18,9 @@ def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecis
     """What happens to each linear and embedding of the model by this plan."""
     planned = {layer.name: layer for layer in plan.layers}
     choices = choose(model, Cut(parks=True), None)
-    _check_names(model, planned.keys(), [choice.name for choice in choices])
+    for name in sorted(planned.keys() ^ {choice.name for choice in choices}):
+        where = "it" if name in planned else "the model"
+        raise _other_model(model, f"{name} is only in {where}")
     found = []
     for choice in choices:
         layer = planned[choice.name]
@@ -36,7 +38,7 @@ def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecis
 
 
 def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan | RankPlan) -> None:
-    """Refuse a cut that no embedding has, and what trains though it was planned as frozen."""
+    """Refuse columns of an embedding, and weights that train though planned as frozen."""
     modules = [model.get_submodule(name) for name in layer.ties or (layer.name,)]
     rows_only = any((kind := kind_of(m)) is not None and kind.rows_only for m in modules)
     if layer.grid is not None and layer.grid.in_splits > 1 and rows_only:
@@ -48,15 +50,23 @@ def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan | RankPlan) -
         )
 
 
-def planned_home(plan: Plan) -> str | None:
-    """The word for the home that a plan names; None where it parks nothing."""
-    return plan.home if plan.parked_layers else None
+def planned_home(
+    model: nn.Module, plan: Plan | RankPlan, home: Home | str | None
+) -> Home | str | None:
+    """The home that is given, or the one that a plan names; None where it parks nothing.
 
-
-def check_checkpointing(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan that recomputes what the model cannot."""
+    A plan that recomputes what the model cannot is refused.
+    """
+    if isinstance(plan, RankPlan):
+        if home is not None:
+            raise ArgumentError(
+                f"home={home!r} beside a plan for ranks: its tiles live as shards of the engine; "
+                "leave home out, or plan for one process with memtile.plan"
+            )
+        return None
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
+    return plan.home if home is None and plan.parked_layers else home
 
 
 def has_checkpointing(model: nn.Module) -> bool:
@@ -66,7 +76,7 @@ def has_checkpointing(model: nn.Module) -> bool:
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Let a model that can recompute its activations do so in backward, or not."""
+    """Turn gradient checkpointing on or off, where the model has it."""
     act, arguments = ("enable", [{"use_reentrant": False}]) if on else ("disable", [])
     for name in _CHECKPOINTING:
         switch = getattr(model, f"{name}_checkpointing_{act}", None)
@@ -90,12 +100,6 @@ def check_alone(plan: object, given: dict[str, object]) -> None:
         )
 
 
-def _check_names(model: nn.Module, planned: object, found: list[str]) -> None:
-    odd = sorted(set(planned).symmetric_difference(found))  # type: ignore[call-overload]  # keys
-    if odd:
-        raise _other_model(model, f"{odd[0]} is only in {'the model' if odd[0] in found else 'it'}")
-
-
 def _other_model(model: nn.Module, why: str) -> CannotTileError:
     return CannotTileError(
         f"the plan does not fit this {type(model).__name__}: {why}; make one for it with "
@@ -106,10 +110,10 @@ def _other_model(model: nn.Module, why: str) -> CannotTileError:
 def take_workspace(products: Products) -> None:
     """Make the widest float32 product of a step, with factors whose pages take no memory.
 
-    MKL keeps the workspace of each product for the next one, and takes another where none that it
-    has is large enough. By ever larger products of SmolLM2-135M it came to hold 41 MiB; with the
-    largest first, 11 (torch 2.13 on an AMD EPYC, measured). What it holds in the end depends on
-    the CPU: `memtile.planner.product_memory` measures that.
+    MKL keeps the workspace of each product for the next one, and takes another where none is large
+    enough. By ever larger products of SmolLM2-135M it came to hold 41 MiB; with the largest first,
+    11 (torch 2.13 on an AMD EPYC). The CPU decides what stays: `memtile.planner.product_memory`
+    measures it.
     """
     if products.widest is not None:
         multiply(*products.widest)

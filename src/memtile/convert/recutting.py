@@ -1,7 +1,7 @@
 """`convert_checkpoint`: changes dense tensors of a checkpoint into tiles and back, without a model.
 
-A tile is recognised by its name, which ends in `linears.{row}.{column}.weight` or `.bias`. Which
-tensors become tiles is said by the user, since a name does not tell a linear from an embedding.
+A tile is known by its name, which ends in `linears.{row}.{column}.weight` or `.bias`. The caller
+says what becomes tiles, since a name does not tell a linear from an embedding.
 """
 
 import os
@@ -9,13 +9,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from memtile.checkpoints import (
-    PIECE_BYTES,
     SHARD_BYTES,
     Checkpoint,
     Outgoing,
@@ -24,7 +22,7 @@ from memtile.checkpoints import (
 )
 from memtile.checkpoints.opening import files_beside
 from memtile.convert.name_matching import tiles_by_layer
-from memtile.convert.streaming import TensorSource, TiledSource
+from memtile.convert.streaming import TensorSource, TiledSource, spans
 from memtile.errors import ArgumentError, CheckpointError, MemtileError
 from memtile.geometry import Grid, Rect, Span
 from memtile.layers import TiledLinear
@@ -80,8 +78,8 @@ def convert_checkpoint(
     """Write a checkpoint anew with other names, a few MiB at a time; values stay bit for bit.
 
     Tiles of any grid are joined; then, with a `cut`, the named linears are cut into tiles under the
-    names of DeepSpeed's tiled linear. What lies beside the tensors (config, tokenizer) is copied as
-    it is, and so are the bytes of a tensor that stays as it is, whatever its dtype.
+    names of DeepSpeed's tiled linear. Files beside the tensors (config, tokenizer) are copied, and
+    so are the bytes of a tensor that is neither joined nor cut, whatever its dtype.
 
     Args:
         source: a folder, a `.safetensors` file or an index.
@@ -97,7 +95,7 @@ def convert_checkpoint(
         CheckpointError: there is no checkpoint, tiles of it make no linear, or no linear of it has
             one of the names.
         SplitsError: a linear cannot be cut so.
-        CheckpointWriteError: it could not be written; what was there is as it was.
+        CheckpointWriteError: it could not be written; what was there is unchanged.
     """
     if cut is not None and not isinstance(cut, TilingSpec):
         raise ArgumentError(
@@ -119,26 +117,21 @@ def convert_checkpoint(
 def _dense(checkpoint: Checkpoint) -> tuple[dict[str, TensorSource], list[str]]:
     """Every dense tensor by its name, tiles joined; and the layers that were in tiles."""
     tiles = tiles_by_layer(checkpoint)
-    layer_of = {key: place for place, keyed in tiles.items() for key in keyed.values()}
+    place_of = {key: place for place, keyed in tiles.items() for key in keyed.values()}
     dense: dict[str, TensorSource] = {}
-    for name, stored in checkpoint.items():
-        if name not in layer_of:
+    for key, stored in checkpoint.items():
+        place = place_of.get(key)
+        name = ".".join(filter(None, place)) if place else key
+        if place is None:
             dense[name] = stored
-            continue
-        layer, own = layer_of[name]
-        full = f"{layer}.{own}" if layer else own
-        if full not in dense:
-            dense[full] = _joined(full, checkpoint, tiles[layer, own])
+        elif name in checkpoint:
+            raise CheckpointError(f"the checkpoint holds {name} both dense and in tiles; keep one")
+        elif name not in dense:
+            try:
+                dense[name] = TiledSource({i: checkpoint[k] for i, k in tiles[place].items()})
+            except MemtileError as error:
+                raise CheckpointError(f"{name}: {error}") from error
     return dense, sorted({layer for layer, _ in tiles})
-
-
-def _joined(name: str, checkpoint: Checkpoint, keyed: Mapping[tuple[int, int], str]) -> TiledSource:
-    if name in checkpoint:
-        raise CheckpointError(f"the checkpoint holds {name} both dense and in tiles; keep one")
-    try:
-        return TiledSource({place: checkpoint[key] for place, key in keyed.items()})
-    except MemtileError as error:
-        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _to_cut(dense: Mapping[str, TensorSource], cut: TilingSpec, place: Path) -> dict[str, Grid]:
@@ -146,56 +139,44 @@ def _to_cut(dense: Mapping[str, TensorSource], cut: TilingSpec, place: Path) -> 
     found = {}
     for name, source in dense.items():
         layer, _, own = name.rpartition(".")
-        if own == "weight" and len(source.shape) == 2 and _is_one(layer, cut.modules):
+        is_named = any(fnmatchcase(layer, pattern) for pattern in cut.modules)
+        if own == "weight" and len(source.shape) == 2 and is_named:
             found[layer] = cut.grid((source.shape[0], source.shape[1]), source.dtype.itemsize)
     for pattern in cut.modules:
         if not any(fnmatchcase(layer, pattern) for layer in found):
-            linears = [n[: -len(".weight")] for n, s in dense.items() if n.endswith(".weight")]
+            linears = [name.removesuffix(".weight") for name in dense if name.endswith(".weight")]
             raise CheckpointError(
-                f"{place} has no linear called {pattern!r}; it has {', '.join(linears[:_SHOWN])} "
+                f"{place} has no linear called {pattern!r}; it has {', '.join(linears[:4])} "
                 "and so on: memtile inspect lists all names"
             )
     return found
 
 
-_SHOWN: Final = 4
-
-
-def _is_one(layer: str, patterns: Collection[str]) -> bool:
-    return any(fnmatchcase(layer, pattern) for pattern in patterns)
-
-
 def _outgoing(name: str, source: TensorSource, cut: Mapping[str, Grid]) -> Iterator[Outgoing]:
+    """A tensor under its dense name; or, of a linear that is cut, each of its tiles."""
     layer, _, own = name.rpartition(".")
     grid = cut.get(layer)
-    if grid is None or own not in ("weight", "bias"):
-        yield _part(name, source, None)
+    if grid is None or own not in ("weight", "bias") or not source.shape:
+        if isinstance(source, StoredTensor):
+            yield Outgoing(name, source.entry.kind, source.shape, source.raw)
+        else:
+            yield _part(name, source, Rect(Span(0, source.shape[0]), Span(0, source.shape[-1])))
         return
     last = grid.in_splits - 1
     for row, column in grid.indices():
-        rect = grid.rect(row, column)
         if own == "weight" or column == last:
             tile = f"{layer}.{TiledLinear.tile_path(row, column)}.{own}"
-            yield _part(tile, source, rect if own == "weight" else Rect(rect.out, Span(0, 1)))
+            yield _part(tile, source, grid.rect(row, column))
 
 
-def _part(name: str, source: TensorSource, rect: Rect | None) -> Outgoing:
-    """A rectangle of a source, or all of it, under a name."""
-    if isinstance(source, StoredTensor) and (rect is None or not source.shape):
-        return Outgoing(name, source.entry.kind, source.shape, source.raw)
-    if rect is None or not source.shape:
-        return Outgoing(name, source.dtype, source.shape, lambda: _flat(source))
-    shape = torch.Size(rect.shape if len(source.shape) == 2 else rect.shape[:1])
+def _part(name: str, source: TensorSource, rect: Rect) -> Outgoing:
+    """A rectangle of a matrix, or its rows of a bias, under a name."""
+    shape = torch.Size(rect.shape[: len(source.shape)])
     return Outgoing(name, source.dtype, shape, lambda: _bands(source, rect))
 
 
-def _flat(source: TensorSource) -> Iterator[Tensor]:
-    step, size = PIECE_BYTES // source.dtype.itemsize, source.shape.numel()
-    return (source.elements(i, min(i + step, size)) for i in range(0, size, step))
-
-
 def _bands(source: TensorSource, rect: Rect) -> Iterator[Tensor]:
-    height = max(1, PIECE_BYTES // (source.shape[1:].numel() * source.dtype.itemsize))
-    for start in range(rect.out.start, rect.out.stop, height):
-        rows = source.rows(start, min(start + height, rect.out.stop))
+    row_bytes = source.shape[1:].numel() * source.dtype.itemsize
+    for start, stop in spans(rect.out.stop, row_bytes, rect.out.start):
+        rows = source.rows(start, stop)
         yield (rows[:, rect.into.as_slice()] if rows.dim() == 2 else rows).contiguous()

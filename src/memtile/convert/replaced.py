@@ -1,8 +1,8 @@
-"""Warns of whatever still uses parameters and modules that were replaced, and so trains nothing.
+"""Warnings for what still uses parameters and modules that were replaced, since it trains nothing.
 
-An optimizer of old parameters warns at its first step. `tile` and `untile` warn of a module that
-refers to an old one, or to a tensor in the memory of its weight: by an attribute, a plain list in
-one, a bound method, a partial, a closure. References from variables alone are not reported.
+An optimizer of old parameters is found when it steps. Any other module is found from which an
+attribute, a list in one, a bound method, a partial or a closure leads to an old module, or to a
+tensor in the memory of its weight. Variables of a caller are not looked at.
 """
 
 import gc
@@ -32,10 +32,9 @@ _hook: RemovableHandle | None = None
 
 @contextmanager
 def replacing(model: nn.Module, act: str) -> Iterator[None]:
-    """Inside, parameters of the model are replaced; those that outlive it are watched for.
+    """Inside, parameters of the model are replaced; those that stay alive are noted.
 
-    Who holds them is not asked: a list of parameters harms nobody. An optimizer does once it steps,
-    so all optimizers of the process are looked at then, as long as such parameters are alive.
+    Only an optimizer that steps them does harm, so optimizers are looked at when they step.
     """
     before = [weakref.ref(parameter) for parameter in model.parameters()]
     try:
@@ -50,19 +49,19 @@ def replacing(model: nn.Module, act: str) -> Iterator[None]:
 
 
 def _look_at_steps() -> None:
-    """Have torch call us before steps; it is left in place, where it then finds nothing to do.
+    """Have torch call `_warn_of_step` before steps, for good.
 
-    To take it away is not safe: torch iterates over its hooks without a lock, and another thread's
-    step would fail ("OrderedDict mutated during iteration").
+    Removing the hook is not safe: torch iterates over its hooks without a lock, and another
+    thread's step would fail ("OrderedDict mutated during iteration").
     """
     global _hook
     with _hooking:
         if _hook is None:
-            _hook = register_optimizer_step_pre_hook(_tell)
+            _hook = register_optimizer_step_pre_hook(_warn_of_step)
 
 
-def _tell(optimizer: Optimizer, arguments: Any, options: Any) -> None:  # what its step was given
-    if not len(_replaced) or isinstance(optimizer, TileOptimizer):  # which refuses by itself
+def _warn_of_step(optimizer: Optimizer, *_: Any) -> None:  # what its step was given
+    if not len(_replaced) or isinstance(optimizer, TileOptimizer):  # it raises itself
         return
     groups = optimizer.param_groups
     acts = [_replaced.pop(p) for group in groups for p in group["params"] if p in _replaced]
@@ -77,7 +76,7 @@ def _tell(optimizer: Optimizer, arguments: Any, options: Any) -> None:  # what i
     )
 
 
-_MOST: Final = 1_000_000  # objects that are looked at: a module may lead to a whole data set
+_MOST: Final = 1_000_000  # objects to look at: a module may lead to a whole data set
 _TABLES: Final = ("_modules", "_parameters", "_buffers")
 _ENDS: Final = (nn.Module, Tensor, types.FrameType, types.ModuleType, type, Optimizer)
 _Attribute = tuple[nn.Module, str, str]  # the module, the name in it, the kind of what is there
@@ -90,22 +89,17 @@ class Replaced:
         self._modules: list[tuple[str, weakref.ref[nn.Module]]] = []
         self._memory: list[tuple[str, StorageWeakRef]] = []
 
-    def add(self, name: str, module: nn.Module, parameters: Sequence[nn.Parameter | None]) -> None:
-        """Note a module before it is replaced, and those of its parameters that are copied."""
+    def add(self, name: str, module: nn.Module, weight: nn.Parameter | None = None) -> None:
+        """Note a module before it is replaced, and its weight where that is copied."""
         self._modules.append((name, weakref.ref(module)))
-        for parameter in parameters:
-            if parameter is not None and not parameter.is_meta:
-                reference = StorageWeakRef(parameter.untyped_storage())
-                self._memory.append((name, reference))
+        if weight is not None and not weight.is_meta:
+            self._memory.append((name, StorageWeakRef(weight.untyped_storage())))
 
     def warn(self, model: nn.Module, stacklevel: int) -> None:
-        """Say which of them something still holds.
-
-        Nothing is looked for where all of them are gone, as they mostly are.
-        """
+        """Warn of those that something still holds."""
         held = self._held(model)
         if held:
-            gc.collect()  # it may be a leftover that only the collector takes away
+            gc.collect()  # a reference cycle may hold it
             held = self._held(model)
         if held:
             more = f", and {len(held) - 1} more are held" if len(held) > 1 else ""
@@ -117,7 +111,7 @@ class Replaced:
             )
 
     def _held(self, model: nn.Module) -> list[str]:
-        """Who holds what, a sentence for each module."""
+        """A sentence for each replaced module that is held; nothing is searched if all are gone."""
         old = {id(m): name for name, ref in self._modules if (m := ref()) is not None}
         memory = {ref.cdata: name for name, ref in self._memory if not ref.expired()}
         if not old and not memory:
@@ -142,7 +136,7 @@ class Replaced:
 
 
 def _family(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
-    """Ids of all modules that stand in one whole with the model."""
+    """Ids of the modules in the same module trees as the model."""
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
         for child in (vars(module).get("_modules") or {}).values():
@@ -159,7 +153,7 @@ def _family(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
 
 
 def _reached(modules: Iterable[nn.Module]) -> Iterator[tuple[_Attribute, Any]]:  # of any kind
-    """(the attribute from which there is a way, the module or tensor at its end)."""
+    """Each module or tensor that an attribute leads to, with the attribute."""
     seen: set[int] = set()
     for module in modules:
         for name, value in _attributes(module):
@@ -180,7 +174,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _below(thing: Any) -> Sequence[Any]:
-    """What an object holds; of a function not the variables of its script."""
+    """What an object refers to; of a function, not its globals."""
     if issubclass(type(thing), _ENDS):
         return ()
     if type(thing) is types.FunctionType:

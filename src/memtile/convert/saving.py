@@ -1,7 +1,6 @@
 """`save_checkpoint`: a model's dense checkpoint, written tile by tile."""
 
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -65,9 +64,7 @@ def save_checkpoint(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     sharded = for_sharded(model, process_group=process_group)
-    if sharded is None:
-        write_model(model, folder, outgoing_tensors, max_shard_bytes, dtype)
-    else:
+    if sharded is not None:
         sharded.save_checkpoint(
             model,
             folder,
@@ -75,21 +72,14 @@ def save_checkpoint(
             dtype=dtype,
             process_group=process_group,
         )
-
-
-def write_model(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    tensors: Callable[[nn.Module], Sequence[Outgoing]],
-    max_shard_bytes: int = SHARD_BYTES,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """`save_checkpoint` of a whole model with the tensors that are given for it."""
-    _check_saveable(model)
-    found = [_in_dtype(tensor, dtype) for tensor in tensors(model)]
+        return
+    check_saveable(model)
+    tensors = [
+        _in_dtype(outgoing(needed.dense, needed.names[0]), dtype) for needed in tensors_of(model)
+    ]
     beside = configs_beside(model, dtype)
     flush(model)
-    write_checkpoint(folder, found, max_shard_bytes=max_shard_bytes, beside=beside)
+    write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes, beside=beside)
 
 
 def _in_dtype(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:
@@ -100,13 +90,8 @@ def _in_dtype(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:
     return replace(tensor, dtype=dtype, pieces=lambda: (piece.to(dtype) for piece in pieces()))
 
 
-def outgoing_tensors(model: nn.Module) -> list[Outgoing]:
-    """The dense parameters of a model and its persistent buffers, each once, in its order."""
-    return [outgoing(needed.dense, needed.names[0]) for needed in tensors_of(model)]
-
-
 def check_modules(model: nn.Module) -> None:
-    """Refuse a model of which not everything is a tensor of the dense model."""
+    """Refuse a model that holds more than the tensors of the dense model."""
     for name, module in model.named_modules():
         if isinstance(module, TiledModule):
             check_stored(name, module)
@@ -117,7 +102,8 @@ def check_modules(model: nn.Module) -> None:
             )
 
 
-def _check_saveable(model: nn.Module) -> None:
+def check_saveable(model: nn.Module) -> None:
+    """Refuse a model of which something has no dense form, or no values."""
     check_modules(model)
     for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
         if type(tensor) not in (nn.Parameter, Tensor):
@@ -133,7 +119,7 @@ def _check_saveable(model: nn.Module) -> None:
 
 
 def flush(model: nn.Module) -> None:
-    """Return once everything that is on its way home has arrived."""
+    """Wait until everything that is being written to the model's homes is there."""
     found = map(streamed_allocation, model.parameters())
     for home in {each.home for each in found if each is not None}:
         if not home.closed:

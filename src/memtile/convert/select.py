@@ -1,4 +1,4 @@
-"""Decides which modules of a model are tiled, with which grid, and says why or why not."""
+"""Which modules of a model are tiled, with which grid, and why the others are not."""
 
 import operator
 from collections import defaultdict
@@ -26,7 +26,7 @@ class TilingDecision:
         shape: (rows, columns) of its weight.
         grid: how it is cut, where it is and a size was asked for.
         ties: the names of all modules that share its weight, itself included, in order.
-        keeps_bias: whether its bias stays whole where it is tiled, since others share it.
+        keeps_bias: whether its bias stays whole, since others share it.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Cut:
         out_splits: rows of tiles for every module, or None.
         in_splits: columns of tiles for every linear.
         max_tile_bytes: bytes of the largest weight tile, or None.
-        parks: tiles go to a home, so that a layer which fits in one tile is worth being one.
+        parks: tiles go to a home: a layer that fits in one tile becomes one.
 
     Raises:
         ArgumentError: both, or a value that is no whole number above 0.
@@ -87,7 +87,11 @@ class Cut:
     def grid(self, shape: tuple[int, int], element_bytes: int, rows_only: bool) -> Grid | str:
         """The grid of a weight of this shape, or the reason why it stays dense."""
         if self.max_tile_bytes is None:
-            return self._split(shape, rows_only)
+            columns = 1 if rows_only else self.in_splits
+            try:
+                return Grid.uniform(*shape, self.out_splits or 1, columns)
+            except SplitsError as error:
+                return str(error)
         weight_bytes = shape[0] * shape[1] * element_bytes
         if weight_bytes <= self.max_tile_bytes and self.parks:
             return Grid.uniform(*shape)
@@ -100,12 +104,6 @@ class Cut:
                 f"{self.max_tile_bytes}, and an embedding is cut between rows only"
             )
         return Grid.fewest(*shape, elements) if elements else "max_tile_bytes holds no element"
-
-    def _split(self, shape: tuple[int, int], rows_only: bool) -> Grid | str:
-        try:
-            return Grid.uniform(*shape, self.out_splits or 1, 1 if rows_only else self.in_splits)
-        except SplitsError as error:
-            return str(error)
 
 
 def select_linears(
@@ -136,7 +134,7 @@ def select_linears(
 
 
 def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[TilingDecision]:
-    """The same for a cut that is checked already."""
+    """`select_linears` for a cut that is checked already."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     candidates = dict(_candidates(model))
@@ -149,14 +147,14 @@ def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[
     groups = _ties(owners, candidates, reasons)
     choices = []
     for name, (module, kind) in candidates.items():
-        choice = TilingDecision(
-            name, False, reasons[name], _shape(module, kind), ties=groups.get(name, ())
-        )
+        shape = _shape(module, kind)
+        choice = TilingDecision(name, False, reasons[name], shape, ties=groups.get(name, ()))
         if not reasons[name]:
-            sharers = _sharers(name, module._parameters.get("bias"), owners)
-            choice = _with_grid(replace(choice, keeps_bias=bool(sharers)), candidates, cut)
+            keeps_bias = owners.is_shared(module._parameters.get("bias"))
+            choice = _with_grid(replace(choice, keeps_bias=keeps_bias), candidates, cut)
         choices.append(choice)
-    _refuse_named(choices, modules)
+        if modules is not None and name in modules and not choice.tiled:
+            raise CannotTileError(f"{name} cannot be tiled: {choice.reason}")
     return choices
 
 
@@ -186,7 +184,7 @@ def _own_reason(
     kept: list[tuple[str, str]],
     modules: Collection[str] | None,
 ) -> str:
-    """Why this module, looked at alone, stays as it is; "" when nothing speaks against tiling."""
+    """Why this module, looked at alone, stays dense; "" where it can be tiled."""
     if isinstance(module, TiledModule):
         return f"it is in {module.grid} tiles already; untile first to cut it anew"
     if not name:
@@ -212,7 +210,7 @@ def _state_reason(module: nn.Module) -> str:
         return lost
     if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
         return "max_norm and sparse embeddings have no tiled form"
-    extra = [n for n, _ in module.named_children()]
+    extra = [*dict(module.named_children())]
     extra += [
         n for n, p in module._parameters.items() if n not in ("weight", "bias") and p is not None
     ]
@@ -236,8 +234,7 @@ def _weight_reason(module: nn.Module) -> str:
 class Owners:
     """Every place, (module's name, parameter's own name), where a model holds each parameter.
 
-    Parameters are told apart by identity, so keep none of them alive through this longer than the
-    model is left as it is.
+    Parameters are told apart by id: use it only while the model is not changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -253,6 +250,12 @@ class Owners:
         """Where the parameter stands."""
         return self._places[id(parameter)]
 
+    def is_shared(self, parameter: nn.Parameter | None) -> bool:
+        """Whether it, or a view of its memory, stands in more than one place."""
+        if parameter is None:
+            return False
+        return len(self.of(parameter)) > 1 or any(self.sharing_memory(parameter))
+
     def sharing_memory(self, parameter: nn.Parameter) -> Iterator[Place]:
         """Where other parameters stand that are views of the same memory."""
         if _storage(parameter):
@@ -262,7 +265,7 @@ class Owners:
 
 
 def _storage(parameter: nn.Parameter) -> int:
-    """What tells memory apart; 0 for a parameter that has none to compare."""
+    """The address of a parameter's memory; 0 where it has none to compare."""
     if type(parameter) is not nn.Parameter or parameter.is_meta:
         return 0
     return parameter.untyped_storage().data_ptr()
@@ -286,31 +289,19 @@ def _ties(
             reasons[name] = f"its weight shares memory with {where}, which tiles could not"
         elif len(owners.of(weight)) > 1:
             shared[name] = owners.of(weight)
-    _decide_shared(shared, reasons)
+    for name, places in shared.items():
+        for owner, own in places:
+            is_tiled = own == "weight" and reasons.get(owner) == ""
+            if not is_tiled:
+                why = reasons.get(owner) or "it is not a linear or an embedding"
+                where = f"{owner}.{own}" if owner else own
+                shares = f"its weight is also {where}, which stays dense: {why}"
+                reasons[name] = reasons[name] or shares
     return {
         name: tuple(path for path, _ in places)
         for name, places in shared.items()
         if not reasons[name]
     }
-
-
-def _sharers(name: str, bias: nn.Parameter | None, owners: Owners) -> list[Place]:
-    """Where else this bias stands, or a view of its memory."""
-    if bias is None:
-        return []
-    others = [place for place in owners.of(bias) if place != (name, "bias")]
-    return [*others, *owners.sharing_memory(bias)]
-
-
-def _decide_shared(shared: dict[str, list[Place]], reasons: dict[str, str]) -> None:
-    """Give every member of a tie a reason where one member cannot be tiled."""
-    for name, places in shared.items():
-        for owner, own in places:
-            if own == "weight" and owner in reasons and not reasons[owner]:
-                continue
-            why = reasons.get(owner) or "it is not a linear or an embedding"
-            where = f"{owner}.{own}" if owner else own
-            reasons[name] = reasons[name] or f"its weight is also {where}, which stays dense: {why}"
 
 
 def _with_grid(
@@ -355,9 +346,3 @@ def _checked_names(
             "memtile.convert.select_linears(model) lists the names that can be tiled"
         )
     return names
-
-
-def _refuse_named(choices: list[TilingDecision], modules: Collection[str] | None) -> None:
-    for choice in choices:
-        if modules is not None and choice.name in modules and not choice.tiled:
-            raise CannotTileError(f"{choice.name} cannot be tiled: {choice.reason}")

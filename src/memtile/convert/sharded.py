@@ -1,4 +1,4 @@
-"""Finds the functions of `engines` that save and load a model that is sharded over ranks."""
+"""Which functions save and load a model that an engine has sharded over ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ METADATA: Final = ".metadata"
 
 @dataclass(frozen=True)
 class ShardedCheckpoints:
-    """The functions of the same names for a sharded model; all ranks call them."""
+    """`memtile`'s functions of these names, for a sharded model; all ranks call them."""
 
     save_checkpoint: Callable[..., Any]  # of `memtile.engines.dense_files`
     load_checkpoint: Callable[..., Any]
@@ -29,7 +29,7 @@ _engines: list[Callable[[], ShardedCheckpoints]] = []
 
 
 def register_sharded(functions: Callable[[], ShardedCheckpoints]) -> None:
-    """Say what saves and loads sharded models; called when one is met."""
+    """Set what gives the functions for sharded models; it is called when a model is sharded."""
     _engines[:] = [functions]
 
 

@@ -1,7 +1,6 @@
-"""Moves the values of one dense tensor between a file and the tiles that hold them.
+"""The values of one dense tensor between a file and the tiles that hold them, a few MiB at a time.
 
-They are moved a few MiB at a time. If the tiles are rows of the dense tensor this bypasses the
-mapping of a parked tile, so that neither the dense tensor nor a tile is in memory as a whole.
+Where tiles are rows of the dense tensor, parked ones are read and written past their mapping.
 """
 
 import math
@@ -28,11 +27,11 @@ class TensorSource(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the dense tensor."""
+        """The shape of the dense tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which they are kept there."""
+        """The dtype of the stored values."""
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor."""
@@ -42,20 +41,7 @@ class TensorSource(Protocol):
 
 
 class TiledSource:
-    """The dense matrix, or bias, that stored tiles make; their spans are read from their shapes.
-
-    Args:
-        tiles: by their place; those of a bias are one column.
-
-    Attributes:
-        grid: how they make the whole.
-        shape: (out, in), or (out,) of a bias.
-        dtype: of them all.
-
-    Raises:
-        TileShapeError: they make no grid.
-        CheckpointError: their dtypes differ, or they are neither matrices nor vectors.
-    """
+    """The dense matrix, or bias, that stored tiles make; the tiles of a bias are one column."""
 
     def __init__(self, tiles: Mapping[Index, StoredTensor]) -> None:
         self.tiles = tiles
@@ -89,8 +75,14 @@ class TiledSource:
         return out.view(stop - start, *self.shape[1:])
 
 
+def spans(stop: int, unit_bytes: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Consecutive (start, stop) of at most `PIECE_BYTES`, in units: elements, or rows."""
+    step = max(1, PIECE_BYTES // max(1, unit_bytes))
+    return ((first, min(first + step, stop)) for first in range(start, stop, step))
+
+
 def values_of(part: Part) -> Tensor:
-    """The values themselves: the parameter, since only that is known to be parked."""
+    """The parameter itself, not its data: only the parameter is known to be parked."""
     return part.parameter
 
 
@@ -108,10 +100,7 @@ def outgoing(dense: DenseParameter, name: str, held: Held = values_of) -> Outgoi
 
 
 def finite(tensor: Outgoing) -> Outgoing:
-    """The same, looked at piece by piece as it is written.
-
-    The pieces raise NotFiniteError where a value is not finite.
-    """
+    """The same, whose pieces raise NotFiniteError where a value is not finite."""
 
     def flow() -> Iterator[Tensor]:
         for piece in tensor.pieces():
@@ -151,24 +140,22 @@ def _common_dtype(dense: DenseParameter, name: str, held: Held) -> torch.dtype:
 @torch.no_grad()
 def bring_in(dense: DenseParameter, source: TensorSource, held: Held = values_of) -> None:
     """Write a source's values into what is held for each part, in place, converting the dtype."""
-    flat: list[tuple[Part, int]] = []
-    others: list[Part] = []
-    for part in dense.parts:
-        start = first_element(dense, part)
-        if start is None:
-            others.append(part)
-        else:
-            flat.append((part, start))
-    for part, start in flat:
-        _write_flat(held(part), source, start)
-    if others:
-        _write_bands(dense, others, source, held)
+    starts = [(part, first_element(dense, part)) for part in dense.parts]
+    for part, start in starts:
+        if start is not None:
+            _write_flat(held(part), source, start)
+    with_gaps = [part for part, start in starts if start is None]
+    if with_gaps:
+        for first, last in spans(dense.shape[0], dense.shape[1] * source.dtype.itemsize):
+            band = source.rows(first, last)
+            for in_band, in_part in _crossing(with_gaps, held, first, band):
+                in_part.copy_(in_band)
     for part in dense.parts:
         torch.autograd.graph.increment_version(part.parameter)
 
 
 def first_element(dense: DenseParameter, part: Part) -> int | None:
-    """The flat element of the dense tensor that a part begins at; None where it has gaps there."""
+    """The flat element of the dense tensor where a part begins; None where it is not contiguous."""
     if part.rect is None:
         return 0
     if len(dense.shape) == 1:
@@ -202,49 +189,31 @@ def _write_flat(tensor: Tensor, source: TensorSource, first: int) -> None:
             allocation.write(piece, start)
     elif tensor.is_contiguous():
         flat = tensor.view(-1)
-        step = PIECE_BYTES // source.dtype.itemsize
-        for start in range(0, flat.numel(), step):
-            piece = flat[start : start + step]
-            piece.copy_(source.elements(first + start, first + start + piece.numel()))
+        for start, stop in spans(flat.numel(), source.dtype.itemsize):
+            flat[start:stop].copy_(source.elements(first + start, first + stop))
     else:
         tensor.copy_(source.elements(first, first + tensor.numel()).view(tensor.shape))
 
 
 def _joined_bands(dense: DenseParameter, held: Held, dtype: torch.dtype) -> Iterator[Tensor]:
-    for start, stop in _bands(dense.shape, dtype.itemsize):
+    for start, stop in spans(dense.shape[0], dense.shape[1] * dtype.itemsize):
         band = torch.empty(stop - start, dense.shape[1], dtype=dtype)
-        for part, tensor, inside, place in _crossing(dense.parts, held, start, band):
-            matrix = band.t() if part.transposed else band
-            matrix[inside.index] = tensor.detach()[place.index].to(band.device)
-            evict(tensor)
+        for in_band, in_part in _crossing(dense.parts, held, start, band):
+            in_band.copy_(in_part)
         yield band
-
-
-def _write_bands(
-    dense: DenseParameter, parts: Iterable[Part], source: TensorSource, held: Held
-) -> None:
-    chosen = tuple(parts)
-    for start, stop in _bands(dense.shape, source.dtype.itemsize):
-        band = source.rows(start, stop)
-        for part, tensor, inside, place in _crossing(chosen, held, start, band):
-            matrix = band.t() if part.transposed else band
-            tensor[place.index] = matrix[inside.index].to(tensor)
-            evict(tensor)
-
-
-def _bands(shape: torch.Size, itemsize: int) -> Iterator[tuple[int, int]]:
-    height = max(1, PIECE_BYTES // max(1, shape[1] * itemsize))
-    return ((start, min(start + height, shape[0])) for start in range(0, shape[0], height))
 
 
 def _crossing(
     parts: Iterable[Part], held: Held, start: int, band: Tensor
-) -> Iterator[tuple[Part, Tensor, Rect, Rect]]:
-    """Parts that a band of dense rows crosses: what is common, counted in the band, in the part."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a band of dense rows and each part have in common: (view of the band, of the part)."""
     rows, columns = Span(start, start + band.shape[0]), Span(0, band.shape[1])
     for part in parts:
         assert part.rect is not None
         place = Rect(columns, rows) if part.transposed else Rect(rows, columns)
         common = part.rect.overlap(place)
         if common is not None:
-            yield part, held(part), common.since(place), common.since(part.rect)
+            tensor, matrix = held(part), band.t() if part.transposed else band
+            in_part = tensor.detach()[common.since(part.rect).index]
+            yield matrix[common.since(place).index], in_part
+            evict(tensor)

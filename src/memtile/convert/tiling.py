@@ -11,10 +11,15 @@ from torch import nn
 
 from memtile.checkpoints import CheckpointHome, Paths
 from memtile.convert.kinds import kind_of, replace_module
-from memtile.convert.materializing import checked_for_empty, fill_or_untile, make_values
+from memtile.convert.materializing import (
+    checked_for_empty,
+    filled_from,
+    to_make,
+    warn_of_differences,
+)
+from memtile.convert.name_matching import Findings
 from memtile.convert.planned import (
     check_alone,
-    check_checkpointing,
     planned_choices,
     planned_home,
     set_checkpointing,
@@ -111,28 +116,40 @@ def tile(
             weight, from an attribute, a list or a bound method.
     """
     _refuse_shards(model)
-    if plan is not None:
+    cut = Cut()
+    if plan is None:
+        cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
+        choices = _checked_choices(model, cut, modules)
+    else:
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         check_alone(plan, {**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
-        returns = isinstance(plan, Plan) if return_freed_memory is None else return_freed_memory
-        return _carry_out(model, plan, home, checkpoint, strict, returns)
-    cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
-    choices = _checked_choices(model, cut, modules)
-    if home is not None and modules is None:
+        choices = planned_choices(model, plan)
+        home = planned_home(model, plan, home)
+    if plan is not None or (home is not None and modules is None):
         _refuse_tiled_before(model)
-    if return_freed_memory:
+    if return_freed_memory or (return_freed_memory is None and isinstance(plan, Plan)):
         keep_freed_memory_out()
-    replaced = replace_chosen(model, choices, home, checkpoint, strict)
-    replaced.warn(model, stacklevel=2)
-    if modules is None:
+    if isinstance(plan, Plan):
+        take_workspace(plan.products)
+    if checkpoint is not None or any(choice.tiled for choice in choices):
+        findings = None
+        if checkpoint is not None:
+            findings = checked_for_empty(model, checkpoint, strict=strict)
+        replaced = replace_chosen(model, choices, home, findings)
+        if findings is not None:
+            warn_of_differences(model, findings, stacklevel=2)
+        replaced.warn(model, stacklevel=2)
+    if plan is None and modules is None:
         _warn_of_larger(model, cut, choices)
+    if plan is not None and plan.optimizer is not None:
+        set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
     return model
 
 
 def _checked_choices(
     model: nn.Module, cut: Cut, modules: Collection[str] | None
 ) -> list[TilingDecision]:
-    """What happens to each module, once it is known that something does."""
+    """What happens to each module; refused where nothing can be tiled."""
     if not cut.is_given:
         raise ArgumentError(
             "tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…; with "
@@ -165,69 +182,31 @@ def _refuse_shards(model: object) -> None:
             )
 
 
-def _carry_out(
-    model: Model,
-    plan: Plan | RankPlan,
-    home: Home | str | None,
-    checkpoint: Paths | None,
-    strict: bool,
-    returns_memory: bool,
-) -> Model:
-    """Tile what a plan parks, and nothing else."""
-    choices = planned_choices(model, plan)
-    _refuse_tiled_before(model)
-    if isinstance(plan, RankPlan):
-        if home is not None:
-            raise ArgumentError(
-                f"home={home!r} beside a plan for ranks: its tiles live as shards of the engine; "
-                "leave home out, or plan for one process with memtile.plan"
-            )
-    else:
-        check_checkpointing(model, plan)
-    if returns_memory:
-        keep_freed_memory_out()
-    if isinstance(plan, Plan):
-        take_workspace(plan.products)
-    if checkpoint is not None or any(choice.tiled for choice in choices):
-        where = planned_home(plan) if isinstance(plan, Plan) and home is None else home
-        replace_chosen(model, choices, where, checkpoint, strict).warn(model, stacklevel=3)
-    if plan.optimizer is not None:
-        set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
-    return model
-
-
 def replace_chosen(
     model: nn.Module,
     choices: Sequence[TilingDecision],
     home: Home | str | None,
-    checkpoint: Paths | None = None,
-    strict: bool = False,
+    findings: Findings | None = None,
 ) -> Replaced:
-    """Replace what was chosen, once its home has room for all of it, and its values are known."""
-    if checkpoint is None and home == "checkpoint":
+    """Replace what was chosen, once its home has room for all of it, and fill it if asked to."""
+    if findings is None and home == "checkpoint":
         raise ArgumentError(
             'home="checkpoint" leaves the tiles in the files of a checkpoint: give its folder too, '
             "as checkpoint=folder, with a model of memtile.empty_model(lambda: …)"
         )
-    stored = None
-    if checkpoint is not None:
-        stored = checked_for_empty(model, checkpoint, strict=strict)
-        if home == "checkpoint":
-            made = {name.removesuffix(".weight") for name in stored.made}  # in no file
-            choices = [c for c in choices if made.isdisjoint(c.ties or (c.name,))]
+    if findings is not None and home == "checkpoint":
+        made = {name.removesuffix(".weight") for name in to_make(model, findings)}  # in no file
+        choices = [c for c in choices if made.isdisjoint(c.ties or (c.name,))]
     held = None if home is None else _room_for(model, choices, home)
     parked = None if held is None else held.home
     parks = nullcontext() if held is None else held.used_here()
+    fills = nullcontext() if findings is None else filled_from(model, findings, parked)
     keep_bias = {choice.name for choice in choices if choice.keeps_bias}
-    replaced = Replaced()
-    with parks, replacing(model, "memtile.tile"):
-        put_back = make_values(model, stored.made) if stored is not None else None
-        done: set[str] = set()
+    replaced, done = Replaced(), set[str]()
+    with parks, replacing(model, "memtile.tile"), fills:
         for choice in choices:
             if choice.tiled and choice.name not in done:
                 done.update(_tile_group(model, choice, parked, keep_bias, replaced))
-        if stored is not None and put_back is not None:
-            fill_or_untile(model, stored, parked, put_back)
     if parked is not None:
         for name, parameter in model.named_parameters():
             allocation = allocation_of(parameter)
@@ -238,7 +217,7 @@ def replace_chosen(
 
 
 def _room_for(model: nn.Module, choices: Sequence[TilingDecision], home: Home | str) -> Reservation:
-    """Room for every tile that was chosen in the home that is meant; nothing is parked yet."""
+    """A reservation in the home for every chosen tile; nothing is parked yet."""
     if home == "checkpoint":
         return Reservation(CheckpointHome())
     device = next(model.parameters(), torch.empty(0)).device
@@ -300,19 +279,19 @@ def _tile_group(
     names = choice.ties or (choice.name,)
     for name in names:
         dense = model.get_submodule(name)
-        kind, bias = kind_of(dense), dense._parameters.get("bias")
+        kind = kind_of(dense)
         assert choice.grid is not None
         assert kind is not None
-        replaced.add(name, dense, [dense._parameters["weight"]])
-        if name in keep_bias:  # others share it: the layer gets the very parameter
-            dense._parameters["bias"] = None
+        replaced.add(name, dense, dense._parameters["weight"])
+        # A bias that others share stays whole: the layer gets the parameter itself.
+        bias = dense._parameters.get("bias") if name in keep_bias else None
+        dense._parameters |= {} if bias is None else {"bias": None}
         try:
             layer = kind.tiled.from_dense(dense, choice.grid, first, home)
         finally:
             dense._parameters |= {} if bias is None else {"bias": bias}
-        if name in keep_bias:
+        if bias is not None:
             assert isinstance(layer, TiledLinear)  # nothing else has a bias
-            assert bias is not None
             layer.keep_bias(bias)
         layer.name_in_model = name
         first = first or layer

@@ -1,4 +1,4 @@
-"""`save_training` and `resume_training`: a run resumed bit for bit."""
+"""`save_training` and `resume_training`: a resumed run is the uninterrupted one, bit for bit."""
 
 import os
 import sys
@@ -16,9 +16,10 @@ from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.record import RandomState, read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
+from memtile.convert.kinds import configs_beside
 from memtile.convert.model_tensors import tensors_of
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
-from memtile.convert.saving import flush, write_model
+from memtile.convert.saving import check_saveable, flush
 from memtile.convert.sharded import for_distributed, for_sharded
 from memtile.convert.streaming import bring_in, finite, outgoing
 from memtile.errors import ArgumentError, CheckpointError
@@ -32,13 +33,13 @@ Json = dict[str, Any]  # of the record: whatever JSON it has
 
 
 class Scheduler(Protocol):
-    """What is asked of a scheduler."""
+    """Anything whose state can be saved and loaded, as torch's schedulers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
+        """The state: numbers, texts, lists and dictionaries."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go there."""
+        """Take such a state over."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ def save_training(
         memtile.save_training("run", model, optimizer, step=100, position=100)
 
     Saved are weights, persistent buffers, the optimizer's state, the scheduler, and the random
-    state of Python, numpy and torch, with a few MiB in memory at a time. Older checkpoints are
-    removed once the new one is whole: killed at any moment, the folder holds a whole one.
+    state of Python, numpy and torch, a few MiB at a time. Older checkpoints are removed once the
+    new one is complete: a process killed at any moment leaves a complete one.
 
     Not saved are gradients (so save between `step()` and the next backward), non-persistent
     buffers, and the state of what is not given, such as a GradScaler: put it into `extra`.
 
-    All ranks save a model that FSDP2 or ZeRO-3 has sharded: each calls this and writes its shards,
-    in the format of `torch.distributed.checkpoint`, without random states. ZeRO-3's masters are
-    saved in float32 where the model has 16 bits.
+    A model that FSDP2 or ZeRO-3 has sharded is saved by all ranks: each calls this and writes its
+    shards in the format of `torch.distributed.checkpoint`, without random states. ZeRO-3's masters
+    are saved in float32 where the model has 16 bits.
 
     Args:
         folder: of all checkpoints of the run; made where it is missing. All ranks give the same,
@@ -95,7 +96,7 @@ def save_training(
         optimizer: a `TileOptimizer` or any torch optimizer, over the model or some of it. Under
             ZeRO-3 `engine.optimizer`.
         scheduler: anything with a `state_dict` of numbers, texts, lists and dictionaries.
-        step: how many steps are done. A step that is there is replaced; a newer one is refused.
+        step: how many steps are done. A checkpoint of this step is replaced; a newer one refused.
         position: where in the data the run is: any such value.
         extra: anything else to be given back: any such value.
         keep: how many of the newest checkpoints stay.
@@ -111,10 +112,10 @@ def save_training(
             model, or a process group for another.
         OptimizerError: a step is under way, or the optimizer is not of this model.
         CannotTileError: there is no dense form of a weight.
-        NotFiniteError: with `check_finite`, one is not. Older checkpoints are unchanged.
+        NotFiniteError: with `check_finite`, a value is not finite.
         CheckpointError: something is neither a tensor nor such a value.
         CheckpointWriteError: it could not be written, another run writes there, or a newer step is
-            there. Older checkpoints are unchanged.
+            there. After any error older checkpoints are unchanged.
         EngineError: a rank is gone. Of a sharded model, whatever is raised is raised on every rank.
     """
     check_numbers(step, keep)
@@ -143,15 +144,13 @@ def save_training(
         "random": random.to_json(),
     }
 
-    def weights(model: nn.Module) -> list[Outgoing]:
-        return _weights(model, trainable_only, check_finite)
-
+    if not trainable_only:
+        check_saveable(model)
+    weights = _weights(model, trainable_only, check_finite)
     flush(model)
     with new_step(Path(folder), step, keep) as (partial, target):
-        if trainable_only:
-            write_checkpoint(partial, weights(model), stem=_TRAINABLE)
-        else:
-            write_model(model, partial, weights)
+        stem, configs = (_TRAINABLE, {}) if trainable_only else (_WHOLE, configs_beside(model))
+        write_checkpoint(partial, weights, stem=stem, beside=configs)
         trim_heap()
         write_checkpoint(partial, tensors, max_shard_bytes=sys.maxsize, stem=_OPTIMIZER)
         write_checkpoint(partial, random.outgoing(), stem=_RANDOM)
@@ -178,10 +177,10 @@ def resume_training(
     Example:
         resumed = memtile.resume_training("run", model, optimizer)
 
-    All of it is verified before anything is changed. Grid and homes may be others than before, and
-    a `TileOptimizer` takes over from the plain optimizer of its class, and the reverse. The saved
-    options of the groups (`lr` too) replace the optimizer's own. Gradients are dropped. Go on in
-    the data at `position`.
+    All of it is verified before anything is changed. Grid and homes may differ from those saved,
+    and a `TileOptimizer` takes over from the plain optimizer of its class, and the reverse. The
+    saved options of the groups (`lr` too) replace the optimizer's own. Gradients are dropped. Go
+    on in the data at `position`.
 
     What was saved of a model that FSDP2 or ZeRO-3 had sharded may be loaded over another number of
     ranks, under the other engine, or into a model that is not sharded; all ranks call this. That
@@ -211,8 +210,7 @@ def resume_training(
             folder, model, optimizer, scheduler, process_group=process_group
         )
         return found
-    given: tuple[object, object] = (model, optimizer)  # callers without types give anything
-    if not isinstance(given[0], nn.Module) or not isinstance(given[1], Optimizer):
+    if not all(map(isinstance, (model, optimizer), (nn.Module, Optimizer))):
         raise ArgumentError(
             f"resume_training(folder, model, optimizer) got a {type(model).__name__} and a "
             f"{type(optimizer).__name__}; give the model, and an optimizer that was made for it"
@@ -238,11 +236,13 @@ def resume_training(
 
 
 def check_numbers(step: object, keep: object) -> None:
-    """Refuse numbers of steps and of checkpoints that are none."""
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ArgumentError(f"step={step!r} must be a number of steps: 0 or more, an int")
-    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
-        raise ArgumentError(f"keep={keep!r} must be how many checkpoints stay: 1 or more, an int")
+    """Refuse wrong numbers of steps and of checkpoints."""
+    for name, value, least, what in (
+        ("step", step, 0, "a number of steps: 0 or more"),
+        ("keep", keep, 1, "how many checkpoints stay: 1 or more"),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ArgumentError(f"{name}={value!r} must be {what}, an int")
 
 
 def scheduler_record(scheduler: Scheduler | None) -> Json | None:
@@ -258,13 +258,12 @@ def _class_name(thing: object) -> str:
 
 
 def _weights(model: nn.Module, trainable_only: bool, check_finite: bool) -> list[Outgoing]:
-    """What is written of a model; of what is trained, finite numbers only if that is asked for."""
-    held = _held_tensors(model, trainable_only)
-    tensors = {name: outgoing(dense, name) for name, dense in held.items()}
-    if check_finite:
-        trained = (name for name, dense in held.items() if is_trained(dense))
-        tensors |= {name: finite(tensors[name]) for name in trained}
-    return list(tensors.values())
+    """What is written of a model; with `check_finite`, what is trained must be finite."""
+    tensors = []
+    for name, dense in _held_tensors(model, trainable_only).items():
+        tensor = outgoing(dense, name)
+        tensors.append(finite(tensor) if check_finite and is_trained(dense) else tensor)
+    return tensors
 
 
 def _held_tensors(model: nn.Module, trainable_only: bool) -> dict[str, DenseParameter]:

@@ -49,15 +49,14 @@ def untile(model: Model) -> Model:
 def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> Replaced:
     weights: dict[tuple[int, ...], tuple[nn.Parameter, TiledModule]] = {}
     names, replaced = list(ids), Replaced()
-    while names:
-        name = names.pop(0)
+    for number, name in enumerate(names, 1):
         layer = model.get_submodule(name)
         assert isinstance(layer, TiledModule)
-        replaced.add(name, layer, [])
+        replaced.add(name, layer)
         known = weights.get(ids[name])
         dense = layer.to_dense(known[0] if known else None)
-        if ids[name] in [ids[other] for other in names]:
-            # The layer is kept until its last tie is dense: a freed tile's id could come again.
+        if ids[name] in [ids[other] for other in names[number:]]:
+            # The layer is kept until its last tie is dense: a freed tile's id could be used again.
             weights[ids[name]] = dense.weight, layer  # type: ignore[assignment]  # a parameter
         else:
             weights.pop(ids[name], None)
@@ -67,7 +66,7 @@ def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> Replaced:
 
 
 def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What tells each layer's weight from others', by name, once all can be turned back."""
+    """The ids of each layer's weight tiles, by its name, once all can be turned back."""
     layers: Layers = {
         name: module for name, module in model.named_modules() if isinstance(module, TiledModule)
     }
@@ -84,7 +83,7 @@ def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _own_reason(layer: TiledModule) -> str:
-    """What a dense module would not do that this layer does; "" when there is nothing."""
+    """What a dense module would not do that this layer does; "" for nothing."""
     if type(layer) not in tiled_classes():
         return f"{type(layer).__name__} is a class of its own, which no dense module stands for"
     if getattr(layer, "input_is_already_split", False):
@@ -112,14 +111,13 @@ def _shared_reason(
     ids: dict[str, tuple[int, ...]],
     owners: Owners,
 ) -> str:
-    """Dense modules share whole weights: tiles shared in another way would come apart."""
+    """Why dense modules, which share whole weights only, could not share as tiles do; or ""."""
     tied = [other for other in layers if ids[other] == ids[name]]
     for own in ("weight",) if layers[name].whole_bias is not None else ("weight", "bias"):
+        among = tied if own == "weight" else [name]
         for index, parameter in layers[name].tile_parameters(own).items():
-            among = tied if own == "weight" else [name]
-            column = index[1] if own == "weight" else layers[name].grid.in_splits - 1
-            expected = {f"{other}.{layers[other].tile_path(index[0], column)}" for other in among}
-            others = [path for path, _ in owners.of(parameter) if path not in expected]
+            expected = {f"{other}.{layers[other].parameter_path(own, index)}" for other in among}
+            others = [path for path, o in owners.of(parameter) if f"{path}.{o}" not in expected]
             if others:
                 return f"its tile {index} shares its {own} with {others[0]}, and not all of it"
     return ""

@@ -100,7 +100,7 @@ def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Fi
         findings = checked(model, checkpoint, strict=strict, complete=True)
     else:
         findings = find(model, checkpoint)
-        findings.check(checkpoint.where, strict=strict, complete=True)
+        findings.check(strict=strict, complete=True)
     parameters = dict(model.named_parameters())
     known = {*findings.optional, *findings.apart} & parameters.keys()
     lacking = [*findings.made, *(name for name in known if parameters[name].is_meta)]
