@@ -314,7 +314,7 @@ from given_rates import RATES
 import memtile
 from torch import nn
 
-def faults(mebibytes=4):
+def faults(mebibytes=2):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.ones(mebibytes << 18)
@@ -327,7 +327,7 @@ print(faults())
 memtile.tile(made(), plan, return_freed_memory=False)
 print(faults())
 memtile.tile(made(), plan)
-print(faults(16))  # larger than any free block that was there before, which would be reused
+print(faults(8))  # larger than what the blocks above left free, which would be reused
 """
 
 
@@ -335,7 +335,9 @@ print(faults(16))  # larger than any free block that was there before, which wou
 def test_planning_leaves_malloc_alone_and_tiling_by_a_plan_can():
     """Freed memory is reused after `plan`; `tile` returns it to the system, unless told not to.
 
-    Memory that was returned is requested again with a page fault for each page.
+    Memory that was returned is requested again with a page fault for each page. Blocks of 2 MiB
+    leave one free block in the heap, or two side by side: torch aligns to 64 bytes, so it depends
+    on the address where the heap ends.
     """
     folders = [str(Path(__file__).parent.parent / "support"), *filter(None, sys.path)]
     code = MALLOC.format(folders=folders)
@@ -343,8 +345,8 @@ def test_planning_leaves_malloc_alone_and_tiling_by_a_plan_can():
 
     planned_faults, left_alone, returned = map(int, done.stdout.split())
 
-    assert max(planned_faults, left_alone) < 4 * 1024  # blocks that are used again take none
-    assert returned > 19 * 4 * 1024
+    assert max(planned_faults, left_alone) < 4 * 512  # blocks that are used again take none
+    assert returned > 19 * 2 * 1024
 
 
 def test_memory_that_is_returned_at_once_is_logged(caplog):

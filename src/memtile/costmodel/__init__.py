@@ -5,13 +5,13 @@
 
 from memtile.costmodel.budget import Budget
 from memtile.costmodel.byte_sizes import format_byte_size, parse_byte_size, parse_speed
+from memtile.costmodel.machine_profile import MachineProfile
 from memtile.costmodel.model_records import Products
 from memtile.costmodel.plan import Plan
 from memtile.costmodel.plan_parts import PlannedLayer
 from memtile.costmodel.rank_memory import Moment
 from memtile.costmodel.rank_plan import RankPlan
 from memtile.costmodel.rank_traffic import ClusterSpec
-from memtile.costmodel.rates import MachineProfile
 from memtile.costmodel.shards import LooseModule, Parameter, ShardedLayer, Sharding, Uses
 
 __all__ = [

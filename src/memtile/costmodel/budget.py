@@ -82,11 +82,7 @@ def needed(nbytes: int) -> int:
 
 
 def checked_size(given: object, option: str) -> int | None:
-    """A size in bytes from a number or a string; None stays None.
-
-    Raises:
-        ArgumentError: it is neither, or less than one byte.
-    """
+    """A size in bytes from a number or a string; None stays None."""
     if given is None:
         return None
     if isinstance(given, str):

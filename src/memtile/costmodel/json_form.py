@@ -26,11 +26,7 @@ def _object(items: list[tuple[str, Any]]) -> Any:
 
 
 def from_text(cls: type[Record], name: str, version: int, text: str) -> Record:
-    """The dataclass that `to_text` wrote.
-
-    Raises:
-        ArgumentError: the text is of no such dataclass; the message says where it differs.
-    """
+    """The dataclass that `to_text` wrote, or an error that says where the text differs."""
     try:
         document = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:

@@ -8,10 +8,10 @@ For the step: what was counted. For the process: what was measured on this machi
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from memtile.costmodel.machine_profile import MachineProfile
 from memtile.costmodel.model_records import Counted, ParkedLayout, Rest, StateSizes, Weight
 from memtile.costmodel.plan import OptimizerMode
 from memtile.costmodel.plan_parts import Place, Term, sorted_terms
-from memtile.costmodel.rates import MachineProfile
 from memtile.geometry import round_up
 
 

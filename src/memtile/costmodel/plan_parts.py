@@ -81,11 +81,7 @@ class Floor:
 
 
 def check_tokens(tokens: object, batch: object) -> None:
-    """Check the numbers of tokens and of sequences of a step.
-
-    Raises:
-        ArgumentError: one is no whole number of at least 1, or tokens are no multiple of the batch.
-    """
+    """Check the numbers of tokens and of sequences of a step."""
     for name, value, example in (("tokens", tokens, 512), ("batch", batch, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(

@@ -5,7 +5,7 @@ each to one row a rank, and shards grow again. So every size is tried, the large
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
 
@@ -26,7 +26,7 @@ from memtile.costmodel.shards import LooseModule, ShardedLayer, Sharding, Uses
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
 
-LARGEST_WORLD: Final = 1 << 20
+_LARGEST_POWER: Final = 20  # of two: the most ranks that are tried
 
 Counts = tuple[Counted, Mapping[str, Uses]]
 Count = Callable[[ParkedLayout, bool], Counts]
@@ -55,31 +55,17 @@ class RankFound:
         return bytes_in("device", self.device_terms)
 
 
+@dataclass
 class RankSearch:
-    """Finds tiles and ranks for one model, one step and one device.
+    """Finds tiles and ranks for one model, one step and one device."""
 
-    Args:
-        setting: what depends on neither tiles nor ranks.
-        weights: of the model, in its order.
-        layers: those that can be tiled; their uses are not known yet.
-        loose: the modules of all other parameters, likewise.
-        count: counts a step of a layout, and the uses of its layers.
-        memory: bytes of a device.
-    """
-
-    def __init__(
-        self,
-        setting: RankSetting,
-        weights: Sequence[Weight],
-        layers: Sequence[ShardedLayer],
-        loose: Sequence[LooseModule],
-        count: Count,
-        memory: int | None,
-    ) -> None:
-        self._setting, self._weights = setting, tuple(weights)
-        self._layers, self._loose = tuple(layers), tuple(loose)
-        self._count, self._memory = count, memory
-        self._counts: dict[tuple[int, bool], Counts] = {}
+    setting: RankSetting
+    weights: Sequence[Weight]  # of the model, in its order
+    layers: Sequence[ShardedLayer]  # those that can be tiled; their uses are not known yet
+    loose: Sequence[LooseModule]  # the modules of all other parameters, likewise
+    count: Count  # counts a step of a layout, and the uses of its layers
+    memory: int | None  # bytes of a device; None: no limit
+    _counts: dict[tuple[int, bool], Counts] = field(default_factory=dict, init=False)
 
     def best(self, sharding: Sharding, checkpointing: Sequence[bool]) -> RankFound:
         """The fewest tiles that fit on these ranks; without a limit, every layer whole.
@@ -94,18 +80,15 @@ class RankSearch:
 
     def smallest_world(self, sharding: Sharding, checkpointing: Sequence[bool]) -> int | None:
         """The smallest power of two of ranks on which something fits; None: on none of them."""
-        world = 1
-        while world <= LARGEST_WORLD:
-            if self._fitting(replace(sharding, world=world), checkpointing) is not None:
-                return world
-            world *= 2
-        return None
+        worlds = (1 << power for power in range(_LARGEST_POWER + 1))
+        fits = (w for w in worlds if self._fitting(replace(sharding, world=w), checkpointing))
+        return next(fits, None)
 
     def cut(self, sharding: Sharding, tile_bytes: int, checkpointing: bool) -> RankFound:
         """The tiles that have so many bytes or fewer, whether they fit or not."""
-        tileable = [weight for weight in self._weights if not weight.obstacle]
+        tileable = [weight for weight in self.weights if not weight.obstacle]
         grids = {each.names[0]: tile_grid(each, tile_bytes) for each in tileable}
-        counts = self._count(ParkedLayout(self._weights, grids), checkpointing)
+        counts = self.count(ParkedLayout(tuple(self.weights), grids), checkpointing)
         return self._evaluate(sharding, grids, *counts, checkpointing)
 
     def _fitting(self, sharding: Sharding, checkpointing: Sequence[bool]) -> RankFound | None:
@@ -115,27 +98,25 @@ class RankSearch:
                 guess = self._evaluate(sharding, grids, *self._counted(0, recomputed), recomputed)
                 if not self._fits(guess):
                     continue
-                found = self._evaluate(
-                    sharding, grids, *self._counted(number, recomputed), recomputed
-                )
+                counts = self._counted(number, recomputed)
+                found = self._evaluate(sharding, grids, *counts, recomputed)
                 if self._fits(found):
                     return found
         return None
 
     def _fits(self, found: RankFound) -> bool:
-        return self._memory is None or found.device_bytes <= usable(self._memory)
+        return self.memory is None or found.device_bytes <= usable(self.memory)
 
     @cached_property
     def _cuts(self) -> list[dict[str, Grid]]:
-        return tile_grids(self._weights)
+        return tile_grids(self.weights)
 
     def _counted(self, number: int, recomputed: bool) -> Counts:
         """The counts of a step with the grids of this number in `_cuts`."""
         key = number, recomputed
         if key not in self._counts:
-            self._counts[key] = self._count(
-                ParkedLayout(self._weights, self._cuts[number]), recomputed
-            )
+            layout = ParkedLayout(tuple(self.weights), self._cuts[number])
+            self._counts[key] = self.count(layout, recomputed)
         return self._counts[key]
 
     def _evaluate(
@@ -146,13 +127,13 @@ class RankSearch:
         uses: Mapping[str, Uses],
         recomputed: bool,
     ) -> RankFound:
-        layers = [replace(each, uses=uses[each.name]) for each in self._layers]
-        loose = [replace(each, uses=uses[each.name]) for each in self._loose]
-        rank = Rank(self._setting, sharding, sharding.units(layers, grids, loose))
+        layers = [replace(each, uses=uses[each.name]) for each in self.layers]
+        loose = [replace(each, uses=uses[each.name]) for each in self.loose]
+        rank = Rank(self.setting, sharding, sharding.units(layers, grids, loose))
         return RankFound(grids, recomputed, counted, rank, kept_terms(rank), moments(rank, counted))
 
     def _nothing_fits(self, sharding: Sharding, checkpointing: Sequence[bool]) -> BudgetError:
-        assert self._memory is not None
+        assert self.memory is not None
         tried = [
             self._evaluate(sharding, grids, *self._counted(0, recomputed), recomputed)
             for recomputed in checkpointing
@@ -162,10 +143,10 @@ class RankSearch:
         world = self.smallest_world(sharding, checkpointing)
         enough = f"{world} ranks would do" if world else "no number of ranks would do"
         way_out = "a model with gradient checkpointing"
-        if self._setting.offload == "none":
+        if self.setting.offload == "none":
             way_out = "offload to cpu, which keeps shards, gradients and moments in host memory"
         return BudgetError(
-            f"{format_byte_size(self._memory)} a device: {sharding.world} ranks need at least "
+            f"{format_byte_size(self.memory)} a device: {sharding.world} ranks need at least "
             f"{format_byte_size(needed(least.device_bytes))} each; the largest parts are "
             f"{largest_terms(least.device_terms)}; {enough}; take fewer tokens, or {way_out}"
         )

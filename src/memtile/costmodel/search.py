@@ -8,7 +8,7 @@ nothing does.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
@@ -21,9 +21,7 @@ from memtile.costmodel.time_model import Moved, floors, moved
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
 
-SMALLEST_TILE: Final = 64 << 10
-"""Bytes. Smaller tiles are mostly overhead, so no plan asks for them."""
-
+_SMALLEST_TILE: Final = 64 << 10  # bytes; smaller tiles are mostly overhead
 _TRIES: Final = 8
 
 Count = Callable[[ParkedLayout, bool], Counted]
@@ -50,28 +48,18 @@ class Found:
         return bytes_in(place, self.terms)
 
 
+@dataclass
 class Search:
-    """Finds the layout for one model, one step and one budget.
+    """Finds the layout for one model, one step and one budget."""
 
-    Args:
-        setting: what does not depend on the layout.
-        weights: of the model, in its order.
-        count: counts a step of a layout.
-        budget: what may be used.
-        cached: whether a home of so many bytes is reached through the page cache.
-    """
-
-    def __init__(
-        self,
-        setting: Setting,
-        weights: Sequence[Weight],
-        count: Count,
-        budget: Budget,
-        cached: Callable[[int], bool],
-    ) -> None:
-        self._setting, self._weights = setting, tuple(weights)
-        self._count, self._budget, self._cached = count, budget, cached
-        self._known: dict[tuple[bool, tuple[tuple[str, Grid], ...]], Found] = {}
+    setting: Setting
+    weights: Sequence[Weight]  # of the model, in its order
+    count: Count  # counts a step of a layout
+    budget: Budget
+    cached: Callable[[int], bool]  # whether a home of so many bytes is in the page cache
+    _known: dict[tuple[bool, tuple[tuple[str, Grid], ...]], Found] = field(
+        default_factory=dict, init=False
+    )
 
     def best(self, checkpointing: Sequence[bool]) -> Found:
         """The fastest of the layouts with the fewest tiles, one for each of these choices.
@@ -79,21 +67,17 @@ class Search:
         Raises:
             BudgetError: none fits.
         """
-        found = [
-            fit
-            for recomputed in checkpointing
-            if (fit := self._fewest_tiles(recomputed)) is not None
-        ]
+        found = [fit for recomputed in checkpointing if (fit := self._fewest_tiles(recomputed))]
         if not found:
             raise self._nothing_fits(checkpointing)
         return min(found, key=lambda each: (each.seconds, each.layout.tiles))
 
     def _fewest_tiles(self, checkpointing: bool) -> Found | None:
         best: Found | None = None
-        whole = self.evaluate({}, checkpointing)
+        whole = self._evaluate({}, checkpointing)
         if self._excess(whole.terms) <= 0:
             return whole
-        smallest = self.evaluate(self._cuts[-1], checkpointing)
+        smallest = self._evaluate(self._cuts[-1], checkpointing)
         if self._excess(smallest.terms) > 0:
             return None
         least = smallest.counted
@@ -123,11 +107,11 @@ class Search:
 
         Beyond some size the objects of more tiles take more than smaller slabs save.
         """
-        found = tile_grids(self._weights)
+        found = tile_grids(self.weights)
         nothing = Counted(0, 0, 0, 0, 0, Products((), 0))
         sizes = []
         for grids in found:
-            some = terms(self._setting, self._layout(grids), nothing)
+            some = terms(self.setting, self._layout(grids), nothing)
             sizes.append(sum(term.nbytes for term in some if term.place != "disk"))
         return found[: sizes.index(min(sizes)) + 1]
 
@@ -139,7 +123,7 @@ class Search:
             parked = self._parked_by(grids, guess)
             if parked is None:
                 return None
-            fit = self.evaluate(parked, checkpointing)
+            fit = self._evaluate(parked, checkpointing)
             if self._excess(fit.terms) <= 0:
                 return fit
             guess = guess.at_least(fit.counted)
@@ -147,34 +131,32 @@ class Search:
 
     def _parked_by(self, grids: Mapping[str, Grid], guess: Counted) -> dict[str, Grid] | None:
         """The fewest to park if a step held what was guessed; None: parking all is not enough."""
-        order = sorted((w for w in self._weights if w.names[0] in grids), key=lambda w: -w.nbytes)
+        order = sorted((w for w in self.weights if w.names[0] in grids), key=lambda w: -w.nbytes)
         low, high = 1, len(order) + 1
         while low < high:  # the first number of parked weights that fits
             middle = (low + high) // 2
             parked = {w.names[0]: grids[w.names[0]] for w in order[:middle]}
-            if self._excess(terms(self._setting, self._layout(parked), guess)) <= 0:
+            if self._excess(terms(self.setting, self._layout(parked), guess)) <= 0:
                 high = middle
             else:
                 low = middle + 1
-        if low > len(order):
-            return None
-        return {w.names[0]: grids[w.names[0]] for w in order[:low]}
+        return {w.names[0]: grids[w.names[0]] for w in order[:low]} if low <= len(order) else None
 
-    def evaluate(self, grids: Mapping[str, Grid], checkpointing: bool) -> Found:
+    def _evaluate(self, grids: Mapping[str, Grid], checkpointing: bool) -> Found:
         """A layout, counted, with its peak and its time."""
         key = checkpointing, tuple(sorted(grids.items(), key=lambda item: item[0]))
         if key not in self._known:
             layout = self._layout(grids)
-            counted = self._count(layout, checkpointing)
-            found = terms(self._setting, layout, counted)
-            moves = moved(self._setting, layout, checkpointing)
-            cached = self._cached(bytes_in("disk", found))
-            times = floors(self._setting, layout, counted, moves, cached=cached)
+            counted = self.count(layout, checkpointing)
+            found = terms(self.setting, layout, counted)
+            moves = moved(self.setting, layout, checkpointing)
+            cached = self.cached(bytes_in("disk", found))
+            times = floors(self.setting, layout, counted, moves, cached=cached)
             self._known[key] = Found(layout, checkpointing, counted, found, moves, times)
         return self._known[key]
 
     def _layout(self, grids: Mapping[str, Grid]) -> ParkedLayout:
-        return ParkedLayout(self._weights, dict(grids))
+        return ParkedLayout(tuple(self.weights), dict(grids))
 
     def _excess(self, found: Sequence[Term]) -> int:
         """Bytes over the limit of the place that exceeds it most; 0 or less: everything fits."""
@@ -182,14 +164,16 @@ class Search:
             (
                 bytes_in(place, found) - _limit(place, size)
                 for place in PLACES
-                if (size := self._budget.of_place(place)) is not None
+                if (size := self.budget.of_place(place)) is not None
             ),
             default=0,
         )
 
     def _nothing_fits(self, checkpointing: Sequence[bool]) -> BudgetError:
         ends: tuple[dict[str, Grid], ...] = ({}, self._cuts[-1])
-        tried = [self.evaluate(grids, recomputed) for recomputed in checkpointing for grids in ends]
+        tried = [
+            self._evaluate(grids, recomputed) for recomputed in checkpointing for grids in ends
+        ]
         least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"
@@ -197,13 +181,13 @@ class Search:
             if least.bytes_of(place)
         ]
         return BudgetError(
-            f"budget {self._budget}: {self._setting.tokens} tokens need at least "
+            f"budget {self.budget}: {self.setting.tokens} tokens need at least "
             f"{', '.join(lacking)}; the largest parts are {largest_terms(least.terms)}. "
             f"Give more, or {self._ways_out(least, checkpointing)}"
         )
 
     def _ways_out(self, least: Found, checkpointing: Sequence[bool]) -> str:
-        setting = self._setting
+        setting = self.setting
         ways = ["fewer tokens"]
         if setting.state is not None and setting.mode == "classic":
             ways.append("mode='in_backward', which keeps no gradients")
@@ -211,7 +195,7 @@ class Search:
             ways.append("a model with gradient checkpointing")
         if setting.in_place:
             ways.append("home='disk:FOLDER', which keeps weights and moments out of memory")
-        if least.bytes_of("disk") > _limit("disk", self._budget.of_place("disk") or 1 << 62):
+        if least.bytes_of("disk") > _limit("disk", self.budget.of_place("disk") or 1 << 62):
             ways.append("another folder, on a disk with more room")
         return ", or ".join(ways)
 
@@ -225,9 +209,9 @@ def tile_grids(weights: Iterable[Weight]) -> list[dict[str, Grid]]:
         grids = {weight.names[0]: tile_grid(weight, largest) for weight in tileable}
         if not found or grids != found[-1]:
             found.append(grids)
-        if largest <= SMALLEST_TILE:
+        if largest <= _SMALLEST_TILE:
             return found
-        largest = max(SMALLEST_TILE, largest // 2)
+        largest = max(_SMALLEST_TILE, largest // 2)
 
 
 def tile_grid(weight: Weight, tile_bytes: int) -> Grid:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from memtile.convert import take_workspace, tile
 from memtile.costmodel import MachineProfile, Products
-from memtile.costmodel.rates import WORKSPACE_SHAPE
+from memtile.costmodel.machine_profile import WORKSPACE_SHAPE
 from memtile.errors import ArgumentError, MemtileError
 from memtile.homes import (
     DeviceHome,
@@ -49,14 +49,7 @@ class MeasuringError(MemtileError, RuntimeError):
 
 
 def measured(folder: Path | None) -> MachineProfile:
-    """The rates of this machine, in a few seconds.
-
-    Args:
-        folder: on the disk that is measured; None: no disk is measured.
-
-    Raises:
-        MeasuringError: it failed.
-    """
+    """The rates of this machine, and of the disk of a folder, in a few seconds."""
     code = "import memtile.planner.machine_rates as machine_rates; machine_rates.report()"
     done = subprocess.run(
         [sys.executable, "-c", code, *([str(folder)] if folder else [])],

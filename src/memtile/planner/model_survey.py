@@ -78,13 +78,7 @@ def survey(
     work: Work | None,
     checkpointing: bool | None,
 ) -> Survey:
-    """Check the arguments that both planners have, and look at the model.
-
-    Raises:
-        ArgumentError: an argument has no meaning.
-        CannotTileError: the model is tiled already, or is on an accelerator.
-        OptimizerError: the optimizer cannot step tile by tile.
-    """
+    """Check the arguments that both planners have, and look at the model."""
     check_tokens(tokens, batch)
     if work is not None and not callable(work):
         raise ArgumentError(
@@ -107,11 +101,7 @@ def survey(
 
 
 def check_choice(name: str, value: object, known: Sequence[object]) -> None:
-    """Check that a value is one of those that are known.
-
-    Raises:
-        ArgumentError: it is not.
-    """
+    """Refuse a value that is none of those that are known."""
     if value not in known or (isinstance(value, int) and not isinstance(value, bool)):
         raise ArgumentError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
 

@@ -38,13 +38,10 @@ _grouped = getattr(_aten, "_grouped_mm", None)  # not in torch 2.6
 
 
 def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home: bool) -> Counted:
-    """Count one step of a model whose parameters are on the meta device.
+    """Count one step of a model whose parameters, parked tiles included, are on the meta device.
 
-    Args:
-        model: its parked tiles have allocations of a home on the meta device.
-        work: the forward.
-        drops_gradients: each parameter's gradient is freed as soon as it is complete.
-        goes_home: gradients of parked tiles leave memory: they are not counted here.
+    `drops_gradients`: each gradient is freed as soon as it is complete. `goes_home`: gradients of
+    parked tiles leave memory, and are not counted.
     """
     counter = _LiveBytes(model, goes_home)
     hooks = [
@@ -122,9 +119,10 @@ class _LiveBytes(TorchDispatchMode):
             self._know(tensor, 0)
         result = _shaped(func, given, args, kwargs)
         made = 0
+        leaves = func is _aten.empty_like.default  # the gradient of a parked tile
+        leaves = leaves and given[0].untyped_storage()._cdata in self._home
         for tensor in _tensors(result):
-            goes_home = func is _aten.empty_like.default and self._is_home(given[0])
-            made += self._know(tensor, 0 if goes_home else tensor.untyped_storage().nbytes())
+            made += self._know(tensor, 0 if leaves else tensor.untyped_storage().nbytes())
         self._add_work(func, given, args, kwargs, result, made)
         return result
 
@@ -143,9 +141,6 @@ class _LiveBytes(TorchDispatchMode):
     def _evict(self, key: int) -> None:
         _, nbytes, phase = self._storages.pop(key)
         self._live[phase] -= nbytes
-
-    def _is_home(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._home
 
     def _add_work(
         self, func: Any, given: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
@@ -300,7 +295,7 @@ def _as_meta(tensor: Tensor) -> Tensor:
 
 
 def _tensors(tree: object) -> list[Tensor]:
-    """The tensors of an operation's arguments or results: nested lists, tuples and dicts."""
+    """The tensors in nested lists, tuples and dicts; torch's `tree_leaves` takes twice as long."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):

@@ -134,12 +134,7 @@ def _layer(seen: Survey, choice: TilingDecision, layout: ParkedLayout) -> Planne
 
 
 def _home(home: Home | str) -> tuple[str, Path | None]:
-    """The word for a home, and the folder of one on disk.
-
-    Raises:
-        ArgumentError: it is no home.
-        HomeError: tiles cannot live in its folder.
-    """
+    """The word for a home, and the folder of one on disk."""
     word = word_for(home)
     kind, folder = parse_home(word)
     return word, usable_folder(folder) if kind == "disk" else None

@@ -186,11 +186,7 @@ def _layer(seen: Survey, choice: TilingDecision, found: RankFound) -> PlannedLay
 def _check(
     world_size: object, engine: object, offload: object, prefetch: object, unit_bytes: object
 ) -> None:
-    """Check what describes the cluster.
-
-    Raises:
-        ArgumentError: a value has no meaning.
-    """
+    """Check what describes the cluster."""
     check_choice("engine", engine, get_args(Engine))
     check_choice("offload", offload, get_args(Offload))
     if offload == "nvme" and engine == "fsdp2":

@@ -41,10 +41,8 @@ _STEPS: Final = 2  # the second adds a little; a third nothing, measured
 class Workspaces:
     """Gives the bytes that a step's products leave in memory.
 
-    The process that measures starts when it is first needed, and ends with the `with` block.
-
-    Args:
-        known: bytes by the digest of shapes, as measured before; new measurements are added.
+    The process that measures starts when it is first needed, and ends with the `with` block. What
+    is measured is added to `known`, by the digest of shapes.
     """
 
     def __init__(self, known: dict[str, int]) -> None:
@@ -60,11 +58,7 @@ class Workspaces:
             self._process = None
 
     def __call__(self, products: Products) -> int:
-        """The bytes; products that are too small to keep a MiB are not measured.
-
-        Raises:
-            MeasuringError: the process that measures ended without an answer.
-        """
+        """The bytes; products that are too small to keep a MiB are not measured."""
         copies = _copied_bytes(products)
         if copies < _SMALL:
             return copies

@@ -19,15 +19,9 @@ from memtile.planner.product_memory import Workspaces
 def rates_of(
     given: MachineProfile | str | os.PathLike[str] | None, folder: Path | None
 ) -> MachineProfile:
-    """The rates given, those in a file, or this machine's.
+    """The rates given, those in a JSON file, or this machine's, saved in `~/.cache/memtile`.
 
-    Args:
-        given: rates, a JSON file of them, or None: they are measured once and saved in
-            `~/.cache/memtile`.
-        folder: on the disk that tiles live on; None: no disk is measured.
-
-    Raises:
-        ArgumentError: the file holds no rates.
+    `folder` is on the disk that tiles live on; None: no disk is measured.
     """
     if isinstance(given, MachineProfile):
         return given

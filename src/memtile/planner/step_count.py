@@ -30,11 +30,7 @@ class StepCount:
     workspaces: Callable[[Products], int] | None = None  # what the library keeps for products
 
     def __call__(self, layout: ParkedLayout, checkpointing: bool) -> Counted:
-        """The step of this layout.
-
-        Raises:
-            CannotTileError: the model's code asks for values.
-        """
+        """The step of this layout; CannotTileError where the model's code asks for values."""
         meta_copy, choices = make_meta_copy(self.model), _with_grids(self.choices, layout)
         meta_copy.train(self.trains)
         if any(choice.tiled for choice in choices):
