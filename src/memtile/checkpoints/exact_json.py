@@ -6,7 +6,6 @@ Python writes a finite float with enough digits to read it back exactly.
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -17,21 +16,14 @@ from memtile.errors import CheckpointError
 
 MARK: Final = "$"
 
-_DICTIONARIES: Final[Mapping[str, type]] = MappingProxyType(
-    {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
-)
+_DICTIONARIES: Final = {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
 
 
 def to_json(value: object, where: str) -> Any:  # any JSON
-    """The value as `json.dumps` takes it.
+    """The value as `json.dumps` takes it; `where` is its place, for messages.
 
-    Args:
-        value: None, a number, a text, a tensor of at most one element, or a list, tuple or
-            dictionary of such.
-        where: the value's place, for messages.
-
-    Raises:
-        CheckpointError: something in it is none of these.
+    CheckpointError for what is not None, a number, a text, a tensor of at most one element, or a
+    list, tuple or dictionary of such.
     """
     if value is None or isinstance(value, bool | int | str):
         return value

@@ -18,36 +18,34 @@ import torch
 
 from memtile.errors import CheckpointError
 
-DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U64": torch.uint64,
-        "U32": torch.uint32,
-        "U16": torch.uint16,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-        "C64": torch.complex64,
-    }
-)
-BITS: Final[Mapping[str, int]] = MappingProxyType(
-    {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
-    | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-)
-"""Bits of an element of each dtype of safetensors; torch lacks some."""
-CHECKSUMS: Final = "memtile.crc32"
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+# Bits of an element of each dtype of safetensors; torch lacks some of the dtypes.
+BITS: Final[Mapping[str, int]] = {
+    **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
+    **{"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+CHECKSUMS: Final = "memtile.crc32"  # the metadata key of the tensors' checksums
 LENGTH_BYTES: Final = 8
-LARGEST: Final = 100_000_000  # bytes of a header, as the safetensors library has it
+LARGEST: Final = 100_000_000  # bytes of a header: the limit of the safetensors library
 
 NO_PICKLES: Final = (
     "pickles can run any code, so they are never loaded; load it with the library that wrote it, "
@@ -66,23 +64,14 @@ _ALIGNMENT: Final = 8
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file.
-
-    Attributes:
-        name: of the tensor.
-        kind: its dtype, as safetensors names it.
-        shape: of the tensor.
-        offset: where its bytes begin in the file.
-        nbytes: how many they are.
-        crc: their CRC-32, where the file has it.
-    """
+    """One tensor of a file."""
 
     name: str
-    kind: str
+    kind: str  # safetensors' name of its dtype
     shape: torch.Size
-    offset: int
+    offset: int  # of its first byte in the file
     nbytes: int
-    crc: int | None = None
+    crc: int | None = None  # CRC-32 of its bytes, where the file has one
 
     @property
     def dtype(self) -> torch.dtype:

@@ -31,12 +31,9 @@ _OF_TOKENIZER: Final = (
 
 
 class Checkpoint(Mapping[str, StoredTensor]):
-    """The tensors of a checkpoint by their names; made by `Checkpoint.open`.
+    """The tensors of a checkpoint by their names; made by `Checkpoint.open` or `Checkpoint.of`.
 
-    Attributes:
-        path: the path that was opened; of several, the first.
-        paths: all paths that were opened.
-        files: the files with tensors.
+    `paths` are those that were opened, `path` the first of them, `files` the files with tensors.
     """
 
     def __init__(self, paths: Sequence[Path], tensors: Iterable[StoredTensor]) -> None:
@@ -56,10 +53,10 @@ class Checkpoint(Mapping[str, StoredTensor]):
     @classmethod
     def of(cls, paths: Paths) -> "Checkpoint":
         """All tensors of one checkpoint, or of several together; no name may be in two of them."""
-        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        if not given:
-            raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
+        given = [paths] if isinstance(paths, str | os.PathLike) else paths
         opened = [cls.open(path) for path in given]
+        if not opened:
+            raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
         holders: dict[str, Path] = {}
         for checkpoint in opened:
             for name in checkpoint:
@@ -98,11 +95,6 @@ class Checkpoint(Mapping[str, StoredTensor]):
     def where(self) -> str:
         """The paths, for messages."""
         return " and ".join(map(str, self.paths))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.values())
 
     def check_sums(self) -> int:
         """Verify every tensor that has a checksum, or raise; gives how many these are."""

@@ -110,17 +110,11 @@ def _damaged(path: Path) -> CheckpointError:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of the global random generators of Python, numpy and torch.
+    """The states of the global random generators of Python, numpy and torch."""
 
-    Attributes:
-        python: of `random.getstate`.
-        numpy: of `numpy.random.get_state`, with lists for arrays; None where numpy is not loaded.
-        torch: states of torch's generators, by device.
-    """
-
-    python: Any  # Python's own form
-    numpy: Any  # numpy's own form
-    torch: Mapping[str, Tensor]
+    python: Any  # of random.getstate
+    numpy: Any  # of numpy.random.get_state, with lists for arrays; None where numpy is not loaded
+    torch: Mapping[str, Tensor]  # by device
 
     @classmethod
     def now(cls) -> "RandomState":
@@ -134,8 +128,7 @@ class RandomState:
 
     def to_json(self) -> Any:  # any JSON
         """The part that goes into the record."""
-        both = {"python": self.python, "numpy": self.numpy}
-        return to_json(both, "the random state")
+        return to_json({"python": self.python, "numpy": self.numpy}, "the random state")
 
     def outgoing(self) -> list[Outgoing]:
         """The part that goes into a file of tensors."""

@@ -43,22 +43,18 @@ _METADATA: Final[Mapping[str, str]] = {"format": "pt"}  # transformers asks for 
 class Outgoing:
     """One tensor to be written.
 
-    Args:
-        name: of the tensor.
-        dtype: of torch, or by safetensors' name.
-        shape: of the tensor.
-        pieces: gives its bytes in order, in contiguous CPU tensors; each is written before the next
-            is asked for.
+    `pieces` gives its bytes in order, in contiguous CPU tensors; each is written before the next is
+    asked for.
     """
 
     name: str
-    dtype: torch.dtype | str
+    dtype: torch.dtype | str  # torch's, or safetensors' name of one that torch lacks
     shape: torch.Size
     pieces: Callable[[], Iterable[Tensor]]
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Outgoing":
-        """One that is in memory as a whole."""
+        """A tensor that is in memory."""
         return cls(name, tensor.dtype, tensor.shape, lambda: [tensor.detach().cpu().contiguous()])
 
     @property

@@ -7,7 +7,7 @@ the dense parameter has in the dense model.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -98,8 +98,7 @@ def _joined(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
 def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[DenseParameter]]:
     """The dense parameters of each group, in order; those that are not the model's have name "".
 
-    Raises:
-        OptimizerError: a group holds some tiles of a weight and not all.
+    OptimizerError where a group holds some tiles of a weight and not all.
     """
     of: dict[nn.Parameter, DenseParameter] = {
         part.parameter: dense for dense in dense_parameters(model) for part in dense.parts
@@ -125,16 +124,15 @@ def to_dense_state(
 ) -> Packed:
     """The state dict over the dense model, joined from the tiles' states."""
     result: Packed = {"state": {}, "param_groups": []}
-    number = 0
+    numbers = count()
     for own, members in zip(groups, by_group(model, groups), strict=True):
-        numbers = list(range(number, number + len(members)))
-        number += len(members)
-        result["param_groups"].append({**own, "params": numbers})
-        for key, dense in zip(numbers, members, strict=True):
+        numbered = {next(numbers): dense for dense in members}
+        result["param_groups"].append({**own, "params": list(numbered)})
+        for number, dense in numbered.items():
             held = (part.parameter for part in dense.parts)
             kept = {each: states[each] for each in held if states.get(each)}
             if kept:
-                result["state"][key] = _join(dense, kept)
+                result["state"][number] = _join(dense, kept)
     return result
 
 
@@ -179,10 +177,8 @@ def load_dense_state(
 ) -> None:
     """Cut a state dict over the dense model into the optimizer's `state` and `param_groups`.
 
-    `stepped_dtype` gives the dtype of a parameter's state.
-
-    Raises:
-        OptimizerError: it does not fit; nothing was changed.
+    `stepped_dtype` gives the dtype of a parameter's state. Nothing is changed by one that does not
+    fit.
     """
     numbered = _checked(packed, by_group(model, optimizer.param_groups))
     states: dict[Tensor, dict[str, Any]] = {}

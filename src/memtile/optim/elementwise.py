@@ -75,7 +75,7 @@ def spelled(options: Mapping[str, Any]) -> str:
     return f"the options ({written})" if written else "no options"
 
 
-def steps(step: Callable[[nn.Parameter], object], dtype: torch.dtype, *, sparse: bool) -> bool:
+def can_step(step: Callable[[nn.Parameter], object], dtype: torch.dtype, *, sparse: bool) -> bool:
     """Whether a small parameter with a sparse or a dense gradient can be stepped."""
     try:
         parameter, gradient = nn.Parameter(stand_in_values(dtype)), stand_in_values(dtype)
@@ -99,9 +99,7 @@ def refusal(name: str, why: str) -> OptimizerError:
 def state_dtypes(name: str, state: Mapping[str, Any]) -> dict[str, torch.dtype]:
     """The dtypes of the entries of a stand-in's state that are shaped like it.
 
-    Raises:
-        OptimizerError: a tensor in it is neither one number nor a plain dense tensor of the
-            stand-in's shape, in an entry of its own.
+    OptimizerError for a tensor that is neither one number nor a plain entry of that shape.
     """
     for key, entry in state.items():
         for tensor in _tensors_in(entry):

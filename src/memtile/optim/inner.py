@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memtile.errors import OptimizerError
 from memtile.homes import lock_of_a_module
 from memtile.optim.elementwise import (
+    can_step,
     check_class,
     construct,
     refusal,
@@ -26,7 +27,6 @@ from memtile.optim.elementwise import (
     spelled,
     stand_in_values,
     state_dtypes,
-    steps,
 )
 
 _CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
@@ -39,12 +39,10 @@ class ParameterSlice:
     """A part of a parameter for one step.
 
     Attributes:
-        value: a plain tensor with as many dimensions as the parameter; updated in place. An
-            optimizer that writes through `.data` does not bump its version.
+        value: a plain tensor with as many dimensions as the parameter; updated in place.
         gradient: of the value's shape, dtype and device; an optimizer may overwrite it.
-        state: what the optimizer keeps for it, empty before its first step. Tensors may be views,
-            and are updated in place; where the optimizer replaces an entry, the new one is here
-            afterwards, and the caller copies it back.
+        state: what the optimizer keeps for it, empty before its first step. Its tensors are updated
+            in place, or replaced here: then the caller copies them back.
     """
 
     value: Tensor
@@ -53,21 +51,12 @@ class ParameterSlice:
 
 
 class Inner:
-    """An optimizer class applied to slices of parameters.
+    """An optimizer class applied to slices of parameters, with these options of its constructor.
 
-    The class is constructed on stand-ins only. A small matrix is stepped whole and in slices, to
-    see that the class is element-wise; torch's random numbers are left as they were.
-
-    Args:
-        optimizer_class: a subclass of `torch.optim.Optimizer`.
-        options: what its constructor takes besides the parameters.
-
-    Attributes:
-        name: the class's name, for messages.
-        defaults: the options of a parameter group that sets none.
-
-    Raises:
-        OptimizerError: it is no such class, does not take the options, or cannot step slices.
+    A small matrix is stepped whole and in slices, to see that the class is element-wise; torch's
+    random numbers are left as they were. `defaults` has the options of a parameter group that sets
+    none. OptimizerError where it is no optimizer class, does not take the options, or cannot step
+    slices.
     """
 
     def __init__(self, optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:
@@ -109,12 +98,11 @@ class Inner:
     def step(self, pieces: Sequence[ParameterSlice], group_options: Mapping[str, Any]) -> None:
         """Step all slices once, bit for bit as the optimizer would step each as a parameter.
 
-        Afterwards, also after an exception, the optimizer refers to nothing of the slices.
-        Autograd records nothing. Global hooks
+        Options that the group lacks are taken from `defaults`. Devices and dtypes of the slices may
+        differ. Several threads may step at once. Afterwards, also after an exception, the optimizer
+        refers to nothing of the slices. Global hooks
         (`torch.optim.optimizer.register_optimizer_step_pre_hook`) are not called, except where the
-        class's own step calls the step of another class. Several threads may step at once: each
-        has an optimizer for itself. Devices and dtypes of the slices may differ; options that the
-        group lacks are taken from `defaults`.
+        class's own step calls the step of another class.
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}
@@ -176,9 +164,9 @@ class Inner:
             bare_step(self._construct([{**group, "params": [parameter]}]))()
 
         said = str(error).rstrip(".")
-        if steps(step_alone, dtype, sparse=False):
+        if can_step(step_alone, dtype, sparse=False):
             return refusal(self.name, f"steps only what it was constructed with: {said}")
-        if steps(step_alone, dtype, sparse=True):
+        if can_step(step_alone, dtype, sparse=True):
             return refusal(
                 self.name, "steps sparse gradients only; the gradient of a tile is dense"
             )

@@ -65,26 +65,22 @@ def uninterrupted() -> Iterator[None]:
 
 
 class _Task:
-    """Held by autograd's callbacks: gone with the backward, also where that fails."""
+    """Held by autograd's callbacks only, so freed at the end of a backward, failed or not."""
 
 
 def uninterrupted_backward() -> None:
-    """From now to the end of the running backward, Ctrl-C waits.
+    """From now to the end of the running backward (of nested ones the innermost), Ctrl-C waits.
 
-    After a backward that fails, the handler from before is in place. Of nested backwards
-    (reentrant checkpointing) it is the innermost that counts.
+    After a backward that fails, the handler from before is in place.
     """
     task = _Task()
     running = weakref.ref(task)
     deferral = _begin(lambda: running() is not None)
     if deferral is not None:
         weakref.finalize(task, deferral.stand_down).atexit = False
-        Variable._execution_engine.queue_callback(partial(_end_last, task, deferral))
-
-
-def _end_last(task: _Task, deferral: Deferral) -> None:
-    """Run after all other callbacks: autograd skips those that follow an exception."""
-    Variable._execution_engine.queue_callback(partial(_end, task, deferral))
+        queue = Variable._execution_engine.queue_callback
+        # Queued by a callback, `_end` runs after all others: autograd skips those after an error.
+        queue(partial(queue, partial(_end, task, deferral)))
 
 
 def _end(task: _Task, deferral: Deferral) -> None:

@@ -82,7 +82,7 @@ class TileOptimizer(Optimizer):
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
-        self._check_parameters(model)
+        self._check_parameters()
         self._stepper = Stepper(self._inner, self.state, masters, model)
         self._reserve(self.param_groups)
         self._hook(self._all())
@@ -90,8 +90,8 @@ class TileOptimizer(Optimizer):
             torch_clipping_check.add(self)
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
-    def _check_parameters(self, model: nn.Module) -> None:
-        name, parameters = type(model).__name__, list(self._all())
+    def _check_parameters(self) -> None:
+        name, parameters = type(self._model).__name__, list(self._all())
         if not self._are_of_the_model():
             raise OptimizerError(
                 f"params=… holds parameters that are not of this {name}; make the "
@@ -215,7 +215,7 @@ class TileOptimizer(Optimizer):
         todo = self._unfinished
         while todo:
             parameter, group = todo[0]
-            ahead = (self._stepper.group(later) for later, _ in todo[1:])
+            ahead = (self._stepper.allocations(later) for later, _ in todo[1:])
             self._stepper.step(parameter, group, filter(None, ahead))
             del todo[0]
             if self.mode == "in_backward":
