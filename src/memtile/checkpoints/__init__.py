@@ -1,8 +1,8 @@
-"""Checkpoints as files: safetensors, read and written piece by piece, whole or not at all."""
+"""Checkpoints as safetensors files, read and written a few MiB at a time."""
 
 from memtile.checkpoints.home import CheckpointHome
 from memtile.checkpoints.opening import Checkpoint, OnePath, Paths
-from memtile.checkpoints.publishing import sole_writer, write_text
+from memtile.checkpoints.publishing import replace_file, sole_writer
 from memtile.checkpoints.steps import training_folder
 from memtile.checkpoints.stored import PIECE_BYTES, StoredFile, StoredTensor
 from memtile.checkpoints.writing import SHARD_BYTES, Outgoing, write_checkpoint
@@ -17,8 +17,8 @@ __all__ = [
     "Paths",
     "StoredFile",
     "StoredTensor",
+    "replace_file",
     "sole_writer",
     "training_folder",
     "write_checkpoint",
-    "write_text",
 ]

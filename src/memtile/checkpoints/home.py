@@ -168,11 +168,8 @@ class CopiedPages:
     """Tells which pages of a private map were written to, and so were copied.
 
     The kernel's pagemap (proc(5)) has bits for each page: 63, in memory; 62, in swap; 61, the
-    file's. A page in memory or in swap that is not the file's was copied. The bits need no
-    privilege. A forked child opens its own pagemap.
-
-    Attributes:
-        works: whether the kernel tells, tried out on a map that is written to.
+    file's. A page in memory or in swap that is not the file's was copied. Some kernels do not tell:
+    `works` says whether a trial did.
     """
 
     def __init__(self) -> None:

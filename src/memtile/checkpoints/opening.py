@@ -2,10 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from memtile.checkpoints.header import NO_GGUF, NO_PICKLES, parse_json
@@ -30,25 +29,16 @@ _OF_TOKENIZER: Final = (
 )
 
 
-class Checkpoint(Mapping[str, StoredTensor]):
+class Checkpoint(dict[str, StoredTensor]):
     """The tensors of a checkpoint by their names; made by `Checkpoint.open` or `Checkpoint.of`.
 
     `paths` are those that were opened, `path` the first of them, `files` the files with tensors.
     """
 
     def __init__(self, paths: Sequence[Path], tensors: Iterable[StoredTensor]) -> None:
+        super().__init__((tensor.entry.name, tensor) for tensor in tensors)
         self.path, self.paths = paths[0], tuple(paths)
-        self._tensors = MappingProxyType({tensor.entry.name: tensor for tensor in tensors})
-        self.files = tuple({id(t.file): t.file for t in self._tensors.values()}.values())
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        self.files = tuple(dict.fromkeys(tensor.file for tensor in self.values()))
 
     @classmethod
     def of(cls, paths: Paths) -> "Checkpoint":
@@ -89,7 +79,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
             return cls([place], _indexed(found))
         _check_suffix(found)
         file = StoredFile(found)
-        return cls([place], (StoredTensor(file, entry) for entry in file.header.entries.values()))
+        return cls([place], (StoredTensor(file, entry) for entry in file.entries.values()))
 
     @property
     def where(self) -> str:
@@ -177,7 +167,7 @@ def _indexed(index: Path) -> Iterator[StoredTensor]:
     places = _weight_map(index)
     files = {name: _shard(index, name) for name in sorted(set(places.values()))}
     for name, shard in places.items():
-        entry = files[shard].header.entries.get(name)
+        entry = files[shard].entries.get(name)
         if entry is None:
             raise CheckpointError(
                 f"{index} says that {shard} holds {name!r}, and it does not: index and shards are "

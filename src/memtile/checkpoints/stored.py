@@ -6,6 +6,7 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ MOST_OPEN: Final = 64  # files: some systems allow a process 256
 
 
 class _OpenFile:
-    """A file that is open for reading until this is garbage."""
+    """A file that is closed when nothing refers to this any more."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -36,7 +37,7 @@ _open_files: OrderedDict[int, _OpenFile] = OrderedDict()  # by a StoredFile's id
 
 
 class StoredFile:
-    """One safetensors file: its `path`, and the tensors in its `header`.
+    """One safetensors file: its `path`, and the `entries` of its tensors.
 
     The `MOST_OPEN` files that were used last are kept open; a file that was replaced meanwhile is
     read as it was. CheckpointError where it cannot be opened or is not a whole safetensors file.
@@ -46,7 +47,7 @@ class StoredFile:
         self.path = path
         opened = _OpenFile(path)
         try:
-            self.header = self._read_header(opened.fd)
+            self.entries = self._read_header(opened.fd)
         except BaseException:
             opened.close()  # not when the traceback goes
             raise
@@ -54,10 +55,10 @@ class StoredFile:
         weakref.finalize(self, _open_files.pop, id(self), None).atexit = False
         self._keep_open(opened)
 
-    def _read_header(self, fd: int) -> header.SafetensorsHeader:
+    def _read_header(self, fd: int) -> dict[str, TensorEntry]:
         where, size = str(self.path), os.fstat(fd).st_size
         try:
-            length = header.header_bytes(os.pread(fd, header.LENGTH_BYTES, 0), size, where)
+            length = header.header_length(os.pread(fd, header.LENGTH_BYTES, 0), size, where)
             raw = os.pread(fd, length, header.LENGTH_BYTES)
         except OSError as error:  # a folder, say
             raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
@@ -128,11 +129,12 @@ def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+@dataclass(frozen=True, eq=False)
 class StoredTensor:
     """One tensor of a checkpoint: an entry of a file. Reading it may raise `CheckpointError`."""
 
-    def __init__(self, file: StoredFile, entry: TensorEntry) -> None:
-        self.file, self.entry = file, entry
+    file: StoredFile
+    entry: TensorEntry
 
     @property
     def shape(self) -> torch.Size:
