@@ -1,4 +1,4 @@
-"""What others put in the place of gradients, state and values is obeyed."""
+"""What others put in the place of gradients, state and values is used."""
 
 import copy
 

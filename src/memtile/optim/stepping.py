@@ -28,7 +28,7 @@ from memtile.homes import (
     trim_heap,
     whole_pages,
 )
-from memtile.optim.inner import Inner, ParameterSlice
+from memtile.optim.slice_optimizer import ParameterSlice, SliceOptimizer
 from memtile.transfer import Lease, rings_of
 
 MASTER = "master"
@@ -60,28 +60,25 @@ class StepTensors:
             lease.store(*(number for number, key in enumerate(keys) if key != GRADIENT))
 
 
+@dataclass(eq=False)
 class Stepper:
     """Steps parameters one at a time; `keeps_masters`: those of 16 bits in float32."""
 
-    def __init__(
-        self,
-        inner: Inner,
-        state: MutableMapping[Tensor, ParameterState],
-        keeps_masters: bool,
-        model: nn.Module,
-    ) -> None:
-        self._inner, self._state, self._keeps_masters = inner, state, keeps_masters
-        self._model, self._since_trim = model, 0
+    inner: SliceOptimizer  # the optimizer
+    state: MutableMapping[Tensor, ParameterState]  # torch.optim.Optimizer.state
+    keeps_masters: bool
+    model: nn.Module  # has the parameters' names, for errors
+    _since_trim: int = 0  # bytes of parameters
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype that the parameter is stepped in."""
-        wide = self._keeps_masters and parameter.dtype in SIXTEEN_BITS
+        wide = self.keeps_masters and parameter.dtype in SIXTEEN_BITS
         return torch.float32 if wide else parameter.dtype
 
     def drop_idle_master(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         """Drop a loaded master of a parameter that is stepped in its own dtype."""
-        if MASTER in self._state[parameter] and MASTER not in self._dtypes(parameter, group):
-            del self._state[parameter][MASTER]
+        if MASTER in self.state[parameter] and MASTER not in self._dtypes(parameter, group):
+            del self.state[parameter][MASTER]
 
     def state_rooms(self, parameter: Tensor, group: Mapping[str, Any]) -> list[int]:
         """Bytes, in whole pages, of each tensor of the parameter's state, its master included."""
@@ -108,7 +105,7 @@ class Stepper:
     def _check_finite(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
         if gradient is None or is_finite(gradient):
             return
-        names = (name for name, each in self._model.named_parameters() if each is parameter)
+        names = (name for name, each in self.model.named_parameters() if each is parameter)
         raise NotFiniteError(
             f"the gradient of {next(names, 'a parameter')} is not finite; it was not applied, nor "
             "those after it: leave this batch out with zero_grad(), or go back to the last "
@@ -129,7 +126,7 @@ class Stepper:
         leaves a parked parameter and its state as they were; a parameter in memory may be stepped
         in part.
         """
-        state, allocation = self._state[parameter], streamed_allocation(parameter)
+        state, allocation = self.state[parameter], streamed_allocation(parameter)
         with torch.no_grad(), self._brought_in(parameter, group, ahead, in_backward) as work:
             if in_backward or allocation is not None:  # others: see check_in_memory
                 self._check_finite(parameter, work.tensors[GRADIENT])
@@ -177,7 +174,7 @@ class Stepper:
         piece = ParameterSlice(
             target, gradient.to(target.dtype), {**copy.deepcopy(numbers), **moments}
         )
-        self._inner.step([piece], group)
+        self.inner.step([piece], group)
         for key, view in views.items():
             if piece.state[key] is not view:
                 view.copy_(piece.state[key])
@@ -188,19 +185,19 @@ class Stepper:
     def _dtypes(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
         """The dtypes of the parameter-shaped tensors in a parameter's state."""
         dtype = self.stepped_dtype(parameter)
-        found = self._inner.fields(group, dtype) if parameter.dim() else {}
+        found = self.inner.state_dtypes(group, dtype) if parameter.dim() else {}
         if dtype == parameter.dtype:
             return found
         if MASTER in found:
             raise OptimizerError(
-                f"{self._inner.name} keeps {MASTER!r} itself, the name of the float32 values that "
+                f"{self.inner.name} keeps {MASTER!r} itself, the name of the float32 values that "
                 "16-bit parameters are stepped in: pass masters=False"
             )
         return {**found, MASTER: dtype}
 
     def _missing(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
         """Those that are still to be made: all before the first step."""
-        state = self._state[parameter]
+        state = self.state[parameter]
         if set(state) - {MASTER}:  # a plain optimizer's state has all but a master
             lacks_master = self.stepped_dtype(parameter) != parameter.dtype and MASTER not in state
             return {MASTER: self.stepped_dtype(parameter)} if lacks_master else {}
@@ -244,14 +241,14 @@ class Stepper:
     def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Value, gradient and parameter-shaped state."""
         assert parameter.grad is not None
-        entries = self._state[parameter].items()
+        entries = self.state[parameter].items()
         shaped = {key: entry for key, entry in entries if is_shaped(entry, parameter)}
         return {VALUE: parameter.detach(), GRADIENT: parameter.grad, **shaped}
 
     def _allocations_by_key(self, parameter: Tensor, own: Allocation) -> dict[str, Allocation]:
         """Allocations of value, gradient and state that are in the parameter's own home."""
         found = {VALUE: own}
-        for key, entry in [(GRADIENT, parameter.grad), *self._state[parameter].items()]:
+        for key, entry in [(GRADIENT, parameter.grad), *self.state[parameter].items()]:
             allocation = allocation_of(entry) if isinstance(entry, Tensor) else None
             if allocation is not None and allocation.home is own.home:
                 found[key] = allocation

@@ -14,8 +14,8 @@ from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Home, Reservation, allocation_of, hold_room, streamed_allocation
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
-from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
+from memtile.optim.slice_optimizer import SliceOptimizer
 from memtile.optim.stepping import Stepper
 from memtile.transfer import gradient_of, is_stepped_in_backward, rings_of, step_in_backward
 
@@ -75,7 +75,7 @@ class TileOptimizer(Optimizer):
             )
         self.mode: StepMode = mode
         self._model = model
-        self._inner = Inner(optimizer_class, options)
+        self._inner = SliceOptimizer(optimizer_class, options)
         self._held: list[Reservation] = []
         self._stepped: set[nn.Parameter] = set()
         self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
@@ -280,11 +280,11 @@ class TileOptimizer(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        packed = to_dense_state(self._model, self.state, self.param_groups)
+        state_dict = to_dense_state(self._model, self.state, self.param_groups)
         for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, packed)
-            packed = packed if changed is None else changed
-        return packed
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
