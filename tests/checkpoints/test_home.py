@@ -1,4 +1,4 @@
-"""A checkpoint's files as a home: read past the map, written to by nobody."""
+"""A checkpoint's files as a home: they are mapped, read directly, and never written to."""
 
 import errno
 import mmap

@@ -1,4 +1,4 @@
-"""A checkpoint is written whole or not at all."""
+"""A checkpoint is written completely, or the old one stays."""
 
 import errno
 import json
@@ -101,7 +101,7 @@ def test_files_beside_are_copied_as_they_are(tmp_path):
 
 def test_no_header_is_larger_than_others_read(tmp_path, monkeypatch):
     """Names that would make a header too long are split over more files."""
-    monkeypatch.setattr("memtile.checkpoints.header.LARGEST", 3000)
+    monkeypatch.setattr("memtile.checkpoints.header.MAX_HEADER_BYTES", 3000)
     names = [f'layers."{number}".ümläute.weight' for number in range(40)]
     tensors = {name: torch.full((3, 2), number) for number, name in enumerate(names)}
 
@@ -117,7 +117,7 @@ def test_no_header_is_larger_than_others_read(tmp_path, monkeypatch):
 
 def test_a_name_that_no_header_has_room_for_is_refused(tmp_path, monkeypatch):
     """A name too long for a header is refused before anything is written."""
-    monkeypatch.setattr("memtile.checkpoints.header.LARGEST", 3000)
+    monkeypatch.setattr("memtile.checkpoints.header.MAX_HEADER_BYTES", 3000)
 
     with pytest.raises(CheckpointError, match=r"the name 'x{40}'… has 2000 characters"):
         write_checkpoint(tmp_path / "new", outgoing_of({"x" * 2000: torch.ones(1)}))

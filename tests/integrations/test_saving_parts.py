@@ -1,4 +1,4 @@
-"""Whoever holds tiles saves dense weights, wherever the tiling began."""
+"""A model with tiled layers anywhere in it saves dense weights."""
 
 import copy
 from collections.abc import Callable

@@ -8,7 +8,7 @@ from threads import together
 from torch import nn, optim
 
 from memtile.errors import OptimizerError
-from memtile.optim.inner import Inner
+from memtile.optim.slice_optimizer import SliceOptimizer
 
 WAY_OUT = r"use it in an optimizer of its own, on parameters that are not parked"
 
@@ -100,7 +100,7 @@ class Unable(OfValues):
 
 def refusal(optimizer_class: Any, options: dict[str, Any] | None = None) -> str:
     with pytest.raises(OptimizerError) as caught:
-        Inner(optimizer_class, options or {})
+        SliceOptimizer(optimizer_class, options or {})
     return str(caught.value)
 
 
@@ -119,7 +119,7 @@ def test_what_looks_beyond_a_value_is_refused(optimizer_class):
 def test_the_check_sees_whatever_the_lr(lr):
     """The check does not use a warm-up's first lr of 0, at which no value changes."""
     assert "not element-wise" in refusal(Clipped, {"lr": lr})
-    assert Inner(optim.AdamW, {"lr": lr}).defaults["lr"] == lr
+    assert SliceOptimizer(optim.AdamW, {"lr": lr}).defaults["lr"] == lr
 
 
 @pytest.mark.skipif(not hasattr(optim, "Muon"), reason="Muon came with torch 2.9")
@@ -156,11 +156,11 @@ def test_fused_sgd_is_refused_where_it_leaves_values_out(in_group):
     """torch's fused SGD skips most values in 16 bits on the CPU (pytorch#191763): refused."""
     if fused_sgd_steps_all():
         pytest.skip("this torch steps all values: pytorch#191763 is mended in it")
-    inner = Inner(optim.SGD, {} if in_group else {"fused": True})
+    inner = SliceOptimizer(optim.SGD, {} if in_group else {"fused": True})
 
     with pytest.raises(OptimizerError, match=r"SGD is not element-wise: .*a torch.bfloat16 matrix"):
-        inner.fields({**inner.defaults, "fused": True}, torch.bfloat16)
-    assert inner.fields({**inner.defaults, "fused": True}, torch.float32) == {}
+        inner.state_dtypes({**inner.defaults, "fused": True}, torch.bfloat16)
+    assert inner.state_dtypes({**inner.defaults, "fused": True}, torch.float32) == {}
 
 
 def fused_sgd_steps_all() -> bool:
@@ -180,11 +180,11 @@ def test_random_steps_are_refused():
 
 def test_random_steps_in_one_dtype_are_refused_for_it():
     """Stochastic rounding, in 16 bits only, is refused when 16-bit state is asked for."""
-    inner = Inner(NoisyIn16Bits, {})
+    inner = SliceOptimizer(NoisyIn16Bits, {})
 
-    assert inner.fields(inner.defaults, torch.float32) == {}
+    assert inner.state_dtypes(inner.defaults, torch.float32) == {}
     with pytest.raises(OptimizerError, match="NoisyIn16Bits draws random numbers"):
-        inner.fields(inner.defaults, torch.bfloat16)
+        inner.state_dtypes(inner.defaults, torch.bfloat16)
 
 
 class Neighboured(optim.SGD):
@@ -199,7 +199,7 @@ def test_random_numbers_of_other_threads_are_left_alone():
     """Random draws of another thread during the check do not matter, and are not repeated."""
     before = torch.get_rng_state()
 
-    Inner(Neighboured, {"lr": 0.1})
+    SliceOptimizer(Neighboured, {"lr": 0.1})
 
     assert not torch.equal(before, torch.get_rng_state())
 
@@ -208,7 +208,7 @@ def test_the_construction_draws_no_random_numbers():
     """Constructing leaves torch's random numbers as they were."""
     before = torch.get_rng_state()
 
-    Inner(optim.AdamW, {})
+    SliceOptimizer(optim.AdamW, {})
 
     assert torch.equal(before, torch.get_rng_state())
 
@@ -233,7 +233,7 @@ def test_several_tensors_in_one_entry_are_refused():
 def test_a_failing_step_is_refused_with_its_reason():
     """An error of a step on a small matrix is in the message, and is the exception's cause."""
     with pytest.raises(OptimizerError, match=r"Unable cannot step .*nothing here") as caught:
-        Inner(Unable, {})
+        SliceOptimizer(Unable, {})
 
     assert isinstance(caught.value.__cause__, KeyError)
 
@@ -273,10 +273,10 @@ def test_differentiable_steps_are_refused():
     """differentiable=True is refused, as an option and as a group's."""
     assert "AdamW was given differentiable=True" in refusal(optim.AdamW, {"differentiable": True})
     with pytest.raises(OptimizerError, match="differentiable=False"):
-        Inner(optim.AdamW, {}).fields({"differentiable": True}, torch.float32)
+        SliceOptimizer(optim.AdamW, {}).state_dtypes({"differentiable": True}, torch.float32)
 
 
 def test_a_dtype_that_cannot_be_stepped_is_refused():
     """A dtype that the optimizer cannot step is refused with OptimizerError."""
     with pytest.raises(OptimizerError, match=r"SGD cannot step a dense torch\.int32 parameter"):
-        Inner(optim.SGD, {"lr": 0.5}).fields({"lr": 0.5}, torch.int32)
+        SliceOptimizer(optim.SGD, {"lr": 0.5}).state_dtypes({"lr": 0.5}, torch.int32)

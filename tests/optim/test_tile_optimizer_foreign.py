@@ -1,4 +1,4 @@
-"""What others put in the place of gradients, state and values is obeyed."""
+"""What others put in the place of gradients, state and values is used."""
 
 import copy
 
@@ -34,7 +34,7 @@ def _trained(home, mode="classic"):
     return model, optimizer
 
 
-def _reference(optimizer, parameter):
+def _plain_copy(optimizer, parameter):
     """Plain torch over a copy of one parameter, with a copy of its state."""
     reference = nn.Parameter(parameter.detach().clone())
     plain = optim.AdamW([reference], lr=0.01)
@@ -59,7 +59,7 @@ def test_a_moment_that_was_replaced(home):
     for parameter in _parameters(model):
         other = torch.full_like(parameter.detach(), 0.25)
         optimizer.state[parameter]["exp_avg"] = other
-        reference, plain = _reference(optimizer, parameter)
+        reference, plain = _plain_copy(optimizer, parameter)
         parameter.grad = torch.ones_like(parameter)
 
         _step_both(optimizer, parameter, reference, plain)
@@ -75,7 +75,7 @@ def test_a_moment_that_was_written_to(home):
     model, optimizer = _trained(home)
     for parameter in _parameters(model):
         optimizer.state[parameter]["exp_avg"].fill_(0.25)
-        reference, plain = _reference(optimizer, parameter)
+        reference, plain = _plain_copy(optimizer, parameter)
         parameter.grad = torch.ones_like(parameter)
 
         _step_both(optimizer, parameter, reference, plain)
@@ -107,7 +107,7 @@ def test_a_gradient_that_was_assigned(home):
     for parameter in _parameters(model):
         assigned = torch.full_like(parameter.detach(), 0.5)
         parameter.grad = assigned
-        reference, plain = _reference(optimizer, parameter)
+        reference, plain = _plain_copy(optimizer, parameter)
 
         reference.grad = assigned.clone()
         plain.step()
@@ -143,7 +143,7 @@ def test_gradients_written_in_place(home):
     """Gradients in a home that are changed in place are stepped with as changed."""
     model, optimizer = _trained(home)
     loss_of(model, batches(1)[0]).backward()
-    pairs = [(parameter, *_reference(optimizer, parameter)) for parameter in _parameters(model)]
+    pairs = [(parameter, *_plain_copy(optimizer, parameter)) for parameter in _parameters(model)]
     for parameter, reference, _ in pairs:
         parameter.grad.mul_(-3)
         reference.grad = parameter.grad.clone()

@@ -146,11 +146,9 @@ def test_no_more_is_read_than_is_stepped(layer):
 def test_slow_writes_change_no_bits(layer, monkeypatch):
     """Whether writes are delayed or not, the weights are those of plain torch."""
     model, optimizer = layer
-    reference_optimizer = [
-        torch.nn.Parameter(tile.weight.detach().clone()) for _, tile in model.tiles()
-    ]
-    plain = torch.optim.AdamW(reference_optimizer, lr=0.01)
-    for reference, (_, tile) in zip(reference_optimizer, model.tiles(), strict=True):
+    references = [torch.nn.Parameter(tile.weight.detach().clone()) for _, tile in model.tiles()]
+    plain = torch.optim.AdamW(references, lr=0.01)
+    for reference, (_, tile) in zip(references, model.tiles(), strict=True):
         reference.grad = tile.weight.grad.clone()
         state = optimizer.state[tile.weight]
         plain.state[reference] = {key: entry.clone() for key, entry in state.items()}
@@ -161,4 +159,4 @@ def test_slow_writes_change_no_bits(layer, monkeypatch):
     optimizer.step()
     plain.step()
 
-    assert same(values(model), {"weight": torch.cat(reference_optimizer).detach()})
+    assert same(values(model), {"weight": torch.cat(references).detach()})

@@ -134,14 +134,14 @@ def _works(seed):
 
 def test_many_threads_give_the_bits_of_one():
     """Models, optimizers and homes used from several threads give the results of one thread."""
-    works, reference_optimizer = _works(seed=1), _works(seed=1)
+    works, references = _works(seed=1), _works(seed=1)
 
     with switching_often():
         together(*(act for work in works for act in work.threads()))
-    for reference in reference_optimizer:
+    for reference in references:
         reference.run_in_turn()
 
-    for work, reference in zip(works, reference_optimizer, strict=True):
+    for work, reference in zip(works, references, strict=True):
         assert all(map(torch.equal, work.found, reference.found))
         assert _same_training(work, reference)
 

@@ -6,7 +6,6 @@ Python writes a finite float with enough digits to read it back exactly.
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -15,29 +14,26 @@ from torch import Tensor
 from memtile.checkpoints import header
 from memtile.errors import CheckpointError
 
-MARK: Final = "$"
+_MARK: Final = "$"
 
-_DICTIONARIES: Final[Mapping[str, type]] = MappingProxyType(
-    {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
-)
+_DICTIONARIES: Final[Mapping[str, type]] = {
+    "dict": dict,
+    "Counter": Counter,
+    "OrderedDict": OrderedDict,
+}
 
 
 def to_json(value: object, where: str) -> Any:  # any JSON
-    """The value as `json.dumps` takes it.
+    """The value as `json.dumps` takes it; `where` is its place, for messages.
 
-    Args:
-        value: None, a number, a text, a tensor of at most one element, or a list, tuple or
-            dictionary of such.
-        where: the value's place, for messages.
-
-    Raises:
-        CheckpointError: something in it is none of these.
+    CheckpointError for what is not None, a number, a text, a tensor of at most one element, or a
+    list, tuple or dictionary of such.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         number = float(value)
-        return number if math.isfinite(number) else {MARK: "float", "text": repr(number)}
+        return number if math.isfinite(number) else {_MARK: "float", "text": repr(number)}
     if isinstance(value, Tensor) and value.numel() <= 1:
         return _of_tensor(value)
     if type(value) in (list, tuple):
@@ -59,9 +55,9 @@ def from_json(found: Any) -> Any:  # any JSON
         return [from_json(item) for item in found]
     if not isinstance(found, dict):
         return found
-    if MARK not in found:
+    if _MARK not in found:
         return {key: from_json(item) for key, item in found.items()}
-    mark = found[MARK]
+    mark = found[_MARK]
     if mark == "float":
         return float(found["text"])
     if mark == "tensor":
@@ -73,7 +69,7 @@ def from_json(found: Any) -> Any:  # any JSON
 def _of_tensor(tensor: Tensor) -> dict[str, Any]:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return {
-        MARK: "tensor",
+        _MARK: "tensor",
         "dtype": header.dtype_name(tensor.dtype),
         "shape": list(tensor.shape),
         "bytes": bytes(raw.tolist()).hex(),
@@ -89,14 +85,14 @@ def _to_tensor(found: Mapping[str, Any]) -> Tensor:
 
 def _of_sequence(value: Any, where: str) -> Any:
     items = [to_json(item, f"{where}[{number}]") for number, item in enumerate(value)]
-    return items if type(value) is list else {MARK: "tuple", "items": items}
+    return items if type(value) is list else {_MARK: "tuple", "items": items}
 
 
 def _of_dictionary(value: Any, where: str) -> Any:
     items = [(key, to_json(item, f"{where}[{key!r}]")) for key, item in value.items()]
-    if type(value) is dict and all(type(key) is str and key != MARK for key in value):
+    if type(value) is dict and all(type(key) is str and key != _MARK for key in value):
         return dict(items)
     pairs = [[to_json(key, f"the key {key!r} of {where}"), item] for key, item in items]
     kind = next(name for name, one in _DICTIONARIES.items() if type(value) is one)
-    marked = [{MARK: "tuple", "items": pair} for pair in pairs]
-    return {MARK: kind, "items": marked}
+    marked = [{_MARK: "tuple", "items": pair} for pair in pairs]
+    return {_MARK: kind, "items": marked}

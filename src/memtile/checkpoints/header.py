@@ -11,43 +11,40 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 
 from memtile.errors import CheckpointError
 
-DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U64": torch.uint64,
-        "U32": torch.uint32,
-        "U16": torch.uint16,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-        "C64": torch.complex64,
-    }
-)
-BITS: Final[Mapping[str, int]] = MappingProxyType(
-    {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
-    | {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-)
-"""Bits of an element of each dtype of safetensors; torch lacks some."""
-CHECKSUMS: Final = "memtile.crc32"
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+# Bits of an element of each dtype of safetensors; torch lacks some of the dtypes.
+BITS: Final[Mapping[str, int]] = {
+    **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
+    **{"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+CHECKSUMS: Final = "memtile.crc32"  # the metadata key of the tensors' checksums
 LENGTH_BYTES: Final = 8
-LARGEST: Final = 100_000_000  # bytes of a header, as the safetensors library has it
+MAX_HEADER_BYTES: Final = 100_000_000  # bytes of a header: the limit of the safetensors library
 
 NO_PICKLES: Final = (
     "pickles can run any code, so they are never loaded; load it with the library that wrote it, "
@@ -59,30 +56,21 @@ NO_GGUF: Final = (
     "of its model and of its tokenizer"
 )
 
-_FIELDS: Final = 140  # brackets, quotes, words and offsets of a tensor, and its checksum
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_ENTRY_OVERHEAD: Final = 140  # brackets, quotes, words and offsets of a tensor, and its checksum
+_DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT: Final = 8
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file.
-
-    Attributes:
-        name: of the tensor.
-        kind: its dtype, as safetensors names it.
-        shape: of the tensor.
-        offset: where its bytes begin in the file.
-        nbytes: how many they are.
-        crc: their CRC-32, where the file has it.
-    """
+    """One tensor of a file."""
 
     name: str
-    kind: str
+    kind: str  # safetensors' name of its dtype
     shape: torch.Size
-    offset: int
+    offset: int  # of its first byte in the file
     nbytes: int
-    crc: int | None = None
+    crc: int | None = None  # CRC-32 of its bytes, where the file has one
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,32 +83,27 @@ class TensorEntry:
         return DTYPES[self.kind]
 
 
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """The tensors of a file by name, in the order of their bytes, and other texts."""
-
-    entries: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
-
-
-def header_bytes(raw: bytes, file_bytes: int, where: str) -> int:
+def header_length(raw: bytes, file_bytes: int, where: str) -> int:
     """The header's length, from a file's first bytes; CheckpointError where it can be none."""
     if len(raw) < LENGTH_BYTES:
         raise _not_whole(where, f"it has {file_bytes} bytes, fewer than a header")
     length = int.from_bytes(raw[:LENGTH_BYTES], "little")
-    if not 2 <= length <= LARGEST:
+    if not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointError(f"{where} {_what_else(raw[:LENGTH_BYTES])}")
     if LENGTH_BYTES + length > file_bytes:
         raise _not_whole(where, f"its header has {length} bytes, the file {file_bytes}")
     return length
 
 
-def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
-    """The header from its JSON; CheckpointError where it is not one of a file of this length."""
+def unpack(raw: bytes, file_bytes: int, where: str) -> dict[str, TensorEntry]:
+    """The tensors by name, in the order of their bytes, from the header's JSON.
+
+    CheckpointError where it is no header of a file of this length.
+    """
     try:
         table = parse_json(raw)
         metadata = dict(table.pop("__metadata__", None) or {})
-        crcs = parse_json(metadata.pop(CHECKSUMS, "{}"))
+        crcs = parse_json(metadata.get(CHECKSUMS, "{}"))
         start = LENGTH_BYTES + len(raw)
         entries = [_entry(name, fields, start, crcs) for name, fields in table.items()]
     except CheckpointError as error:
@@ -132,7 +115,7 @@ def unpack(raw: bytes, file_bytes: int, where: str) -> SafetensorsHeader:
         ) from error
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_places(entries, start, file_bytes, where)
-    return SafetensorsHeader(MappingProxyType({entry.name: entry for entry in entries}), metadata)
+    return {entry.name: entry for entry in entries}
 
 
 def parse_json(raw: bytes | str) -> Any:  # any JSON
@@ -141,19 +124,18 @@ def parse_json(raw: bytes | str) -> Any:  # any JSON
 
 
 def pack(
-    tensors: Sequence[tuple[str, str, Sequence[int]]],
-    metadata: Mapping[str, str],
-    crcs: Mapping[str, int] | None = None,
+    tensors: Sequence[tuple[str, str, Sequence[int]]], crcs: Mapping[str, int] | None = None
 ) -> bytes:
     """The beginning of a file with these tensors: name, safetensors' dtype and shape of each.
 
     Its length does not depend on the checksums.
     """
     known = {name: f"{(crcs or {}).get(name, 0):08x}" for name, _, _ in tensors}
-    table: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUMS: json.dumps(known)}}
+    metadata = {"format": "pt", CHECKSUMS: json.dumps(known)}  # transformers asks for the format
+    table: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name, kind, shape in tensors:
-        nbytes = size_of(kind, shape)
+        nbytes = tensor_bytes(kind, shape)
         place = [start, start + nbytes]
         table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": place}
         start += nbytes
@@ -162,14 +144,14 @@ def pack(
     return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
 
 
-def room_of(name: str, kind: str, shape: Sequence[int]) -> int:
+def max_entry_bytes(name: str, kind: str, shape: Sequence[int]) -> int:
     """The most bytes of a header that one tensor takes, its checksum included."""
     quoted = json.dumps(name)
     texts = (quoted, json.dumps(quoted), kind, json.dumps(list(shape)))
-    return sum(map(len, texts)) + _FIELDS
+    return sum(map(len, texts)) + _ENTRY_OVERHEAD
 
 
-def size_of(kind: str, shape: Sequence[int]) -> int:
+def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
     """The bytes of a tensor; ValueError where it does not end at a whole byte."""
     # not torch.Size.numel(), which overflows: 2**40 × 2**40 would have no bytes
     nbytes, rest = divmod(math.prod(shape) * BITS[kind], 8)
@@ -180,11 +162,11 @@ def size_of(kind: str, shape: Sequence[int]) -> int:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """safetensors' name of a dtype; CheckpointError where it has none."""
-    if dtype not in _NAMES:
+    if dtype not in _DTYPE_NAMES:
         raise CheckpointError(
             f"safetensors has no name for {dtype}; cast what is {dtype} before it is saved"
         )
-    return _NAMES[dtype]
+    return _DTYPE_NAMES[dtype]
 
 
 def _entry(
@@ -198,7 +180,7 @@ def _entry(
         )
     shape = torch.Size(fields["shape"])
     first, last = (operator.index(offset) for offset in fields["data_offsets"])
-    if min(shape, default=0) < 0 or last - first != size_of(kind, shape):
+    if min(shape, default=0) < 0 or last - first != tensor_bytes(kind, shape):
         raise ValueError(f"{name} has {last - first} bytes, not those of {tuple(shape)} {kind}")
     crc = crcs.get(name)
     return TensorEntry(

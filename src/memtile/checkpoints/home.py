@@ -129,7 +129,7 @@ class _CheckpointAllocation(Allocation):
         self._file.check_unchanged()
         used = max(0, min(into.numel(), self.nbytes - start))
         pages, address = self.home.pages, self.address + start
-        opened = self._file.opened()  # None: replaced, and only the map has the old bytes
+        opened = self._file.try_open()  # None: replaced, and only the map has the old bytes
         if used and (opened is None or not pages.works or pages.any(address, used)):
             mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
             into[:used].copy_(mapped[start : start + used])
@@ -142,7 +142,7 @@ class _CheckpointAllocation(Allocation):
 
 def _mapped(file: StoredFile) -> memoryview:
     """A private map of a file; Python's `mmap` would keep a descriptor of it open."""
-    opened, library = file.descriptor(), _c_library()
+    opened, library = file.open(), _c_library()
     size = os.fstat(opened.fd).st_size
     access = mmap.PROT_READ | mmap.PROT_WRITE
     # Without NORESERVE a file larger than the memory could not be mapped.
@@ -168,11 +168,8 @@ class CopiedPages:
     """Tells which pages of a private map were written to, and so were copied.
 
     The kernel's pagemap (proc(5)) has bits for each page: 63, in memory; 62, in swap; 61, the
-    file's. A page in memory or in swap that is not the file's was copied. The bits need no
-    privilege. A forked child opens its own pagemap.
-
-    Attributes:
-        works: whether the kernel tells, tried out on a map that is written to.
+    file's. A page in memory or in swap that is not the file's was copied. Some kernels do not tell:
+    `works` says whether a trial did.
     """
 
     def __init__(self) -> None:

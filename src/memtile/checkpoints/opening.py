@@ -2,10 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from memtile.checkpoints.header import NO_GGUF, NO_PICKLES, parse_json
@@ -30,36 +29,24 @@ _OF_TOKENIZER: Final = (
 )
 
 
-class Checkpoint(Mapping[str, StoredTensor]):
-    """The tensors of a checkpoint by their names; made by `Checkpoint.open`.
+class Checkpoint(dict[str, StoredTensor]):
+    """The tensors of a checkpoint by their names; made by `Checkpoint.open` or `Checkpoint.of`.
 
-    Attributes:
-        path: the path that was opened; of several, the first.
-        paths: all paths that were opened.
-        files: the files with tensors.
+    `paths` are those that were opened, `path` the first of them, `files` the files with tensors.
     """
 
     def __init__(self, paths: Sequence[Path], tensors: Iterable[StoredTensor]) -> None:
+        super().__init__((tensor.entry.name, tensor) for tensor in tensors)
         self.path, self.paths = paths[0], tuple(paths)
-        self._tensors = MappingProxyType({tensor.entry.name: tensor for tensor in tensors})
-        self.files = tuple({id(t.file): t.file for t in self._tensors.values()}.values())
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        self.files = tuple(dict.fromkeys(tensor.file for tensor in self.values()))
 
     @classmethod
     def of(cls, paths: Paths) -> "Checkpoint":
         """All tensors of one checkpoint, or of several together; no name may be in two of them."""
-        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        if not given:
-            raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
+        given = [paths] if isinstance(paths, str | os.PathLike) else paths
         opened = [cls.open(path) for path in given]
+        if not opened:
+            raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
         holders: dict[str, Path] = {}
         for checkpoint in opened:
             for name in checkpoint:
@@ -92,17 +79,12 @@ class Checkpoint(Mapping[str, StoredTensor]):
             return cls([place], _indexed(found))
         _check_suffix(found)
         file = StoredFile(found)
-        return cls([place], (StoredTensor(file, entry) for entry in file.header.entries.values()))
+        return cls([place], (StoredTensor(file, entry) for entry in file.entries.values()))
 
     @property
     def where(self) -> str:
         """The paths, for messages."""
         return " and ".join(map(str, self.paths))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.values())
 
     def check_sums(self) -> int:
         """Verify every tensor that has a checksum, or raise; gives how many these are."""
@@ -185,7 +167,7 @@ def _indexed(index: Path) -> Iterator[StoredTensor]:
     places = _weight_map(index)
     files = {name: _shard(index, name) for name in sorted(set(places.values()))}
     for name, shard in places.items():
-        entry = files[shard].header.entries.get(name)
+        entry = files[shard].entries.get(name)
         if entry is None:
             raise CheckpointError(
                 f"{index} says that {shard} holds {name!r}, and it does not: index and shards are "

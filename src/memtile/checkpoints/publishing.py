@@ -1,4 +1,4 @@
-"""Writes files whole or not at all: under a partial name, then synced and renamed."""
+"""Files that are never seen half-written: written under a partial name, synced and renamed."""
 
 import contextlib
 import errno
@@ -58,27 +58,21 @@ def new_file(target: Path) -> Iterator[tuple[int, Path]]:
             os.fsync(fd)
         finally:
             os.close(fd)
-    except OSError as error:
+    except BaseException as error:
         discard(partial)
-        raise cannot_write(target, error) from error
-    except BaseException:
-        discard(partial)
+        if isinstance(error, OSError):
+            raise cannot_write(target, error) from error
         raise
 
 
-def write_text(target: Path, text: str) -> None:
-    """Replace a small file, as `put` does."""
-    put(target, text.encode())
-
-
-def put(target: Path, content: bytes | Path) -> None:
-    """Replace a small file by these bytes or by a copy of another file, at once."""
+def replace_file(target: Path, content: str | bytes | Path) -> None:
+    """Replace a small file by this content or by a copy of another file, at once."""
     with new_file(target) as (fd, partial), os.fdopen(os.dup(fd), "wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
+        if isinstance(content, Path):
             with content.open("rb") as source:
                 shutil.copyfileobj(source, file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
     rename(partial, target)
 
 

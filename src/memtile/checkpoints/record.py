@@ -20,7 +20,7 @@ from torch import Tensor
 from memtile.checkpoints import header
 from memtile.checkpoints.exact_json import from_json, to_json
 from memtile.checkpoints.opening import SUFFIX, Checkpoint
-from memtile.checkpoints.publishing import write_text
+from memtile.checkpoints.publishing import replace_file
 from memtile.checkpoints.steps import RECORD
 from memtile.checkpoints.writing import Outgoing
 from memtile.errors import CheckpointError
@@ -39,7 +39,7 @@ def write_record(folder: Path, record: TrainingRecord) -> None:
     files = {path.name: _summary(path) for path in sorted(folder.iterdir())}
     full = {"format": FORMAT, **record, "files": files}
     text = json.dumps({"crc32": _crc_of(full), **full}, allow_nan=False)
-    write_text(folder / RECORD, text)
+    replace_file(folder / RECORD, text)
 
 
 def read_record(folder: Path) -> TrainingRecord:
@@ -84,7 +84,7 @@ def _summary(path: Path) -> dict[str, Any]:
         raw = file.read(header.LENGTH_BYTES) if path.name.endswith(SUFFIX) else file.read()
         size = path.stat().st_size
         if path.name.endswith(SUFFIX):
-            raw += file.read(header.header_bytes(raw, size, str(path)))
+            raw += file.read(header.header_length(raw, size, str(path)))
     return {"bytes": size, "crc32": f"{zlib.crc32(raw):08x}"}
 
 
@@ -110,17 +110,11 @@ def _damaged(path: Path) -> CheckpointError:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of the global random generators of Python, numpy and torch.
+    """The states of the global random generators of Python, numpy and torch."""
 
-    Attributes:
-        python: of `random.getstate`.
-        numpy: of `numpy.random.get_state`, with lists for arrays; None where numpy is not loaded.
-        torch: states of torch's generators, by device.
-    """
-
-    python: Any  # Python's own form
-    numpy: Any  # numpy's own form
-    torch: Mapping[str, Tensor]
+    python: Any  # of random.getstate
+    numpy: Any  # of numpy.random.get_state, with lists for arrays; None where numpy is not loaded
+    torch: Mapping[str, Tensor]  # by device
 
     @classmethod
     def now(cls) -> "RandomState":
@@ -129,13 +123,12 @@ class RandomState:
         if torch.cuda.is_initialized():
             states |= {f"{_CUDA}{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
         numpy = sys.modules.get("numpy")
-        found = None if numpy is None else _plain(numpy.random.get_state(legacy=False))
+        found = None if numpy is None else _with_lists(numpy.random.get_state(legacy=False))
         return cls(random.getstate(), found, states)
 
     def to_json(self) -> Any:  # any JSON
         """The part that goes into the record."""
-        both = {"python": self.python, "numpy": self.numpy}
-        return to_json(both, "the random state")
+        return to_json({"python": self.python, "numpy": self.numpy}, "the random state")
 
     def outgoing(self) -> list[Outgoing]:
         """The part that goes into a file of tensors."""
@@ -177,7 +170,7 @@ class RandomState:
             )
 
 
-def _plain(state: Any) -> Any:  # what numpy's generators say of themselves, and the same as JSON
+def _with_lists(state: Any) -> Any:  # numpy's own form, with lists for arrays
     if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
+        return {key: _with_lists(value) for key, value in state.items()}
     return state.tolist() if hasattr(state, "tolist") else state

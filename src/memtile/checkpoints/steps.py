@@ -1,8 +1,7 @@
 """A folder of training checkpoints, one folder for each saved step; the newest is always whole.
 
-A step is written under a partial name and renamed when it is complete. Older ones are renamed back
-to a partial name before they are removed. So after a `kill -9` every folder is whole or has a
-partial name.
+A step is written under a partial name and renamed when it is complete. An older one gets a partial
+name again before it is removed. So a `kill -9` leaves no incomplete folder with a step's name.
 """
 
 import contextlib
@@ -29,16 +28,10 @@ _held: set[tuple[int, int, int]] = set()  # process id, device and inode of `tra
 
 @dataclass(frozen=True, order=True)
 class SavedStep:
-    """One checkpoint of a folder.
+    """One checkpoint of a folder."""
 
-    Attributes:
-        step: the number of steps that were done.
-        again: how many times the same step had been saved before.
-        path: of the checkpoint's folder.
-    """
-
-    step: int
-    again: int
+    step: int  # steps that were done
+    again: int  # how many times the same step had been saved before
     path: Path
 
 
@@ -90,12 +83,8 @@ def new_step(
 ) -> Iterator[tuple[Path, Path]]:
     """A new checkpoint: the folder to write into, and its name after the block.
 
-    Where the block raises, nothing of it is left. Afterwards only the newest `keep` steps stay, and
-    folders without the file `record`.
-
-    Raises:
-        CheckpointWriteError: there is a newer step, another run is writing there, or it could not
-            be written; the checkpoints that were there are as they were.
+    Where the block raises, nothing of it is left. Afterwards the newest `keep` steps stay, and all
+    folders without the file `record`, which are of another format.
     """
     is_held = folder.is_dir() and _key(folder) in _held
     with nullcontext() if is_held else sole_writer(folder):

@@ -6,6 +6,7 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ MOST_OPEN: Final = 64  # files: some systems allow a process 256
 
 
 class _OpenFile:
-    """A file that is open for reading until this is garbage."""
+    """A file that is closed when nothing refers to this any more."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -32,76 +33,58 @@ class _OpenFile:
         self.close = weakref.finalize(self, os.close, self.fd)
 
 
-class _RecentFiles:
-    """The `MOST_OPEN` files that were used last; each act on the dictionary is atomic."""
-
-    def __init__(self) -> None:
-        self._opened: OrderedDict[int, _OpenFile] = OrderedDict()  # by id, the last used one last
-
-    def get(self, stored_file: "StoredFile") -> _OpenFile | None:
-        """The file, where it is open."""
-        return self._opened.get(id(stored_file))
-
-    def keep(self, stored_file: "StoredFile", opened: _OpenFile) -> None:
-        """Keep the file open; of too many, let go of those that were used first."""
-        self._opened[id(stored_file)] = opened
-        with contextlib.suppress(KeyError):  # another thread let go of it
-            self._opened.move_to_end(id(stored_file))
-            while len(self._opened) > MOST_OPEN:
-                self._opened.popitem(last=False)
-
-    def drop_with(self, stored_file: "StoredFile") -> None:
-        """Let go of the file once the `StoredFile` is garbage."""
-        weakref.finalize(stored_file, self._opened.pop, id(stored_file), None).atexit = False
-
-
-_recent = _RecentFiles()
+_open_files: OrderedDict[int, _OpenFile] = OrderedDict()  # by a StoredFile's id, last used last
 
 
 class StoredFile:
-    """One safetensors file, open while it is among the `MOST_OPEN` that were used last.
+    """One safetensors file: its `path`, and the `entries` of its tensors.
 
-    A file that was replaced by another is read as it was while it is open.
-
-    Attributes:
-        path: of the file.
-        header: the tensors in it.
-
-    Raises:
-        CheckpointError: it cannot be opened, or is not a whole safetensors file.
+    The `MOST_OPEN` files that were used last are kept open; a file that was replaced meanwhile is
+    read as it was. CheckpointError where it cannot be opened or is not a whole safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         opened = _OpenFile(path)
         try:
-            self.header = self._read_header(opened.fd)
+            self.entries = self._read_header(opened.fd)
         except BaseException:
             opened.close()  # not when the traceback goes
             raise
         self._identity = _identity(os.fstat(opened.fd))
-        _recent.drop_with(self)
-        _recent.keep(self, opened)
+        weakref.finalize(self, _open_files.pop, id(self), None).atexit = False
+        self._keep_open(opened)
 
-    def _read_header(self, fd: int) -> header.SafetensorsHeader:
+    def _read_header(self, fd: int) -> dict[str, TensorEntry]:
         where, size = str(self.path), os.fstat(fd).st_size
         try:
-            length = header.header_bytes(os.pread(fd, header.LENGTH_BYTES, 0), size, where)
+            length = header.header_length(os.pread(fd, header.LENGTH_BYTES, 0), size, where)
             raw = os.pread(fd, length, header.LENGTH_BYTES)
         except OSError as error:  # a folder, say
             raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
         return header.unpack(raw, size, where)
 
-    def opened(self) -> _OpenFile | None:
+    def _keep_open(self, opened: _OpenFile) -> None:
+        """Keep the file open; of more than `MOST_OPEN`, close those that were used first.
+
+        Each call of the dictionary's methods is atomic.
+        """
+        _open_files[id(self)] = opened
+        with contextlib.suppress(KeyError):  # another thread closed it
+            _open_files.move_to_end(id(self))
+            while len(_open_files) > MOST_OPEN:
+                _open_files.popitem(last=False)
+
+    def try_open(self) -> _OpenFile | None:
         """The file, opened if need be; None where its name is gone or another file's."""
-        found = _recent.get(self)
+        found = _open_files.get(id(self))
         if found is None:
             if not self.path.exists():
                 return None
             found = _OpenFile(self.path)
             if not self._is_same(os.fstat(found.fd)):
                 return None
-        _recent.keep(self, found)
+        self._keep_open(found)
         return found
 
     def _is_same(self, found: os.stat_result) -> bool:
@@ -117,13 +100,13 @@ class StoredFile:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where the file was written to since it was opened first."""
-        found = _recent.get(self)
+        found = _open_files.get(id(self))
         with contextlib.suppress(FileNotFoundError):  # a removed file's bytes stay the same
             self._is_same(os.stat(self.path) if found is None else os.fstat(found.fd))
 
-    def descriptor(self) -> _OpenFile:
+    def open(self) -> _OpenFile:
         """The file, opened if need be; CheckpointError where it was replaced or changed."""
-        opened = self.opened()
+        opened = self.try_open()
         if opened is None:
             raise CheckpointError(
                 f"{self.path} was replaced or removed while it was in use (only the last "
@@ -133,7 +116,7 @@ class StoredFile:
 
     def fill(self, entry: TensorEntry, into: Tensor, start: int) -> None:
         """Read the entry's bytes from `start` on into all of a contiguous CPU tensor."""
-        opened = self.descriptor()
+        opened = self.open()
         try:
             disk_io.fill(opened.fd, disk_io.bytes_of(into), entry.offset + start)
         except HomeIOError as error:
@@ -146,16 +129,12 @@ def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+@dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor of a checkpoint. Everything that reads it may raise `CheckpointError`.
+    """One tensor of a checkpoint: an entry of a file. Reading it may raise `CheckpointError`."""
 
-    Attributes:
-        file: holds it.
-        entry: its name, dtype, shape and place in the file.
-    """
-
-    def __init__(self, file: StoredFile, entry: TensorEntry) -> None:
-        self.file, self.entry = file, entry
+    file: StoredFile
+    entry: TensorEntry
 
     @property
     def shape(self) -> torch.Size:
@@ -177,9 +156,10 @@ class StoredTensor:
         return self.elements(0, self.shape.numel()).view(self.shape)
 
     def raw(self) -> Iterator[Tensor]:
-        """Its bytes, also of dtypes that torch lacks, each time in new memory of a few MiB."""
+        """Its bytes, also of dtypes that torch lacks: a few MiB of memory, filled again."""
+        buffer = torch.empty(min(PIECE_BYTES, self.nbytes), dtype=torch.uint8)
         for start in range(0, self.nbytes, PIECE_BYTES):
-            piece = torch.empty(min(PIECE_BYTES, self.nbytes - start), dtype=torch.uint8)
+            piece = buffer[: self.nbytes - start]
             self.file.fill(self.entry, piece, start)
             yield piece
 
@@ -198,10 +178,8 @@ class StoredTensor:
         """Verify the checksum; False where the file has none."""
         if self.entry.crc is None:
             return False
-        crc, buffer = 0, torch.empty(min(PIECE_BYTES, self.nbytes), dtype=torch.uint8)
-        for start in range(0, self.nbytes, PIECE_BYTES):
-            piece = buffer[: min(PIECE_BYTES, self.nbytes - start)]
-            self.file.fill(self.entry, piece, start)
+        crc = 0
+        for piece in self.raw():
             crc = zlib.crc32(disk_io.bytes_of(piece), crc)
         if crc != self.entry.crc:
             raise CheckpointError(

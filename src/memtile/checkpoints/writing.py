@@ -23,48 +23,42 @@ from memtile.checkpoints.opening import INDEX_SUFFIX, PARTIAL, SUFFIX
 from memtile.checkpoints.publishing import (
     discard,
     new_file,
-    put,
     rename,
+    replace_file,
     sole_writer,
     sync_folder,
-    write_text,
 )
 from memtile.errors import ArgumentError, CheckpointError
 from memtile.homes import disk_io
 
 SHARD_BYTES: Final = 5_000_000_000  # what the Hub recommends
 
-_ROOM: Final = 200  # bytes of a header beside its tensors
+_HEADER_OVERHEAD: Final = 200  # bytes of a header beside its tensors
 _SHOWN: Final = 40  # characters of a name that is too long
-_METADATA: Final[Mapping[str, str]] = {"format": "pt"}  # transformers asks for it
 
 
 @dataclass(frozen=True)
 class Outgoing:
     """One tensor to be written.
 
-    Args:
-        name: of the tensor.
-        dtype: of torch, or by safetensors' name.
-        shape: of the tensor.
-        pieces: gives its bytes in order, in contiguous CPU tensors; each is written before the next
-            is asked for.
+    `pieces` gives its bytes in order, in contiguous CPU tensors; each is written before the next is
+    asked for.
     """
 
     name: str
-    dtype: torch.dtype | str
+    dtype: torch.dtype | str  # torch's, or safetensors' name of one that torch lacks
     shape: torch.Size
     pieces: Callable[[], Iterable[Tensor]]
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Outgoing":
-        """One that is in memory as a whole."""
+        """A tensor that is in memory."""
         return cls(name, tensor.dtype, tensor.shape, lambda: [tensor.detach().cpu().contiguous()])
 
     @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return header.size_of(self.kind, self.shape)
+        return header.tensor_bytes(self.kind, self.shape)
 
     @property
     def kind(self) -> str:
@@ -111,7 +105,7 @@ def write_checkpoint(
             for name, shard in zip(names, shards, strict=True):
                 written.append(_write_partial(place / name, shard))
             for name, content in (beside or {}).items():
-                put(place / name, content)
+                replace_file(place / name, content)
             if len(names) == 1:
                 rename(written[0], place / names[0])
             else:
@@ -131,26 +125,28 @@ def _check_names(tensors: Iterable[Outgoing]) -> None:
                 f"two tensors are named {tensor.name!r}; give each a name of its own"
             )
         seen.add(tensor.name)
-        if header.room_of(tensor.name, tensor.kind, tensor.shape) > header.LARGEST - _ROOM:
+        entry_bytes = header.max_entry_bytes(tensor.name, tensor.kind, tensor.shape)
+        limit = header.MAX_HEADER_BYTES
+        if entry_bytes > limit - _HEADER_OVERHEAD:
             raise CheckpointError(
                 f"the name {tensor.name[:_SHOWN]!r}… has {len(tensor.name)} characters, and a "
-                f"header of safetensors {header.LARGEST} bytes; give the tensor a shorter name"
+                f"header of safetensors {limit} bytes; give the tensor a shorter name"
             )
 
 
 def _in_shards(tensors: Sequence[Outgoing], max_shard_bytes: int) -> list[list[Outgoing]]:
     """The tensors of each file, by the limits of its bytes and of its header's."""
     shards: list[list[Outgoing]] = [[]]
-    size = room = 0
+    size, header_size, header_limit = 0, 0, header.MAX_HEADER_BYTES - _HEADER_OVERHEAD
     for tensor in tensors:
-        own = header.room_of(tensor.name, tensor.kind, tensor.shape)
-        is_full = size + tensor.nbytes > max_shard_bytes or room + own > header.LARGEST - _ROOM
+        own = header.max_entry_bytes(tensor.name, tensor.kind, tensor.shape)
+        is_full = size + tensor.nbytes > max_shard_bytes or header_size + own > header_limit
         if shards[-1] and is_full:
             shards.append([])
-            size = room = 0
+            size = header_size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-        room += own
+        header_size += own
     return shards
 
 
@@ -169,14 +165,14 @@ def _write_partial(target: Path, tensors: Sequence[Outgoing]) -> Path:
     """One complete file under a partial name; the header is written last, with the checksums."""
     ordered = sorted(tensors, key=lambda tensor: -header.BITS[tensor.kind])  # each one aligned
     shapes = [(tensor.name, tensor.kind, tensor.shape) for tensor in ordered]
-    offset = len(header.pack(shapes, _METADATA))
+    offset = len(header.pack(shapes))
     with new_file(target) as (fd, partial):
         os.posix_fallocate(fd, 0, offset + sum(tensor.nbytes for tensor in ordered))
         crcs = {}
         for tensor in ordered:
             crcs[tensor.name] = _write_tensor(fd, tensor, offset)
             offset += tensor.nbytes
-        disk_io.drain(fd, memoryview(header.pack(shapes, _METADATA, crcs)), 0)
+        disk_io.drain(fd, memoryview(header.pack(shapes, crcs)), 0)
     return partial
 
 
@@ -206,7 +202,7 @@ def _publish(
     try:
         for partial, name in zip(partials, names, strict=True):
             rename(partial, folder / name)
-        write_text(index, text)
+        replace_file(index, text)
     except BaseException:
         # After a Ctrl-C the index may be the new one already: then the new shards are needed.
         if not (index.exists() and index.read_text() == text):

@@ -17,7 +17,7 @@ import typer
 from memtile.checkpoints import Checkpoint
 from memtile.checkpoints.header import NO_GGUF
 from memtile.checkpoints.opening import tokenizer_files
-from memtile.checkpoints.publishing import put
+from memtile.checkpoints.publishing import replace_file
 from memtile.cli.errors import CommandError, first_line, is_our_bug
 from memtile.convert import empty_model
 from memtile.convert.name_matching import find
@@ -161,7 +161,7 @@ def tokenizer_of(folder: Path, trusts_code: bool = False) -> "PreTrainedTokenize
 def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copies a tokenizer's files: written anew, its class has a name that older readers refuse."""
     for name, path in tokenizer_files(folder).items():
-        put(out / name, path)
+        replace_file(out / name, path)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -1,8 +1,8 @@
 """`config.json` and `generation_config.json` of a saved transformers model.
 
-The files of the folder that the model was made from are copied byte for byte, and changed only
-where the model differs. If transformers wrote them again, they would have other keys: older readers
-take 10000 for a `rope_theta` that was moved into `rope_parameters`.
+The files of the folder that the model was made from are copied, and changed only where the model
+differs. If transformers wrote them, keys would move, and older readers would take defaults: 10000
+for a `rope_theta` that is in `rope_parameters`.
 """
 
 import copy

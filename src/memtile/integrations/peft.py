@@ -1,7 +1,6 @@
 """PEFT: the frozen base linears are tiled; adapters stay dense and are saved as they are."""
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,8 +17,6 @@ _ROWS = "PEFT trains some of its rows, and reads them from the embedding itself"
 
 
 def _keeps(model: nn.Module) -> dict[str, str]:
-    if "peft.tuners.tuners_utils" not in sys.modules:
-        return {}
     return {
         f"{name}.{child}" if name else child: reason
         for name, module in model.named_modules()
@@ -47,7 +44,7 @@ def patch_peft() -> None:
 
 
 def _save_pretrained(
-    plain: Callable[..., Any], model: Any, save_directory: str, *args: Any, **kwargs: Any
+    original: Callable[..., Any], model: Any, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Write the folder; no weight of the base comes into memory that is not written.
 
@@ -58,7 +55,7 @@ def _save_pretrained(
     tiles = model.state_dict() if given is None else given
     unsaved = _names_of_weights(model, kwargs.get("save_embedding_layers") is True)
     dense = dict(dense_items(model, {k: v for k, v in tiles.items() if k not in unsaved}))
-    return plain(model, save_directory, *args, state_dict=dense, **kwargs)
+    return original(model, save_directory, *args, state_dict=dense, **kwargs)
 
 
 def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:

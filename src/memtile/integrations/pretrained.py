@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memtile.checkpoints import Checkpoint
 from memtile.convert import WAY_OUT, empty_model, persistent_buffers
@@ -124,20 +124,13 @@ def dtype_of(config: Any, folder: Path | None) -> torch.dtype:  # config: a Pret
 
 
 def keep_in_float32(model: nn.Module) -> None:
-    """Make parameters float32 that transformers keeps so in 16-bit models, such as T5's `wo`.
-
-    Args:
-        model: has parameters without values.
-    """
+    """Make float32, in a model without values, what transformers keeps so, such as T5's `wo`."""
     for found in outermost(model):
         dtype = found.config.dtype
         plan = found._get_dtype_plan(dtype) if isinstance(dtype, torch.dtype) else {}
         patterns = {re.compile(glob.replace("*", ".*")): kept for glob, kept in plan.items()}
-        tensors: list[tuple[str, Tensor]] = [
-            *found.named_parameters(remove_duplicate=False),
-            *persistent_buffers(found),
-        ]
-        for name, tensor in tensors:
+        parameters = found.named_parameters(remove_duplicate=False)
+        for name, tensor in (*parameters, *persistent_buffers(found)):
             kept = next((to for pattern, to in patterns.items() if pattern.search(name)), dtype)
             if tensor.dtype == dtype != kept:
                 tensor.data = tensor.data.to(kept)

@@ -25,7 +25,7 @@ _TAKEN_OVER = ("hf_quantizer", "hf_device_map", "_hf_peft_config_loaded", "_tp_s
 
 
 def save_pretrained(
-    plain: Callable[..., Any],
+    original: Callable[..., Any],
     model: Any,
     save_directory: str | Path,
     is_main_process: bool = True,
@@ -35,18 +35,12 @@ def save_pretrained(
 ) -> Any:
     """Write the folder of a tiled transformers model, tile by tile where that is possible.
 
-    Where transformers renames or joins weights on saving, or gets options or a state dict, the
-    dense weights are in memory while it writes them.
-
-    `plain` is transformers' own method; `state_dict` has names of tiles, as a trainer passes it.
-
-    Raises:
-        CannotTileError: a tile computes its weight, so there is no dense checkpoint; transformers
-            is to write shards of tiles; or it cannot be known whether the model's class makes
-            tiles itself, so that its checkpoints have tiles.
+    Where transformers renames or joins weights on saving, or gets options or a state dict (with
+    names of tiles, as a trainer passes it), the dense weights are in memory while it writes them.
+    `original` is transformers' own method.
     """
     if _own_tiles(model):
-        return plain(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+        return original(model, save_directory, is_main_process, state_dict, *args, **kwargs)
     if kwargs.get("distributed_checkpoint"):
         raise CannotTileError(
             "distributed_checkpoint=True writes the names of tiles, which no plain model has; "
@@ -70,7 +64,7 @@ def save_pretrained(
     for name, tensor in dense_items(model, tiles):
         key = _tile_storages(model, name) or (id(tensor),)
         dense[name] = known.setdefault(key, tensor)
-    return plain(model, save_directory, is_main_process, dense, *args, **kwargs)
+    return original(model, save_directory, is_main_process, dense, *args, **kwargs)
 
 
 def _tiled(model: nn.Module) -> dict[str, TiledModule]:
@@ -80,8 +74,7 @@ def _tiled(model: nn.Module) -> dict[str, TiledModule]:
 def _own_tiles(model: Any) -> set[str]:
     """Names of tiled layers that the model's class makes itself: its checkpoints have tiles.
 
-    Raises:
-        CannotTileError: it cannot be known, or only some tiled layers are such.
+    CannotTileError where it cannot be known, or only some tiled layers are such.
     """
     layers = _tiled(model)
     made = [name for name, layer in layers.items() if not layer.stands_for_dense]
@@ -143,22 +136,21 @@ def loaded_class(module: str, name: str) -> Any:
 def with_tiles(cls: Any, name: str, act: Callable[..., Any]) -> None:
     """Replace a method by `act(own_method, model, …)` for models with tiles; once for each class.
 
-    Raises:
-        CannotTileError: the class's own method is running at this moment, without regard to tiles.
+    CannotTileError where the class's own method is running at this moment: it ignores tiles.
     """
-    plain = getattr(cls, name)
-    if hasattr(plain, _MARK):
+    original = getattr(cls, name)
+    if hasattr(original, _MARK):
         return
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # as the class's own
         if not any(isinstance(module, TiledModule) for module in model.modules()):
-            return plain(model, *args, **kwargs)
-        return act(plain, model, *args, **kwargs)
+            return original(model, *args, **kwargs)
+        return act(original, model, *args, **kwargs)
 
     setattr(method, _MARK, True)
     setattr(cls, name, method)
-    if _is_running(getattr(plain, "__code__", None)):
+    if _is_running(getattr(original, "__code__", None)):
         raise CannotTileError(
             f"{cls.__name__}.{name} was loaded after the tiles were made, and has begun without "
             "knowing them: call it again"

@@ -124,14 +124,14 @@ def patch_transformers() -> None:
         with_tiles(cls, "tie_weights", _tie_weights)
 
 
-def _tie_weights(plain: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def _tie_weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Do nothing where the ties are kept, as `tile` does.
 
     transformers would look for dense names among the parameters, and pad a tied head's bias.
     """
     ties = getattr(model, "all_tied_weights_keys", None)
     if ties is None or not all(_is_tied(model, *names) for names in ties.items()):
-        plain(model, *args, **kwargs)
+        original(model, *args, **kwargs)
 
 
 def _is_tied(model: nn.Module, *names: str) -> bool:
@@ -219,16 +219,17 @@ def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | Non
     vocabulary = config.get_text_config().vocab_size
     last = "logits_to_keep" in inspect.signature(found[0].forward).parameters
 
+    outputs: list[Any] = []  # their cache stays in memory while text is generated
+
     def forward(meta_copy: Any) -> Tensor | None:
         ids = (torch.arange(tokens) * max(1, vocabulary // tokens) % vocabulary).view(batch, -1)
         if trains:
             loss: Tensor = meta_copy(input_ids=ids, labels=ids, use_cache=False).loss
             return loss
         keep = {"logits_to_keep": 1} if last else {}
-        kept[:] = [meta_copy(input_ids=ids, use_cache=True, **keep)]
+        outputs[:] = [meta_copy(input_ids=ids, use_cache=True, **keep)]
         return None
 
-    kept: list[Any] = []  # the cache stays in memory while text is generated
     return forward
 
 

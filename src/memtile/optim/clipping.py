@@ -26,18 +26,11 @@ def clip_gradients(
     """Scale the gradients to a norm of at most `max_norm`; gives the norm before.
 
     Source: the formula, with its 1e-6, is that of `torch.nn.utils.clip_grad_norm_`.
-
-    Raises:
-        OptimizerError: with `error_if_nonfinite`, the norm is not finite; nothing was scaled.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    homes = {
-        allocation.home
-        for allocation in map(streamed_allocation, gradients)
-        if allocation is not None
-    }
+    homes = {each.home for each in map(streamed_allocation, gradients) if each is not None}
     for home in homes:
         rings_of(home).steps.clear()  # gradients may have been written since they were read
     norms = _norms(gradients, norm_type)
@@ -88,10 +81,10 @@ def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tenso
 class _ClippingCheck:
     """Has torch's clipping functions refuse parameters that are stepped in backward.
 
-    A parameter that is stepped in backward has no gradient, so torch would clip nothing and say 0;
-    and `p.grad is None` is an ordinary state, which tells nothing. Names in `torch.nn.utils` are
-    not replaced: code that imported them before would keep the old ones. All of the functions are
-    made by torch's `@_no_grad`, and hold what they call in a closure; that is replaced.
+    Such a parameter has no gradient, so torch would clip nothing and say 0. Names in
+    `torch.nn.utils` are not replaced: code that imported them before would keep the old ones. All
+    of the functions are made by torch's `@_no_grad`, and hold what they call in a closure; that is
+    replaced.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ the dense parameter has in the dense model.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,7 +21,7 @@ from memtile.optim.stepping import is_shaped
 
 Index = tuple[int, int]
 ParamGroup = dict[str, Any]  # torch's own: holds whatever the optimizer's class wants
-Packed = dict[str, Any]  # a state dict of an optimizer, as torch writes it
+StateDict = dict[str, Any]  # a state dict of an optimizer, as torch writes it
 
 
 @runtime_checkable
@@ -98,8 +98,7 @@ def _joined(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
 def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[DenseParameter]]:
     """The dense parameters of each group, in order; those that are not the model's have name "".
 
-    Raises:
-        OptimizerError: a group holds some tiles of a weight and not all.
+    OptimizerError where a group holds some tiles of a weight and not all.
     """
     of: dict[nn.Parameter, DenseParameter] = {
         part.parameter: dense for dense in dense_parameters(model) for part in dense.parts
@@ -122,19 +121,18 @@ def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list
 
 def to_dense_state(
     model: nn.Module, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[ParamGroup]
-) -> Packed:
+) -> StateDict:
     """The state dict over the dense model, joined from the tiles' states."""
-    result: Packed = {"state": {}, "param_groups": []}
-    number = 0
+    result: StateDict = {"state": {}, "param_groups": []}
+    numbers = count()
     for own, members in zip(groups, by_group(model, groups), strict=True):
-        numbers = list(range(number, number + len(members)))
-        number += len(members)
-        result["param_groups"].append({**own, "params": numbers})
-        for key, dense in zip(numbers, members, strict=True):
+        numbered = {next(numbers): dense for dense in members}
+        result["param_groups"].append({**own, "params": list(numbered)})
+        for number, dense in numbered.items():
             held = (part.parameter for part in dense.parts)
             kept = {each: states[each] for each in held if states.get(each)}
             if kept:
-                result["state"][key] = _join(dense, kept)
+                result["state"][number] = _join(dense, kept)
     return result
 
 
@@ -174,49 +172,48 @@ def _joined_entry(
 def load_dense_state(
     optimizer: Optimizer,
     model: nn.Module,
-    packed: Packed,
+    state_dict: StateDict,
     stepped_dtype: Callable[[Tensor], torch.dtype],
 ) -> None:
     """Cut a state dict over the dense model into the optimizer's `state` and `param_groups`.
 
-    `stepped_dtype` gives the dtype of a parameter's state.
-
-    Raises:
-        OptimizerError: it does not fit; nothing was changed.
+    `stepped_dtype` gives the dtype of a parameter's state. Nothing is changed by one that does not
+    fit.
     """
-    numbered = _checked(packed, by_group(model, optimizer.param_groups))
+    numbered = _checked(state_dict, by_group(model, optimizer.param_groups))
     states: dict[Tensor, dict[str, Any]] = {}
     for dense, number in numbered:
-        if number in packed["state"]:
+        if number in state_dict["state"]:
+            entries = state_dict["state"][number].items()
             for part in dense.parts:
-                dtype, entries = stepped_dtype(part.parameter), packed["state"][number].items()
+                dtype = stepped_dtype(part.parameter)
                 states[part.parameter] = {k: _cut(dense, part, v, dtype) for k, v in entries}
-    for own, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
+    for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         own.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
     optimizer.state.clear()
     optimizer.state.update(states)
 
 
 def _checked(
-    packed: Packed, members: list[list[DenseParameter]]
+    state_dict: StateDict, members: list[list[DenseParameter]]
 ) -> list[tuple[DenseParameter, Any]]:
     """Each dense parameter with its index in a state dict that fits."""
-    if not {"state", "param_groups"} <= packed.keys():
+    if not {"state", "param_groups"} <= state_dict.keys():
         raise OptimizerError(
-            f"a dictionary of {sorted(map(str, packed))[:4]} is no state dict of an optimizer, "
+            f"a dictionary of {sorted(map(str, state_dict))[:4]} is no state dict of an optimizer, "
             "which has 'state' and 'param_groups'; give what optimizer.state_dict() gave"
         )
-    theirs = [len(group["params"]) for group in packed["param_groups"]]
+    theirs = [len(group["params"]) for group in state_dict["param_groups"]]
     ours = [len(group) for group in members]
     if theirs != ours:
         raise OptimizerError(
             f"the state dict has {theirs} parameters in its groups, the dense model {ours}: it is "
             "of another model, or its groups were made otherwise; load it where it was saved"
         )
-    numbers = [number for group in packed["param_groups"] for number in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     numbered = list(zip(chain(*members), numbers, strict=True))
     for dense, number in numbered:
-        for key, entry in packed["state"].get(number, {}).items():
+        for key, entry in state_dict["state"].get(number, {}).items():
             if isinstance(entry, Tensor) and entry.numel() > 1 and entry.shape != dense.shape:
                 raise OptimizerError(
                     f"{dense.name}: the state dict's {key} is {tuple(entry.shape)}, the "

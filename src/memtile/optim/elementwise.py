@@ -1,7 +1,7 @@
 """The checks that an optimizer can step a parameter in slices; others are refused by name."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any  # options and state hold whatever the optimizer's class wants
 
 import torch
@@ -10,11 +10,9 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 
-# Steps slices in place, all of them once for each of the given rounds of gradients.
-Training = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]]], None]
-
+# (dimension, sizes) to cut the trial matrix into slices: ragged, so that no two means agree.
+TRIAL_CUTS = ((0, (2, 4)), (1, (3, 7)))
 _SHAPE = (6, 10)
-_CUTS = ((0, (2, 4)), (1, (3, 7)))  # (dimension, sizes): ragged, so that no two means agree
 _SCALES = (1.0, 100.0, 0.01)  # of each step's gradients: shows a threshold on a norm
 _ULPS = 8  # vector loop and scalar tail may round differently
 _WAY_OUT = (
@@ -56,26 +54,7 @@ def refuse_differentiable(name: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def construct(
-    optimizer_class: type[Optimizer], params: Iterable[Any], options: Mapping[str, Any]
-) -> Optimizer:
-    """The optimizer of these parameters or groups; OptimizerError whatever the class raises."""
-    try:
-        return optimizer_class(params, **options)
-    except Exception as error:  # the constructor may be anyone's
-        raise OptimizerError(
-            f"{optimizer_class.__name__} does not take {spelled(options)}: {error}; give options "
-            "that its constructor takes, for a float32 matrix on the CPU"
-        ) from error
-
-
-def spelled(options: Mapping[str, Any]) -> str:
-    """The options as written in a call, for messages."""
-    written = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return f"the options ({written})" if written else "no options"
-
-
-def steps(step: Callable[[nn.Parameter], object], dtype: torch.dtype, *, sparse: bool) -> bool:
+def can_step(step: Callable[[nn.Parameter], object], dtype: torch.dtype, *, sparse: bool) -> bool:
     """Whether a small parameter with a sparse or a dense gradient can be stepped."""
     try:
         parameter, gradient = nn.Parameter(stand_in_values(dtype)), stand_in_values(dtype)
@@ -96,12 +75,10 @@ def refusal(name: str, why: str) -> OptimizerError:
     return OptimizerError(f"{name} {why}: {_WAY_OUT}")
 
 
-def state_dtypes(name: str, state: Mapping[str, Any]) -> dict[str, torch.dtype]:
+def dtypes_of_state(name: str, state: Mapping[str, Any]) -> dict[str, torch.dtype]:
     """The dtypes of the entries of a stand-in's state that are shaped like it.
 
-    Raises:
-        OptimizerError: a tensor in it is neither one number nor a plain dense tensor of the
-            stand-in's shape, in an entry of its own.
+    OptimizerError for a tensor that is neither one number nor a plain entry of that shape.
     """
     for key, entry in state.items():
         for tensor in _tensors_in(entry):
@@ -129,32 +106,18 @@ def _tensors_in(entry: object) -> list[Tensor]:
     return [entry] if isinstance(entry, Tensor) else []
 
 
-def slices_agree(whole: Training, pieces: Training, dtype: torch.dtype) -> bool:
-    """Whether a matrix comes out the same stepped whole, as torch does, and in slices.
-
-    Three steps, cut once by rows and once by columns; a few last bits may differ. What happens
-    only after more steps, or on another device, is not seen.
-    """
+def trial_values(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A small matrix, and its gradients in three steps."""
     generator = torch.Generator(device="cpu").manual_seed(20260101)
 
     def draw() -> Tensor:
         drawn = torch.randn(_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(dtype)
 
-    matrix, gradients = draw(), [scale * draw() for scale in _SCALES]
-    truth = matrix.clone()
-    whole([truth], [[gradient.clone()] for gradient in gradients])
-    allowed = _ULPS * torch.finfo(dtype).eps * float(truth.abs().max())
-    results = (_cut_and_stepped(matrix, gradients, *cut, pieces) for cut in _CUTS)
-    return all(torch.allclose(r, truth, rtol=0, atol=allowed, equal_nan=True) for r in results)
+    return draw(), [scale * draw() for scale in _SCALES]
 
 
-def _cut_and_stepped(
-    matrix: Tensor, gradients: Sequence[Tensor], dim: int, sizes: tuple[int, ...], train: Training
-) -> Tensor:
-    def cut(tensor: Tensor) -> list[Tensor]:
-        return [piece.clone() for piece in tensor.split(sizes, dim)]
-
-    pieces = cut(matrix)
-    train(pieces, [cut(gradient) for gradient in gradients])
-    return torch.cat(pieces, dim)
+def agree(ours: Tensor, truth: Tensor) -> bool:
+    """Whether two results of trial steps differ in a few last bits at most."""
+    allowed = _ULPS * torch.finfo(truth.dtype).eps * float(truth.abs().max())
+    return torch.allclose(ours, truth, rtol=0, atol=allowed, equal_nan=True)

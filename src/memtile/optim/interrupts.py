@@ -23,18 +23,18 @@ class Deferral:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal, unless one waits already or the update was given up."""
         if self._came or not self._is_under_way():
-            self.stand_down()
+            self.restore_handler()
             self._before(number, frame)
         self._came = True
 
     def end(self) -> None:
         """The update is whole: handle the signal that waited."""
-        self.stand_down()
+        self.restore_handler()
         if self._came:
             self._came = False
             self._before(signal.SIGINT, None)
 
-    def stand_down(self) -> None:
+    def restore_handler(self) -> None:
         """Set the handler that was there before, where this thread may."""
         current: object = signal.getsignal(signal.SIGINT)
         if current is self and threading.current_thread() is threading.main_thread():
@@ -65,26 +65,23 @@ def uninterrupted() -> Iterator[None]:
 
 
 class _Task:
-    """Held by autograd's callbacks: gone with the backward, also where that fails."""
+    """Held by autograd's callbacks only, so freed at the end of a backward, failed or not."""
 
 
 def uninterrupted_backward() -> None:
-    """From now to the end of the running backward, Ctrl-C waits.
+    """From now to the end of the running backward Ctrl-C waits.
 
-    After a backward that fails, the handler from before is in place. Of nested backwards
-    (reentrant checkpointing) it is the innermost that counts.
+    A backward that fails puts the handler from before in place. Of nested backwards (reentrant
+    checkpointing) the innermost counts.
     """
     task = _Task()
     running = weakref.ref(task)
     deferral = _begin(lambda: running() is not None)
     if deferral is not None:
-        weakref.finalize(task, deferral.stand_down).atexit = False
-        Variable._execution_engine.queue_callback(partial(_end_last, task, deferral))
-
-
-def _end_last(task: _Task, deferral: Deferral) -> None:
-    """Run after all other callbacks: autograd skips those that follow an exception."""
-    Variable._execution_engine.queue_callback(partial(_end, task, deferral))
+        weakref.finalize(task, deferral.restore_handler).atexit = False
+        queue = Variable._execution_engine.queue_callback
+        # Queued by a callback, `_end` runs after all others: autograd skips those after an error.
+        queue(partial(queue, partial(_end, task, deferral)))
 
 
 def _end(task: _Task, deferral: Deferral) -> None:

@@ -28,7 +28,7 @@ from memtile.homes import (
     trim_heap,
     whole_pages,
 )
-from memtile.optim.inner import Inner, ParameterSlice
+from memtile.optim.slice_optimizer import ParameterSlice, SliceOptimizer
 from memtile.transfer import Lease, rings_of
 
 MASTER = "master"
@@ -43,17 +43,11 @@ StateDtypes = dict[str, torch.dtype]
 
 @dataclass
 class StepTensors:
-    """What one step of a parameter works on.
+    """What one step of a parameter works on."""
 
-    Attributes:
-        tensors: value, gradient, and the state's tensors by their keys.
-        new: for the keys that have no values yet, the tensors to put into the state.
-        leases: slabs, with the keys of the tensors that they hold.
-    """
-
-    tensors: dict[str, Tensor]
-    new: ParameterState
-    leases: list[tuple[Lease, Sequence[str]]] = field(default_factory=list)
+    tensors: dict[str, Tensor]  # by key: value, gradient, and the state's tensors
+    new: ParameterState  # state tensors without values yet, which this step makes
+    leases: list[tuple[Lease, Sequence[str]]] = field(default_factory=list)  # slabs, their keys
 
     def add(self, lease: Lease, keys: Sequence[str]) -> None:
         """Work on the tensors of these keys in slabs."""
@@ -66,55 +60,40 @@ class StepTensors:
             lease.store(*(number for number, key in enumerate(keys) if key != GRADIENT))
 
 
+@dataclass(eq=False)
 class Stepper:
-    """Steps parameters one at a time.
+    """Steps parameters one at a time; `keeps_masters`: those of 16 bits in float32."""
 
-    Args:
-        inner: the optimizer, applied to slices of parameters.
-        state: of every parameter, as `torch.optim.Optimizer.state`.
-        keeps_masters: whether 16-bit parameters are stepped in float32.
-        model: has the parameters' names, for errors.
-    """
-
-    def __init__(
-        self,
-        inner: Inner,
-        state: MutableMapping[Tensor, ParameterState],
-        keeps_masters: bool,
-        model: nn.Module,
-    ) -> None:
-        self._inner, self._state, self._keeps_masters = inner, state, keeps_masters
-        self._model, self._since_trim = model, 0
+    inner: SliceOptimizer  # the optimizer
+    state: MutableMapping[Tensor, ParameterState]  # torch.optim.Optimizer.state
+    keeps_masters: bool
+    model: nn.Module  # has the parameters' names, for errors
+    _since_trim: int = 0  # bytes of parameters
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype that the parameter is stepped in."""
-        wide = self._keeps_masters and parameter.dtype in SIXTEEN_BITS
+        wide = self.keeps_masters and parameter.dtype in SIXTEEN_BITS
         return torch.float32 if wide else parameter.dtype
 
     def drop_idle_master(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         """Drop a loaded master of a parameter that is stepped in its own dtype."""
-        if MASTER in self._state[parameter] and MASTER not in self._dtypes(parameter, group):
-            del self._state[parameter][MASTER]
+        if MASTER in self.state[parameter] and MASTER not in self._dtypes(parameter, group):
+            del self.state[parameter][MASTER]
 
     def state_rooms(self, parameter: Tensor, group: Mapping[str, Any]) -> list[int]:
         """Bytes, in whole pages, of each tensor of the parameter's state, its master included."""
         dtypes = self._dtypes(parameter, group).values()
         return [whole_pages(parameter.numel() * each.itemsize) for each in dtypes]
 
-    def group(self, parameter: Tensor) -> tuple[Allocation, ...]:
+    def allocations(self, parameter: Tensor) -> tuple[Allocation, ...]:
         """All allocations that a step of a parked parameter works on; of others none."""
-        allocation = streamed_allocation(parameter)
-        return (
-            () if allocation is None else tuple(self._allocations(parameter, allocation).values())
-        )
+        own = streamed_allocation(parameter)
+        return () if own is None else tuple(self._allocations_by_key(parameter, own).values())
 
     def check_in_memory(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Check all gradients that need no slab before any parameter is stepped.
+        """Raise NotFiniteError where a gradient that needs no slab is not finite.
 
         There is one wait for a device where all are finite.
-
-        Raises:
-            NotFiniteError: one is not finite.
         """
         checked = [each for each in parameters if streamed_allocation(each) is None]
         gradients = [each.grad for each in checked if each.grad is not None]
@@ -126,7 +105,7 @@ class Stepper:
     def _check_finite(self, parameter: nn.Parameter, gradient: Tensor | None) -> None:
         if gradient is None or is_finite(gradient):
             return
-        names = (name for name, each in self._model.named_parameters() if each is parameter)
+        names = (name for name, each in self.model.named_parameters() if each is parameter)
         raise NotFiniteError(
             f"the gradient of {next(names, 'a parameter')} is not finite; it was not applied, nor "
             "those after it: leave this batch out with zero_grad(), or go back to the last "
@@ -140,26 +119,16 @@ class Stepper:
         ahead: Iterable[Sequence[Allocation]] | None = None,
         in_backward: bool = False,
     ) -> None:
-        """Step one parameter with its gradient.
+        """Step one parameter, of this parameter group, with its gradient.
 
-        An error leaves a parked parameter and its state as they were: slabs are not stored then.
-        A parameter in memory may be stepped in part.
-
-        Args:
-            parameter: has a gradient.
-            group: the options of its parameter group.
-            ahead: the groups of allocations that are needed next.
-            in_backward: its values are likely to be in the slabs of forward and backward.
-
-        Raises:
-            NotFiniteError: the gradient is not finite; only looked for where `check_in_memory`
-                did not.
-            HomeFullError: there is no room for the state that its first step makes.
-            HomeIOError: something could not be read.
+        `ahead` gives the allocations of later steps, to be read meanwhile. With `in_backward` the
+        value is taken from the slabs of forward and backward, where it is likely to be. An error
+        leaves a parked parameter and its state as they were; a parameter in memory may be stepped
+        in part.
         """
-        state, allocation = self._state[parameter], streamed_allocation(parameter)
+        state, allocation = self.state[parameter], streamed_allocation(parameter)
         with torch.no_grad(), self._brought_in(parameter, group, ahead, in_backward) as work:
-            if in_backward or allocation is not None:
+            if in_backward or allocation is not None:  # others: see check_in_memory
                 self._check_finite(parameter, work.tensors[GRADIENT])
             numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
             kept: ParameterState = {}
@@ -205,7 +174,7 @@ class Stepper:
         piece = ParameterSlice(
             target, gradient.to(target.dtype), {**copy.deepcopy(numbers), **moments}
         )
-        self._inner.step([piece], group)
+        self.inner.step([piece], group)
         for key, view in views.items():
             if piece.state[key] is not view:
                 view.copy_(piece.state[key])
@@ -216,19 +185,19 @@ class Stepper:
     def _dtypes(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
         """The dtypes of the parameter-shaped tensors in a parameter's state."""
         dtype = self.stepped_dtype(parameter)
-        found = self._inner.fields(group, dtype) if parameter.dim() else {}
+        found = self.inner.state_dtypes(group, dtype) if parameter.dim() else {}
         if dtype == parameter.dtype:
             return found
         if MASTER in found:
             raise OptimizerError(
-                f"{self._inner.name} keeps {MASTER!r} itself, the name of the float32 values that "
+                f"{self.inner.name} keeps {MASTER!r} itself, the name of the float32 values that "
                 "16-bit parameters are stepped in: pass masters=False"
             )
         return {**found, MASTER: dtype}
 
     def _missing(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
         """Those that are still to be made: all before the first step."""
-        state = self._state[parameter]
+        state = self.state[parameter]
         if set(state) - {MASTER}:  # a plain optimizer's state has all but a master
             lacks_master = self.stepped_dtype(parameter) != parameter.dtype and MASTER not in state
             return {MASTER: self.stepped_dtype(parameter)} if lacks_master else {}
@@ -255,7 +224,7 @@ class Stepper:
                 key: allocation.home.allocate(allocation.shape, missing[key]) for key in missing
             }
         made = {key: tensor_of(room) for key, room in rooms.items()}
-        old, new = self._allocations(parameter, allocation), rooms
+        old, new = self._allocations_by_key(parameter, allocation), rooms
         work, rings = StepTensors(tensors, made), rings_of(allocation.home)
         with ExitStack() as stack:
             # Every thread acquires the rings in this order, or two could wait for each other.
@@ -272,14 +241,14 @@ class Stepper:
     def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Value, gradient and parameter-shaped state."""
         assert parameter.grad is not None
-        entries = self._state[parameter].items()
+        entries = self.state[parameter].items()
         shaped = {key: entry for key, entry in entries if is_shaped(entry, parameter)}
         return {VALUE: parameter.detach(), GRADIENT: parameter.grad, **shaped}
 
-    def _allocations(self, parameter: Tensor, own: Allocation) -> dict[str, Allocation]:
-        """The allocations of those that are in the parameter's own home."""
+    def _allocations_by_key(self, parameter: Tensor, own: Allocation) -> dict[str, Allocation]:
+        """Allocations of value, gradient and state that are in the parameter's own home."""
         found = {VALUE: own}
-        for key, entry in [(GRADIENT, parameter.grad), *self._state[parameter].items()]:
+        for key, entry in [(GRADIENT, parameter.grad), *self.state[parameter].items()]:
             allocation = allocation_of(entry) if isinstance(entry, Tensor) else None
             if allocation is not None and allocation.home is own.home:
                 found[key] = allocation
@@ -328,9 +297,8 @@ def _refresh(master: Tensor, value: Tensor, is_new: bool) -> None:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 
-    A sum with one of those is not finite. Only where finite numbers have a sum that is too large
-    are they looked at one by one. It takes 4% of AdamW's time for the same values (measured, one
-    thread).
+    A sum with one of those is not finite, and is quick: 4% of AdamW's time (measured, one thread).
+    Only where the sum overflows are the values looked at one by one.
     """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 

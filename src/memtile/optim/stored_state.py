@@ -21,19 +21,12 @@ from memtile.optim.tile_optimizer import TileOptimizer
 
 @dataclass(frozen=True)
 class KeptState:
-    """The state of one dense parameter.
-
-    Attributes:
-        dense: the parameter.
-        tensors: by key, the tensors to stream: their shape, and the parts whose states hold them.
-        numbers: everything else by key, equal for all parts.
-        keys: of both, in their order.
-    """
+    """The state of one dense parameter."""
 
     dense: DenseParameter
-    tensors: Mapping[str, DenseParameter]
-    numbers: Mapping[str, Any]
-    keys: Sequence[str]
+    tensors: Mapping[str, DenseParameter]  # by key: the shape, and the parts whose states hold it
+    numbers: Mapping[str, Any]  # everything else by key, equal for all parts
+    keys: Sequence[str]  # of both, in their order
 
 
 def check_between_steps(optimizer: Optimizer) -> None:
@@ -54,9 +47,7 @@ def check_between_steps(optimizer: Optimizer) -> None:
 
 def class_of(optimizer: Optimizer) -> str:
     """The full name of the optimizer's class; of a `TileOptimizer`, of the class it applies."""
-    own = type(optimizer)
-    if isinstance(optimizer, TileOptimizer):
-        own = optimizer._inner._class
+    own = optimizer._inner._class if isinstance(optimizer, TileOptimizer) else type(optimizer)
     return f"{own.__module__}.{own.__qualname__}"
 
 
@@ -95,8 +86,7 @@ def kept_state(
 ) -> KeptState | None:
     """The state of a dense parameter, from an optimizer's state; None before its first step.
 
-    Raises:
-        OptimizerError: its tiles were not stepped equally often, so there is no dense state.
+    OptimizerError where its tiles were not stepped equally often.
     """
     states = [kept.get(part.parameter, {}) for part in dense.parts]
     if not any(states):

@@ -14,8 +14,8 @@ from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Home, Reservation, allocation_of, hold_room, streamed_allocation
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
-from memtile.optim.inner import Inner
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
+from memtile.optim.slice_optimizer import SliceOptimizer
 from memtile.optim.stepping import Stepper
 from memtile.transfer import gradient_lock, is_stepped_in_backward, rings_of, step_in_backward
 
@@ -75,14 +75,14 @@ class TileOptimizer(Optimizer):
             )
         self.mode: StepMode = mode
         self._model = model
-        self._inner = Inner(optimizer_class, options)
+        self._inner = SliceOptimizer(optimizer_class, options)
         self._held: list[Reservation] = []
         self._stepped: set[nn.Parameter] = set()
         self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
-        self._check_parameters(model)
+        self._check_parameters()
         self._stepper = Stepper(self._inner, self.state, masters, model)
         self._reserve(self.param_groups)
         self._hook(self._all())
@@ -90,8 +90,8 @@ class TileOptimizer(Optimizer):
             torch_clipping_check.add(self)
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
-    def _check_parameters(self, model: nn.Module) -> None:
-        name, parameters = type(model).__name__, list(self._all())
+    def _check_parameters(self) -> None:
+        name, parameters = type(self._model).__name__, list(self._all())
         if not self._are_of_the_model():
             raise OptimizerError(
                 f"params=… holds parameters that are not of this {name}; make the "
@@ -215,7 +215,7 @@ class TileOptimizer(Optimizer):
         todo = self._unfinished
         while todo:
             parameter, group = todo[0]
-            ahead = (self._stepper.group(later) for later, _ in todo[1:])
+            ahead = (self._stepper.allocations(later) for later, _ in todo[1:])
             self._stepper.step(parameter, group, filter(None, ahead))
             del todo[0]
             if self.mode == "in_backward":
@@ -280,11 +280,11 @@ class TileOptimizer(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        packed = to_dense_state(self._model, self.state, self.param_groups)
+        state_dict = to_dense_state(self._model, self.state, self.param_groups)
         for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, packed)
-            packed = packed if changed is None else changed
-        return packed
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

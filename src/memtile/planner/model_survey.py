@@ -25,7 +25,7 @@ from memtile.costmodel.plan_parts import PARKED, RESIDENT, check_tokens
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.geometry import Grid
 from memtile.layers import TiledModule
-from memtile.optim import CHUNK_ELEMENTS, Inner, ParameterSlice
+from memtile.optim import CHUNK_ELEMENTS, ParameterSlice, SliceOptimizer
 from memtile.planner.operation_count import live_peak
 
 _SIXTEEN_BITS = 2
@@ -283,18 +283,18 @@ def _state_of(
     masters: bool,
 ) -> StateSizes:
     """What an optimizer keeps of one element of each dtype, and its temporary memory."""
-    inner = Inner(optimizer, options)
+    inner = SliceOptimizer(optimizer, options)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     kept = {}
     for dtype in dtypes:
         wide = masters and dtype.itemsize == _SIXTEEN_BITS
         stepped = torch.float32 if wide else dtype
-        moments = [each.itemsize for each in inner.fields(inner.defaults, stepped).values()]
+        moments = [each.itemsize for each in inner.state_dtypes(inner.defaults, stepped).values()]
         kept[dtype.itemsize] = (*moments, *([stepped.itemsize] if wide else []))
     return StateSizes(tuple(sorted(kept.items())), _temporary_bytes(inner, model))
 
 
-def _temporary_bytes(inner: Inner, model: nn.Module) -> int:
+def _temporary_bytes(inner: SliceOptimizer, model: nn.Module) -> int:
     """The most that the optimizer makes while it steps as many rows as are stepped at once."""
     largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     value = torch.zeros(min(largest, CHUNK_ELEMENTS))

@@ -30,7 +30,7 @@ class PeakMemory:
     used again: measure in a fresh process where that matters. Blocks may be nested.
 
     Raises:
-        UnsupportedPlatformError: On entry, where the kernel does not keep or reset this count.
+        UnsupportedPlatformError: on entry, where the kernel does not keep or reset this count.
     """
 
     _running: ClassVar[list["PeakMemory"]] = []
@@ -58,11 +58,7 @@ class PeakMemory:
 
     @staticmethod
     def ensure_measurable() -> None:
-        """Refuses a system on which the peak cannot be read and reset; resets it where it can.
-
-        Raises:
-            UnsupportedPlatformError: Anywhere but on Linux, or where /proc is closed to us.
-        """
+        """Reset the peak; UnsupportedPlatformError where it cannot be read and reset."""
         if sys.platform != "linux":
             raise UnsupportedPlatformError(
                 f"Peak memory is read from Linux's /proc, and this is {platform.system()}: "
@@ -91,8 +87,8 @@ class LargestAllocation(TorchDispatchMode):
     of backward and of an optimizer are seen; the block runs slower, so time nothing in it.
 
     Attributes:
-        nbytes: Size of the largest piece in bytes, 0 if nothing was allocated.
-        op: Name of the operation that made it, such as `aten.mm`, or "" if nothing was allocated.
+        nbytes: bytes of the largest piece, 0 if nothing was allocated.
+        op: the operation that made it, such as `aten.mm`, or "" if nothing was allocated.
     """
 
     def __init__(self) -> None:
@@ -107,7 +103,7 @@ class LargestAllocation(TorchDispatchMode):
         args: tuple[Any, ...] = (),  # whatever the operation takes
         kwargs: dict[str, Any] | None = None,  # whatever the operation takes
     ) -> Any:  # whatever the operation gives
-        """Runs the operation and looks at what it allocated."""
+        """Run the operation, and note its largest new storage."""
         if not _PLAIN_TENSORS.issuperset(types):
             return NotImplemented  # a subclass unpacks itself first; its plain inner ops come back
         owned = {_piece(tensor) for tensor in _tensors((args, kwargs))}

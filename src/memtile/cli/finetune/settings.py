@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from memtile.checkpoints import Checkpoint, write_text
-from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
+from memtile.checkpoints import Checkpoint, replace_file
+from memtile.cli.errors import CommandError
+from memtile.cli.models import Loading
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
@@ -57,7 +58,7 @@ class TrainingSettings:
     def write(self, out: Path) -> None:
         """Writes them into the run's folder."""
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / _NAME, json.dumps(asdict(self), indent=2) + "\n")
+        replace_file(out / _NAME, json.dumps(asdict(self), indent=2) + "\n")
 
     def check_continues(self, out: Path) -> None:
         """Refuses to resume a run with other settings than its own."""

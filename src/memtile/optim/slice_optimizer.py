@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memtile.errors import OptimizerError
 from memtile.homes import fork_safe_lock
 from memtile.optim.elementwise import (
+    TRIAL_CUTS,
+    agree,
+    can_step,
     check_class,
-    construct,
+    dtypes_of_state,
     refusal,
     refuse_differentiable,
-    slices_agree,
-    spelled,
     stand_in_values,
-    state_dtypes,
-    steps,
+    trial_values,
 )
 
 _CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
@@ -39,12 +39,10 @@ class ParameterSlice:
     """A part of a parameter for one step.
 
     Attributes:
-        value: a plain tensor with as many dimensions as the parameter; updated in place. An
-            optimizer that writes through `.data` does not bump its version.
+        value: a plain tensor with as many dimensions as the parameter; updated in place.
         gradient: of the value's shape, dtype and device; an optimizer may overwrite it.
-        state: what the optimizer keeps for it, empty before its first step. Tensors may be views,
-            and are updated in place; where the optimizer replaces an entry, the new one is here
-            afterwards, and the caller copies it back.
+        state: what the optimizer keeps for it, empty before its first step. Its tensors are updated
+            in place, or replaced here: then the caller copies them back.
     """
 
     value: Tensor
@@ -52,22 +50,13 @@ class ParameterSlice:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-class Inner:
-    """An optimizer class applied to slices of parameters.
+class SliceOptimizer:
+    """An optimizer class applied to slices of parameters, with these options of its constructor.
 
-    The class is constructed on stand-ins only. A small matrix is stepped whole and in slices, to
-    see that the class is element-wise; torch's random numbers are left as they were.
-
-    Args:
-        optimizer_class: a subclass of `torch.optim.Optimizer`.
-        options: what its constructor takes besides the parameters.
-
-    Attributes:
-        name: the class's name, for messages.
-        defaults: the options of a parameter group that sets none.
-
-    Raises:
-        OptimizerError: it is no such class, does not take the options, or cannot step slices.
+    A small matrix is stepped whole and in slices, to see that the class is element-wise; torch's
+    random numbers are left as they were. `defaults` has the options of a parameter group that sets
+    none. OptimizerError where it is no optimizer class, does not take the options, or cannot step
+    slices.
     """
 
     def __init__(self, optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:
@@ -81,9 +70,9 @@ class Inner:
         self._idle = [first]  # one for each thread that was ever in `step` with others
         self._checked: set[object] = set()
         self._latest: tuple[dict[str, Any], dict[str, torch.dtype]] = ({}, {})
-        self.fields(self.defaults, torch.float32)
+        self.state_dtypes(self.defaults, torch.float32)
 
-    def fields(
+    def state_dtypes(
         self, group_options: Mapping[str, Any], dtype: torch.dtype
     ) -> dict[str, torch.dtype]:
         """The state entries that are tensors shaped like the parameter, and their dtypes.
@@ -101,7 +90,7 @@ class Inner:
         piece = ParameterSlice(stand_in_values(dtype), stand_in_values(dtype))
         with _trying, _NoDraws(self.name):
             self._try_step(piece, group)
-        found = state_dtypes(self.name, piece.state)
+        found = dtypes_of_state(self.name, piece.state)
         self._check_once(group, dtype)
         self._latest = asked, found
         return dict(found)
@@ -109,19 +98,18 @@ class Inner:
     def step(self, pieces: Sequence[ParameterSlice], group_options: Mapping[str, Any]) -> None:
         """Step all slices once, bit for bit as the optimizer would step each as a parameter.
 
-        Afterwards, also after an exception, the optimizer refers to nothing of the slices.
-        Autograd records nothing. Global hooks
+        Options that the group lacks are taken from `defaults`. Devices and dtypes of the slices may
+        differ. Several threads may step at once. Afterwards, also after an exception, the optimizer
+        refers to nothing of the slices. Global hooks
         (`torch.optim.optimizer.register_optimizer_step_pre_hook`) are not called, except where the
-        class's own step calls the step of another class. Several threads may step at once: each
-        has an optimizer for itself. Devices and dtypes of the slices may differ; options that the
-        group lacks are taken from `defaults`.
+        class's own step calls the step of another class.
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}
             with self._lent() as optimizer:
                 stand_ins = [self._stand_in(optimizer, piece, group) for piece in pieces]
                 optimizer.param_groups = [{**group, "params": stand_ins}]
-                bare_step(optimizer)()
+                unhooked_step(optimizer)()
                 for piece, stand_in in zip(pieces, stand_ins, strict=True):
                     kept = optimizer.state.get(stand_in)
                     if kept is not None and kept is not piece.state:
@@ -158,7 +146,13 @@ class Inner:
         return stand_in
 
     def _construct(self, params: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> Optimizer:
-        return construct(self._class, params, self._options)
+        try:
+            return self._class(params, **self._options)
+        except Exception as error:  # the constructor may be anyone's
+            raise OptimizerError(
+                f"{self.name} does not take {_spelled(self._options)}: {error}; give options "
+                "that its constructor takes, for a float32 matrix on the CPU"
+            ) from error
 
     def _try_step(self, piece: ParameterSlice, group: Mapping[str, Any]) -> None:
         """Step a slice; an error of the optimizer's becomes an OptimizerError that says why."""
@@ -173,12 +167,12 @@ class Inner:
         self, dtype: torch.dtype, group: Mapping[str, Any], error: Exception
     ) -> OptimizerError:
         def step_alone(parameter: nn.Parameter) -> None:
-            bare_step(self._construct([{**group, "params": [parameter]}]))()
+            unhooked_step(self._construct([{**group, "params": [parameter]}]))()
 
         said = str(error).rstrip(".")
-        if steps(step_alone, dtype, sparse=False):
+        if can_step(step_alone, dtype, sparse=False):
             return refusal(self.name, f"steps only what it was constructed with: {said}")
-        if steps(step_alone, dtype, sparse=True):
+        if can_step(step_alone, dtype, sparse=True):
             return refusal(
                 self.name, "steps sparse gradients only; the gradient of a tile is dense"
             )
@@ -187,34 +181,39 @@ class Inner:
     def _check_once(self, group: Mapping[str, Any], dtype: torch.dtype) -> None:
         """Check that the class is element-wise, once for each dtype and flags: they choose kernels.
 
-        In 16 bits too: torch's fused SGD on the CPU leaves values out there (pytorch#191763).
+        A matrix must come out of three steps the same whole and in slices. What happens only after
+        more steps, or on another device, is not seen. 16 bits are tried too: torch's fused SGD on
+        the CPU leaves values out there (pytorch#191763).
         """
         flags = {(key, v) for key, v in group.items() if v is None or isinstance(v, bool)}
         if (dtype, frozenset(flags)) in self._checked:
             return
         options = {**group, "lr": _CHECKED_LR} if "lr" in group else dict(group)
-        changed: list[str] = []  # options of the group
-
-        def step_whole(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
-            parameters = [nn.Parameter(value) for value in values]
-            optimizer = self._construct([{**options, "params": parameters}])
-            before = dict(optimizer.param_groups[0])
-            for gradients in rounds:
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                bare_step(optimizer)()
-            after = optimizer.param_groups[0]
-            changed.extend(key for key, value in after.items() if value is not before.get(key))
-
-        def step_slices(values: Sequence[Tensor], rounds: Sequence[Sequence[Tensor]]) -> None:
-            states: list[dict[str, Any]] = [{} for _ in values]
-            for gradients in rounds:
-                for parts in zip(values, gradients, states, strict=True):
-                    self._try_step(ParameterSlice(*parts), options)
-
-        if not slices_agree(step_whole, step_slices, dtype):
-            raise refusal(self.name, self._not_elementwise(dtype, changed))
+        matrix, gradients = trial_values(dtype)
+        truth = matrix.clone()
+        changed = self._step_whole(truth, gradients, options)
+        for dim, sizes in TRIAL_CUTS:
+            pieces = [ParameterSlice(each.clone(), each) for each in matrix.split(sizes, dim)]
+            for gradient in gradients:
+                for piece, share in zip(pieces, gradient.split(sizes, dim), strict=True):
+                    piece.gradient = share.clone()
+                    self._try_step(piece, options)
+            if not agree(torch.cat([piece.value for piece in pieces], dim), truth):
+                raise refusal(self.name, self._not_elementwise(dtype, changed))
         self._checked.add((dtype, frozenset(flags)))
+
+    def _step_whole(
+        self, matrix: Tensor, gradients: Sequence[Tensor], options: Mapping[str, Any]
+    ) -> list[str]:
+        """Step a matrix in place, as torch does; gives the options of its group that changed."""
+        parameter = nn.Parameter(matrix)
+        optimizer = self._construct([{**options, "params": [parameter]}])
+        before = dict(optimizer.param_groups[0])
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            unhooked_step(optimizer)()
+        after = optimizer.param_groups[0]
+        return [key for key, value in after.items() if value is not before.get(key)]
 
     def _not_elementwise(self, dtype: torch.dtype, changed: Sequence[str]) -> str:
         found = f"a {dtype} matrix stepped in halves came out otherwise than stepped whole"
@@ -223,7 +222,7 @@ class Inner:
                 f"it counts {', '.join(map(repr, changed))} in its parameter group, at every step"
             )
         return (
-            f"is not element-wise: given {spelled(self._options)}, {found}; tiles are stepped one "
+            f"is not element-wise: given {_spelled(self._options)}, {found}; tiles are stepped one "
             "by one, so a value may depend only on its own gradient, its own state and the options"
         )
 
@@ -250,7 +249,7 @@ def _drop(optimizer: Optimizer) -> None:
     optimizer.state.clear()
 
 
-def bare_step(optimizer: Optimizer) -> Callable[[], object]:
+def unhooked_step(optimizer: Optimizer) -> Callable[[], object]:
     """The optimizer's step without torch's own wrapper, which profiles and calls hooks.
 
     The wrapper is known by its code; any other step is called as it is.
@@ -259,3 +258,9 @@ def bare_step(optimizer: Optimizer) -> Callable[[], object]:
     if "step" in vars(optimizer) or getattr(step, "__code__", None) is not _HOOKED:
         return optimizer.step
     return partial(vars(step)["__wrapped__"], optimizer)
+
+
+def _spelled(options: Mapping[str, Any]) -> str:
+    """The options as written in a call, for messages."""
+    written = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"the options ({written})" if written else "no options"

@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from memtile.optim.inner import Inner, ParameterSlice
+from memtile.optim.slice_optimizer import ParameterSlice, SliceOptimizer
 
 STEPS = 5
 
@@ -84,7 +84,7 @@ def lr_at(step: int, defaults: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=case_id)
 def test_steps_as_torch_does(optimizer_class, options, dtype):
     """Two slices stepped together, lr changing, equal two parameters of torch bit for bit."""
-    inner = Inner(optimizer_class, options)
+    inner = SliceOptimizer(optimizer_class, options)
     starts = [torch.randn(7, 5).to(dtype), torch.randn(13).to(dtype)]
     rounds = [gradients(start.shape, dtype) for start in starts]
     parameters = [nn.Parameter(start.clone()) for start in starts]
@@ -116,12 +116,12 @@ def test_steps_as_torch_does(optimizer_class, options, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=case_id)
-def test_fields_are_what_a_step_makes(optimizer_class, options, dtype):
-    """`fields` gives the tensors of the slice's shape that the first step makes, with dtypes."""
-    inner = Inner(optimizer_class, options)
+def test_state_dtypes_are_of_what_a_step_makes(optimizer_class, options, dtype):
+    """`state_dtypes` has the tensors of the slice's shape that a first step makes, and dtypes."""
+    inner = SliceOptimizer(optimizer_class, options)
     piece = ParameterSlice(torch.ones(7, 5, dtype=dtype), torch.ones(7, 5, dtype=dtype))
 
-    layout = inner.fields(inner.defaults, dtype)
+    layout = inner.state_dtypes(inner.defaults, dtype)
     inner.step([piece], inner.defaults)
 
     shaped = {k: v for k, v in piece.state.items() if isinstance(v, Tensor) and v.dim() == 2}
@@ -130,14 +130,14 @@ def test_fields_are_what_a_step_makes(optimizer_class, options, dtype):
 
 def test_group_options_change_the_layout():
     """amsgrad and momentum add their entries where a group asks for them, and only there."""
-    adam, sgd = Inner(optim.AdamW, {}), Inner(optim.SGD, {})
+    adam, sgd = SliceOptimizer(optim.AdamW, {}), SliceOptimizer(optim.SGD, {})
     dtype = torch.bfloat16
 
     moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), dtype)
-    assert adam.fields(adam.defaults, dtype) == moments
-    assert adam.fields({"amsgrad": True}, dtype) == {**moments, "max_exp_avg_sq": dtype}
-    assert sgd.fields(sgd.defaults, dtype) == {}
-    assert sgd.fields({"momentum": 0.9}, dtype) == {"momentum_buffer": dtype}
+    assert adam.state_dtypes(adam.defaults, dtype) == moments
+    assert adam.state_dtypes({"amsgrad": True}, dtype) == {**moments, "max_exp_avg_sq": dtype}
+    assert sgd.state_dtypes(sgd.defaults, dtype) == {}
+    assert sgd.state_dtypes({"momentum": 0.9}, dtype) == {"momentum_buffer": dtype}
 
 
 def test_layout_knows_float32_state_of_bf16_parameters():
@@ -148,9 +148,9 @@ def test_layout_knows_float32_state_of_bf16_parameters():
             for p in self.param_groups[0]["params"]:
                 self.state[p].setdefault("moment", torch.zeros_like(p, dtype=torch.float32))
 
-    inner = Inner(Float32Moment, {})
+    inner = SliceOptimizer(Float32Moment, {})
 
-    assert inner.fields({}, torch.bfloat16) == {"moment": torch.float32}
+    assert inner.state_dtypes({}, torch.bfloat16) == {"moment": torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_layout_knows_float32_state_of_bf16_parameters():
 )
 def test_state_in_foreign_memory_is_updated_in_place(optimizer_class, options):
     """State given as views of one buffer is updated there, with the results of state of its own."""
-    inner = Inner(optimizer_class, options)
+    inner = SliceOptimizer(optimizer_class, options)
     start, grads = torch.randn(7, 5), gradients((7, 5))
     own, homed = (
         ParameterSlice(start.clone(), grads[0].clone()),
         ParameterSlice(start.clone(), grads[0].clone()),
     )
-    names = sorted(inner.fields(inner.defaults, torch.float32))
+    names = sorted(inner.state_dtypes(inner.defaults, torch.float32))
     inner.step([own, homed], inner.defaults)
     home = torch.zeros(3, 35)
     for row, name in zip(home, names, strict=False):
@@ -183,7 +183,7 @@ def test_state_in_foreign_memory_is_updated_in_place(optimizer_class, options):
 
 def test_a_replaced_entry_is_found_in_the_state():
     """Where an optimizer puts a new tensor in the place of an entry, the caller's dict holds it."""
-    inner = Inner(Lion, {})
+    inner = SliceOptimizer(Lion, {})
     home = torch.zeros(3, 4)
     state = {"average": home}
 
@@ -195,7 +195,7 @@ def test_a_replaced_entry_is_found_in_the_state():
 
 def test_values_may_be_views_and_their_versions_are_bumped():
     """A strided view of a larger tensor is updated in place, and autograd is told so."""
-    inner = Inner(optim.SGD, {"lr": 1.0})
+    inner = SliceOptimizer(optim.SGD, {"lr": 1.0})
     dense = torch.zeros(4, 6)
 
     inner.step([ParameterSlice(dense[1:3, 2:5], torch.ones(2, 3))], inner.defaults)
@@ -207,7 +207,7 @@ def test_values_may_be_views_and_their_versions_are_bumped():
 
 def test_an_initial_state_is_the_constructors():
     """State that a constructor makes is made for a slice too, with the group's options."""
-    inner = Inner(optim.Adagrad, {"initial_accumulator_value": 3.0})
+    inner = SliceOptimizer(optim.Adagrad, {"initial_accumulator_value": 3.0})
     piece = ParameterSlice(torch.ones(3), torch.full((3,), 2.0))
 
     inner.step([piece], inner.defaults)
@@ -218,7 +218,7 @@ def test_an_initial_state_is_the_constructors():
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_stays_referenced(fails):
     """Nothing keeps value, gradient or state of a slice, after a step or an exception."""
-    inner = Inner(HalfWay, {"momentum": 0.9})
+    inner = SliceOptimizer(HalfWay, {"momentum": 0.9})
     piece = ParameterSlice(torch.ones(3), torch.ones(3))
     inner.step([piece], {})
     references = [weakref.ref(t) for t in (piece.value, piece.gradient, *piece.state.values())]
@@ -235,7 +235,7 @@ def test_nothing_stays_referenced(fails):
 
 def test_after_an_exception_it_steps_again():
     """After a failed step other slices are stepped as usual."""
-    inner = Inner(HalfWay, {"lr": 1.0})
+    inner = SliceOptimizer(HalfWay, {"lr": 1.0})
     with pytest.raises(ValueError, match="half-way"):
         inner.step([ParameterSlice(torch.ones(3), torch.ones(3))], {"fails": True})
     piece = ParameterSlice(torch.ones(5), torch.ones(5))
@@ -250,7 +250,7 @@ def test_after_an_exception_it_steps_again():
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_steps_inside_a_post_accumulate_hook(optimizer_class, create_graph):
     """A parameter stepped in its hook, during backward, comes out as one stepped after it."""
-    inner, state = Inner(optimizer_class, {}), {}
+    inner, state = SliceOptimizer(optimizer_class, {}), {}
     weight = nn.Parameter(torch.randn(5, 7))
     reference, x = nn.Parameter(weight.detach().clone()), torch.randn(3, 7)
     plain = optimizer_class([reference])
@@ -279,11 +279,11 @@ def test_a_whole_parameter_group_is_taken():
     """A parameter group of torch, with params and names in it, is taken as options."""
     named = [("weight", nn.Parameter(torch.ones(3))), ("bias", nn.Parameter(torch.ones(2)))]
     group = optim.Adagrad(named, lr=0.5).param_groups[0]
-    inner, piece = Inner(optim.Adagrad, {}), ParameterSlice(torch.ones(4), torch.ones(4))
+    inner, piece = SliceOptimizer(optim.Adagrad, {}), ParameterSlice(torch.ones(4), torch.ones(4))
 
     inner.step([piece], group)
 
-    assert inner.fields(group, torch.float32) == {"sum": torch.float32}
+    assert inner.state_dtypes(group, torch.float32) == {"sum": torch.float32}
     assert torch.allclose(piece.value, torch.full((4,), 0.5))
 
 
@@ -293,7 +293,7 @@ def test_hooks_of_all_optimizers_are_not_called_for_pieces():
     before = register_optimizer_step_pre_hook(lambda *_: called.append("before"))
     after = register_optimizer_step_post_hook(lambda *_: called.append("after"))
     try:
-        inner = Inner(optim.AdamW, {})
+        inner = SliceOptimizer(optim.AdamW, {})
         inner.step([ParameterSlice(torch.ones(3), torch.ones(3))], inner.defaults)
     finally:
         before.remove()
@@ -312,7 +312,7 @@ def test_a_step_wrapped_by_its_class_is_called_whole():
             optim.SGD.step(self)
             optim.SGD.step(self)
 
-    inner = Inner(Twice, {"lr": 1.0})
+    inner = SliceOptimizer(Twice, {"lr": 1.0})
     piece = ParameterSlice(torch.zeros(3), torch.ones(3))
 
     inner.step([piece], {})
@@ -331,6 +331,6 @@ def test_a_step_that_an_instance_wears_is_called():
 
     piece = ParameterSlice(torch.zeros(3), torch.ones(3))
 
-    Inner(Doubled, {"lr": 1.0}).step([piece], {})
+    SliceOptimizer(Doubled, {"lr": 1.0}).step([piece], {})
 
     assert torch.equal(piece.value, torch.full((3,), -2.0))
