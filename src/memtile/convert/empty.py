@@ -90,7 +90,7 @@ class _Makers(TorchFunctionMode):
 
 
 _moving = threading.local()  # .moved: (parameter, its meta copy) by the parameter's id
-_patching = lock_of_a_module()
+_patching = fork_safe_lock()
 _inside = 0  # calls of `empty_model` under way, in all threads
 _register = nn.Module.register_parameter
 

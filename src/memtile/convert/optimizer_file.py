@@ -39,6 +39,7 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
                 for key, tensor in kept.tensors.items():
                     held = entry_of(optimizer.state, key)
                     tensors.append(outgoing(tensor, f"{key}/{dense.name}", held))
+    groups = group_records(optimizer.param_groups, members)
     record = {"class": stored_state.class_of(optimizer), "groups": groups, "state": states}
     return record, tensors
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memtile.checkpoints import Checkpoint, replace_file
-from memtile.cli.errors import CommandError
-from memtile.cli.models import Loading
+from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
