@@ -21,15 +21,9 @@ _OF_THE_KERNEL: Final = {
 
 
 def usable_folder(folder: str | os.PathLike[str] | None) -> Path:
-    """The folder as an absolute path, or the first usable default.
+    """The folder as an absolute path; None: the first default that is usable (see `DiskHome`).
 
-    Args:
-        folder: where; None: the first that is usable of $TMPDIR, /var/tmp, the system's folder for
-            temporary files and the working directory.
-
-    Raises:
-        ArgumentError: it is no path at all.
-        HomeError: it is not a folder, may not be written to, or lies in memory.
+    ArgumentError where it is no path at all, HomeError where `why_unusable` has a reason.
     """
     given: object = folder  # callers without types give anything
     if given is not None and (not isinstance(given, str | os.PathLike) or not os.fspath(given)):

@@ -90,8 +90,8 @@ class TiledEmbedding(TiledModule):
         self.reset_parameters()
 
     def _padding_inside(self, start: int, stop: int) -> int | None:
-        inside = self.padding_idx is not None and start <= self.padding_idx < stop
-        return self.padding_idx - start if inside and self.padding_idx is not None else None
+        padding = self.padding_idx
+        return None if padding is None or not start <= padding < stop else padding - start
 
     def tile(self, row: int, column: int) -> nn.Module:
         """The tile with the rows of span `row`."""
