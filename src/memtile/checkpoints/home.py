@@ -27,7 +27,6 @@ from memtile.homes.kernel import tensor_over
 _log = logging.getLogger("memtile.checkpoints")
 
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE on Linux: mmap has no name for it before 3.13
-_DONTNEED: Final = 4
 _PAGEMAP: Final = "/proc/self/pagemap"
 _ENTRY_BYTES: Final = 8
 _SWAPPED, _FILE = 1 << 62, 1 << 61  # bit 63, present, is the sign of an int64
@@ -122,15 +121,15 @@ class _CheckpointAllocation(Allocation):
         if not self.nbytes or not pages.works or self.home.closed:
             return
         library = _c_library()
-        for address, length in pages.kept(self.address, self.nbytes):
-            library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _DONTNEED)
+        for address, length in pages.uncopied(self.address, self.nbytes):
+            library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
     def _fill(self, into: Tensor, start: int) -> None:
         self._file.check_unchanged()
         used = max(0, min(into.numel(), self.nbytes - start))
         pages, address = self.home.pages, self.address + start
         opened = self._file.try_open()  # None: replaced, and only the map has the old bytes
-        if used and (opened is None or not pages.works or pages.any(address, used)):
+        if used and (opened is None or not pages.works or pages.any_copied(address, used)):
             mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
             into[:used].copy_(mapped[start : start + used])
         elif opened is not None:
@@ -176,16 +175,16 @@ class CopiedPages:
         self._fd, self._owner = -1, -1
         self.works = self._try_out()
 
-    def any(self, address: int, nbytes: int) -> bool:
+    def any_copied(self, address: int, nbytes: int) -> bool:
         """Whether any page of these bytes was copied."""
-        return bool(self._flags(address, nbytes).any())
+        return bool(self._copied(address, nbytes).any())
 
-    def kept(self, address: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    def uncopied(self, address: int, nbytes: int) -> Iterator[tuple[int, int]]:
         """Runs (address, bytes) of whole pages within these bytes that were not copied."""
         first = round_up(address, mmap.PAGESIZE)
         last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         start = first
-        for number in self._flags(first, last - first).nonzero().flatten().tolist():
+        for number in self._copied(first, last - first).nonzero().flatten().tolist():
             here = first + number * mmap.PAGESIZE
             if here > start:
                 yield start, here - start
@@ -199,7 +198,7 @@ class CopiedPages:
             os.close(self._fd)
         self._fd = self._owner = -1
 
-    def _flags(self, address: int, nbytes: int) -> Tensor:
+    def _copied(self, address: int, nbytes: int) -> Tensor:
         if nbytes <= 0:
             return torch.zeros(0, dtype=torch.bool)
         if self._owner != os.getpid():  # a parent's descriptor shows the parent's pages
@@ -221,8 +220,8 @@ class CopiedPages:
                 )
             address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
             bytes(memory)  # reads the page in: it is the file's
-            before = self.any(address, 1)
+            before = self.any_copied(address, 1)
             memory[0] = 0
-            return not before and self.any(address, 1)
+            return not before and self.any_copied(address, 1)
         except OSError:
             return False
