@@ -1,5 +1,6 @@
 """The documentation's own code and commands, run as they stand."""
 
+import doctest
 import re
 import shlex
 from dataclasses import dataclass
@@ -7,7 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import memtile
 from memtile.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +145,27 @@ def test_a_command_that_prints_something_else_is_reported(capsys):
     assert run_blocks(right, "page.md", capsys) == 1
     with pytest.raises(AssertionError, match="another"):
         run_blocks(right.replace("memtile …", "another …"), "page.md", capsys)
+
+
+class SkipBiasLinear(nn.Linear):
+    """As Megatron's linears with `skip_bias_add`."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return nn.functional.linear(x, self.weight), self.bias
+
+
+@pytest.mark.parametrize("name", [name for name in memtile.__all__ if name != "__version__"])
+def test_every_name_at_the_top_has_an_example_that_runs(name: str, tmp_path, monkeypatch):
+    """Its docstring shows a call, and what the call gives."""
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 10))
+    names = {
+        **{"memtile": memtile, "torch": torch, "nn": nn, "SkipBiasLinear": SkipBiasLinear},
+        **{"model": model, "optimizer": torch.optim.AdamW(model.parameters())},
+    }
+    examples = doctest.DocTestParser().get_doctest(
+        getattr(memtile, name).__doc__, names, name, None, None
+    )
+
+    assert examples.examples
+    assert doctest.DocTestRunner(verbose=False).run(examples).failed == 0

@@ -21,6 +21,10 @@ def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         model: a model with tiled layers, or a tiled layer.
+
+    Examples:
+        >>> [name for name, _ in memtile.dense_state_dict(memtile.TiledLinear(6, 9, out_splits=4))]
+        ['weight', 'bias']
     """
     return dense_items(model, model.state_dict(keep_vars=True))
 

@@ -48,6 +48,11 @@ def empty_model(factory: Callable[[], Model]) -> Model:
         ArgumentError: it makes no module.
         CannotTileError: a buffer could not be kept real, since it is computed from parameters or
             written into memory that was left empty; the message names it.
+
+    Examples:
+        >>> model = memtile.empty_model(lambda: nn.Linear(64, 3000))
+        >>> model.weight.device
+        device(type='meta')
     """
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ArgumentError(

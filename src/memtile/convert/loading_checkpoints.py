@@ -38,9 +38,6 @@ def load_checkpoint(
 ) -> IncompatibleKeys:
     """Read a checkpoint into a model, a few MiB at a time.
 
-    Example:
-        memtile.load_checkpoint(model, "folder with model.safetensors")
-
     Every form is read: dense names, tile names of any grid (as the original tiled linear and
     `model.state_dict()` have them), sharded or in one file, in any floating-point dtype, which is
     converted to the model's; any name of a tied tensor; names with or without the prefix of a
@@ -74,6 +71,10 @@ def load_checkpoint(
             half-way, or changes meanwhile, leaves a model partly loaded: then load it again.
         HomeIOError: a home could not be written to; likewise.
         EngineError: a rank is gone. Whatever is raised is raised on every rank.
+
+    Examples:
+        >>> memtile.save_checkpoint(model, "out")
+        >>> keys = memtile.load_checkpoint(model, "out")
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")

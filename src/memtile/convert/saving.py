@@ -29,9 +29,6 @@ def save_checkpoint(
 ) -> None:
     """Write the dense checkpoint of a model into a folder, as safetensors with index and shards.
 
-    Example:
-        memtile.save_checkpoint(model, "out")
-
     Names, shapes and dtypes are the untiled model's; what is tied is written once, under its first
     name. A few MiB are in memory at a time. A transformers model gets its config.json and
     generation_config.json too, so that plain transformers loads the folder: those of the folder
@@ -60,6 +57,9 @@ def save_checkpoint(
         EngineError: a rank is gone. Whatever is raised is raised on every rank.
 
         Nothing was written then; what was there is as it was.
+
+    Examples:
+        >>> memtile.save_checkpoint(model, "out")
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")

@@ -68,9 +68,6 @@ def tile(
     Parameters and modules are new: make the optimizer afterwards, and look modules up anew. An
     older optimizer warns when it steps (`ReplacedParametersWarning`).
 
-    Example:
-        memtile.tile(model, max_tile_bytes=64 << 20, home="disk")
-
     Args:
         model: any module that holds linears.
         plan: of `memtile.plan` for this model: which layers, which grids, and which home unless
@@ -114,6 +111,9 @@ def tile(
             yet. NewWeightsWarning: the model made what it lacks.
         ReplacedModuleWarning: a module still uses one that was replaced, or the memory of its
             weight, from an attribute, a list or a bound method.
+
+    Examples:
+        >>> model = memtile.tile(model, max_tile_bytes=64 << 10, home="disk")
     """
     _refuse_shards(model)
     cut = Cut()

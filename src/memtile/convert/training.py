@@ -75,9 +75,6 @@ def save_training(
 ) -> Path:
     """Save all that a run needs to go on bit for bit, as a folder of its own in `folder`.
 
-    Example:
-        memtile.save_training("run", model, optimizer, step=100, position=100)
-
     Saved are weights, persistent buffers, the optimizer's state, the scheduler, and the random
     state of Python, numpy and torch, a few MiB at a time. Older checkpoints are removed once the
     new one is complete: a process killed at any moment leaves a complete one.
@@ -117,6 +114,9 @@ def save_training(
         CheckpointWriteError: it could not be written, another run writes there, or a newer step is
             there. After any error older checkpoints are unchanged.
         EngineError: a rank is gone. Of a sharded model, whatever is raised is raised on every rank.
+
+    Examples:
+        >>> folder = memtile.save_training("run", model, optimizer, step=100, position=100)
     """
     check_numbers(step, keep)
     sharded = for_sharded(model, process_group=process_group)
@@ -174,9 +174,6 @@ def resume_training(
 ) -> Resumed:
     """Take over the newest checkpoint that `save_training` wrote: everything in place.
 
-    Example:
-        resumed = memtile.resume_training("run", model, optimizer)
-
     All of it is verified before anything is changed. Grid and homes may differ from those saved,
     and a `TileOptimizer` takes over from the plain optimizer of its class, and the reverse. The
     saved options of the groups (`lr` too) replace the optimizer's own. Gradients are dropped. Go
@@ -203,6 +200,11 @@ def resume_training(
         HomeFullError: a home has no room for the optimizer's state; nothing was changed.
         HomeIOError: a home could not be written to: resume again.
         EngineError: a rank is gone. Of a sharded model, whatever is raised is raised on every rank.
+
+    Examples:
+        >>> folder = memtile.save_training("run", model, optimizer, step=100, position=100)
+        >>> memtile.resume_training("run", model, optimizer).step
+        100
     """
     sharded = for_sharded(model, process_group=process_group) or for_distributed(Path(folder))
     if sharded is not None:

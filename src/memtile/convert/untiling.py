@@ -30,6 +30,9 @@ def untile(model: Model) -> Model:
 
     Warns:
         ReplacedModuleWarning: a module still holds a tiled layer in an attribute or a list.
+
+    Examples:
+        >>> model = memtile.untile(memtile.tile(model, out_splits=4))
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")

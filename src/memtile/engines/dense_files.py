@@ -56,7 +56,12 @@ def load_checkpoint(
     strict: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> IncompatibleKeys:
-    """`memtile.load_checkpoint` of a sharded model, or of any that all ranks load together."""
+    """`memtile.load_checkpoint` of a sharded model, or of any that all ranks load together.
+
+    Examples:
+        >>> memtile.save_checkpoint(model, "out")
+        >>> keys = memtile.load_checkpoint(model, "out")
+    """
     ranks, model = Ranks(process_group), unwrapped(model)
     findings = ranks.each(lambda: found_for(model, path, ranks.number == 0, strict))
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -76,7 +81,11 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """`memtile.save_checkpoint` of a sharded model, or of any that all ranks save together."""
+    """`memtile.save_checkpoint` of a sharded model, or of any that all ranks save together.
+
+    Examples:
+        >>> memtile.save_checkpoint(model, "out")
+    """
     ranks, model = Ranks(process_group), unwrapped(model)
     ranks.check_same("the folder", folder)
     view = ranks.each(lambda: dense_view(model))

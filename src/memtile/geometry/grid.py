@@ -49,6 +49,10 @@ def partition_uniform(num_items: int, num_parts: int) -> list[int]:
 
     Raises:
         SplitsError: `num_parts` is below 1 or `num_items` below 0.
+
+    Examples:
+        >>> memtile.partition_uniform(10, 4)
+        [0, 3, 6, 8, 10]
     """
     if num_parts < 1 or num_items < 0:
         raise SplitsError(

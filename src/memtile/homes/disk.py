@@ -49,11 +49,9 @@ class DiskHome(Home):
         HomeFullError: the disk is full.
         UnsupportedPlatformError: this is not Linux.
 
-    Example:
-        ```python
-        with memtile.DiskHome("/scratch") as home:
-            memtile.tile(model, max_tile_bytes=64 << 20, home=home)
-        ```
+    Examples:
+        >>> home = memtile.DiskHome("/var/tmp")
+        >>> model = memtile.tile(model, max_tile_bytes=64 << 10, home=home)
     """
 
     works_in_place: ClassVar[bool] = False

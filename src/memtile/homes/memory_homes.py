@@ -48,6 +48,9 @@ class HostHome(Home):
     """Host memory, page by page at its exact size, pinned where CUDA is available.
 
     Drop no tensor of it while an asynchronous copy from or to it is under way.
+
+    Examples:
+        >>> model = memtile.tile(model, out_splits=4, home=memtile.HostHome())
     """
 
     works_in_place: ClassVar[bool] = True

@@ -19,6 +19,12 @@ class TiledLinearReturnBias(TiledLinear):
     Megatron's linears with `skip_bias_add` do. Outputs are summed, returned biases are not:
     `forward` gives `(output, bias)` with the biases of the rows joined, or None when no tile
     returns one; without `combine_out_splits` a list of such pairs.
+
+    Examples:
+        >>> layer = memtile.TiledLinearReturnBias(64, 96, out_splits=2, linear_cls=SkipBiasLinear)
+        >>> output, bias = layer(torch.zeros(8, 64))
+        >>> bias.shape
+        torch.Size([96])
     """
 
     def _can_fuse(self, whole: list[Any], tiles: list[nn.Module]) -> bool:

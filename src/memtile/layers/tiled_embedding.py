@@ -44,6 +44,11 @@ class TiledEmbedding(TiledModule):
         SplitsError: `out_splits` is outside its range.
         HomeFullError: the home has no room for the tiles.
         ArgumentError: `max_norm` or `sparse` is given, or `padding_idx` is no row.
+
+    Examples:
+        >>> embedding = memtile.TiledEmbedding(50_000, 64, out_splits=8)
+        >>> embedding(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 64])
     """
 
     tile_pattern: ClassVar[re.Pattern[str]] = re.compile(

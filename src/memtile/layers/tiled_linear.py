@@ -53,6 +53,11 @@ class TiledLinear(LinearPaths):
         TileClassError: `linear_cls` ignores `bias=False`.
         TileShapeError: `init_linear` has another shape.
         HomeFullError: the home has no room for the tiles.
+
+    Examples:
+        >>> layer = memtile.TiledLinear(1000, 3000, in_splits=2, out_splits=7)
+        >>> layer(torch.zeros(8, 1000)).shape
+        torch.Size([8, 3000])
     """
 
     tile_pattern: ClassVar[re.Pattern[str]] = re.compile(

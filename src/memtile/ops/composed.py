@@ -221,6 +221,11 @@ def split_tensor_along_last_dim(
 
     Returns:
         One view of `tensor` for each size, or one contiguous copy.
+
+    Examples:
+        >>> three, two = memtile.split_tensor_along_last_dim(torch.zeros(8, 5), [3, 2])
+        >>> three.shape
+        torch.Size([8, 3])
     """
     chunks = torch.split(tensor, list(partitions), dim=-1)
     return tuple(chunk.contiguous() for chunk in chunks) if contiguous_split_chunks else chunks

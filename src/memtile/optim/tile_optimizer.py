@@ -51,6 +51,10 @@ class TileOptimizer(Optimizer):
         ArgumentError: `model` is no module, or `mode` is neither of the two.
         OptimizerError: the class is not element-wise, or does not take the options.
         HomeFullError: a home has no room for moments, masters and gradients.
+
+    Examples:
+        >>> model = memtile.tile(model, max_tile_bytes=64 << 10, home="disk")
+        >>> optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, lr=1e-3)
     """
 
     def __init__(

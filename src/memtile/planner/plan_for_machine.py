@@ -74,6 +74,10 @@ def plan(
         CannotTileError: the model is tiled already, or its step asks for values.
         OptimizerError: the optimizer cannot step tile by tile.
         HomeError: tiles cannot live in the folder.
+
+    Examples:
+        >>> plan = memtile.plan(model, budget="2GiB", tokens=1024)
+        >>> model = memtile.tile(model, plan)
     """
     check_choice("mode", mode, get_args(OptimizerMode))
     imports = optimizer is not None and "torch._dynamo" not in sys.modules
