@@ -132,7 +132,7 @@ def test_zero3_gathers_one_unit_ahead_and_reduces_through_one_bucket():
     largest = 5002 * 301 * 4 - 301 * 4  # 5001 × 301, which two ranks pad by one element
     largest += largest // 4 % 2 * 4
 
-    for name in ("unit at work", "units on their way"):
+    for name in ("unit in use", "units on their way"):
         assert plan.term(name) == largest, name
     assert plan.term("bucket of gradients") == 5001 * 301 * 4
     assert plan.term("gradient of a unit, whole") == 5001 * 301 * 4

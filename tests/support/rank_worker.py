@@ -32,7 +32,7 @@ Wrap = Callable[[Any], Any]  # around a function of torch's, which is private an
 TOKENS = 12
 _WHOLE = (
     "untiled, gathered",
-    "unit at work",
+    "unit in use",
     "unit that waits",
     "units on their way",
     "buffer of the all-gather",

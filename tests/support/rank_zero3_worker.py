@@ -186,7 +186,7 @@ def planned(case: Case, world: int) -> RankPlan:
 
 def gathered_at_most(plan: RankPlan) -> int:
     """The most that is predicted to be whole at once."""
-    names = ("unit at work", "units on their way", "unit that waits")
+    names = ("unit in use", "units on their way", "unit that waits")
     return max(
         sum(term.nbytes for term in moment.terms if term.name in names) for moment in plan.moments
     )

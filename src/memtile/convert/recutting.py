@@ -91,7 +91,7 @@ def convert_checkpoint(
         The names of the linears that were cut, or of those whose tiles were joined.
 
     Raises:
-        ArgumentError: source and target are one, or the cut is none.
+        ArgumentError: source and target are the same, or `cut` is not a `TilingSpec`.
         CheckpointError: there is no checkpoint, tiles of it make no linear, or no linear of it has
             one of the names.
         SplitsError: a linear cannot be cut so.

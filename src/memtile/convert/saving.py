@@ -48,8 +48,8 @@ def save_checkpoint(
         process_group: of a sharded model; None: all ranks.
 
     Raises:
-        ArgumentError: the model is none, `max_shard_bytes` is no size, or a process group is given
-            for a model that is not sharded.
+        ArgumentError: `model` is not a module, `max_shard_bytes` is no size, or a process group is
+            given for a model that is not sharded.
         CannotTileError: a tile computes its weight, or a tensor has no values or no dense form.
         CheckpointError: safetensors has no name for a dtype, or tiles make no dense tensor.
         CheckpointWriteError: it could not be written, or somebody else is writing there.

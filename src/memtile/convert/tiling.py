@@ -251,7 +251,7 @@ def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[TilingDecision]) -
     if limit is None and cut.parks:
         tiled = [model.get_submodule(choice.name) for choice in choices if choice.tiled]
         limit = max(layer.weight.nbytes for layer in tiled if isinstance(layer, TiledModule))
-        rule = f"in memory, larger than the largest weight that went home, of {limit} bytes"
+        rule = f"in memory, larger than the largest parked weight, of {limit} bytes"
         parameters = {n: p for n, p in parameters.items() if not is_parked(p)}
     larger = {n: p.nbytes for n, p in parameters.items() if limit is not None and p.nbytes > limit}
     if not larger:

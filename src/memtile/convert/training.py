@@ -194,7 +194,7 @@ def resume_training(
         The step, and what was saved with it.
 
     Raises:
-        ArgumentError: the model or the optimizer is none.
+        ArgumentError: `model` is not a module, or `optimizer` not an optimizer.
         CheckpointError: there is none, it is damaged, or it is of another model, optimizer or
             scheduler. Nothing was changed, unless the second reading failed.
         HomeFullError: a home has no room for the optimizer's state; nothing was changed.

@@ -57,7 +57,7 @@ def parse_speed(text: str, option: str, unit: str = "B") -> float:
         unit: "B", or "FLOP" where operations are meant.
 
     Raises:
-        ArgumentError: If it is none, or nothing in a second.
+        ArgumentError: If it is not a size, or 0 in a second.
     """
     size = re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE)
     if unit != "B":

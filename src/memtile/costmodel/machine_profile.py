@@ -96,6 +96,6 @@ class MachineProfile:
         """The rates that `to_json` wrote.
 
         Raises:
-            ArgumentError: the text is none.
+            ArgumentError: the text is not a machine profile.
         """
         return from_text(cls, "Rates", _VERSION, text)

@@ -181,7 +181,7 @@ def _gathered(rank: Rank, *, forward: bool) -> Iterator[Term]:
     if fsdp2:
         yield Term("untiled, gathered", rank.sharding.whole(rank.units.resident), "device")
     if fsdp2 or not rank.alone or offloads:
-        yield Term("unit at work", largest, "device")
+        yield Term("unit in use", largest, "device")
     if not rank.alone or (not fsdp2 and offloads):
         yield Term("units on their way", ahead * largest, "device")
         yield Term("buffer of the all-gather", largest if keeps else 0, "device")
@@ -199,7 +199,7 @@ def _recomputed(rank: Rank) -> Iterator[Term]:
     largest = rank.largest_unit
     yield Term("untiled, gathered", rank.sharding.whole(rank.units.resident), "device")
     yield Term("unit that waits", largest, "device")
-    yield Term("unit at work", largest, "device")
+    yield Term("unit in use", largest, "device")
     if not rank.alone:
         yield Term("buffer of the all-gather", largest, "device")
     yield Term("gradients of the untiled", _nbytes(trained_of(rank.units.resident)), "device")

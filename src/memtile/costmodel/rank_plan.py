@@ -144,7 +144,7 @@ class RankPlan:
         """The plan that `to_json` wrote.
 
         Raises:
-            ArgumentError: the text is none; the message says what is wrong with it.
+            ArgumentError: the text is not a plan; the message says what is wrong with it.
         """
         return from_text(cls, "RankPlan", _VERSION, text)
 

@@ -72,10 +72,10 @@ class ParkedModule(nn.Module):
         return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        meta_copy = self._resident_class().__new__(self._resident_class())
-        memo[id(self)] = meta_copy
-        meta_copy.__dict__.update(copy.deepcopy(self._resident_state(), memo))
-        return meta_copy
+        resident = self._resident_class().__new__(self._resident_class())
+        memo[id(self)] = resident
+        resident.__dict__.update(copy.deepcopy(self._resident_state(), memo))
+        return resident
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # not copyreg.__newobj__, which pickle refuses for another class than the object's own

@@ -132,13 +132,13 @@ class _LiveBytes(TorchDispatchMode):
         key, phase = storage._cdata, self._in_backward
         if key in self._storages:
             return 0
-        self._storages[key] = weakref.ref(storage, lambda _: self._evict(key)), nbytes, phase
+        self._storages[key] = weakref.ref(storage, lambda _: self._freed(key)), nbytes, phase
         self._live[phase] += nbytes
         if sum(self._live) > sum(self._peak):
             self._peak = self._live[0], self._live[1]
         return nbytes
 
-    def _evict(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         _, nbytes, phase = self._storages.pop(key)
         self._live[phase] -= nbytes
 

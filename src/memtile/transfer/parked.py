@@ -19,7 +19,7 @@ from memtile.homes import (
 from memtile.transfer.iterations import enter_backward, rings_of, state
 
 
-class _Trained:
+class _TrainingState:
     """What is known of a parameter while it is trained."""
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class _Trained:
         self.is_stepped_in_backward = False  # a hook takes the gradient: it need not go home
 
 
-def _record(parameter: Tensor) -> _Trained:
-    found: _Trained | None = state.trained.get(parameter)
+def _record(parameter: Tensor) -> _TrainingState:
+    found: _TrainingState | None = state.trained.get(parameter)
     if found is None:  # `setdefault`: another thread may have made one meanwhile
-        found = state.trained.setdefault(parameter, _Trained())
+        found = state.trained.setdefault(parameter, _TrainingState())
     return found
 
 
@@ -42,7 +42,7 @@ def gradient_lock(parameter: Tensor) -> AbstractContextManager[object]:
 
 def is_stepped_in_backward(parameter: Tensor) -> bool:
     """Whether a hook takes its gradients."""
-    found: _Trained | None = state.trained.get(parameter)
+    found: _TrainingState | None = state.trained.get(parameter)
     return found is not None and found.is_stepped_in_backward
 
 
