@@ -1,5 +1,7 @@
 """Distributed checkpoints: saved by some ranks in one grid, loaded by others in another."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 import memtile
+from memtile.engines import distributed_checkpoints
 from memtile.engines.dense_views import dense_view
 from memtile.engines.distributed_checkpoints import load, save
 from memtile.errors import (
@@ -258,6 +261,31 @@ def test_a_scheduler_goes_with_a_sharded_model(alone, tmp_path):
     assert scheduler.count == 7
     with pytest.raises(CheckpointError, match="Counting, and is to be resumed with no scheduler"):
         memtile.resume_training(tmp_path, *sharded())
+
+
+@pytest.mark.parametrize(("extra", "is_taken"), [({"count": 7}, True), ({"other": 7}, False)])
+def test_a_run_saved_before_schedulers_had_a_field_goes_on(
+    alone, tmp_path, monkeypatch, extra, is_taken
+):
+    """Its scheduler was saved as `extra`; anything else there is not taken for one."""
+    made = distributed_checkpoints._outgoing
+
+    def as_before(*given):
+        state = made(*given)
+        record = json.loads(state["memtile"])
+        del record["scheduler"]
+        return {**state, "memtile": json.dumps(record)}
+
+    monkeypatch.setattr(distributed_checkpoints, "_outgoing", as_before)
+    memtile.save_training(tmp_path, *sharded(), step=HALF, extra=extra)
+    scheduler = Counting()
+
+    if is_taken:
+        assert memtile.resume_training(tmp_path, *sharded(), scheduler).extra == extra
+        assert scheduler.count == 7
+    else:
+        with pytest.raises(CheckpointError, match="saved with no scheduler"):
+            memtile.resume_training(tmp_path, *sharded(), scheduler)
 
 
 @pytest.mark.parametrize("what", ["weight", "moment"])

@@ -106,7 +106,7 @@ def load(
     ranks.check_same("the folder", folder)
     saved = ranks.first(lambda: newest_step(Path(folder)))
     metadata, record = ranks.each(lambda: _opened(saved.path))
-    ranks.each(lambda: check_scheduler(record.get("scheduler"), scheduler, saved.path))
+    scheduled = ranks.each(lambda: _scheduled(record, scheduler, saved.path))
     wanted = ranks.each(lambda: _wanted(model, metadata, saved.path))
     state: DcpState = {_MODEL: wanted}
     incoming = None
@@ -118,7 +118,7 @@ def load(
     if incoming is not None:
         incoming.take()
     if scheduler is not None:
-        scheduler.load_state_dict(from_json(record["scheduler"]["state"]))
+        scheduler.load_state_dict(scheduled)
     return Resumed(
         record["step"], from_json(record["position"]), from_json(record["extra"]), saved.path
     )
@@ -192,6 +192,21 @@ def _opened(place: Path) -> tuple[Metadata, Json]:
             f"it was copied ({type(error).__name__}); take another copy"
         ) from error
     return metadata, record
+
+
+def _scheduled(record: Json, scheduler: Scheduler | None, place: Path) -> Json:
+    """The state that was saved of the scheduler; CheckpointError where none was, of this class.
+
+    Records had no field for it at first: runs of `memtile finetune` saved it as `extra`.
+    """
+    saved = record.get("scheduler")
+    if scheduler is not None and "scheduler" not in record:
+        extra: Json | None = from_json(record["extra"])
+        if isinstance(extra, dict) and extra.keys() == scheduler.state_dict().keys():
+            return extra
+    check_scheduler(saved, scheduler, place)
+    state: Json = from_json(saved["state"]) if saved else {}
+    return state
 
 
 def _wanted(model: nn.Module, metadata: Metadata, place: Path) -> dict[str, Tensor]:
