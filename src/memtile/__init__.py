@@ -1,7 +1,8 @@
 """memtile: PyTorch models that are too big for memory, trained and run tile by tile.
 
 `tile` cuts the linears and embeddings of a model into tiles and parks them in a home;
-`TileOptimizer` steps them there. `docs/how-it-works.md` follows one tile through the folders of this package.
+`TileOptimizer` steps them there. `docs/how-it-works.md` follows one tile through the folders of
+this package.
 """
 
 from typing import TYPE_CHECKING, Final
