@@ -43,16 +43,16 @@ def model() -> nn.Module:
 def reasons(**arguments: object) -> dict[str, str]:
     """The refusals by name."""
     chosen = select_linears(model(), **arguments)  # type: ignore[arg-type]
-    return {choice.name: choice.reason for choice in chosen if not choice.tiled}
+    return {decision.name: decision.reason for decision in chosen if not decision.tiled}
 
 
 def test_every_linear_and_embedding_gets_a_verdict_with_a_reason() -> None:
     """Each yes and each no of a model comes with its reason."""
     found = select_linears(model())
 
-    yes = {choice.name for choice in found if choice.tiled}
+    yes = {decision.name for decision in found if decision.tiled}
     assert yes == {"plain", "small", "embedding"}
-    assert all(choice.reason for choice in found)
+    assert all(decision.reason for decision in found)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_a_bias_shared_with_another_module_is_kept_whole_and_said_so() -> None:
 
     chosen = select_linears(built, out_splits=2)
 
-    assert [choice.tiled for choice in chosen] == [True, True]
-    assert all("its bias kept whole" in choice.reason for choice in chosen)
+    assert [decision.tiled for decision in chosen] == [True, True]
+    assert all("its bias kept whole" in decision.reason for decision in chosen)
 
 
-def test_a_choice_prints_as_one_line() -> None:
+def test_a_decision_prints_as_one_line() -> None:
     """The printed decision has verdict, name, size, grid and reason."""
     first = select_linears(model(), out_splits=2)[0]
 
@@ -225,7 +225,7 @@ def test_parameters_that_stay_above_the_size_are_named_in_a_warning() -> None:
 
 def test_a_linear_as_the_model_itself_is_a_no_with_the_way_out() -> None:
     """select_linears and tile agree about the root."""
-    (choice,) = select_linears(nn.Linear(4, 4), out_splits=2)
+    (decision,) = select_linears(nn.Linear(4, 4), out_splits=2)
 
-    assert not choice.tiled
-    assert "from_linear" in choice.reason
+    assert not decision.tiled
+    assert "from_linear" in decision.reason

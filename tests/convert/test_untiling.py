@@ -120,7 +120,7 @@ def test_weights_that_share_memory_without_being_one_parameter_stay_dense() -> N
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
     model["b"].weight = nn.Parameter(model["a"].weight.detach().t())
 
-    reasons = [choice.reason for choice in select_linears(model, out_splits=2)]
+    reasons = [decision.reason for decision in select_linears(model, out_splits=2)]
 
     assert reasons[0].startswith("its weight shares memory with b.weight")
     assert reasons[1].startswith("its weight shares memory with a.weight")

@@ -32,16 +32,16 @@ def test_base_linears_become_tiles_and_adapters_stay(kind: str) -> None:
     model = wrapped(kind)
     adapters = [m for n, m in model.named_modules() if "lora_" in n]
 
-    choices = {c.name: c for c in select_linears(model, out_splits=3)}
+    decisions = {c.name: c for c in select_linears(model, out_splits=3)}
     memtile.tile(model, out_splits=3)
 
     assert [m for n, m in model.named_modules() if "lora_" in n] == adapters
-    for name, choice in choices.items():
+    for name, decision in decisions.items():
         if "lora_" in name:
-            assert not choice.tiled
-            assert "PEFT adapter" in choice.reason
+            assert not decision.tiled
+            assert "PEFT adapter" in decision.reason
         else:
-            assert choice.tiled, choice
+            assert decision.tiled, decision
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)

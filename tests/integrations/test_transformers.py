@@ -70,10 +70,12 @@ def test_forward_and_backward(kind: str, cut: dict[str, int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_and_embedding_that_is_large_enough_is_tiled(kind: str) -> None:
     """Layers of these models stay dense only for their size."""
-    choices = select_linears(build(kind), **RAGGED)
+    decisions = select_linears(build(kind), **RAGGED)
 
-    assert sum(choice.tiled for choice in choices) >= 11
-    assert all("fit in max_tile_bytes" in choice.reason for choice in choices if not choice.tiled)
+    assert sum(decision.tiled for decision in decisions) >= 11
+    assert all(
+        "fit in max_tile_bytes" in decision.reason for decision in decisions if not decision.tiled
+    )
 
 
 @pytest.mark.parametrize("kind", WRITERS)

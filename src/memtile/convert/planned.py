@@ -1,4 +1,4 @@
-"""How `tile` carries out a plan: its choices, its home, recomputed activations, its workspace."""
+"""How `tile` carries out a plan: its decisions, its home, recomputed activations, its workspace."""
 
 from dataclasses import replace
 
@@ -14,25 +14,29 @@ from memtile.homes import Home, trim_heap
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
 
-def planned_choices(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecision]:
+def planned_decisions(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecision]:
     """What happens to each linear and embedding of the model by this plan."""
     planned = {layer.name: layer for layer in plan.layers}
-    choices = choose(model, Cut(parks=True), None)
-    for name in sorted(planned.keys() ^ {choice.name for choice in choices}):
+    decisions = choose(model, Cut(parks=True), None)
+    for name in sorted(planned.keys() ^ {decision.name for decision in decisions}):
         where = "it" if name in planned else "the model"
         raise _other_model(model, f"{name} is only in {where}")
     found = []
-    for choice in choices:
-        layer = planned[choice.name]
-        dtype = str(model.get_submodule(choice.name).weight.dtype).removeprefix("torch.")
-        ours, theirs = (layer.shape, layer.dtype, layer.ties), (choice.shape, dtype, choice.ties)
-        if ours != theirs or (layer.grid is not None and not choice.tiled):
+    for decision in decisions:
+        layer = planned[decision.name]
+        dtype = str(model.get_submodule(decision.name).weight.dtype).removeprefix("torch.")
+        ours, theirs = (
+            (layer.shape, layer.dtype, layer.ties),
+            (decision.shape, dtype, decision.ties),
+        )
+        if ours != theirs or (layer.grid is not None and not decision.tiled):
             raise _other_model(
-                model, f"{choice.name} is {theirs} there ({choice.reason}) and {ours} in the plan"
+                model,
+                f"{decision.name} is {theirs} there ({decision.reason}) and {ours} in the plan",
             )
         _check_layer(model, layer, plan)
         found.append(
-            replace(choice, tiled=layer.grid is not None, reason=layer.reason, grid=layer.grid)
+            replace(decision, tiled=layer.grid is not None, reason=layer.reason, grid=layer.grid)
         )
     return found
 

@@ -145,17 +145,17 @@ def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[
     }
     owners = Owners(model)
     groups = _ties(owners, candidates, reasons)
-    choices = []
+    decisions = []
     for name, (module, kind) in candidates.items():
         shape = _shape(module, kind)
-        choice = TilingDecision(name, False, reasons[name], shape, ties=groups.get(name, ()))
+        decision = TilingDecision(name, False, reasons[name], shape, ties=groups.get(name, ()))
         if not reasons[name]:
             keeps_bias = owners.is_shared(module._parameters.get("bias"))
-            choice = _with_grid(replace(choice, keeps_bias=keeps_bias), candidates, cut)
-        choices.append(choice)
-        if modules is not None and name in modules and not choice.tiled:
-            raise CannotTileError(f"{name} cannot be tiled: {choice.reason}")
-    return choices
+            decision = _with_grid(replace(decision, keeps_bias=keeps_bias), candidates, cut)
+        decisions.append(decision)
+        if modules is not None and name in modules and not decision.tiled:
+            raise CannotTileError(f"{name} cannot be tiled: {decision.reason}")
+    return decisions
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Kind | None]]]:
@@ -305,26 +305,26 @@ def _ties(
 
 
 def _with_grid(
-    choice: TilingDecision, candidates: dict[str, tuple[nn.Module, Kind | None]], cut: Cut
+    decision: TilingDecision, candidates: dict[str, tuple[nn.Module, Kind | None]], cut: Cut
 ) -> TilingDecision:
-    module, kind = candidates[choice.name]
+    module, kind = candidates[decision.name]
     assert kind is not None
-    tied_kinds = [candidates[name][1] for name in choice.ties]
+    tied_kinds = [candidates[name][1] for name in decision.ties]
     if len({k.tiled.weight_is_transposed for k in tied_kinds if k}) > 1:
-        return replace(choice, reason="it shares a weight with a transposed linear")
-    others = ", ".join(name for name in choice.ties if name != choice.name)
+        return replace(decision, reason="it shares a weight with a transposed linear")
+    others = ", ".join(name for name in decision.ties if name != decision.name)
     more = f", tied with {others}" if others else ""
-    if choice.keeps_bias:
+    if decision.keeps_bias:
         more += ", its bias kept whole: others share it"
     if not cut.is_given:
-        return replace(choice, tiled=True, reason=f"a plain {kind.name}{more}")
+        return replace(decision, tiled=True, reason=f"a plain {kind.name}{more}")
     rows_only = kind.rows_only or any(k.rows_only for k in tied_kinds if k)
     weight = module._parameters["weight"]
     assert weight is not None
-    grid = cut.grid(choice.shape, weight.element_size(), rows_only)
+    grid = cut.grid(decision.shape, weight.element_size(), rows_only)
     if isinstance(grid, str):
-        return replace(choice, reason=grid)
-    return replace(choice, tiled=True, reason=f"a plain {kind.name}{more}", grid=grid)
+        return replace(decision, reason=grid)
+    return replace(decision, tiled=True, reason=f"a plain {kind.name}{more}", grid=grid)
 
 
 def _checked_names(

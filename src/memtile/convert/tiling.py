@@ -20,7 +20,7 @@ from memtile.convert.materializing import (
 from memtile.convert.name_matching import Findings
 from memtile.convert.planned import (
     check_alone,
-    planned_choices,
+    planned_decisions,
     planned_home,
     set_checkpointing,
     take_workspace,
@@ -119,11 +119,11 @@ def tile(
     cut = Cut()
     if plan is None:
         cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
-        choices = _checked_choices(model, cut, modules)
+        decisions = _checked_decisions(model, cut, modules)
     else:
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         check_alone(plan, {**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
-        choices = planned_choices(model, plan)
+        decisions = planned_decisions(model, plan)
         home = planned_home(model, plan, home)
     if plan is not None or (home is not None and modules is None):
         _refuse_tiled_before(model)
@@ -131,22 +131,22 @@ def tile(
         keep_freed_memory_out()
     if isinstance(plan, Plan):
         take_workspace(plan.products)
-    if checkpoint is not None or any(choice.tiled for choice in choices):
+    if checkpoint is not None or any(decision.tiled for decision in decisions):
         findings = None
         if checkpoint is not None:
             findings = checked_for_empty(model, checkpoint, strict=strict)
-        replaced = replace_chosen(model, choices, home, findings)
+        replaced = replace_chosen(model, decisions, home, findings)
         if findings is not None:
             warn_of_differences(model, findings, stacklevel=2)
         replaced.warn(model, stacklevel=2)
     if plan is None and modules is None:
-        _warn_of_larger(model, cut, choices)
+        _warn_of_larger(model, cut, decisions)
     if plan is not None and plan.optimizer is not None:
         set_checkpointing(model, plan.checkpointing)  # its hooks belong to the new modules
     return model
 
 
-def _checked_choices(
+def _checked_decisions(
     model: nn.Module, cut: Cut, modules: Collection[str] | None
 ) -> list[TilingDecision]:
     """What happens to each module; refused where nothing can be tiled."""
@@ -155,20 +155,20 @@ def _checked_choices(
             "tile(model) needs a size: out_splits=…, in_splits=…, or max_tile_bytes=…; with "
             "home=… whole layers can be parked"
         )
-    choices = choose(model, cut, modules)
+    decisions = choose(model, cut, modules)
     if kind_of(model) is not None or isinstance(model, TiledModule):
         raise CannotTileError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place; use "
             "TiledLinear.from_linear(linear, …) or TiledEmbedding.from_embedding(embedding, …)"
         )
     needs_one = cut.max_tile_bytes is None or cut.parks
-    if needs_one and not any(choice.tiled for choice in choices):
-        why = f"{choices[0].name}: {choices[0].reason}" if choices else "it has no linear"
+    if needs_one and not any(decision.tiled for decision in decisions):
+        why = f"{decisions[0].name}: {decisions[0].reason}" if decisions else "it has no linear"
         raise CannotTileError(
             f"nothing of {type(model).__name__} can be tiled ({why}); "
             "memtile.convert.select_linears(model, …) gives the reason for each module"
         )
-    return choices
+    return decisions
 
 
 def _refuse_shards(model: object) -> None:
@@ -184,7 +184,7 @@ def _refuse_shards(model: object) -> None:
 
 def replace_chosen(
     model: nn.Module,
-    choices: Sequence[TilingDecision],
+    decisions: Sequence[TilingDecision],
     home: Home | str | None,
     findings: Findings | None = None,
 ) -> Replaced:
@@ -196,17 +196,17 @@ def replace_chosen(
         )
     if findings is not None and home == "checkpoint":
         made = {name.removesuffix(".weight") for name in to_make(model, findings)}  # in no file
-        choices = [c for c in choices if made.isdisjoint(c.ties or (c.name,))]
-    held = None if home is None else _room_for(model, choices, home)
+        decisions = [c for c in decisions if made.isdisjoint(c.ties or (c.name,))]
+    held = None if home is None else _room_for(model, decisions, home)
     parked = None if held is None else held.home
     parks = nullcontext() if held is None else held.used_here()
     fills = nullcontext() if findings is None else filled_from(model, findings, parked)
-    keep_bias = {choice.name for choice in choices if choice.keeps_bias}
+    keep_bias = {decision.name for decision in decisions if decision.keeps_bias}
     replaced, done = Replaced(), set[str]()
     with parks, replacing(model, "memtile.tile"), fills:
-        for choice in choices:
-            if choice.tiled and choice.name not in done:
-                done.update(_tile_group(model, choice, parked, keep_bias, replaced))
+        for decision in decisions:
+            if decision.tiled and decision.name not in done:
+                done.update(_tile_group(model, decision, parked, keep_bias, replaced))
     if parked is not None:
         for name, parameter in model.named_parameters():
             allocation = allocation_of(parameter)
@@ -216,18 +216,24 @@ def replace_chosen(
     return replaced
 
 
-def _room_for(model: nn.Module, choices: Sequence[TilingDecision], home: Home | str) -> Reservation:
+def _room_for(
+    model: nn.Module, decisions: Sequence[TilingDecision], home: Home | str
+) -> Reservation:
     """A reservation in the home for every chosen tile; nothing is parked yet."""
     if home == "checkpoint":
         return Reservation(CheckpointHome())
     device = next(model.parameters(), torch.empty(0)).device
     found = resolve_home(home, "cpu" if device.type == "meta" else device)
     sizes: list[int] = []
-    for choice in choices:
-        if choice.tiled and choice.grid is not None and choice.ties[:1] in ((), (choice.name,)):
-            weight = model.get_submodule(choice.name)._parameters["weight"]
+    for decision in decisions:
+        if (
+            decision.tiled
+            and decision.grid is not None
+            and decision.ties[:1] in ((), (decision.name,))
+        ):
+            weight = model.get_submodule(decision.name)._parameters["weight"]
             assert weight is not None
-            rects = (choice.grid.rect(*index) for index in choice.grid.indices())
+            rects = (decision.grid.rect(*index) for index in decision.grid.indices())
             tiles = [whole_pages(math.prod(rect.shape) * weight.element_size()) for rect in rects]
             sizes += tiles if weight.grad is None else 2 * tiles  # gradients move there too
     return found.hold(sizes)
@@ -244,19 +250,19 @@ def _refuse_tiled_before(model: nn.Module) -> None:
             )
 
 
-def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[TilingDecision]) -> None:
+def _warn_of_larger(model: nn.Module, cut: Cut, decisions: list[TilingDecision]) -> None:
     """Warn of parameters above `max_tile_bytes`; without it, above the largest parked weight."""
     limit, rule = cut.max_tile_bytes, f"above max_tile_bytes={cut.max_tile_bytes}"
     parameters = dict(model.named_parameters())
     if limit is None and cut.parks:
-        tiled = [model.get_submodule(choice.name) for choice in choices if choice.tiled]
+        tiled = [model.get_submodule(decision.name) for decision in decisions if decision.tiled]
         limit = max(layer.weight.nbytes for layer in tiled if isinstance(layer, TiledModule))
         rule = f"in memory, larger than the largest parked weight, of {limit} bytes"
         parameters = {n: p for n, p in parameters.items() if not is_parked(p)}
     larger = {n: p.nbytes for n, p in parameters.items() if limit is not None and p.nbytes > limit}
     if not larger:
         return
-    reasons = {choice.name: choice.reason for choice in choices if not choice.tiled}
+    reasons = {decision.name: decision.reason for decision in decisions if not decision.tiled}
     name, size = max(larger.items(), key=lambda item: item[1])
     owners = (owner for owner in reasons if name.startswith(f"{owner}."))
     why = reasons.get(next(owners, ""), "it belongs to no linear or embedding")
@@ -269,25 +275,25 @@ def _warn_of_larger(model: nn.Module, cut: Cut, choices: list[TilingDecision]) -
 
 def _tile_group(
     model: nn.Module,
-    choice: TilingDecision,
+    decision: TilingDecision,
     home: Home | None,
     keep_bias: Collection[str],
     replaced: Replaced,
 ) -> tuple[str, ...]:
     """Replace one module, and those tied to it, at every place where they stand."""
     first: TiledModule | None = None
-    names = choice.ties or (choice.name,)
+    names = decision.ties or (decision.name,)
     for name in names:
         dense = model.get_submodule(name)
         kind = kind_of(dense)
-        assert choice.grid is not None
+        assert decision.grid is not None
         assert kind is not None
         replaced.add(name, dense, dense._parameters["weight"])
         # A bias that others share stays whole: the layer gets the parameter itself.
         bias = dense._parameters.get("bias") if name in keep_bias else None
         dense._parameters |= {} if bias is None else {"bias": None}
         try:
-            layer = kind.tiled.from_dense(dense, choice.grid, first, home)
+            layer = kind.tiled.from_dense(dense, decision.grid, first, home)
         finally:
             dense._parameters |= {} if bias is None else {"bias": bias}
         if bias is not None:

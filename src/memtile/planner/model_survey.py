@@ -36,35 +36,35 @@ class Survey:
     """What both planners need to know of a model and of its step."""
 
     model: nn.Module
-    choices: Sequence[TilingDecision]  # its linears and embeddings
+    decisions: Sequence[TilingDecision]  # its linears and embeddings
     weights: Sequence[Weight]  # of these, shared ones once
     state: StateSizes | None  # what the optimizer keeps; None: inference
     work: Work  # the forward of a step
-    checkpointing: Sequence[bool]  # the possible choices
+    checkpointing: Sequence[bool]  # the possible values
 
     @property
     def trains(self) -> bool:
         """Whether a step has a backward."""
         return self.state is not None
 
-    def layer(self, choice: TilingDecision, grid: Grid | None, reason: str) -> PlannedLayer:
+    def layer(self, decision: TilingDecision, grid: Grid | None, reason: str) -> PlannedLayer:
         """What a plan says of a layer that is cut by this grid; None: it is resident."""
-        weight = self.weight_of(choice)
+        weight = self.weight_of(decision)
         return PlannedLayer(
-            name=choice.name,
-            shape=choice.shape,
+            name=decision.name,
+            shape=decision.shape,
             dtype=weight.dtype,
             nbytes=weight.nbytes,
             grid=grid,
             place=RESIDENT if grid is None else PARKED,
             reason=reason,
             trainable=weight.trainable,
-            ties=choice.ties,
+            ties=decision.ties,
         )
 
-    def weight_of(self, choice: TilingDecision) -> Weight:
+    def weight_of(self, decision: TilingDecision) -> Weight:
         """The weight of a layer."""
-        return next(weight for weight in self.weights if choice.name in weight.names)
+        return next(weight for weight in self.weights if decision.name in weight.names)
 
 
 def survey(
@@ -89,11 +89,11 @@ def survey(
     check_choice("checkpointing", checkpointing, (None, True, False))
     trains = optimizer is not None
     model = _model_of(source, dtype)
-    choices = choose(model, Cut(parks=True), None)
+    decisions = choose(model, Cut(parks=True), None)
     return Survey(
         model,
-        choices,
-        _weights_of(model, choices, trains),
+        decisions,
+        _weights_of(model, decisions, trains),
         _state_of(model, optimizer, options or {}, masters) if optimizer else None,
         work or _work_for(model, tokens, batch, trains),
         _checkpointing_choices(model, checkpointing, trains),
@@ -180,23 +180,25 @@ def _work_for(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work:
     return forward
 
 
-def _weights_of(model: nn.Module, choices: Sequence[TilingDecision], trains: bool) -> list[Weight]:
+def _weights_of(
+    model: nn.Module, decisions: Sequence[TilingDecision], trains: bool
+) -> list[Weight]:
     """The weight of each linear and embedding, those that are shared once."""
     groups: dict[int, list[TilingDecision]] = {}
-    for choice in choices:
-        weight = model.get_submodule(choice.name).weight
-        groups.setdefault(id(weight), []).append(choice)
+    for decision in decisions:
+        weight = model.get_submodule(decision.name).weight
+        groups.setdefault(id(weight), []).append(decision)
     return [_weight(model, group, trains) for group in groups.values()]
 
 
 def _weight(model: nn.Module, group: Sequence[TilingDecision], trains: bool) -> Weight:
     first = group[0]
-    modules = [model.get_submodule(choice.name) for choice in group]
+    modules = [model.get_submodule(decision.name) for decision in group]
     parameter = modules[0].weight
     assert isinstance(parameter, Tensor)
     rows_only = any(kind is not None and kind.rows_only for kind in map(kind_of, modules))
     return Weight(
-        names=tuple(choice.name for choice in group),
+        names=tuple(decision.name for decision in group),
         shape=first.shape,
         dtype=str(parameter.dtype).removeprefix("torch."),
         element_bytes=parameter.element_size(),

@@ -223,8 +223,8 @@ def _attention(
     with torch._C._DisableTorchDispatch():
         likes: Any = [None if t is None else _unwritten(t) for t in (query, key, value, attn_mask)]
         choose: Any = torch._fused_sdp_choice  # likewise
-        choice = choose(*likes, dropout_p, is_causal, **options)
-    if choice != _FLASH:
+        decision = choose(*likes, dropout_p, is_causal, **options)
+    if decision != _FLASH:
         options["is_causal"] = is_causal
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, **options

@@ -98,7 +98,7 @@ def plan(
     with workspaces_of(rates, setting.rates) as workspaces:
         count = StepCount(
             seen.model,
-            seen.choices,
+            seen.decisions,
             seen.work,
             seen.trains,
             drops_gradients=mode == "in_backward",
@@ -111,7 +111,7 @@ def plan(
     trim_heap()  # the copies' objects lay between others
     return Plan(
         model=type(seen.model).__name__,
-        layers=tuple(_layer(seen, choice, found.layout) for choice in seen.choices),
+        layers=tuple(_layer(seen, decision, found.layout) for decision in seen.decisions),
         tokens=tokens,
         batch=batch,
         optimizer=None if optimizer is None else optimizer.__name__,
@@ -128,13 +128,13 @@ def plan(
     )
 
 
-def _layer(seen: Survey, choice: TilingDecision, layout: ParkedLayout) -> PlannedLayer:
-    weight = seen.weight_of(choice)
+def _layer(seen: Survey, decision: TilingDecision, layout: ParkedLayout) -> PlannedLayer:
+    weight = seen.weight_of(decision)
     grid = layout.grid_of(weight)
     if grid is None:
-        return seen.layer(choice, None, weight.obstacle or "fits in memory")
+        return seen.layer(decision, None, weight.obstacle or "fits in memory")
     tied = ", tied" if weight.is_tied else ""
-    return seen.layer(choice, grid, f"does not fit in memory with all others{tied}")
+    return seen.layer(decision, grid, f"does not fit in memory with all others{tied}")
 
 
 def _home(home: Home | str) -> tuple[str, Path | None]:

@@ -95,7 +95,7 @@ def plan_ranks(
         offload=offload,
         prefetch=prefetch,
         unit_bytes=unit_bytes,
-        layers=tuple(_layer(seen, choice, found) for choice in seen.choices),
+        layers=tuple(_layer(seen, decision, found) for decision in seen.decisions),
         tokens=tokens,
         batch=batch,
         optimizer=None if optimizer is None else optimizer.__name__,
@@ -121,7 +121,7 @@ class _Count:
         self._uses: dict[str, _Uses] = {}
         self._step = StepCount(
             seen.model,
-            seen.choices,
+            seen.decisions,
             seen.work,
             seen.trains,
             drops_gradients=True,
@@ -171,8 +171,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks
 
 
-def _layer(seen: Survey, choice: TilingDecision, found: RankFound) -> PlannedLayer:
-    weight = seen.weight_of(choice)
+def _layer(seen: Survey, decision: TilingDecision, found: RankFound) -> PlannedLayer:
+    weight = seen.weight_of(decision)
     grid = found.grids.get(weight.names[0])
     if grid is None:
         reason = weight.obstacle
@@ -180,7 +180,7 @@ def _layer(seen: Survey, choice: TilingDecision, found: RankFound) -> PlannedLay
         reason = "a unit of its own"
     else:
         reason = "cut, so that a device has room for what is gathered"
-    return seen.layer(choice, grid, reason + (", tied" if weight.is_tied else ""))
+    return seen.layer(decision, grid, reason + (", tied" if weight.is_tied else ""))
 
 
 def _check(

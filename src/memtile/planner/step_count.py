@@ -21,7 +21,7 @@ class StepCount:
     """Counts a step of a layout, on a copy of the model whose parameters hold nothing."""
 
     model: nn.Module
-    choices: Sequence[TilingDecision]  # its linears and embeddings
+    decisions: Sequence[TilingDecision]  # its linears and embeddings
     work: Work  # the forward
     trains: bool
     drops_gradients: bool  # each gradient is freed as soon as it is complete
@@ -31,10 +31,10 @@ class StepCount:
 
     def __call__(self, layout: ParkedLayout, checkpointing: bool) -> Counted:
         """The step of this layout; CannotTileError where the model's code asks for values."""
-        meta_copy, choices = make_meta_copy(self.model), _with_grids(self.choices, layout)
+        meta_copy, decisions = make_meta_copy(self.model), _with_grids(self.decisions, layout)
         meta_copy.train(self.trains)
-        if any(choice.tiled for choice in choices):
-            _park(meta_copy, choices)
+        if any(decision.tiled for decision in decisions):
+            _park(meta_copy, decisions)
         set_checkpointing(meta_copy, checkpointing)
         if self.watch is not None:
             self.watch(meta_copy)
@@ -64,19 +64,19 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _park(meta_copy: nn.Module, choices: Sequence[TilingDecision]) -> None:
+def _park(meta_copy: nn.Module, decisions: Sequence[TilingDecision]) -> None:
     """Tile a meta copy in place, its tiles parked in a home on the meta device."""
     home = DeviceHome("meta")
-    replace_chosen(meta_copy, choices, home)
+    replace_chosen(meta_copy, decisions, home)
     for module in meta_copy.modules():
         weight = module._parameters.get("weight") if isinstance(module, ParkedModule) else None
         if weight is not None and not is_parked(weight):
             register(weight, home.allocate(weight.shape, weight.dtype))
 
 
-def _with_grids(choices: Sequence[TilingDecision], layout: ParkedLayout) -> list[TilingDecision]:
+def _with_grids(decisions: Sequence[TilingDecision], layout: ParkedLayout) -> list[TilingDecision]:
     grids = {name: layout.grid_of(weight) for weight in layout.weights for name in weight.names}
     return [
-        replace(choice, tiled=grids[choice.name] is not None, grid=grids[choice.name])
-        for choice in choices
+        replace(decision, tiled=grids[decision.name] is not None, grid=grids[decision.name])
+        for decision in decisions
     ]

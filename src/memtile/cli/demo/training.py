@@ -110,8 +110,8 @@ def _prepare(settings: DemoSettings) -> tuple["PreTrainedTokenizerBase", Sequenc
 
 
 def _check_count(model: "PreTrainedModel", max_tile_bytes: int) -> None:
-    choices = select_linears(model, max_tile_bytes=max_tile_bytes)
-    tiles = sum(len(list(choice.grid.indices())) for choice in choices if choice.grid)
+    decisions = select_linears(model, max_tile_bytes=max_tile_bytes)
+    tiles = sum(len(list(decision.grid.indices())) for decision in decisions if decision.grid)
     if tiles > _MOST_TILES:
         raise CommandError(
             f"--max-tile {max_tile_bytes} bytes would make {tiles} tiles, which would take hours: "
