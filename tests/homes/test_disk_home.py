@@ -226,7 +226,7 @@ def test_held_room_is_nobody_elses(tmp_path, monkeypatch):
         free = _room_left(home)
 
         for _ in range(3):
-            with held.used_here():
+            with held.used_by_this_thread():
                 mine = [home.allocate((pages * PAGE,), torch.uint8) for pages in (2, 1, 1)]
             others = [home.allocate((PAGE,), torch.uint8) for _ in range(free)]
             with pytest.raises(HomeFullError):
@@ -234,7 +234,7 @@ def test_held_room_is_nobody_elses(tmp_path, monkeypatch):
             assert len({allocation.address for allocation in [*mine, *others]}) == free + 3
             del mine, others
             assert _room_left(home) == free
-        with held.used_here():
+        with held.used_by_this_thread():
             last = home.allocate((PAGE,), torch.uint8)
         del held
         assert _room_left(home) == free + 3
@@ -253,7 +253,7 @@ def test_room_that_cannot_be_held_changes_nothing(tmp_path, monkeypatch):
             home.hold([PAGE, 8 << 20, PAGE])
 
         assert _room_left(home) == free
-        with held.used_here():
+        with held.used_by_this_thread():
             assert home.allocate((PAGE,), torch.uint8).address
 
 
@@ -263,7 +263,7 @@ def test_room_is_held_for_the_thread_that_uses_it(tmp_path, monkeypatch):
         held = home.hold([PAGE])
         _full_from_now(monkeypatch)
 
-        with held.used_here():
+        with held.used_by_this_thread():
             allocations = other.submit(_room_left, home).result()
             mine = home.allocate((PAGE,), torch.uint8)
 

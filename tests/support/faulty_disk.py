@@ -78,7 +78,7 @@ def at_step(number: int, act: Callable[[], object]) -> Callable[[nn.Parameter], 
 
 def slabs_are_free(home: Any) -> bool:
     """Whether nobody holds a slab of the home, nor is one still to be written."""
-    free = (Holder.NOBODY, Holder.ITS_TILES)
+    free = (Holder.NOBODY, Holder.IDLE)
     return all(h in free for ring in rings_of(home).all() for h in ring.holders)
 
 

@@ -235,7 +235,7 @@ class HomeContract(ABC):
             held = home.hold([PAGE, 3 * PAGE, PAGE])
             others = [home.allocate((PAGE,), torch.uint8) for _ in range(4)]
 
-            with held.used_here():
+            with held.used_by_this_thread():
                 allocations = [
                     home.allocate((size,), torch.uint8) for size in (PAGE, PAGE, 3 * PAGE)
                 ]

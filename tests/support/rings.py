@@ -7,7 +7,7 @@ from watched_home import PATIENCE_SECONDS
 from memtile.homes import Allocation
 from memtile.transfer import Holder, SlabRing
 
-FREE = {Holder.NOBODY, Holder.ITS_TILES}
+FREE = {Holder.NOBODY, Holder.IDLE}
 MakeRing = Callable[..., SlabRing]
 
 

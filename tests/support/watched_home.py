@@ -80,10 +80,10 @@ class WatchedAllocation(Allocation):
     def tensor(self) -> Tensor:
         return self._inner.tensor()
 
-    def _fill(self, into: Tensor, start: int) -> None:
+    def _read_into(self, into: Tensor, start: int) -> None:
         self.home.note("read", self.label or "")
         self._inner.read(into, start)
 
-    def _take(self, source: Tensor, start: int) -> None:
+    def _write_from(self, source: Tensor, start: int) -> None:
         self.home.note("write", self.label or "")
         self._inner.write(source, start)

@@ -55,7 +55,7 @@ def test_a_failed_read_ahead_is_nobodys_error(make_ring):
 
     with ring.acquire((tiles[0],)):
         home.broken = {"read"}
-        quiet_but_workers = {Holder.WORKERS, Holder.NOBODY, Holder.ITS_TILES}
+        quiet_but_workers = {Holder.WORKERS, Holder.NOBODY, Holder.IDLE}
         wait_until(ring, lambda: set(ring.holders) <= quiet_but_workers)
     home.broken = set()
     with ring.acquire((tiles[1],)) as lease:
@@ -128,7 +128,7 @@ def test_ctrl_c_while_a_tile_is_read_leaves_the_slab_to_its_readers(make_ring, m
     go_on.set()
     with ring.acquire((tiles[1],)) as lease:
         assert lease.tensors[0].tolist() == [1, 1, 1]
-    assert ring.holders == [Holder.ITS_TILES]
+    assert ring.holders == [Holder.IDLE]
 
 
 def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ring, monkeypatch):
@@ -145,7 +145,7 @@ def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ring, monkeypatch):
             pass
         monkeypatch.undo()
         assert ring.holders == [Holder.WORKERS]
-    assert ring.holders == [Holder.ITS_TILES]
+    assert ring.holders == [Holder.IDLE]
 
 
 def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():

@@ -124,7 +124,7 @@ class _CheckpointAllocation(Allocation):
         for address, length in pages.uncopied(self.address, self.nbytes):
             library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
-    def _fill(self, into: Tensor, start: int) -> None:
+    def _read_into(self, into: Tensor, start: int) -> None:
         self._file.check_unchanged()
         used = max(0, min(into.numel(), self.nbytes - start))
         pages, address = self.home.pages, self.address + start
@@ -135,7 +135,7 @@ class _CheckpointAllocation(Allocation):
         elif opened is not None:
             disk_io.fill(opened.fd, disk_io.bytes_of(into[:used]), self._offset + start)
 
-    def _take(self, source: Tensor, start: int) -> None:
+    def _write_from(self, source: Tensor, start: int) -> None:
         self.home._refuse()
 
 

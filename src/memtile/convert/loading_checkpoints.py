@@ -53,7 +53,7 @@ def load_checkpoint(
         model: tiled or not, wherever its tiles live, sharded or not. Parameters on the meta device
             get memory.
         path: a folder, a `.safetensors` file or a `.safetensors.index.json`; or several of them.
-        strict: refuse what the model lacks or the checkpoint lacks; False: tell it.
+        strict: raise on missing or unexpected names; False: return them.
         device: of a sharded model's shards that are on the meta device; None: that of their mesh.
             With an offload policy, "cpu".
         process_group: of a sharded model; None: all ranks.

@@ -78,7 +78,7 @@ def save_checkpoint(
         _in_dtype(outgoing(needed.dense, needed.names[0]), dtype) for needed in tensors_of(model)
     ]
     beside = configs_beside(model, dtype)
-    flush(model)
+    wait_for_writes(model)
     write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes, beside=beside)
 
 
@@ -118,7 +118,7 @@ def check_saveable(model: nn.Module) -> None:
             )
 
 
-def flush(model: nn.Module) -> None:
+def wait_for_writes(model: nn.Module) -> None:
     """Wait until everything that is being written to the model's homes is there."""
     found = map(streamed_allocation, model.parameters())
     for home in {each.home for each in found if each is not None}:

@@ -96,7 +96,7 @@ def tile(
     Raises:
         ArgumentError: no size or a wrong one is given, sizes beside a plan, a name is no module of
             the model, or a checkpoint is given for a model that has values.
-        CannotTileError: an engine has sharded the model, it is itself a linear, a module in
+        CannotTileError: an engine has sharded the model, the model is itself a linear, a module in
             `modules` cannot be tiled, out_splits and in_splits fit no module at all, or the plan is
             of another model.
         HomeFullError: the home has no room for all tiles; the model is unchanged.
@@ -199,7 +199,7 @@ def replace_chosen(
         decisions = [c for c in decisions if made.isdisjoint(c.ties or (c.name,))]
     held = None if home is None else _room_for(model, decisions, home)
     parked = None if held is None else held.home
-    parks = nullcontext() if held is None else held.used_here()
+    parks = nullcontext() if held is None else held.used_by_this_thread()
     fills = nullcontext() if findings is None else filled_from(model, findings, parked)
     keep_bias = {decision.name for decision in decisions if decision.keeps_bias}
     replaced, done = Replaced(), set[str]()

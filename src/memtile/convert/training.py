@@ -19,7 +19,7 @@ from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_step
 from memtile.convert.kinds import configs_beside
 from memtile.convert.model_tensors import tensors_of
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
-from memtile.convert.saving import check_saveable, flush
+from memtile.convert.saving import check_saveable, wait_for_writes
 from memtile.convert.sharded import for_distributed, for_sharded
 from memtile.convert.streaming import bring_in, finite, outgoing
 from memtile.errors import ArgumentError, CheckpointError
@@ -147,7 +147,7 @@ def save_training(
     if not trainable_only:
         check_saveable(model)
     weights = _weights(model, trainable_only, check_finite)
-    flush(model)
+    wait_for_writes(model)
     with new_step(Path(folder), step, keep) as (partial, target):
         stem, configs = (_TRAINABLE, {}) if trainable_only else (_WHOLE, configs_beside(model))
         write_checkpoint(partial, weights, stem=stem, beside=configs)
@@ -223,7 +223,7 @@ def resume_training(
     _check_weights(weights, held, model)
     check_scheduler(record["scheduler"], scheduler, saved.path)
     state = IncomingState(record["optimizer"], tensors, model, optimizer)
-    flush(model)
+    wait_for_writes(model)
     state.take()
     for name, dense in held.items():
         bring_in(dense, weights[name])
@@ -260,7 +260,7 @@ def _class_name(thing: object) -> str:
 
 
 def _weights(model: nn.Module, trainable_only: bool, check_finite: bool) -> list[Outgoing]:
-    """What is written of a model; with `check_finite`, what is trained must be finite."""
+    """The tensors to save; with `check_finite`, trained ones must be finite."""
     tensors = []
     for name, dense in _held_tensors(model, trainable_only).items():
         tensor = outgoing(dense, name)

@@ -110,7 +110,7 @@ class Units:
 
     @property
     def parameters(self) -> Counter[Parameter]:
-        """Every parameter, and how often there is one like it."""
+        """Each distinct parameter with its multiplicity."""
         found = Counter(self.resident)
         for unit, times, _ in self.tiles:
             for parameter in unit:
@@ -216,7 +216,7 @@ def _larger(unit: GatherUnit, threshold: int) -> GatherUnit:
 
 
 def _turns(gathered: Sequence[tuple[Uses, Sequence[GatherUnit]]]) -> Iterator[Turn]:
-    """The end of each recomputation, which frees nothing, and the end of forward."""
+    """The end of each recomputation, at which nothing is freed, and the end of forward."""
     trained = [(uses, tuple(reversed(units))) for uses, units in gathered if units]
     for uses, units in trained:
         if uses.cut_short:

@@ -25,7 +25,7 @@ from torch.distributed.tensor._utils import (  # private: DTensor says nowhere e
 from torch.nn.parallel import DistributedDataParallel
 
 from memtile.convert.model_tensors import tensors_of
-from memtile.convert.saving import check_modules, flush
+from memtile.convert.saving import check_modules, wait_for_writes
 from memtile.convert.streaming import Held, values_of
 from memtile.engines.zero3_values import flat_part, is_partitioned
 from memtile.errors import ArgumentError, CheckpointError, EngineError
@@ -156,7 +156,7 @@ def reshard_and_flush(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the root stays gathered after a forward without gradients
-    flush(model)
+    wait_for_writes(model)
 
 
 def view_of(dense: DenseParameter, held: Held) -> Tensor:

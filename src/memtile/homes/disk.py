@@ -64,7 +64,7 @@ class DiskHome(Home):
             )
         self.folder = usable_folder(folder)
         self._owner = os.getpid()
-        self._here = _Here()
+        self._thread = _ThreadHolder()
         self._file = LiveFile(self.folder)
         self._segments = Segments(self._file.extend)
         self._cleanup = weakref.finalize(self, _clean_up, self._file, self._segments)
@@ -83,7 +83,7 @@ class DiskHome(Home):
 
     @contextmanager
     def _growing(self) -> Iterator[None]:
-        with self.moving():
+        with self.transferring():
             self._check_process()
             yield
             self._choose_path()
@@ -124,7 +124,7 @@ class DiskHome(Home):
         return f"DiskHome({str(self.folder)!r})"
 
 
-class _Here(threading.local):
+class _ThreadHolder(threading.local):
     """The holder whose reserved room this thread uses."""
 
     holder = NOBODY
@@ -139,13 +139,13 @@ class _DiskReservation(Reservation):
         weakref.finalize(self, home._segments.release, self._holder).atexit = False
 
     @contextmanager
-    def used_here(self) -> Iterator[None]:
-        here = self.home._here
-        before, here.holder = here.holder, self._holder
+    def used_by_this_thread(self) -> Iterator[None]:
+        thread = self.home._thread
+        before, thread.holder = thread.holder, self._holder
         try:
             yield
         finally:
-            here.holder = before
+            thread.holder = before
 
 
 class _DiskAllocation(Allocation):
@@ -156,7 +156,7 @@ class _DiskAllocation(Allocation):
         self._view: memoryview | None = None
         self.offset = 0
         if self.room:
-            extent = home._segments.take(self.room, home._here.holder)
+            extent = home._segments.take(self.room, home._thread.holder)
             self._memory, self._start = extent.segment.memory, extent.start
             self.offset = extent.segment.offset + extent.start
             self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
@@ -173,10 +173,10 @@ class _DiskAllocation(Allocation):
             length = self._start + self.room - aligned
             self._memory.madvise(mmap.MADV_DONTNEED, aligned, length)
 
-    def _fill(self, into: Tensor, start: int) -> None:
+    def _read_into(self, into: Tensor, start: int) -> None:
         disk_io.fill(self.home._fd, disk_io.bytes_of(into), self.offset + start)
 
-    def _take(self, source: Tensor, start: int) -> None:
+    def _write_from(self, source: Tensor, start: int) -> None:
         self.home._check_process()
         disk_io.drain(self.home._fd, disk_io.bytes_of(source), self.offset + start)
 

@@ -57,7 +57,7 @@ class Home(ABC):
     def _renew(self) -> None:
         """Called in the child of a fork too, where none of the parent's moves goes on."""
         self._change = threading.Condition()
-        self._moving = 0
+        self._transfers = 0
 
     @abstractmethod
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> "Allocation":
@@ -92,7 +92,7 @@ class Home(ABC):
         for act in list(self._before_close):
             act()
         with self._change:
-            self._change.wait_for(lambda: not self._moving)
+            self._change.wait_for(lambda: not self._transfers)
             if not self.closed:
                 self._release()
                 self.closed = True
@@ -117,11 +117,11 @@ class Home(ABC):
             )
 
     @contextmanager
-    def moving(self, read_bytes: int = 0, written_bytes: int = 0) -> Iterator[None]:
+    def transferring(self, read_bytes: int = 0, written_bytes: int = 0) -> Iterator[None]:
         """Keeps the home open inside; unless an error comes out, the bytes count as moved."""
         with self._change:
             self.check_open()
-            self._moving += 1
+            self._transfers += 1
         try:
             yield
             with self._change:
@@ -131,7 +131,7 @@ class Home(ABC):
                 )
         finally:
             with self._change:
-                self._moving -= 1
+                self._transfers -= 1
                 self._change.notify_all()
 
     def _release(self) -> None:  # noqa: B027  # a home may have nothing to give back
@@ -157,7 +157,7 @@ class Reservation:
         self.home = home
 
     @contextmanager
-    def used_here(self) -> Iterator[None]:
+    def used_by_this_thread(self) -> Iterator[None]:
         """Inside, this thread's allocations take the held room first, and other room after it."""
         yield
 
@@ -165,7 +165,7 @@ class Reservation:
 class Allocation(ABC):
     """The bytes of a home that one tensor has.
 
-    To write one, set `address` and give `tensor`, `_fill` and `_take`.
+    To write one, set `address` and give `tensor`, `_read_into` and `_write_from`.
 
     Attributes:
         address: `data_ptr()` of its tensors; 0 for tensors without elements.
@@ -205,8 +205,8 @@ class Allocation(ABC):
             HomeIOError: the bytes could not be read; the content of `into` is undefined.
         """
         self._check_piece("read", into, start)
-        with self.home.moving(read_bytes=into.numel()):
-            self._fill(into, start)
+        with self.home.transferring(read_bytes=into.numel()):
+            self._read_into(into, start)
 
     def write(self, source: Tensor, start: int = 0) -> None:
         """Writes all of `source` into the room from `start` on; arguments and errors as of `read`.
@@ -215,18 +215,18 @@ class Allocation(ABC):
         HomeIOError the content of these bytes of the room is undefined.
         """
         self._check_piece("write", source, start)
-        with self.home.moving(written_bytes=source.numel()):
-            self._take(source, start)
+        with self.home.transferring(written_bytes=source.numel()):
+            self._write_from(source, start)
 
     def evict(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
         """Drops the pages that tensors brought into this process's memory; contents stay."""
 
     @abstractmethod
-    def _fill(self, into: Tensor, start: int) -> None:
+    def _read_into(self, into: Tensor, start: int) -> None:
         """`read`, after its checks."""
 
     @abstractmethod
-    def _take(self, source: Tensor, start: int) -> None:
+    def _write_from(self, source: Tensor, start: int) -> None:
         """`write`, after its checks."""
 
     def _check_piece(self, act: str, piece: Tensor, start: int) -> None:

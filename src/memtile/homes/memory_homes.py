@@ -72,12 +72,12 @@ class _MemoryAllocation(Allocation):
     def _bytes(self) -> Tensor:
         """The `nbytes` bytes of the tensor; the room's others are in no memory."""
 
-    def _fill(self, into: Tensor, start: int) -> None:
+    def _read_into(self, into: Tensor, start: int) -> None:
         used = max(0, min(into.numel(), self.nbytes - start))
         into[:used].copy_(self._bytes()[start : start + used])
         into[used:].zero_()
 
-    def _take(self, source: Tensor, start: int) -> None:
+    def _write_from(self, source: Tensor, start: int) -> None:
         used = max(0, min(source.numel(), self.nbytes - start))
         self._bytes()[start : start + used].copy_(source[:used])
 

@@ -100,16 +100,16 @@ def evict(tensor: Tensor | None) -> None:
         allocation.evict()
 
 
-def hold_room(tensor: Tensor, held: Reservation) -> None:
-    """Makes `room_of(tensor)` use the reservation, as long as its owner keeps it."""
+def set_reservation(tensor: Tensor, held: Reservation) -> None:
+    """Let `reservation_of(tensor)` use the reservation for as long as its owner keeps it."""
     _held[tensor] = weakref.ref(held)
 
 
-def room_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Inside, this thread parks in the room that is held for the tensor, where some is."""
+def reservation_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside, this thread allocates from the room that is reserved for the tensor, if any."""
     reference: weakref.ref[Reservation] | None = _held.get(tensor)
     held = None if reference is None else reference()
-    return nullcontext() if held is None else held.used_here()
+    return nullcontext() if held is None else held.used_by_this_thread()
 
 
 def allocate_copy(home: Home, tensor: Tensor) -> Tensor:

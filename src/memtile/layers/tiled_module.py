@@ -169,7 +169,7 @@ class TiledModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A handle of the dense weight, assembled when it is used: its shape and dtype are free."""
+        """A handle of the dense weight, assembled when used; its shape and dtype cost nothing."""
         weight = self._read("weight")
         if weight is None:
             raise AttributeError("the tiles have no weight")  # so that hasattr is False

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
-from memtile.homes import allocate_copy, evict, room_of, streamed_allocation, tensor_of
+from memtile.homes import allocate_copy, evict, reservation_of, streamed_allocation, tensor_of
 from memtile.optim.stepping import is_shaped
 
 Index = tuple[int, int]
@@ -231,6 +231,6 @@ def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype) -> A
         share = share.to(dtype)
     allocation = streamed_allocation(part.parameter)
     if allocation is not None:
-        with room_of(part.parameter):
+        with reservation_of(part.parameter):
             return allocate_copy(allocation.home, share)
     return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)

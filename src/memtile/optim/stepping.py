@@ -22,7 +22,7 @@ from memtile.homes import (
     Allocation,
     allocate_copy,
     allocation_of,
-    room_of,
+    reservation_of,
     streamed_allocation,
     tensor_of,
     trim_heap,
@@ -219,7 +219,7 @@ class Stepper:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
             yield StepTensors({**tensors, **made}, made)
             return
-        with room_of(parameter):
+        with reservation_of(parameter):
             rooms = {
                 key: allocation.home.allocate(allocation.shape, missing[key]) for key in missing
             }

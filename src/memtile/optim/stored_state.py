@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
-from memtile.homes import allocation_of, room_of, streamed_allocation, tensor_of
+from memtile.homes import allocation_of, reservation_of, streamed_allocation, tensor_of
 from memtile.optim.dense_state import DenseParameter, Part, by_group
 from memtile.optim.stepping import MASTER, ParameterState, is_shaped
 from memtile.optim.tile_optimizer import TileOptimizer
@@ -135,7 +135,7 @@ def room_for(
             return found
     if allocation is None:
         return torch.empty(shape, dtype=dtype, device=parameter.device)
-    with room_of(parameter):
+    with reservation_of(parameter):
         return tensor_of(allocation.home.allocate(shape, dtype))
 
 

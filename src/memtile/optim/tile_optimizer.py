@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import Home, Reservation, allocation_of, hold_room, streamed_allocation
+from memtile.homes import Home, Reservation, allocation_of, set_reservation, streamed_allocation
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
@@ -165,7 +165,7 @@ class TileOptimizer(Optimizer):
         for reservation, owners in held:
             self._held.append(reservation)
             for parameter, _ in owners:
-                hold_room(parameter, reservation)
+                set_reservation(parameter, reservation)
 
     def _all(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter, _ in _with_groups(self.param_groups))

@@ -43,7 +43,7 @@ def rates_of(
 
 @contextlib.contextmanager
 def workspaces_of(given: object, rates: MachineProfile) -> Iterator[Callable[[Products], int]]:
-    """Gives what the library keeps for products: measured and saved, or estimated from rates."""
+    """A function for the memory that the matrix library keeps: measured and saved, or estimated."""
     if given is not None:
         yield rates.workspaces
         return

@@ -212,4 +212,4 @@ def _end_backward(task: int) -> None:
     finally:
         state.end()
         if state.all_rings():
-            trim_heap()  # what was made meanwhile lies around the activations that were freed
+            trim_heap()  # temporaries lie between the activations that were freed

@@ -11,7 +11,7 @@ from memtile.errors import ParkedError
 from memtile.homes import (
     Home,
     fork_safe_lock,
-    room_of,
+    reservation_of,
     scratch_like,
     streamed_allocation,
     tensor_of,
@@ -133,7 +133,7 @@ def _gradient_at_home(parameter: nn.Parameter, home: Home) -> Iterator[Tensor]:
 @contextmanager
 def _new_gradient(parameter: nn.Parameter, home: Home) -> Iterator[Tensor]:
     """A slab to write the first gradient into; after the block it is `.grad`, at home."""
-    with room_of(parameter):
+    with reservation_of(parameter):
         new = home.allocate(parameter.shape, parameter.dtype)
     with rings_of(home).gradients.acquire(made=(new,)) as lease:
         yield lease.tensors[0]

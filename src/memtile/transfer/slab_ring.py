@@ -173,13 +173,13 @@ class SlabRing:
         with self._changing():
             slab.store(allocations, self._executor, wrote)
             # Newest values; other slabs that hold these tensors are stale.
-            slab.is_spoiled = False
+            slab.is_stale = False
             for other in self._slabs:
                 if other is not slab and not set(other.key or ()).isdisjoint(slab.key or ()):
                     if other.users:
-                        other.is_spoiled = True
+                        other.is_stale = True
                     elif not other.is_unwritten:
-                        other.let_go()
+                        other.discard()
             slab.discard_written()  # where the writers were faster than `store`
 
     def flush(self) -> None:
@@ -215,9 +215,9 @@ class SlabRing:
             self._delayed = []
             for slab in self._slabs:
                 if slab.users:  # emptied when it is released, unless it was stored
-                    slab.is_spoiled = not slab.is_unwritten
+                    slab.is_stale = not slab.is_unwritten
                 elif not slab.is_unwritten:
-                    slab.let_go()
+                    slab.discard()
 
     def _acquire(self, groups: Sequence[Group], slabs: list[Slab], made: Group) -> None:
         """Put a slab for each group into the list, all at once.
@@ -303,13 +303,13 @@ class SlabRing:
 
     def _holding(self, key: Key) -> Slab | None:
         for slab in self._slabs:
-            if slab.key == key and not slab.is_spoiled and not slab.failed_to_read:
+            if slab.key == key and not slab.is_stale and not slab.failed_to_read:
                 return slab
         return None
 
     def _idle(self, protected: set[Key], taken: Sequence[Slab] = ()) -> Slab | None:
         """A slab that may be overwritten: an empty one, one not needed soon, the oldest."""
-        idle = (Holder.NOBODY, Holder.ITS_TILES)
+        idle = (Holder.NOBODY, Holder.IDLE)
         free = [slab for slab in self._slabs if slab not in taken and slab.holder in idle]
 
         def cost(slab: Slab) -> tuple[bool, bool, int]:
@@ -322,9 +322,9 @@ class SlabRing:
             for slab in slabs:
                 slab.users -= 1
                 if half_changed:
-                    slab.is_spoiled = not slab.is_unwritten
-                if slab.is_spoiled and not slab.users and not slab.is_unwritten:
-                    slab.let_go()
+                    slab.is_stale = not slab.is_unwritten
+                if slab.is_stale and not slab.users and not slab.is_unwritten:
+                    slab.discard()
             self._changed.notify_all()
 
 

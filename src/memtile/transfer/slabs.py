@@ -38,8 +38,8 @@ class Holder(enum.Enum):
 
     NOBODY = "it may be filled with anything"
     READERS = "it is being filled"
-    ITS_TILES = "it holds tiles that nobody works on"
-    WORKERS = "someone works on it"
+    IDLE = "it holds tiles that are not in use"
+    WORKERS = "its tiles are in use"
     WRITERS = "it is being written home, or could not be: until then it has the only newest values"
 
 
@@ -51,7 +51,7 @@ class Slab:
         self.key: Key | None = None
         self.tensors: list[Tensor] = []
         self.users = 0
-        self.is_spoiled = False  # what it holds must not be used again
+        self.is_stale = False  # what it holds must not be used again
         self._rooms: list[Tensor] = []  # the bytes of each tensor, whole pages
         self._reads: list[Future[None]] = []
         self._writes: list[Future[None]] = []
@@ -66,7 +66,7 @@ class Slab:
             return Holder.WRITERS
         if not all(read.done() for read in self._reads):
             return Holder.READERS
-        return Holder.NOBODY if self.key is None else Holder.ITS_TILES
+        return Holder.NOBODY if self.key is None else Holder.IDLE
 
     @property
     def is_unwritten(self) -> bool:
@@ -102,7 +102,7 @@ class Slab:
 
     def claim(self, group: Group) -> None:
         """Take a group in whose content is still to be computed; no reader is at work."""
-        self.key, self.is_spoiled = None, False
+        self.key, self.is_stale = None, False
         self.tensors, self._rooms, self._reads = [], [], []
         needed = sum(allocation.room for allocation in group)
         if self.memory.numel() < needed:
@@ -115,7 +115,7 @@ class Slab:
         ]
         self.key = key_of(group)
 
-    def let_go(self) -> None:
+    def discard(self) -> None:
         """Hold nothing; the memory stays with readers that are at work until they have ended."""
         self.key = None
         # An error keeps its traceback, and so the allocation and its home, alive.
