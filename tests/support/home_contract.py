@@ -327,6 +327,8 @@ class HomeContract(ABC):
             home.close()
             home.close()
 
+            assert home.closed
+
     def test_tensors_outlive_their_home(self) -> None:
         """A tensor can be read and written after its home was closed and dropped."""
         home = self.make_home()
