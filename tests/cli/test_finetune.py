@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from memtile.cli import main
 from memtile.cli.finetune.run import Run
 from memtile.cli.finetune.settings import digests
+from memtile.convert import Resumed
 
 STEPS = 6
 
@@ -42,6 +44,17 @@ def finished(tiny_model, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     assert main(arguments(tiny_model, text, out)) == 0
     return out
+
+
+def test_a_run_saved_before_it_counted_sequences_goes_on(monkeypatch, tmp_path):
+    """In one process a step is a sequence; its place in an epoch was saved in their stead."""
+    monkeypatch.setattr("memtile.cli.finetune.run.has_training", lambda folder: True)
+    saved = Resumed(9, {"epoch": 1, "sequence": 2}, None, tmp_path)
+    run = Run(None, SimpleNamespace(resume=lambda folder: saved), None, None)
+
+    run.resume(tmp_path)
+
+    assert (run.done, run.seen) == (9, 9)
 
 
 def weights(folder):
