@@ -44,12 +44,10 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on.
+    """Where a run goes on: `position` and `extra` are what `save_training` was given.
 
     Attributes:
         step: the number of steps that are done.
-        position: what `save_training` was given: where in the data the run is.
-        extra: what `save_training` was given besides.
         folder: the checkpoint that was taken.
     """
 

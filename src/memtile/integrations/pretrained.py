@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,11 +116,9 @@ def dtype_of(config: Any, folder: Path | None) -> torch.dtype:  # config: a Pret
     if isinstance(named, str):
         named = getattr(torch, named, None)
     if named is None and folder is not None:
-        try:
+        with suppress(CheckpointError):  # no weights, or an error that loading reports
             dtypes = (tensor.dtype for tensor in Checkpoint.open(folder).values())
             named = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
-        except CheckpointError:  # no weights, or an error that loading reports
-            pass
     return named or torch.float32
 
 
