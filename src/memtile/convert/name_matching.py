@@ -267,10 +267,8 @@ class _Search:
 
 def tiles_by_layer(checkpoint: Iterable[str]) -> Mapping[tuple[str, str], dict[Index, str]]:
     """Names of tiles by the dense tensor's (path, own name) and place."""
-    dense_names = {cls.tile_pattern.pattern: cls.dense_name for cls in tiled_classes()}
-    compiled = {
-        re.compile(rf"(?:(?P<layer>.+)\.)?{p}"): dense_names[p] for p in sorted(dense_names)
-    }
+    names = {cls.tile_pattern.pattern: cls.dense_name for cls in tiled_classes()}
+    compiled = [(re.compile(rf"(?:(?P<layer>.+)\.)?{p}"), names[p]) for p in sorted(names)]
     found: dict[tuple[str, str], dict[Index, str]] = defaultdict(dict)
     for key in checkpoint:
         for pattern, dense_name in compiled:
