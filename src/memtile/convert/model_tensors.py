@@ -72,9 +72,9 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer, kept in _buffers(model) if kept)
 
 
-def computed_buffers(model: nn.Module) -> set[str]:
-    """Names of the buffers that no state dict has."""
-    return {name for name, _, kept in _buffers(model) if not kept}
+def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no state dict has, by name."""
+    return {name: buffer for name, buffer, kept in _buffers(model) if not kept}
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

@@ -40,6 +40,14 @@ class TensorSource(Protocol):
         """Whole rows."""
 
 
+def stored_tensors(source: object) -> Iterator[StoredTensor]:
+    """The tensors of files that a source is read from."""
+    if isinstance(source, StoredTensor):
+        yield source
+    for other in getattr(source, "sources", ()):
+        yield from stored_tensors(other)
+
+
 class TiledSource:
     """The dense matrix, or bias, that stored tiles make; the tiles of a bias are one column."""
 
@@ -57,6 +65,7 @@ class TiledSource:
         )
         whole = (self.grid.out_features, self.grid.in_features)
         self.shape = torch.Size(whole[:rank])
+        self.sources = tuple(tiles.values())
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor, in new memory."""

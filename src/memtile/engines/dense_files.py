@@ -70,6 +70,7 @@ def load_checkpoint(
     reshard_and_flush(model)
     ranks.each(lambda: read_into_shards(findings.matches))
     ranks.each(lambda: write_masters(model))
+    findings.loaded()
     return IncompatibleKeys((), tuple(findings.unexpected))
 
 
