@@ -36,7 +36,7 @@ class Latest:
 
 def derived(
     sources: Mapping[str, TensorSource], make: Make, dtype: torch.dtype | None, latest: Latest
-) -> dict[str, TensorSource]:
+) -> dict[str, "RowMap | Computed"]:
     """Where the values of what `make` makes of the sources are read, by its names.
 
     Args:
@@ -53,7 +53,12 @@ def derived(
         made = make(blank, lambda tensor: tensor)
         maps = _row_maps(sources, make, made)
     call = _Call(dict(sources), make, dtype, latest)
-    return {name: maps.get(name) or Computed(call, name, like) for name, like in made.items()}
+    found: dict[str, RowMap | Computed] = {
+        name: maps.get(name) or Computed(call, name, like) for name, like in made.items()
+    }
+    for name, source in found.items():
+        source.block = call, made[name].untyped_storage()._cdata
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +83,12 @@ class _Call:
 
 
 class Computed:
-    """A tensor whose values are computed, from all of its sources, when they are read."""
+    """A tensor whose values are computed, from all of its sources, when they are read.
+
+    `block` is equal for those that share one memory when all are made at once.
+    """
+
+    block: tuple[object, int]
 
     def __init__(self, call: _Call, name: str, like: Tensor) -> None:
         self._call, self._name = call, name
@@ -113,7 +123,11 @@ class RowMap:
         shape: of the tensor.
         width: elements of a row.
         dtype: of the values.
+
+    `block` is that of `Computed`.
     """
+
+    block: tuple[object, int]
 
     def __init__(
         self,
