@@ -9,11 +9,15 @@ from memtile.convert.kinds import (
     Naming,
     Outward,
     Renamed,
+    Stack,
+    Tileable,
     Work,
     integrations,
     kind_of,
     naming_of,
     register_integration,
+    tileable,
+    tileables,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
@@ -42,7 +46,9 @@ __all__ = [
     "Resumed",
     "ShardedCheckpoints",
     "Shown",
+    "Stack",
     "TensorSource",
+    "Tileable",
     "TilingDecision",
     "TilingSpec",
     "Work",
@@ -71,5 +77,7 @@ __all__ = [
     "set_checkpointing",
     "take_workspace",
     "tile",
+    "tileable",
+    "tileables",
     "untile",
 ]

@@ -35,9 +35,12 @@ class ModelTensor:
     @property
     def matrix(self) -> DenseParameter:
         """The same with the shape (out, in) that tiles are cut from."""
+        shape = self.dense.shape
+        if len(shape) == 3:  # a stack: its matrices one below another
+            return replace(self.dense, shape=torch.Size([shape[0] * shape[1], shape[2]]))
         if not self.is_transposed:
             return self.dense
-        inside, out = self.dense.shape
+        inside, out = shape
         whole = Rect(Span(0, inside), Span(0, out))
         parts = (
             Part(part.parameter, whole, True)
@@ -71,9 +74,12 @@ def in_state_dict_order(model: nn.Module) -> list[ModelTensor]:
     """`tensors_of`, in the order of the dense model's state dict."""
     places: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        own = ("weight", "bias") if isinstance(module, TiledModule) else module._parameters
-        for name in (*own, *module._buffers):
-            places.setdefault(_join(path, name), len(places))
+        if isinstance(module, TiledModule):
+            own = [module.dense_name(path, "weight"), module.dense_name(path, "bias")]
+        else:
+            own = [_join(path, name) for name in module._parameters]
+        for name in (*own, *(_join(path, buffer) for buffer in module._buffers)):
+            places.setdefault(name, len(places))
     return sorted(tensors_of(model), key=lambda needed: places[needed.names[0]])
 
 
@@ -114,7 +120,8 @@ def _names(model: nn.Module) -> tuple[dict[Tensor, list[str]], set[Tensor]]:
             held = {own: [p] for own, p in own_parameters if p is not None and p not in tiles}
         for own, parts in held.items():
             if parts:
-                names[parts[0]].append(_join(path, own))
+                is_tiled = isinstance(module, TiledModule)
+                names[parts[0]].append((module.dense_name if is_tiled else _join)(path, own))
                 if own == "weight" and _is_transposed(module):
                     transposed.add(parts[0])
     return names, transposed
