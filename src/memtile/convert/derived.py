@@ -239,8 +239,9 @@ def _runs(probe: Tensor | None, starts: Tensor, width: int) -> tuple[Tensor, int
     if probe is None or probe.dtype not in (torch.int32, torch.int64) or probe.numel() % width:
         return None
     rows = probe.reshape(-1, width)
+    in_order = torch.arange(width, dtype=rows.dtype).expand_as(rows)
     numbers = rows[:, 0].long() // width
-    is_whole = torch.equal(rows.long(), numbers[:, None] * width + torch.arange(width))
+    is_whole = torch.equal(rows - rows[:, :1], in_order) and not (rows[:, 0] % width).any()
     if not is_whole or not len(numbers) or numbers.min() < 1 or numbers.max() >= starts[-1]:
         return None
     source = torch.searchsorted(starts, numbers, right=True) - 1
