@@ -74,8 +74,10 @@ def text_work(model: Any, tokens: int, batch: int) -> Work:
 
 def is_known(model: Any) -> bool:
     """Whether the forward of a `PreTrainedModel` takes something that can be made here."""
-    return not inspect.signature(model.forward).parameters.keys().isdisjoint(
-        {*_MADE_HERE, "pixel_values"}
+    return (
+        not inspect.signature(model.forward)
+        .parameters.keys()
+        .isdisjoint({*_MADE_HERE, "pixel_values"})
     )
 
 
@@ -87,7 +89,9 @@ class StepInputs:
         self.config: Any = model.config
         self.text: Any = self.config.get_text_config()
         self.takes = inspect.signature(model.forward).parameters
-        named = {name: getattr(self.config, f"image_token_{name}", None) for name in ("id", "index")}
+        named = {
+            name: getattr(self.config, f"image_token_{name}", None) for name in ("id", "index")
+        }
         self.image_token = next((n for n in named.values() if isinstance(n, int)), None)
         self.images: Callable[[], Inputs] = dict
         self.image_tokens = 0  # of each sequence

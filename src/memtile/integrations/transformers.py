@@ -56,6 +56,17 @@ class TiledConv1D(TiledLinear):
         return super().forward(x)
 
 
+class TiledFalconLinear(TiledLinear):
+    """The tiled form of `FalconLinear`, an `nn.Linear` that adds its bias after the product."""
+
+    def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """The dense `FalconLinear`, with `weight` where it is tied."""
+        with torch.device("meta"):
+            dense: nn.Module = _falcon()(self.in_features, self.out_features, self.use_bias)
+        self.hand_over(dense, weight)
+        return dense
+
+
 class TiledScaledWordEmbedding(TiledEmbedding):
     """The tiled form of an embedding whose rows are multiplied by `embed_scale` (Gemma, BART)."""
 
@@ -102,6 +113,10 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
 
 def _conv1d() -> Any:
     return loaded_class("transformers.pytorch_utils", "Conv1D")
+
+
+def _falcon() -> Any:
+    return loaded_class("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
@@ -213,6 +228,13 @@ TRANSFORMERS = Integration(
             resembles=lambda module: isinstance(module, _conv1d()),
             tiled=TiledConv1D,
             shape=lambda module: (module.nf, module.nx),
+        ),
+        Kind(
+            name="Falcon linear",
+            matches=lambda module: type(module) is _falcon(),
+            resembles=lambda module: isinstance(module, _falcon()),
+            tiled=TiledFalconLinear,
+            shape=lambda module: (module.out_features, module.in_features),
         ),
         Kind(
             name="scaled embedding",
