@@ -26,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 pytestmark = pytest.mark.filterwarnings("ignore::memtile.errors.TileSizeWarning")
-LARGEST = 700  # bytes of a tile: every weight of these models is cut, rows and columns are ragged
+LARGEST = 1100  # bytes of a tile: nearly every weight of these models is cut, often raggedly
 TOKENS, BATCH = 24, 2
 # No linear and no embedding of words: convolutions, positions, biases, heads that pool an image.
 STAYS = re.compile(

@@ -257,7 +257,6 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
                 "patch_size": 4,
                 "image_size": 16,
                 "mlp_ratio": 2,
-                "image_size": 16,
             },
             "image_token_id": IMAGE,
             "video_token_id": IMAGE + 1,

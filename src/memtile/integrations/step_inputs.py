@@ -1,4 +1,4 @@
-"""What one step of a transformers model is given: the inputs of its class's own forward, and labels.
+"""What a step of a transformers model is given: the inputs of its class's own forward, and labels.
 
 Names come from the forward's signature, sizes from the config. Ids are real, as texts are: their
 special tokens are in the places where the model looks for them. How many placeholders an image has
@@ -217,7 +217,7 @@ class StepInputs:
         for form in forms:
             try:
                 self.image_tokens = _feature_rows(self.model, form) // self.batch
-            except Exception as error:  # noqa: BLE001  # the model's own code, which may do anything
+            except Exception as error:  # the model's own code, which may do anything
                 refused = refused or f"{type(error).__name__}: {error}"
                 continue
             self.images = form
