@@ -11,13 +11,14 @@ TEXT: Final = {
     **TOKENS,
     "hidden_size": 24,
     "intermediate_size": 44,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 6,
     "max_position_embeddings": 64,
 }
-GPT: Final = {**TOKENS, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
+TWO: Final = {"num_hidden_layers": 2}  # where layers differ
+GPT: Final = {**TOKENS, "n_embd": 24, "n_layer": 1, "n_head": 4, "n_positions": 64}
 BERT: Final = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")}
 HEADS: Final = {k: v for k, v in BERT.items() if k != "intermediate_size"}
 WIDE: Final = {**TEXT, "num_key_value_heads": 4}  # as many heads of keys as of queries
@@ -35,11 +36,11 @@ BART: Final = {
     "max_position_embeddings": 64,
     "decoder_start_token_id": 2,
 }
-T5: Final = {**TOKENS, "d_model": 24, "d_ff": 44, "num_layers": 2, "num_heads": 4, "d_kv": 6}
+T5: Final = {**TOKENS, "d_model": 24, "d_ff": 44, "num_layers": 1, "num_heads": 4, "d_kv": 6}
 VISION: Final = {
     "hidden_size": 24,
     "intermediate_size": 44,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "image_size": 16,
     "patch_size": 4,
@@ -86,16 +87,22 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", GPT),
     "GPT-Neo": (
         "GPTNeoForCausalLM",
-        {**HEADS, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        {
+            **HEADS,
+            **TWO,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+        },
     ),
     "GPT-NeoX": ("GPTNeoXForCausalLM", BERT),
     "GPT-J": ("GPTJForCausalLM", {**GPT, "rotary_dim": 4}),
     "OPT": ("OPTForCausalLM", {**HEADS, "ffn_dim": 44, "word_embed_proj_dim": 20}),
-    "BLOOM": ("BloomForCausalLM", {**TOKENS, "hidden_size": 24, "n_layer": 2, "n_head": 4}),
+    "BLOOM": ("BloomForCausalLM", {**TOKENS, "hidden_size": 24, "n_layer": 1, "n_head": 4}),
     "Falcon": ("FalconForCausalLM", {**HEADS, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "MPT": (
         "MptForCausalLM",
-        {**TOKENS, "d_model": 24, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+        {**TOKENS, "d_model": 24, "n_layers": 1, "n_heads": 4, "max_seq_len": 64},
     ),
     "Llama": ("LlamaForCausalLM", TEXT),
     "Mistral": ("MistralForCausalLM", TEXT),
@@ -111,6 +118,7 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
         "Qwen3NextForCausalLM",
         {
             **TEXT,
+            **TWO,
             **EXPERTS,
             "shared_expert_intermediate_size": 28,
             "layer_types": ["linear_attention", "full_attention"],
@@ -122,8 +130,8 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
         },
     ),
     "Gemma": ("GemmaForCausalLM", TEXT),
-    "Gemma-2": ("Gemma2ForCausalLM", {**TEXT, "sliding_window": 8}),
-    "Gemma-3": ("Gemma3ForCausalLM", {**TEXT, "sliding_window": 8}),
+    "Gemma-2": ("Gemma2ForCausalLM", {**TEXT, **TWO, "sliding_window": 8}),
+    "Gemma-3": ("Gemma3ForCausalLM", {**TEXT, **TWO, "sliding_window": 8}),
     "Phi": ("PhiForCausalLM", {**WIDE, "partial_rotary_factor": 1.0}),
     "Phi-3": ("Phi3ForCausalLM", TEXT),
     "PhiMoE": ("PhimoeForCausalLM", {**TEXT, **LOCAL}),
@@ -140,7 +148,7 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
     ),
     "StarCoder2": ("Starcoder2ForCausalLM", TEXT),
     "Cohere": ("CohereForCausalLM", TEXT),
-    "Cohere2": ("Cohere2ForCausalLM", {**TEXT, "sliding_window": 8}),
+    "Cohere2": ("Cohere2ForCausalLM", {**TEXT, **TWO, "sliding_window": 8}),
     "OLMo": ("OlmoForCausalLM", TEXT),
     "OLMo2": ("Olmo2ForCausalLM", TEXT),
     "OLMoE": ("OlmoeForCausalLM", {**TEXT, **EXPERTS}),
@@ -150,6 +158,7 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
         "Glm4MoeForCausalLM",
         {
             **TEXT,
+            **TWO,
             "n_routed_experts": 5,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 20,
@@ -163,6 +172,7 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
         "Ernie4_5_MoeForCausalLM",
         {
             **TEXT,
+            **TWO,
             "moe_num_experts": 5,
             "moe_k": 2,
             "moe_intermediate_size": 20,
@@ -171,15 +181,22 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
     ),
     "MiniMax": (
         "MiniMaxForCausalLM",
-        {**TEXT, **LOCAL, "layer_types": ["linear_attention", "full_attention"], "block_size": 8},
+        {
+            **TEXT,
+            **TWO,
+            **LOCAL,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 8,
+        },
     ),
     "Granite": ("GraniteForCausalLM", TEXT),
     "GraniteMoE": ("GraniteMoeForCausalLM", {**TEXT, **LOCAL}),
-    "gpt-oss": ("GptOssForCausalLM", {**TEXT, **LOCAL, "sliding_window": 8}),
+    "gpt-oss": ("GptOssForCausalLM", {**TEXT, **TWO, **LOCAL, "sliding_window": 8}),
     "DeepSeek-V3": (
         "DeepseekV3ForCausalLM",
         {
             **WIDE,
+            **TWO,
             **LATENT,
             "head_dim": 4,
             "n_routed_experts": 4,
@@ -215,7 +232,7 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
             **TOKENS,
             "dim": 24,
             "hidden_dim": 44,
-            "n_layers": 2,
+            "n_layers": 1,
             "n_heads": 4,
             "max_position_embeddings": 64,
         },
@@ -317,7 +334,7 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
     "Gemma-3 with images": (
         "Gemma3ForConditionalGeneration",
         lambda: {
-            "text_config": {**TEXT, "sliding_window": 8},
+            "text_config": {**TEXT, **TWO, "sliding_window": 8},
             "vision_config": VISION,
             "image_token_index": IMAGE,
             "mm_tokens_per_image": 4,
