@@ -74,8 +74,12 @@ def in_state_dict_order(model: nn.Module) -> list[ModelTensor]:
     """`tensors_of`, in the order of the dense model's state dict."""
     places: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        own = ("weight", "bias") if isinstance(module, TiledModule) else module._parameters
-        for name in (*own, *module._buffers):
+        is_tiled = isinstance(module, TiledModule)
+        own = ("weight", "bias") if is_tiled else module._parameters
+        for name in own:
+            dense_name = (module.dense_name if is_tiled else _join)(path, name)
+            places.setdefault(dense_name, len(places))
+        for name in module._buffers:
             places.setdefault(_join(path, name), len(places))
     return sorted(tensors_of(model), key=lambda needed: places[needed.names[0]])
 
