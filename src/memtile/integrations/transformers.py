@@ -1,6 +1,5 @@
 """transformers: its classes of linears and embeddings, names, ties, and models from its configs."""
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Integration, Kind, Naming, Work, empty_model
+from memtile.convert import Integration, Kind, Naming, empty_model
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
@@ -27,6 +26,7 @@ from memtile.integrations.pretrained import (
     relevant,
 )
 from memtile.integrations.saving import loaded_class, save_pretrained, with_tiles
+from memtile.integrations.step_inputs import step_work
 from memtile.integrations.weight_conversion import in_model_names, in_stored_names
 from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
 
@@ -56,6 +56,17 @@ class TiledConv1D(TiledLinear):
     def forward(self, x: Any) -> Any:  # type: ignore[override]  # Conv1D has one name for it
         """(…, nf) of (…, nx)."""
         return super().forward(x)
+
+
+class TiledFalconLinear(TiledLinear):
+    """The tiled form of `FalconLinear`, an `nn.Linear` that adds its bias after the product."""
+
+    def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """The dense `FalconLinear`, with `weight` where it is tied."""
+        with torch.device("meta"):
+            dense: nn.Module = _falcon()(self.in_features, self.out_features, self.use_bias)
+        self.hand_over(dense, weight)
+        return dense
 
 
 class TiledScaledWordEmbedding(TiledEmbedding):
@@ -104,6 +115,10 @@ def _move_scale(source: nn.Module, target: nn.Module) -> None:
 
 def _conv1d() -> Any:
     return loaded_class("transformers.pytorch_utils", "Conv1D")
+
+
+def _falcon() -> Any:
+    return loaded_class("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
@@ -207,35 +222,6 @@ def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
     return lambda: kind.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
-def _work(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work | None:
-    """One step of a language model: its loss, or the prompt's forward with a cache."""
-    found = pretrained_models(model)
-    if not found or not found[0].can_generate():
-        return None
-    config = found[0].config
-    longest = getattr(config, "max_position_embeddings", None) or tokens
-    if tokens // batch > longest:
-        raise ArgumentError(
-            f"tokens={tokens} in batch={batch}: sequences of {tokens // batch}, and "
-            f"{type(found[0]).__name__} reads {longest} at once; give fewer tokens or more batch"
-        )
-    vocabulary = config.get_text_config().vocab_size
-    last = "logits_to_keep" in inspect.signature(found[0].forward).parameters
-
-    outputs: list[Any] = []  # their cache stays in memory while text is generated
-
-    def forward(meta_copy: Any) -> Tensor | None:
-        ids = (torch.arange(tokens) * max(1, vocabulary // tokens) % vocabulary).view(batch, -1)
-        if trains:
-            loss: Tensor = meta_copy(input_ids=ids, labels=ids, use_cache=False).loss
-            return loss
-        keep = {"logits_to_keep": 1} if last else {}
-        outputs[:] = [meta_copy(input_ids=ids, use_cache=True, **keep)]
-        return None
-
-    return forward
-
-
 TRANSFORMERS = Integration(
     library="transformers",
     kinds=(
@@ -245,6 +231,13 @@ TRANSFORMERS = Integration(
             resembles=lambda module: isinstance(module, _conv1d()),
             tiled=TiledConv1D,
             shape=lambda module: (module.nf, module.nx),
+        ),
+        Kind(
+            name="Falcon linear",
+            matches=lambda module: type(module) is _falcon(),
+            resembles=lambda module: isinstance(module, _falcon()),
+            tiled=TiledFalconLinear,
+            shape=lambda module: (module.out_features, module.in_features),
         ),
         Kind(
             name="scaled embedding",
@@ -264,5 +257,5 @@ TRANSFORMERS = Integration(
     check_files=check_files,
     initialise=initialise,
     emptied=keep_in_float32,
-    work=_work,
+    work=step_work,
 )

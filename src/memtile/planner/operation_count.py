@@ -33,6 +33,7 @@ _FLASH: Final = 1  # torch._C._SDPBackend.FLASH_ATTENTION: what `_fused_sdp_choi
 _flash = _aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 _PRODUCTS: Final = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
+_INDEXING: Final = (_aten.index, _aten.index_put, _aten.index_put_)
 _TALLEST: Final = 1024  # with more rows no workspace grew, with AVX2 nor with AVX-512 kernels
 _grouped = getattr(_aten, "_grouped_mm", None)  # not in torch 2.6
 
@@ -261,6 +262,8 @@ def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     if func._schema.is_mutable and given[0] is args[0] and not given[0].is_meta:
         return args[0]  # its values depend on weights now and must not be read
+    if func._overloadpacket in _INDEXING:
+        args = (args[0], _places(args[1]), *args[2:])
     args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": _META}
@@ -282,10 +285,21 @@ def _of_ids(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     real = {**kwargs, "device": torch.device("cpu")}
     if given:
-        return func(*args, **(kwargs if given[0].is_floating_point() else real))
+        dtype = kwargs.get("dtype") or given[0].dtype
+        return func(*args, **(kwargs if dtype.is_floating_point else real))
     result = func(*args, **kwargs)
-    is_shape = isinstance(result, Tensor) and result.is_floating_point()
+    is_mask = func._overloadpacket is _aten.ones  # what a decoder makes where it gets none
+    is_shape = isinstance(result, Tensor) and result.is_floating_point() and not is_mask
     return result if is_shape else func(*args, **real)
+
+
+def _places(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """The same indices with masks as the places of what is true: so many rows are taken."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype == torch.bool and not index.is_meta
+        found.extend(index.nonzero().unbind(1) if is_mask and index is not None else [index])
+    return found
 
 
 def _as_meta(tensor: Tensor) -> Tensor:

@@ -1,0 +1,182 @@
+"""What every family of models can do: tiled, trained, filled, planned and saved.
+
+`families.py` has the models; `benchmarks/families.py` makes the table in the docs of a run of this.
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+import transformers
+from given_rates import RATES
+from safetensors.torch import load_file
+from safetensors_files import same_tensors
+from torch import Tensor
+
+import memtile
+from memtile.integrations.step_inputs import StepInputs, is_known
+from memtile.layers import TiledModule
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+pytestmark = pytest.mark.filterwarnings("ignore::memtile.errors.TileSizeWarning")
+LARGEST = 1100  # bytes of a tile: nearly every weight of these models is cut, often raggedly
+TOKENS, BATCH = 24, 2
+# No linear and no embedding of words: convolutions, positions, biases, heads that pool an image.
+STAYS = re.compile(
+    r"conv|position|patch_embed|_bias$|\.A_log$|head\.attention\.(in|out)_proj|mm_input_projection"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's dense model, the folder that it was saved to, and a batch with labels."""
+
+    name: str
+    dense: Any  # a PreTrainedModel
+    folder: Path
+    batch: dict[str, Any]
+
+    def copy(self) -> Any:
+        return copy.deepcopy(self.dense)
+
+    def tiled(self) -> Any:
+        return memtile.tile(self.copy(), max_tile_bytes=LARGEST, home="disk")
+
+
+@pytest.fixture(scope="module", params=families.SOURCES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    dense = families.build(request.param)
+    folder = tmp_path_factory.mktemp("family")
+    dense.save_pretrained(folder)
+    return Family(request.param, dense, folder, batch_of(dense))
+
+
+def batch_of(model: Any) -> dict[str, Any]:
+    """What a plan counts a step of, with random values where it has shapes alone."""
+    assert is_known(model)
+    step = StepInputs(model, TOKENS, BATCH)
+    made = step.inputs()
+    generator = torch.Generator().manual_seed(1)
+    random = {
+        name: torch.randn(value.shape, generator=generator)
+        for name, value in made.items()
+        if value.is_floating_point()
+    }
+    return {**made, **step.learning(made), **random}
+
+
+def loss_and_result(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The loss of the head, or of the first output, and the first output that is no loss."""
+    found = model(**batch)
+    tensors = [value for value in found.values() if isinstance(value, Tensor) and value.dim()]
+    return found.get("loss", tensors[0].square().mean()), tensors[0]
+
+
+def expect(request: pytest.FixtureRequest, family: Family) -> None:
+    """Mark what is known not to work yet, with the reason."""
+    step = request.function.__name__.split("_")[-1]
+    reason = families.MISSING.get((family.name, step))
+    if reason is not None:
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+def test_is_tiled(family: Family, request: pytest.FixtureRequest) -> None:
+    """Tiled onto disk it gives the same, and no large weight is left whole."""
+    expect(request, family)
+    with torch.no_grad():
+        _, expected = loss_and_result(family.dense, family.batch)
+        tiled = family.tiled()
+        _, found = loss_and_result(tiled, family.batch)
+
+    torch.testing.assert_close(found, expected)
+    assert [name for name in whole(tiled) if not STAYS.search(name)] == []
+
+
+def whole(model: Any) -> list[str]:
+    """The weights above the size of a tile that are not in tiles."""
+    inside = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, TiledModule)
+        for parameter in module.parameters()
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.nbytes > LARGEST and id(parameter) not in inside
+    ]
+
+
+def test_is_trained(family: Family, request: pytest.FixtureRequest) -> None:
+    """A step of AdamW in backward, tile by tile, changes all parameters as it does the dense."""
+    expect(request, family)
+    dense, tiled = family.copy(), family.tiled()
+    options = {"lr": 1e-2, "eps": 1e-2}  # with a larger eps, rounding of a gradient stays rounding
+    plain = torch.optim.AdamW(dense.parameters(), **options)
+    ours = memtile.TileOptimizer(tiled, torch.optim.AdamW, mode="in_backward", **options)
+    for model, optimizer in ((dense, plain), (tiled, ours)):
+        loss_and_result(model, family.batch)[0].backward()
+        optimizer.step()
+
+    expected = dict(dense.named_parameters(remove_duplicate=False))
+    found = dict(memtile.dense_state_dict(tiled))
+    before = dict(family.dense.named_parameters(remove_duplicate=False))
+    for name, parameter in expected.items():
+        torch.testing.assert_close(found[name], parameter.detach())
+    assert any(not torch.equal(before[name], parameter) for name, parameter in expected.items())
+
+
+def test_is_filled(family: Family, request: pytest.FixtureRequest) -> None:
+    """A model on meta has the values that `from_pretrained` gives it, bit for bit."""
+    expect(request, family)
+    cls, config = type(family.dense), copy.deepcopy(family.dense.config)
+    empty = memtile.empty_model(lambda: cls._from_config(config))
+
+    memtile.tile(empty, max_tile_bytes=LARGEST, checkpoint=family.folder, home="disk")
+
+    loaded = dict(cls.from_pretrained(family.folder).named_parameters())
+    found = dict(memtile.dense_state_dict(empty))
+    assert [name for name in loaded if not torch.equal(loaded[name], found[name])] == []
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, None], ids=["training", "inference"])
+def test_is_planned(
+    family: Family, optimizer: type[torch.optim.Optimizer] | None, request: pytest.FixtureRequest
+) -> None:
+    """A plan of the folder needs no `work=`, and has tiles where the budget is small."""
+    expect(request, family)
+    asked: dict[str, Any] = {
+        "tokens": TOKENS,
+        "batch": BATCH,
+        "optimizer": optimizer,
+        "rates": RATES,
+        "home": "host",
+    }
+
+    plan = memtile.plan(family.folder, budget="64MiB", **asked)
+
+    assert plan.model == type(family.dense).__name__
+    assert plan.peak_bytes > family.dense.num_parameters()
+
+
+def test_is_saved(family: Family, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Saved from tiles, its files have the names, dtypes and values of the dense model's own."""
+    expect(request, family)
+
+    family.tiled().save_pretrained(tmp_path)
+
+    names = {path.name for path in family.folder.glob("*.safetensors")}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == names
+    for name in names:
+        assert same_tensors(load_file(tmp_path / name), load_file(family.folder / name))
+    again = type(family.dense).from_pretrained(tmp_path)
+    loaded = dict(again.named_parameters())
+    expected = dict(family.dense.named_parameters())
+    assert [name for name in expected if not torch.equal(loaded[name], expected[name])] == []
