@@ -11,6 +11,7 @@ from memtile.convert.kinds import (
     kind_of,
     naming_of,
     register_integration,
+    replace_module,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
@@ -23,7 +24,7 @@ from memtile.convert.select import Cut, TilingDecision, choose, select_linears
 from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
-from memtile.convert.untiling import untile
+from memtile.convert.untiling import cannot_be_dense, untile
 
 __all__ = [
     "WAY_OUT",
@@ -37,6 +38,7 @@ __all__ = [
     "TilingDecision",
     "TilingSpec",
     "Work",
+    "cannot_be_dense",
     "choose",
     "convert_checkpoint",
     "dense_items",
@@ -53,6 +55,7 @@ __all__ = [
     "register_integration",
     "register_sharded",
     "replace_chosen",
+    "replace_module",
     "replacing",
     "resume_training",
     "save_checkpoint",
