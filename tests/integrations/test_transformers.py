@@ -13,7 +13,6 @@ from torch import Tensor
 
 import memtile
 from memtile.convert import select_linears
-from memtile.errors import HandleError
 
 # ViT's patches are cut by a convolution, which stays as it is and is named in a warning.
 pytestmark = pytest.mark.filterwarnings(
@@ -273,16 +272,6 @@ def test_inputs_have_the_names_that_transformers_gives_them() -> None:
     tiled = memtile.tile(torch.nn.ModuleList([embedding, linear]), out_splits=3)
 
     torch.testing.assert_close((tiled[0](input_ids=ids), tiled[1](x=x)), expected)
-
-
-def test_resizing_a_tiled_embedding_is_refused_and_loses_nothing() -> None:
-    """resize_token_embeddings cannot reach tiles: an error, and the model still works."""
-    tiled = memtile.tile(build("llama"), **RAGGED)
-
-    with pytest.raises((HandleError, TypeError)):
-        tiled.resize_token_embeddings(200)
-
-    assert loss_and_logits(tiled, "llama")[1].shape == (2, 7, 131)
 
 
 def test_what_is_no_linear_is_named_in_a_warning() -> None:

@@ -190,6 +190,20 @@ def test_a_graph_that_is_older_than_a_later_forward_is_right():
         assert_same_bits(gradients_of(parked), gradients_of(resident))
 
 
+@pytest.mark.parametrize("home", HOMES)
+def test_a_tile_that_is_cast_between_forward_and_backward_raises(home):
+    """Gradients of another dtype than the forward's are not made silently."""
+    _, layer = parked_pair((2, 1), home)
+    y = layer(batch()).square().sum()
+    layer.float()
+
+    with pytest.raises(ParkedError, match="modified between its forward"):
+        y.backward()
+
+    layer.double()(batch()).square().sum().backward()
+    assert layer.weight.grad.dtype == torch.float64
+
+
 @in_every_grid
 @pytest.mark.parametrize("home", HOMES)
 def test_a_tile_written_between_forward_and_backward_raises(grid, home):

@@ -5,9 +5,12 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from parked_layers import HOMES, assert_same_bits, parked_pair
 from paths import GRIDS, grid_id, pair
 from torch import Tensor, nn
 
+import memtile
 from memtile import TiledLinear
 from memtile.errors import HandleError, TileShapeError
 from memtile.layers import DenseHandle, TiledModule
@@ -180,26 +183,29 @@ def test_the_gradient_is_assembled_and_none_while_a_tile_has_none():
     assert torch.equal(layer.weight.grad, layer.weight.grad + 0)
 
 
+@pytest.mark.parametrize("home", [None, *HOMES])
 @pytest.mark.parametrize(
     "write",
     [
         lambda weight: weight.grad.zero_(),
         lambda weight: weight.grad.mul_(0.5),
         lambda weight: weight.grad.data.mul_(0.5),
+        lambda weight: weight.grad[2:5].mul_(0.5),
         lambda weight: nn.utils.clip_grad_norm_([weight], 0.1),
         lambda weight: torch._foreach_mul_([weight.grad], 0.5),
+        lambda weight: setattr(weight, "grad", None),
     ],
 )
-def test_writing_to_the_gradient_of_a_handle_is_refused(write):
-    """The tiles' gradients would not change, so neither zeroing nor clipping passes silently."""
-    _, layer = pair((3, 2))
-    layer(torch.randn(4, 13)).sum().backward()
-    before = [parameter.grad.clone() for parameter in layer.parameters()]
+def test_the_gradient_is_written_through_its_handle(write, home):
+    """Zeroing, scaling and clipping reach the tiles' gradients, also those at home."""
+    dense, layer = pair((3, 2)) if home is None else parked_pair((3, 2), home)
+    x = torch.randn(4, 13, dtype=dense.weight.dtype)
+    for module in (dense, layer):
+        module(x).sum().backward()
+        module.weight.grad.copy_(torch.arange(dense.weight.numel()).view_as(dense.weight))
+        write(module.weight)
 
-    with pytest.raises(HandleError, match="is refused"):
-        write(layer.weight)
-
-    assert all(torch.equal(p.grad, b) for p, b in zip(layer.parameters(), before, strict=True))
+    assert_same_bits(layer.weight.grad, dense.weight.grad)
 
 
 def test_autograd_grad_with_respect_to_a_handle_is_refused():
@@ -226,34 +232,130 @@ INITIALISERS = [
 WRITES = {
     "method": lambda w: w.zero_(),
     "add_": lambda w: w.add_(1.0),
-    "copy_": lambda w: w.copy_(torch.zeros(11, 13)),
-    "requires_grad_": lambda w: w.requires_grad_(False),
-    "detach_": lambda w: w.detach_(),
+    "itself": lambda w: w.mul_(w),
+    "copy_": lambda w: w.copy_(torch.ones_like(w)),
     "item": lambda w: w.__setitem__(0, 1.0),
+    "rows": lambda w: w[2:5].normal_(),
+    "one of a row": lambda w: w[-1][:2].fill_(3.0),
+    "transposed": lambda w: w.t()[1].zero_(),
+    "T": lambda w: w.T[1:3].zero_(),
+    "viewed": lambda w: w.view(-1)[::3].zero_(),
+    "columns": lambda w: w[:, 3].zero_(),
+    "mask": lambda w: w.__setitem__(w > 0, 0.0),
+    "masked": lambda w: w.masked_fill_(w > 0, 2.0),
+    "index": lambda w: w.__setitem__(torch.tensor([1, 7]), 1.0),
     "plus": lambda w: w.__iadd__(1.0),
-    "out": lambda w: torch.add(torch.zeros(11, 13), 1.0, out=w),
+    "out": lambda w: torch.add(torch.zeros_like(w), 1.0, out=w),
     "foreach": lambda w: torch._foreach_add_([w], 1.0),
     "data": lambda w: w.data.mul_(2.0),
+    "drawn data": lambda w: w.data.normal_(),
+    "row of data": lambda w: w.data[3].zero_(),
     "item of data": lambda w: w.data.__setitem__(0, 1.0),
+    "rows of data": lambda w: w.data.__setitem__(slice(0, 5), w.data[5:10]),
+    "detached": lambda w: w.detach().mul_(2.0),
+    "set data": lambda w: setattr(w, "data", torch.ones_like(w)),
+    **{f"init {name}": getattr(nn.init, name) for name in INITIALISERS},
+    "init constant_": lambda w: nn.init.constant_(w, 1.0),
+    "init sparse_": lambda w: nn.init.sparse_(w, 0.5),
+    "init of a row": lambda w: nn.init.zeros_(w[4]),
+}
+
+
+@pytest.mark.parametrize("home", [None, "disk"])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_reaches_the_tiles(write, home):
+    """In-place operations, `nn.init`, on `.data` and on views: the dense layer's values."""
+    dense, layer = pair((3, 2)) if home is None else parked_pair((3, 2), home)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        for weight in (dense.weight, layer.weight):
+            torch.manual_seed(1)
+            WRITES[write](weight)
+
+    assert not torch.equal(layer.weight, before)
+    assert_same_bits(layer.weight.detach() + 0, dense.weight.detach())
+    assert layer.weight.requires_grad
+    assert all(type(p) is nn.Parameter for p in layer.parameters())
+
+
+@pytest.mark.parametrize("write", ["drawn data", "row of data", "detached", "init normal_"])
+@pytest.mark.parametrize("kind", ["bias", "transposed"])
+def test_biases_and_transposed_weights_are_written_too(kind, write):
+    """A bias, and the weight of a Conv1D."""
+    if kind == "bias":
+        (dense, layer), name = pair((3, 2)), "bias"
+    else:
+        dense, name = transformers.pytorch_utils.Conv1D(7, 5), "weight"
+        layer = memtile.tile(nn.Sequential(copy.deepcopy(dense)), out_splits=3, in_splits=2)[0]
+    for module in (dense, layer):
+        torch.manual_seed(1)
+        WRITES[write](getattr(module, name))
+
+    assert torch.equal(getattr(layer, name), getattr(dense, name))
+
+
+def test_what_is_written_in_place_is_given_back():
+    """`w.zero_()` gives `w`, as torch does; `+=` reaches the layer."""
+    _, layer = pair((3, 2))
+    with torch.no_grad():
+        weight = layer.weight
+        given = weight.zero_()
+        layer.weight += 2.0
+
+    assert given is weight
+    assert layer.tile(2, 1).weight.eq(2).all()
+
+
+def test_freezing_and_dropping_the_gradient_reach_the_tiles():
+    """`weight.requires_grad = False`, `requires_grad_()` and `weight.grad = None`."""
+    _, layer = pair((3, 2))
+    layer(torch.ones(1, 13)).sum().backward()
+    weight = layer.weight
+    weight.grad = None
+    weight.requires_grad = False
+    frozen = (
+        weight.requires_grad,
+        [p.requires_grad for p in layer.tile_parameters("weight").values()],
+    )
+    layer.weight.requires_grad_()
+
+    assert frozen == (False, [False] * 6)
+    assert layer.weight.requires_grad
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+
+
+def test_marks_of_all_tiles_are_read_from_the_handle():
+    """transformers asks a parameter whether it is initialised."""
+    _, layer = pair((3, 2))
+    unmarked = hasattr(layer.weight, "_is_hf_initialized") and layer.weight._is_hf_initialized
+    for tile in layer.tile_parameters("weight").values():
+        tile._is_hf_initialized = True
+
+    assert unmarked is False
+    assert layer.weight._is_hf_initialized is True
+
+
+REFUSED = {
+    "detach_": lambda w: w.detach_(),
+    "transposition": lambda w: w.t_(),
+    "another shape": lambda w: w.resize_(3),
     "set data of data": lambda w: setattr(w.data, "data", torch.zeros(11, 13)),
-    "set data": lambda w: setattr(w, "data", torch.zeros(11, 13)),
-    "set grad": lambda w: setattr(w, "grad", None),
-    "set requires_grad": lambda w: setattr(w, "requires_grad", False),
+    "data of another shape": lambda w: setattr(w, "data", torch.zeros(11, 14)),
+    "data of another dtype": lambda w: setattr(w, "data", torch.zeros(11, 13).double()),
+    "set grad": lambda w: setattr(w, "grad", torch.zeros(11, 13)),
     "data_ptr": lambda w: w.data_ptr(),
     "storage": lambda w: w.untyped_storage(),
     "hook": lambda w: w.register_hook(print),
     "accumulation hook": lambda w: w.register_post_accumulate_grad_hook(print),
     "retain": lambda w: w.retain_grad(),
     "share": lambda w: w.share_memory_(),
-    **{f"init {name}": getattr(nn.init, name) for name in INITIALISERS},
-    "init constant_": lambda w: nn.init.constant_(w, 1.0),
-    "init sparse_": lambda w: nn.init.sparse_(w, 0.5),
 }
 
 
-@pytest.mark.parametrize("write", WRITES)
-def test_what_would_silently_change_nothing_is_refused(write):
-    """In-place operations, on `.data` too, `nn.init`, hooks: an error with the way out."""
+@pytest.mark.parametrize("write", REFUSED)
+def test_what_cannot_reach_the_tiles_is_refused(write):
+    """Memory, shapes, dtypes, hooks: an error with the way out, and nothing changed."""
     _, layer = pair((3, 2))
     layer.name_in_model = "model.layers.0.up_proj"
     before = layer.weight.detach().clone()
@@ -261,7 +363,7 @@ def test_what_would_silently_change_nothing_is_refused(write):
     with pytest.raises(
         HandleError, match=r"model\.layers\.0\.up_proj\.weight(\.data)?: .*refused"
     ) as raised:
-        WRITES[write](layer.weight)
+        REFUSED[write](layer.weight)
 
     assert "layer.copy_params_from(linear)" in str(raised.value)
     assert isinstance(raised.value, RuntimeError)
@@ -269,13 +371,32 @@ def test_what_would_silently_change_nothing_is_refused(write):
     assert layer.tile(0, 0).weight.requires_grad
 
 
-@pytest.mark.parametrize("write", ["method", "foreach", "data", "init normal_"])
-def test_the_same_is_refused_without_gradients(write):
-    """`no_grad`, under which initialisers and optimizers write, makes no difference."""
+@pytest.mark.parametrize("write", ["method", "item", "plus", "copy_", "foreach"])
+def test_a_weight_that_requires_grad_is_not_written_under_a_graph(write):
+    """torch refuses it for a dense parameter; the message says how."""
     _, layer = pair((3, 2))
 
-    with torch.no_grad(), pytest.raises(HandleError):
+    with pytest.raises(HandleError, match=r"requires grad.*torch.no_grad\(\)"):
         WRITES[write](layer.weight)
+
+
+def test_two_handles_of_the_same_tiles_are_not_written_at_once():
+    """One of the two results would be lost."""
+    _, layer = pair((3, 2))
+
+    with torch.no_grad(), pytest.raises(HandleError, match="twice"):
+        torch._foreach_add_([layer.weight, layer.weight], 1.0)
+
+
+def test_an_operation_that_fails_changes_nothing():
+    """The tiles are written once it has been done."""
+    _, layer = pair((3, 2))
+    before = layer.weight.detach().clone()
+
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        layer.weight.add_(torch.zeros(5, 5))
+
+    assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

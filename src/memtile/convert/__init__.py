@@ -18,6 +18,7 @@ from memtile.convert.kinds import (
     register_integration,
     tileable,
     tileables,
+    replace_module,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
@@ -31,7 +32,7 @@ from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.streaming import TensorSource
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
-from memtile.convert.untiling import untile
+from memtile.convert.untiling import cannot_be_dense, untile
 
 __all__ = [
     "WAY_OUT",
@@ -52,6 +53,7 @@ __all__ = [
     "TilingDecision",
     "TilingSpec",
     "Work",
+    "cannot_be_dense",
     "choose",
     "convert_checkpoint",
     "dense_items",
@@ -69,6 +71,7 @@ __all__ = [
     "register_integration",
     "register_sharded",
     "replace_chosen",
+    "replace_module",
     "replacing",
     "resume_training",
     "save_checkpoint",

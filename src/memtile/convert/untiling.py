@@ -107,23 +107,21 @@ def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
     owners = Owners(model)
     for name, layer in layers.items():
-        reason = _own_reason(layer) or _shared_reason(name, layers, ids, owners)
+        lost = lost_on_replacing(layer)
+        reason = cannot_be_dense(layer) or lost or _shared_reason(name, layers, ids, owners)
         if reason:
             raise CannotTileError(f"{name} cannot be untiled: {reason}")
     return ids
 
 
-def _own_reason(layer: TiledModule) -> str:
-    """What a dense module would not do that this layer does; "" for nothing."""
+def cannot_be_dense(layer: TiledModule) -> str:
+    """What a dense module would not do that this layer's tiles do; "" for nothing."""
     if type(layer) not in tiled_classes():
         return f"{type(layer).__name__} is a class of its own, which no dense module stands for"
     if getattr(layer, "input_is_already_split", False):
         return "it takes an input that is already split, which a dense linear does not"
     if not getattr(layer, "combine_out_splits", True):
         return "it gives its rows uncombined, which a dense linear does not"
-    lost = lost_on_replacing(layer)
-    if lost:
-        return lost
     for index, tile in layer.tiles():
         if not is_plain(tile, type(tile)) or type(tile) not in PLAIN_TILES:
             return f"its tile {index} is more than a plain linear ({type(tile).__name__}, hooks?)"

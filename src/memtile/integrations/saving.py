@@ -126,10 +126,17 @@ def loaded_class(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def with_tiles(cls: Any, name: str, act: Callable[..., Any]) -> None:
+def _has_tiles(model: nn.Module, *args: object, **kwargs: object) -> bool:
+    return any(isinstance(module, TiledModule) for module in model.modules())
+
+
+def with_tiles(
+    cls: Any, name: str, act: Callable[..., Any], applies: Callable[..., bool] = _has_tiles
+) -> None:
     """Replace a method by `act(own_method, model, …)` for models with tiles; once for each class.
 
-    CannotTileError where the class's own method is running at this moment: it ignores tiles.
+    `applies` tells from the method's own arguments whether tiles are concerned. CannotTileError
+    where the class's own method is running at this moment: it ignores tiles.
     """
     original = getattr(cls, name)
     if hasattr(original, _MARK):
@@ -137,7 +144,7 @@ def with_tiles(cls: Any, name: str, act: Callable[..., Any]) -> None:
 
     @functools.wraps(original)
     def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # as the class's own
-        if not any(isinstance(module, TiledModule) for module in model.modules()):
+        if not applies(model, *args, **kwargs):
             return original(model, *args, **kwargs)
         return act(original, model, *args, **kwargs)
 

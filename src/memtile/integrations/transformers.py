@@ -25,10 +25,11 @@ from memtile.integrations.pretrained import (
     refuse_quantized,
     relevant,
 )
+from memtile.integrations.resizing import patch_resizing
 from memtile.integrations.saving import loaded_class, save_pretrained, with_tiles
 from memtile.integrations.step_inputs import step_work
 from memtile.integrations.weight_conversion import in_model_names, in_stored_names
-from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
+from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 
 
 class TiledConv1D(TiledLinear):
@@ -134,31 +135,11 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
 
 def patch_transformers() -> None:
-    """Have models with tiles in them save dense checkpoints, and keep their ties."""
+    """Have models with tiles in them save dense checkpoints, be resized and keep their ties."""
     cls = loaded_class("transformers.modeling_utils", "PreTrainedModel")
     if cls != ():
         with_tiles(cls, "save_pretrained", save_pretrained)
-        with_tiles(cls, "tie_weights", _tie_weights)
-
-
-def _tie_weights(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Do nothing where the ties are kept, as `tile` does.
-
-    transformers would look for dense names among the parameters, and pad a tied head's bias.
-    """
-    ties = getattr(model, "all_tied_weights_keys", None)
-    if ties is None or not all(_is_tied(model, *names) for names in ties.items()):
-        original(model, *args, **kwargs)
-
-
-def _is_tied(model: nn.Module, *names: str) -> bool:
-    try:
-        found: list[Any] = [model.get_parameter(name) for name in names]  # or handles
-    except AttributeError:
-        return False
-    if all(isinstance(each, DenseHandle) for each in found):
-        return bool(found[0].stands_for_same(found[1]))
-    return found[0] is found[1]
+        patch_resizing()
 
 
 def _naming(model: nn.Module) -> Naming | None:

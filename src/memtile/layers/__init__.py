@@ -9,9 +9,10 @@ from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule, watch_tiles
 from memtile.layers.tiled_stack import ParkedStackTile, StackTile, TiledStack
-from memtile.layers.values import gathered, is_shard, register_gatherer, whole_shape
+from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gatherer, whole_shape
 
 __all__ = [
+    "DENSE_NAMES",
     "DenseHandle",
     "ParkedEmbedding",
     "ParkedLinear",

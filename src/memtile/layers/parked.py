@@ -49,7 +49,7 @@ class ParkedModule(nn.Module):
         self._parameters["weight"] = parameter_of(tensor_of(allocation), True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move what is not parked; ParkedError where the parked weight is to change its dtype."""
+        """Move what is not parked; a parked weight stays at home, where its dtype may change."""
         weight = self._parameters.get("weight")  # none where it is pruned or parametrized
         if weight is None or not is_parked(weight):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -57,11 +57,7 @@ class ParkedModule(nn.Module):
             return self
         wanted = fn(torch.empty(0, dtype=weight.dtype)).dtype
         if wanted != weight.dtype:
-            raise ParkedError(
-                f"a parked tile of shape {tuple(weight.shape)} is {weight.dtype} and cannot become "
-                f"{wanted} at its home; convert the model first and park it then: "
-                "memtile.untile(model), model.to(dtype), memtile.tile(model, …, home=…)"
-            )
+            _cast_at_home(weight, wanted)
         self._parameters["weight"] = None
         try:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -221,6 +217,39 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
             )
         evict(weight)
         return rows
+
+
+@torch.no_grad()
+def _cast_at_home(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Give a parked parameter and its gradient the dtype, in new room of the same home.
+
+    As in `nn.Module.to`, the parameter object stays, with its ties and hooks. The parameter is in
+    memory once meanwhile, and its old room is free afterwards. HomeFullError, and nothing is
+    changed, where the home lacks the room; ParkedError where it is only read.
+    """
+    allocation = allocation_of(parameter)
+    assert allocation is not None
+    home = allocation.home
+    if home.is_read_only:
+        raise ParkedError(
+            f"a parked tile of shape {tuple(parameter.shape)} is {parameter.dtype} in the files of "
+            f"a checkpoint, which are only read, and cannot become {dtype} there; use "
+            'home="disk", or write a checkpoint of that dtype: '
+            "memtile.save_checkpoint(model, folder, dtype=…)"
+        )
+    tensors = [parameter] if parameter.grad is None else [parameter, parameter.grad]
+    new = []
+    for tensor in tensors:
+        values = tensor.detach().to(dtype)
+        new.append(allocate_copy(home, values) if is_parked(tensor) else values)
+        evict(tensor)
+    for tensor, values in zip(tensors, new, strict=True):
+        tensor.data = values
+        found = allocation_of(values)
+        if found is not None:
+            register(tensor, found)
+            found.label = allocation.label if tensor is parameter else None
+    torch.autograd.graph.increment_version(parameter)
 
 
 def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from memtile.layers.values import (
     gathered,
 )
 
+_alive: "weakref.WeakSet[TiledModule]" = weakref.WeakSet()
 _watchers: list[tuple[str, Callable[[], None]]] = []
 
 
@@ -53,10 +55,12 @@ class TiledModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        _alive.add(self)
         _tell_watchers()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        _alive.add(self)
         _tell_watchers()
 
     def tile(self, row: int, column: int) -> nn.Module:
@@ -221,6 +225,15 @@ class TiledModule(nn.Module):
             )
         for index, tile in self.tiles():
             tile.weight = other.tile(*index).weight
+
+    def tied_layers(self) -> "list[TiledModule]":
+        """All other layers, of any model, that have the same weight tiles."""
+        own = [*map(id, self.tile_parameters("weight").values())]
+        return [
+            layer
+            for layer in list(_alive)
+            if layer is not self and own == [*map(id, layer.tile_parameters("weight").values())]
+        ]
 
     @torch.no_grad()
     def copy_values(self, name: str, values: Values) -> None:

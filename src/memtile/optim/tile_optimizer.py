@@ -81,6 +81,7 @@ class TileOptimizer(Optimizer):
         self._model = model
         self._inner = SliceOptimizer(optimizer_class, options)
         self._held: list[Reservation] = []
+        self._dtypes: dict[Tensor, torch.dtype] = {}  # that state and room are of
         self._stepped: set[nn.Parameter] = set()
         self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
@@ -152,6 +153,7 @@ class TileOptimizer(Optimizer):
         needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
         places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
         for parameter, group in _with_groups(groups):
+            self._dtypes[parameter] = parameter.dtype
             allocation = allocation_of(parameter)
             if allocation is not None and parameter.requires_grad:
                 rooms = self._stepper.state_rooms(parameter, group)
@@ -180,7 +182,7 @@ class TileOptimizer(Optimizer):
         """Step every parameter that has a gradient; in backward mode, those not stepped yet.
 
         Raises:
-            OptimizerError: the model was tiled or untiled since, so it has other parameters.
+            OptimizerError: the model was tiled, untiled or cast since.
             NotFiniteError: a gradient holds NaN or infinity.
             HomeIOError: a tile could not be read or written. Call `step()` again to go on with the
                 parameters that were not stepped, or `zero_grad()` to give them up.
@@ -195,6 +197,7 @@ class TileOptimizer(Optimizer):
                 "optimizer was made, and they would not be stepped; make it after memtile.tile "
                 "(and a new one after memtile.untile)"
             )
+        self._check_dtypes()
         with uninterrupted():
             self._step_all()
         return loss
@@ -202,6 +205,15 @@ class TileOptimizer(Optimizer):
     def _are_of_the_model(self) -> bool:
         own = set(self._model.parameters())
         return all(parameter in own for parameter in self._all())
+
+    def _check_dtypes(self) -> None:
+        for parameter, dtype in self._dtypes.items():
+            if parameter.dtype != dtype:
+                raise OptimizerError(
+                    f"a parameter of this {type(self._model).__name__} was {dtype} when this "
+                    f"optimizer was made, and is {parameter.dtype} now: cast the model first, and "
+                    "make the optimizer then"
+                )
 
     def _step_all(self) -> None:
         homes = {each.home for each in map(streamed_allocation, self._all()) if each is not None}
@@ -244,6 +256,7 @@ class TileOptimizer(Optimizer):
                 )
             uninterrupted_backward()
             if not self._stepped:
+                self._check_dtypes()
                 self._group_of = dict(_with_groups(self.param_groups))
             self._stepper.step(parameter, self._group_of[parameter], in_backward=True)
             self._stepped.add(parameter)
