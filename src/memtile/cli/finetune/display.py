@@ -66,10 +66,8 @@ class Display:
         """Shows a step."""
         used = format_byte_size(entry.peak_bytes) + self._limit
         checked = entry.validation_loss
-        loss = f"loss {entry.loss:.3f}" + (
-            f" (validation {checked:.3f})" if checked is not None else ""
-        )
-        words = f"{loss}, {entry.tokens_per_second:.0f} tokens/s, {used}"
+        more = "" if checked is None else f" (validation {checked:.3f})"
+        words = f"loss {entry.loss:.3f}{more}, {entry.tokens_per_second:.0f} tokens/s, {used}"
         if not self._console.is_terminal:
             self._console.print(f"step {entry.step} of {self._steps}: {words}", soft_wrap=True)
         else:

@@ -48,6 +48,8 @@ def _texts(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[Part]:
         if not text.strip():
             yield [], True
         elif len(text) > _LONG:
+            yield from _together(held, tokenizer)
+            held = []
             pieces = (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
             yield from document(pieces, tokenizer)
         else:
@@ -159,8 +161,8 @@ def _spans(
         until = _rendered(messages[: number + 1], row, tokenizer)
         if not (until.startswith(before) and text.startswith(until)):
             raise CommandError(
-                f"{row.place}: the chat template renders message {number + 1} otherwise where later "
-                "ones follow, so the assistant's tokens cannot be told from it: put one with "
+                f"{row.place}: the chat template renders message {number + 1} otherwise where "
+                "later ones follow, so the assistant's tokens cannot be told from it: put one with "
                 "{% generation %} marks, such as TRL's for training, into MODEL's "
                 "chat_template.jinja."
             )
@@ -193,8 +195,8 @@ def _refusing(row: Row) -> Iterator[None]:
 def _check_template(tokenizer: Tokenizer) -> None:
     if not tokenizer.chat_template:
         raise CommandError(
-            "MODEL has no chat template, and DATA has conversations: put a chat_template.jinja into "
-            "its folder, such as that of the model's chat release."
+            "MODEL has no chat template, and DATA has conversations: put a chat_template.jinja "
+            "into its folder, such as that of the model's chat release."
         )
     if not tokenizer.is_fast:
         raise CommandError(

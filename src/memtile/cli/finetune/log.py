@@ -81,11 +81,10 @@ def _draw_here(log: Path, picture: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
     axes.plot(steps, list(_smoothed(losses)), color="C0", label="smoothed")
-    seen = [
-        (each["step"], each["validation_loss"]) for each in entries if "validation_loss" in each
-    ]
+    seen = [entry for entry in entries if "validation_loss" in entry]
     if seen:
-        axes.plot(*zip(*seen, strict=True), color="C1", marker="o", label="validation")
+        found = [entry["validation_loss"] for entry in seen]
+        axes.plot([entry["step"] for entry in seen], found, color="C1", label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()

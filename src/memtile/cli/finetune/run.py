@@ -171,16 +171,21 @@ def _prepared(
     if settings.engine != "zero3":  # which scales the loss
         _check_dtype(model)
     tokenizer = models.tokenizer_of(path, options.trusts_code)
-    sequences, *others = _sequences(settings, data, tokenizer, options.cache, display)
+    models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
+    said: list[str] = []  # of the data, to be shown once the plan is there too
+    sequences, *others = _sequences(
+        settings, data, tokenizer, options.cache, display.reading, said.append
+    )
     for each in (sequences, *others):
         _check_vocabulary(model, each)
-    models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
     if settings.engine is None:
         loaded = load(model, settings, options, memory, display.say)
     else:
         from memtile.cli.finetune import sharded
 
         loaded = sharded.load(model, settings, options, display.say)
+    for sentence in said:
+        display.say(sentence)
     return Run(
         settings,
         loaded,
@@ -198,28 +203,27 @@ def _sequences(
     data: Sequence[Data],
     tokenizer: Any,  # transformers'
     cache: Path,
-    display: Display,
+    on_read: Callable[[int, int], None],
+    on_stored: Callable[[str], None],
 ) -> list[Sequences]:
     """Those to train on in the order of the seed, those to evaluate on in their own."""
-    digests, maker = iter(settings.digests[1:]), tokenizer_digest(Path(settings.model))
-    packs = settings.packing
-    made = []
+    digests = iter(settings.digests[1:])
+    maker = (version("transformers"), tokenizer_digest(Path(settings.model)))
+    length = None if settings.packing else settings.tokens
+    made: list[Sequences] = []
     for each in data:
         of_files = [next(digests) for _ in each.files]
-        length = None if packs else settings.tokens
         made.append(
             read_sequences(
                 each,
                 tokenizer,
                 settings.tokens,
                 None if made else settings.seed,
-                packs=packs,
+                packs=settings.packing,
                 cache=cache,
-                key=key_of(
-                    maker, version("transformers"), each.kind, each.columns, of_files, length
-                ),
-                on_read=display.reading,
-                on_stored=display.say,
+                key=key_of(*maker, each.kind, each.columns, of_files, length),
+                on_read=on_read,
+                on_stored=on_stored,
             )
         )
     return made

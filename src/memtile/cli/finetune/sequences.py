@@ -71,9 +71,8 @@ class PaddedSequences(Sequences):
     def inputs(self, step: int) -> dict[str, Tensor]:
         """Ids, labels that are -100 for what does not count, and the mask of what is no padding."""
         place = self._place(step)
-        begin, end = (
-            [0, *self._ends.numbers(0, 1)] if not place else self._ends.numbers(place - 1, 2)
-        )
+        begin = self._ends.numbers(place - 1, 1)[0] if place else 0
+        end = self._ends.numbers(place, 1)[0]
         raw = self._stream.read(begin, end - begin)
         after = (0, self._tokens - raw.shape[1])
         pad = torch.nn.functional.pad
@@ -124,9 +123,9 @@ def read_sequences(
     """
     length = None if packs else tokens
     kept = stored(cache, key, length, lambda: _parts(data, tokenizer, on_read))
-    nouns = {"messages": "conversations", "prompt": "prompts with completions"}
+    nouns = {"messages": "conversation", "prompt": "completion"}
     where = f"{'found' if kept.was_there else 'kept'} in {kept.folder}"
-    noun = nouns.get(data.columns[0], "documents")
+    noun = nouns.get(data.columns[0], "document")
     on_stored(f"{data.name}: {kept.counts.summary(noun, tokens)}; {where}")
     _check(kept, data, tokens, noun)
     if kept.ends is None:
@@ -174,7 +173,7 @@ def _check(kept: Stored, data: Data, tokens: int, noun: str) -> None:
         )
     if not counts.kept:
         raise CommandError(
-            f"{data.name} {data.files[0]} is empty: none of its {noun} is left to train on ("
+            f"{data.name} {data.files[0]} is empty: none of its {noun}s is left to train on ("
             f"{counts.empty} empty or with nothing to learn, {counts.cut_away} whose answer lies "
             f"beyond --tokens {tokens}): give others, or more tokens."
         )

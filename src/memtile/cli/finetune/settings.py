@@ -16,6 +16,7 @@ _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
 _READ_WHOLE: Final = ("config.json", "*token*", "vocab*", "merges*", "*.model")
 _TEMPLATES: Final = ("chat_template*", "additional_chat_templates/*")
+_ARGUMENTS: Final = {"model": "MODEL", "data": "DATA", "packing": "packing"}
 SCHEDULES: Final = ("constant", "linear", "cosine")
 
 
@@ -84,7 +85,7 @@ class TrainingSettings:
     def check_continues(self, out: Path) -> None:
         """Refuses to resume a run with other settings than its own."""
         saved = _read(out)
-        for field in fields(self):
+        for field in sorted(fields(self), key=lambda field: field.name == "digests"):  # at last
             ours, old = getattr(self, field.name), getattr(saved, field.name)
             if field.name == "engine" and ours and old:
                 continue  # they share checkpoints
@@ -94,7 +95,7 @@ class TrainingSettings:
                     "restore them, or begin in another --out."
                 )
             if ours != old:
-                option = {"model": "MODEL", "data": "DATA"}.get(field.name, f"--{field.name}")
+                option = _ARGUMENTS.get(field.name, f"--{field.name}")
                 theirs, ours = (_said(value) for value in (old, ours))
                 raise CommandError(
                     f"{out} holds a run with {option} {theirs}, and this is {ours}: give what it "
@@ -160,7 +161,7 @@ def digests(
 
 
 def tokenizer_digest(model: Path) -> str:
-    """SHA-256 of the tokenizer's files and its templates: all that tokens depend on but the data."""
+    """SHA-256 of config, tokenizer and chat templates: all that tokens depend on but the data."""
     found = {
         path.relative_to(model).as_posix(): _digest(path, lambda nbytes: None)
         for pattern in (*_READ_WHOLE, *_TEMPLATES)

@@ -37,7 +37,7 @@ class Counts:
 
     def summary(self, noun: str, length: int | None) -> str:
         """A sentence on them; `noun` says what they are."""
-        said = [f"{self.kept:,} {noun}, {self.tokens:,} tokens"]
+        said = [f"{self.kept:,} {noun}{'' if self.kept == 1 else 's'}, {self.tokens:,} tokens"]
         if self.empty:
             said.append(f"{self.empty:,} skipped that are empty or have nothing to learn")
         if self.cut:
@@ -60,7 +60,7 @@ class Stored:
 
 def key_of(*parts: object) -> str:
     """The name of what is made of these, and of nothing else."""
-    return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((_VERSION, *parts)).encode()).hexdigest()[:16]
 
 
 def stored(
