@@ -8,6 +8,14 @@ import pytest
 WORDS = [f"word{number}" for number in range(97)]
 
 
+@pytest.fixture(autouse=True)
+def token_cache(tmp_path_factory, monkeypatch) -> Path:
+    """Gives the folder that `memtile finetune` keeps tokens in, of one test alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("memtile.cli.finetune.command.cache_folder", lambda: folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Gives a folder with a random Llama of 97 + 2 words, tied, with ragged widths.

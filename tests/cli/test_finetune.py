@@ -35,6 +35,7 @@ def text(tmp_path_factory):
 
 def arguments(model, text, out, *more):
     options = ["--budget", "400MiB", "--steps", STEPS, "--tokens", 16, "--lr", 1e-2]
+    options += ["--cache", out.parent / "cache"]
     return [str(word) for word in ["finetune", model, text, "--out", out, *options, *more]]
 
 
@@ -157,7 +158,7 @@ def test_adapters_go_on_over_their_own_base_only(tiny_model, text, tmp_path, cap
     file.write_bytes(first[:-1] + bytes([first[-1] ^ 1]))
 
     assert main([*given, "--resume"]) == 2
-    assert "the texts or the model are not those that the run" in capsys.readouterr().err
+    assert "the data or the model are not those that the run" in capsys.readouterr().err
     file.write_bytes(first)
     assert main([*given, "--resume"]) == 0
 
@@ -223,7 +224,7 @@ def test_two_runs_into_one_folder(tiny_model, text, tmp_path, capsys):
     [
         (["--steps", "0"], "--steps 0"),
         (["--tokens", "1"], "--tokens 1"),
-        (["--tokens", "5000"], "more than all texts have"),
+        (["--tokens", "5000"], "more than the model reads at once, 64"),
         (["--lr", "nan"], "no learning rate"),
         (["--lr", "0"], "no learning rate"),
         (["--lora", "0"], "--lora 0"),
@@ -255,7 +256,7 @@ def test_wrong_numbers_are_one_sentence(tiny_model, text, tmp_path, capsys, opti
         (b" \n", "is empty"),
         (b"\xff\xfe\x00binary", "not UTF-8"),
         (b"word1\0word2", "zero bytes"),
-        (b"word1 word2", "more than all texts have, 2"),
+        (b"word1 word2", "more than all of DATA has, 2"),
         (None, "No such file"),
     ],
 )

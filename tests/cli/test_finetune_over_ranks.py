@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtile.cli import main
+from memtile.cli.finetune.data_files import find_data
 from memtile.cli.finetune.sequences import read_sequences
 from memtile.cli.finetune.sharded import check_shards
 from memtile.errors import NotFiniteError
@@ -29,6 +33,7 @@ ENGINES = ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)]
 
 def words(model, text, out, *more, engine="fsdp2"):
     options = ["--engine", engine, "--tile", "1KiB", "--steps", STEPS, "--tokens", TOKENS]
+    options += ["--cache", Path(out).parent / "cache"]
     return [str(w) for w in ["finetune", model, text, "--out", out, "--lr", LR, *options, *more]]
 
 
@@ -44,12 +49,17 @@ def launch(ranks, arguments):
     )
 
 
+def sequences_of(file, folder, seed):
+    """What a process of its own would train on."""
+    data, tokenizer = find_data([file], "DATA"), AutoTokenizer.from_pretrained(folder)
+    cache = file.parent / "alone"
+    return read_sequences(data, tokenizer, TOKENS, seed, packs=data.is_text, cache=cache, key="key")
+
+
 def trained_alone(folder, text):
     """The weights after the same steps of plain transformers, two sequences in each."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    sequences = read_sequences(
-        [text], AutoTokenizer.from_pretrained(folder), TOKENS, 0, text.parent
-    )
+    sequences = sequences_of(text, folder, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
@@ -108,6 +118,49 @@ def test_a_run_whose_rank_was_killed_goes_on_with_fewer_ranks(
         shown, said = run.communicate(timeout=120)
     assert run.returncode == 0, said
     assert "going on after step" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_chats_are_trained_over_ranks_as_in_one_process(tiny_model, tmp_path, engine):
+    """Padded sequences, clipping, a schedule and validation, whose loss is that of all ranks."""
+    folder, file = tmp_path / "model", tmp_path / "chats.jsonl"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    turns = [
+        [("user", f"word{n}"), ("assistant", "word7 " * (n % 4) + f"word{n}")] for n in range(7)
+    ]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in turns]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--clip", 0.5, "--warmup", 2, "--schedule", "linear", "--validation", file]
+
+    with launch(2, words(folder, file, tmp_path / "out", *more, engine=engine)) as run:
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+
+    model, sequences = AutoModelForCausalLM.from_pretrained(folder), sequences_of(file, folder, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    scheduler = transformers.get_scheduler("linear", optimizer, 2, STEPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for number in (2 * step, 2 * step + 1):  # each weighs the same, whatever counts in it
+            (model(**sequences.inputs(number)).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+    expected, found = model.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in found.items():
+        assert (value - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    total = count = 0
+    for number in range(len(sequences)):
+        inputs = sequences.inputs(number)
+        tokens = int((inputs["labels"][:, 1:] >= 0).sum())
+        total, count = total + tokens * model(**inputs).loss.item(), count + tokens
+    assert last["validation_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def _kill_a_rank(launcher):

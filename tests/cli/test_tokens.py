@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from memtile.cli.demo.training import cut_batches
 from memtile.cli.errors import CommandError
+from memtile.cli.finetune.data_files import find_data
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.sequences import read_sequences, shuffled, text_pieces
 from memtile.cli.finetune.tokens import OVERLAP, TokenFile, document_tokens
@@ -186,21 +187,28 @@ def test_tokens_come_as_the_text_is_read():
     assert max(ahead) < 2 * OVERLAP
 
 
-def test_tokens_lie_in_a_file_without_a_name(tmp_path):
-    """Sequences are read from the disk, where tokens were written; the folder looks empty."""
-    tokenizer, scratch = trained(byte_level, eos_token="</s>"), tmp_path / "scratch"
+def test_texts_are_packed_one_after_another(tmp_path):
+    """Sequences are stretches of all texts, each with its end; how far reading is was said."""
+    tokenizer = trained(byte_level, eos_token="</s>")
     files, texts, heard = [], [some_text(150_000, seed=2), some_text(900, seed=3)], []
     for number, text in enumerate(texts):
         files.append(tmp_path / f"{number}.txt")
         files[-1].write_text(text, newline="\n")
-    scratch.mkdir()
 
-    found = read_sequences(files, tokenizer, 30, 0, scratch, lambda *now: heard.append(now))
+    found = read_sequences(
+        find_data(files, "DATA"),
+        tokenizer,
+        30,
+        0,
+        packs=True,
+        cache=tmp_path / "cache",
+        key="key",
+        on_read=lambda *now: heard.append(now),
+    )
 
     stream = [id for text in texts for id in [*tokenizer(text).input_ids, 2]]
     expected = [stream[start : start + 30] for start in range(0, len(stream) - 29, 30)]
     assert sorted(found.at(step)[0].tolist() for step in range(len(found))) == sorted(expected)
-    assert not list(scratch.iterdir())
     assert found.largest_id == max(stream)
     size = sum(file.stat().st_size for file in files)
     assert heard == sorted(heard)
@@ -216,8 +224,8 @@ def test_a_log_says_how_far_reading_is():
             display.reading(done << 20, 40 << 20)
 
     assert said.getvalue().splitlines() == [
-        "reading the texts: 17.0 MiB of 40.0 MiB",
-        "reading the texts: 33.0 MiB of 40.0 MiB",
+        "reading the data: 17.0 MiB of 40.0 MiB",
+        "reading the data: 33.0 MiB of 40.0 MiB",
     ]
 
 

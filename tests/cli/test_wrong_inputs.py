@@ -204,7 +204,8 @@ def test_settings_of_generation_do_not_keep_a_model_from_training(here, capsys, 
         ([*FINETUNE, "--out", "model"], "--out model is not empty"),
         ([*FINETUNE, "--budget", "20MiB"], "--budget 20.0 MiB"),
         ([*GENERATE, "--budget", "1MiB"], "--budget 1.00 MiB"),
-        (["finetune", "model", "model", *FINETUNE[3:]], "TEXT model is a folder: give its files"),
+        (["finetune", "model", "model", *FINETUNE[3:]], "DATA holds several kinds of files"),
+        (["finetune", "model", "bare", *FINETUNE[3:]], "DATA bare is a folder without files"),
         (["finetune", "model", "lost", *FINETUNE[3:]], "No such file"),
         (["finetune", "model", "none", "none", *FINETUNE[3:]], "none is empty"),
         (["inspect", "tiny.gguf"], "gguf_file"),
@@ -222,6 +223,7 @@ def test_settings_of_generation_do_not_keep_a_model_from_training(here, capsys, 
 def test_what_is_given_wrong_is_one_sentence(here, capsys, words, sentence):
     """Sizes without units, folders in place of files and files in place of folders are refused."""
     (here / "hollow").mkdir()
+    (here / "bare").mkdir()
     (here / "none").write_text(" \n")
     (here / "tiny.gguf").write_bytes(b"GGUF")
 
@@ -233,7 +235,7 @@ def test_an_empty_text_among_others_is_skipped_and_said(here, capsys):
     (here / "none").write_text("\n")
 
     assert main(["finetune", "model", "text", "none", *FINETUNE[3:]]) == 0
-    assert capsys.readouterr().err == "TEXT none is empty: skipped\n"
+    assert "1 document, 320 tokens; 1 skipped that are empty" in capsys.readouterr().out
 
 
 def test_what_was_in_the_way_is_as_it_was_after_a_failed_start(here, capsys):

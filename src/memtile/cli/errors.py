@@ -10,7 +10,17 @@ from memtile.errors import MemtileError
 
 # Libraries that refuse wrong input by ValueError and classes of their own.
 _READERS: Final = frozenset(
-    {"transformers", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "peft", "gguf"}
+    {
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "huggingface_hub",
+        "jinja2",
+        "peft",
+        "gguf",
+        "datasets",
+        "pyarrow",
+    }
 )
 
 

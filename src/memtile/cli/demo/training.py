@@ -4,6 +4,7 @@ Both runs are this one function; the only differences are the call of `memtile.t
 optimizer that steps tiles where they live.
 """
 
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,7 +83,7 @@ def cut_batches(
     """The first `batches` stretches of `tokens` tokens each, in order."""
     stream = TokenFile(usable_folder(None))
     for ids in document_tokens([text], tokenizer):
-        stream.append(ids)
+        stream.append(array("i", ids))
     if stream.count < batches * tokens:
         fewer = stream.count // batches
         raise CommandError(
@@ -157,7 +158,7 @@ def _train(
     optimizer = _optimizer(model, settings.learning_rate, home)
     training = TrainingSettings(
         model=settings.model,
-        texts=(settings.text,),
+        data=(settings.text,),
         steps=settings.steps,
         tokens=settings.tokens,
         lr=settings.learning_rate,

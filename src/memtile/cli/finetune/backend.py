@@ -1,6 +1,7 @@
 """What a run trains: a model with its optimizer; `load` makes one for a single process."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -15,7 +16,9 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed
+from memtile.costmodel import format_byte_size
 from memtile.engines.ranks import Ranks, of_all_ranks
+from memtile.errors import NotFiniteError
 from memtile.testing import PeakMemory
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_OTHERS: Final = "tokenizer, texts and adapters"
+_OTHERS: Final = "tokenizer, data and adapters"
 
 
 class Backend:
@@ -37,31 +40,60 @@ class Backend:
         has_adapters: bool = False,  # only these are trained and written
         dtype: torch.dtype | None = None,  # to write the model in; None: its own
         device: torch.device | None = None,  # on which sequences are expected; None: CPU
+        clip: float | None = None,  # the norm that gradients are scaled down to
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.device = device or torch.device("cpu")
-        self._has_adapters, self.dtype = has_adapters, dtype
+        self._has_adapters, self.dtype, self.clip = has_adapters, dtype, clip
         is_alone = not dist.is_initialized()
         self.rank, self.ranks = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """The loss of sequences (batch, tokens), which are their own labels."""
+    def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss of the tokens that count in sequences (batch, tokens), to be trained on."""
         self.optimizer.zero_grad()
-        loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        return self._forward(inputs)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> float:
+        """The mean loss of the tokens that count, without dropout; nothing is changed."""
+        self.model.eval()
+        try:
+            return float(self._forward(inputs))
+        finally:
+            self.model.train()
+
+    def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = self._called()(**inputs, use_cache=False).loss
         return loss
 
+    def _called(self) -> Any:
+        """What is called with a step's tensors."""
+        return self.model
+
     def update(self, loss: Tensor) -> None:
-        """Backward and step; NotFiniteError where a gradient is not finite."""
+        """Backward, clipping and step; NotFiniteError where a gradient is not finite."""
         loss.backward()
+        self.check_gradients()
+        if self.clip is not None:
+            norm = self.clip_gradients(self.clip)
+            if not math.isfinite(norm):
+                raise NotFiniteError(f"the norm of the gradients is {norm}; nothing was stepped")
         self.optimizer.step()
         self.scheduler.step()
+
+    def check_gradients(self) -> None:
+        """Raises NotFiniteError where the optimizer would not notice."""
+
+    def clip_gradients(self, limit: float) -> float:
+        """Scales the gradients of all weights to a norm of at most `limit`; the norm before."""
+        return float(self.optimizer.clip_grad_norm_(limit))
 
     def of_all_ranks(self, value: T) -> list[T]:
         """The value that each rank gives."""
         return [value] if self.ranks == 1 else of_all_ranks(value)
 
     def save(self, folder: Path, step: int, position: dict[str, int]) -> None:
-        """Saves a checkpoint of the run; `position` is where it is in the texts."""
+        """Saves a checkpoint of the run; `position` is where it is in the data."""
         memtile.save_training(
             folder,
             self.model,
@@ -109,16 +141,55 @@ def load(
             tokens=settings.tokens,
             optimizer=torch.optim.AdamW,
             home=options.home,
-            mode="in_backward",
+            mode=settings.mode,
+            work=None if settings.packing else _padded_step(settings.tokens),
         )
     planned(plan.summary)
+    if settings.clip is not None:
+        planned(
+            "--clip keeps the gradients of all weights until the step, "
+            f"{format_byte_size(_trained_bytes(model))} more, in memory or where their tiles live"
+        )
     planned(models.budget_note(options.budget, options.budget - left, _OTHERS))
     with models.printing_warnings():
         memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
     model.train()
-    adamw = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=settings.lr)
-    cosine = CosineAnnealingLR(adamw, settings.steps)
-    return Backend(model, adamw, cosine, has_adapters=settings.lora is not None)
+    adamw = memtile.TileOptimizer(model, torch.optim.AdamW, mode=settings.mode, lr=settings.lr)
+    has_adapters, schedule = settings.lora is not None, schedule_of(adamw, settings)
+    return Backend(model, adamw, schedule, has_adapters=has_adapters, clip=settings.clip)
+
+
+def _trained_bytes(model: Any) -> int:
+    return sum(each.nbytes for each in model.parameters() if each.requires_grad)
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> LRScheduler:
+    """The learning rate of each step, as transformers' Trainer has it."""
+    from transformers import get_scheduler
+
+    if settings.schedule == "cosine" and not settings.warmup:  # as runs have it that were saved so
+        return CosineAnnealingLR(optimizer, settings.steps)
+    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    found: LRScheduler = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=settings.warmup,
+        num_training_steps=settings.steps,
+    )
+    return found
+
+
+def _padded_step(tokens: int) -> Callable[[Any], Tensor]:
+    """A step of a sequence that is padded, for the plan: its mask takes memory."""
+
+    def forward(meta_copy: Any) -> Tensor:
+        ids = torch.arange(tokens).view(1, tokens) % 2
+        loss: Tensor = meta_copy(
+            input_ids=ids, labels=ids, attention_mask=ids, use_cache=False
+        ).loss
+        return loss
+
+    return forward
 
 
 def _with_adapters(model: "PreTrainedModel", rank: int) -> Any:  # a PeftModel, not imported here

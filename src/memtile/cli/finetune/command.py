@@ -9,10 +9,10 @@ from rich.console import Console
 
 from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
+from memtile.cli.finetune.data_files import Data, find_data
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, PICTURE
 from memtile.cli.finetune.run import Result, finetune
-from memtile.cli.finetune.sequences import checked_texts
 from memtile.cli.finetune.settings import (
     Options,
     TrainingSettings,
@@ -23,13 +23,21 @@ from memtile.cli.finetune.settings import (
 )
 from memtile.cli.terminal import progress
 from memtile.costmodel import format_byte_size, parse_byte_size
+from memtile.planner.saved_rates import cache_folder
 
 _MEBIBYTE: Final = 1 << 20
 
 
 def run_finetune(
     model: models.Folder,
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DATA...",
+            help="Text files, JSON lines or Parquet, or folders of them; rows have text, messages, "
+            "or prompt and completion.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder of the run and of the fine-tuned model.")],
     budget: Annotated[
         str | None,
@@ -37,9 +45,35 @@ def run_finetune(
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     tokens: Annotated[int, typer.Option(help="Tokens in a step, one sequence.")] = 128,
-    lr: Annotated[
-        float, typer.Option(help="Learning rate of AdamW; it falls to 0 along a cosine.")
-    ] = 1e-5,
+    no_packing: Annotated[
+        bool,
+        typer.Option(
+            "--no-packing",
+            help="A sequence for each text, padded or cut; chats and completions always have one.",
+        ),
+    ] = False,
+    lr: Annotated[float, typer.Option(help="The highest learning rate of AdamW.")] = 1e-5,
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"],
+        typer.Option(help="How the learning rate goes on; linear and cosine end at 0."),
+    ] = "cosine",
+    warmup: Annotated[
+        int, typer.Option(help="First steps, in which the learning rate rises from 0.")
+    ] = 0,
+    clip: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NORM",
+            help="Scale gradients to this norm at most; all are kept until the step for it.",
+        ),
+    ] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="Data whose loss is shown; may be repeated.")
+    ] = None,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps between losses on --validation.", show_default="50"),
+    ] = None,
     home: Annotated[
         str | None,
         typer.Option(help="Where tiles live: disk, disk:FOLDER or host; disk if nothing is given."),
@@ -60,10 +94,13 @@ def run_finetune(
     offload: Annotated[
         bool, typer.Option("--offload", help="With --engine: shards live in host memory.")
     ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where tokens are kept for other runs (~/.cache/memtile).")
+    ] = None,
     strict: models.Strict = False,
     trust_remote_code: models.TrustsCode = False,
 ) -> int:
-    """Fine-tune a model that need not fit in memory, on plain text.
+    """Fine-tune a model that need not fit in memory, on texts, chats or completions.
 
     Ctrl-C saves and stops; the same command with --resume goes on, bit for bit. With --engine, each
     rank trains on a sequence of its own in each step.
@@ -79,23 +116,42 @@ def run_finetune(
         resume=resume,
         tile_bytes=parse_byte_size(tile or "16MiB", "--tile"),
         offload=offload,
+        cache=cache or cache_folder(),
+        eval_steps=50 if eval_steps is None else eval_steps,
     )
     if engine is not None:
         _check_launched()
     check_at_least("--save-every", save_every, 1)
+    check_at_least("--eval-steps", options.eval_steps, 1)
     models.check_folder(model)
-    texts = checked_texts(texts)
-    paths = tuple(str(text.resolve()) for text in texts)
-    found = _digests(model, texts, lora is not None)
+    found = [find_data(data, "DATA")]
+    if validation:
+        found.append(find_data(validation, "--validation"))
+        _check_alike(*found)
+    elif eval_steps is not None:
+        raise CommandError("--eval-steps has no data to take a loss on: give --validation FILE.")
     settings = TrainingSettings(
-        str(model.resolve()), paths, steps, tokens, lr, seed, lora, found, engine
+        model=str(model.resolve()),
+        data=_names(found[0]),
+        steps=steps,
+        tokens=tokens,
+        lr=lr,
+        seed=seed,
+        lora=lora,
+        digests=_digests(model, found, lora is not None),
+        engine=engine,
+        validation=tuple(name for each in found[1:] for name in _names(each)),
+        packing=found[0].is_text and not no_packing,
+        clip=clip,
+        warmup=warmup,
+        schedule=schedule,
     )
     _check_out(out, settings, resume)
     models.load_transformers(model)
     console = Console(highlight=False, quiet=engine is not None and not is_first_rank())
     limit = f" of {format_byte_size(options.budget)}" if engine is None else " a rank"
     with Display(console, steps, limit) as display:
-        result = finetune(settings, options, display)
+        result = finetune(settings, found, options, display)
     _show(result, out, limit, console)
     return 0
 
@@ -129,14 +185,32 @@ def _check_launched() -> None:
         )
 
 
-def _digests(model: Path, texts: list[Path], with_weights: bool) -> tuple[str, ...]:
+def _check_alike(data: Data, validation: Data) -> None:
+    if data.columns != validation.columns:
+        ours, theirs = (" and ".join(each.columns) for each in (data, validation))
+        raise CommandError(
+            f"--validation has {theirs}, and DATA {ours}: give what has the same, or the losses "
+            "cannot be compared."
+        )
+
+
+def _names(data: Data) -> tuple[str, ...]:
+    return tuple(str(file.resolve()) for file in data.files)
+
+
+def _digests(model: Path, data: list[Data], with_weights: bool) -> tuple[str, ...]:
     """The digests of the run's files, with a bar: a large model takes minutes to read."""
-    read = [*texts, *(weight_files(model) if with_weights else ())]
+    files = [file for each in data for file in each.files]
+    read = [*files, *(weight_files(model) if with_weights else ())]
     mebibytes = sum(file.stat().st_size for file in read) / _MEBIBYTE
     with progress() as bars:
-        task = bars.add_task("reading texts and weights, MiB", total=mebibytes)
+        task = bars.add_task("reading data and weights, MiB", total=mebibytes)
         return digests(
-            model, texts, with_weights, lambda nbytes: bars.advance(task, nbytes / _MEBIBYTE)
+            model,
+            files,
+            with_weights,
+            with_template=data[0].columns != ("text",),
+            on_read=lambda nbytes: bars.advance(task, nbytes / _MEBIBYTE),
         )
 
 

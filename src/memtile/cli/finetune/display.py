@@ -34,8 +34,8 @@ class Display:
         self._bar.stop()
 
     def reading(self, done: int, total: int) -> None:
-        """Shows how many bytes of the texts were read; short texts show nothing."""
-        words = f"reading the texts: {format_byte_size(done)} of {format_byte_size(total)}"
+        """Shows how many bytes of the data were read; a few show nothing."""
+        words = f"reading the data: {format_byte_size(done)} of {format_byte_size(total)}"
         if self._console.is_terminal:
             if not self._texts.tasks:
                 self._texts.start()
@@ -46,10 +46,12 @@ class Display:
         self._read = done
         if done == total:
             self._texts.stop()
+            for task in self._texts.task_ids:
+                self._texts.remove_task(task)
 
-    def planned(self, summary: str) -> None:
-        """Prints a sentence on the plan."""
-        self._console.print(summary, soft_wrap=True)
+    def say(self, sentence: str) -> None:
+        """Prints a sentence on the data or on the plan."""
+        self._console.print(sentence, soft_wrap=True)
 
     def started(self, done: int) -> None:
         """Begins the bar after the steps that are done."""
@@ -63,7 +65,9 @@ class Display:
     def report(self, entry: LoggedStep) -> None:
         """Shows a step."""
         used = format_byte_size(entry.peak_bytes) + self._limit
-        words = f"loss {entry.loss:.3f}, {entry.tokens_per_second:.0f} tokens/s, {used}"
+        checked = entry.validation_loss
+        more = "" if checked is None else f" (validation {checked:.3f})"
+        words = f"loss {entry.loss:.3f}{more}, {entry.tokens_per_second:.0f} tokens/s, {used}"
         if not self._console.is_terminal:
             self._console.print(f"step {entry.step} of {self._steps}: {words}", soft_wrap=True)
         else:

@@ -19,7 +19,10 @@ _SMOOTHED: Final = 0.9  # weight of what came before, in the picture's second li
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One step: its loss before the update, and the peak memory so far above the imports."""
+    """One step: its loss before the update, and the peak memory so far above the imports.
+
+    The loss on the validation data is that after the update; None where it was not taken.
+    """
 
     step: int
     loss: float
@@ -27,6 +30,7 @@ class LoggedStep:
     seconds: float
     tokens_per_second: float
     peak_bytes: int
+    validation_loss: float | None = None
 
 
 class Log:
@@ -41,7 +45,8 @@ class Log:
 
     def add(self, entry: LoggedStep) -> None:
         """Writes a step at once."""
-        self._file.write(json.dumps(asdict(entry)) + "\n")
+        known = {name: value for name, value in asdict(entry).items() if value is not None}
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -76,6 +81,10 @@ def _draw_here(log: Path, picture: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
     axes.plot(steps, list(_smoothed(losses)), color="C0", label="smoothed")
+    seen = [entry for entry in entries if "validation_loss" in entry]
+    if seen:
+        found = [entry["validation_loss"] for entry in seen]
+        axes.plot([entry["step"] for entry in seen], found, color="C1", label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend()

@@ -4,27 +4,35 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memtile.checkpoints import training_folder
 from memtile.cli import models
 from memtile.cli.errors import CommandError, Interrupted
 from memtile.cli.finetune.backend import Backend, load
+from memtile.cli.finetune.data_files import Data
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, Log, LoggedStep
 from memtile.cli.finetune.sequences import Sequences, read_sequences
-from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
+from memtile.cli.finetune.settings import (
+    Options,
+    TrainingSettings,
+    is_first_rank,
+    tokenizer_digest,
+)
+from memtile.cli.finetune.token_store import key_of
 from memtile.convert import has_training
 from memtile.engines.ranks import Ranks
 from memtile.errors import NotFiniteError
-from memtile.homes import keep_freed_memory_out, usable_folder
+from memtile.homes import keep_freed_memory_out
 from memtile.testing import PeakMemory
 
 TRAINING: Final = "training"
@@ -52,13 +60,14 @@ class Run:
     save_every: int = 1
     done: int = 0  # steps
     seen: int = 0  # sequences, of all ranks together
+    validation: Sequences | None = None
+    eval_steps: int = 1
 
     def step(self) -> LoggedStep:
         """One step more; a loss that is not finite leaves the weights unchanged."""
         backend = self.backend
         started, lr = time.perf_counter(), float(backend.scheduler.get_last_lr()[0])
-        ids = self.sequences.at(self.seen + backend.rank).to(backend.device)
-        loss = backend.loss(ids)
+        loss = backend.loss(self._inputs(self.sequences, self.seen + backend.rank))
         value = sum(backend.of_all_ranks(float(loss.detach()))) / backend.ranks
         if not math.isfinite(value):  # before backward, which may step the weights with it
             raise self.refusal(f"the loss is {value}")
@@ -69,6 +78,26 @@ class Run:
         speed = self.settings.tokens * backend.ranks / seconds
         peak_bytes = max(backend.of_all_ranks(self.memory.nbytes))
         return LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
+
+    def evaluate(self) -> float | None:
+        """The loss on the validation data, a mean over tokens; None where it is not due."""
+        if self.validation is None:
+            return None
+        if self.done % self.eval_steps and self.done != self.settings.steps:
+            return None
+        total, count, ranks = 0.0, 0, self.backend.ranks
+        for first in range(0, len(self.validation), ranks):
+            number = first + self.backend.rank  # past the end too: every rank takes part
+            inputs = self._inputs(self.validation, number)
+            loss = self.backend.evaluate(inputs)
+            tokens = int((inputs["labels"][:, 1:] >= 0).sum()) * (number < len(self.validation))
+            total, count = total + loss * tokens, count + tokens
+        sums = self.backend.of_all_ranks((total, count))
+        return sum(each for each, _ in sums) / sum(each for _, each in sums)
+
+    def _inputs(self, sequences: Sequences, number: int) -> dict[str, Tensor]:
+        inputs = sequences.inputs(number)
+        return {name: each.to(self.backend.device) for name, each in inputs.items()}
 
     def resume(self, folder: Path) -> None:
         """Goes on from the last checkpoint; a run that was killed before its first begins anew."""
@@ -95,8 +124,13 @@ class Run:
         )
 
 
-def finetune(settings: TrainingSettings, options: Options, display: Display) -> Result:
-    """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it."""
+def finetune(
+    settings: TrainingSettings, data: Sequence[Data], options: Options, display: Display
+) -> Result:
+    """Trains, saves, and writes the fine-tuned folder at the end; over ranks, each calls it.
+
+    `data` is what to train on, then what to evaluate on, if there is any.
+    """
     folder = options.out / TRAINING
     missing = [path for path in (options.out, *options.out.parents) if not path.exists()]
     session: AbstractContextManager[object]
@@ -113,7 +147,7 @@ def finetune(settings: TrainingSettings, options: Options, display: Display) -> 
         session,
         _removed_if_it_fails(options.out, missing, keeps_leftovers),
     ):
-        run = _prepared(settings, options, memory, display)
+        run = _prepared(settings, data, options, memory, display)
         if options.resume:
             run.resume(folder)
         else:
@@ -125,7 +159,11 @@ def finetune(settings: TrainingSettings, options: Options, display: Display) -> 
 
 
 def _prepared(
-    settings: TrainingSettings, options: Options, memory: PeakMemory, display: Display
+    settings: TrainingSettings,
+    data: Sequence[Data],
+    options: Options,
+    memory: PeakMemory,
+    display: Display,
 ) -> Run:
     torch.manual_seed(settings.seed)
     path = Path(settings.model)
@@ -133,20 +171,62 @@ def _prepared(
     if settings.engine != "zero3":  # which scales the loss
         _check_dtype(model)
     tokenizer = models.tokenizer_of(path, options.trusts_code)
-    scratch = options.out / TRAINING if settings.engine is None else usable_folder(None)
-    texts = [Path(text) for text in settings.texts]
-    sequences = read_sequences(
-        texts, tokenizer, settings.tokens, settings.seed, scratch, display.reading
-    )
-    _check_vocabulary(model, sequences)
     models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
+    said: list[str] = []  # of the data, to be shown once the plan is there too
+    sequences, *others = _sequences(
+        settings, data, tokenizer, options.cache, display.reading, said.append
+    )
+    for each in (sequences, *others):
+        _check_vocabulary(model, each)
     if settings.engine is None:
-        loaded = load(model, settings, options, memory, display.planned)
+        loaded = load(model, settings, options, memory, display.say)
     else:
         from memtile.cli.finetune import sharded
 
-        loaded = sharded.load(model, settings, options, display.planned)
-    return Run(settings, loaded, sequences, memory, options.out, options.save_every)
+        loaded = sharded.load(model, settings, options, display.say)
+    for sentence in said:
+        display.say(sentence)
+    return Run(
+        settings,
+        loaded,
+        sequences,
+        memory,
+        options.out,
+        options.save_every,
+        validation=others[0] if others else None,
+        eval_steps=options.eval_steps,
+    )
+
+
+def _sequences(
+    settings: TrainingSettings,
+    data: Sequence[Data],
+    tokenizer: Any,  # transformers'
+    cache: Path,
+    on_read: Callable[[int, int], None],
+    on_stored: Callable[[str], None],
+) -> list[Sequences]:
+    """Those to train on in the order of the seed, those to evaluate on in their own."""
+    digests = iter(settings.digests[1:])
+    maker = (version("transformers"), tokenizer_digest(Path(settings.model)))
+    length = None if settings.packing else settings.tokens
+    made: list[Sequences] = []
+    for each in data:
+        of_files = [next(digests) for _ in each.files]
+        made.append(
+            read_sequences(
+                each,
+                tokenizer,
+                settings.tokens,
+                None if made else settings.seed,
+                packs=settings.packing,
+                cache=cache,
+                key=key_of(*maker, each.kind, each.columns, of_files, length),
+                on_read=on_read,
+                on_stored=on_stored,
+            )
+        )
+    return made
 
 
 def _check_dtype(model: nn.Module) -> None:
@@ -184,7 +264,7 @@ def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = No
     try:
         with listening as signals:
             while run.done < last:
-                entries.append(run.step())
+                entries.append(replace(run.step(), validation_loss=run.evaluate()))
                 if log is not None:
                     log.add(entries[-1])
                 if writes:

@@ -1,18 +1,21 @@
-"""Cuts texts into sequences of tokens, and says which sequence each step trains on."""
+"""Cuts tokens into sequences, and says which sequence each step trains on."""
 
 import hashlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune.settings import is_first_rank
-from memtile.cli.finetune.tokens import TokenFile, document_tokens
+from memtile.cli.finetune.data_files import TEXT, Data, rows
+from memtile.cli.finetune.examples import Part, document, encoder
+from memtile.cli.finetune.token_store import Stored, stored
+from memtile.cli.finetune.tokens import NumberFile, TokenFile
 
 _PIECE: Final = 1 << 16  # characters that are read at once
+_IGNORED: Final = -100  # the label of a token that does not count, torch's own
 
 
 class EmptyTextError(CommandError):
@@ -30,7 +33,7 @@ class Sequences:
         self, stream: TokenFile, tokens: int, seed: int | None, count: int | None = None
     ) -> None:
         self._stream, self._tokens, self._seed = stream, tokens, seed
-        self._count = count or stream.count // tokens
+        self._count = stream.count // tokens if count is None else count
         self.largest_id = stream.largest_id
 
     def __len__(self) -> int:
@@ -38,10 +41,46 @@ class Sequences:
 
     def at(self, step: int) -> Tensor:
         """The int64 tensor (1, tokens) of a step, counted from 0."""
+        return self._stream.read(self._place(step) * self._tokens, self._tokens)
+
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        """What the model takes in a step: ids, and labels that are the same."""
+        ids = self.at(step)
+        return {"input_ids": ids, "labels": ids}
+
+    def _place(self, step: int) -> int:
         epoch, place = divmod(step, len(self))
-        if self._seed is not None:
-            place = shuffled(place, len(self), f"{self._seed} {epoch}")
-        return self._stream.read(place * self._tokens, self._tokens)
+        if self._seed is None:
+            return place
+        return shuffled(place, len(self), f"{self._seed} {epoch}")
+
+
+class PaddedSequences(Sequences):
+    """Examples that are a sequence each, padded at the end; `ends` says where each ends."""
+
+    def __init__(
+        self, stream: TokenFile, ends: NumberFile, tokens: int, seed: int | None, padding: int
+    ) -> None:
+        super().__init__(stream, tokens, seed, ends.count)
+        self._ends, self._padding = ends, padding
+
+    def at(self, step: int) -> Tensor:
+        """The ids (1, tokens) of a step, padded."""
+        return self.inputs(step)["input_ids"]
+
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        """Ids, labels that are -100 for what does not count, and the mask of what is no padding."""
+        place = self._place(step)
+        begin = self._ends.numbers(place - 1, 1)[0] if place else 0
+        end = self._ends.numbers(place, 1)[0]
+        raw = self._stream.read(begin, end - begin)
+        after = (0, self._tokens - raw.shape[1])
+        pad = torch.nn.functional.pad
+        return {
+            "input_ids": pad(torch.where(raw < 0, ~raw, raw), after, value=self._padding),
+            "labels": pad(torch.where(raw < 0, _IGNORED, raw), after, value=_IGNORED),
+            "attention_mask": pad(torch.ones_like(raw), after),
+        }
 
 
 def shuffled(place: int, count: int, key: str) -> int:
@@ -66,57 +105,84 @@ def shuffled(place: int, count: int, key: str) -> int:
 
 
 def read_sequences(
-    files: Sequence[Path],
+    data: Data,
     tokenizer: Any,  # of transformers, which is not imported to name its type
     tokens: int,
-    seed: int,
-    folder: Path,
+    seed: int | None,
+    *,
+    packs: bool,
+    cache: Path,
+    key: str,
     on_read: Callable[[int, int], None] = lambda done, total: None,
+    on_stored: Callable[[str], None] = lambda sentence: None,
 ) -> Sequences:
-    """The sequences of UTF-8 texts, each text tokenized as one document.
+    """The sequences of data, whose tokens are kept in `cache` under the key.
 
-    A text is read piece by piece, and its tokens go to a file without a name in `folder`. `on_read`
-    gets the bytes of text that were read, and those of all texts.
+    Data are read piece by piece. `on_read` gets the bytes that were read, and those of all files;
+    `on_stored` a sentence on what there is.
     """
-    stream, done, total = TokenFile(folder), 0, sum(file.stat().st_size for file in files)
+    length = None if packs else tokens
+    kept = stored(cache, key, length, lambda: _parts(data, tokenizer, on_read))
+    nouns = {"messages": "conversation", "prompt": "completion"}
+    where = f"{'found' if kept.was_there else 'kept'} in {kept.folder}"
+    noun = nouns.get(data.columns[0], "document")
+    on_stored(f"{data.name}: {kept.counts.summary(noun, tokens)}; {where}")
+    _check(kept, data, tokens, noun)
+    if kept.ends is None:
+        return Sequences(kept.tokens, tokens, seed)
+    return PaddedSequences(kept.tokens, kept.ends, tokens, seed, _padding(tokenizer))
 
-    def pieces(file: Path) -> Iterator[str]:
+
+def _parts(data: Data, tokenizer: Any, on_read: Callable[[int, int], None]) -> Iterator[Part]:
+    done, total = 0, data.nbytes
+
+    def read(nbytes: int) -> None:
         nonlocal done
-        for piece in text_pieces(file, "TEXT"):
-            yield piece
-            done += len(piece.encode())
-            on_read(done, total)
+        done += nbytes
+        on_read(done, total)
 
-    for file in files:
-        for ids in document_tokens(pieces(file), tokenizer):
-            stream.append(ids)
+    if data.kind == TEXT:
+        for file in data.files:
+            yield from _text_file(file, data.name, tokenizer, read)
+    else:
+        yield from encoder(data.columns, tokenizer)(rows(data, read))
     on_read(total, total)
-    if stream.count < tokens:
+
+
+def _text_file(
+    file: Path, name: str, tokenizer: Any, read: Callable[[int], None]
+) -> Iterator[Part]:
+    def pieces() -> Iterator[str]:
+        for piece in text_pieces(file, name):
+            yield piece
+            read(len(piece.encode()))
+
+    try:
+        if any(piece.strip() for piece in text_pieces(file, name)):
+            yield from document(pieces(), tokenizer)
+    except EmptyTextError:
+        yield [], True
+
+
+def _check(kept: Stored, data: Data, tokens: int, noun: str) -> None:
+    counts = kept.counts
+    if kept.ends is None and 0 < counts.tokens < tokens:
         raise CommandError(
-            f"--tokens {tokens} is more than all texts have, {stream.count}: give fewer tokens, or "
-            "more text."
+            f"--tokens {tokens} is more than all of {data.name} has, {counts.tokens}: give fewer "
+            "tokens, more text, or --no-packing."
         )
-    return Sequences(stream, tokens, seed)
+    if not counts.kept:
+        raise CommandError(
+            f"{data.name} {data.files[0]} is empty: none of its {noun}s is left to train on ("
+            f"{counts.empty} empty or with nothing to learn, {counts.cut_away} whose answer lies "
+            f"beyond --tokens {tokens}): give others, or more tokens."
+        )
 
 
-def checked_texts(files: Iterable[Path]) -> list[Path]:
-    """The texts without empty ones, which are named; refuses what cannot be read as text."""
-    some: list[Path] = []
-    empty: dict[Path, EmptyTextError] = {}
-    for file in files:
-        if file.is_dir():
-            raise CommandError(f"TEXT {file} is a folder: give its files, such as {file}/*.txt.")
-        try:
-            for _ in text_pieces(file, "TEXT"):
-                pass
-            some.append(file)
-        except EmptyTextError as error:
-            empty[file] = error
-    if empty and not some:
-        raise next(iter(empty.values()))
-    for file in empty if is_first_rank() else ():
-        print(f"TEXT {file} is empty: skipped", file=sys.stderr)
-    return some
+def _padding(tokenizer: Any) -> int:
+    """Any id will do: it is masked, and its label does not count."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(id for id in ids if id is not None))
 
 
 def text_pieces(file: Path, name: str, characters: int = _PIECE) -> Iterator[str]:

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune.backend import Backend
+from memtile.cli.finetune.backend import Backend, schedule_of
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.costmodel import format_byte_size
 from memtile.engines import dense_files
@@ -33,11 +33,14 @@ from memtile.optim import is_finite
 class _Fsdp2(Backend):
     """Under FSDP2: weights, gradients and moments in float32."""
 
-    def update(self, loss: Tensor) -> None:
-        loss.backward()
+    def check_gradients(self) -> None:
+        """On every rank, where a gradient of any rank is not finite."""
         check_shards(self.model)
-        self.optimizer.step()
-        self.scheduler.step()
+
+    def clip_gradients(self, limit: float) -> float:
+        """The norm is that of the whole gradients, of all ranks."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 class _Zero3(Backend):
@@ -47,13 +50,12 @@ class _Zero3(Backend):
         super().__init__(model, engine.optimizer, scheduler, dtype=dtype, device=_device())
         self._engine = engine
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """Of the engine, which prepares its backward."""
-        loss: Tensor = self._engine(input_ids=ids, labels=ids, use_cache=False).loss
-        return loss
+    def _called(self) -> Any:
+        """The engine, which prepares its backward."""
+        return self._engine
 
     def update(self, loss: Tensor) -> None:
-        """Backward and step of the engine, which skips gradients that are not finite."""
+        """Backward and step of the engine, which clips, and skips what is not finite."""
         self._engine.backward(loss)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
@@ -101,8 +103,8 @@ def _fsdp2(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     dense_files.load_checkpoint(model, Path(settings.model), device=device, strict=options.strict)
     adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     model.train()
-    cosine = CosineAnnealingLR(adamw, settings.steps)
-    return _Fsdp2(model, adamw, cosine, dtype=dtype, device=_device())
+    schedule = schedule_of(adamw, settings)
+    return _Fsdp2(model, adamw, schedule, dtype=dtype, device=_device(), clip=settings.clip)
 
 
 def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
@@ -114,11 +116,13 @@ def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     model = model.to(dtype)  # DeepSpeed takes one dtype
     place = "cpu" if options.offload else None
     given = config(model, offload_param=place, offload_optimizer=place)
+    if settings.clip is not None:
+        given["gradient_clipping"] = settings.clip
     from_checkpoint(model, Path(settings.model), given, strict=options.strict)
     adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     model.train()
     engine = attach(deepspeed.initialize(model=model, optimizer=adamw, config=given)[0])
-    return _Zero3(model, engine, CosineAnnealingLR(adamw, settings.steps), dtype)
+    return _Zero3(model, engine, schedule_of(adamw, settings), dtype)
 
 
 def _device() -> torch.device:

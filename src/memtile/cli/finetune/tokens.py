@@ -120,35 +120,66 @@ def _ids(text: str, tokenizer: Any, **options: bool) -> list[int]:
     return ids
 
 
-class TokenFile:
-    """Tokens in a file without a name in `folder`, 4 bytes each, which ends with the process."""
+class NumberFile:
+    """Numbers of a C type in a file of `folder`, at the end of which more can be put.
 
-    def __init__(self, folder: Path) -> None:
-        self.count, self.largest_id, self._folder = 0, 0, folder
+    Without a name it ends with the process; one with a name is made anew, unless it is to be read.
+    """
+
+    def __init__(
+        self, folder: Path, name: str | None, code: str, *, is_there: bool = False
+    ) -> None:
+        self._folder, self._code, self._size = folder, code, array(code).itemsize
         try:
-            self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115  # kept open
+            file: Any = (  # without a buffer: typed as one that may have one
+                tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115  # kept open
+                if name is None
+                else (folder / name).open("rb" if is_there else "w+b", buffering=0)
+            )
         except OSError as error:
             raise self._refusal(error) from error
-        weakref.finalize(self, self._file.close)
+        self._file = file
+        self.count = os.fstat(file.fileno()).st_size // self._size
+        weakref.finalize(self, file.close)
 
-    def append(self, ids: list[int]) -> None:
-        """Adds tokens at the end."""
+    def append(self, numbers: "array[int]") -> None:
+        """Adds numbers of this type at the end."""
         try:
-            raw = memoryview(array("i", ids)).cast("B")
+            raw = memoryview(numbers).cast("B")
             while raw:
                 raw = raw[self._file.write(raw) :]
         except OSError as error:
             raise self._refusal(error) from error
-        self.count += len(ids)
-        self.largest_id = max(self.largest_id, *ids, 0)
+        self.count += len(numbers)
 
-    def read(self, start: int, count: int) -> Tensor:
-        """An int64 tensor (1, count) of the tokens from `start` on."""
-        raw = os.pread(self._file.fileno(), 4 * count, 4 * start)
-        return torch.frombuffer(bytearray(raw), dtype=torch.int32).long().unsqueeze(0)
+    def numbers(self, start: int, count: int) -> list[int]:
+        """Those from `start` on."""
+        raw = os.pread(self._file.fileno(), self._size * count, self._size * start)
+        return array(self._code, raw).tolist()
 
     def _refusal(self, error: OSError) -> CommandError:
         return CommandError(
-            f"The tokens of the texts cannot be kept in {self._folder} ({error.strerror}): make "
-            "room there, 4 bytes a token, or give another --out."
+            f"The tokens cannot be kept in {self._folder} ({error.strerror}): make room there, 4 "
+            "bytes a token, or give another --cache."
         )
+
+
+class TokenFile(NumberFile):
+    """Tokens, 4 bytes each; one that does not count in the loss is there as its complement, ~id."""
+
+    def __init__(
+        self, folder: Path, name: str | None = None, *, is_there: bool = False, largest_id: int = 0
+    ) -> None:
+        super().__init__(folder, name, "i", is_there=is_there)
+        self.largest_id = largest_id
+
+    def append(self, numbers: "array[int]") -> None:
+        """Adds tokens at the end."""
+        super().append(numbers)
+        if numbers:
+            self.largest_id = max(self.largest_id, max(numbers), ~min(numbers))
+
+    def read(self, start: int, count: int) -> Tensor:
+        """An int64 tensor (1, count) of the tokens from `start` on, as they were added."""
+        raw = os.pread(self._file.fileno(), 4 * count, 4 * start)
+        return torch.frombuffer(bytearray(raw), dtype=torch.int32).long().unsqueeze(0)
