@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memtile.ops.products import is_batched, sum_of_products
-from memtile.transfer import ParkedSource
+from memtile.transfer import ParkedSource, catch_up
 
 
 def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: ParkedSource) -> Tensor:
@@ -143,6 +143,7 @@ def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Backward in ordinary operations on the parameter itself, in its home's memory."""
     needed = ctx.needs_input_grad
     (x,) = ctx.saved_tensors
+    catch_up((ctx.weight,))  # a replay in forward may still be on its way home
     flat = grad.reshape(-1, grad.shape[-1])
     dx = dw = None
     if needed[0]:
