@@ -86,6 +86,7 @@ class IdleSteps:
         self._stepping: dict[_Stack, ParamGroup] = {}  # in the step that is under way
         self._active: set[Tensor] = set()  # tiles that are stepped in it
         self._latest: dict[int, Options] = {}  # of each group, by its id
+        self._is_orphaned = False  # its optimizer is gone
 
     def __bool__(self) -> bool:
         """Whether there are any routed tiles."""
@@ -106,6 +107,8 @@ class IdleSteps:
                 self._add_stack([p for p in tiles if p in held and p not in self._stacks])
 
     def _add_stack(self, tiles: list[nn.Parameter]) -> None:
+        if not tiles:
+            return
         stack = _Stack()
         self._tiles[stack] = tiles
         for parameter in tiles:
@@ -151,7 +154,11 @@ class IdleSteps:
 
     def paid(self, parameter: Tensor) -> None:
         """What was owed is applied."""
-        if parameter in self._stacks:
+        if self._is_orphaned:
+            put_off_idle_steps(parameter, None)
+            for table in (self._stacks, self._done, self._stepper.state):
+                del table[parameter]
+        elif parameter in self._stacks:
             self._done[parameter] = self._stacks[parameter].steps
 
     def end(self) -> None:
@@ -233,7 +240,7 @@ class IdleSteps:
         self._stepper = replace(self._stepper, state=_weak(state), model=nn.Module())
         self._stacks = _weak({parameter: self._stacks[parameter] for parameter in behind})
         self._done = _weak({parameter: self._done[parameter] for parameter in behind})
-        self._tiles = {}
+        self._tiles, self._is_orphaned = {}, True
         self.give_up()
         for parameter in behind:  # nobody else keeps this object, and it keeps no parameter
             put_off_idle_steps(parameter, lambda: self)

@@ -37,7 +37,7 @@ class _TrainingState:
         self.lock = fork_safe_lock()  # held while the gradient is added to, or taken
         self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()  # whose backward has not run
         self.is_stepped_in_backward = False  # a hook takes the gradient: it need not go home
-        self.replayer: Callable[[], Replayer | None] = lambda: None  # of idle steps
+        self.replayer: Callable[[], Replayer | None] | None = None  # of idle steps
 
 
 def _record(parameter: Tensor) -> _TrainingState:
@@ -63,9 +63,17 @@ def step_in_backward(parameter: Tensor, yes: bool) -> None:
     _record(parameter).is_stepped_in_backward = yes
 
 
-def put_off_idle_steps(parameter: Tensor, replayer: Callable[[], Replayer | None]) -> None:
-    """Have idle steps of the parameter replayed before its values are read: a weak reference."""
+def put_off_idle_steps(parameter: Tensor, replayer: Callable[[], Replayer | None] | None) -> None:
+    """Have idle steps of the parameter replayed before its values are read; None: it has none.
+
+    A weak reference, unless the replayer keeps no parameter alive.
+    """
     _record(parameter).replayer = replayer
+
+
+def _replayer_of(parameter: Tensor) -> Replayer | None:
+    record: _TrainingState | None = state.trained.get(parameter)
+    return None if record is None or record.replayer is None else record.replayer()
 
 
 def catch_up(parameters: Iterable[Tensor]) -> None:
@@ -76,8 +84,7 @@ def catch_up(parameters: Iterable[Tensor]) -> None:
     """
     found: dict[Replayer, list[Tensor]] = {}
     for parameter in parameters:
-        record: _TrainingState | None = state.trained.get(parameter)
-        replayer = None if record is None else record.replayer()
+        replayer = _replayer_of(parameter)
         if replayer is not None:
             found.setdefault(replayer, []).append(parameter)
     for replayer, own in found.items():
@@ -113,8 +120,7 @@ class ParkedSource:
     @contextmanager
     def values(self, device: torch.device) -> Iterator[Tensor]:
         """The values on this device: only to be read, and not after the block."""
-        record: _TrainingState | None = state.trained.get(self.parameter)
-        replayer = None if record is None else record.replayer()
+        replayer = _replayer_of(self.parameter)
         if replayer is not None:
             replayer.replay(self.parameter)
         allocation = streamed_allocation(self.parameter)
