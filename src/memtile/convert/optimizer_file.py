@@ -16,6 +16,7 @@ from memtile.errors import CheckpointError
 from memtile.homes import trim_heap
 from memtile.optim import DenseParameter, Part, stored_state
 from memtile.optim.stored_state import KeptState
+from memtile.transfer import catch_up
 
 Json = dict[str, Any]  # of the record: whatever JSON it has
 
@@ -28,6 +29,7 @@ def optimizer_record(model: nn.Module, optimizer: Optimizer) -> tuple[Json, list
     """What the record says of an optimizer, and the tensors to write beside it."""
     stored_state.check_between_steps(optimizer)
     stored_state.check_keys(model, optimizer)
+    catch_up(model.parameters())
     tensors: list[Outgoing] = []
     states = {}
     members = stored_state.members(model, optimizer.param_groups)

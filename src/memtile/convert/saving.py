@@ -20,7 +20,7 @@ from memtile.convert.streaming import ModelSource, written
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import streamed_allocation
 from memtile.layers import TiledModule
-from memtile.transfer import rings_of
+from memtile.transfer import catch_up, rings_of
 
 
 def save_checkpoint(
@@ -135,7 +135,8 @@ def check_saveable(model: nn.Module) -> None:
 
 
 def wait_for_writes(model: nn.Module) -> None:
-    """Wait until everything that is being written to the model's homes is there."""
+    """Wait until the model's homes have the newest values of everything."""
+    catch_up(model.parameters())
     found = map(streamed_allocation, model.parameters())
     for home in {each.home for each in found if each is not None}:
         if not home.closed:

@@ -17,6 +17,7 @@ from memtile.errors import CheckpointError, NotFiniteError
 from memtile.geometry import Grid, Rect, Span
 from memtile.homes import PAGE, aligned_buffer, evict, pieces, streamed_allocation
 from memtile.optim import DenseParameter, Part, is_finite
+from memtile.transfer import catch_up
 
 Index = tuple[int, int]
 Held = Callable[[Part], Tensor]  # which tensor of a part is meant: its values, a moment
@@ -211,6 +212,7 @@ def _common_dtype(dense: DenseParameter, name: str, held: Held) -> torch.dtype:
 @torch.no_grad()
 def bring_in(dense: DenseParameter, source: TensorSource, held: Held = values_of) -> None:
     """Write a source's values into what is held for each part, in place, converting the dtype."""
+    catch_up(part.parameter for part in dense.parts)
     starts = [(part, first_element(dense, part)) for part in dense.parts]
     for part, start in starts:
         if start is not None:

@@ -29,7 +29,7 @@ from memtile.homes import (
     tensor_of,
 )
 from memtile.layers import checks
-from memtile.transfer import ParkedSource, layer_call
+from memtile.transfer import ParkedSource, catch_up, layer_call
 
 _NAME = "ParkedLinear"  # in messages: a tile does not know its name
 
@@ -86,7 +86,13 @@ class ParkedModule(nn.Module):
             ParkedCopyWarning,
             stacklevel=3,
         )
+        catch_up(self.parameters(recurse=False))
         return {name: value for name, value in self.__dict__.items() if name != "home"}
+
+    def _save_to_state_dict(self, *given: Any) -> None:
+        """torch's own hook for one module's part of a state dict."""
+        catch_up(self.parameters(recurse=False))
+        super()._save_to_state_dict(*given)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -95,6 +101,7 @@ class ParkedModule(nn.Module):
         weight = self._parameters.get("weight")
         if weight is not None and is_parked(weight):
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+            catch_up((weight,))  # of its state: the values are replaced
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._park_what_was_meta(weight)
         evict(weight)

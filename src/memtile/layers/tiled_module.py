@@ -30,6 +30,7 @@ from memtile.layers.values import (
     dense_copy,
     gathered,
 )
+from memtile.transfer import catch_up
 
 _alive: "weakref.WeakSet[TiledModule]" = weakref.WeakSet()
 _watchers: list[tuple[str, Callable[[], None]]] = []
@@ -336,6 +337,7 @@ class TiledModule(nn.Module):
     def _save_to_state_dict(self, *given: Any) -> None:
         """torch's own hook for one module's part of a state dict."""
         _tell_watchers()
+        catch_up(self.parameters())
         super()._save_to_state_dict(*given)
 
     def _load_from_state_dict(

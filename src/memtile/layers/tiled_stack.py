@@ -22,7 +22,7 @@ from memtile.homes import Home, is_parked, resolve_home
 from memtile.layers import checks
 from memtile.layers.parked import ParkedModule
 from memtile.layers.tiled_module import TiledModule
-from memtile.transfer import ParkedSource, layer_call
+from memtile.transfer import ParkedSource, catch_up, layer_call
 
 
 class StackTile(nn.Module):
@@ -84,6 +84,7 @@ class ParkedStackTile(ParkedModule, StackTile):
         """As of a `StackTile`."""
         weight: Any = self.weight  # functional_call and parametrizations put other tensors there
         if ops.transformed() or not is_parked(weight) or not weight.numel():
+            catch_up((weight,))
             return super().forward(input, counts)
         checks.check_dtypes_and_devices("StackTile", [input], weight, same_device=False)
         x = input.to(ops.autocast_dtype(input) or input.dtype)
@@ -299,6 +300,7 @@ class TiledStack(TiledModule):
             unit for unit in self.units if unit[0].overlap(Span(expert, expert + 1))
         )
         weights: list[Any] = [self.stacks[number].weight for number in numbers]
+        catch_up(weights)
         if len(weights) > 1:
             return torch.cat(weights)
         result: Tensor = weights[0].unflatten(0, (-1, self.rows))[expert - span.start]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from memtile.errors import StateDictError, TileShapeError
 from memtile.geometry import Grid, Rect, Span
 from memtile.homes import evict
+from memtile.transfer import catch_up
 
 Index = tuple[int, int]
 DENSE_NAMES = ("weight", "bias")
@@ -68,6 +69,7 @@ def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iter
 
     Gives whether what this rank writes is kept: other ranks need not have the values.
     """
+    catch_up(parameters)
     try:
         with ExitStack() as stack:
             contexts = [engine.gather(parameters, write) for engine in _running_engines()]

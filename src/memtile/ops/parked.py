@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memtile.ops.products import is_batched, sum_of_products
-from memtile.transfer import ParkedSource
+from memtile.transfer import ParkedSource, catch_up
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Backward in ordinary operations on the parameter itself, in its home's memory."""
     needed, groups = ctx.needs_input_grad, ctx.groups
     (x,) = ctx.saved_tensors
+    catch_up((ctx.weight,))  # a replay in forward may still be on its way home
     flat = grad.reshape(-1, grad.shape[-1])
     dx = dw = None
     if needed[0]:

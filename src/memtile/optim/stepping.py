@@ -39,6 +39,8 @@ _TRIMMED_AFTER = 16 << 20  # bytes of parameters: to trim takes a fraction of a 
 
 ParameterState = dict[str, Any]
 StateDtypes = dict[str, torch.dtype]
+Options = Mapping[str, Any]  # of a parameter group
+Runs = Sequence[tuple[Options, int]]  # idle steps, in order: with which options how many
 
 
 @dataclass
@@ -75,20 +77,22 @@ class Stepper:
         wide = self.keeps_masters and parameter.dtype in SIXTEEN_BITS
         return torch.float32 if wide else parameter.dtype
 
-    def drop_idle_master(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def drop_idle_master(self, parameter: Tensor, group: Options) -> None:
         """Drop a loaded master of a parameter that is stepped in its own dtype."""
         if MASTER in self.state[parameter] and MASTER not in self._dtypes(parameter, group):
             del self.state[parameter][MASTER]
 
-    def state_rooms(self, parameter: Tensor, group: Mapping[str, Any]) -> list[int]:
+    def state_rooms(self, parameter: Tensor, group: Options) -> list[int]:
         """Bytes, in whole pages, of each tensor of the parameter's state, its master included."""
         dtypes = self._dtypes(parameter, group).values()
         return [whole_pages(parameter.numel() * each.itemsize) for each in dtypes]
 
-    def allocations(self, parameter: Tensor) -> tuple[Allocation, ...]:
+    def allocations(self, parameter: Tensor, *, idle: bool = False) -> tuple[Allocation, ...]:
         """All allocations that a step of a parked parameter works on; of others none."""
-        own = streamed_allocation(parameter)
-        return () if own is None else tuple(self._allocations_by_key(parameter, own).values())
+        own, gradient = streamed_allocation(parameter), None if idle else parameter.grad
+        if own is None:
+            return ()
+        return tuple(self._allocations_by_key(parameter, own, gradient).values())
 
     def check_in_memory(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raise NotFiniteError where a gradient that needs no slab is not finite.
@@ -115,36 +119,59 @@ class Stepper:
     def step(
         self,
         parameter: nn.Parameter,
-        group: Mapping[str, Any],
+        group: Options,
         ahead: Iterable[Sequence[Allocation]] | None = None,
         in_backward: bool = False,
+        idle: Runs = (),
     ) -> None:
-        """Step one parameter, of this parameter group, with its gradient.
+        """Step one parameter, of this parameter group, with its gradient; zeros where it has none.
 
         `ahead` gives the allocations of later steps, to be read meanwhile. With `in_backward` the
         value is taken from the slabs of forward and backward, where it is likely to be. An error
         leaves a parked parameter and its state as they were; a parameter in memory may be stepped
-        in part.
+        in part. Steps with a gradient of zeros come before, as `idle` says.
         """
-        state, allocation = self.state[parameter], streamed_allocation(parameter)
-        with torch.no_grad(), self._brought_in(parameter, group, ahead, in_backward) as work:
-            if in_backward or allocation is not None:  # others: see check_in_memory
-                self._check_finite(parameter, work.tensors[GRADIENT])
-            numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
-            kept: ParameterState = {}
-            late: ParameterState = {}
-            for rows in _chunks(work.tensors[VALUE]):
-                views = {key: tensor[rows] for key, tensor in work.tensors.items()}
-                kept = self._step_rows(views, work.new, numbers, group)
-                _move_late(kept, late, work.tensors[VALUE], rows)
-            if allocation is not None:
-                late = {key: allocate_copy(allocation.home, entry) for key, entry in late.items()}
-            work.store()
-            state.update({**work.new, **late})
-            state.update({key: _in_place(state.get(key), entry) for key, entry in kept.items()})
-            if work.new:
-                self._trim_now_and_then(parameter.nbytes)
+        gradient, runs = parameter.grad, [*idle, (group, 1)]
+        parked = streamed_allocation(parameter) is not None
+        with torch.no_grad(), self._brought_in(parameter, runs, gradient, ahead, in_backward) as w:
+            if gradient is not None and (in_backward or parked):  # others: see check_in_memory
+                self._check_finite(parameter, w.tensors[GRADIENT])
+            self._apply(parameter, w, runs)
         torch.autograd.graph.increment_version(parameter)
+
+    def replay(
+        self,
+        parameter: Tensor,
+        idle: Runs,
+        ahead: Iterable[Sequence[Allocation]],
+        in_forward: bool = False,
+    ) -> None:
+        """Apply steps with a gradient of zeros that were put off; errors and `ahead` as of `step`.
+
+        Autograd is not told: for it the parameter was written to when the step was put off.
+        """
+        # torch's grad modes are of the caller, and what is made here outlives them
+        brought_in = self._brought_in(parameter, idle, None, ahead, in_forward)
+        with torch.inference_mode(False), torch.no_grad(), brought_in as work:
+            self._apply(parameter, work, idle)
+
+    def _apply(self, parameter: Tensor, work: StepTensors, runs: Runs) -> None:
+        """Step what was brought in, a few rows at a time, and start writing it home."""
+        state, allocation = self.state[parameter], streamed_allocation(parameter)
+        numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
+        kept: ParameterState = {}
+        late: ParameterState = {}
+        for rows in _chunks(work.tensors[VALUE]):
+            views = {key: tensor[rows] for key, tensor in work.tensors.items()}
+            kept = self._step_rows(views, work.new, numbers, runs)
+            _move_late(kept, late, work.tensors[VALUE], rows)
+        if allocation is not None:
+            late = {key: allocate_copy(allocation.home, entry) for key, entry in late.items()}
+        work.store()
+        state.update({**work.new, **late})
+        state.update({key: _in_place(state.get(key), entry) for key, entry in kept.items()})
+        if work.new:
+            self._trim_now_and_then(parameter.nbytes)
 
     def _trim_now_and_then(self, nbytes: int) -> None:
         """Give free heap back to the system: a first step's new state leaves holes in it.
@@ -161,20 +188,22 @@ class Stepper:
         views: dict[str, Tensor],
         new: Mapping[str, Tensor],
         numbers: ParameterState,
-        group: Mapping[str, Any],
+        runs: Runs,
     ) -> ParameterState:
-        """Step some rows; gives the state entries that are not tensors of `views`."""
-        value, gradient = views.pop(VALUE), views.pop(GRADIENT)
+        """Step some rows; gives the state entries that are not tensors of `views`.
+
+        The gradient is for the last step; those before it are idle.
+        """
+        value, gradient = views.pop(VALUE), views.pop(GRADIENT, None)
         is_wide = self.stepped_dtype(value) != value.dtype
         master = views.pop(MASTER, None) if is_wide else None
         if master is not None:
             _refresh(master, value, MASTER in new)
         target = value if master is None else master
         moments = {key: view for key, view in views.items() if key not in new}
-        piece = ParameterSlice(
-            target, gradient.to(target.dtype), {**copy.deepcopy(numbers), **moments}
-        )
-        self.inner.step([piece], group)
+        piece = ParameterSlice(target, target, {**copy.deepcopy(numbers), **moments})
+        for options, piece.gradient in _gradients(runs, gradient, target):
+            self.inner.step([piece], options)
         for key, view in views.items():
             if piece.state[key] is not view:
                 view.copy_(piece.state[key])
@@ -182,7 +211,7 @@ class Stepper:
             value.copy_(master)
         return {key: entry for key, entry in piece.state.items() if key not in views}
 
-    def _dtypes(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
+    def _dtypes(self, parameter: Tensor, group: Options) -> StateDtypes:
         """The dtypes of the parameter-shaped tensors in a parameter's state."""
         dtype = self.stepped_dtype(parameter)
         found = self.inner.state_dtypes(group, dtype) if parameter.dim() else {}
@@ -195,7 +224,7 @@ class Stepper:
             )
         return {**found, MASTER: dtype}
 
-    def _missing(self, parameter: Tensor, group: Mapping[str, Any]) -> StateDtypes:
+    def _missing(self, parameter: Tensor, group: Options) -> StateDtypes:
         """Those that are still to be made: all before the first step."""
         state = self.state[parameter]
         if set(state) - {MASTER}:  # a plain optimizer's state has all but a master
@@ -207,14 +236,15 @@ class Stepper:
     @contextmanager
     def _brought_in(
         self,
-        parameter: nn.Parameter,
-        group: Mapping[str, Any],
+        parameter: Tensor,
+        runs: Runs,
+        gradient: Tensor | None,
         ahead: Iterable[Sequence[Allocation]] | None,
-        in_backward: bool,
+        in_iteration: bool,
     ) -> Iterator[StepTensors]:
-        """The tensors of one step, in slabs where the parameter is parked."""
-        missing = self._missing(parameter, group)
-        allocation, tensors = streamed_allocation(parameter), self._tensors(parameter)
+        """The tensors of one step, or of several, in slabs where the parameter is parked."""
+        missing = self._missing(parameter, runs[0][0])
+        allocation, tensors = streamed_allocation(parameter), self._tensors(parameter, gradient)
         if allocation is None:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
             yield StepTensors({**tensors, **made}, made)
@@ -224,11 +254,11 @@ class Stepper:
                 key: allocation.home.allocate(allocation.shape, missing[key]) for key in missing
             }
         made = {key: tensor_of(room) for key, room in rooms.items()}
-        old, new = self._allocations_by_key(parameter, allocation), rooms
+        old, new = self._allocations_by_key(parameter, allocation, gradient), rooms
         work, rings = StepTensors(tensors, made), rings_of(allocation.home)
         with ExitStack() as stack:
             # Every thread acquires the rings in this order, or two could wait for each other.
-            if in_backward:
+            if in_iteration:
                 values = rings.weights.acquire((old.pop(VALUE),), ahead=ahead)
                 work.add(stack.enter_context(values), [VALUE])
             if old or new:
@@ -238,17 +268,19 @@ class Stepper:
                 work.add(stack.enter_context(lease), [*old, *new])
             yield work
 
-    def _tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Value, gradient and parameter-shaped state."""
-        assert parameter.grad is not None
+    def _tensors(self, parameter: Tensor, gradient: Tensor | None) -> dict[str, Tensor]:
+        """Value, gradient if any, and parameter-shaped state."""
         entries = self.state[parameter].items()
         shaped = {key: entry for key, entry in entries if is_shaped(entry, parameter)}
-        return {VALUE: parameter.detach(), GRADIENT: parameter.grad, **shaped}
+        given = {} if gradient is None else {GRADIENT: gradient}
+        return {VALUE: parameter.data, **given, **shaped}  # a step tells autograd itself
 
-    def _allocations_by_key(self, parameter: Tensor, own: Allocation) -> dict[str, Allocation]:
+    def _allocations_by_key(
+        self, parameter: Tensor, own: Allocation, gradient: Tensor | None
+    ) -> dict[str, Allocation]:
         """Allocations of value, gradient and state that are in the parameter's own home."""
         found = {VALUE: own}
-        for key, entry in [(GRADIENT, parameter.grad), *self.state[parameter].items()]:
+        for key, entry in [(GRADIENT, gradient), *self.state[parameter].items()]:
             allocation = allocation_of(entry) if isinstance(entry, Tensor) else None
             if allocation is not None and allocation.home is own.home:
                 found[key] = allocation
@@ -263,6 +295,20 @@ def _chunks(value: Tensor) -> Iterator[Any]:  # what a tensor is indexed with
     rows = max(1, CHUNK_ELEMENTS * value.shape[0] // value.numel())
     for start in range(0, value.shape[0], rows):
         yield slice(start, start + rows)
+
+
+def _gradients(
+    runs: Runs, gradient: Tensor | None, target: Tensor
+) -> Iterator[tuple[Options, Tensor]]:
+    """Options and gradient of each step: zeros, but for the last one where that has a gradient."""
+    idle, zeros = sum(times for _, times in runs) - (gradient is not None), None
+    for options, times in runs:
+        for _ in range(min(times, idle)):
+            zeros = torch.zeros_like(target) if zeros is None else zeros.zero_()
+            yield options, zeros
+        idle -= times
+    if gradient is not None:
+        yield runs[-1][0], gradient.to(target.dtype)
 
 
 def _move_late(kept: ParameterState, late: ParameterState, value: Tensor, rows: Any) -> None:

@@ -1,8 +1,9 @@
 """`TileOptimizer`: any element-wise torch optimizer, for parameters that live in homes."""
 
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,15 +12,30 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import ArgumentError, OptimizerError
-from memtile.homes import Home, Reservation, allocation_of, set_reservation, streamed_allocation
+from memtile.homes import (
+    Allocation,
+    Home,
+    Reservation,
+    allocation_of,
+    set_reservation,
+    streamed_allocation,
+)
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
+from memtile.optim.idle import IdleSteps
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.slice_optimizer import SliceOptimizer
 from memtile.optim.stepping import Stepper
-from memtile.transfer import gradient_lock, is_stepped_in_backward, rings_of, step_in_backward
+from memtile.transfer import (
+    catch_up,
+    gradient_lock,
+    is_stepped_in_backward,
+    rings_of,
+    step_in_backward,
+)
 
 StepMode = Literal["classic", "in_backward"]
+IdleMode = Literal["replay", "skip"]
 
 
 class TileOptimizer(Optimizer):
@@ -39,16 +55,22 @@ class TileOptimizer(Optimizer):
     second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
     in such a backward, `NotFiniteError` included, leaves some parameters stepped.
 
+    Tiles of experts that saw no token have no gradient. With idle="replay" they end up as in the
+    dense model, where their gradient is zero and AdamW still moves them: parked ones stay at home,
+    and the steps that they miss are applied when they are next brought in, or read or saved by
+    memtile. Call `catch_up()` before other code reads or writes their memory or state.
+
     Args:
         model: whose parameters are optimized.
         optimizer_class: an element-wise `torch.optim.Optimizer` class; others are refused.
         mode: "classic" or "in_backward".
         params: parameters or groups of them, as torch optimizers take them; all by default.
         masters: step 16-bit parameters in float32, kept beside the moments; False: in 16 bits.
+        idle: what steps do to experts without a gradient: "replay" as dense, "skip" nothing.
         **options: go to `optimizer_class`.
 
     Raises:
-        ArgumentError: `model` is no module, or `mode` is neither of the two.
+        ArgumentError: `model` is no module, or `mode` or `idle` is neither of the two.
         OptimizerError: the class is not element-wise, or does not take the options.
         HomeFullError: a home has no room for moments, masters and gradients.
 
@@ -65,6 +87,7 @@ class TileOptimizer(Optimizer):
         mode: StepMode = "classic",
         params: Iterable[Any] | None = None,
         masters: bool = True,
+        idle: IdleMode = "replay",
         **options: Any,  # whatever optimizer_class takes
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -77,7 +100,13 @@ class TileOptimizer(Optimizer):
                 f"mode={mode!r} must be 'classic' (accumulates, clips) or 'in_backward' (keeps no "
                 "gradients)"
             )
+        if idle not in get_args(IdleMode):
+            raise ArgumentError(
+                f"idle={idle!r} must be 'replay' (experts without tokens are stepped as in the "
+                "dense model) or 'skip' (they are not stepped)"
+            )
         self.mode: StepMode = mode
+        self.idle: IdleMode = idle
         self._model = model
         self._inner = SliceOptimizer(optimizer_class, options)
         self._held: list[Reservation] = []
@@ -89,7 +118,10 @@ class TileOptimizer(Optimizer):
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
         self._check_parameters()
         self._stepper = Stepper(self._inner, self.state, masters, model)
+        self._idle = IdleSteps(self._stepper)
+        catch_up(self._all())  # with what an earlier optimizer has put off
         self._reserve(self.param_groups)
+        self._put_off(self.param_groups)
         self._hook(self._all())
         if mode == "in_backward":
             torch_clipping_check.add(self)
@@ -129,7 +161,12 @@ class TileOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self._put_off([added])
         self._hook(added["params"])
+
+    def _put_off(self, groups: Iterable[ParamGroup]) -> None:
+        if self.idle == "replay":
+            self._idle.add(self._model, groups)
 
     def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.mode == "classic":
@@ -176,6 +213,7 @@ class TileOptimizer(Optimizer):
         """Drop all gradients; an unfinished step or backward is given up."""
         self._stepped.clear()
         self._unfinished = None
+        self._idle.give_up()
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -216,31 +254,54 @@ class TileOptimizer(Optimizer):
                 )
 
     def _step_all(self) -> None:
-        homes = {each.home for each in map(streamed_allocation, self._all()) if each is not None}
-        _drop_slabs(homes)
+        found = map(streamed_allocation, self._all())
+        rings = [rings_of(home) for home in {each.home for each in found if each is not None}]
+        for each in rings:
+            if self._idle:
+                each.flush()  # what was replayed in a forward without a backward
+            each.clear()
         for parameter in self._stepped:
             parameter.grad = None  # part of one, from a second backward that was refused
         if self._unfinished is None:
-            waiting = [
-                (parameter, group)
-                for parameter, group in _with_groups(self.param_groups)
-                if parameter.grad is not None
-            ]
-            self._stepper.check_in_memory(parameter for parameter, _ in waiting)
-            self._unfinished = waiting
+            self._unfinished = self._begin()
         todo = self._unfinished
         while todo:
             parameter, group = todo[0]
             ahead = (self._stepper.allocations(later) for later, _ in todo[1:])
-            self._stepper.step(parameter, group, filter(None, ahead))
+            self._step_one(parameter, group, filter(None, ahead))
             del todo[0]
             if self.mode == "in_backward":
                 parameter.grad = None
-        for home in homes:
-            rings_of(home).steps.flush()
-        _drop_slabs(homes)
+        for each in rings:
+            each.steps.flush()
+            each.clear()
+        self._idle.end()
         self._stepped.clear()
         self._unfinished = None
+
+    def _begin(self) -> list[tuple[nn.Parameter, ParamGroup]]:
+        """What is to be stepped now, with the group that it is in."""
+        waiting = [
+            (parameter, group)
+            for parameter, group in _with_groups(self.param_groups)
+            if parameter.grad is not None
+        ]
+        self._stepper.check_in_memory(parameter for parameter, _ in waiting)
+        if not self._idle:
+            return waiting
+        stepped = ((parameter, self._group_of[parameter]) for parameter in self._stepped)
+        return waiting + self._idle.begin([*stepped, *waiting])
+
+    def _step_one(
+        self,
+        parameter: nn.Parameter,
+        group: ParamGroup,
+        ahead: Iterable[Sequence[Allocation]] | None,
+        in_backward: bool = False,
+    ) -> None:
+        owed = self._idle.owed(parameter)
+        self._stepper.step(parameter, group, ahead, in_backward, owed)
+        self._idle.paid(parameter)
 
     def _step_after_backward(self, parameter: nn.Parameter) -> None:
         """The hook of in-backward mode: the parameter's gradient is complete."""
@@ -258,9 +319,26 @@ class TileOptimizer(Optimizer):
             if not self._stepped:
                 self._check_dtypes()
                 self._group_of = dict(_with_groups(self.param_groups))
-            self._stepper.step(parameter, self._group_of[parameter], in_backward=True)
+            ahead = () if parameter in self._idle else None  # no order of experts repeats
+            self._step_one(parameter, self._group_of[parameter], ahead, in_backward=True)
             self._stepped.add(parameter)
             parameter.grad = None
+
+    def catch_up(self) -> None:
+        """Apply the steps that experts without a gradient have put off: each tile is read once.
+
+        What memtile reads or saves is caught up without this; needed before other code reads or
+        writes parameters or `state`.
+
+        Raises:
+            HomeIOError: a tile could not be read or written; call it again to go on.
+        """
+        self._idle.catch_up(list(self._all()))
+
+    def __del__(self) -> None:
+        idle = getattr(self, "_idle", None)  # none where the constructor failed
+        if idle is not None and not sys.is_finalizing():
+            idle.outlive_optimizer()
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -295,6 +373,7 @@ class TileOptimizer(Optimizer):
             OptimizerError: some tiles of a weight are in a group and some are not.
             HomeFullError: there is no room.
         """
+        self.catch_up()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = to_dense_state(self._model, self.state, self.param_groups)
@@ -312,6 +391,7 @@ class TileOptimizer(Optimizer):
         Raises:
             OptimizerError: it is of another model; nothing was changed.
         """
+        self.catch_up()
         state_dict = state_dict.copy()  # torch's hooks may change theirs
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
@@ -326,13 +406,6 @@ class TileOptimizer(Optimizer):
 
 def _with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, ParamGroup]]:
     return ((parameter, group) for group in groups for parameter in group["params"])
-
-
-def _drop_slabs(homes: Iterable[Home]) -> None:
-    """Use no value that was read before, by this step or by one that was given up."""
-    for home in homes:
-        rings_of(home).steps.clear()
-        rings_of(home).weights.clear()
 
 
 def _remove(hooks: list[tuple["weakref.ref[nn.Parameter]", RemovableHandle]]) -> None:

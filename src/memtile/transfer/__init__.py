@@ -10,8 +10,10 @@ from memtile.transfer.iterations import (
 )
 from memtile.transfer.parked import (
     ParkedSource,
+    catch_up,
     gradient_lock,
     is_stepped_in_backward,
+    put_off_idle_steps,
     step_in_backward,
 )
 from memtile.transfer.slab_ring import Lease, SlabRing
@@ -24,9 +26,11 @@ __all__ = [
     "Lease",
     "ParkedSource",
     "SlabRing",
+    "catch_up",
     "gradient_lock",
     "is_stepped_in_backward",
     "layer_call",
+    "put_off_idle_steps",
     "rings_of",
     "step_in_backward",
     "unwatch_model",

@@ -63,6 +63,11 @@ class SlabRings:
             for ring in self.all():
                 ring.flush()
 
+    def clear(self) -> None:
+        """Discard the values and state that were read before: by a step that was given up, say."""
+        self.steps.clear()
+        self.weights.clear()
+
     def close(self) -> None:
         """End the reader threads, without waiting for them, and free the slabs."""
         self._is_closed = True

@@ -1,8 +1,9 @@
 """`ParkedSource`: how an operation reads a parked parameter's values and writes its gradient."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,16 @@ from memtile.homes import (
 from memtile.transfer.iterations import enter_backward, rings_of, state
 
 
+class Replayer(Protocol):
+    """An optimizer's idle steps: those that it has put off, of parameters without a gradient."""
+
+    def replay(self, parameter: Tensor) -> None:
+        """Apply those of one parameter, which is then read through its home's slabs."""
+
+    def catch_up(self, parameters: Sequence[Tensor]) -> None:
+        """Apply those of these parameters; values and state are at home afterwards."""
+
+
 class _TrainingState:
     """What is known of a parameter while it is trained."""
 
@@ -26,6 +37,7 @@ class _TrainingState:
         self.lock = fork_safe_lock()  # held while the gradient is added to, or taken
         self.uses: weakref.WeakSet[ParkedSource] = weakref.WeakSet()  # whose backward has not run
         self.is_stepped_in_backward = False  # a hook takes the gradient: it need not go home
+        self.replayer: Callable[[], Replayer | None] | None = None  # of idle steps
 
 
 def _record(parameter: Tensor) -> _TrainingState:
@@ -49,6 +61,34 @@ def is_stepped_in_backward(parameter: Tensor) -> bool:
 def step_in_backward(parameter: Tensor, yes: bool) -> None:
     """Keep its gradient in memory after its last use, for a hook that takes it."""
     _record(parameter).is_stepped_in_backward = yes
+
+
+def put_off_idle_steps(parameter: Tensor, replayer: Callable[[], Replayer | None] | None) -> None:
+    """Have idle steps of the parameter replayed before its values are read; None: it has none.
+
+    A weak reference, unless the replayer keeps no parameter alive.
+    """
+    _record(parameter).replayer = replayer
+
+
+def _replayer_of(parameter: Tensor) -> Replayer | None:
+    record: _TrainingState | None = state.trained.get(parameter)
+    return None if record is None or record.replayer is None else record.replayer()
+
+
+def catch_up(parameters: Iterable[Tensor]) -> None:
+    """Have all idle steps of these replayed, before values or state are read where they lie.
+
+    Raises:
+        HomeIOError: a tile could not be read or written; what is left is replayed the next time.
+    """
+    found: dict[Replayer, list[Tensor]] = {}
+    for parameter in parameters:
+        replayer = _replayer_of(parameter)
+        if replayer is not None:
+            found.setdefault(replayer, []).append(parameter)
+    for replayer, own in found.items():
+        replayer.catch_up(own)
 
 
 class ParkedSource:
@@ -80,6 +120,9 @@ class ParkedSource:
     @contextmanager
     def values(self, device: torch.device) -> Iterator[Tensor]:
         """The values on this device: only to be read, and not after the block."""
+        replayer = _replayer_of(self.parameter)
+        if replayer is not None:
+            replayer.replay(self.parameter)
         allocation = streamed_allocation(self.parameter)
         if allocation is None:
             yield self.parameter.detach().to(device)

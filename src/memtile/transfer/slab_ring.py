@@ -35,10 +35,14 @@ class PrefetchOrder:
 
     def start(self) -> None:
         """An iteration begins: what came before it does not predict what comes."""
-        self._before = self._last = None
+        self.interrupt()
         if len(self._next) > 2 * self._swept:  # gradients are new groups in every iteration
             self._next = {pair: key for pair, key in self._next.items() if _is_alive(*pair, key)}
             self._swept = len(self._next)
+
+    def interrupt(self) -> None:
+        """What comes now is no part of an order: it neither predicts nor is predicted."""
+        self._before = self._last = None
 
     def note(self, key: Key) -> None:
         """This group was asked for now."""
@@ -119,7 +123,8 @@ class SlabRing:
             group: allocations of one home.
             made: allocations whose content is computed in the block, in a slab of their own with
                 undefined content. Their tensors come after the group's.
-            ahead: what will be needed next; by default what was needed the last time.
+            ahead: what will be needed next, where the caller knows; by default what was needed
+                after this the last time.
 
         Raises:
             HomeIOError: it could not be read, or no slab is free since none could be written.
@@ -127,7 +132,7 @@ class SlabRing:
         """
         groups, slabs = [part for part in (group, made) if part], list[Slab]()
         try:
-            self._acquire(groups, slabs, made)
+            self._acquire(groups, slabs, made, learn=ahead is None)
             keys = self._prefetch_order.ahead() if ahead is None else map(key_of, ahead)
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
@@ -219,15 +224,19 @@ class SlabRing:
                 elif not slab.is_unwritten:
                     slab.discard()
 
-    def _acquire(self, groups: Sequence[Group], slabs: list[Slab], made: Group) -> None:
+    def _acquire(
+        self, groups: Sequence[Group], slabs: list[Slab], made: Group, learn: bool
+    ) -> None:
         """Put a slab for each group into the list, all at once.
 
         Two threads that each hold one and wait for another would wait for ever.
         """
         keys = [key_of(group) for group in groups]
         with self._changing():
-            for key in keys:
+            for key in keys if learn else ():
                 self._prefetch_order.note(key)
+            if not learn:
+                self._prefetch_order.interrupt()
             while (chosen := self._choose(keys)) is None:
                 self._wait_for_a_slab()
             for slab, key, group in zip(chosen, keys, groups, strict=True):
