@@ -16,9 +16,9 @@ from memtile.convert.kinds import (
     kind_of,
     naming_of,
     register_integration,
+    replace_module,
     tileable,
     tileables,
-    replace_module,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
