@@ -172,6 +172,7 @@ class _Experts:
 
     def _product(self, name: str, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
         last = first + len(counts)
+        y: Tensor
         if name in self.stacks:
             y = self.stacks[name](x, counts, first)
         else:
