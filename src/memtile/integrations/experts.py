@@ -156,9 +156,9 @@ class _Experts:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Runs of experts (first, stop) that tiles of both stacks begin and end with."""
-        stops = [{span.stop for span, _ in stack.units} for stack in self.stacks.values()]
-        bounds = set.intersection(*stops) if stops else {self.module.num_experts}
-        return pairwise(sorted({0, *bounds}))
+        bounds = [stack.bounds for stack in self.stacks.values()]
+        common = frozenset.intersection(*bounds) if bounds else {0, self.module.num_experts}
+        return pairwise(sorted(common))
 
     def __call__(self, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
         """(N, H) of (N, H)."""
