@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memtile.convert import Latest, Outward, Renamed, Shown, TensorSource, derived
+from memtile.integrations.saving import loaded_class
 
 
 def in_model_names(
@@ -26,15 +27,15 @@ def in_model_names(
         stored: the tensors of a checkpoint.
         wanted: the model's tensors, on the meta device, by name.
     """
-    from transformers import conversion_mapping, core_model_loading
+    from transformers import core_model_loading
 
-    mapping = conversion_mapping.get_model_conversion_mapping(model)
+    mapping = _mapping(model)
     rules = _Rules(mapping)
-    found, groups = Renamed(loaded=lambda: _note_used(model, mapping)), dict[str, _Group]()
+    found, groups = Renamed(loaded=lambda: _note_used(model, mapping)), dict[str, Group]()
     for key in sorted(stored, key=core_model_loading.dot_natural_key):
         name, pattern = rules.renamed(key, model.base_model_prefix, wanted)
         if pattern is not None and name in wanted:
-            group = groups.setdefault(name, _Group(name, rules.converters[pattern]))
+            group = groups.setdefault(name, Group(name, rules.converters[pattern]))
             group.members.append((pattern, key))
         else:
             found.add(name, key, stored[key] if name in wanted else None)
@@ -69,14 +70,14 @@ def in_stored_names(model: Any, tensors: Sequence[Outward]) -> dict[str, TensorS
         for each in tensors
         for name in each.names
     }
-    made: dict[str, TensorSource | _Group] = {}
+    made: dict[str, TensorSource | Group] = {}
     for name in sorted(own, key=core_model_loading.dot_natural_key):
         target, pattern = core_model_loading.apply_converters(name, list(rules.converters_in_order))
         if pattern is None:
             made[core_model_loading.apply_renamings(name, rules.renamings)] = own[name]
             continue
-        group = made.setdefault(target, _Group(target, rules.converters[pattern]))
-        assert isinstance(group, _Group)
+        group = made.setdefault(target, Group(target, rules.converters[pattern]))
+        assert isinstance(group, Group)
         group.members.append((pattern, name))
     latest = Latest()
     return dict(_written(made, own, rules, model.config, wanted, latest))
@@ -93,7 +94,7 @@ def _written(
     from transformers import core_model_loading
 
     for target, each in made.items():
-        if not isinstance(each, _Group):
+        if not isinstance(each, Group):
             yield target, each
             continue
         sources = {name: own[name] for _, name in each.members}
@@ -129,7 +130,7 @@ class _Rules:
 
 
 @dataclass
-class _Group:
+class Group:
     """The stored tensors of one call of a converter.
 
     Args:
@@ -149,7 +150,7 @@ class _Group:
         wanted: Mapping[str, Tensor],
         dtype: torch.dtype | None,
         latest: Latest,
-    ) -> dict[str, TensorSource]:
+    ) -> Mapping[str, TensorSource]:
         """Where the results are read, by their names."""
 
         def make(tensors: dict[str, Tensor], shown: Shown) -> dict[str, Tensor]:
@@ -170,6 +171,24 @@ def _listed(names: Iterable[str]) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
+def _mapping(model: Any, **options: bool) -> list[Any]:
+    """transformers' rules for the model's names, some of which go by classes.
+
+    What FSDP2 has given a class of its own has its model's meanwhile.
+    """
+    from transformers import conversion_mapping
+
+    wrapper = loaded_class("torch.distributed.fsdp", "FSDPModule")
+    wrapped = [(m, type(m)) for m in model.modules() if isinstance(m, wrapper)]
+    try:
+        for module, cls in wrapped:
+            module.__class__ = cls.__mro__[cls.__mro__.index(wrapper) + 1]
+        return list(conversion_mapping.get_model_conversion_mapping(model, **options))
+    finally:
+        for module, cls in wrapped:
+            module.__class__ = cls
+
+
 def _note_used(model: Any, mapping: Iterable[Any]) -> None:
     """Note which rules the files needed, as `from_pretrained` does: saving reverts them."""
     if getattr(model, "_weight_conversions", None) is None:
@@ -178,12 +197,11 @@ def _note_used(model: Any, mapping: Iterable[Any]) -> None:
 
 def _reversed_conversions(model: Any) -> list[Any] | None:
     """The rules for saving, in their order; None where there are none."""
-    from transformers import conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
     rules = getattr(model, "_weight_conversions", None)
     if rules is None:  # not loaded: whether files have a prefix is not known
-        rules = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+        rules = _mapping(model, add_legacy=False)
         rules = [rule for rule in rules if not isinstance(rule, PrefixChange)] or None
     if rules is None or getattr(model, "_hf_peft_config_loaded", False):
         return None
