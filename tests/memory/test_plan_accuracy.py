@@ -30,7 +30,13 @@ TEXT = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-T5 = {"vocab_size": 12001, "d_model": 512, "d_ff": 1411, "num_layers": 3, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 12001,
+    "d_model": 512,
+    "d_ff": 1411,
+    "num_layers": 3,
+    "decoder_start_token_id": 0,
+}
 IMAGE = {
     "hidden_size": 256,
     "intermediate_size": 700,

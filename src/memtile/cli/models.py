@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -45,7 +45,8 @@ _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.
 _NO_MODEL: Final = "is no causal language model of this transformers"
 _TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
-_MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
+_CAUSAL: Final = "AutoModelForCausalLM"
+WRITERS: Final = ("AutoModelForSeq2SeqLM", _CAUSAL, "AutoModelForImageTextToText")
 
 
 def check_home(word: str, *more: str) -> str:
@@ -169,20 +170,31 @@ def has_tokenizer(folder: Path) -> bool:
     return any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern))
 
 
-def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
-    """The causal language model of a folder that has a config, parameters on the meta device.
+def empty_of(
+    folder: Path,
+    trusts_code: bool = False,
+    classes: Sequence[str] = (_CAUSAL,),
+    *,
+    named: bool = False,
+) -> "PreTrainedModel":
+    """The model of a folder that has a config, parameters on the meta device.
 
-    Weights that are not those of the config are refused.
+    Its class is the one that the config names, where `named` asks for that and transformers has it;
+    else what the first of these `classes` of transformers makes that knows the config. Weights that
+    are not those of the config are refused.
     """
-    from transformers import AutoModelForCausalLM
-
-    from memtile.integrations.pretrained import dtype_of
+    from memtile.integrations.pretrained import architecture, dtype_of
 
     config = _config_of(folder, trusts_code)
-    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    cls, dtype = architecture(config) if named else None, dtype_of(config, folder)
+    with reading(folder, _NO_MODEL, _way_out(classes)):
         model: PreTrainedModel = empty_model(
-            lambda: AutoModelForCausalLM.from_config(
-                config, dtype=dtype_of(config, folder), trust_remote_code=trusts_code
+            lambda: (
+                cls._from_config(config, dtype=dtype)
+                if cls is not None
+                else _auto_class(config, classes).from_config(
+                    config, dtype=dtype, trust_remote_code=trusts_code
+                )
             )
         )
     model.config._name_or_path = str(folder)
@@ -207,10 +219,29 @@ def printing_warnings(*, trains: bool = True) -> Iterator[None]:
             sys.stderr.write(f"memtile: {warning.message}\n")
 
 
+def _auto_class(config: Any, classes: Sequence[str]) -> Any:  # both of transformers
+    """The first of the classes that knows the config; else the one that says what it knows."""
+    import transformers
+
+    known = {
+        "AutoModelForSeq2SeqLM": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        _CAUSAL: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "AutoModelForImageTextToText": transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    if not config.is_encoder_decoder:  # BART's decoder alone has the same config
+        classes = [name for name in classes if name != "AutoModelForSeq2SeqLM"]
+    fitting = (name for name in classes if type(config) in known[name])
+    return getattr(transformers, next(fitting, _CAUSAL))
+
+
+def _way_out(classes: Sequence[str]) -> str:
+    return f"give a model that {' or '.join(classes)} of transformers makes"
+
+
 def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
     from transformers import AutoConfig
 
-    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    with reading(folder, _NO_MODEL, _way_out([_CAUSAL])):
         # None in place of False would ask, and believe a pipe
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusts_code
