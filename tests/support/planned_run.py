@@ -1,4 +1,4 @@
-"""A small transformers model planned, tiled from its checkpoint and run in this process, its peak measured.
+"""A small model planned, tiled from its checkpoint and run in this process, its peak measured.
 
 python planned_run.py FOLDER BUDGET TOKENS HOME training|inference
 """

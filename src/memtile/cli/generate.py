@@ -17,6 +17,7 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson
 from memtile.costmodel import format_byte_size, parse_byte_size
+from memtile.integrations.pretrained import WRITERS
 from memtile.integrations.step_inputs import text_work
 from memtile.testing import PeakMemory
 
@@ -178,7 +179,7 @@ def _encoded(request: Request, tokenizer: Any) -> torch.Tensor:
 def _loaded(
     request: Request, prompt_tokens: int, memory: PeakMemory, note: Say
 ) -> Any:  # a transformers model, which is not imported to name its type
-    model = models.empty_of(request.model, request.trusts_code, models.WRITERS)
+    model = models.empty_of(request.model, request.trusts_code, WRITERS)
     models.read_settings(model, request.model)
     beams, texts = _count(model, "num_beams"), _count(model, "num_return_sequences")
     sequences = [prompt_tokens + request.tokens]
