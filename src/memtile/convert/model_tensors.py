@@ -74,20 +74,20 @@ def in_state_dict_order(model: nn.Module) -> list[ModelTensor]:
     """`tensors_of`, in the order of the dense model's state dict."""
     places: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        is_tiled = isinstance(module, TiledModule)
-        own = ("weight", "bias") if is_tiled else module._parameters
-        for name in own:
-            dense_name = (module.dense_name if is_tiled else _join)(path, name)
-            places.setdefault(dense_name, len(places))
-        for name in module._buffers:
-            places.setdefault(_join(path, name), len(places))
+        if isinstance(module, TiledModule):
+            own = [module.dense_name(path, "weight"), module.dense_name(path, "bias")]
+        else:
+            own = [_join(path, name) for name in module._parameters]
+        for name in (*own, *(_join(path, buffer) for buffer in module._buffers)):
+            places.setdefault(name, len(places))
     return sorted(tensors_of(model), key=lambda needed: places[needed.names[0]])
 
 
 def parameter_count(model: nn.Module) -> int:
     """How many numbers the dense parameters of a model are, ties counted once."""
-    tensors = ((each.dense.shape, each.dense.parts[0].parameter) for each in tensors_of(model))
-    return sum(shape.numel() for shape, held in tensors if isinstance(held, nn.Parameter))
+    names = dict(persistent_buffers(model))
+    dense = (each.dense for each in tensors_of(model))
+    return sum(each.shape.numel() for each in dense if each.name not in names)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

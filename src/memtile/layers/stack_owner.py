@@ -1,6 +1,5 @@
 """`StackOwner`: what a module becomes whose stacks of experts are tiles."""
 
-from functools import cache
 from typing import Any, ClassVar
 
 from torch import nn
@@ -20,12 +19,17 @@ class StackOwner(nn.Module):
     dense_names: tuple[str, ...]  # of all its parameters, in its order
 
     @classmethod
-    def put_stack(cls, module: nn.Module, own: str, stack: TiledStack) -> None:
-        """Put a stack in place of the module's parameter of that name."""
+    def adopt(cls, module: nn.Module) -> None:
+        """Make a module one, with no stack in tiles yet."""
         if not isinstance(module, StackOwner):
             names = tuple(module._parameters)
             module.__class__ = _owner_class(cls, type(module))
             module.dense_names = names  # type: ignore[assignment]  # of its new class
+
+    @classmethod
+    def put_stack(cls, module: nn.Module, own: str, stack: TiledStack) -> None:
+        """Put a stack in place of the module's parameter of that name."""
+        cls.adopt(module)
         del module._parameters[own]
         module._modules[own] = stack
 
@@ -52,13 +56,15 @@ class StackOwner(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-@cache
+_classes: dict[tuple[type[StackOwner], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _owner_class(base: type[StackOwner], dense_class: type[nn.Module]) -> type[nn.Module]:
-    return type(
-        f"Tiled{dense_class.__name__}",
-        (base, dense_class),
-        {"dense_class": dense_class, "__module__": dense_class.__module__},
-    )
+    key = base, dense_class
+    if key not in _classes:
+        attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
+        _classes[key] = type(f"Tiled{dense_class.__name__}", key, attributes)
+    return _classes[key]
 
 
 def _owner_without_state(base: type[StackOwner], dense_class: type[nn.Module]) -> nn.Module:
