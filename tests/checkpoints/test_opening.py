@@ -92,6 +92,12 @@ def test_a_missing_path_is_refused(tmp_path):
         Checkpoint.open(tmp_path / "nowhere")
 
 
+def test_a_name_of_the_hub_gets_a_way_out():
+    """Nothing is downloaded: the message says how."""
+    with pytest.raises(CheckpointError, match="hf download org/name --local-dir name"):
+        Checkpoint.open("org/name")
+
+
 def test_a_pickle_is_never_loaded(tmp_path):
     """A file that runs code when it is unpickled is refused and runs none."""
 

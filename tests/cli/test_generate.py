@@ -1,7 +1,9 @@
 """`memtile generate`: the tokens of plain transformers, straight from the folder's own files."""
 
 import json
+import shutil
 
+import families
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,3 +122,24 @@ def test_no_folder_is_one_sentence(tmp_path, capsys):
     """A path that is not there is named."""
     assert main(arguments(tmp_path / "nothing")) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["T5", "BART", "LLaVA", "Qwen2-VL", "Gemma-3 with images"])
+def test_encoders_and_the_text_side_of_models_with_images(family, tiny_model, tmp_path, capsys):
+    """The prompt goes to the encoder, or to the language model: the tokens of transformers."""
+    model = families.build(family)
+    model.save_pretrained(tmp_path)
+    for path in tiny_model.glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    ids = AutoTokenizer.from_pretrained(tmp_path)(PROMPT, return_tensors="pt").input_ids
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False
+    )
+    expected = found[0, 1 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
+    capsys.readouterr()
+
+    code = main(arguments(tmp_path, "--json"))
+
+    assert code == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == expected
+    assert len(expected) > 1

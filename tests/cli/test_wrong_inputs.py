@@ -87,13 +87,13 @@ def test_what_is_no_folder_of_a_model_gets_a_way_out(here, capsys, command, mode
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("config.json", {"model_type": "mine", "auto_map": CODE}, "modeling_mine.Mine"),
-        ("tokenizer_config.json", TOKENIZER, "toks.Mine"),
+        ("config.json", {"model_type": "mine", "auto_map": CODE}, "Mine of modeling_mine.py"),
+        ("tokenizer_config.json", TOKENIZER, "Mine of toks.py"),
         ("config.json", b"[]", "config.json cannot be read"),
         ("config.json", {"hidden_size": "wide"}, "hidden_size"),
         ("config.json", {"num_attention_heads": 0}, "no causal language model"),
         ("config.json", {"hidden_act": "nope"}, "KeyError 'nope'"),
-        ("config.json", {"model_type": "t5"}, "T5Config"),
+        ("config.json", {"model_type": "vit"}, "ViTConfig"),
         ("config.json", {"num_hidden_layers": 3}, "layers.2.self_attn.q_proj.weight is missing"),
         ("config.json", {"vocab_size": 50}, "the checkpoint's is (99, 24)"),
         ("tokenizer.json", b"[1", "no tokenizer that can be loaded"),

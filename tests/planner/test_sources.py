@@ -1,5 +1,8 @@
 """Plans of what only describes a model: a config, or a folder with `config.json` alone."""
 
+import json
+
+import families
 import pytest
 import torch
 from given_rates import RATES
@@ -7,6 +10,7 @@ from given_rates import RATES
 import memtile
 from memtile.costmodel import Plan
 from memtile.errors import ArgumentError, BudgetError, CannotTileError, CheckpointError
+from memtile.integrations.step_inputs import StepInputs
 
 transformers = pytest.importorskip("transformers")
 
@@ -187,7 +191,88 @@ def test_more_tokens_than_positions_are_refused():
     assert planned(config(), tokens=1024, batch=2).batch == 2
 
 
-@pytest.mark.parametrize("source", [7, None, "nowhere", object()])
+def test_an_encoder_reads_tokens_and_its_decoder_as_many():
+    """Twice as many products as in a decoder alone; the start token need not be in the config."""
+    sizes = {"vocab_size": 90, "d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    described = transformers.T5Config(**sizes, d_kv=8)
+
+    plan = planned(described, tokens=96)
+    cached = planned(described, tokens=96, optimizer=None)
+
+    assert getattr(described, "decoder_start_token_id", None) is None
+    assert (96, 16, 90) in plan.products.shapes  # the logits, of all of the decoder's tokens
+    terms = {term.name: term.nbytes for term in cached.terms}
+    assert (
+        terms["KV cache and result"] >= 2 * 2 * 96 * 16 * 4 + 96 * 90 * 4
+    )  # own and the encoder's
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_images_have_their_placeholders_besides_the_texts_tokens(batch):
+    """One image for each sequence, of as many placeholders as the vision tower makes of it."""
+    model = families.build("LLaVA")
+    text, patches = 8, 16  # of each sequence: 16 × 16 pixels in patches of 4 × 4
+    rows = batch * (text + patches)
+
+    plan = planned(model, tokens=batch * text, batch=batch)
+
+    assert (rows, 24, 131) in plan.products.shapes
+
+
+@pytest.mark.parametrize("family", ["Qwen3-VL", "Idefics3", "PaliGemma"])
+def test_the_inputs_with_images_are_what_the_model_takes(family):
+    """The model itself checks how many placeholders there are: its loss is a number."""
+    model = families.build(family).train()
+    step = StepInputs(model, 16, 2)
+    inputs = step.inputs()
+
+    loss = model(**inputs, **step.learning(inputs)).loss
+
+    assert loss.isfinite()
+    assert inputs["input_ids"].shape == (2, 8 + step.image_tokens)
+    assert step.image_tokens > 0
+
+
+def test_a_sequence_with_its_image_that_is_too_long_is_refused():
+    """The message counts the placeholders in."""
+    with pytest.raises(ArgumentError, match=r"72, 16 of them an image's, and Llava.* reads 64"):
+        planned(families.build("LLaVA"), tokens=56)
+
+
+@pytest.mark.parametrize(
+    ("head", "labels"),
+    [
+        ("ForSequenceClassification", (2,)),
+        ("ForTokenClassification", (2, 8)),
+        ("ForMaskedLM", (2, 8)),
+        ("ForQuestionAnswering", None),
+        ("Model", None),
+    ],
+)
+def test_labels_are_those_of_the_head(head, labels):
+    """A head's loss is counted where its labels are known, else the mean of the first output."""
+    cls = getattr(transformers, f"Bert{head}")
+    model = cls(transformers.BertConfig(**families.BERT))
+    step = StepInputs(model, 16, 2)
+    given = step.learning(step.inputs())
+
+    assert (tuple(given["labels"].shape) if "labels" in given else None) == labels
+    assert ("start_positions" in given) == (head == "ForQuestionAnswering")
+    assert planned(model, tokens=16, batch=2).model == f"Bert{head}"
+
+
+def test_the_code_of_a_folder_is_named_and_not_run(tmp_path):
+    """The files and the classes that it would run, and how to make the model without a folder."""
+    code = {"AutoConfig": "configuration_odd.Odd", "AutoModel": "modeling_odd.OddModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": code}))
+    for file in ("configuration_odd.py", "modeling_odd.py"):
+        (tmp_path / file).write_text("raise SystemExit('it ran')")
+
+    with pytest.raises(ArgumentError, match=r"Odd of configuration_odd\.py, OddModel of modeling"):
+        planned(tmp_path)
+
+
+@pytest.mark.parametrize("source", [7, None, "nowhere", "org/name", object()])
 def test_what_describes_no_model_is_refused(source):
     """The message says what can be given."""
     with pytest.raises(ArgumentError, match=r"config\.json|folder|nn\.Module"):

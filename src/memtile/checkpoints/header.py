@@ -48,7 +48,8 @@ MAX_HEADER_BYTES: Final = 100_000_000  # bytes of a header: the limit of the saf
 
 NO_PICKLES: Final = (
     "pickles can run any code, so they are never loaded; load it with the library that wrote it, "
-    "and save it as safetensors"
+    "and save it as safetensors (a folder of transformers: from_pretrained, and save_pretrained to "
+    "another folder)"
 )
 NO_GGUF: Final = (
     "have transformers write it as safetensors, by from_pretrained(folder, gguf_file=name) (where "

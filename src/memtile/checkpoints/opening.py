@@ -18,6 +18,7 @@ Paths = OnePath | Sequence[OnePath]
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 PARTIAL: Final = ".partial-"
+_HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SHARD: Final = re.compile(r".*-\d{5,}-of-\d{5,}" + re.escape(SUFFIX))
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _WEIGHTS: Final = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tflite"}
@@ -154,9 +155,19 @@ def _why_none(folder: Path) -> str:
     )
 
 
+def way_to(path: Path, otherwise: str = "give a folder or a .safetensors file") -> str:
+    """What to do where nothing is at a path: a name on the Hub may be meant."""
+    if not _HUB_NAME.fullmatch(str(path)):
+        return otherwise
+    return (
+        "nothing is downloaded here: if it is a name on the Hub, call "
+        f"hf download {path} --local-dir {path.name}, and give that folder"
+    )
+
+
 def _check_suffix(path: Path) -> None:
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a folder or a .safetensors file")
+        raise CheckpointError(f"{path} does not exist; {way_to(path)}")
     if path.suffix in _PICKLES:
         raise CheckpointError(f"{path} may be a pickle: {NO_PICKLES}")
     if path.suffix == ".gguf":

@@ -17,6 +17,8 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson
 from memtile.costmodel import format_byte_size, parse_byte_size
+from memtile.integrations.pretrained import WRITERS
+from memtile.integrations.step_inputs import text_work
 from memtile.testing import PeakMemory
 
 _SETTINGS: Final = "generation_config.json"
@@ -48,7 +50,10 @@ def run_generate(
     as_json: AsJson = False,
     trust_remote_code: models.TrustsCode = False,
 ) -> int:
-    """Generate text straight from the unmodified safetensors, printed as it comes."""
+    """Generate text straight from the unmodified safetensors, printed as it comes.
+
+    A model with an encoder reads the prompt there; one with images is given none.
+    """
     check_at_least("--tokens", tokens, 1)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise CommandError(f"--temperature {temperature} is no temperature: give 0 or more.")
@@ -147,7 +152,8 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
                 **drawing,
             )
         seconds = time.perf_counter() - started
-        new = found[0, prompt.shape[1] :].tolist()
+        read = 1 if model.config.is_encoder_decoder else prompt.shape[1]  # a decoder's start token
+        new = found[0, read:].tolist()
         text = str(tokenizer.decode(new, skip_special_tokens=True))
         if not streams:
             say(text)
@@ -173,19 +179,22 @@ def _encoded(request: Request, tokenizer: Any) -> torch.Tensor:
 def _loaded(
     request: Request, prompt_tokens: int, memory: PeakMemory, note: Say
 ) -> Any:  # a transformers model, which is not imported to name its type
-    model = models.empty_of(request.model, request.trusts_code)
+    model = models.empty_of(request.model, request.trusts_code, WRITERS)
     models.read_settings(model, request.model)
     beams, texts = _count(model, "num_beams"), _count(model, "num_return_sequences")
-    tokens = prompt_tokens + request.tokens
-    models.check_length(model, tokens, f"--prompt with --tokens {request.tokens}")
+    sequences = [prompt_tokens + request.tokens]
+    if model.config.is_encoder_decoder:  # two sequences, the decoder's with its start token
+        sequences = [prompt_tokens, 1 + request.tokens]
+    models.check_length(model, max(sequences), f"--prompt with --tokens {request.tokens}")
     is_stored = request.home == "checkpoint"
     with models.within(request.budget, memory.nbytes, _OTHERS) as left:
         plan = memtile.plan(
             model,
             budget=left,
-            tokens=tokens * beams,
+            tokens=sum(sequences) * beams,
             batch=beams,
             optimizer=None,
+            work=text_work(model, beams, *sequences),
             home="disk" if is_stored else request.home,
         )
     note(plan.summary)

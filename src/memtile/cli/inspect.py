@@ -12,6 +12,7 @@ from rich.table import Table
 
 from memtile.checkpoints import Checkpoint
 from memtile.checkpoints.header import DTYPES, parse_json
+from memtile.checkpoints.opening import way_to
 from memtile.checkpoints.steps import RECORD, saved_steps
 from memtile.cli.errors import CommandError
 from memtile.cli.terminal import AsJson, progress
@@ -67,7 +68,7 @@ class Contents:
 def inspect(path: Path, verify: bool, bars: Progress) -> Contents:
     """Looks at a run's checkpoint, or a safetensors checkpoint."""
     if not path.exists():
-        raise CommandError(f"{path} does not exist: give a checkpoint.")
+        raise CommandError(f"{path} does not exist: {way_to(path)}.")
     if _KEPT_HOME in (path.name, *(file.name for file in path.glob(_KEPT_HOME))):
         raise CommandError(
             f"{path} is a kept home, which is no longer read: with the release that made it, save "

@@ -4,10 +4,9 @@ Nothing is downloaded, and no code of a folder is run unless the user says so.
 """
 
 import json
-import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -16,7 +15,7 @@ import typer
 
 from memtile.checkpoints import Checkpoint
 from memtile.checkpoints.header import NO_GGUF
-from memtile.checkpoints.opening import tokenizer_files
+from memtile.checkpoints.opening import tokenizer_files, way_to
 from memtile.checkpoints.publishing import replace_file
 from memtile.cli.errors import CommandError, first_line, is_our_bug
 from memtile.convert import empty_model
@@ -40,12 +39,11 @@ Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse a folder that holds more than the model has.")
 ]
 
-_HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 _NO_MODEL: Final = "is no causal language model of this transformers"
 _TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _TOKENIZER_WAY_OUT: Final = "copy tokenizer.json and tokenizer_config.json of the model into it"
-_MODEL_WAY_OUT: Final = "give a model that AutoModelForCausalLM of transformers makes"
+_CAUSAL: Final = "AutoModelForCausalLM"
 
 
 def check_home(word: str, *more: str) -> str:
@@ -78,15 +76,8 @@ def _no_folder(path: Path) -> str:
         if path.suffix == ".gguf":
             return f"{path} is a GGUF file, and safetensors are read here: {NO_GGUF}."
         return f"{path} is a file: give the folder that holds it, with its config.json."
-    if _HUB_NAME.fullmatch(str(path)):
-        return (
-            f"{path} is no folder here: if it is a name on the Hub, download it with "
-            f"hf download {path} --local-dir {path.name}, and give that folder."
-        )
-    return (
-        f"{path} is no folder: give one that save_pretrained wrote or that was downloaded "
-        "from the Hub."
-    )
+    way_out = way_to(path, "give one that save_pretrained wrote or that was downloaded")
+    return f"{path} is no folder: {way_out}."
 
 
 def load_transformers(folder: Path) -> None:
@@ -169,20 +160,35 @@ def has_tokenizer(folder: Path) -> bool:
     return any(True for pattern in _TOKENIZERS for _ in folder.glob(pattern))
 
 
-def empty_of(folder: Path, trusts_code: bool = False) -> "PreTrainedModel":
-    """The causal language model of a folder that has a config, parameters on the meta device.
+def empty_of(
+    folder: Path,
+    trusts_code: bool = False,
+    classes: Sequence[str] = (_CAUSAL,),
+    *,
+    named: bool = False,
+) -> "PreTrainedModel":
+    """The model of a folder that has a config, parameters on the meta device.
 
-    Weights that are not those of the config are refused.
+    Its class is the one that the config names, where `named` asks for that and transformers has it;
+    else what the first of these `classes` of transformers makes that knows the config. Weights that
+    are not those of the config are refused.
     """
     from transformers import AutoModelForCausalLM
 
-    from memtile.integrations.pretrained import dtype_of
+    from memtile.integrations.pretrained import architecture, auto_class, dtype_of
 
     config = _config_of(folder, trusts_code)
-    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    cls, dtype = architecture(config) if named else None, dtype_of(config, folder)
+    if cls is not None and type(config) is not cls.config_class:
+        cls = None  # the folder's own config has a class of its own
+    with reading(folder, _NO_MODEL, _way_out(classes)):
         model: PreTrainedModel = empty_model(
-            lambda: AutoModelForCausalLM.from_config(
-                config, dtype=dtype_of(config, folder), trust_remote_code=trusts_code
+            lambda: (
+                cls._from_config(config, dtype=dtype)
+                if cls is not None
+                else (auto_class(config, classes) or AutoModelForCausalLM).from_config(
+                    config, dtype=dtype, trust_remote_code=trusts_code
+                )
             )
         )
     model.config._name_or_path = str(folder)
@@ -207,10 +213,14 @@ def printing_warnings(*, trains: bool = True) -> Iterator[None]:
             sys.stderr.write(f"memtile: {warning.message}\n")
 
 
+def _way_out(classes: Sequence[str]) -> str:
+    return f"give a model that {' or '.join(classes)} of transformers makes"
+
+
 def _config_of(folder: Path, trusts_code: bool) -> Any:  # of transformers
     from transformers import AutoConfig
 
-    with reading(folder, _NO_MODEL, _MODEL_WAY_OUT):
+    with reading(folder, _NO_MODEL, _way_out([_CAUSAL])):
         # None in place of False would ask, and believe a pipe
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusts_code
@@ -262,24 +272,12 @@ def reading(
     except kinds as error:
         if isinstance(error, MemtileError) or is_our_bug(error):
             raise
-        if "trust_remote_code" in str(error) and (code := _code_of(folder)):
+        from memtile.integrations.pretrained import code_of
+
+        if "trust_remote_code" in str(error) and (code := code_of(folder)):
             raise CommandError(
                 f"MODEL {folder} needs Python code from that folder, and none is run by default: "
-                f"{', '.join(code)}; read it, and give --trust-remote-code to memtile plan, "
-                "generate or finetune."
+                f"{code}; read it, and give --trust-remote-code to memtile plan, generate or "
+                "finetune."
             ) from error
         raise CommandError(f"MODEL {folder} {problem} ({first_line(error)}): {way_out}.") from error
-
-
-def _code_of(folder: Path) -> list[str]:
-    """The classes that a folder's `auto_map`s name, as module.Class."""
-    found: dict[str, None] = {}
-    for name in ("config.json", "tokenizer_config.json"):
-        try:
-            named: Any = json.loads((folder / name).read_bytes()).get("auto_map")  # JSON
-        except (OSError, ValueError, AttributeError):
-            continue
-        for value in named.values() if isinstance(named, dict) else (named,):
-            classes = value if isinstance(value, list) else [value]
-            found.update(dict.fromkeys(one for one in classes if isinstance(one, str)))
-    return list(found)

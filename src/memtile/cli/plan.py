@@ -87,7 +87,7 @@ def run_plan(
         rank = _speeds(speeds)
         with _counting(model):
             ranks = plan_ranks(
-                models.empty_of(model, trust_remote_code),
+                models.empty_of(model, trust_remote_code, named=True),
                 optimizer=_optimizer(optimizer),
                 world_size=world_size,
                 engine=engine,
@@ -110,7 +110,7 @@ def run_plan(
     with _counting(model), PeakMemory() as peak:  # as `finetune` and `generate` plan
         if models.has_tokenizer(model):
             models.tokenizer_of(model, trust_remote_code)
-        empty = models.empty_of(model, trust_remote_code)
+        empty = models.empty_of(model, trust_remote_code, named=True)
         with models.within(allowed, peak.nbytes, _OTHERS) as left:
             found = memtile.plan(
                 empty,

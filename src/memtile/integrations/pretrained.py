@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from memtile.convert import WAY_OUT, empty_model, persistent_buffers
 from memtile.errors import CheckpointError
 from memtile.integrations.saving import loaded_class
 
+WRITERS = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForImageTextToText")
 _MARK = "_is_hf_initialized"  # transformers' own: a marked tensor is not initialised again
 _QUANTIZED = ("quantization_config", "compression_config")
 
@@ -44,6 +45,43 @@ def architecture(config: Any) -> Any:  # a config's; the class, which is not imp
     named = getattr(transformers, str(names[0]), None)
     # What `AutoModel.from_config` calls has no public name.
     return named if hasattr(named, "_from_config") else None
+
+
+def auto_class(config: Any, names: Sequence[str] = WRITERS) -> Any:  # both are transformers'
+    """The first of these classes, such as AutoModelForCausalLM, that knows a config, or None."""
+    import transformers
+
+    known = dict(
+        zip(
+            WRITERS,
+            (
+                transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+                transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+                transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+            ),
+            strict=True,
+        )
+    )
+    if not config.is_encoder_decoder:  # BART's decoder alone has the same config
+        names = [name for name in names if name != WRITERS[0]]
+    found = next((name for name in names if type(config) in known[name]), None)
+    return None if found is None else getattr(transformers, found)
+
+
+def code_of(folder: Path) -> str:
+    """The classes that a folder's `auto_map`s name, and the files that they are in; "" for none."""
+    classes: dict[str, list[str]] = {}  # by file, which may be in another repository
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            named: Any = json.loads((folder / name).read_bytes()).get("auto_map")  # JSON
+        except (OSError, ValueError, AttributeError):
+            continue
+        for value in named.values() if isinstance(named, dict) else (named,):
+            for one in value if isinstance(value, list) else [value]:
+                place, _, own = one.rpartition(".") if isinstance(one, str) else ("", "", "")
+                if place and own not in classes.setdefault(f"{place}.py", []):
+                    classes[f"{place}.py"].append(own)
+    return ", ".join(f"{' and '.join(own)} of {file}" for file, own in classes.items())
 
 
 def relevant(model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:

@@ -61,9 +61,13 @@ def step_work(model: Any, tokens: int, batch: int, trains: bool) -> Work | None:
     return forward
 
 
-def text_work(model: Any, tokens: int, batch: int) -> Work:
-    """The forward of a prompt without images, with a cache."""
-    step = StepInputs(pretrained_models(model)[0], tokens, batch, with_images=False)
+def text_work(model: Any, batch: int, read: int, written: int | None = None) -> Work:
+    """The forward of `batch` sequences of `read` tokens, without images and with a cache.
+
+    `written`: what the decoder of a model with an encoder has of each, if not as many.
+    """
+    step = StepInputs(pretrained_models(model)[0], batch * read, batch, with_images=False)
+    step.written = written or read
     kept: list[Any] = []
 
     def forward(meta_copy: Any) -> None:
@@ -86,6 +90,7 @@ class StepInputs:
 
     def __init__(self, model: Any, tokens: int, batch: int, *, with_images: bool = True) -> None:
         self.model, self.batch, self.length = model, batch, tokens // batch
+        self.written = self.length  # tokens of each sequence of a decoder behind an encoder
         self.config: Any = model.config
         self.text: Any = self.config.get_text_config()
         self.takes = inspect.signature(model.forward).parameters
@@ -155,7 +160,7 @@ class StepInputs:
 
     def _input_ids(self) -> Tensor:
         """(batch, length) ids: an image's placeholders, then ids all over the vocabulary."""
-        text = self._texts(self.text.vocab_size)
+        text = self._texts(self.length, self.text.vocab_size)
         if not self.image_tokens:
             return text
         assert self.image_token is not None
@@ -163,18 +168,18 @@ class StepInputs:
         return torch.cat([image, text], dim=1)
 
     def _decoder_input_ids(self) -> Tensor:
-        return self._texts(self.config.get_text_config(decoder=True).vocab_size)
+        return self._texts(self.written, self.config.get_text_config(decoder=True).vocab_size)
 
-    def _texts(self, vocabulary: int) -> Tensor:
+    def _texts(self, length: int, vocabulary: int) -> Tensor:
         """Texts that end with the config's end; no other special token is in them."""
-        tokens = self.batch * self.length
+        tokens = self.batch * length
         ids = torch.arange(tokens) * max(1, vocabulary // tokens) % vocabulary
         special = {number for number in _special(self.config) if number < vocabulary}
         plain = next((n for n in range(vocabulary) if n not in special), 0)
         ids[torch.isin(ids, torch.tensor([*special, -1]))] = plain
-        ids = ids.view(self.batch, self.length)
+        ids = ids.view(self.batch, length)
         end = getattr(self.text, "eos_token_id", None)
-        if isinstance(end, int) and 0 <= end < vocabulary and self.length > 1:
+        if isinstance(end, int) and 0 <= end < vocabulary and length > 1:
             ids[:, -1] = end
         return ids
 

@@ -16,7 +16,9 @@ from memtile.integrations.configs import configs_of, made_from
 from memtile.integrations.experts import stacks_of
 from memtile.integrations.pretrained import (
     architecture,
+    auto_class,
     check_files,
+    code_of,
     dtype_of,
     initialise,
     keep_in_float32,
@@ -176,11 +178,7 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
                 source, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(
-                f"{str(source)!r}: transformers cannot read its config.json "
-                f"({str(error).partition(chr(10))[0]}); code of a folder is never run: make the "
-                "model by yourself, on the meta device, and give memtile.plan that"
-            ) from error
+            raise ArgumentError(_why_no_config(folder, error)) from error
     if not isinstance(config, transformers.PretrainedConfig):
         return None
     refuse_quantized(config.to_dict(), type(config).__name__ if folder is None else folder)
@@ -191,15 +189,28 @@ def _empty(source: object, dtype: torch.dtype | None) -> nn.Module | None:
     return model
 
 
+def _why_no_config(folder: Path, error: Exception) -> str:
+    code = code_of(folder)
+    if code and "trust_remote_code" in str(error):
+        return (
+            f"{str(folder)!r} needs Python code from that folder, and none is run here: {code}; "
+            "read it, and give memtile.plan the model that memtile.empty_model makes of it: "
+            "AutoConfig.from_pretrained and AutoModel….from_config, with trust_remote_code=True"
+        )
+    return (
+        f"{str(folder)!r}: transformers cannot read its config.json "
+        f"({str(error).partition(chr(10))[0]}): take another copy of it"
+    )
+
+
 def _factory(config: Any, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    """Makes the class that the config names, or else a causal language model where possible."""
+    """Makes the class that the config names, or else one that writes text where possible."""
     import transformers
 
     named = architecture(config)
     if named is not None:
         return lambda: named._from_config(config, dtype=dtype)
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    kind: Any = auto_class(config) or transformers.AutoModel
     return lambda: kind.from_config(config, dtype=dtype, trust_remote_code=False)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memtile.checkpoints.opening import way_to
 from memtile.convert import (
     Cut,
     TilingDecision,
@@ -113,9 +114,9 @@ def _model_of(source: object, dtype: torch.dtype | None) -> nn.Module:
         _check_model(source, dtype)
         return source
     if isinstance(source, str | os.PathLike) and not (Path(source) / "config.json").is_file():
-        raise ArgumentError(
-            f"{str(source)!r} holds no config.json; give a folder that save_pretrained wrote"
-        )
+        place, way_out = Path(source), "give a folder that save_pretrained wrote"
+        way_out = way_out if place.exists() else way_to(place, way_out)
+        raise ArgumentError(f"{str(source)!r} holds no config.json; {way_out}")
     for integration in integrations(imported_only=False):
         model = integration.empty(source, dtype)
         if model is not None:
