@@ -81,15 +81,17 @@ def test_adapter_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
             assert torch.equal(parameter, expected[name])
 
 
-def test_merging_needs_the_dense_model_and_untile_gives_it() -> None:
-    """Merging writes the base weight, which has no memory while tiled; untiled it works."""
+@pytest.mark.parametrize("home", [None, "disk"])
+def test_merging_writes_the_tiles_of_the_base(home: str | None) -> None:
+    """Merged weights are those of the dense model, bit for bit, and ties are kept."""
     model = wrapped()
-    expected = model(**inputs("llama-tied")).logits
-    memtile.tile(model, out_splits=3)
+    dense = copy.deepcopy(model).merge_and_unload()
+    memtile.tile(model, out_splits=3, home=home)
 
-    with pytest.raises(memtile.errors.HandleError, match=r"weight\.data: 'add_' is refused"):
-        model.merge_and_unload()
-    memtile.untile(model)
     merged = model.merge_and_unload()
 
-    torch.testing.assert_close(merged(**inputs("llama-tied")).logits, expected)
+    assert merged.config.tie_word_embeddings
+    state = dict(memtile.dense_state_dict(merged))
+    assert state.keys() == dense.state_dict().keys()
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(state[name], tensor), name

@@ -279,17 +279,18 @@ def test_names_of_every_form_load() -> None:
     assert list(tiled.state_dict()) == [f"embeddings.{o}.weight" for o in range(5)]
 
 
-def test_writing_to_the_handle_is_refused() -> None:
-    """The weight that a read gives has no memory to write."""
-    _, tiled = pair(5)
+def test_writing_to_the_handle_reaches_the_tiles() -> None:
+    """Rows are drawn as the dense embedding's; another weight is refused."""
+    dense, tiled = pair(5)
 
-    for write in (
-        lambda: tiled.weight.fill_(1),
-        lambda: nn.init.normal_(tiled.weight),
-        lambda: setattr(tiled, "weight", nn.Parameter(torch.zeros(ROWS, WIDTH))),
-    ):
-        with pytest.raises(HandleError):
-            write()
+    for embedding in (dense, tiled):
+        torch.manual_seed(1)
+        nn.init.normal_(embedding.weight)
+        embedding.weight.data[3].zero_()
+
+    assert torch.equal(tiled.weight, dense.weight)
+    with pytest.raises(HandleError):
+        tiled.weight = nn.Parameter(torch.zeros(ROWS, WIDTH))
 
 
 def test_to_embedding_keeps_everything() -> None:

@@ -11,6 +11,7 @@ from memtile.convert import Integration, Naming, dense_items, naming_of, persist
 from memtile.integrations.saving import loaded_class, with_tiles
 from memtile.layers import TiledModule
 
+_MERGING = "_unload_and_optionally_merge"
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
 _COPY = "it is PEFT's own copy, trained and saved with the adapter under its dense names"
 _STACK = "PEFT adapts it, and reads it from the parameter itself"
@@ -43,10 +44,26 @@ def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def patch_peft() -> None:
-    """Have `save_pretrained` of a PEFT model with tiles in its base write dense names."""
+    """Have PEFT models with tiles in their base save dense names, and merge adapters into tiles."""
     cls = loaded_class("peft.peft_model", "PeftModel")
     if cls != ():
         with_tiles(cls, "save_pretrained", _save_pretrained)
+    tuner = loaded_class("peft.tuners.tuners_utils", "BaseTuner")
+    if hasattr(tuner, _MERGING):
+        with_tiles(tuner, _MERGING, _merge)
+
+
+def _merge(original: Callable[..., Any], tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Merge and unload, without PEFT's look at the addresses of tied weights: tiles stay tied."""
+    config = getattr(tuner.model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return original(tuner, *args, **kwargs)
+    assert config is not None
+    config.tie_word_embeddings = False
+    try:
+        return original(tuner, *args, **kwargs)
+    finally:
+        config.tie_word_embeddings = True
 
 
 def _save_pretrained(

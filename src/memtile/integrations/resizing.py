@@ -93,7 +93,7 @@ def _resized(
     _refuse_special_tiles(layer)
     trains, ties = layer.weight.requires_grad, layer.tied_layers()
     dense = layer.to_dense()
-    dense.weight.grad = None  # type: ignore[union-attr]  # a parameter; of the old shape
+    dense.weight.grad = None  # of the old shape
     dense = resize(dense)
     for parameter in dense.parameters():
         parameter.requires_grad_(trains)

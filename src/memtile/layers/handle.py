@@ -192,6 +192,11 @@ class DenseHandle(Tensor):
         """Whether both handles stand for the same tiles."""
         return self.is_of_tiles(other._tiles())
 
+    def is_same_memory(self, other: "DenseHandle") -> bool:
+        """Whether both are one dense tensor, with or without a graph."""
+        is_whole = not (self._views or other._views) and self._of_gradient == other._of_gradient
+        return is_whole and self.stands_for_same(other)
+
     def _gradient(self) -> "DenseHandle | None":
         if not self.is_parameter or any(tile.grad is None for tile in self._tiles()):
             return None
@@ -314,6 +319,8 @@ def _set(handle: DenseHandle, name: str, value: Any) -> Any:
     if name == "grad" and value is None and handle.is_parameter:
         return handle.drop_gradient()
     if name == "data" and handle.is_parameter and isinstance(value, Tensor):
+        if isinstance(value, DenseHandle) and handle.is_same_memory(value):
+            return None  # what `weight.data += …` assigns at its end
         if (value.shape, value.dtype) == (handle.shape, handle.dtype):
             return handle.write_back(_assembled(value))
         name = f"data = {tuple(value.shape)} {value.dtype}"
