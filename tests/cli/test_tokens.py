@@ -85,8 +85,9 @@ def test_pieces_give_the_tokens_of_the_whole(kind):
     tokenizer, text = trained(kind), some_text(5 * OVERLAP + 77, seed=1)
 
     found = joined(text, tokenizer, OVERLAP + 131)
+    threads = list(chain(*document_tokens(pieces_of(text, OVERLAP + 131), tokenizer, 3)))
 
-    assert found == tokenizer(text).input_ids
+    assert found == threads == tokenizer(text).input_ids
 
 
 @pytest.mark.parametrize(

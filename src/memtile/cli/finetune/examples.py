@@ -4,10 +4,11 @@ A token that does not count in the loss is given as its complement, ~id.
 """
 
 import json
+import os
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, Final
 
 from memtile.cli.errors import CommandError, first_line
@@ -16,8 +17,9 @@ from memtile.cli.finetune.tokens import document_tokens
 
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _MARKS: Final = re.compile(r"{%-?\s*generation\s*-?%}")
-_TOGETHER: Final = 64  # texts that are tokenized at once, in several threads
+_TOGETHER: Final = 64  # texts or conversations that are tokenized at once, in several threads
 _LONG: Final = 1 << 14  # characters, from which on a text is tokenized in pieces
+_THREADS: Final = 16  # each holds a piece with some hundred bytes a token
 _PIECE: Final = 1 << 16
 
 Tokenizer = Any  # of transformers, which is not imported to name its type
@@ -34,7 +36,7 @@ def encoder(
         return lambda rows: _texts(rows, tokenizer)
     if columns == ("messages",):
         _check_template(tokenizer)
-        return lambda rows: ((_conversation(row, tokenizer), True) for row in rows)
+        return lambda rows: ((ids, True) for ids in _conversations(rows, tokenizer))
     return lambda rows: ((_pair(row, tokenizer), True) for row in rows)
 
 
@@ -62,7 +64,7 @@ def _texts(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[Part]:
 
 def document(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[Part]:
     """The tokens of a text that is given piece by piece."""
-    for ids in document_tokens(pieces, tokenizer):
+    for ids in document_tokens(pieces, tokenizer, min(os.cpu_count() or 1, _THREADS)):
         yield ids, False
     yield [], True
 
@@ -121,29 +123,54 @@ def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 # Conversations
 
 
-def _conversation(row: Row, tokenizer: Tokenizer) -> list[int]:
+def _conversations(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """The assistant's turns count: what the template marks, else what it renders for each."""
-    messages = _messages(row, "messages")
-    if _MARKS.search(tokenizer.get_chat_template(tools=_tools(row))):
-        with _refusing(row):
-            found = tokenizer.apply_chat_template(
-                messages,
-                tools=_tools(row),
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"verbose": False},
-            )
-        return [
-            id if counts else ~id
-            for id, counts in zip(found["input_ids"], found["assistant_masks"], strict=True)
-        ]
-    text = _rendered(messages, row, tokenizer)
-    spans = list(_spans(text, messages, row, tokenizer))
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [
-        id if any(start < end and begin < stop for begin, end in spans) else ~id
-        for id, (start, stop) in zip(found.input_ids, found.offset_mapping, strict=True)
-    ]
+    rows = iter(rows)
+    while group := list(islice(rows, _TOGETHER)):
+        tools = [_tools(row) for row in group]
+        if not all(_MARKS.search(tokenizer.get_chat_template(tools=each)) for each in tools):
+            yield from _unmarked(group, tokenizer)
+        elif any(tools):  # of each row its own
+            for row in group:
+                yield from _marked([row], tokenizer)
+        else:
+            yield from _marked(group, tokenizer)
+
+
+def _marked(group: list[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Of a template with marks; the tools are those of the first row."""
+    messages = [_messages(row, "messages") for row in group]
+    try:
+        found = tokenizer.apply_chat_template(
+            messages,
+            tools=_tools(group[0]),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+    except Exception as error:  # a template may raise any
+        if len(group) == 1:
+            raise _refusal(group[0], error) from error
+        for row in group:  # which of them it is
+            yield from _marked([row], tokenizer)
+        return
+    for ids, marks in zip(found["input_ids"], found["assistant_masks"], strict=True):
+        yield [id if mark else ~id for id, mark in zip(ids, marks, strict=True)]
+
+
+def _unmarked(group: list[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """A token counts that has a character of a turn, as in transformers."""
+    messages = [_messages(row, "messages") for row in group]
+    texts = [_rendered(each, row, tokenizer) for each, row in zip(messages, group, strict=True)]
+    found = tokenizer(texts, add_special_tokens=False, verbose=False)
+    for number, row in enumerate(group):
+        ids, place = found.input_ids[number], found.encodings[number].token_to_chars
+        tokens, counted = range(len(ids)), [~id for id in ids]
+        for begin, end in _spans(texts[number], messages[number], row, tokenizer):
+            first = bisect_right(tokens, begin, key=lambda token: place(token)[1])
+            last = bisect_left(tokens, end, key=lambda token: place(token)[0])
+            counted[first:last] = ids[first:last]
+        yield counted
 
 
 def _spans(
@@ -173,23 +200,20 @@ def _rendered(
     messages: list[Message], row: Row, tokenizer: Tokenizer, *, reply: bool = False
 ) -> str:
     """The text of messages, with the header of the assistant's `reply` if it is to follow."""
-    with _refusing(row):
+    try:
         text: str = tokenizer.apply_chat_template(
             messages, tools=_tools(row), tokenize=False, add_generation_prompt=reply
         )
+    except Exception as error:  # a template may raise any
+        raise _refusal(row, error) from error
     return text
 
 
-@contextmanager
-def _refusing(row: Row) -> Iterator[None]:
-    """Turns what a template raises into one sentence: it may be of any kind."""
-    try:
-        yield
-    except Exception as error:
-        raise CommandError(
-            f"{row.place}: the chat template refuses its messages ({first_line(error)}): change "
-            "them, or the template in MODEL."
-        ) from error
+def _refusal(row: Row, error: Exception) -> CommandError:
+    return CommandError(
+        f"{row.place}: the chat template refuses its messages ({first_line(error)}): change them, "
+        "or the template in MODEL."
+    )
 
 
 def _check_template(tokenizer: Tokenizer) -> None:

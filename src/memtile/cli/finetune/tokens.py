@@ -11,7 +11,8 @@ import weakref
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,20 +30,49 @@ _HEAD: Final = 1000  # characters that are tokenized to see what a tokenizer add
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Tokens, and the character of the document at which each begins."""
+    """Tokens of a window, from the `first` on.
+
+    Where they begin is asked of those near a joint: of all, it takes as long as to tokenize.
+    """
 
     ids: list[int]
-    starts: list[int]
+    window_begin: int
+    encoding: Any  # of tokenizers, which is not imported to name its type
+    first: int = 0
 
-    def around(self, index: int) -> tuple[list[int], list[int]]:
+    def start(self, index: int) -> int:
+        """The character of the document at which a token begins."""
+        start, _ = self.encoding.token_to_chars(index)
+        return self.window_begin + int(start)
+
+    def at(self, character: int) -> int:
+        """The first token that begins there or later."""
+        return bisect_left(range(len(self.ids)), character, self.first, key=self.start)
+
+    def around(self, index: int) -> list[tuple[int, int]]:
         """The tokens near an index, and where they begin."""
-        near = slice(max(0, index - _ALIKE), index + _ALIKE)
-        return self.ids[near], self.starts[near]
+        near = range(max(self.first, index - _ALIKE), min(index + _ALIKE, len(self.ids)))
+        return [(self.ids[each], self.start(each)) for each in near]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A piece with the end of the text before it."""
+
+    text: str
+    begin: int  # in the document
+    shared: int  # characters that the window before has too
+
+    @property
+    def alone(self) -> "_Window":
+        """The piece without what is shared."""
+        return _Window(self.text[self.shared :], self.begin + self.shared, 0)
 
 
 def document_tokens(
     pieces: Iterable[str],
     tokenizer: Any,  # of transformers, which is not imported to name its type
+    together: int = 1,
 ) -> Iterator[list[int]]:
     """The tokens of one document, piece by piece: the same as tokenized whole.
 
@@ -50,10 +80,11 @@ def document_tokens(
     the tokenizer has one and does not add it itself. A word that is longer than half the overlap
     may be cut where a piece ends. A tokenizer that is written in Python does not say where its
     tokens begin: it gets the document in pieces that end with a line. All pieces but the last must
-    be longer than the overlap.
+    be longer than the overlap. So many pieces `together` are tokenized in threads.
     """
     after: list[int] | None = None
-    for text, ids in _joined(pieces, tokenizer) if tokenizer.is_fast else _lines(pieces, tokenizer):
+    found = _joined(pieces, tokenizer, together) if tokenizer.is_fast else _lines(pieces, tokenizer)
+    for text, ids in found:
         if after is None:
             before, after = _put_around(text[:_HEAD], tokenizer)
             yield before
@@ -62,34 +93,48 @@ def document_tokens(
     yield [*(after or []), *([] if end is None or end in (after or [])[-1:] else [end])]
 
 
-def _joined(pieces: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
-    held, window, begin = _Encoded([], []), "", 0
+def _joined(
+    pieces: Iterable[str], tokenizer: Any, together: int
+) -> Iterator[tuple[str, list[int]]]:
+    held, text = _Encoded([], 0, None), ""
+    windows = _windows(pieces)
+    while group := list(islice(windows, together)):
+        for window, found in zip(group, _encoded(group, tokenizer), strict=True):
+            text = window.text
+            joint = _joint(held, found, window.begin + window.shared // 2)
+            if joint is None:  # nothing shared, or one word
+                stop, go_on = len(held.ids), 0
+                found = _encoded([window.alone], tokenizer)[0] if window.shared else found
+            else:
+                stop, go_on = joint
+            yield text, held.ids[held.first : stop]
+            held = replace(found, first=go_on)
+    yield text, held.ids[held.first :]
+
+
+def _windows(pieces: Iterable[str]) -> Iterator[_Window]:
+    text, begin = "", 0
     for piece in pieces:
-        shared = window[-OVERLAP:]
-        begin += len(window) - len(shared)
-        window = shared + piece
-        found = _encoded(window, begin, tokenizer)
-        joint = _joint(held, found, begin + len(shared) // 2)
-        if joint is None:  # nothing shared, or one word
-            stop, go_on = len(held.ids), 0
-            found = _encoded(piece, begin + len(shared), tokenizer) if shared else found
-        else:
-            stop, go_on = joint
-        yield window, held.ids[:stop]
-        held = _Encoded(found.ids[go_on:], found.starts[go_on:])
-    yield window, held.ids
+        shared = text[-OVERLAP:]
+        begin += len(text) - len(shared)
+        text = shared + piece
+        yield _Window(text, begin, len(shared))
 
 
-def _encoded(text: str, begin: int, tokenizer: Any) -> _Encoded:
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return _Encoded(found.input_ids, [begin + start for start, _ in found.offset_mapping])
+def _encoded(windows: list[_Window], tokenizer: Any) -> list[_Encoded]:
+    texts = [window.text for window in windows]
+    found = tokenizer(texts, add_special_tokens=False, verbose=False)
+    return [
+        _Encoded(ids, window.begin, encoding)
+        for window, ids, encoding in zip(windows, found.input_ids, found.encodings, strict=True)
+    ]
 
 
 def _joint(old: _Encoded, new: _Encoded, middle: int) -> tuple[int, int] | None:
     """The first place from the middle on where both have the same tokens: an index into each."""
-    for i in range(max(1, bisect_left(old.starts, middle)), len(old.ids) - _ALIKE + 1):
-        j = bisect_left(new.starts, old.starts[i])
-        if old.starts[i - 1] < old.starts[i] and old.around(i) == new.around(j):
+    for i in range(max(old.first + 1, old.at(middle)), len(old.ids) - _ALIKE + 1):
+        j = new.at(old.start(i))
+        if old.start(i - 1) < old.start(i) and old.around(i) == new.around(j):
             return i, j
     return None
 
