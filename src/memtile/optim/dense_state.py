@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
 from memtile.homes import allocate_copy, evict, reservation_of, streamed_allocation, tensor_of
-from memtile.optim.stepping import is_shaped
+from memtile.optim.state_layout import is_shaped
 
 Index = tuple[int, int]
 ParamGroup = dict[str, Any]  # torch's own: holds whatever the optimizer's class wants

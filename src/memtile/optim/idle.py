@@ -23,7 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memtile.homes import is_parked, streamed_allocation
 from memtile.optim.dense_state import Index, ParamGroup
 from memtile.optim.interrupts import uninterrupted
-from memtile.optim.stepping import Options, Runs, Stepper
+from memtile.optim.state_layout import Options
+from memtile.optim.stepping import Runs, Stepper
 from memtile.transfer import SLABS, gradient_lock, put_off_idle_steps, rings_of
 
 # Runs of different options that a stack remembers, 120 bytes each and the options, 1 KiB, that all
@@ -156,7 +157,7 @@ class IdleSteps:
         """What was owed is applied."""
         if self._is_orphaned:
             put_off_idle_steps(parameter, None)
-            for table in (self._stacks, self._done, self._stepper.state):
+            for table in (self._stacks, self._done, self._stepper.layout.state):
                 del table[parameter]
         elif parameter in self._stacks:
             self._done[parameter] = self._stacks[parameter].steps
@@ -236,8 +237,9 @@ class IdleSteps:
     def outlive_optimizer(self) -> None:
         """Keep, for as long as their parameters live, the state of those that owe something."""
         behind = [parameter for parameter in self._stacks if self._is_behind(parameter)]
-        state = {parameter: self._stepper.state[parameter] for parameter in behind}
-        self._stepper = replace(self._stepper, state=_weak(state), model=nn.Module())
+        state = {parameter: self._stepper.layout.state[parameter] for parameter in behind}
+        layout = replace(self._stepper.layout, state=_weak(state))
+        self._stepper = Stepper(layout, nn.Module())  # the model has names for errors of gradients
         self._stacks = _weak({parameter: self._stacks[parameter] for parameter in behind})
         self._done = _weak({parameter: self._done[parameter] for parameter in behind})
         self._tiles, self._is_orphaned = {}, True

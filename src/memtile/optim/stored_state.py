@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from memtile.errors import OptimizerError
 from memtile.homes import allocation_of, reservation_of, streamed_allocation, tensor_of
 from memtile.optim.dense_state import DenseParameter, Part, by_group
-from memtile.optim.stepping import MASTER, ParameterState, is_shaped
+from memtile.optim.state_layout import MASTER, ParameterState, is_shaped
 from memtile.optim.tile_optimizer import TileOptimizer
 
 
@@ -110,7 +110,7 @@ def kept_state(
 def stepped_dtype(optimizer: Optimizer, parameter: Tensor) -> torch.dtype:
     """The dtype that a parameter is stepped in, which is also that of its moments."""
     if isinstance(optimizer, TileOptimizer):
-        return optimizer._stepper.stepped_dtype(parameter)
+        return optimizer._layout.stepped_dtype(parameter)
     return parameter.dtype
 
 
