@@ -19,17 +19,21 @@ from memtile.geometry import partition_uniform
 from memtile.layers import StackOwner, TiledStack
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "num_experts")
+_PARALLEL = ("transformers.models.jetmoe.modeling_jetmoe", "JetMoeParallelExperts")
 _USED = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def stacks_of(module: nn.Module) -> Mapping[str, Stack]:
     """The stacks of experts among a module's own parameters."""
+    if _is_parallel(module) and "weight" in module._parameters:
+        experts = module._parameters["weight"].shape[0]  # type: ignore[union-attr]  # not None
+        return {"weight": Stack(TiledParallelExperts, False, experts, False)}
     if any(mark not in vars(module) for mark in _MARKS):
         return {}
     known: Any = module  # as transformers' decorator leaves it
     used = (getattr(known.config, name, None) for name in _USED)
     at_most = next((count for count in used if isinstance(count, int)), known.num_experts)
-    reads_values = known.config._experts_implementation != "batched_mm"  # or mm of meta fails
+    reads_values = known.config._experts_implementation not in ("batched_mm", "grouped_mm")
     stack = Stack(TiledExperts, bool(known.is_transposed), at_most, reads_values)
     found = {name: module._parameters.get(name) for name in _names(known)}
     return {name: stack for name, p in found.items() if p is not None and p.dim() == 3}
@@ -37,6 +41,23 @@ def stacks_of(module: nn.Module) -> Mapping[str, Stack]:
 
 def _names(module: Any) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    """Whether it is a stack alone, called with rows that are grouped by expert (JetMoE)."""
+    cls = getattr(module, "dense_class", type(module))
+    return (cls.__module__, cls.__name__) == _PARALLEL
+
+
+class TiledParallelExperts(StackOwner):
+    """The forward of a `JetMoeParallelExperts` whose weight is in tiles."""
+
+    weight: TiledStack
+
+    def forward(self, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:
+        """(N, out) of rows (N, in) that are grouped by expert, so many for each."""
+        result: Tensor = self.weight(inputs, expert_size)
+        return result
 
 
 class TiledExperts(StackOwner):
@@ -120,12 +141,13 @@ class _Experts:
     def __init__(self, module: Any) -> None:  # as transformers' decorator leaves it
         self.module = module
         self.names = _names(module)
-        self.stacks = [module._modules.get(name) for name in self.names]
-        self.calls_all = any(s.calls_all for s in self.stacks if isinstance(s, TiledStack))
+        held: dict[str, Any] = {name: getattr(module, name) for name in self.names}
+        self.stacks = {name: s for name, s in held.items() if isinstance(s, TiledStack)}
+        self.calls_all = any(stack.calls_all for stack in self.stacks.values())
         self.matrices: dict[str, tuple[Tensor, ...]] = {
             name: (weight.mT if module.is_transposed else weight).unbind(0)
-            for name in self.names
-            if (weight := module._parameters.get(name)) is not None
+            for name, weight in held.items()
+            if name not in self.stacks
         }
         self.biases: dict[str, tuple[Tensor, ...]] = {
             name: getattr(module, f"{name}_bias").unbind(0) if module.has_bias else ()
@@ -134,10 +156,8 @@ class _Experts:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Runs of experts (first, stop) that tiles of both stacks begin and end with."""
-        tiled = [stack for stack in self.stacks if isinstance(stack, TiledStack)]
-        bounds = set(range(self.module.num_experts + 1)) if tiled else {self.module.num_experts}
-        for stack in tiled:
-            bounds &= {span.stop for span, _ in stack.units}
+        stops = [{span.stop for span, _ in stack.units} for stack in self.stacks.values()]
+        bounds = set.intersection(*stops) if stops else {self.module.num_experts}
         return pairwise(sorted({0, *bounds}))
 
     def __call__(self, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
@@ -147,14 +167,15 @@ class _Experts:
         x = self._product(up, x, counts, first)
         x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
         x = self._product(down, x, counts, first)
-        return module.post_expert_norm(x) if module.has_post_expert_norm else x
+        y: Tensor = module.post_expert_norm(x) if module.has_post_expert_norm else x
+        return y
 
     def _product(self, name: str, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
-        stack, last = self.module._modules.get(name), first + len(counts)
-        if stack is None:
-            y = ops.grouped_linear(x, self.matrices[name][first:last], counts)
+        last = first + len(counts)
+        if name in self.stacks:
+            y = self.stacks[name](x, counts, first)
         else:
-            y = stack(x, counts, first)
+            y = ops.grouped_linear(x, self.matrices[name][first:last], counts)
         pairs = zip(self.biases[name][first:last], counts, strict=False)
         biases = [bias.expand(count, -1) for bias, count in pairs if count]
         return y + torch.cat(biases).to(y.dtype) if biases else y

@@ -180,6 +180,15 @@ class TiledStack(TiledModule):
         """The matrix (E·R, C) of the stack (E, R, C), or back."""
         return tensor.flatten(0, 1) if tensor.dim() == 3 else tensor.unflatten(0, (-1, self.rows))
 
+    def dense_gradient(self, name: str) -> Tensor | None:
+        """The gradient (E, R, C), zero where experts had no tokens; None while no tile has one."""
+        tiles = self.tile_parameters(name)
+        if all(tile.grad is None for tile in tiles.values()):
+            return None
+        zeros = {i: p.detach().new_zeros(1).expand(p.shape) for i, p in tiles.items()}
+        grads = {i: zeros[i] if p.grad is None else p.grad for i, p in tiles.items()}
+        return self.assemble(name, grads)
+
     @classmethod
     def from_stack(
         cls,
