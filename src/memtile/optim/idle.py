@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memtile.homes import is_parked, streamed_allocation
 from memtile.optim.dense_state import Index, ParamGroup
 from memtile.optim.interrupts import uninterrupted
-from memtile.optim.state_layout import Options
+from memtile.optim.state_layout import Options, equal
 from memtile.optim.stepping import Runs, Stepper
 from memtile.transfer import SLABS, gradient_lock, put_off_idle_steps, rings_of
 
@@ -184,7 +184,7 @@ class IdleSteps:
         """The group's options now; the same object while they do not change."""
         now = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         latest = self._latest.get(id(group))
-        if latest is None or not _equal(latest, now):
+        if latest is None or not equal(latest, now):
             latest = self._latest[id(group)] = copy.deepcopy(now)
         return latest
 
@@ -252,12 +252,3 @@ def _weak(table: Mapping[Tensor, Any]) -> MutableMapping[Tensor, Any]:
     """The same table, which keeps no key alive."""
     weak: MutableMapping[Tensor, Any] = WeakIdKeyDictionary(table)
     return weak
-
-
-def _equal(ours: Any, theirs: Any) -> bool:
-    """Whether two values of options are the same."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        return ours.keys() == theirs.keys() and all(_equal(ours[k], theirs[k]) for k in ours)
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    return type(ours) is type(theirs) and bool(ours == theirs)

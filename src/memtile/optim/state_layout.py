@@ -90,3 +90,12 @@ class StateLayout:
 def is_shaped(entry: object, parameter: Tensor) -> bool:
     """Whether a state entry has an element for each element of the parameter."""
     return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape
+
+
+def equal(ours: Any, theirs: Any) -> bool:
+    """Whether two options, or two entries of states, are the same: of one type, and equal."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        return ours.keys() == theirs.keys() and all(equal(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    return type(ours) is type(theirs) and bool(ours == theirs)
