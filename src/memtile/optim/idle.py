@@ -66,7 +66,7 @@ class _Stack:
             if end > done
         ]
 
-    def forget(self, done: int) -> None:
+    def drop_runs(self, done: int) -> None:
         """Drop the options of the first `done` steps."""
         kept = [run for run, (end, _) in pairwise(self.runs) if end > done]
         self.runs = [*kept, *self.runs[-1:]]
@@ -145,7 +145,7 @@ class IdleSteps:
         tiles = self._tiles[stack]
         self.catch_up([p for p in tiles if not p.requires_grad or self._done[p] < oldest])
         if is_full:
-            stack.forget(min(self._done[parameter] for parameter in tiles))
+            stack.drop_runs(min(self._done[parameter] for parameter in tiles))
 
     def owed(self, parameter: Tensor) -> Runs:
         """The idle steps that are to be applied before the parameter's next one."""
