@@ -24,7 +24,7 @@ from small_training import MODES, Lion, same
 
 import memtile
 from memtile import DiskHome, TileOptimizer
-from memtile.errors import ArgumentError, HomeIOError, ParkedError
+from memtile.errors import ArgumentError, HomeIOError, OptimizerError, ParkedError
 from memtile.homes import allocation_of
 from memtile.optim import idle
 from memtile.transfer import catch_up, rings_of
@@ -176,8 +176,8 @@ def test_a_stack_without_any_gradient_is_not_stepped(home):
 
 
 @pytest.mark.parametrize("home", ROUTED_HOMES)
-def test_skipped_experts_stay_as_they_are(home):
-    """With idle="skip" an expert without a gradient is neither moved nor counted."""
+def test_skipped_experts_stay_as_they_are(home, tmp_path):
+    """With idle="skip" an expert without a gradient is not moved; only weights can be saved."""
     model = routed(home)
     optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1, idle="skip")
     before = [tile.detach().clone() for tile in tiles_of(model)]
@@ -188,6 +188,11 @@ def test_skipped_experts_stay_as_they_are(home):
     assert [torch.equal(*pair) for pair in zip(before, tiles_of(model), strict=True)] == [
         True, False, True, True, True,
     ]  # fmt: skip
+    with pytest.raises(OptimizerError, match="there is no dense state of it"):
+        optimizer.state_dict()
+    with pytest.raises(OptimizerError, match="idle='skip' only the weights can be saved"):
+        memtile.save_training(tmp_path, model, optimizer, step=3)
+    memtile.save_checkpoint(model, tmp_path)
     with pytest.raises(ArgumentError, match="idle='sparse' must be 'replay'"):
         TileOptimizer(model, torch.optim.AdamW, idle="sparse")
 

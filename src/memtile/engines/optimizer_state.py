@@ -30,7 +30,7 @@ from memtile.convert.optimizer_file import (
 )
 from memtile.engines.dense_views import view_of
 from memtile.errors import CheckpointError
-from memtile.optim import DenseParameter, Part, dense_parameters, stepping, stored_state
+from memtile.optim import DenseParameter, Part, dense_parameters, state_layout, stored_state
 
 State = dict[str, Any]  # of an optimizer: whatever its class keeps
 Json = dict[str, Any]  # of the record: whatever JSON it has
@@ -70,7 +70,7 @@ class OptimizerState:
 
     def is_shaped(self, entry: object, parameter: Tensor) -> bool:
         """Whether an entry has an element for each of a parameter's."""
-        return stepping.is_shaped(entry, parameter)
+        return state_layout.is_shaped(entry, parameter)
 
     def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """The dtype that a parameter is stepped in, and its moments have."""

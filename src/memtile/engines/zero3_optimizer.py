@@ -22,7 +22,7 @@ from memtile.engines.zero3_values import (
 from memtile.errors import CheckpointError, OptimizerError
 from memtile.layers import whole_shape
 from memtile.optim import DenseParameter, Part, stored_state
-from memtile.optim.stepping import MASTER
+from memtile.optim.state_layout import MASTER
 
 _WAY_OUT = "save and load it with engine.save_checkpoint and engine.load_checkpoint"
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from memtile.errors import OptimizerError
 from memtile.geometry import Rect
 from memtile.homes import allocate_copy, evict, reservation_of, streamed_allocation, tensor_of
-from memtile.optim.stepping import is_shaped
+from memtile.optim.state_layout import equal, is_shaped
 
 Index = tuple[int, int]
 ParamGroup = dict[str, Any]  # torch's own: holds whatever the optimizer's class wants
@@ -166,12 +166,26 @@ def _join(dense: DenseParameter, states: Mapping[nn.Parameter, Any]) -> dict[str
             "there is no dense state of it yet; step the others too"
         )
     first = states[dense.parts[0].parameter]
+    for key, entry in first.items():
+        own = (states[part.parameter].get(key) for part in dense.parts)
+        if not is_shaped(entry, dense.parts[0].parameter) and not all(equal(entry, e) for e in own):
+            raise uneven(dense, key)
     return {
         key: _joined_entry(dense, key, entry, states)
         if is_shaped(entry, dense.parts[0].parameter)
         else copy.deepcopy(entry)
         for key, entry in first.items()
     }
+
+
+def uneven(dense: DenseParameter, key: str) -> OptimizerError:
+    """The error for tiles of which some were stepped more often than others."""
+    return OptimizerError(
+        f"{dense.name}: {key!r} is not the same for all of its tiles, since some were stepped more "
+        "often than others, so there is no dense state of it; give all of them a gradient before "
+        "each step. Experts are stepped equally often with TileOptimizer(…, idle='replay'); of a "
+        "run with idle='skip' only the weights can be saved, with memtile.save_checkpoint"
+    )
 
 
 def _joined_entry(

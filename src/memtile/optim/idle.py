@@ -23,7 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from memtile.homes import is_parked, streamed_allocation
 from memtile.optim.dense_state import Index, ParamGroup
 from memtile.optim.interrupts import uninterrupted
-from memtile.optim.stepping import Options, Runs, Stepper
+from memtile.optim.state_layout import Options, equal
+from memtile.optim.stepping import Runs, Stepper
 from memtile.transfer import SLABS, gradient_lock, put_off_idle_steps, rings_of
 
 # Runs of different options that a stack remembers, 120 bytes each and the options, 1 KiB, that all
@@ -65,7 +66,7 @@ class _Stack:
             if end > done
         ]
 
-    def forget(self, done: int) -> None:
+    def drop_runs(self, done: int) -> None:
         """Drop the options of the first `done` steps."""
         kept = [run for run, (end, _) in pairwise(self.runs) if end > done]
         self.runs = [*kept, *self.runs[-1:]]
@@ -144,7 +145,7 @@ class IdleSteps:
         tiles = self._tiles[stack]
         self.catch_up([p for p in tiles if not p.requires_grad or self._done[p] < oldest])
         if is_full:
-            stack.forget(min(self._done[parameter] for parameter in tiles))
+            stack.drop_runs(min(self._done[parameter] for parameter in tiles))
 
     def owed(self, parameter: Tensor) -> Runs:
         """The idle steps that are to be applied before the parameter's next one."""
@@ -156,7 +157,7 @@ class IdleSteps:
         """What was owed is applied."""
         if self._is_orphaned:
             put_off_idle_steps(parameter, None)
-            for table in (self._stacks, self._done, self._stepper.state):
+            for table in (self._stacks, self._done, self._stepper.layout.state):
                 del table[parameter]
         elif parameter in self._stacks:
             self._done[parameter] = self._stacks[parameter].steps
@@ -183,7 +184,7 @@ class IdleSteps:
         """The group's options now; the same object while they do not change."""
         now = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         latest = self._latest.get(id(group))
-        if latest is None or not _equal(latest, now):
+        if latest is None or not equal(latest, now):
             latest = self._latest[id(group)] = copy.deepcopy(now)
         return latest
 
@@ -236,8 +237,9 @@ class IdleSteps:
     def outlive_optimizer(self) -> None:
         """Keep, for as long as their parameters live, the state of those that owe something."""
         behind = [parameter for parameter in self._stacks if self._is_behind(parameter)]
-        state = {parameter: self._stepper.state[parameter] for parameter in behind}
-        self._stepper = replace(self._stepper, state=_weak(state), model=nn.Module())
+        state = {parameter: self._stepper.layout.state[parameter] for parameter in behind}
+        layout = replace(self._stepper.layout, state=_weak(state))
+        self._stepper = Stepper(layout, nn.Module())  # the model has names for errors of gradients
         self._stacks = _weak({parameter: self._stacks[parameter] for parameter in behind})
         self._done = _weak({parameter: self._done[parameter] for parameter in behind})
         self._tiles, self._is_orphaned = {}, True
@@ -250,12 +252,3 @@ def _weak(table: Mapping[Tensor, Any]) -> MutableMapping[Tensor, Any]:
     """The same table, which keeps no key alive."""
     weak: MutableMapping[Tensor, Any] = WeakIdKeyDictionary(table)
     return weak
-
-
-def _equal(ours: Any, theirs: Any) -> bool:
-    """Whether two values of options are the same."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        return ours.keys() == theirs.keys() and all(_equal(ours[k], theirs[k]) for k in ours)
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    return type(ours) is type(theirs) and bool(ours == theirs)

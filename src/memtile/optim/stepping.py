@@ -9,7 +9,7 @@ what it steps: of a whole tile they would cost memory, leave holes in the heap t
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any  # a state holds whatever the optimizer's class wants
@@ -17,7 +17,7 @@ from typing import Any  # a state holds whatever the optimizer's class wants
 import torch
 from torch import Tensor, nn
 
-from memtile.errors import NotFiniteError, OptimizerError
+from memtile.errors import NotFiniteError
 from memtile.homes import (
     Allocation,
     allocate_copy,
@@ -26,20 +26,21 @@ from memtile.homes import (
     streamed_allocation,
     tensor_of,
     trim_heap,
-    whole_pages,
 )
-from memtile.optim.slice_optimizer import ParameterSlice, SliceOptimizer
+from memtile.optim.slice_optimizer import ParameterSlice
+from memtile.optim.state_layout import (
+    MASTER,
+    Options,
+    ParameterState,
+    StateLayout,
+    is_shaped,
+)
 from memtile.transfer import Lease, rings_of
 
-MASTER = "master"
 VALUE, GRADIENT = "<value>", "<gradient>"  # no key of a state: those are identifiers
-SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 CHUNK_ELEMENTS = 1 << 18  # four float32 tensors of these are 4 MiB
 _TRIMMED_AFTER = 16 << 20  # bytes of parameters: to trim takes a fraction of a millisecond
 
-ParameterState = dict[str, Any]
-StateDtypes = dict[str, torch.dtype]
-Options = Mapping[str, Any]  # of a parameter group
 Runs = Sequence[tuple[Options, int]]  # idle steps, in order: with which options how many
 
 
@@ -64,28 +65,11 @@ class StepTensors:
 
 @dataclass(eq=False)
 class Stepper:
-    """Steps parameters one at a time; `keeps_masters`: those of 16 bits in float32."""
+    """Steps parameters one at a time."""
 
-    inner: SliceOptimizer  # the optimizer
-    state: MutableMapping[Tensor, ParameterState]  # torch.optim.Optimizer.state
-    keeps_masters: bool
+    layout: StateLayout  # the optimizer, and what it keeps
     model: nn.Module  # has the parameters' names, for errors
     _since_trim: int = 0  # bytes of parameters
-
-    def stepped_dtype(self, parameter: Tensor) -> torch.dtype:
-        """The dtype that the parameter is stepped in."""
-        wide = self.keeps_masters and parameter.dtype in SIXTEEN_BITS
-        return torch.float32 if wide else parameter.dtype
-
-    def drop_idle_master(self, parameter: Tensor, group: Options) -> None:
-        """Drop a loaded master of a parameter that is stepped in its own dtype."""
-        if MASTER in self.state[parameter] and MASTER not in self._dtypes(parameter, group):
-            del self.state[parameter][MASTER]
-
-    def state_rooms(self, parameter: Tensor, group: Options) -> list[int]:
-        """Bytes, in whole pages, of each tensor of the parameter's state, its master included."""
-        dtypes = self._dtypes(parameter, group).values()
-        return [whole_pages(parameter.numel() * each.itemsize) for each in dtypes]
 
     def allocations(self, parameter: Tensor, *, idle: bool = False) -> tuple[Allocation, ...]:
         """All allocations that a step of a parked parameter works on; of others none."""
@@ -157,7 +141,7 @@ class Stepper:
 
     def _apply(self, parameter: Tensor, work: StepTensors, runs: Runs) -> None:
         """Step what was brought in, a few rows at a time, and start writing it home."""
-        state, allocation = self.state[parameter], streamed_allocation(parameter)
+        state, allocation = self.layout.state[parameter], streamed_allocation(parameter)
         numbers = {key: entry for key, entry in state.items() if key not in work.tensors}
         kept: ParameterState = {}
         late: ParameterState = {}
@@ -195,7 +179,7 @@ class Stepper:
         The gradient is for the last step; those before it are idle.
         """
         value, gradient = views.pop(VALUE), views.pop(GRADIENT, None)
-        is_wide = self.stepped_dtype(value) != value.dtype
+        is_wide = self.layout.stepped_dtype(value) != value.dtype
         master = views.pop(MASTER, None) if is_wide else None
         if master is not None:
             _refresh(master, value, MASTER in new)
@@ -203,35 +187,13 @@ class Stepper:
         moments = {key: view for key, view in views.items() if key not in new}
         piece = ParameterSlice(target, target, {**copy.deepcopy(numbers), **moments})
         for options, piece.gradient in _gradients(runs, gradient, target):
-            self.inner.step([piece], options)
+            self.layout.inner.step([piece], options)
         for key, view in views.items():
             if piece.state[key] is not view:
                 view.copy_(piece.state[key])
         if master is not None:
             value.copy_(master)
         return {key: entry for key, entry in piece.state.items() if key not in views}
-
-    def _dtypes(self, parameter: Tensor, group: Options) -> StateDtypes:
-        """The dtypes of the parameter-shaped tensors in a parameter's state."""
-        dtype = self.stepped_dtype(parameter)
-        found = self.inner.state_dtypes(group, dtype) if parameter.dim() else {}
-        if dtype == parameter.dtype:
-            return found
-        if MASTER in found:
-            raise OptimizerError(
-                f"{self.inner.name} keeps {MASTER!r} itself, the name of the float32 values that "
-                "16-bit parameters are stepped in: pass masters=False"
-            )
-        return {**found, MASTER: dtype}
-
-    def _missing(self, parameter: Tensor, group: Options) -> StateDtypes:
-        """Those that are still to be made: all before the first step."""
-        state = self.state[parameter]
-        if set(state) - {MASTER}:  # a plain optimizer's state has all but a master
-            lacks_master = self.stepped_dtype(parameter) != parameter.dtype and MASTER not in state
-            return {MASTER: self.stepped_dtype(parameter)} if lacks_master else {}
-        dtypes = self._dtypes(parameter, group)
-        return {key: dtype for key, dtype in dtypes.items() if key not in state}
 
     @contextmanager
     def _brought_in(
@@ -243,7 +205,7 @@ class Stepper:
         in_iteration: bool,
     ) -> Iterator[StepTensors]:
         """The tensors of one step, or of several, in slabs where the parameter is parked."""
-        missing = self._missing(parameter, runs[0][0])
+        missing = self.layout.missing(parameter, runs[0][0])
         allocation, tensors = streamed_allocation(parameter), self._tensors(parameter, gradient)
         if allocation is None:
             made = {key: torch.empty_like(parameter, dtype=missing[key]) for key in missing}
@@ -270,7 +232,7 @@ class Stepper:
 
     def _tensors(self, parameter: Tensor, gradient: Tensor | None) -> dict[str, Tensor]:
         """Value, gradient if any, and parameter-shaped state."""
-        entries = self.state[parameter].items()
+        entries = self.layout.state[parameter].items()
         shaped = {key: entry for key, entry in entries if is_shaped(entry, parameter)}
         given = {} if gradient is None else {GRADIENT: gradient}
         return {VALUE: parameter.data, **given, **shaped}  # a step tells autograd itself
@@ -280,7 +242,7 @@ class Stepper:
     ) -> dict[str, Allocation]:
         """Allocations of value, gradient and state that are in the parameter's own home."""
         found = {VALUE: own}
-        for key, entry in [(GRADIENT, gradient), *self.state[parameter].items()]:
+        for key, entry in [(GRADIENT, gradient), *self.layout.state[parameter].items()]:
             allocation = allocation_of(entry) if isinstance(entry, Tensor) else None
             if allocation is not None and allocation.home is own.home:
                 found[key] = allocation
@@ -347,8 +309,3 @@ def is_finite(tensor: Tensor) -> bool:
     Only where the sum overflows are the values looked at one by one.
     """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def is_shaped(entry: object, parameter: Tensor) -> bool:
-    """Whether a state entry has an element for each element of the parameter."""
-    return isinstance(entry, Tensor) and entry.dim() > 0 and entry.shape == parameter.shape

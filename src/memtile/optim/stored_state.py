@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from memtile.errors import OptimizerError
 from memtile.homes import allocation_of, reservation_of, streamed_allocation, tensor_of
-from memtile.optim.dense_state import DenseParameter, Part, by_group
-from memtile.optim.stepping import MASTER, ParameterState, is_shaped
+from memtile.optim.dense_state import DenseParameter, Part, by_group, uneven
+from memtile.optim.state_layout import MASTER, ParameterState, equal, is_shaped
 from memtile.optim.tile_optimizer import TileOptimizer
 
 
@@ -94,23 +94,23 @@ def kept_state(
     tensors, numbers = dict[str, DenseParameter](), dict[str, Any]()
     for key in states[0] or next(filter(None, states)):
         if not all(key in state for state in states):
-            raise _uneven(dense, key)
+            raise uneven(dense, key)
         entry = states[0][key]
         if is_shaped(entry, dense.parts[0].parameter):
             tensors[key] = dense
         elif isinstance(entry, Tensor) and entry.numel() > 1:
             tensors[key] = _of_own_shape(dense, key, entry)
-        elif all(_same(entry, state[key]) for state in states):
+        elif all(equal(entry, state[key]) for state in states):
             numbers[key] = entry
         else:
-            raise _uneven(dense, key)
+            raise uneven(dense, key)
     return KeptState(dense, tensors, numbers, list(states[0]))
 
 
 def stepped_dtype(optimizer: Optimizer, parameter: Tensor) -> torch.dtype:
     """The dtype that a parameter is stepped in, which is also that of its moments."""
     if isinstance(optimizer, TileOptimizer):
-        return optimizer._stepper.stepped_dtype(parameter)
+        return optimizer._layout.stepped_dtype(parameter)
     return parameter.dtype
 
 
@@ -148,17 +148,3 @@ def _of_own_shape(dense: DenseParameter, key: str, entry: Tensor) -> DenseParame
             "element-wise optimizer, or do not tile this layer"
         )
     return DenseParameter(dense.name, entry.shape, (Part(part.parameter),))
-
-
-def _same(ours: object, theirs: object) -> bool:
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    return type(ours) is type(theirs) and ours == theirs
-
-
-def _uneven(dense: DenseParameter, key: str) -> OptimizerError:
-    return OptimizerError(
-        f"{dense.name}: {key!r} is not the same for all of its tiles, since some were stepped more "
-        "often than others, so there is no dense state of it; give all of them a gradient before "
-        "each step"
-    )

@@ -4,38 +4,40 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from memtile.errors import ArgumentError, OptimizerError
+from memtile.errors import OptimizerError
 from memtile.homes import (
     Allocation,
-    Home,
     Reservation,
-    allocation_of,
-    set_reservation,
     streamed_allocation,
+)
+from memtile.optim.checks import (
+    IdleMode,
+    StepMode,
+    check_arguments,
+    check_dtypes,
+    check_parameters,
+    check_still_of,
 )
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
 from memtile.optim.idle import IdleSteps
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.slice_optimizer import SliceOptimizer
+from memtile.optim.state_layout import StateLayout
 from memtile.optim.stepping import Stepper
 from memtile.transfer import (
     catch_up,
     gradient_lock,
-    is_stepped_in_backward,
     rings_of,
     step_in_backward,
 )
-
-StepMode = Literal["classic", "in_backward"]
-IdleMode = Literal["replay", "skip"]
 
 
 class TileOptimizer(Optimizer):
@@ -90,21 +92,7 @@ class TileOptimizer(Optimizer):
         idle: IdleMode = "replay",
         **options: Any,  # whatever optimizer_class takes
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ArgumentError(
-                f"the model is a {type(model).__name__}; TileOptimizer takes the model itself, and "
-                "parameters or groups of them as params=…"
-            )
-        if mode not in get_args(StepMode):
-            raise ArgumentError(
-                f"mode={mode!r} must be 'classic' (accumulates, clips) or 'in_backward' (keeps no "
-                "gradients)"
-            )
-        if idle not in get_args(IdleMode):
-            raise ArgumentError(
-                f"idle={idle!r} must be 'replay' (experts without tokens are stepped as in the "
-                "dense model) or 'skip' (they are not stepped)"
-            )
+        check_arguments(model, mode, idle)
         self.mode: StepMode = mode
         self.idle: IdleMode = idle
         self._model = model
@@ -116,35 +104,15 @@ class TileOptimizer(Optimizer):
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
-        self._check_parameters()
-        self._stepper = Stepper(self._inner, self.state, masters, model)
+        check_parameters(model, list(self._all()))
+        self._layout = StateLayout(self._inner, self.state, masters)
+        self._stepper = Stepper(self._layout, model)
         self._idle = IdleSteps(self._stepper)
         catch_up(self._all())  # with what an earlier optimizer has put off
-        self._reserve(self.param_groups)
-        self._put_off(self.param_groups)
-        self._hook(self._all())
+        self._take_in(self.param_groups)
         if mode == "in_backward":
             torch_clipping_check.add(self)
         weakref.finalize(self, _remove, self._hooks).atexit = False
-
-    def _check_parameters(self) -> None:
-        name, parameters = type(self._model).__name__, list(self._all())
-        if not self._are_of_the_model():
-            raise OptimizerError(
-                f"params=… holds parameters that are not of this {name}; make the "
-                "optimizer after memtile.tile, with parameters of the tiled model"
-            )
-        if any(parameter.is_meta for parameter in parameters):
-            raise OptimizerError(
-                f"parameters of this {name} are on the meta device, without values; "
-                "load some first, with memtile.tile(model, …, checkpoint=folder) or "
-                "memtile.load_checkpoint(model, folder)"
-            )
-        if any(map(is_stepped_in_backward, parameters)):
-            raise OptimizerError(
-                "another TileOptimizer steps parameters of this model in its backward; drop that "
-                "one first (del optimizer)"
-            )
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters with options of their own, as torch optimizers do.
@@ -157,16 +125,16 @@ class TileOptimizer(Optimizer):
             return
         added = self.param_groups[-1]
         try:
-            self._reserve([added])
+            self._take_in([added])
         except BaseException:
             self.param_groups.pop()
             raise
-        self._put_off([added])
-        self._hook(added["params"])
 
-    def _put_off(self, groups: Iterable[ParamGroup]) -> None:
+    def _take_in(self, groups: Sequence[ParamGroup]) -> None:
+        self._reserve(groups)
         if self.idle == "replay":
             self._idle.add(self._model, groups)
+        self._hook(parameter for parameter, _ in _with_groups(groups))
 
     def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.mode == "classic":
@@ -187,24 +155,14 @@ class TileOptimizer(Optimizer):
 
     def _reserve(self, groups: Iterable[ParamGroup]) -> None:
         """Hold room in each home for state and gradients, while this optimizer lives."""
-        needed: dict[Home, list[tuple[nn.Parameter, list[int]]]] = {}
         places = Counter(p for _, p in self._model.named_parameters(remove_duplicate=False))
-        for parameter, group in _with_groups(groups):
-            self._dtypes[parameter] = parameter.dtype
-            allocation = allocation_of(parameter)
-            if allocation is not None and parameter.requires_grad:
-                rooms = self._stepper.state_rooms(parameter, group)
-                if self.mode == "classic" or places[parameter] > 1:  # ties are summed in the home
-                    rooms.append(allocation.room)
-                needed.setdefault(allocation.home, []).append((parameter, rooms))
-        held = [
-            (home.hold([room for _, rooms in owners for room in rooms]), owners)
-            for home, owners in needed.items()
+        needed = [
+            # in backward only ties need room for a gradient: they are summed in the home
+            (parameter, group, self.mode == "classic" or places[parameter] > 1)
+            for parameter, group in _with_groups(groups)
         ]
-        for reservation, owners in held:
-            self._held.append(reservation)
-            for parameter, _ in owners:
-                set_reservation(parameter, reservation)
+        self._held += self._layout.hold_rooms(needed)
+        self._dtypes |= {parameter: parameter.dtype for parameter, *_ in needed}
 
     def _all(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter, _ in _with_groups(self.param_groups))
@@ -225,33 +183,13 @@ class TileOptimizer(Optimizer):
             HomeIOError: a tile could not be read or written. Call `step()` again to go on with the
                 parameters that were not stepped, or `zero_grad()` to give them up.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self._are_of_the_model():
-            raise OptimizerError(
-                f"this {type(self._model).__name__} has other parameters than when this "
-                "optimizer was made, and they would not be stepped; make it after memtile.tile "
-                "(and a new one after memtile.untile)"
-            )
-        self._check_dtypes()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        check_still_of(self._model, self._all())
+        check_dtypes(self._model, self._dtypes)
         with uninterrupted():
             self._step_all()
         return loss
-
-    def _are_of_the_model(self) -> bool:
-        own = set(self._model.parameters())
-        return all(parameter in own for parameter in self._all())
-
-    def _check_dtypes(self) -> None:
-        for parameter, dtype in self._dtypes.items():
-            if parameter.dtype != dtype:
-                raise OptimizerError(
-                    f"a parameter of this {type(self._model).__name__} was {dtype} when this "
-                    f"optimizer was made, and is {parameter.dtype} now: cast the model first, and "
-                    "make the optimizer then"
-                )
 
     def _step_all(self) -> None:
         found = map(streamed_allocation, self._all())
@@ -317,7 +255,7 @@ class TileOptimizer(Optimizer):
                 )
             uninterrupted_backward()
             if not self._stepped:
-                self._check_dtypes()
+                check_dtypes(self._model, self._dtypes)
                 self._group_of = dict(_with_groups(self.param_groups))
             ahead = () if parameter in self._idle else None  # no order of experts repeats
             self._step_one(parameter, self._group_of[parameter], ahead, in_backward=True)
@@ -396,10 +334,10 @@ class TileOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        load_dense_state(self, self._model, state_dict, self._stepper.stepped_dtype)
+        load_dense_state(self, self._model, state_dict, self._layout.stepped_dtype)
         for parameter, group in _with_groups(self.param_groups):
             if parameter in self.state:
-                self._stepper.drop_idle_master(parameter, group)
+                self._layout.drop_unused_master(parameter, group)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

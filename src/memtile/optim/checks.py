@@ -1,0 +1,79 @@
+"""Checks of what a `TileOptimizer` is given, and of the model that it steps."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from memtile.errors import ArgumentError, OptimizerError
+from memtile.transfer import is_stepped_in_backward
+
+StepMode = Literal["classic", "in_backward"]
+IdleMode = Literal["replay", "skip"]
+
+
+def check_arguments(model: object, mode: object, idle: object) -> None:
+    """Raise ArgumentError where one of them is none of what it may be."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"the model is a {type(model).__name__}; TileOptimizer takes the model itself, and "
+            "parameters or groups of them as params=…"
+        )
+    if mode not in get_args(StepMode):
+        raise ArgumentError(
+            f"mode={mode!r} must be 'classic' (accumulates, clips) or 'in_backward' (keeps no "
+            "gradients)"
+        )
+    if idle not in get_args(IdleMode):
+        raise ArgumentError(
+            f"idle={idle!r} must be 'replay' (experts without tokens are stepped as in the dense "
+            "model) or 'skip' (they are not stepped)"
+        )
+
+
+def check_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Raise OptimizerError for parameters that an optimizer of the model cannot step."""
+    name = type(model).__name__
+    if not _are_of(model, parameters):
+        raise OptimizerError(
+            f"params=… holds parameters that are not of this {name}; make the "
+            "optimizer after memtile.tile, with parameters of the tiled model"
+        )
+    if any(parameter.is_meta for parameter in parameters):
+        raise OptimizerError(
+            f"parameters of this {name} are on the meta device, without values; "
+            "load some first, with memtile.tile(model, …, checkpoint=folder) or "
+            "memtile.load_checkpoint(model, folder)"
+        )
+    if any(map(is_stepped_in_backward, parameters)):
+        raise OptimizerError(
+            "another TileOptimizer steps parameters of this model in its backward; drop that "
+            "one first (del optimizer)"
+        )
+
+
+def check_still_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise OptimizerError where the model was tiled or untiled since."""
+    if not _are_of(model, parameters):
+        raise OptimizerError(
+            f"this {type(model).__name__} has other parameters than when this "
+            "optimizer was made, and they would not be stepped; make it after memtile.tile "
+            "(and a new one after memtile.untile)"
+        )
+
+
+def check_dtypes(model: nn.Module, dtypes: Mapping[Tensor, torch.dtype]) -> None:
+    """Raise OptimizerError where parameters were cast since they had these dtypes."""
+    for parameter, dtype in dtypes.items():
+        if parameter.dtype != dtype:
+            raise OptimizerError(
+                f"a parameter of this {type(model).__name__} was {dtype} when this optimizer was "
+                f"made, and is {parameter.dtype} now: cast the model first, and make the "
+                "optimizer then"
+            )
+
+
+def _are_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
+    own = set(model.parameters())
+    return all(parameter in own for parameter in parameters)
