@@ -124,6 +124,12 @@ class _CheckpointAllocation(Allocation):
         for address, length in pages.uncopied(self.address, self.nbytes):
             library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
+    def is_untouched(self) -> bool:
+        """Whether none of its pages was copied; CheckpointError where the file was changed."""
+        self._file.check_unchanged()
+        pages = self.home.pages
+        return pages.works and not pages.any_copied(self.address, self.nbytes)
+
     def _read_into(self, into: Tensor, start: int) -> None:
         self._file.check_unchanged()
         used = max(0, min(into.numel(), self.nbytes - start))
@@ -133,6 +139,8 @@ class _CheckpointAllocation(Allocation):
             mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
             into[:used].copy_(mapped[start : start + used])
         elif opened is not None:
+            # The kernel would read up to 8 MiB more (`read_ahead_kb`), of experts that are not hit.
+            os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_RANDOM)
             disk_io.fill(opened.fd, disk_io.bytes_of(into[:used]), self._offset + start)
 
     def _write_from(self, source: Tensor, start: int) -> None:

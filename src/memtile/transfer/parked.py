@@ -1,7 +1,7 @@
 """`ParkedSource`: how an operation reads a parked parameter's values and writes its gradient."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memtile.errors import ParkedError
 from memtile.homes import (
+    Allocation,
     Home,
     fork_safe_lock,
     reservation_of,
@@ -78,11 +79,22 @@ class ParkedSource:
         _record(self.parameter).uses.discard(self)
 
     @contextmanager
-    def values(self, device: torch.device) -> Iterator[Tensor]:
-        """The values on this device: only to be read, and not after the block."""
+    def values(
+        self, device: torch.device, experts: Sequence[Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """The values on this device: only to be read, and not after the block.
+
+        Args:
+            device: where they are needed.
+            experts: this is a tile of experts, and so are these parameters, needed next, in order.
+        """
         allocation = streamed_allocation(self.parameter)
         if allocation is None:
             yield self.parameter.detach().to(device)
+            return
+        if experts is not None:
+            with _expert(allocation, experts) as values:
+                yield values.to(device)
             return
         with rings_of(allocation.home).weights.acquire((allocation,)) as lease:
             yield lease.tensors[0].to(device)
@@ -111,6 +123,25 @@ class ParkedSource:
         allocation = streamed_allocation(self.parameter)
         if allocation is not None:
             rings_of(allocation.home).gradients.flush()
+
+
+@contextmanager
+def _expert(allocation: Allocation, following: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The values of a tile of experts, kept or read, while those that follow are being read."""
+    rings = rings_of(allocation.home)
+    found = rings.kept.find(allocation)
+    ahead = [(each,) for each in _to_read(following, allocation.home) if each not in rings.kept]
+    with rings.weights.acquire(() if found is not None else (allocation,), experts=ahead) as lease:
+        if found is None:
+            rings.kept.offer(allocation, lease.tensors[0])
+        yield lease.tensors[0] if found is None else found
+
+
+def _to_read(parameters: Sequence[Tensor], home: Home) -> Iterator[Allocation]:
+    for parameter in parameters:
+        allocation = streamed_allocation(parameter)
+        if allocation is not None and allocation.home is home:
+            yield allocation
 
 
 @contextmanager

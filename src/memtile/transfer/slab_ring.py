@@ -11,13 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
+from typing import Final
 
 from torch import Tensor
 
 from memtile.errors import HomeError
 from memtile.homes import Allocation, renew_in_child
 from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
+
+EXPERTS: Final[Key] = ()
+"""Stands for all experts of a layer in the prefetch order."""
 
 
 class PrefetchOrder:
@@ -45,10 +49,15 @@ class PrefetchOrder:
         self._next[self._before, self._last] = key
         self._before, self._last = self._last, key
 
+    def note_experts(self) -> None:
+        """Experts were asked for: which ones says nothing of the next iteration, but for where."""
+        if self._last != EXPERTS:
+            self.note(EXPERTS)
+
     def ahead(self) -> Iterator[Key]:
-        """What was asked for after this the last time, and after that, and so on."""
+        """What was asked for after this the last time, and after that, and so on up to experts."""
         before, last = self._before, self._last
-        while (following := self._next.get((before, last))) is not None:
+        while following := self._next.get((before, last)):
             yield following
             before, last = last, following
 
@@ -111,7 +120,12 @@ class SlabRing:
 
     @contextmanager
     def acquire(
-        self, group: Group = (), *, made: Group = (), ahead: Iterable[Group] | None = None
+        self,
+        group: Group = (),
+        *,
+        made: Group = (),
+        ahead: Iterable[Group] | None = None,
+        experts: Iterable[Group] | None = None,
     ) -> Iterator[Lease]:
         """The group in memory; its slabs go back to the ring after the block, also after an error.
 
@@ -120,6 +134,8 @@ class SlabRing:
             made: allocations whose content is computed in the block, in a slab of their own with
                 undefined content. Their tensors come after the group's.
             ahead: what will be needed next; by default what was needed the last time.
+            experts: the group is of experts, and so are these, which come next, before what was
+                needed the last time after the experts of this layer.
 
         Raises:
             HomeIOError: it could not be read, or no slab is free since none could be written.
@@ -127,8 +143,9 @@ class SlabRing:
         """
         groups, slabs = [part for part in (group, made) if part], list[Slab]()
         try:
-            self._acquire(groups, slabs, made)
-            keys = self._prefetch_order.ahead() if ahead is None else map(key_of, ahead)
+            self._acquire(groups, slabs, made, is_expert=experts is not None)
+            learnt = self._prefetch_order.ahead() if ahead is None else map(key_of, ahead)
+            keys = chain(map(key_of, experts or ()), learnt)
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
                 self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in groups})
@@ -219,14 +236,18 @@ class SlabRing:
                 elif not slab.is_unwritten:
                     slab.discard()
 
-    def _acquire(self, groups: Sequence[Group], slabs: list[Slab], made: Group) -> None:
+    def _acquire(
+        self, groups: Sequence[Group], slabs: list[Slab], made: Group, is_expert: bool
+    ) -> None:
         """Put a slab for each group into the list, all at once.
 
         Two threads that each hold one and wait for another would wait for ever.
         """
         keys = [key_of(group) for group in groups]
         with self._changing():
-            for key in keys:
+            if is_expert:
+                self._prefetch_order.note_experts()
+            for key in () if is_expert else keys:
                 self._prefetch_order.note(key)
             while (chosen := self._choose(keys)) is None:
                 self._wait_for_a_slab()
