@@ -178,7 +178,6 @@ def _loaded(
     beams, texts = _count(model, "num_beams"), _count(model, "num_return_sequences")
     tokens = prompt_tokens + request.tokens
     models.check_length(model, tokens, f"--prompt with --tokens {request.tokens}")
-    is_stored = request.home == "checkpoint"
     with models.within(request.budget, memory.nbytes, _OTHERS) as left:
         plan = memtile.plan(
             model,
@@ -186,7 +185,7 @@ def _loaded(
             tokens=tokens * beams,
             batch=beams,
             optimizer=None,
-            home="disk" if is_stored else request.home,
+            home=request.home,
         )
     note(plan.summary)
     note(models.budget_note(request.budget, request.budget - left, _OTHERS))
@@ -194,9 +193,8 @@ def _loaded(
         note(f"num_beams={beams} in {_SETTINGS}: the text is printed when it is whole")
     if texts > 1:
         note(f"num_return_sequences={texts} in {_SETTINGS}: one text is printed")
-    home = "checkpoint" if is_stored and plan.parked_layers else None
     with models.printing_warnings(trains=False):
-        memtile.tile(model, plan, checkpoint=request.model, home=home, strict=request.strict)
+        memtile.tile(model, plan, checkpoint=request.model, strict=request.strict)
     return model.requires_grad_(False).eval()
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from memtile.costmodel.budget import Budget, needed, usable
 from memtile.costmodel.byte_sizes import format_byte_size
-from memtile.costmodel.memory_model import Setting, terms
+from memtile.costmodel.memory_model import Setting, home_bytes, terms
 from memtile.costmodel.model_records import Counted, ParkedLayout, Products, Weight
 from memtile.costmodel.plan_parts import PLACES, Floor, Place, Term, bytes_in, largest_terms
 from memtile.costmodel.time_model import Moved, floors, moved
@@ -150,7 +150,7 @@ class Search:
             counted = self.count(layout, checkpointing)
             found = terms(self.setting, layout, counted)
             moves = moved(self.setting, layout, checkpointing)
-            cached = self.cached(bytes_in("disk", found))
+            cached = self.cached(0 if self.setting.in_place else home_bytes(self.setting, layout))
             times = floors(self.setting, layout, counted, moves, cached=cached)
             self._known[key] = Found(layout, checkpointing, counted, found, moves, times)
         return self._known[key]
