@@ -17,7 +17,9 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson
 from memtile.costmodel import format_byte_size, parse_byte_size
+from memtile.homes import allocation_of
 from memtile.testing import PeakMemory
+from memtile.transfer import rings_of
 
 _SETTINGS: Final = "generation_config.json"
 _OTHERS: Final = "tokenizer and prompt"
@@ -86,7 +88,18 @@ def run_generate(
         f"{len(found.token_ids)} tokens in {found.seconds:.1f} s, peak memory "
         f"{format_byte_size(found.peak_bytes)} of {format_byte_size(allowed)}"
     )
+    if found.read_bytes:
+        note(_reading(found))
     return 0
+
+
+def _reading(found: "Generated") -> str:
+    """What was read, in words."""
+    a_token = format_byte_size(found.read_bytes // max(1, len(found.token_ids)))
+    words = f"read {a_token} of weights a token, the prompt's included"
+    if found.kept_experts is not None:
+        words += f"; {found.kept_experts:.0%} of the experts asked for were kept in memory"
+    return words
 
 
 @dataclass(frozen=True)
@@ -107,12 +120,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """The new text, its tokens, the seconds they took, and the peak memory above the imports."""
+    """The new text, and what it took.
+
+    Args:
+        text: without the prompt.
+        token_ids: of the text.
+        seconds: that they took.
+        peak_bytes: the peak memory above the imports.
+        read_bytes: read from the home, for the prompt too.
+        kept_experts: the part of the experts asked for that was kept in memory; None: no experts.
+    """
 
     text: str
     token_ids: list[int]
     seconds: float
     peak_bytes: int
+    read_bytes: int
+    kept_experts: float | None
 
 
 def generate(request: Request, note: Say, say: Say) -> Generated:
@@ -151,7 +175,17 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         text = str(tokenizer.decode(new, skip_special_tokens=True))
         if not streams:
             say(text)
-    return Generated(text, new, seconds, memory.nbytes)
+        read, kept = _moved(model)
+    return Generated(text, new, seconds, memory.nbytes, read, kept)
+
+
+def _moved(model: torch.nn.Module) -> tuple[int, float | None]:
+    """Bytes read from the model's homes, and the part of its experts that was kept."""
+    allocations = (allocation_of(parameter) for parameter in model.parameters())
+    homes = {allocation.home for allocation in allocations if allocation is not None}
+    kept = [rings_of(home).kept for home in homes]
+    used, hit = sum(each.used_bytes for each in kept), sum(each.hit_bytes for each in kept)
+    return sum(home.traffic.read_bytes for home in homes), hit / used if used else None
 
 
 def _encoded(request: Request, tokenizer: Any) -> torch.Tensor:

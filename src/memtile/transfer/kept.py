@@ -27,16 +27,16 @@ class KeptTiles:
     """Copies of the most used tiles of one home, at most `limit` bytes; safe to use from threads.
 
     Attributes:
-        uses: how often tiles were asked for.
-        hits: how often they were kept.
+        used_bytes: of all tiles that were asked for, each time.
+        hit_bytes: of those that were kept then.
     """
 
     def __init__(self, limit: int) -> None:
-        self.uses = self.hits = 0
+        self.used_bytes = self.hit_bytes = 0
         self._limit = limit
         self._nbytes = 0
         self._least = 0  # no kept tile was used less
-        self._until_ageing = 0
+        self._since_ageing = 0
         self._counts: WeakKeyDictionary[Allocation, int] = WeakKeyDictionary()
         self._kept: WeakKeyDictionary[Allocation, Tensor] = WeakKeyDictionary()
         self._lock = fork_safe_lock()
@@ -52,11 +52,12 @@ class KeptTiles:
             if found is not None and not allocation.is_untouched():
                 self._drop(allocation)
                 return None
-            self.hits += found is not None
+            if found is not None:
+                self.hit_bytes += allocation.nbytes
             return found
 
     def offer(self, allocation: Allocation, values: Tensor) -> None:
-        """Keep a copy of values that were just read, where there is room or it is used more."""
+        """Keep a copy of values that were just read, where there is room or it is used most."""
         if allocation.room > self._limit or not allocation.is_untouched():
             return
         with self._lock:
@@ -67,14 +68,14 @@ class KeptTiles:
                 self._nbytes += allocation.room
 
     def _count(self, allocation: Allocation) -> None:
-        self.uses += 1
+        self.used_bytes += allocation.nbytes
         self._counts[allocation] = self._counts.get(allocation, 0) + 1
-        self._until_ageing -= 1
-        if self._until_ageing < 0:
+        self._since_ageing += 1
+        if self._since_ageing > AGEING * len(self._counts):
+            self._since_ageing = 0
             self._least //= 2
             for each, uses in list(self._counts.items()):
                 self._counts[each] = uses // 2
-            self._until_ageing = AGEING * len(self._counts)
 
     def _make_room(self, allocation: Allocation) -> bool:
         """Whether there is room for it, after dropping tiles that were used less."""
