@@ -41,9 +41,8 @@ def forward(parameters: list[nn.Parameter]) -> list[float]:
     """One call of a layer: the first value of each, read as tiles of experts."""
     found = []
     with layer_call():
-        for number, parameter in enumerate(parameters):
-            source = ParkedSource(parameter)
-            with source.values(CPU, parameters[number + 1 :]) as values:
+        for parameter in parameters:
+            with ParkedSource(parameter, parameters).values(CPU) as values:
                 found.append(values.view(-1)[0].item())
     return found
 
@@ -193,8 +192,23 @@ def test_experts_that_are_hit_are_read_ahead():
     forward(parameters)
     home.clear()
 
-    with layer_call(), ParkedSource(parameters[1]).values(CPU, [parameters[3], parameters[0]]):
+    hits = [parameters[n] for n in (1, 3, 0)]
+    with layer_call(), ParkedSource(parameters[1], hits).values(CPU):
         home.begins("read", "3")
         home.begins("read", "0")
 
     assert set(home.labels()) == {"1", "3", "0"}
+
+
+def test_in_backward_they_are_read_ahead_in_the_other_direction():
+    """Where the last of three is worked on in backward, the two before it are being read."""
+    home = watched(pages=0)
+    hits = parameters_of(home.tiles(3))
+    source = ParkedSource(hits[2], hits)
+    source.resume()
+
+    with layer_call(), source.values(CPU):
+        home.begins("read", "1")
+        home.begins("read", "0")
+
+    assert home.labels()[:2] == ["2", "1"]

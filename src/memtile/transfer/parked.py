@@ -53,11 +53,20 @@ def step_in_backward(parameter: Tensor, yes: bool) -> None:
 
 
 class ParkedSource:
-    """The values of one parked parameter for one node of a graph, and a place for its gradient."""
+    """The values of one parked parameter for one node of a graph, and a place for its gradient.
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    Args:
+        parameter: the tile.
+        experts: of a tile of experts: all tiles of experts that its layer uses in this forward, in
+            order. The next ones are read ahead, in backward those before it, and the most used
+            ones are kept in memory where the home has room for that (`Home.kept_bytes`).
+    """
+
+    def __init__(self, parameter: nn.Parameter, experts: Sequence[Tensor] = ()) -> None:
         self.parameter = parameter
+        self._experts = experts
         self._noted: tuple[int, int] | None = None  # version and iteration in forward
+        self._in_backward = False
 
     def note_use(self) -> None:
         """The node will need the parameter in its backward."""
@@ -66,6 +75,7 @@ class ParkedSource:
 
     def resume(self) -> None:
         """The node's backward begins; ParkedError where the parameter was written to since."""
+        self._in_backward = True
         if self._noted is None:
             return
         (version, iteration), now = self._noted, self.parameter._version
@@ -79,25 +89,23 @@ class ParkedSource:
         _record(self.parameter).uses.discard(self)
 
     @contextmanager
-    def values(
-        self, device: torch.device, experts: Sequence[Tensor] | None = None
-    ) -> Iterator[Tensor]:
-        """The values on this device: only to be read, and not after the block.
-
-        Args:
-            device: where they are needed.
-            experts: this is a tile of experts, and so are these parameters, needed next, in order.
-        """
+    def values(self, device: torch.device) -> Iterator[Tensor]:
+        """The values on this device: only to be read, and not after the block."""
         allocation = streamed_allocation(self.parameter)
         if allocation is None:
             yield self.parameter.detach().to(device)
             return
-        if experts is not None:
-            with _expert(allocation, experts) as values:
+        if self._experts:
+            with _expert(allocation, self._following()) as values:
                 yield values.to(device)
             return
         with rings_of(allocation.home).weights.acquire((allocation,)) as lease:
             yield lease.tensors[0].to(device)
+
+    def _following(self) -> Sequence[Tensor]:
+        """The experts that are needed after this one."""
+        order = self._experts[::-1] if self._in_backward else self._experts
+        return order[1 + next(n for n, each in enumerate(order) if each is self.parameter) :]
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
