@@ -6,11 +6,14 @@ from memtile.convert.kinds import (
     Integration,
     Kind,
     Naming,
+    Stack,
+    Tileable,
     Work,
     integrations,
     kind_of,
     naming_of,
     register_integration,
+    tileable,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
@@ -34,6 +37,8 @@ __all__ = [
     "Naming",
     "Resumed",
     "ShardedCheckpoints",
+    "Stack",
+    "Tileable",
     "TilingDecision",
     "TilingSpec",
     "Work",
@@ -61,5 +66,6 @@ __all__ = [
     "set_checkpointing",
     "take_workspace",
     "tile",
+    "tileable",
     "untile",
 ]

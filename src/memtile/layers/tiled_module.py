@@ -45,6 +45,7 @@ class TiledModule(nn.Module):
     """The base of tiled layers. Subclasses hold their tiles and say under which names."""
 
     weight_is_transposed: ClassVar[bool] = False  # whether the dense module's weight is (in, out)
+    is_routed: ClassVar[bool] = False  # whether a forward needs only some of the tiles
     tile_pattern: ClassVar[re.Pattern[str]]  # of state dict names: groups row, column and name
     grid: Grid  # how the weight is cut
     name_in_model: str = ""  # for messages
@@ -70,6 +71,11 @@ class TiledModule(nn.Module):
     def tiles(self) -> Iterator[tuple[Index, nn.Module]]:
         """((row, column), tile) of every tile, row by row."""
         return ((index, self.tile(*index)) for index in self.grid.indices())
+
+    @staticmethod
+    def dense_name(path: str, own: str) -> str:
+        """The name of the dense "weight" or "bias" of a layer that stands at `path`."""
+        return f"{path}.{own}" if path else own
 
     def full_name(self) -> str:
         """The layer's name in its model where it is known, or its class: for messages."""
