@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,13 +42,14 @@ class Outgoing:
     """One tensor to be written.
 
     `pieces` gives its bytes in order, in contiguous CPU tensors; each is written before the next is
-    asked for.
+    asked for. Tensors with the same `block`, unless it is None, come into one file.
     """
 
     name: str
     dtype: torch.dtype | str  # torch's, or safetensors' name of one that torch lacks
     shape: torch.Size
     pieces: Callable[[], Iterable[Tensor]]
+    block: Hashable = None
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Outgoing":
@@ -73,6 +74,7 @@ def write_checkpoint(
     max_shard_bytes: int = SHARD_BYTES,
     stem: str = "model",
     beside: Mapping[str, bytes | Path] | None = None,
+    parameters: int | None = None,
 ) -> None:
     """Write a checkpoint into a folder, replacing the one in it.
 
@@ -84,6 +86,7 @@ def write_checkpoint(
         stem: of the files' names.
         beside: small files by name: their content, or the file to copy. They are replaced just
             before the tensors are.
+        parameters: how many numbers the model has, for the index; None: it does not say.
 
     Raises:
         ArgumentError: `max_shard_bytes` is no size.
@@ -109,7 +112,7 @@ def write_checkpoint(
             if len(names) == 1:
                 rename(written[0], place / names[0])
             else:
-                _publish(place, stem, names, written, shards)
+                _publish(place, stem, names, written, shards, parameters)
         except BaseException:
             for path in written:
                 discard(path)
@@ -135,19 +138,36 @@ def _check_names(tensors: Iterable[Outgoing]) -> None:
 
 
 def _in_shards(tensors: Sequence[Outgoing], max_shard_bytes: int) -> list[list[Outgoing]]:
-    """The tensors of each file, by the limits of its bytes and of its header's."""
-    shards: list[list[Outgoing]] = [[]]
+    """The tensors of each file, by the limits of its bytes and of its header's.
+
+    As huggingface_hub deals them out: what is above the limit has a file of its own, before the
+    one that is being filled.
+    """
+    shards, filling = list[list[Outgoing]](), list[Outgoing]()
     size, header_size, header_limit = 0, 0, header.MAX_HEADER_BYTES - _HEADER_OVERHEAD
-    for tensor in tensors:
-        own = header.max_entry_bytes(tensor.name, tensor.kind, tensor.shape)
-        is_full = size + tensor.nbytes > max_shard_bytes or header_size + own > header_limit
-        if shards[-1] and is_full:
-            shards.append([])
-            size = header_size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
+    for block in _blocks(tensors):
+        own_size = sum(tensor.nbytes for tensor in block)
+        own = sum(header.max_entry_bytes(each.name, each.kind, each.shape) for each in block)
+        if own_size > max_shard_bytes and own <= header_limit:
+            shards.append(block)
+            continue
+        is_full = size + own_size > max_shard_bytes or header_size + own > header_limit
+        if filling and is_full:
+            shards.append(filling)
+            filling, size, header_size = [], 0, 0
+        filling += block
+        size += own_size
         header_size += own
-    return shards
+    return [*shards, filling] if filling or not shards else shards
+
+
+def _blocks(tensors: Iterable[Outgoing]) -> list[list[Outgoing]]:
+    """The tensors, with those of one block together, where its first one stands."""
+    blocks: dict[Hashable, list[Outgoing]] = {}
+    for number, tensor in enumerate(tensors):
+        key = (False, number) if tensor.block is None else (True, tensor.block)
+        blocks.setdefault(key, []).append(tensor)
+    return list(blocks.values())
 
 
 def _free_names(folder: Path, stem: str, count: int) -> list[str]:
@@ -189,14 +209,20 @@ def _write_tensor(fd: int, tensor: Outgoing, offset: int) -> int:
 
 
 def _publish(
-    folder: Path, stem: str, names: list[str], partials: list[Path], shards: list[list[Outgoing]]
+    folder: Path,
+    stem: str,
+    names: list[str],
+    partials: list[Path],
+    shards: list[list[Outgoing]],
+    parameters: int | None,
 ) -> None:
     """Rename the shards, then replace the index."""
     places = {
         tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
     }
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
-    content = {"metadata": {"total_size": total}, "weight_map": places}
+    counted = {} if parameters is None else {"total_parameters": parameters}
+    content = {"metadata": {**counted, "total_size": total}, "weight_map": places}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     index = folder / (stem + INDEX_SUFFIX)
     try:

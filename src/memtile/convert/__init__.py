@@ -1,11 +1,14 @@
 """Tiles whole models in place and back, and saves and loads their checkpoints and runs."""
 
 from memtile.convert.dense import dense_items, dense_state_dict
+from memtile.convert.derived import Latest, Shown, derived
 from memtile.convert.empty import empty_model
 from memtile.convert.kinds import (
     Integration,
     Kind,
     Naming,
+    Outward,
+    Renamed,
     Stack,
     Tileable,
     Work,
@@ -24,6 +27,7 @@ from memtile.convert.replaced import replacing
 from memtile.convert.saving import save_checkpoint
 from memtile.convert.select import Cut, TilingDecision, choose, select_linears
 from memtile.convert.sharded import ShardedCheckpoints, register_sharded
+from memtile.convert.streaming import TensorSource
 from memtile.convert.tiling import replace_chosen, tile
 from memtile.convert.training import Resumed, has_training, resume_training, save_training
 from memtile.convert.untiling import untile
@@ -34,10 +38,15 @@ __all__ = [
     "IncompatibleKeys",
     "Integration",
     "Kind",
+    "Latest",
     "Naming",
+    "Outward",
+    "Renamed",
     "Resumed",
     "ShardedCheckpoints",
+    "Shown",
     "Stack",
+    "TensorSource",
     "Tileable",
     "TilingDecision",
     "TilingSpec",
@@ -46,6 +55,7 @@ __all__ = [
     "convert_checkpoint",
     "dense_items",
     "dense_state_dict",
+    "derived",
     "empty_model",
     "has_checkpointing",
     "has_training",

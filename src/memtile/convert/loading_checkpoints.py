@@ -87,5 +87,5 @@ def load_checkpoint(
     findings = checked(model, Checkpoint.of(path), strict=strict, complete=False)
     made = to_make(model, findings)
     with replacing(model, "memtile.load_checkpoint"), values_made(model, made):
-        fill(model, findings.matches)
+        fill(model, findings)
     return IncompatibleKeys((*findings.missing, *findings.made), tuple(findings.unexpected))

@@ -36,13 +36,13 @@ FileBacked = Mapping[int, Allocation]  # by the id of the parameter on the meta 
 _NOWHERE: Final[FileBacked] = MappingProxyType({})
 
 
-def fill(model: nn.Module, matches: Iterable[Match], file_backed: FileBacked = _NOWHERE) -> None:
+def fill(model: nn.Module, findings: Findings, file_backed: FileBacked = _NOWHERE) -> None:
     """Write what was found into the model; what was on the meta device gets memory, at its home.
 
     Those parameters become new ones at the end: an error leaves them on meta. Without a match (as
     adapters beside the checkpoint of their base) they stay there.
     """
-    matches = list(matches)
+    matches = findings.matches
     matched = {id(part.parameter) for match in matches for part in match.dense.parts}
     copies: Copies = {}
     for module in model.modules():
@@ -60,6 +60,7 @@ def fill(model: nn.Module, matches: Iterable[Match], file_backed: FileBacked = _
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 module._parameters[name] = copies.get(id(parameter), parameter)
+    findings.loaded()
     for integration in integrations():
         integration.filled(model)
 
@@ -147,11 +148,11 @@ def filled_from(model: nn.Module, findings: Findings, home: Home | None) -> Iter
     with values_made(model, to_make(model, findings)):
         try:
             yield
-            matches = find(model, findings.checkpoint).matches
+            found = find(model, findings.checkpoint)
             if isinstance(home, CheckpointHome):
-                fill(model, matches, rest_in_files(model, matches, home))
+                fill(model, found, rest_in_files(model, found.matches, home))
             else:
-                fill(model, matches)
+                fill(model, found)
         except BaseException:
             untile(model)
             raise

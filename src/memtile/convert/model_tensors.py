@@ -70,14 +70,30 @@ def tensors_of(model: nn.Module) -> list[ModelTensor]:
     return needed
 
 
+def in_state_dict_order(model: nn.Module) -> list[ModelTensor]:
+    """`tensors_of`, in the order of the dense model's state dict."""
+    places: dict[str, int] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = ("weight", "bias") if isinstance(module, TiledModule) else module._parameters
+        for name in (*own, *module._buffers):
+            places.setdefault(_join(path, name), len(places))
+    return sorted(tensors_of(model), key=lambda needed: places[needed.names[0]])
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers the dense parameters of a model are, ties counted once."""
+    tensors = ((each.dense.shape, each.dense.parts[0].parameter) for each in tensors_of(model))
+    return sum(shape.numel() for shape, held in tensors if isinstance(held, nn.Parameter))
+
+
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that a state dict has, under every name."""
     return ((name, buffer) for name, buffer, kept in _buffers(model) if kept)
 
 
-def computed_buffers(model: nn.Module) -> set[str]:
-    """Names of the buffers that no state dict has."""
-    return {name for name, _, kept in _buffers(model) if not kept}
+def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no state dict has, by name."""
+    return {name: buffer for name, buffer, kept in _buffers(model) if not kept}
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

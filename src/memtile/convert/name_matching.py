@@ -6,7 +6,7 @@ with or without the prefix of a transformers model's base.
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from memtile.checkpoints import Checkpoint, StoredTensor
 from memtile.convert.dense import check_stored
 from memtile.convert.kinds import integrations, naming_of, tiled_classes
 from memtile.convert.model_tensors import ModelTensor, computed_buffers, tensors_of
-from memtile.convert.streaming import Index, TensorSource, TiledSource, spans
+from memtile.convert.streaming import Index, TensorSource, TiledSource, spans, stored_tensors
 from memtile.errors import CheckpointError, HomeError, MemtileError
 from memtile.homes import allocation_of
 from memtile.layers import TiledModule
@@ -41,10 +41,7 @@ class Match:
 
     def stored(self) -> Iterator[StoredTensor]:
         """The tensors of the files that will be read."""
-        if isinstance(self.source, TiledSource):
-            yield from self.source.tiles.values()
-        elif isinstance(self.source, StoredTensor):
-            yield self.source
+        return stored_tensors(self.source)
 
 
 @dataclass
@@ -60,6 +57,7 @@ class Findings:
         apart: names that lie in a checkpoint of their own, which this one is not.
         unexpected: names of the checkpoint that mean nothing to the model.
         problems: what keeps it from being loaded, a sentence each.
+        loaded: to be called when the model has the values.
     """
 
     checkpoint: Checkpoint
@@ -70,6 +68,7 @@ class Findings:
     apart: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    loaded: Callable[[], None] = lambda: None
 
     def check(self, *, strict: bool, complete: bool) -> None:
         """Refuse what cannot be loaded.
@@ -93,13 +92,7 @@ class Findings:
         if self.problems:
             return ""
         refused = complete and self.missing
-        ways = "" if refused else "; without strict (strict=False) what fits is loaded"
-        if self.missing and self.unexpected:
-            ways += (
-                "; where transformers renames tensors on loading, load it with from_pretrained and "
-                "write it anew with memtile.save_checkpoint(model, folder)"
-            )
-        return ways
+        return "" if refused else "; without strict (strict=False) what fits is loaded"
 
 
 def some(names: Collection[str]) -> str:
@@ -120,12 +113,13 @@ def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
             integration.check_files(path)
     findings = _Search(model, checkpoint).run()
     for match in findings.matches:
-        theirs, ours = match.source.dtype, match.dense.parts[0].parameter.dtype
-        if theirs.is_floating_point and theirs.itemsize == 1 and theirs != ours:
-            raise CheckpointError(  # its scales stand in other tensors
-                f"{checkpoint.where} holds {match.name} as {theirs}, quantized, and memtile "
-                f"applies no scales: {WAY_OUT}"
-            )
+        ours = match.dense.parts[0].parameter.dtype
+        for theirs in {stored.dtype for stored in match.stored()} - {ours}:
+            if theirs.is_floating_point and theirs.itemsize == 1:
+                raise CheckpointError(  # its scales stand in other tensors
+                    f"{checkpoint.where} holds {match.name} as {theirs}, quantized, and memtile "
+                    f"applies no scales: {WAY_OUT}"
+                )
     return findings
 
 
@@ -144,9 +138,8 @@ def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete:
     findings = find(model, checkpoint)
     findings.check(strict=strict, complete=complete)
     _check_meta(model, findings)
-    for match in findings.matches:
-        for stored in match.stored():
-            stored.check_sum()
+    for stored in {stored for match in findings.matches for stored in match.stored()}:
+        stored.check_sum()
     return findings
 
 
@@ -171,40 +164,77 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
 class _Search:
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.needed, self.checkpoint = tensors_of(model), checkpoint
-        self.naming, self.computed = naming_of(model), computed_buffers(model)
-        self.tiles = tiles_by_layer(checkpoint)
-        self.own = {self.naming.stored(name) for one in self.needed for name in one.names}
-        self.used: set[str] = set()
+        self.naming = naming_of(model)
+        self.computed = {self.naming.stored(name): b for name, b in computed_buffers(model).items()}
+        self.wanted = {
+            self.naming.stored(name): torch.empty(one.dense.shape, dtype=one.dtype, device="meta")
+            for one in self.needed
+            for name in one.names
+        }
+        self.used: set[str] = set()  # names of the checkpoint
+        self.broken: set[str] = set()  # names whose tiles make no tensor
         self.lacking: list[str] = []  # names of the model
         self.findings = Findings(checkpoint)
 
     def run(self) -> Findings:
         found = self.findings
+        stored, tiles = self._joined()
+        self.renamed = self.naming.renamed(stored, self.computed | self.wanted)
+        found.problems += self.renamed.problems
+        found.loaded = self.renamed.loaded
         for needed in self.needed:
             try:
                 self._match(needed)
             except MemtileError as error:
                 found.problems.append(f"{needed.dense.name}: {error}")
         self._check_biases()
-        known = {s for name in self.computed for s in self._spellings(name)}
-        besides = set(self.checkpoint) - self.used - known
+        besides = {
+            name
+            for name, keys in self.renamed.keys.items()
+            if name not in self.computed and not self.used.issuperset(keys)
+        }
         lacking = {self.naming.stored(name) for name in self.lacking}
         missing, unexpected = self.naming.relevant(lacking, besides)
-        found.unexpected = [name for name in self.checkpoint if name in unexpected]
+        keys = {key for name in unexpected for key in self.renamed.keys[name]}
+        theirs = {own for key in keys for own in tiles.get(key, [key])}
+        found.unexpected = [name for name in self.checkpoint if name in theirs]
         made = self.naming.made(missing)
         matched_apart = {self.naming.apart(match.name) for match in found.matches}
         for name in self.lacking:
-            stored = self.naming.stored(name)
+            stored_name = self.naming.stored(name)
             if matched_apart == {not self.naming.apart(name)}:
                 found.apart.append(name)
-            elif stored in made:
+            elif stored_name in made:
                 found.made.append(name)
             else:
-                (found.missing if stored in missing else found.optional).append(name)
+                (found.missing if stored_name in missing else found.optional).append(name)
         return found
+
+    def _joined(self) -> tuple[dict[str, TensorSource], dict[str, list[str]]]:
+        """The dense tensors of the checkpoint by name, and the names of the tiles of each."""
+        stored: dict[str, TensorSource] = dict(self.checkpoint)
+        tiles: dict[str, list[str]] = {}
+        for (path, own), keyed in tiles_by_layer(self.checkpoint).items():
+            if not self.wanted.keys().isdisjoint(keyed.values()):
+                continue  # the model has such names itself
+            name, keys = ".".join(filter(None, (path, own))), list(keyed.values())
+            for key in keys:
+                stored.pop(key, None)
+            tiles[name] = keys
+            try:
+                if name in self.checkpoint:
+                    found = f"{name}, {keys[0]}"
+                    raise CheckpointError(f"the checkpoint holds it twice, as {found}; keep one")
+                stored[name] = TiledSource({i: self.checkpoint[k] for i, k in keyed.items()})
+            except MemtileError as error:
+                self.broken.add(name)
+                self.findings.problems.append(f"{name}: {error}")
+        return stored, tiles
 
     def _match(self, needed: ModelTensor) -> None:
         sources = {name: source for name in needed.names if (source := self._source(name))}
+        if not sources and not self.broken.isdisjoint(map(self.naming.stored, needed.names)):
+            return
         if not sources:
             self.lacking.append(needed.dense.name)
             return
@@ -220,33 +250,12 @@ class _Search:
         self.findings.matches.append(Match(dense, source, needed.dense.name))
 
     def _source(self, name: str) -> TensorSource | None:
-        """Where the checkpoint has a name, dense or in tiles."""
-        spellings = [spelling.rpartition(".") for spelling in self._spellings(name)]
-        keys = ["".join(parts) for parts in spellings if "".join(parts) in self.checkpoint]
-        tiles = [
-            keyed
-            for path, _, own in spellings
-            if (keyed := self.tiles.get((path, own))) and self.own.isdisjoint(keyed.values())
-        ]
-        if len(keys) + len(tiles) > 1:
-            found = [*keys, *(next(iter(keyed.values())) for keyed in tiles)]
-            raise CheckpointError(f"the checkpoint holds it twice, as {some(found)}; keep one")
-        if keys:
-            self.used.add(keys[0])
-            return self.checkpoint[keys[0]]
-        if tiles:
-            self.used.update(tiles[0].values())
-            return TiledSource({place: self.checkpoint[k] for place, k in tiles[0].items()})
-        return None
-
-    def _spellings(self, name: str) -> list[str]:
-        """The names in the checkpoint to look for: as it is, or with its base's prefix changed."""
-        name = self.naming.stored(name)
-        prefix = f"{self.naming.prefix}."
-        if name in self.checkpoint or prefix == ".":
-            return [name]
-        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-        return [name] if other in self.own else [name, other]
+        """Where the checkpoint has a name of the model."""
+        stored = self.naming.stored(name)
+        source = self.renamed.sources.get(stored)
+        if source is not None:
+            self.used.update(self.renamed.keys[stored])
+        return source
 
     def _check_biases(self) -> None:
         """Tiles of a weight and of a bias that were not cut together are of two layers."""

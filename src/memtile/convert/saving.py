@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
 from memtile.convert.dense import check_stored
-from memtile.convert.kinds import configs_beside
-from memtile.convert.model_tensors import persistent_buffers, tensors_of
+from memtile.convert.kinds import Outward, configs_beside, naming_of
+from memtile.convert.model_tensors import (
+    in_state_dict_order,
+    parameter_count,
+    persistent_buffers,
+)
 from memtile.convert.sharded import for_sharded
-from memtile.convert.streaming import outgoing
+from memtile.convert.streaming import ModelSource, written
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import streamed_allocation
 from memtile.layers import TiledModule
@@ -29,10 +33,13 @@ def save_checkpoint(
 ) -> None:
     """Write the dense checkpoint of a model into a folder, as safetensors with index and shards.
 
-    Names, shapes and dtypes are the untiled model's; what is tied is written once, under its first
-    name. A few MiB are in memory at a time. A transformers model gets its config.json and
-    generation_config.json too, so that plain transformers loads the folder: those of the folder
-    that it was made from, with nothing changed but what differs.
+    Names, shapes and dtypes are the untiled model's; what is tied is written once. A few MiB are in
+    memory at a time. Of a transformers model, they are those that its `save_pretrained` writes, as
+    the Hub has them: what is renamed, merged or transposed on loading goes back, and what its class
+    leaves out is left out. A weight that must be computed for that is in memory whole, with what it
+    is made of. The model gets its config.json and generation_config.json too, so that plain
+    transformers loads the folder: those of the folder that it was made from, with nothing changed
+    but what differs.
 
     The checkpoint that is there already stays whole until the new one is: killed at any moment, the
     folder holds the one or the other.
@@ -74,12 +81,21 @@ def save_checkpoint(
         )
         return
     check_saveable(model)
-    tensors = [
-        _in_dtype(outgoing(needed.dense, needed.names[0]), dtype) for needed in tensors_of(model)
+    outward = [
+        Outward(needed.names, ModelSource(needed.dense, needed.names[0]))
+        for needed in in_state_dict_order(model)
     ]
+    stored = naming_of(model).written(outward)
+    tensors = [_in_dtype(written(name, source), dtype) for name, source in stored.items()]
     beside = configs_beside(model, dtype)
     wait_for_writes(model)
-    write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes, beside=beside)
+    write_checkpoint(
+        folder,
+        tensors,
+        max_shard_bytes=max_shard_bytes,
+        beside=beside,
+        parameters=parameter_count(model),
+    )
 
 
 def _in_dtype(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:

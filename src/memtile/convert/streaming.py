@@ -15,7 +15,7 @@ from torch import Tensor
 from memtile.checkpoints import PIECE_BYTES, Outgoing, StoredTensor
 from memtile.errors import CheckpointError, NotFiniteError
 from memtile.geometry import Grid, Rect, Span
-from memtile.homes import evict, pieces, streamed_allocation
+from memtile.homes import PAGE, aligned_buffer, evict, pieces, streamed_allocation
 from memtile.optim import DenseParameter, Part, is_finite
 
 Index = tuple[int, int]
@@ -40,6 +40,14 @@ class TensorSource(Protocol):
         """Whole rows."""
 
 
+def stored_tensors(source: object) -> Iterator[StoredTensor]:
+    """The tensors of files that a source is read from."""
+    if isinstance(source, StoredTensor):
+        yield source
+    for other in getattr(source, "sources", ()):
+        yield from stored_tensors(other)
+
+
 class TiledSource:
     """The dense matrix, or bias, that stored tiles make; the tiles of a bias are one column."""
 
@@ -57,6 +65,7 @@ class TiledSource:
         )
         whole = (self.grid.out_features, self.grid.in_features)
         self.shape = torch.Size(whole[:rank])
+        self.sources = tuple(tiles.values())
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor, in new memory."""
@@ -73,6 +82,68 @@ class TiledSource:
             part = self.tiles[index].rows(rows.start, rows.stop)
             out[common.since(place).index] = part.view(rows.size, -1)
         return out.view(stop - start, *self.shape[1:])
+
+
+class ModelSource:
+    """A dense tensor of a model, read where its parts are.
+
+    Args:
+        dense: the tensor and its parts.
+        name: for messages.
+    """
+
+    def __init__(self, dense: DenseParameter, name: str) -> None:
+        self.dense, self.name = dense, name
+        self.shape, self.dtype = dense.shape, _common_dtype(dense, name, values_of)
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements of the flattened tensor, in new memory."""
+        if any(first_element(self.dense, part) is None for part in self.dense.parts):
+            width = self.shape[1]
+            first, last = start // width, -(-stop // width)
+            return self.rows(first, last).view(-1)[start - first * width : stop - first * width]
+        out = torch.empty(stop - start, dtype=self.dtype)
+        for part in self.dense.parts:
+            begin = first_element(self.dense, part) or 0
+            first, last = max(start, begin), min(stop, begin + part.parameter.numel())
+            if first < last:
+                values = _flat_range(part.parameter, first - begin, last - begin)
+                out[first - start : last - start] = values
+        return out
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Whole rows, in new memory."""
+        if any(first_element(self.dense, part) is None for part in self.dense.parts):
+            band = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
+            for in_band, in_part in _crossing(self.dense.parts, values_of, start, band):
+                in_band.copy_(in_part)
+            return band
+        inner = self.shape[1:].numel()
+        return self.elements(start * inner, stop * inner).view(stop - start, *self.shape[1:])
+
+
+def _flat_range(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Elements of a flattened parameter; of a parked one they are read past its mapping."""
+    allocation, size = streamed_allocation(tensor), tensor.element_size()
+    if allocation is None:
+        return tensor.detach().reshape(-1)[start:stop].cpu()
+    page = start * size // PAGE * PAGE
+    buffer = aligned_buffer(stop * size - page)
+    allocation.read(buffer, page)
+    return buffer[start * size - page : stop * size - page].view(tensor.dtype)
+
+
+def written(name: str, source: TensorSource) -> Outgoing:
+    """A tensor that is to be written under a name, from where it is read."""
+    if isinstance(source, ModelSource):
+        return outgoing(source.dense, name)
+
+    def flow() -> Iterator[Tensor]:
+        for piece in spans(source.shape.numel(), source.dtype.itemsize):
+            yield source.elements(*piece)
+
+    block = getattr(source, "block", None)
+    return Outgoing(name, source.dtype, source.shape, flow, block)
 
 
 def spans(stop: int, unit_bytes: int, start: int = 0) -> Iterator[tuple[int, int]]:

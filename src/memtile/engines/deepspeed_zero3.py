@@ -182,6 +182,7 @@ def from_checkpoint(
         ]
         matches.append(replace(match, dense=replace(match.dense, parts=tuple(parts))))
     ranks.each(lambda: read_into_shards(matches))
+    findings.loaded()
     return model
 
 

@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import SHARD_BYTES, Checkpoint, Outgoing, Paths, write_checkpoint
 from memtile.checkpoints.publishing import cannot_write
-from memtile.convert.kinds import configs_beside
+from memtile.convert.kinds import Outward, configs_beside, naming_of
 from memtile.convert.loading_checkpoints import IncompatibleKeys
-from memtile.convert.model_tensors import tensors_of
+from memtile.convert.model_tensors import in_state_dict_order, parameter_count
 from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
 from memtile.convert.streaming import TensorSource, bring_in
 from memtile.engines.dcp_files import read_alone, write_shards
@@ -70,6 +70,7 @@ def load_checkpoint(
     reshard_and_flush(model)
     ranks.each(lambda: read_into_shards(findings.matches))
     ranks.each(lambda: write_masters(model))
+    findings.loaded()
     return IncompatibleKeys((), tuple(findings.unexpected))
 
 
@@ -91,13 +92,20 @@ def save_checkpoint(
     view = ranks.each(lambda: dense_view(model))
     with _between(ranks, Path(folder)) as between:
         write_shards(ranks, view, between)
-        names = [wanted.names[0] for wanted in tensors_of(model)]
+        outward = [
+            Outward(wanted.names, _Written(wanted.names[0], view[wanted.names[0]], between))
+            for wanted in in_state_dict_order(model)
+        ]
         ranks.first(
             lambda: write_checkpoint(
                 folder,
-                [_outgoing(name, view[name], between, dtype) for name in names],
+                [
+                    _outgoing(name, source, dtype)
+                    for name, source in naming_of(model).written(outward).items()
+                ],
                 max_shard_bytes=max_shard_bytes,
                 beside=configs_beside(model, dtype),
+                parameters=parameter_count(model),
             )
         )
 
@@ -199,21 +207,44 @@ def _between(ranks: Ranks, folder: Path) -> Iterator[Path]:
             shutil.rmtree(between, ignore_errors=True)
 
 
-def _outgoing(name: str, like: Tensor, between: Path, dtype: torch.dtype | None) -> Outgoing:
-    shape, kept = like.shape, like.dtype
+class _Written:
+    """A dense tensor that all ranks have written between, read back in bands."""
+
+    def __init__(self, name: str, like: Tensor, between: Path) -> None:
+        self._name, self._between = name, between
+        self.shape, self.dtype = torch.Size(like.shape), like.dtype
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements of the flattened tensor, in new memory."""
+        if not self.shape:
+            scalar = torch.empty((), dtype=self.dtype)
+            read_alone({self._name: scalar}, self._between)
+            return scalar.view(1)[start:stop]
+        width = self.shape[1:].numel()
+        first = start // max(1, width)
+        band = self.rows(first, -(-stop // max(1, width))).view(-1)
+        return band[start - first * width : stop - first * width]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Whole rows, in new memory."""
+        band = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+        place = (start, *(0 for _ in self.shape[1:]))
+        read_alone(
+            {self._name: DenseView(self.shape, [ShardPiece(place, band)], band)}, self._between
+        )
+        return band
+
+
+def _outgoing(name: str, source: TensorSource, dtype: torch.dtype | None) -> Outgoing:
+    kept = source.dtype
     written = dtype if dtype is not None and kept.is_floating_point else kept
 
     def flow() -> Iterator[Tensor]:
-        if not shape:
-            scalar = torch.empty((), dtype=kept)
-            read_alone({name: scalar}, between)
-            yield scalar.to(written)
+        if not source.shape:
+            yield source.elements(0, 1).to(written)
             return
-        height = max(1, BAND_BYTES // max(1, shape[1:].numel() * kept.itemsize))
-        for start in range(0, shape[0], height):
-            band = torch.empty(min(height, shape[0] - start), *shape[1:], dtype=kept)
-            place = (start, *(0 for _ in shape[1:]))
-            read_alone({name: DenseView(shape, [ShardPiece(place, band)], band)}, between)
-            yield band.to(written)
+        height = max(1, BAND_BYTES // max(1, source.shape[1:].numel() * kept.itemsize))
+        for start in range(0, source.shape[0], height):
+            yield source.rows(start, min(start + height, source.shape[0])).to(written).contiguous()
 
-    return Outgoing(name, written, shape, flow)
+    return Outgoing(name, written, source.shape, flow, getattr(source, "block", None))

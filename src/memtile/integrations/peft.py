@@ -80,6 +80,7 @@ def _naming(model: nn.Module) -> Naming | None:
     adapters = _names_of_adapters(wrapped, pattern)
     return replace(
         base,
+        written=Naming().written,
         stored=lambda name: adapters.get(name) or _name_in_base(name),
         apart=lambda name: pattern.search(name) is not None,
     )

@@ -35,8 +35,8 @@ def save_pretrained(
 ) -> Any:
     """Write the folder of a tiled transformers model, tile by tile where that is possible.
 
-    Where transformers renames or joins weights on saving, or gets options or a state dict (with
-    names of tiles, as a trainer passes it), the dense weights are in memory while it writes them.
+    Where transformers gets options or a state dict (with names of tiles, as a trainer passes it),
+    or the class saves in its own way, the dense weights are in memory while it writes them.
     `original` is transformers' own method.
     """
     if _own_tiles(model):
@@ -52,7 +52,7 @@ def save_pretrained(
         and state_dict is None
         and not args
         and kwargs.keys() <= {"max_shard_size"}
-        and _is_saved_as_it_is(model)
+        and _writes_plain_weights(model)
         and not Path(save_directory).is_file()
     ):
         size = kwargs.get("max_shard_size", _SHARD_BYTES)
@@ -99,18 +99,11 @@ def _own_tiles(model: Any) -> set[str]:
     return own
 
 
-def _is_saved_as_it_is(model: Any) -> bool:
-    """Whether transformers would write the model's own names and values."""
+def _writes_plain_weights(model: Any) -> bool:
+    """Whether transformers would write what `save_checkpoint` does."""
     base = loaded_class("transformers.modeling_utils", "PreTrainedModel")
-    mapping = sys.modules.get("transformers.conversion_mapping")
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None and mapping is not None:
-        conversions = mapping.get_model_conversion_mapping(model, add_legacy=False)
     return (
-        conversions is not None
-        and not conversions
-        and type(model).save_pretrained is base.save_pretrained
-        and not model._keys_to_ignore_on_save
+        type(model).save_pretrained is base.save_pretrained
         and not model.is_remote_code()
         and not any(getattr(model, name, None) for name in _TAKEN_OVER)
     )

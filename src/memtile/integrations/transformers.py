@@ -27,6 +27,7 @@ from memtile.integrations.pretrained import (
     relevant,
 )
 from memtile.integrations.saving import loaded_class, save_pretrained, with_tiles
+from memtile.integrations.weight_conversion import in_model_names, in_stored_names
 from memtile.layers import DenseHandle, TiledEmbedding, TiledLinear, TiledModule
 
 
@@ -146,12 +147,13 @@ def _is_tied(model: nn.Module, *names: str) -> bool:
 
 
 def _naming(model: nn.Module) -> Naming | None:
-    """`from_pretrained`'s rules for names: the base's prefix, what may be missing or unexpected."""
+    """`from_pretrained`'s and `save_pretrained`'s rules for names and layouts."""
     if model not in pretrained_models(model):
         return None
     found: Any = model  # a PreTrainedModel, which is not imported here
     return Naming(
-        prefix=found.base_model_prefix or "",
+        renamed=partial(in_model_names, found),
+        written=partial(in_stored_names, found),
         relevant=partial(relevant, found),
         made=partial(new_names, found),
     )
