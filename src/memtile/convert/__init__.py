@@ -17,6 +17,7 @@ from memtile.convert.kinds import (
     naming_of,
     register_integration,
     tileable,
+    tileables,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
@@ -77,5 +78,6 @@ __all__ = [
     "take_workspace",
     "tile",
     "tileable",
+    "tileables",
     "untile",
 ]

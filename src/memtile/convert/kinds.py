@@ -123,11 +123,13 @@ class Stack:
         owner: what the module's class is derived from once its stack is in tiles.
         is_transposed: whether R × C is (in, out).
         used: experts that each token is routed to, at most.
+        reads_values: whether the module's own forward cannot be counted with shapes alone.
     """
 
     owner: type[StackOwner]
     is_transposed: bool
     used: int
+    reads_values: bool
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,8 @@ from memtile.transfer import unwatch_model
 
 Model = TypeVar("Model", bound=nn.Module)
 Layers = dict[str, TiledModule]
-PLAIN_TILES = (nn.Linear, nn.Embedding, StackTile) + (
-    ParkedLinear,
-    ParkedEmbedding,
-    ParkedStackTile,
-)
+RESIDENT_TILES = nn.Linear, nn.Embedding, StackTile
+PLAIN_TILES = *RESIDENT_TILES, ParkedLinear, ParkedEmbedding, ParkedStackTile
 
 
 def untile(model: Model) -> Model:

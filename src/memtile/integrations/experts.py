@@ -29,7 +29,8 @@ def stacks_of(module: nn.Module) -> Mapping[str, Stack]:
     known: Any = module  # as transformers' decorator leaves it
     used = (getattr(known.config, name, None) for name in _USED)
     at_most = next((count for count in used if isinstance(count, int)), known.num_experts)
-    stack = Stack(TiledExperts, bool(known.is_transposed), at_most)
+    reads_values = known.config._experts_implementation != "batched_mm"  # or mm of meta fails
+    stack = Stack(TiledExperts, bool(known.is_transposed), at_most, reads_values)
     found = {name: module._parameters.get(name) for name in _names(known)}
     return {name: stack for name, p in found.items() if p is not None and p.dim() == 3}
 
@@ -133,11 +134,11 @@ class _Experts:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Runs of experts (first, stop) that tiles of both stacks begin and end with."""
-        bounds = set(range(self.module.num_experts + 1))
-        for stack in self.stacks:
-            if isinstance(stack, TiledStack):
-                bounds &= {0, *(span.stop for span, _ in stack.units)}
-        return pairwise(sorted(bounds))
+        tiled = [stack for stack in self.stacks if isinstance(stack, TiledStack)]
+        bounds = set(range(self.module.num_experts + 1)) if tiled else {self.module.num_experts}
+        for stack in tiled:
+            bounds &= {span.stop for span, _ in stack.units}
+        return pairwise(sorted({0, *bounds}))
 
     def __call__(self, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
         """(N, H) of (N, H)."""

@@ -20,12 +20,17 @@ class StackOwner(nn.Module):
     dense_names: tuple[str, ...]  # of all its parameters, in its order
 
     @classmethod
-    def put_stack(cls, module: nn.Module, own: str, stack: TiledStack) -> None:
-        """Put a stack in place of the module's parameter of that name."""
+    def adopt(cls, module: nn.Module) -> None:
+        """Make a module one, with no stack in tiles yet."""
         if not isinstance(module, StackOwner):
             names = tuple(module._parameters)
             module.__class__ = _owner_class(cls, type(module))
             module.dense_names = names  # type: ignore[assignment]  # of its new class
+
+    @classmethod
+    def put_stack(cls, module: nn.Module, own: str, stack: TiledStack) -> None:
+        """Put a stack in place of the module's parameter of that name."""
+        cls.adopt(module)
         del module._parameters[own]
         module._modules[own] = stack
 

@@ -320,6 +320,6 @@ def _check_grid(grid: Grid, experts: int, rows: int, columns: int) -> None:
     if not (whole and inside):
         raise TileShapeError(
             f"a grid with bounds {grid.out_parts[:6]}… × {grid.in_parts} cuts no stack of "
-            f"{experts} experts of {rows}×{columns}: a tile is some rows of one expert, or whole experts, in "
-            "one column; Grid.split_stack(experts, rows, columns, out_splits) makes one"
+            f"{experts} experts of {rows}×{columns}: a tile is some rows of one expert, or whole "
+            "experts, in one column; Grid.split_stack(experts, rows, columns, out_splits) makes one"
         )
