@@ -10,6 +10,7 @@ from memtile.costmodel.byte_sizes import format_byte_size
 from memtile.costmodel.json_form import from_text, to_text
 from memtile.costmodel.model_records import Products
 from memtile.costmodel.plan_parts import (
+    KEPT_EXPERTS,
     PARKED,
     PLACES,
     Floor,
@@ -95,6 +96,11 @@ class Plan:
     def bytes_of(self, place: Place) -> int:
         """The predicted peak of "device", "host" or "disk"."""
         return bytes_in(place, self.terms)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is left of the budget, for copies of the most used experts."""
+        return sum(term.nbytes for term in self.terms if term.name == KEPT_EXPERTS)
 
     @property
     def tiles(self) -> int:

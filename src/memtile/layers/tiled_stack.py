@@ -6,7 +6,7 @@ several whole experts, one, or some rows of one. R × C is an expert's matrix as
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any, ClassVar
@@ -221,15 +221,14 @@ class TiledStack(TiledModule):
         return not all(checks.is_plain(tile, type(tile)) for tile in self.stacks)
 
     def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
-        """The weights of the tiles that `forward` uses, in order."""
-        weights = (self.stacks[n]._parameters.get("weight") for n in self._tiles(counts, first))
+        """The weights of the tiles whose experts have rows, in order."""
+        weights = (
+            self.stacks[number]._parameters.get("weight")
+            for span, numbers in self.units
+            if first <= span.start and any(counts[span.start - first : span.stop - first])
+            for number in numbers
+        )
         return [weight for weight in weights if weight is not None]
-
-    def _tiles(self, counts: Sequence[int], first: int) -> Iterator[int]:
-        for span, numbers in self.units:
-            if first <= span.start < first + len(counts):
-                if self.calls_all or any(counts[span.start - first : span.stop - first]):
-                    yield from numbers
 
     def forward(
         self,

@@ -105,7 +105,8 @@ class ParkedSource:
     def _following(self) -> Sequence[Tensor]:
         """The experts that are needed after this one."""
         order = self._experts[::-1] if self._in_backward else self._experts
-        return order[1 + next(n for n, each in enumerate(order) if each is self.parameter) :]
+        places = (n for n, each in enumerate(order) if each is self.parameter)
+        return order[1 + next(places, len(order)) :]
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
