@@ -42,6 +42,85 @@ class TestWithoutPagemap(TestCheckpointHome):
         monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
 
 
+def in_pieces(folder, tensors, page=4096):
+    """As `allocations_over`, each tensor stored in pieces of a page, with others between them."""
+    named, pieces = {}, []
+    for number, tensor in enumerate(tensors):
+        flat, step = tensor.reshape(-1), page // tensor.element_size()
+        parts = flat.split(step) if flat.numel() else [flat]
+        pieces.append([(f"{number:03}.{at:05}.a", len(part)) for at, part in enumerate(parts)])
+        for (name, _), part in zip(pieces[-1], parts, strict=True):
+            named |= {name: part, f"{name}.filler": torch.ones(step, dtype=tensor.dtype)}
+    write_checkpoint(folder, outgoing_of(named))
+    checkpoint, home = Checkpoint.open(folder), CheckpointHome()
+    return [
+        home.elements_of([(checkpoint[name], 0, count) for name, count in each], tensor.shape)
+        for each, tensor in zip(pieces, tensors, strict=True)
+    ]
+
+
+class TestInPieces(TestCheckpointHome):
+    """The same where each tensor lies in several places, which meet inside pages."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch):
+        monkeypatch.setattr("memtile.checkpoints.home._LEAST_PIECE", 0)
+
+    def make_allocations(self, tensors: list[Tensor]) -> list[Allocation]:
+        return in_pieces(self.folder, tensors)
+
+
+class TestInPiecesWithoutPagemap(TestInPieces):
+    """And the kernel does not tell of written pages."""
+
+    @pytest.fixture(autouse=True)
+    def _no_pagemap(self, monkeypatch):
+        monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
+
+
+def test_pieces_stay_in_the_file_but_for_their_seams(tmp_path):
+    """Of a tile in four pieces, at most a page for each border is memory of its own."""
+    pieces = [torch.full((64 << 10,), float(number)) for number in range(4)]
+    named = {f"{number}": piece for number, piece in enumerate(pieces)}
+    named |= {f"{number}.other": torch.ones(1024) for number in range(4)}
+    write_checkpoint(tmp_path, outgoing_of(named))
+    checkpoint, home = Checkpoint.open(tmp_path), CheckpointHome()
+
+    allocation = home.elements_of(
+        [(checkpoint[str(n)], 0, 64 << 10) for n in range(4)], (256 << 10,)
+    )
+
+    assert torch.equal(allocation.tensor(), torch.cat(pieces))
+    allocation.read(room := aligned_buffer(1 << 20))
+    assert torch.equal(room.view(torch.float32), torch.cat(pieces))
+    copied = sum(home.pages._copied(allocation.address, allocation.nbytes).tolist())
+    assert copied <= 3
+
+
+def test_neighbours_in_a_file_are_one_piece(tmp_path):
+    """Tensors that follow one another need no alignment and no seam."""
+    named = {"a": torch.ones(3), "b": torch.arange(50.0), "c": -torch.arange(70.0)}
+    write_checkpoint(tmp_path, outgoing_of(named))
+    found = Checkpoint.open(tmp_path)
+
+    allocation = CheckpointHome().elements_of([(found["b"], 0, 50), (found["c"], 0, 70)], (120,))
+
+    assert torch.equal(allocation.tensor(), torch.cat([named["b"], named["c"]]))
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"), [(300, "2 pieces, of 1200 bytes"), (9000, "bytes of")]
+)
+def test_pieces_that_make_no_map_give_the_reason(length, reason, tmp_path):
+    """Too small, or at different bytes of a page."""
+    write_checkpoint(tmp_path, outgoing_of({n: torch.ones(length) for n in "abc"}))
+    found = Checkpoint.open(tmp_path)
+
+    told = CheckpointHome().elements_of([(found[n], 0, length) for n in "ac"], (2 * length,))
+
+    assert reason in told
+
+
 def test_the_kernel_tells_of_written_pages():
     """It does here, so the tests above ran with and without it."""
     assert CopiedPages().works

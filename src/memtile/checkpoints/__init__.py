@@ -1,6 +1,6 @@
 """Checkpoints as safetensors files, read and written a few MiB at a time."""
 
-from memtile.checkpoints.home import CheckpointHome
+from memtile.checkpoints.home import CheckpointHome, StoredPiece
 from memtile.checkpoints.opening import Checkpoint, OnePath, Paths
 from memtile.checkpoints.publishing import replace_file, sole_writer
 from memtile.checkpoints.steps import training_folder
@@ -16,6 +16,7 @@ __all__ = [
     "Outgoing",
     "Paths",
     "StoredFile",
+    "StoredPiece",
     "StoredTensor",
     "replace_file",
     "sole_writer",

@@ -6,11 +6,14 @@ leaves the file unchanged; reads find out which pages were copied, and use those
 """
 
 import ctypes
+import hashlib
 import logging
+import math
 import mmap
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Final, NoReturn
@@ -30,7 +33,27 @@ _NORESERVE: Final = 0x4000  # MAP_NORESERVE on Linux: mmap has no name for it be
 _PAGEMAP: Final = "/proc/self/pagemap"
 _ENTRY_BYTES: Final = 8
 _SWAPPED, _FILE = 1 << 62, 1 << 61  # bit 63, present, is the sign of an int64
+_FIXED: Final = 0x10  # MAP_FIXED
+_LEAST_PIECE: Final = 8 * mmap.PAGESIZE  # bytes: each further piece costs a page of memory
+_MOST_PIECES: Final = 24_000  # the kernel maps 65 530 stretches by default, and a seam is one too
 _FAILED: Final = ctypes.c_void_p(-1).value  # MAP_FAILED
+
+
+StoredPiece = tuple[StoredTensor, int, int]
+"""A stored tensor, the first of its elements that are meant, and how many they are."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Bytes of an allocation, from `start` on, that follow one another in a file.
+
+    `file` is None for a copy of bytes that share their page with those of another run.
+    """
+
+    start: int
+    nbytes: int
+    file: StoredFile | None
+    offset: int
 
 
 class CheckpointHome(Home):
@@ -48,6 +71,7 @@ class CheckpointHome(Home):
     def __init__(self) -> None:
         super().__init__()
         self.pages = CopiedPages()
+        self._pieces = 0  # of tiles that have several
         self._maps: weakref.WeakKeyDictionary[StoredFile, memoryview] = weakref.WeakKeyDictionary()
         weakref.finalize(self, self.pages.close).atexit = False
         if not self.pages.works:
@@ -63,11 +87,24 @@ class CheckpointHome(Home):
 
     def rows_of(self, stored: StoredTensor, start: int, shape: Sequence[int]) -> Allocation | str:
         """The allocation over a stored tensor from element `start` on, or why there is none."""
+        return self.elements_of([(stored, start, math.prod(shape))], shape)
+
+    def elements_of(self, pieces: Sequence[StoredPiece], shape: Sequence[int]) -> Allocation | str:
+        """The allocation over elements of stored tensors of one dtype, or why there is none."""
         self.check_open()
-        offset = stored.entry.offset + start * stored.dtype.itemsize
-        if offset % stored.dtype.itemsize:
-            return f"its file keeps it at byte {offset}, which is not aligned for {stored.dtype}"
-        return _CheckpointAllocation(self, stored.file, offset, shape, stored.dtype)
+        dtype = pieces[0][0].dtype
+        runs = _runs(pieces, dtype.itemsize)
+        for run in runs:
+            if run.offset % dtype.itemsize:
+                return f"its file keeps it at byte {run.offset}, which is not aligned for {dtype}"
+        if len(runs) > 1:
+            average = sum(run.nbytes for run in runs) // len(runs)
+            if average < _LEAST_PIECE or self._pieces + len(runs) > _MOST_PIECES:
+                return f"they lie in {len(runs)} pieces, of {average} bytes on average"
+            if len({(run.offset - run.start) % mmap.PAGESIZE for run in runs}) > 1:
+                return "they lie in pieces at different bytes of a page, which make no one map"
+            self._pieces += len(runs)
+        return _CheckpointAllocation(self, runs, shape, dtype)
 
     def map_of(self, file: StoredFile) -> memoryview:
         """A file's bytes, mapped privately once."""
@@ -96,72 +133,171 @@ class CheckpointHome(Home):
 
 
 class _CheckpointAllocation(Allocation):
+    """Bytes of files: a part of one file's map, or a map of their own where they are several runs.
+
+    Where two runs meet inside a page, that page is a copy, made at once.
+    """
+
     home: CheckpointHome
 
     def __init__(
         self,
         home: CheckpointHome,
-        file: StoredFile,
-        offset: int,
+        runs: Sequence[_Run],
         shape: Sequence[int],
         dtype: torch.dtype,
     ) -> None:
         super().__init__(home, shape, dtype)
-        self._file, self._offset = file, offset
-        self._view = home.map_of(file)[offset : offset + self.nbytes]
+        (first, *others), files = runs, {run.file for run in runs if run.file is not None}
+        self._files = tuple(files)
+        if others:
+            self._view, self._runs = _joined(runs)
+        elif first.file is not None:
+            self._view = home.map_of(first.file)[first.offset : first.offset + self.nbytes]
+            self._runs = [first]
         self.address = self.tensor().data_ptr()
+        self._seams = self._seams_now()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
 
     def evict(self) -> None:
-        """Drop the file's pages from memory; copied pages stay."""
-        self._file.check_unchanged()
+        """Drop the files' pages from memory; copied pages stay."""
+        for file in self._files:
+            file.check_unchanged()
         pages = self.home.pages
         if not self.nbytes or not pages.works or self.home.closed:
             return
         library = _c_library()
-        for address, length in pages.uncopied(self.address, self.nbytes):
-            library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        for run in self._runs:
+            found = pages.uncopied(self.address + run.start, run.nbytes) if run.file else ()
+            for address, length in found:
+                library.madvise(
+                    ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED
+                )
 
     def is_untouched(self) -> bool:
-        """Whether none of its pages was copied; CheckpointError where the file was changed."""
-        self._file.check_unchanged()
+        """Whether its pages are the files' still; CheckpointError where a file was changed."""
+        for file in self._files:
+            file.check_unchanged()
         pages = self.home.pages
-        return pages.works and not pages.any_copied(self.address, self.nbytes)
+        return (
+            pages.works
+            and not any(
+                pages.any_copied(self.address + run.start, run.nbytes)
+                for run in self._runs
+                if run.file is not None
+            )
+            and self._seams_now() == self._seams
+        )
+
+    def _seams_now(self) -> bytes:
+        """What tells the pages that were copied at once from others: the kernel cannot."""
+        found = hashlib.blake2b(digest_size=16)
+        for run in self._runs:
+            if run.file is None:
+                found.update(self._view[run.start : run.start + run.nbytes])
+        return found.digest()
 
     def _read_into(self, into: Tensor, start: int) -> None:
-        self._file.check_unchanged()
-        used = max(0, min(into.numel(), self.nbytes - start))
+        for file in self._files:
+            file.check_unchanged()
+        stop = min(start + into.numel(), self.nbytes)
+        for run in self._runs:
+            first, last = max(start, run.start), min(stop, run.start + run.nbytes)
+            if first < last:
+                self._read_run(run, into[first - start : last - start], first)
+
+    def _read_run(self, run: _Run, into: Tensor, start: int) -> None:
         pages, address = self.home.pages, self.address + start
-        opened = self._file.try_open()  # None: replaced, and only the map has the old bytes
-        if used and (opened is None or not pages.works or pages.any_copied(address, used)):
+        # None: a page of several files; or replaced, and only the map has the old bytes
+        opened = None if run.file is None else run.file.try_open()
+        if opened is None or not pages.works or pages.any_copied(address, into.numel()):
             mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
-            into[:used].copy_(mapped[start : start + used])
-        elif opened is not None:
+            into.copy_(mapped[start : start + into.numel()])
+        else:
             # The kernel would read up to 8 MiB more (`read_ahead_kb`), of experts that are not hit.
             os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_RANDOM)
-            disk_io.fill(opened.fd, disk_io.bytes_of(into[:used]), self._offset + start)
+            disk_io.fill(opened.fd, disk_io.bytes_of(into), run.offset + start - run.start)
 
     def _write_from(self, source: Tensor, start: int) -> None:
         self.home._refuse()
 
 
+def _runs(pieces: Sequence[StoredPiece], element_bytes: int) -> list[_Run]:
+    """Where the pieces lie in their files; neighbours in a file are one run."""
+    runs, start = list[_Run](), 0
+    for stored, first, count in pieces:
+        run = _Run(
+            start, count * element_bytes, stored.file, stored.entry.offset + first * element_bytes
+        )
+        start += run.nbytes
+        before = runs[-1] if runs else None
+        if before and before.file is run.file and before.offset + before.nbytes == run.offset:
+            runs[-1] = replace(before, nbytes=before.nbytes + run.nbytes)
+        else:
+            runs.append(run)
+    return runs
+
+
+def _joined(runs: Sequence[_Run]) -> tuple[memoryview, list[_Run]]:
+    """A private map of runs side by side, and its runs: whole pages of files, and copied seams."""
+    shift = runs[0].offset % mmap.PAGESIZE
+    nbytes = runs[-1].start + runs[-1].nbytes
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    memory = _map(shift + nbytes, flags, -1)
+    view = memoryview(memory).cast("B")[shift : shift + nbytes]
+    parts = list[_Run]()
+    for run in runs:
+        begin, end = shift + run.start, shift + run.start + run.nbytes
+        own = begin if run is runs[0] else min(round_up(begin, mmap.PAGESIZE), end)
+        rest = end if run is runs[-1] else max(own, end // mmap.PAGESIZE * mmap.PAGESIZE)
+        for first, last, file in ((begin, own, None), (own, rest, run.file), (rest, end, None)):
+            if first < last:
+                part = _Run(first - shift, last - first, file, run.offset + first - begin)
+                parts.append(part)
+                _put(part, run.file, memory, shift)
+    return view, parts
+
+
+def _put(part: _Run, file: StoredFile | None, memory: Any, shift: int) -> None:  # ctypes' array
+    """Map a run's pages over the memory, or copy its bytes there."""
+    assert file is not None
+    start, descriptor = shift + part.start, file.open().fd
+    if part.file is None:
+        raw = memoryview(memory).cast("B")[start : start + part.nbytes]
+        disk_io.fill(descriptor, raw, part.offset)
+        return
+    before = start % mmap.PAGESIZE  # bytes of the first page that are not meant
+    flags = mmap.MAP_PRIVATE | _NORESERVE | _FIXED
+    address = ctypes.addressof(memory) + start - before
+    _map_at(address, part.nbytes + before, flags, descriptor, part.offset - before)
+
+
 def _mapped(file: StoredFile) -> memoryview:
     """A private map of a file; Python's `mmap` would keep a descriptor of it open."""
-    opened, library = file.open(), _c_library()
-    size = os.fstat(opened.fd).st_size
-    access = mmap.PROT_READ | mmap.PROT_WRITE
+    opened = file.open()
     # Without NORESERVE a file larger than the memory could not be mapped.
     flags = mmap.MAP_PRIVATE | _NORESERVE
-    address = library.mmap(None, ctypes.c_size_t(size), access, flags, opened.fd, ctypes.c_long(0))
-    if address in (None, _FAILED):
+    return memoryview(_map(os.fstat(opened.fd).st_size, flags, opened.fd)).cast("B")
+
+
+def _map(nbytes: int, flags: int, fd: int) -> Any:
+    """A map as ctypes' array, given back with it."""
+    found = _map_at(0, nbytes, flags, fd, 0)
+    memory = (ctypes.c_ubyte * nbytes).from_address(found)
+    unmap = _c_library().munmap
+    weakref.finalize(memory, unmap, ctypes.c_void_p(found), ctypes.c_size_t(nbytes)).atexit = False
+    return memory
+
+
+def _map_at(address: int, nbytes: int, flags: int, fd: int, offset: int) -> int:
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    sizes = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
+    found = _c_library().mmap(*sizes, access, flags, fd, ctypes.c_long(offset))
+    if found in (None, _FAILED):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    memory = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(
-        memory, library.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)
-    ).atexit = False
-    return memoryview(memory).cast("B")
+    return int(found)
 
 
 @lru_cache

@@ -186,6 +186,13 @@ class RowMap:
             out[row] = source.elements(number * self._width, (number + 1) * self._width)
 
 
+def pieces_of(source: TensorSource, start: int, stop: int) -> Iterator[Piece]:
+    """Where elements of a flattened tensor lie, in order: whole rows of it are asked for."""
+    if isinstance(source, RowMap):
+        return source.pieces(start, stop)
+    return iter([Piece(source, start, stop - start)])
+
+
 def _row_maps(
     sources: Mapping[str, TensorSource], make: Make, made: Mapping[str, Tensor]
 ) -> dict[str, RowMap]:

@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,11 +13,19 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from memtile.checkpoints import Checkpoint, CheckpointHome, Paths, StoredFile, StoredTensor
+from memtile.checkpoints import (
+    Checkpoint,
+    CheckpointHome,
+    Paths,
+    StoredFile,
+    StoredPiece,
+    StoredTensor,
+)
+from memtile.convert.derived import Computed, pieces_of
 from memtile.convert.kinds import integrations
 from memtile.convert.model_tensors import tensors_of
 from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
-from memtile.convert.streaming import bring_in, first_element
+from memtile.convert.streaming import TiledSource, bring_in, first_element
 from memtile.convert.untiling import untile
 from memtile.errors import (
     ArgumentError,
@@ -207,25 +215,28 @@ def _of_copies(dense: DenseParameter, copies: Copies, file_backed: FileBacked) -
 def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHome) -> FileBacked:
     """Where tiles lie in the files; the others get a new disk home.
 
-    Only rows of a tensor of the model's own dtype lie in its file as a tile does. Columns,
-    transposed linears and tensors that must be converted are copied to the disk home, in the first
-    usable folder for temporary files.
+    Only rows of tensors of the model's own dtype lie in their files as a tile does. Columns,
+    transposed linears, and what must be converted or computed are copied to the disk home, in the
+    first usable folder for temporary files.
     """
     parked = [m for m in model.modules() if isinstance(m, ParkedModule) and m.home is home]
     ids = {id(module._parameters["weight"]) for module in parked}
     file_backed: dict[int, Allocation] = {}
-    reasons: Counter[str] = Counter()
+    copied: dict[str, list[tuple[str, int]]] = defaultdict(list)  # name and bytes, by the reason
     for match in matches:
         for part in match.dense.parts:
             if id(part.parameter) in ids:
                 found = _place(match, part, home)
                 if isinstance(found, str):
-                    reasons[found] += 1
+                    copied[found].append((match.name, part.parameter.nbytes))
                 else:
                     file_backed[id(part.parameter)] = found
-    for reason, count in reasons.items():
-        _log.info("%d tiles are copied to a home on disk: %s", count, reason)
-    if reasons:
+    for reason, tiles in copied.items():
+        names = some(dict.fromkeys(name for name, _ in tiles))
+        nbytes = sum(size for _, size in tiles)
+        text = "%d tiles of %s are copied to a home on disk, %d bytes: %s"
+        _log.warning(text, len(tiles), names, nbytes, reason)
+    if copied:
         others = [m for m in parked if id(m._parameters["weight"]) not in file_backed]
         weights = {id(w): w for m in others if (w := m._parameters["weight"]) is not None}
         disk = DiskHome()
@@ -237,11 +248,18 @@ def rest_in_files(model: nn.Module, matches: Iterable[Match], home: CheckpointHo
 
 def _place(match: Match, part: Part, home: CheckpointHome) -> Allocation | str:
     """Where a tile lies in the files, or why it lies in none."""
-    if not isinstance(match.source, StoredTensor):
+    if isinstance(match.source, TiledSource):
         return "the checkpoint holds them in tiles of its own"
     start = first_element(match.dense, part)
     if start is None:
         return "they are no whole rows of what the checkpoint holds"
-    if match.source.dtype != part.parameter.dtype:
-        return f"the checkpoint's are {match.source.dtype}, the model's {part.parameter.dtype}"
-    return home.rows_of(match.source, start, part.parameter.shape)
+    if isinstance(match.source, Computed):
+        return "their values are computed from what the checkpoint holds"
+    pieces = list[StoredPiece]()
+    for piece in pieces_of(match.source, start, start + part.parameter.numel()):
+        if not isinstance(piece.source, StoredTensor):
+            return "the checkpoint holds them in tiles of its own"
+        if piece.source.dtype != part.parameter.dtype:
+            return f"the checkpoint's are {piece.source.dtype}, the model's {part.parameter.dtype}"
+        pieces.append((piece.source, piece.first, piece.count))
+    return home.elements_of(pieces, part.parameter.shape)

@@ -74,9 +74,12 @@ def in_state_dict_order(model: nn.Module) -> list[ModelTensor]:
     """`tensors_of`, in the order of the dense model's state dict."""
     places: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        own = ("weight", "bias") if isinstance(module, TiledModule) else module._parameters
-        for name in (*own, *module._buffers):
-            places.setdefault(_join(path, name), len(places))
+        if isinstance(module, TiledModule):
+            own = [module.dense_name(path, "weight"), module.dense_name(path, "bias")]
+        else:
+            own = [_join(path, name) for name in module._parameters]
+        for name in (*own, *(_join(path, buffer) for buffer in module._buffers)):
+            places.setdefault(name, len(places))
     return sorted(tensors_of(model), key=lambda needed: places[needed.names[0]])
 
 

@@ -276,10 +276,8 @@ class _Search:
 
 def tiles_by_layer(checkpoint: Iterable[str]) -> Mapping[tuple[str, str], dict[Index, str]]:
     """Names of tiles by the dense tensor's (path, own name) and place."""
-    dense_names = {cls.tile_pattern.pattern: cls.dense_name for cls in tiled_classes()}
-    compiled = {
-        re.compile(rf"(?:(?P<layer>.+)\.)?{p}"): dense_names[p] for p in sorted(dense_names)
-    }
+    classes = {cls.tile_pattern.pattern: cls for cls in tiled_classes()}
+    compiled = {re.compile(rf"(?:(?P<layer>.+)\.)?{p}"): classes[p] for p in sorted(classes)}
     found: dict[tuple[str, str], dict[Index, str]] = defaultdict(dict)
     for key in checkpoint:
         for pattern, cls in compiled.items():
