@@ -255,7 +255,8 @@ class TiledStack(TiledModule):
             if first <= span.start < first + len(counts)
         ]
         rows = input.split([sum(some) for _, some in units])
-        idle, used = self.calls_all, used or self.used(counts, first)
+        idle = any(not x.shape[0] for x in rows) and self.calls_all
+        used = used or self.used(counts, first)
         with layer_call():
             parts = [
                 self._product(numbers, x, some, used)
