@@ -116,7 +116,7 @@ def test_old_uses_weigh_less():
 
 
 def test_the_room_is_never_exceeded():
-    """Whatever is used in whatever order, copies are within the limit; a larger tile is not kept."""
+    """Whatever is used, copies are within the limit; a tile that is larger is not kept."""
     home = watched(pages=0)
     tiles = [home.tile(str(n), n, length=(n % 4 + 1) * PAGE // 4) for n in range(12)]
     kept, order = KeptTiles(3 * PAGE), torch.Generator().manual_seed(0)

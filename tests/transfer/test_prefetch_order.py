@@ -5,7 +5,7 @@ from itertools import islice
 from watched_home import WatchedHome
 
 from memtile.homes import Allocation
-from memtile.transfer.slab_ring import PrefetchOrder
+from memtile.transfer.prefetch_order import PrefetchOrder
 from memtile.transfer.slabs import group_of, key_of
 
 

@@ -23,6 +23,7 @@ Make = Callable[[dict[str, Tensor], Shown], Mapping[str, Tensor]]
 or it computes, and then gives no integers in steps of one for integers in steps of one."""
 
 _WIDTH: Final = 4  # of probes; in a row of 2, swapping halves of the row would change nothing
+_LONG: Final = 8  # rows of a run, on average, from which on each run is read by itself
 _DENSE: Final = 4  # a range of source rows is read whole where it has at most 4 times those needed
 
 
@@ -145,12 +146,10 @@ class RowMap:
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor, in new memory."""
         first, last = start // self._width, -(-stop // self._width)
-        numbers, sources = self._places(first, last)
-        out = torch.empty(last - first, self._width, dtype=self.dtype)
-        for source in sources.unique().tolist():
-            mine = (sources == source).nonzero().flatten()
-            self._read(self.sources[source], numbers[mine], mine, out)
-        return out.view(-1)[start - first * self._width : stop - first * self._width]
+        ends = torch.tensor([first, last - 1])
+        runs = torch.searchsorted(self._starts, ends, right=True)
+        read = self._long_runs if runs.diff() < (last - first) // _LONG else self._short_runs
+        return read(first, last).view(-1)[start - first * self._width : stop - first * self._width]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Whole rows, in new memory."""
@@ -169,14 +168,25 @@ class RowMap:
             yield Piece(source, there * self._width, count * self._width)
             row, run = row + count, run + 1
 
-    def _places(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The row in its source, and the number of the source, of each row."""
+    def _long_runs(self, first: int, last: int) -> Tensor:
+        read = [
+            piece.source.elements(piece.first, piece.first + piece.count).to(self.dtype)
+            for piece in self.pieces(first * self._width, last * self._width)
+        ]
+        return torch.cat(read) if len(read) > 1 else read[0]
+
+    def _short_runs(self, first: int, last: int) -> Tensor:
         rows = torch.arange(first, last)
         run = torch.searchsorted(self._starts, rows, right=True) - 1
-        return self._first[run] + rows - self._starts[run], self._source[run]
+        numbers, sources = self._first[run] + rows - self._starts[run], self._source[run]
+        out = torch.empty(last - first, self._width, dtype=self.dtype)
+        for source in sources.unique().tolist():
+            mine = (sources == source).nonzero().flatten()
+            self._gather(self.sources[source], numbers[mine], mine, out)
+        return out
 
-    def _read(self, source: TensorSource, numbers: Tensor, into: Tensor, out: Tensor) -> None:
-        """Read rows of a source into rows of a tensor; each needs reading, or its neighbours do."""
+    def _gather(self, source: TensorSource, numbers: Tensor, into: Tensor, out: Tensor) -> None:
+        """Read rows of a source into rows of a tensor, with what lies between if that is little."""
         low, high = int(numbers.min()), int(numbers.max()) + 1
         if high - low <= _DENSE * len(numbers):
             block = source.elements(low * self._width, high * self._width).view(-1, self._width)
@@ -239,8 +249,9 @@ def _runs(probe: Tensor | None, starts: Tensor, width: int) -> tuple[Tensor, int
     if probe is None or probe.dtype not in (torch.int32, torch.int64) or probe.numel() % width:
         return None
     rows = probe.reshape(-1, width)
+    in_order = torch.arange(width, dtype=rows.dtype).expand_as(rows)
     numbers = rows[:, 0].long() // width
-    is_whole = torch.equal(rows.long(), numbers[:, None] * width + torch.arange(width))
+    is_whole = torch.equal(rows - rows[:, :1], in_order) and not (rows[:, 0] % width).any()
     if not is_whole or not len(numbers) or numbers.min() < 1 or numbers.max() >= starts[-1]:
         return None
     source = torch.searchsorted(starts, numbers, right=True) - 1

@@ -219,7 +219,7 @@ class Tileable:
     @property
     def weight(self) -> nn.Parameter:
         """The weight, or a tiled layer's handle of it."""
-        found: Any = getattr(self.module, self.own)
+        found: nn.Parameter = getattr(self.module, self.own)
         return found
 
     @property

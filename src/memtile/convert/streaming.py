@@ -4,6 +4,7 @@ Where tiles are rows of the dense tensor, parked ones are read and written past 
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -93,33 +94,37 @@ class ModelSource:
     """
 
     def __init__(self, dense: DenseParameter, name: str) -> None:
-        self.dense, self.name = dense, name
+        self.dense = dense
         self.shape, self.dtype = dense.shape, _common_dtype(dense, name, values_of)
+        starts = [first_element(dense, part) for part in dense.parts]
+        self._has_gaps = None in starts
+        self._starts = [start or 0 for start in starts]  # in order: parts are in their grid's
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor, in new memory."""
-        if any(first_element(self.dense, part) is None for part in self.dense.parts):
+        if self._has_gaps:
             width = self.shape[1]
             first, last = start // width, -(-stop // width)
-            return self.rows(first, last).view(-1)[start - first * width : stop - first * width]
+            return self._band(first, last).view(-1)[start - first * width : stop - first * width]
         out = torch.empty(stop - start, dtype=self.dtype)
-        for part in self.dense.parts:
-            begin = first_element(self.dense, part) or 0
-            first, last = max(start, begin), min(stop, begin + part.parameter.numel())
-            if first < last:
-                values = _flat_range(part.parameter, first - begin, last - begin)
-                out[first - start : last - start] = values
+        for number in range(bisect_right(self._starts, start) - 1, len(self._starts)):
+            held, begin = self.dense.parts[number].parameter, self._starts[number]
+            if begin >= stop:
+                break
+            first, last = max(start, begin), min(stop, begin + held.numel())
+            out[first - start : last - start] = _flat_range(held, first - begin, last - begin)
         return out
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Whole rows, in new memory."""
-        if any(first_element(self.dense, part) is None for part in self.dense.parts):
-            band = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
-            for in_band, in_part in _crossing(self.dense.parts, values_of, start, band):
-                in_band.copy_(in_part)
-            return band
         inner = self.shape[1:].numel()
         return self.elements(start * inner, stop * inner).view(stop - start, *self.shape[1:])
+
+    def _band(self, start: int, stop: int) -> Tensor:
+        band = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
+        for in_band, in_part in _crossing(self.dense.parts, values_of, start, band):
+            in_band.copy_(in_part)
+        return band
 
 
 def _flat_range(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -29,7 +29,7 @@ def stacks_of(module: nn.Module) -> Mapping[str, Stack]:
     known: Any = module  # as transformers' decorator leaves it
     used = (getattr(known.config, name, None) for name in _USED)
     at_most = next((count for count in used if isinstance(count, int)), known.num_experts)
-    reads_values = known.config._experts_implementation != "batched_mm"  # or mm of meta fails
+    reads_values = known.config._experts_implementation not in ("batched_mm", "grouped_mm")
     stack = Stack(TiledExperts, bool(known.is_transposed), at_most, reads_values)
     found = {name: module._parameters.get(name) for name in _names(known)}
     return {name: stack for name, p in found.items() if p is not None and p.dim() == 3}
@@ -121,12 +121,13 @@ class _Experts:
     def __init__(self, module: Any) -> None:  # as transformers' decorator leaves it
         self.module = module
         self.names = _names(module)
-        self.stacks = [module._modules.get(name) for name in self.names]
-        self.calls_all = any(s.calls_all for s in self.stacks if isinstance(s, TiledStack))
+        held: dict[str, Any] = {name: getattr(module, name) for name in self.names}
+        self.stacks = {name: s for name, s in held.items() if isinstance(s, TiledStack)}
+        self.calls_all = any(stack.calls_all for stack in self.stacks.values())
         self.matrices: dict[str, tuple[Tensor, ...]] = {
             name: (weight.mT if module.is_transposed else weight).unbind(0)
-            for name in self.names
-            if (weight := module._parameters.get(name)) is not None
+            for name, weight in held.items()
+            if name not in self.stacks
         }
         self.biases: dict[str, tuple[Tensor, ...]] = {
             name: getattr(module, f"{name}_bias").unbind(0) if module.has_bias else ()
@@ -135,17 +136,15 @@ class _Experts:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Runs of experts (first, stop) that tiles of both stacks begin and end with."""
-        tiled = [stack for stack in self.stacks if isinstance(stack, TiledStack)]
-        bounds = set(range(self.module.num_experts + 1)) if tiled else {self.module.num_experts}
-        for stack in tiled:
-            bounds &= {span.stop for span, _ in stack.units}
+        stops = [{span.stop for span, _ in stack.units} for stack in self.stacks.values()]
+        bounds = set.intersection(*stops) if stops else {self.module.num_experts}
         return pairwise(sorted({0, *bounds}))
 
     def used(self, counts: Sequence[int], first: int, last: int) -> Iterator[Tensor]:
         """The weights of the tiles that a block's experts need, in order."""
-        for stack in self.stacks:
-            if isinstance(stack, TiledStack):
-                yield from stack.used(counts[first:last], first)
+        for name in self.names:
+            if name in self.stacks:
+                yield from self.stacks[name].used(counts[first:last], first)
 
     def __call__(
         self, x: Tensor, counts: Sequence[int], first: int, used: Sequence[Tensor]
@@ -161,11 +160,11 @@ class _Experts:
     def _product(
         self, name: str, x: Tensor, counts: Sequence[int], first: int, used: Sequence[Tensor]
     ) -> Tensor:
-        stack, last = self.module._modules.get(name), first + len(counts)
-        if stack is None:
-            y = ops.grouped_linear(x, self.matrices[name][first:last], counts)
+        last = first + len(counts)
+        if name in self.stacks:
+            y = self.stacks[name](x, counts, first, used)
         else:
-            y = stack(x, counts, first, used)
+            y = ops.grouped_linear(x, self.matrices[name][first:last], counts)
         pairs = zip(self.biases[name][first:last], counts, strict=False)
         biases = [bias.expand(count, -1) for bias, count in pairs if count]
         return y + torch.cat(biases).to(y.dtype) if biases else y

@@ -1,6 +1,5 @@
 """`StackOwner`: what a module becomes whose stacks of experts are tiles."""
 
-from functools import cache
 from typing import Any, ClassVar
 
 from torch import nn
@@ -57,13 +56,15 @@ class StackOwner(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-@cache
+_classes: dict[tuple[type[StackOwner], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _owner_class(base: type[StackOwner], dense_class: type[nn.Module]) -> type[nn.Module]:
-    return type(
-        f"Tiled{dense_class.__name__}",
-        (base, dense_class),
-        {"dense_class": dense_class, "__module__": dense_class.__module__},
-    )
+    key = base, dense_class
+    if key not in _classes:
+        attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
+        _classes[key] = type(f"Tiled{dense_class.__name__}", key, attributes)
+    return _classes[key]
 
 
 def _owner_without_state(base: type[StackOwner], dense_class: type[nn.Module]) -> nn.Module:

@@ -183,6 +183,15 @@ class TiledStack(TiledModule):
         """The matrix (E·R, C) of the stack (E, R, C), or back."""
         return tensor.flatten(0, 1) if tensor.dim() == 3 else tensor.unflatten(0, (-1, self.rows))
 
+    def dense_gradient(self, name: str) -> Tensor | None:
+        """The gradient (E, R, C), zero where experts had no tokens; None while no tile has one."""
+        tiles = self.tile_parameters(name)
+        if all(tile.grad is None for tile in tiles.values()):
+            return None
+        zeros = {i: p.detach().new_zeros(1).expand(p.shape) for i, p in tiles.items()}
+        grads = {i: zeros[i] if p.grad is None else p.grad for i, p in tiles.items()}
+        return self.assemble(name, grads)
+
     @classmethod
     def from_stack(
         cls,
@@ -231,11 +240,7 @@ class TiledStack(TiledModule):
         return [weight for weight in weights if weight is not None]
 
     def forward(
-        self,
-        input: Tensor,
-        counts: Sequence[int],
-        first: int = 0,
-        used: Sequence[Tensor] = (),
+        self, input: Tensor, counts: Sequence[int], first: int = 0, used: Sequence[Tensor] = ()
     ) -> Tensor:
         """The products of rows with their experts; tiles whose experts have no rows are left alone.
 
@@ -244,7 +249,7 @@ class TiledStack(TiledModule):
             counts: rows of expert `first` and of those after it; they add up to N. The last of them
                 ends a unit, and `first` begins one.
             first: the first expert.
-            used: as of `StackTile.forward`; the tiles of this stack by default.
+            used: as of `StackTile.forward`.
 
         Returns:
             (N, out), in the same order.
@@ -256,7 +261,6 @@ class TiledStack(TiledModule):
         ]
         rows = input.split([sum(some) for _, some in units])
         idle = any(not x.shape[0] for x in rows) and self.calls_all
-        used = used or self.used(counts, first)
         with layer_call():
             parts = [
                 self._product(numbers, x, some, used)

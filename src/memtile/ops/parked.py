@@ -51,7 +51,8 @@ class Groups:
     def matrices(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Each expert's matrix as (M, K), differentiably."""
         stack = weight.view(len(self.counts), -1, weight.shape[1])
-        return (stack.mT if self.is_transposed else stack).unbind(0)
+        matrices: tuple[Tensor, ...] = (stack.mT if self.is_transposed else stack).unbind(0)
+        return matrices
 
     def rows(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Each expert's rows of x, y or g, as a matrix."""

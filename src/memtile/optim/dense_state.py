@@ -83,7 +83,7 @@ def dense_parameters(model: nn.Module) -> list[DenseParameter]:
         prefix = f"{path}." if path else ""
         own = module.named_parameters(recurse=False)
         dense_own = [DenseParameter(prefix + name, p.shape, (Part(p),)) for name, p in own]
-        for dense in [*_joined(path, module), *dense_own]:
+        for dense in [*_joined(path, module), *_of_owner(prefix, module), *dense_own]:
             if dense.parts[0].parameter not in seen:
                 seen.update(part.parameter for part in dense.parts)
                 found.append(dense)
@@ -102,14 +102,24 @@ def _joined(path: str, module: nn.Module) -> Iterator[DenseParameter]:
             yield DenseParameter(dense_name, shape, parts)
 
 
+def _of_owner(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
+    """Of a module whose stacks of experts are tiles, in children, what it has in its own order."""
+    for name in getattr(module, "dense_names", ()):
+        if name in module._modules:
+            yield from _joined(prefix + name, module.get_submodule(name))
+        elif (parameter := module._parameters.get(name)) is not None:
+            yield DenseParameter(prefix + name, parameter.shape, (Part(parameter),))
+
+
 def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[DenseParameter]]:
     """The dense parameters of each group, in order; those that are not the model's have name "".
 
     OptimizerError where a group holds some tiles of a weight and not all.
     """
-    of: dict[nn.Parameter, DenseParameter] = {
-        part.parameter: dense for dense in dense_parameters(model) for part in dense.parts
-    }
+    known = dense_parameters(model)
+    of = {part.parameter: dense for dense in known for part in dense.parts}
+    places = {id(dense): place for place, dense in enumerate(known)}
+    in_model = {parameter: place for place, parameter in enumerate(model.parameters())}
     result = []
     for number, group in enumerate(groups):
         held = set(group["params"])
@@ -122,7 +132,11 @@ def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list
                     "dense state of it; put all tiles of a weight into one group"
                 )
             ordered.setdefault(id(dense.parts[0].parameter), dense)
-        result.append(list(ordered.values()))
+        members = list(ordered.values())
+        found = [in_model.get(parameter, -1) for parameter in group["params"]]
+        if -1 not in found and found == sorted(found):  # as model.parameters() gives them
+            members.sort(key=lambda dense: places[id(dense)])
+        result.append(members)
     return result
 
 
