@@ -12,7 +12,7 @@ from safetensors_files import entry, outgoing_of, raw_file
 from torch import Tensor
 
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
-from memtile.checkpoints.home import CopiedPages
+from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.errors import CheckpointError, HomeError
 from memtile.homes import Allocation, aligned_buffer
 
@@ -39,7 +39,7 @@ class TestWithoutPagemap(TestCheckpointHome):
 
     @pytest.fixture(autouse=True)
     def _no_pagemap(self, monkeypatch):
-        monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
+        monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
 
 
 def in_pieces(folder, tensors, page=4096):
@@ -75,7 +75,7 @@ class TestInPiecesWithoutPagemap(TestInPieces):
 
     @pytest.fixture(autouse=True)
     def _no_pagemap(self, monkeypatch):
-        monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
+        monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
 
 
 def test_pieces_stay_in_the_file_but_for_their_seams(tmp_path):
