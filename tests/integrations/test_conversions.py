@@ -1,7 +1,9 @@
 """Folders whose tensors transformers renames, merges, splits or transposes, read and written."""
 
+import copy
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from safetensors_files import same_tensors
 from stored_models import dense_values, write
 from torch import Tensor
+from transformers import core_model_loading as ops
 
 import memtile
-from memtile.convert import TilingSpec, convert_checkpoint
+from memtile.convert import Latest, TilingSpec, convert_checkpoint
+from memtile.convert.derived import RowMap
 from memtile.errors import CheckpointError
 from memtile.homes import allocation_of
+from memtile.integrations.weight_conversion import Group
 from memtile.testing import LargestAllocation
 
 transformers.utils.logging.disable_progress_bar()
@@ -118,6 +123,96 @@ def test_own_names_and_tiles_are_read_too(family: str, tmp_path: Path) -> None:
         filled = memtile.tile(empty(dense), max_tile_bytes=900, checkpoint=tmp_path / folder)
 
         assert same_tensors(dense_values(filled), dict(dense.state_dict()))
+
+
+Chain = tuple[list[str], list[str], list[Any], dict[str, tuple[int, ...]]]
+_MERGED, _ROWS, _ROW = "experts.*.w.weight", (8, 6), (4, 6)
+CHAINS: dict[str, Chain] = {  # patterns of sources and targets, operations, stored shapes
+    "merged": (
+        [_MERGED],
+        ["experts.w"],
+        [ops.MergeModulelist(0)],
+        {f"experts.{n}.w.weight": _ROW for n in range(11)},
+    ),
+    "merged and joined": (
+        ["experts.*.g.weight", "experts.*.u.weight"],
+        ["experts.gu"],
+        [ops.MergeModulelist(0), ops.Concatenate(1)],
+        {f"experts.{n}.{own}.weight": _ROW for n in range(11) for own in "gu"},
+    ),
+    "chunks": (["qkv"], ["q", "k"], [ops.Chunk(0)], {"qkv.weight": _ROWS}),
+    "joined": (["q", "k"], ["qk"], [ops.Concatenate(0)], {"k.weight": _ROW, "q.weight": _ROWS}),
+    "permuted": (["q"], ["q_proj"], [ops.PermuteForRope()], {"q.weight": _ROWS}),
+    "chunks permuted": (
+        ["qk"],
+        ["q", "k"],
+        [ops.Chunk(0), ops.PermuteForRope()],
+        {"qk.weight": (16, 6)},
+    ),
+    "interleaved": (["gu"], ["x"], [ops.Interleave(1)], {"gu.weight": (3, 8, 6)}),
+    "interleaved and cut": (
+        ["gu"],
+        ["g", "u"],
+        [ops.Interleave(0), ops.Chunk(0)],
+        {"gu.weight": _ROWS},
+    ),
+}
+COMPUTED: dict[str, Chain] = {
+    "transposed": (["a"], ["b"], [ops.Transpose(0, 1)], {"a.weight": _ROWS}),
+    "transposed stack": (["a"], ["b"], [ops.Transpose(1, 2)], {"a.weight": (3, 4, 6)}),
+    "columns interleaved": (["a"], ["b"], [ops.Interleave(1)], {"a.weight": _ROWS}),
+    "columns cut": (["a"], ["b", "c"], [ops.Chunk(1)], {"a.weight": _ROWS}),
+}
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *COMPUTED])
+def test_operations_of_transformers_move_rows_or_are_computed(name: str) -> None:
+    """Values are those of the converter, in both directions; what only moves rows is told."""
+    patterns, targets, operations, shapes = (CHAINS | COMPUTED)[name]
+    rule = ops.WeightConverter(patterns, targets, operations)
+    generator = torch.Generator().manual_seed(0)
+    given = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    config = transformers.LlamaConfig(num_attention_heads=2)
+
+    for transform in (rule, rule.reverse_transform()):
+        group, truth = grouped(transform, given), copy.deepcopy(transform)
+        for pattern, key in group.members:
+            truth.add_tensor(group.first, key, pattern, given[key])
+        expected = truth.convert(group.first, config=config)
+        found = group.derived({k: Held(v) for k, v in given.items()}, config, {}, None, Latest())
+
+        assert set(found) == set(expected)
+        for key, source in found.items():
+            value = expected[key][0] if isinstance(expected[key], list) else expected[key]
+            assert torch.equal(source.rows(0, len(value)), value)
+            if transform is rule or name in CHAINS:
+                assert isinstance(source, RowMap) == (name in CHAINS)
+        given = {key: source.rows(0, source.shape[0]) for key, source in found.items()}
+
+
+def grouped(transform: Any, keys: Iterable[str]) -> Group:
+    """All tensors as one call of a converter."""
+    named = [
+        (*transform.rename_source_key(key), key) for key in sorted(keys, key=ops.dot_natural_key)
+    ]
+    group = Group(named[0][0], transform)
+    group.members += [(pattern, key) for _, pattern, key in named]
+    return group
+
+
+class Held:
+    """A tensor in memory as a source."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements of the flattened tensor."""
+        return self.tensor.reshape(-1)[start:stop].clone()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Whole rows."""
+        return self.tensor[start:stop].clone()
 
 
 def test_a_base_with_adapters_is_read_and_keeps_them(tmp_path: Path) -> None:

@@ -85,8 +85,9 @@ def in_state_dict_order(model: nn.Module) -> list[ModelTensor]:
 
 def parameter_count(model: nn.Module) -> int:
     """How many numbers the dense parameters of a model are, ties counted once."""
-    tensors = ((each.dense.shape, each.dense.parts[0].parameter) for each in tensors_of(model))
-    return sum(shape.numel() for shape, held in tensors if isinstance(held, nn.Parameter))
+    names = dict(persistent_buffers(model))
+    dense = (each.dense for each in tensors_of(model))
+    return sum(each.shape.numel() for each in dense if each.name not in names)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

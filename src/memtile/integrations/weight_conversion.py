@@ -30,11 +30,11 @@ def in_model_names(
 
     mapping = conversion_mapping.get_model_conversion_mapping(model)
     rules = _Rules(mapping)
-    found, groups = Renamed(loaded=lambda: _note_used(model, mapping)), dict[str, _Group]()
+    found, groups = Renamed(loaded=lambda: _note_used(model, mapping)), dict[str, Group]()
     for key in sorted(stored, key=core_model_loading.dot_natural_key):
         name, pattern = rules.renamed(key, model.base_model_prefix, wanted)
         if pattern is not None and name in wanted:
-            group = groups.setdefault(name, _Group(name, rules.converters[pattern]))
+            group = groups.setdefault(name, Group(name, rules.converters[pattern]))
             group.members.append((pattern, key))
         else:
             found.add(name, key, stored[key] if name in wanted else None)
@@ -69,14 +69,14 @@ def in_stored_names(model: Any, tensors: Sequence[Outward]) -> dict[str, TensorS
         for each in tensors
         for name in each.names
     }
-    made: dict[str, TensorSource | _Group] = {}
+    made: dict[str, TensorSource | Group] = {}
     for name in sorted(own, key=core_model_loading.dot_natural_key):
         target, pattern = core_model_loading.apply_converters(name, list(rules.converters_in_order))
         if pattern is None:
             made[core_model_loading.apply_renamings(name, rules.renamings)] = own[name]
             continue
-        group = made.setdefault(target, _Group(target, rules.converters[pattern]))
-        assert isinstance(group, _Group)
+        group = made.setdefault(target, Group(target, rules.converters[pattern]))
+        assert isinstance(group, Group)
         group.members.append((pattern, name))
     latest = Latest()
     return dict(_written(made, own, rules, model.config, wanted, latest))
@@ -93,7 +93,7 @@ def _written(
     from transformers import core_model_loading
 
     for target, each in made.items():
-        if not isinstance(each, _Group):
+        if not isinstance(each, Group):
             yield target, each
             continue
         sources = {name: own[name] for _, name in each.members}
@@ -129,7 +129,7 @@ class _Rules:
 
 
 @dataclass
-class _Group:
+class Group:
     """The stored tensors of one call of a converter.
 
     Args:
@@ -149,7 +149,7 @@ class _Group:
         wanted: Mapping[str, Tensor],
         dtype: torch.dtype | None,
         latest: Latest,
-    ) -> dict[str, TensorSource]:
+    ) -> Mapping[str, TensorSource]:
         """Where the results are read, by their names."""
 
         def make(tensors: dict[str, Tensor], shown: Shown) -> dict[str, Tensor]:
