@@ -97,6 +97,21 @@ def test_pieces_stay_in_the_file_but_for_their_seams(tmp_path):
     assert copied <= 3
 
 
+@pytest.mark.parametrize("element", [0, 1500, 2047, 2048, 5000, 8191])
+def test_a_write_anywhere_is_known(tmp_path, element, monkeypatch):
+    """A tile in pieces is untouched until one value is changed, at a seam too; reads touch none."""
+    monkeypatch.setattr("memtile.checkpoints.home._LEAST_PIECE", 0)
+    (allocation,) = in_pieces(tmp_path, [torch.arange(8192.0)], page=8192)
+    assert len(allocation._runs) > len(allocation._files) + 1
+
+    tensor = allocation.tensor()
+    assert tensor.sum() == sum(range(8192))
+    assert allocation.is_untouched()
+    tensor[element] += 1
+
+    assert not allocation.is_untouched()
+
+
 def test_neighbours_in_a_file_are_one_piece(tmp_path):
     """Tensors that follow one another need no alignment and no seam."""
     named = {"a": torch.ones(3), "b": torch.arange(50.0), "c": -torch.arange(70.0)}

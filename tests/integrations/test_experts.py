@@ -24,7 +24,7 @@ SIZES = {  # one expert a tile; several whole ones; three parts of each; as the 
     "within": {"out_splits": 3 * EXPERTS, "home": "host"},
     "bytes": {"max_tile_bytes": 6000, "home": "host"},
 }
-ONE_OF_EACH = list(zip(CONFIGS, [*SIZES, *SIZES], strict=False))  # each family with one of them
+ONE_OF_EACH = list(zip(CONFIGS, [*SIZES, *SIZES], strict=True))  # each family with one of them
 
 
 def stacks(model):

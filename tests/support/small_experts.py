@@ -41,6 +41,11 @@ def _glm() -> Any:
     return transformers.Glm4MoeConfig(n_routed_experts=EXPERTS, **groups, **_SIZES)
 
 
+def _jetmoe() -> Any:
+    others = {k: v for k, v in _SIZES.items() if k not in ("head_dim", "num_attention_heads")}
+    return transformers.JetMoeConfig(kv_channels=8, **others)
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: transformers.Qwen3MoeConfig(**_SIZES),
     "mixtral": lambda: transformers.MixtralConfig(**_SIZES),
@@ -49,6 +54,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "olmoe": lambda: transformers.OlmoeConfig(**_SIZES | {"intermediate_size": 14, "head_dim": 6}),
     "glm4": _glm,
     "deepseek": _deepseek,
+    "jetmoe": _jetmoe,
 }
 
 
@@ -64,7 +70,8 @@ def experts_model(name: str, implementation: str = "batched_mm", **config: Any) 
         for parameter in model.parameters():
             scale = 0.02 if parameter.dim() == 1 else 0.15
             parameter += scale * torch.randn(parameter.shape, generator=generator)
-    model.set_experts_implementation(implementation)
+    if name != "jetmoe":
+        model.set_experts_implementation(implementation)
     return model.train()
 
 

@@ -19,11 +19,15 @@ from memtile.geometry import partition_uniform
 from memtile.layers import StackOwner, TiledStack
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "num_experts")
+_PARALLEL = ("transformers.models.jetmoe.modeling_jetmoe", "JetMoeParallelExperts")
 _USED = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def stacks_of(module: nn.Module) -> Mapping[str, Stack]:
     """The stacks of experts among a module's own parameters."""
+    if _is_parallel(module) and "weight" in module._parameters:
+        experts = module._parameters["weight"].shape[0]  # type: ignore[union-attr]  # not None
+        return {"weight": Stack(TiledParallelExperts, False, experts, False)}
     if any(mark not in vars(module) for mark in _MARKS):
         return {}
     known: Any = module  # as transformers' decorator leaves it
@@ -37,6 +41,23 @@ def stacks_of(module: nn.Module) -> Mapping[str, Stack]:
 
 def _names(module: Any) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    """Whether it is a stack alone, called with rows that are grouped by expert (JetMoE)."""
+    cls = getattr(module, "dense_class", type(module))
+    return (cls.__module__, cls.__name__) == _PARALLEL
+
+
+class TiledParallelExperts(StackOwner):
+    """The forward of a `JetMoeParallelExperts` whose weight is in tiles."""
+
+    weight: TiledStack
+
+    def forward(self, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:
+        """(N, out) of rows (N, in) that are grouped by expert, so many for each."""
+        result: Tensor = self.weight(inputs, expert_size)
+        return result
 
 
 class TiledExperts(StackOwner):
@@ -155,7 +176,8 @@ class _Experts:
         x = self._product(up, x, counts, first, used)
         x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
         x = self._product(down, x, counts, first, used)
-        return module.post_expert_norm(x) if module.has_post_expert_norm else x
+        y: Tensor = module.post_expert_norm(x) if module.has_post_expert_norm else x
+        return y
 
     def _product(
         self, name: str, x: Tensor, counts: Sequence[int], first: int, used: Sequence[Tensor]

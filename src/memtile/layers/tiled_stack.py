@@ -249,7 +249,7 @@ class TiledStack(TiledModule):
             counts: rows of expert `first` and of those after it; they add up to N. The last of them
                 ends a unit, and `first` begins one.
             first: the first expert.
-            used: as of `StackTile.forward`.
+            used: as of `StackTile.forward`; by default those of this stack.
 
         Returns:
             (N, out), in the same order.
@@ -261,6 +261,7 @@ class TiledStack(TiledModule):
         ]
         rows = input.split([sum(some) for _, some in units])
         idle = any(not x.shape[0] for x in rows) and self.calls_all
+        used = used or self.used(counts, first)
         with layer_call():
             parts = [
                 self._product(numbers, x, some, used)
