@@ -1,9 +1,12 @@
 """Experts in a checkpoint's files: only hits are read, and what a budget has left keeps some."""
 
+import functools
 import math
+import re
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from given_rates import RATES
@@ -12,6 +15,7 @@ from small_experts import EXPERTS, experts_model, tokens
 from torch import nn
 
 import memtile
+from memtile.cli import main
 from memtile.costmodel import Plan
 from memtile.costmodel.budget import usable
 from memtile.homes import allocation_of
@@ -45,9 +49,14 @@ def larger():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Gives the folder that the larger model was saved to."""
+    """Gives the folder that the larger model was saved to, with a tokenizer of 500 words."""
     found = tmp_path_factory.mktemp("experts")
     larger().save_pretrained(found)
+    vocabulary = {"<unk>": 0} | {f"word{number}": number for number in range(1, 500)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    wrapped.save_pretrained(found)
     return found
 
 
@@ -137,6 +146,21 @@ def test_only_hits_that_are_not_kept_are_read(folder):
     assert kept.used_bytes == chosen.nbytes
     assert home.traffic.read_bytes == pytest.approx(chosen.nbytes - kept.hit_bytes, rel=0.03)
     assert kept.hit_bytes > 0.1 * chosen.nbytes
+
+
+def test_generate_says_what_a_token_read(folder, capsys, monkeypatch):
+    """A line on stderr has the bytes of a token and the part of experts that was in memory."""
+    plan = functools.partial(memtile.plan, rates=RATES)
+    monkeypatch.setattr(memtile, "plan", lambda *a, **k: plan(*a, **k | {"budget": BUDGET}))
+
+    code = main(["generate", str(folder), "--prompt", "word1 word2", "--tokens", "4"])
+
+    said = capsys.readouterr()
+    assert code == 0
+    found = re.search(r"read ([\d.]+) MiB of weights a token.*; (\d+)% of the experts", said.err)
+    assert found is not None, said.err
+    assert 0 < float(found[1]) < 24
+    assert 0 < int(found[2]) < 100
 
 
 def adapted(model):
