@@ -1,4 +1,4 @@
-"""The words that name a home: "disk", "disk:FOLDER", "host" and "device". Imports no torch."""
+"""The words that name a home, such as "disk", "host" and "checkpoint". Imports no torch."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -6,6 +6,8 @@ from typing import Final
 from memtile.errors import ArgumentError
 
 HOMES: Final = ("disk", "disk:FOLDER", "host", "device")
+IN_FILES: Final = "checkpoint"
+"""Names the files that a model is filled from, where tiles may stay and are only read."""
 
 
 def parse_home(

@@ -12,7 +12,7 @@ from safetensors_files import entry, outgoing_of, raw_file
 from torch import Tensor
 
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
-from memtile.checkpoints.home import CopiedPages
+from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.errors import CheckpointError, HomeError
 from memtile.homes import Allocation, aligned_buffer
 
@@ -39,7 +39,7 @@ class TestWithoutPagemap(TestCheckpointHome):
 
     @pytest.fixture(autouse=True)
     def _no_pagemap(self, monkeypatch):
-        monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
+        monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
 
 
 def in_pieces(folder, tensors, page=4096):
@@ -75,7 +75,7 @@ class TestInPiecesWithoutPagemap(TestInPieces):
 
     @pytest.fixture(autouse=True)
     def _no_pagemap(self, monkeypatch):
-        monkeypatch.setattr("memtile.checkpoints.home._PAGEMAP", "/nowhere")
+        monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
 
 
 def test_pieces_stay_in_the_file_but_for_their_seams(tmp_path):
@@ -95,6 +95,21 @@ def test_pieces_stay_in_the_file_but_for_their_seams(tmp_path):
     assert torch.equal(room.view(torch.float32), torch.cat(pieces))
     copied = sum(home.pages._copied(allocation.address, allocation.nbytes).tolist())
     assert copied <= 3
+
+
+@pytest.mark.parametrize("element", [0, 1500, 2047, 2048, 5000, 8191])
+def test_a_write_anywhere_is_known(tmp_path, element, monkeypatch):
+    """A tile in pieces is untouched until one value is changed, at a seam too; reads touch none."""
+    monkeypatch.setattr("memtile.checkpoints.home._LEAST_PIECE", 0)
+    (allocation,) = in_pieces(tmp_path, [torch.arange(8192.0)], page=8192)
+    assert len(allocation._runs) > len(allocation._files) + 1
+
+    tensor = allocation.tensor()
+    assert tensor.sum() == sum(range(8192))
+    assert allocation.is_untouched()
+    tensor[element] += 1
+
+    assert not allocation.is_untouched()
 
 
 def test_neighbours_in_a_file_are_one_piece(tmp_path):

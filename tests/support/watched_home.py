@@ -21,12 +21,14 @@ class WatchedHome(Home):
         events: ("read" or "write", label of the allocation), in the order in which they began.
         broken: acts that fail, with an I/O error.
         before: called with (act, label) in the moving thread, before anything moves.
+        tells: whether it says of its allocations that nothing has written to them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[str, str]] = []
         self.broken: set[str] = set()
+        self.tells = False
         self.before: Callable[[str, str], None] = lambda act, label: None
         self._inner = HostHome()
         self._began: dict[tuple[str, str], threading.Event] = defaultdict(threading.Event)
@@ -79,6 +81,9 @@ class WatchedAllocation(Allocation):
 
     def tensor(self) -> Tensor:
         return self._inner.tensor()
+
+    def is_untouched(self) -> bool:
+        return self.home.tells
 
     def _read_into(self, into: Tensor, start: int) -> None:
         self.home.note("read", self.label or "")

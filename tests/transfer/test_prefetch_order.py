@@ -5,7 +5,7 @@ from itertools import islice
 from watched_home import WatchedHome
 
 from memtile.homes import Allocation
-from memtile.transfer.slab_ring import PrefetchOrder
+from memtile.transfer.prefetch_order import PrefetchOrder
 from memtile.transfer.slabs import group_of, key_of
 
 
@@ -69,3 +69,20 @@ def test_allocations_are_not_kept_alive_and_dead_ones_are_dropped():
 
     assert len(prefetch_order._next) <= 2 * 3
     assert set(predicted(prefetch_order)) <= {None}
+
+
+def test_experts_do_not_disturb_the_order_around_them():
+    """Prediction stops where experts come, which differ, and goes on after them."""
+    (a, b, c), prefetch_order = WatchedHome().tiles(3), PrefetchOrder()
+    for experts in (1, 3):
+        path(prefetch_order, [a, b])
+        for _ in range(experts):
+            prefetch_order.note_experts()
+        prefetch_order.note(key_of((c,)))
+
+    path(prefetch_order, [a])
+    assert predicted(prefetch_order) == ["1"]
+    prefetch_order.note(key_of((b,)))
+    prefetch_order.note_experts()
+    prefetch_order.note_experts()
+    assert predicted(prefetch_order) == ["2"]

@@ -6,20 +6,21 @@ leaves the file unchanged; reads find out which pages were copied, and use those
 """
 
 import ctypes
+import hashlib
 import logging
 import math
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar, Final, NoReturn
 
 import torch
 from torch import Tensor
 
+from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.checkpoints.stored import StoredFile, StoredTensor
 from memtile.errors import HomeError
 from memtile.geometry import round_up
@@ -29,9 +30,6 @@ from memtile.homes.kernel import tensor_over
 _log = logging.getLogger("memtile.checkpoints")
 
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE on Linux: mmap has no name for it before 3.13
-_PAGEMAP: Final = "/proc/self/pagemap"
-_ENTRY_BYTES: Final = 8
-_SWAPPED, _FILE = 1 << 62, 1 << 61  # bit 63, present, is the sign of an int64
 _FIXED: Final = 0x10  # MAP_FIXED
 _LEAST_PIECE: Final = 8 * mmap.PAGESIZE  # bytes: each further piece costs a page of memory
 _MOST_PIECES: Final = 24_000  # the kernel maps 65 530 stretches by default, and a seam is one too
@@ -155,6 +153,7 @@ class _CheckpointAllocation(Allocation):
             self._view = home.map_of(first.file)[first.offset : first.offset + self.nbytes]
             self._runs = [first]
         self.address = self.tensor().data_ptr()
+        self._seams = self._seams_now()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
@@ -174,6 +173,29 @@ class _CheckpointAllocation(Allocation):
                     ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED
                 )
 
+    def is_untouched(self) -> bool:
+        """Whether its pages are the files' still; CheckpointError where a file was changed."""
+        for file in self._files:
+            file.check_unchanged()
+        pages = self.home.pages
+        return (
+            pages.works
+            and not any(
+                pages.any_copied(self.address + run.start, run.nbytes)
+                for run in self._runs
+                if run.file is not None
+            )
+            and self._seams_now() == self._seams
+        )
+
+    def _seams_now(self) -> bytes:
+        """What tells the pages that were copied at once from others: the kernel cannot."""
+        found = hashlib.blake2b(digest_size=16)
+        for run in self._runs:
+            if run.file is None:
+                found.update(self._view[run.start : run.start + run.nbytes])
+        return found.digest()
+
     def _read_into(self, into: Tensor, start: int) -> None:
         for file in self._files:
             file.check_unchanged()
@@ -191,6 +213,8 @@ class _CheckpointAllocation(Allocation):
             mapped = tensor_over(self._view, torch.Size([self.nbytes]), torch.uint8)
             into.copy_(mapped[start : start + into.numel()])
         else:
+            # The kernel would read up to 8 MiB more (`read_ahead_kb`), of experts that are not hit.
+            os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_RANDOM)
             disk_io.fill(opened.fd, disk_io.bytes_of(into), run.offset + start - run.start)
 
     def _write_from(self, source: Tensor, start: int) -> None:
@@ -278,67 +302,3 @@ def _c_library() -> Any:  # ctypes knows no types of what it loads
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     return library
-
-
-class CopiedPages:
-    """Tells which pages of a private map were written to, and so were copied.
-
-    The kernel's pagemap (proc(5)) has bits for each page: 63, in memory; 62, in swap; 61, the
-    file's. A page in memory or in swap that is not the file's was copied. Some kernels do not tell:
-    `works` says whether a trial did.
-    """
-
-    def __init__(self) -> None:
-        self._fd, self._owner = -1, -1
-        self.works = self._try_out()
-
-    def any_copied(self, address: int, nbytes: int) -> bool:
-        """Whether any page of these bytes was copied."""
-        return bool(self._copied(address, nbytes).any())
-
-    def uncopied(self, address: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Runs (address, bytes) of whole pages within these bytes that were not copied."""
-        first = round_up(address, mmap.PAGESIZE)
-        last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        start = first
-        for number in self._copied(first, last - first).nonzero().flatten().tolist():
-            here = first + number * mmap.PAGESIZE
-            if here > start:
-                yield start, here - start
-            start = here + mmap.PAGESIZE
-        if last > start:
-            yield start, last - start
-
-    def close(self) -> None:
-        """Close the pagemap."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = self._owner = -1
-
-    def _copied(self, address: int, nbytes: int) -> Tensor:
-        if nbytes <= 0:
-            return torch.zeros(0, dtype=torch.bool)
-        if self._owner != os.getpid():  # a parent's descriptor shows the parent's pages
-            self.close()
-            self._fd, self._owner = os.open(_PAGEMAP, os.O_RDONLY | os.O_CLOEXEC), os.getpid()
-        first, last = address // mmap.PAGESIZE, (address + nbytes - 1) // mmap.PAGESIZE
-        entries = torch.zeros(last - first + 1, dtype=torch.int64)
-        raw = disk_io.bytes_of(entries)
-        if os.preadv(self._fd, [raw], first * _ENTRY_BYTES) != len(raw):
-            return torch.ones(len(entries), dtype=torch.bool)  # all are read through the map then
-        is_present, is_files = entries < 0, entries & _FILE != 0
-        return (entries & _SWAPPED != 0) | is_present & ~is_files
-
-    def _try_out(self) -> bool:
-        try:
-            with Path(__file__).open("rb") as file:
-                memory = mmap.mmap(
-                    file.fileno(), 1, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
-            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-            bytes(memory)  # reads the page in: it is the file's
-            before = self.any_copied(address, 1)
-            memory[0] = 0
-            return not before and self.any_copied(address, 1)
-        except OSError:
-            return False

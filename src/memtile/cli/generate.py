@@ -17,9 +17,11 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson
 from memtile.costmodel import format_byte_size, parse_byte_size
+from memtile.homes import allocation_of
 from memtile.integrations.pretrained import WRITERS
 from memtile.integrations.step_inputs import text_work
 from memtile.testing import PeakMemory
+from memtile.transfer import rings_of
 
 _SETTINGS: Final = "generation_config.json"
 _OTHERS: Final = "tokenizer and prompt"
@@ -91,7 +93,18 @@ def run_generate(
         f"{len(found.token_ids)} tokens in {found.seconds:.1f} s, peak memory "
         f"{format_byte_size(found.peak_bytes)} of {format_byte_size(allowed)}"
     )
+    if found.read_bytes:
+        note(_reading(found))
     return 0
+
+
+def _reading(found: "Generated") -> str:
+    """What was read, in words."""
+    a_token = format_byte_size(found.read_bytes // max(1, len(found.token_ids)))
+    words = f"read {a_token} of weights a token, the prompt's included"
+    if found.kept_experts is not None:
+        words += f"; {found.kept_experts:.0%} of the experts asked for were kept in memory"
+    return words
 
 
 @dataclass(frozen=True)
@@ -112,12 +125,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """The new text, its tokens, the seconds they took, and the peak memory above the imports."""
+    """The new text, and what it took.
+
+    Args:
+        text: without the prompt.
+        token_ids: of the text.
+        seconds: that they took.
+        peak_bytes: the peak memory above the imports.
+        read_bytes: read from the home, for the prompt too.
+        kept_experts: the part of the experts asked for that was kept in memory; None: no experts.
+    """
 
     text: str
     token_ids: list[int]
     seconds: float
     peak_bytes: int
+    read_bytes: int
+    kept_experts: float | None
 
 
 def generate(request: Request, note: Say, say: Say) -> Generated:
@@ -157,7 +181,17 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         text = str(tokenizer.decode(new, skip_special_tokens=True))
         if not streams:
             say(text)
-    return Generated(text, new, seconds, memory.nbytes)
+        read, kept = _moved(model)
+    return Generated(text, new, seconds, memory.nbytes, read, kept)
+
+
+def _moved(model: torch.nn.Module) -> tuple[int, float | None]:
+    """Bytes read from the model's homes, and the part of its experts that was kept."""
+    allocations = (allocation_of(parameter) for parameter in model.parameters())
+    homes = {allocation.home for allocation in allocations if allocation is not None}
+    kept = [rings_of(home).kept for home in homes]
+    used, hit = sum(each.used_bytes for each in kept), sum(each.hit_bytes for each in kept)
+    return sum(home.traffic.read_bytes for home in homes), hit / used if used else None
 
 
 def _encoded(request: Request, tokenizer: Any) -> torch.Tensor:
@@ -186,7 +220,6 @@ def _loaded(
     if model.config.is_encoder_decoder:  # two sequences, the decoder's with its start token
         sequences = [prompt_tokens, 1 + request.tokens]
     models.check_length(model, max(sequences), f"--prompt with --tokens {request.tokens}")
-    is_stored = request.home == "checkpoint"
     with models.within(request.budget, memory.nbytes, _OTHERS) as left:
         plan = memtile.plan(
             model,
@@ -195,7 +228,7 @@ def _loaded(
             batch=beams,
             optimizer=None,
             work=text_work(model, beams, *sequences),
-            home="disk" if is_stored else request.home,
+            home=request.home,
         )
     note(plan.summary)
     note(models.budget_note(request.budget, request.budget - left, _OTHERS))
@@ -203,9 +236,8 @@ def _loaded(
         note(f"num_beams={beams} in {_SETTINGS}: the text is printed when it is whole")
     if texts > 1:
         note(f"num_return_sequences={texts} in {_SETTINGS}: one text is printed")
-    home = "checkpoint" if is_stored and plan.parked_layers else None
     with models.printing_warnings(trains=False):
-        memtile.tile(model, plan, checkpoint=request.model, home=home, strict=request.strict)
+        memtile.tile(model, plan, checkpoint=request.model, strict=request.strict)
     return model.requires_grad_(False).eval()
 
 

@@ -103,10 +103,8 @@ def run_plan(
         raise CommandError("there is no limit: give --budget 2GiB, or --world-size for a cluster.")
     allowed = parse_byte_size(budget, "--budget")
     home = models.check_home(home or "disk", "checkpoint")
-    if home == "checkpoint":
-        if optimizer != "none":
-            raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
-        home = "disk"  # what is in memory is the same
+    if home == "checkpoint" and optimizer != "none":
+        raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
     with _counting(model), PeakMemory() as peak:  # as `finetune` and `generate` plan
         if models.has_tokenizer(model):
             models.tokenizer_of(model, trust_remote_code)

@@ -9,7 +9,7 @@ from memtile.convert.kinds import tileable
 from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import Home, trim_heap
+from memtile.homes import Home, allocation_of, trim_heap
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
@@ -70,6 +70,14 @@ def planned_home(
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
     return plan.home if home is None and plan.parked_layers else home
+
+
+def keep_experts(model: nn.Module, plan: Plan) -> None:
+    """Give the homes of a model's tiles the memory that the plan leaves for its experts."""
+    for parameter in model.parameters():
+        allocation = allocation_of(parameter)
+        if allocation is not None:
+            allocation.home.kept_bytes = plan.kept_bytes
 
 
 def has_checkpointing(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from memtile.convert.materializing import (
 from memtile.convert.name_matching import Findings
 from memtile.convert.planned import (
     check_alone,
+    keep_experts,
     planned_decisions,
     planned_home,
     set_checkpointing,
@@ -141,6 +142,8 @@ def tile(
         if findings is not None:
             warn_of_differences(model, findings, stacklevel=2)
         replaced.warn(model, stacklevel=2)
+    if isinstance(plan, Plan):
+        keep_experts(model, plan)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, decisions)
     if plan is not None and plan.optimizer is not None:

@@ -39,6 +39,7 @@ class Setting:
     state: StateSizes | None  # what the optimizer keeps; None: inference
     mode: OptimizerMode
     in_place: bool  # whether the home is memory that is worked on where it lies
+    in_files: bool  # whether parked weights stay in a checkpoint's files
     place: Place  # where the work's memory is
     rings: Rings
     rates: MachineProfile
@@ -112,7 +113,8 @@ def _parked_on_disk(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
     # In backward mode the value is in a slab of the tiles, and the gradient in memory.
     both = 2 if setting.mode == "classic" else 0
     stepped = {w: setting.entries(w) + (w.element_bytes,) * both for w in trained}
-    yield Term("parked at home", _home_bytes(setting, layout), "disk")
+    if not setting.in_files:
+        yield Term("parked at home", home_bytes(setting, layout), "disk")
     yield Term("slabs of tiles", slabs(rings.weights, parked), "host")
     yield Term("slabs of optimizer steps", _slabs(setting, layout, stepped, rings.steps), "host")
     yield Term("slabs of gradients", slabs(rings.gradients, sent), "host")
@@ -121,7 +123,7 @@ def _parked_on_disk(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
     yield Term("file pages around looked-up rows", pages, "host")
 
 
-def _home_bytes(setting: Setting, layout: ParkedLayout) -> int:
+def home_bytes(setting: Setting, layout: ParkedLayout) -> int:
     """Of each parked tile: value, state, and a gradient where it goes home."""
     total = 0
     for weight in layout.parked:

@@ -10,6 +10,7 @@ from memtile.costmodel.byte_sizes import format_byte_size
 from memtile.costmodel.json_form import from_text, to_text
 from memtile.costmodel.model_records import Products
 from memtile.costmodel.plan_parts import (
+    KEPT_EXPERTS,
     PARKED,
     PLACES,
     Floor,
@@ -25,7 +26,7 @@ from memtile.costmodel.plan_parts import (
     term_rows,
 )
 from memtile.errors import ArgumentError
-from memtile.home_names import parse_home
+from memtile.home_names import HOMES, IN_FILES, parse_home
 
 OptimizerMode = Literal["classic", "in_backward"]
 _VERSION: Final = 2
@@ -43,7 +44,7 @@ class Plan:
         batch: sequences of one step.
         optimizer: the class's name; None: inference.
         mode: of `TileOptimizer`.
-        home: where parked tiles live: "disk", "disk:FOLDER", "host" or "device".
+        home: where parked tiles live: "disk", "disk:FOLDER", "host", "device" or "checkpoint".
         device: what does the work: "cpu".
         checkpointing: whether the model recomputes activations in backward.
         budget: what was allowed.
@@ -76,7 +77,7 @@ class Plan:
         twice = [name for name, times in names.items() if times > 1]
         if twice:
             raise ArgumentError(f"the plan names {twice[0]!r} twice; make it anew")
-        parse_home(self.home, "the plan's home=", more="; make the plan anew")
+        parse_home(self.home, "the plan's home=", (*HOMES, IN_FILES), "; make the plan anew")
         if self.device != "cpu":
             raise ArgumentError(
                 f"the plan's device={self.device!r} means nothing here; make it anew"
@@ -95,6 +96,11 @@ class Plan:
     def bytes_of(self, place: Place) -> int:
         """The predicted peak of "device", "host" or "disk"."""
         return bytes_in(place, self.terms)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is left of the budget, for copies of the most used experts."""
+        return sum(term.nbytes for term in self.terms if term.name == KEPT_EXPERTS)
 
     @property
     def tiles(self) -> int:
@@ -176,6 +182,7 @@ class Plan:
 
 
 def _at(home: str) -> str:
-    kind, folder = parse_home(home)
+    kind, folder = parse_home(home, known=(*HOMES, IN_FILES))
     words = {"disk": "on disk", "host": "in host memory", "device": "on the device"}
+    words[IN_FILES] = "in the checkpoint's files"
     return words[kind] + (f" in {folder}" if folder else "")

@@ -13,6 +13,7 @@ Place = Literal["device", "host", "disk"]
 PLACES: Final[tuple[Place, ...]] = ("device", "host", "disk")
 RESIDENT: Final = "resident"
 PARKED: Final = "parked"
+KEPT_EXPERTS: Final = "most used experts"
 
 
 @dataclass(frozen=True)

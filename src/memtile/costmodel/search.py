@@ -8,15 +8,24 @@ nothing does.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
 
 from memtile.costmodel.budget import Budget, needed, usable
 from memtile.costmodel.byte_sizes import format_byte_size
-from memtile.costmodel.memory_model import Setting, terms
+from memtile.costmodel.memory_model import Setting, home_bytes, terms
 from memtile.costmodel.model_records import Counted, ParkedLayout, Products, Weight
-from memtile.costmodel.plan_parts import PLACES, Floor, Place, Term, bytes_in, largest_terms
+from memtile.costmodel.plan_parts import (
+    KEPT_EXPERTS,
+    PLACES,
+    Floor,
+    Place,
+    Term,
+    bytes_in,
+    largest_terms,
+    sorted_terms,
+)
 from memtile.costmodel.time_model import Moved, floors, moved
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
@@ -70,7 +79,16 @@ class Search:
         found = [fit for recomputed in checkpointing if (fit := self._fewest_tiles(recomputed))]
         if not found:
             raise self._nothing_fits(checkpointing)
-        return min(found, key=lambda each: (each.seconds, each.layout.tiles))
+        fastest = min(found, key=lambda each: (each.seconds, each.layout.tiles))
+        return self._keeping_experts(fastest) if self.setting.in_files else fastest
+
+    def _keeping_experts(self, found: Found) -> Found:
+        """The same, with what is left of the budget for the most used experts."""
+        limit = self.budget.of_place("host")
+        parked = sum(weight.nbytes for weight in found.layout.parked if weight.experts)
+        left = parked if limit is None else usable(limit) - found.bytes_of("host")
+        kept = Term(KEPT_EXPERTS, min(parked, max(0, left)), "host")
+        return replace(found, terms=sorted_terms([*found.terms, kept]))
 
     def _fewest_tiles(self, checkpointing: bool) -> Found | None:
         best: Found | None = None
@@ -131,8 +149,13 @@ class Search:
 
     def _parked_by(self, grids: Mapping[str, Grid], guess: Counted) -> dict[str, Grid] | None:
         """The fewest to park if a step held what was guessed; None: parking all is not enough."""
-        order = sorted((w for w in self.weights if w.names[0] in grids), key=lambda w: -w.nbytes)
-        low, high = 1, len(order) + 1
+        keeps = self.setting.in_files  # the most used experts, better than whole stacks
+        order = sorted(
+            (w for w in self.weights if w.names[0] in grids),
+            key=lambda w: (keeps and not w.experts, -w.nbytes),
+        )
+        low = max(1, sum(1 for weight in order if keeps and weight.experts))
+        high = len(order) + 1
         while low < high:  # the first number of parked weights that fits
             middle = (low + high) // 2
             parked = {w.names[0]: grids[w.names[0]] for w in order[:middle]}
@@ -150,7 +173,7 @@ class Search:
             counted = self.count(layout, checkpointing)
             found = terms(self.setting, layout, counted)
             moves = moved(self.setting, layout, checkpointing)
-            cached = self.cached(bytes_in("disk", found))
+            cached = self.cached(0 if self.setting.in_place else home_bytes(self.setting, layout))
             times = floors(self.setting, layout, counted, moves, cached=cached)
             self._known[key] = Found(layout, checkpointing, counted, found, moves, times)
         return self._known[key]

@@ -41,6 +41,8 @@ class Home(ABC):
         is_read_only: whether nothing can be parked or written there.
         closed: whether the home was closed.
         traffic: what `read` and `write` have moved; tensors' own reads and writes do not count.
+        kept_bytes: memory that copies of its most used experts may take, where the home can tell
+            that nothing has written to them (`Allocation.is_untouched`).
     """
 
     works_in_place: ClassVar[bool] = False
@@ -49,6 +51,7 @@ class Home(ABC):
     def __init__(self) -> None:
         self.closed = False
         self.traffic = Traffic()
+        self.kept_bytes = 0
         self._before_close: list[Callable[[], None]] = []
         self._after_close: list[Callable[[], None]] = []
         self._renew()
@@ -220,6 +223,13 @@ class Allocation(ABC):
 
     def evict(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
         """Drops the pages that tensors brought into this process's memory; contents stay."""
+
+    def is_untouched(self) -> bool:
+        """Whether it is certain that its bytes are still those that were parked here.
+
+        False is right for every home that cannot tell of writes through tensors.
+        """
+        return False
 
     @abstractmethod
     def _read_into(self, into: Tensor, start: int) -> None:

@@ -84,6 +84,7 @@ class TiledExperts(StackOwner):
         experts = _Experts(self)
         blocks = [each for each in experts.blocks() if experts.calls_all or routes.rows(*each)]
         sizes = [routes.rows(*block) for block in blocks]
+        used = [weight for block in blocks for weight in experts.used(routes.counts, *block)]
         out: Tensor | None = None
         for (first, last), pairs, x in zip(
             blocks,
@@ -91,7 +92,7 @@ class TiledExperts(StackOwner):
             _states(hidden_states, routes.pairs, width, sizes),
             strict=True,
         ):
-            y = experts(x, routes.counts[first:last], first)
+            y = experts(x, routes.counts[first:last], first, used)
             y = y * top_k_weights.reshape(-1)[pairs].unsqueeze(-1)
             if out is None:
                 out = y.new_zeros((tokens * width, y.shape[-1]))  # also where a pair has no expert
@@ -160,21 +161,31 @@ class _Experts:
         common = frozenset.intersection(*bounds) if bounds else {0, self.module.num_experts}
         return pairwise(sorted(common))
 
-    def __call__(self, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
+    def used(self, counts: Sequence[int], first: int, last: int) -> Iterator[Tensor]:
+        """The weights of the tiles that a block's experts need, in order."""
+        for name in self.names:
+            if name in self.stacks:
+                yield from self.stacks[name].used(counts[first:last], first)
+
+    def __call__(
+        self, x: Tensor, counts: Sequence[int], first: int, used: Sequence[Tensor]
+    ) -> Tensor:
         """(N, H) of (N, H)."""
         module = self.module
         up, down = self.names
-        x = self._product(up, x, counts, first)
+        x = self._product(up, x, counts, first, used)
         x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-        x = self._product(down, x, counts, first)
+        x = self._product(down, x, counts, first, used)
         y: Tensor = module.post_expert_norm(x) if module.has_post_expert_norm else x
         return y
 
-    def _product(self, name: str, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
+    def _product(
+        self, name: str, x: Tensor, counts: Sequence[int], first: int, used: Sequence[Tensor]
+    ) -> Tensor:
         last = first + len(counts)
         y: Tensor
         if name in self.stacks:
-            y = self.stacks[name](x, counts, first)
+            y = self.stacks[name](x, counts, first, used)
         else:
             y = ops.grouped_linear(x, self.matrices[name][first:last], counts)
         pairs = zip(self.biases[name][first:last], counts, strict=False)

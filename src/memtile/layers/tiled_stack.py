@@ -52,8 +52,11 @@ class StackTile(nn.Module):
         self.experts, self.is_transposed = experts, is_transposed
         self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
 
-    def forward(self, input: Tensor, counts: Sequence[int]) -> Tensor:
-        """(N, out) of rows (N, in) that are grouped by expert, `counts[e]` for expert e."""
+    def forward(self, input: Tensor, counts: Sequence[int], used: Sequence[Tensor] = ()) -> Tensor:
+        """(N, out) of rows (N, in) that are grouped by expert, `counts[e]` for expert e.
+
+        `used` are the weights of all tiles that the experts module uses, in order, to read ahead.
+        """
         groups = ops.Groups(tuple(counts), self.is_transposed)
         return ops.grouped_linear(input, groups.matrices(self.weight), groups.counts)
 
@@ -81,17 +84,18 @@ class ParkedStackTile(ParkedModule, StackTile):
         StackTile.__init__(self, experts, rows, columns, is_transposed, device="meta", dtype=dtype)
         self._park_weight(home, (rows, columns), device, dtype)
 
-    def forward(self, input: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, input: Tensor, counts: Sequence[int], used: Sequence[Tensor] = ()) -> Tensor:
         """As of a `StackTile`."""
         weight: Any = self.weight  # functional_call and parametrizations put other tensors there
         if ops.transformed() or not is_parked(weight) or not weight.numel():
             catch_up((weight,))
-            return super().forward(input, counts)
+            return super().forward(input, counts, used)
         checks.check_dtypes_and_devices("StackTile", [input], weight, same_device=False)
         x = input.to(ops.autocast_dtype(input) or input.dtype)
         groups = ops.Groups(tuple(counts), self.is_transposed)
         with layer_call():
-            return ops.parked_linear(x, weight, None, ParkedSource(weight), groups)
+            source = ParkedSource(weight, used or (weight,))
+            return ops.parked_linear(x, weight, None, source, groups)
 
 
 class TiledStack(TiledModule):
@@ -232,7 +236,19 @@ class TiledStack(TiledModule):
         """Whether idle tiles must be called too: an engine, which hooks all tiles, counts on it."""
         return not checks.is_plain(self.stacks[0], type(self.stacks[0]))
 
-    def forward(self, input: Tensor, counts: Sequence[int], first: int = 0) -> Tensor:
+    def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
+        """The weights of the tiles whose experts have rows, in order."""
+        weights = (
+            self.stacks[number]._parameters.get("weight")
+            for span, numbers in self.units
+            if first <= span.start and any(counts[span.start - first : span.stop - first])
+            for number in numbers
+        )
+        return [weight for weight in weights if weight is not None]
+
+    def forward(
+        self, input: Tensor, counts: Sequence[int], first: int = 0, used: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The products of rows with their experts; tiles whose experts have no rows are left alone.
 
         Args:
@@ -240,6 +256,7 @@ class TiledStack(TiledModule):
             counts: rows of expert `first` and of those after it; they add up to N. The last of them
                 ends a unit, and `first` begins one.
             first: the first expert.
+            used: as of `StackTile.forward`; by default those of this stack.
 
         Returns:
             (N, out), in the same order.
@@ -251,18 +268,21 @@ class TiledStack(TiledModule):
             for span, numbers in self.units[start:stop]
         ]
         rows = input.split([sum(some) for _, some in units])
-        idle = self.calls_all
+        idle = any(not x.shape[0] for x in rows) and self.calls_all
+        used = used or self.used(counts, first)
         with layer_call():
             parts = [
-                self._product(numbers, x, some)
+                self._product(numbers, x, some, used)
                 for (numbers, some), x in zip(units, rows, strict=True)
                 if x.shape[0] or idle
             ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _product(self, numbers: Sequence[int], x: Tensor, counts: Sequence[int]) -> Tensor:
+    def _product(
+        self, numbers: Sequence[int], x: Tensor, counts: Sequence[int], used: Sequence[Tensor]
+    ) -> Tensor:
         if len(numbers) == 1:
-            result: Tensor = self.stacks[numbers[0]](x, counts)
+            result: Tensor = self.stacks[numbers[0]](x, counts, used)
             return result
         sizes = [self.grid.out_spans[number].size for number in numbers]
         bounds = tuple(sum(sizes[:n]) for n in range(len(sizes) + 1))
@@ -271,7 +291,8 @@ class TiledStack(TiledModule):
             grid, chunks = Grid((0, self.columns), bounds), iter(x.split(sizes, -1))
         pairs = zip(grid.indices(), zip(numbers, chunks, strict=True), strict=True)
         return ops.write_results(
-            ((index, self.stacks[number](chunk, counts)) for index, (number, chunk) in pairs), grid
+            ((index, self.stacks[number](chunk, counts, used)) for index, (number, chunk) in pairs),
+            grid,
         )
 
     @property

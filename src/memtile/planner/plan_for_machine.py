@@ -13,10 +13,10 @@ import torch
 from memtile.convert import TilingDecision, Work
 from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
-from memtile.costmodel.model_records import ParkedLayout
+from memtile.costmodel.model_records import ParkedLayout, Weight
 from memtile.costmodel.plan import OptimizerMode
 from memtile.costmodel.search import Search
-from memtile.home_names import parse_home
+from memtile.home_names import IN_FILES, parse_home
 from memtile.homes import PAGE, Home, fits_page_cache, trim_heap, usable_folder, word_for
 from memtile.planner.model_survey import Survey, check_choice, rest_of, survey
 from memtile.planner.saved_rates import rates_of, workspaces_of
@@ -59,7 +59,8 @@ def plan(
         optimizer: the class that `TileOptimizer` will get; None: inference.
         options: what that class takes besides parameters, where it changes what it keeps.
         masters: as in `TileOptimizer`.
-        home: where parked tiles will live: "disk", "disk:FOLDER", "host", "device" or a home.
+        home: where parked tiles will live: "disk", "disk:FOLDER", "host", "device" or a home;
+            "checkpoint": they stay in the files that `tile` gets, and only frozen ones are parked.
         mode: of `TileOptimizer`.
         checkpointing: whether the model recomputes activations in backward; None: what is faster.
         dtype: of a model that a config or a folder describes, if not its own.
@@ -84,12 +85,15 @@ def plan(
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
     given = None if rates is None else rates_of(rates, folder)  # errors before the model is made
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
+    if word == IN_FILES:
+        seen = replace(seen, weights=[_only_read(weight) for weight in seen.weights])
     setting = Setting(
         tokens=tokens,
         rest=rest_of(seen.model, seen.weights, seen.trains),
         state=seen.state,
         mode=mode,
         in_place=folder is None,
+        in_files=word == IN_FILES,
         place="host",
         rings=Rings(SLABS, GRADIENT_SLABS, SLABS, PAGE, _FAULT_BYTES),
         rates=given or rates_of(None, folder),
@@ -105,7 +109,7 @@ def plan(
             goes_home=folder is not None,
             workspaces=workspaces,
         )
-        limits = _with_disk(allowed, folder)
+        limits = allowed if setting.in_files else _with_disk(allowed, folder)
         search = Search(setting, seen.weights, count, limits, fits_page_cache)
         found = search.best(seen.checkpointing)
     trim_heap()  # the copies' objects lay between others
@@ -128,6 +132,13 @@ def plan(
     )
 
 
+def _only_read(weight: Weight) -> Weight:
+    """A weight as it can be parked in files that are only read: not where it trains."""
+    if weight.obstacle or not weight.trainable:
+        return weight
+    return replace(weight, obstacle="trains, and a checkpoint's files are only read")
+
+
 def _layer(seen: Survey, decision: TilingDecision, layout: ParkedLayout) -> PlannedLayer:
     weight = seen.weight_of(decision)
     grid = layout.grid_of(weight)
@@ -139,6 +150,8 @@ def _layer(seen: Survey, decision: TilingDecision, layout: ParkedLayout) -> Plan
 
 def _home(home: Home | str) -> tuple[str, Path | None]:
     """The word for a home, and the folder of one on disk."""
+    if home == IN_FILES:
+        return IN_FILES, usable_folder(None)
     word = word_for(home)
     kind, folder = parse_home(word)
     return word, usable_folder(folder) if kind == "disk" else None

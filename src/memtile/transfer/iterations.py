@@ -23,6 +23,7 @@ from torch.autograd import Variable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memtile.homes import Home, fork_safe_lock, trim_heap
+from memtile.transfer.kept import KeptTiles
 from memtile.transfer.slab_ring import SlabRing
 
 # Threads a home. Four saturate an idle disk; while products keep all cores busy a thread waits for
@@ -35,9 +36,10 @@ _CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forw
 
 
 class SlabRings:
-    """The slab rings of one home, with one set of reader threads."""
+    """The slab rings of one home, with one set of reader threads, and what is kept of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept_bytes: int = 0) -> None:
+        self.kept = KeptTiles(kept_bytes)
         self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
         self._process, self._is_closed = os.getpid(), False
         self._make()
@@ -74,6 +76,7 @@ class SlabRings:
         if self._process == os.getpid():  # a child has none, and their locks are as they were
             self._executor.shutdown(wait=False)
         self._make()
+        self.kept = KeptTiles(0)
 
 
 class _Thread(threading.local):
@@ -128,7 +131,7 @@ def rings_of(home: Home) -> SlabRings:
         found = state.rings.get(home)
         if found is None or not found.works:
             home.check_open()
-            found = state.rings[home] = SlabRings()
+            found = state.rings[home] = SlabRings(home.kept_bytes)
             home.when_closed(found.flush, found.close)
         return found
 

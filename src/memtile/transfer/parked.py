@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memtile.errors import ParkedError
 from memtile.homes import (
+    Allocation,
     Home,
     fork_safe_lock,
     reservation_of,
@@ -92,11 +93,20 @@ def catch_up(parameters: Iterable[Tensor]) -> None:
 
 
 class ParkedSource:
-    """The values of one parked parameter for one node of a graph, and a place for its gradient."""
+    """The values of one parked parameter for one node of a graph, and a place for its gradient.
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    Args:
+        parameter: the tile.
+        experts: of a tile of experts: all tiles of experts that its layer uses in this forward, in
+            order. The next ones are read ahead, in backward those before it, and the most used
+            ones are kept in memory where the home has room for that (`Home.kept_bytes`).
+    """
+
+    def __init__(self, parameter: nn.Parameter, experts: Sequence[Tensor] = ()) -> None:
         self.parameter = parameter
+        self._experts = experts
         self._noted: tuple[int, int] | None = None  # version and iteration in forward
+        self._in_backward = False
 
     def note_use(self) -> None:
         """The node will need the parameter in its backward."""
@@ -105,6 +115,7 @@ class ParkedSource:
 
     def resume(self) -> None:
         """The node's backward begins; ParkedError where the parameter was written to since."""
+        self._in_backward = True
         if self._noted is None:
             return
         (version, iteration), now = self._noted, self.parameter._version
@@ -127,8 +138,18 @@ class ParkedSource:
         if allocation is None:
             yield self.parameter.detach().to(device)
             return
+        if self._experts:
+            with _expert(allocation, self._following()) as values:
+                yield values.to(device)
+            return
         with rings_of(allocation.home).weights.acquire((allocation,)) as lease:
             yield lease.tensors[0].to(device)
+
+    def _following(self) -> Sequence[Tensor]:
+        """The experts that are needed after this one."""
+        order = self._experts[::-1] if self._in_backward else self._experts
+        places = (n for n, each in enumerate(order) if each is self.parameter)
+        return order[1 + next(places, len(order)) :]
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
@@ -154,6 +175,25 @@ class ParkedSource:
         allocation = streamed_allocation(self.parameter)
         if allocation is not None:
             rings_of(allocation.home).gradients.flush()
+
+
+@contextmanager
+def _expert(allocation: Allocation, following: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The values of a tile of experts, kept or read, while those that follow are being read."""
+    rings = rings_of(allocation.home)
+    found = rings.kept.find(allocation)
+    ahead = [(each,) for each in _to_read(following, allocation.home) if each not in rings.kept]
+    with rings.weights.acquire(() if found is not None else (allocation,), experts=ahead) as lease:
+        if found is None:
+            rings.kept.offer(allocation, lease.tensors[0])
+        yield lease.tensors[0] if found is None else found
+
+
+def _to_read(parameters: Sequence[Tensor], home: Home) -> Iterator[Allocation]:
+    for parameter in parameters:
+        allocation = streamed_allocation(parameter)
+        if allocation is not None and allocation.home is home:
+            yield allocation
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A ring of slabs for the tiles of one home, and the order in which they are prefetched.
+"""A ring of slabs for the tiles of one home.
 
 A group is one tile, or the few tensors that are used together (a weight, its gradient and its
 moments). `acquire` gives a group in memory and starts reading the groups expected next.
@@ -11,54 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 
 from torch import Tensor
 
 from memtile.errors import HomeError
 from memtile.homes import Allocation, renew_in_child
+from memtile.transfer.prefetch_order import PrefetchOrder
 from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
-
-
-class PrefetchOrder:
-    """Which group is needed after which, learnt while running.
-
-    A table (previous, this) → next, updated at every request. A wrong guess costs one wait and
-    corrects itself, so training, evaluation, generation and recomputation may alternate.
-    """
-
-    def __init__(self) -> None:
-        self._next: dict[tuple[Key | None, Key | None], Key] = {}
-        self._before: Key | None = None
-        self._last: Key | None = None
-        self._swept = 0
-
-    def start(self) -> None:
-        """An iteration begins: what came before it does not predict what comes."""
-        self.interrupt()
-        if len(self._next) > 2 * self._swept:  # gradients are new groups in every iteration
-            self._next = {pair: key for pair, key in self._next.items() if _is_alive(*pair, key)}
-            self._swept = len(self._next)
-
-    def interrupt(self) -> None:
-        """What comes now is no part of an order: it neither predicts nor is predicted."""
-        self._before = self._last = None
-
-    def note(self, key: Key) -> None:
-        """This group was asked for now."""
-        self._next[self._before, self._last] = key
-        self._before, self._last = self._last, key
-
-    def ahead(self) -> Iterator[Key]:
-        """What was asked for after this the last time, and after that, and so on."""
-        before, last = self._before, self._last
-        while (following := self._next.get((before, last))) is not None:
-            yield following
-            before, last = last, following
-
-
-def _is_alive(*keys: Key | None) -> bool:
-    return all(reference() is not None for key in keys if key is not None for reference in key)
 
 
 class Lease:
@@ -115,7 +75,12 @@ class SlabRing:
 
     @contextmanager
     def acquire(
-        self, group: Group = (), *, made: Group = (), ahead: Iterable[Group] | None = None
+        self,
+        group: Group = (),
+        *,
+        made: Group = (),
+        ahead: Iterable[Group] | None = None,
+        experts: Iterable[Group] | None = None,
     ) -> Iterator[Lease]:
         """The group in memory; its slabs go back to the ring after the block, also after an error.
 
@@ -125,6 +90,8 @@ class SlabRing:
                 undefined content. Their tensors come after the group's.
             ahead: what will be needed next, where the caller knows; by default what was needed
                 after this the last time.
+            experts: the group is of experts, and so are these, which come next, before what was
+                needed the last time after the experts of this layer.
 
         Raises:
             HomeIOError: it could not be read, or no slab is free since none could be written.
@@ -132,8 +99,9 @@ class SlabRing:
         """
         groups, slabs = [part for part in (group, made) if part], list[Slab]()
         try:
-            self._acquire(groups, slabs, made, learn=ahead is None)
-            keys = self._prefetch_order.ahead() if ahead is None else map(key_of, ahead)
+            self._acquire(groups, slabs, made, learn=ahead is None, is_expert=experts is not None)
+            learnt = self._prefetch_order.ahead() if ahead is None else map(key_of, ahead)
+            keys = chain(map(key_of, experts or ()), learnt)
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
                 self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in groups})
@@ -225,7 +193,12 @@ class SlabRing:
                     slab.discard()
 
     def _acquire(
-        self, groups: Sequence[Group], slabs: list[Slab], made: Group, learn: bool
+        self,
+        groups: Sequence[Group],
+        slabs: list[Slab],
+        made: Group,
+        learn: bool,
+        is_expert: bool,
     ) -> None:
         """Put a slab for each group into the list, all at once.
 
@@ -233,7 +206,9 @@ class SlabRing:
         """
         keys = [key_of(group) for group in groups]
         with self._changing():
-            for key in keys if learn else ():
+            if is_expert:
+                self._prefetch_order.note_experts()
+            for key in keys if learn and not is_expert else ():
                 self._prefetch_order.note(key)
             if not learn:
                 self._prefetch_order.interrupt()
