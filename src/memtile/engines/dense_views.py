@@ -198,7 +198,19 @@ def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[ShardP
                 place = tuple(start + along for start, along in zip(corner, offset, strict=False))
                 if part.transposed:
                     place, values = place[::-1], values.t()
-                yield ShardPiece(place, values)
+                if len(dense.shape) == 3:
+                    yield from _of_stack(dense.shape, place, values)
+                else:
+                    yield ShardPiece(place, values)
+
+
+def _of_stack(shape: Sequence[int], place: Offset, values: Tensor) -> Iterator[ShardPiece]:
+    """The boxes of a stack of experts (E, R, C) that rows of the matrix (E·R, C) are."""
+    start, column = place
+    for offset, sizes in boxes(shape[:2], start, start + values.shape[0]):
+        count = math.prod(sizes)
+        yield ShardPiece((*offset, column), values[:count].unflatten(0, sizes))
+        values = values[count:]
 
 
 def local_pieces(tensor: Tensor) -> Iterator[ShardPiece]:

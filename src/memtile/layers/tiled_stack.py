@@ -261,7 +261,7 @@ class TiledStack(TiledModule):
 
     def _product(self, numbers: Sequence[int], x: Tensor, counts: Sequence[int]) -> Tensor:
         if len(numbers) == 1:
-            result: Tensor = self.stacks[numbers[0]](x, counts)
+            result: Tensor = self.stacks[numbers[0]](x, counts=counts)
             return result
         sizes = [self.grid.out_spans[number].size for number in numbers]
         bounds = tuple(sum(sizes[:n]) for n in range(len(sizes) + 1))
@@ -270,7 +270,7 @@ class TiledStack(TiledModule):
             grid, chunks = Grid((0, self.columns), bounds), iter(x.split(sizes, -1))
         pairs = zip(grid.indices(), zip(numbers, chunks, strict=True), strict=True)
         return ops.write_results(
-            ((index, self.stacks[number](chunk, counts)) for index, (number, chunk) in pairs), grid
+            ((i, self.stacks[number](chunk, counts=counts)) for i, (number, chunk) in pairs), grid
         )
 
     @property
