@@ -13,7 +13,7 @@ from torch import nn
 
 from memtile.engines import dcp_files
 from memtile.engines.dcp_files import read_alone
-from memtile.engines.dense_views import _of_stack, boxes
+from memtile.engines.dense_views import _in_stack, boxes
 from memtile.engines.distributed_checkpoints import load, save
 from memtile.geometry import Grid
 
@@ -47,7 +47,7 @@ def test_tiles_of_a_stack_are_boxes_of_it(splits, columns):
         for start in (span.start, span.start + span.size // 2):  # two shards of each tile
             stop = span.stop if start > span.start or span.size == 1 else start + span.size // 2
             values = stack.flatten(0, 1)[start:stop, columns]
-            for offset, part in _of_stack(stack.shape, (start, columns.start), values):
+            for offset, part in _in_stack(stack.shape, (start, columns.start), values):
                 out[inside(offset, part.shape)] = part
 
     assert torch.equal(out[..., columns], stack[..., columns])
