@@ -107,8 +107,8 @@ def tile(
 
     Warns:
         TileSizeWarning: parameters stay above `max_tile_bytes`, or with a home alone in memory and
-            larger than the largest weight that is parked: experts of a class that is not known, rows
-            of an embedding that are longer, layers that are tiled already.
+            larger than the largest weight that is parked: experts of an unknown class, rows of an
+            embedding that are longer, layers that are tiled already.
         CheckpointWarning: the checkpoint holds more than the model has, or adapters have no values
             yet. NewWeightsWarning: the model made what it lacks.
         ReplacedModuleWarning: a module still uses one that was replaced, or the memory of its
