@@ -85,15 +85,17 @@ class TiledExperts(StackOwner):
         blocks = [each for each in experts.blocks() if experts.calls_all or routes.rows(*each)]
         sizes = [routes.rows(*block) for block in blocks]
         used = [weight for block in blocks for weight in experts.used(routes.counts, *block)]
-        out: Tensor | None = None
-        for (first, last), pairs, x in zip(
+        weights = top_k_weights.reshape(-1)[routes.pairs].unsqueeze(-1)
+        parts = zip(
             blocks,
             routes.pairs.split(sizes),
+            weights.split(sizes),
             _states(hidden_states, routes.pairs, width, sizes),
             strict=True,
-        ):
-            y = experts(x, routes.counts[first:last], first, used)
-            y = y * top_k_weights.reshape(-1)[pairs].unsqueeze(-1)
+        )
+        out: Tensor | None = None
+        for (first, last), pairs, weight, x in parts:
+            y = experts(x, routes.counts[first:last], first, used) * weight
             if out is None:
                 out = y.new_zeros((tokens * width, y.shape[-1]))  # also where a pair has no expert
             out = ops.place_rows(out, y, pairs)

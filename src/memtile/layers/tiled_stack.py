@@ -282,7 +282,7 @@ class TiledStack(TiledModule):
         self, numbers: Sequence[int], x: Tensor, counts: Sequence[int], used: Sequence[Tensor]
     ) -> Tensor:
         if len(numbers) == 1:
-            result: Tensor = self.stacks[numbers[0]](x, counts, used)
+            result: Tensor = self.stacks[numbers[0]](x, counts=counts, used=used)
             return result
         sizes = [self.grid.out_spans[number].size for number in numbers]
         bounds = tuple(sum(sizes[:n]) for n in range(len(sizes) + 1))
@@ -291,7 +291,10 @@ class TiledStack(TiledModule):
             grid, chunks = Grid((0, self.columns), bounds), iter(x.split(sizes, -1))
         pairs = zip(grid.indices(), zip(numbers, chunks, strict=True), strict=True)
         return ops.write_results(
-            ((index, self.stacks[number](chunk, counts, used)) for index, (number, chunk) in pairs),
+            (
+                (index, self.stacks[number](chunk, counts=counts, used=used))
+                for index, (number, chunk) in pairs
+            ),
             grid,
         )
 
