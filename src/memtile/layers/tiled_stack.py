@@ -6,6 +6,7 @@ several whole experts, one, or some rows of one. R × C is an expert's matrix as
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -221,10 +222,15 @@ class TiledStack(TiledModule):
             found.append((Span(first, last), numbers))
         return tuple(found)
 
+    @cached_property
+    def bounds(self) -> frozenset[int]:
+        """The numbers of experts before which, and after which, units end."""
+        return frozenset({0, *(span.stop for span, _ in self.units)})
+
     @property
     def calls_all(self) -> bool:
-        """Whether idle tiles must be called too: an engine or a hook may count on it."""
-        return not all(checks.is_plain(tile, type(tile)) for tile in self.stacks)
+        """Whether idle tiles must be called too: an engine, which hooks all tiles, counts on it."""
+        return not checks.is_plain(self.stacks[0], type(self.stacks[0]))
 
     def forward(self, input: Tensor, counts: Sequence[int], first: int = 0) -> Tensor:
         """The products of rows with their experts; tiles whose experts have no rows are left alone.
@@ -238,10 +244,11 @@ class TiledStack(TiledModule):
         Returns:
             (N, out), in the same order.
         """
+        start = bisect_left(self.units, first, key=lambda unit: unit[0].start)
+        stop = bisect_left(self.units, first + len(counts), key=lambda unit: unit[0].start)
         units = [
             (numbers, counts[span.start - first : span.stop - first])
-            for span, numbers in self.units
-            if first <= span.start < first + len(counts)
+            for span, numbers in self.units[start:stop]
         ]
         rows = input.split([sum(some) for _, some in units])
         idle = self.calls_all
