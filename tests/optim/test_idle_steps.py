@@ -344,18 +344,42 @@ def test_a_dropped_model_is_freed_with_what_it_owes():
         assert tile() is None
 
 
-def test_another_optimizer_begins_where_the_first_one_ended():
-    """What the first one owes is applied when the second one is made."""
-    model = routed("disk")
+def test_a_forward_applies_what_a_dropped_optimizer_owes():
+    """After an evaluation the newest values are at home for everybody."""
+    kept, dropped = routed("disk"), routed("disk")
     x = next(steps_of(1))[0]
-    optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
-    train_routed(model, optimizer, [(x, [0, 1]), (x, [1])])
-    optimizer = TileOptimizer(model, torch.optim.SGD, lr=0.1)
+    outputs = []
+    for model in (kept, dropped):
+        optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
+        train_routed(model, optimizer, [(x, [0, 1]), (x, [1]), (x, [2])])
+        if model is kept:
+            optimizer.catch_up()
+        del optimizer
+        with torch.no_grad():
+            outputs.append(model(x, range(EXPERTS)))
 
-    assert not any(idle.IdleSteps.owed(optimizer._idle, tile) for tile in tiles_of(model))
-    expected = routed_values(model)
-    optimizer.catch_up()
-    assert same(routed_values(model), expected)
+    assert torch.equal(*outputs)
+    assert all(map(torch.equal, tiles_of(dropped), tiles_of(kept)))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_another_optimizer_begins_where_the_first_one_ended(adds):
+    """What the first one owes is applied when the second one takes its parameters."""
+    models = routed("disk"), routed("disk")
+    x = next(steps_of(1))[0]
+    for model in models:
+        first = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
+        train_routed(model, first, [(x, [0, 1]), (x, [1])])
+        if model is models[0]:
+            first.catch_up()
+        elif adds:
+            second = TileOptimizer(model, torch.optim.SGD, params=model.inner.parameters(), lr=0.1)
+            second.add_param_group({"params": model.experts.parameters()})
+        else:
+            second = TileOptimizer(model, torch.optim.SGD, lr=0.1)
+
+    assert all(map(torch.equal, *map(tiles_of, models)))
+    del first, second
 
 
 def test_options_that_stay_cost_nothing_and_old_ones_are_dropped(monkeypatch):
