@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from averaging_worker import CASES, Net, spawn, train
+from routed_layers import routed
 
 import memtile
 from memtile.engines.torch_ddp import GradientAverager
@@ -77,6 +78,12 @@ def test_a_model_without_values_is_refused(alone):
     """A model on the meta device has no values to send."""
     with pytest.raises(EngineError, match="meta"):
         GradientAverager(Net().to("meta"))
+
+
+def test_experts_in_tiles_are_refused(alone):
+    """Ranks have gradients of different experts, so they would wait for each other."""
+    with pytest.raises(EngineError, match="experts is a stack of experts in tiles"):
+        GradientAverager(routed("host"))
 
 
 def test_it_can_be_taken_away(alone):

@@ -6,12 +6,15 @@ from itertools import pairwise
 import pytest
 import torch
 from small_experts import VOCABULARY, experts_model
+from small_training import MODES
 
 import memtile
 from memtile import DiskHome, TileOptimizer
+from memtile.homes import streamed_allocation
 from memtile.optim import dense_parameters
 
 LENGTH = 6
+FIELDS = ("read_bytes", "written_bytes")
 
 
 def _loss(model, number):
@@ -70,3 +73,31 @@ def test_steps_equal_dense_at_every_save(name, tile_bytes, saves):
             assert mine.keys() == theirs.keys()
             for key, value in theirs.items():
                 assert (mine[key] - value).abs().max() <= 1e-6 * value.abs().max(), key
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_moves_only_experts_that_are_hit(mode):
+    """What a step of the optimizer reads and writes is the weights and moments of what it steps."""
+    home = DiskHome()
+    model = memtile.tile(experts_model("qwen3"), max_tile_bytes=24 * 28 * 4, home=home)
+    optimizer = TileOptimizer(model, torch.optim.AdamW, mode=mode)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    _train(model, optimizer, schedule, range(3))
+    for number in range(3, 6):
+        loss = _loss(model, number)
+        forward = home.traffic
+        loss.backward()
+        backward = home.traffic
+        parked = [p for p in model.parameters() if streamed_allocation(p)]
+        hit = [p for p in parked if p.grad is not None or p in optimizer._stepped]
+        room = sum(streamed_allocation(parameter).room for parameter in hit)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        assert len(hit) < len(parked)
+        step = home.traffic
+        written = room if mode == "classic" else 3 * room
+        assert backward.written_bytes - forward.written_bytes == written
+        moved = (4 * room, 3 * room) if mode == "classic" else (0, 0)
+        read, written = (getattr(step, key) - getattr(backward, key) for key in FIELDS)
+        assert (read, written) == moved

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtile import TiledLinear, dense_state_dict
+from memtile import TiledLinear, TileOptimizer, dense_state_dict
 from memtile.homes import Home
 from memtile.layers import ParkedLinear
 
 EXPERTS, OUT, WIDTH = 5, 3, 7
 NONE = "none"  # tiles in no home
 ROUTED_HOMES = (NONE, "device", "host", "disk")
+WAVE = (lambda step: 0.2 + (step % 7) / 5, lambda step: 1.0 if step < 20 else 0.3)
 Step = tuple[Tensor, list[int]]  # the input (N, K), and the experts that it is routed to
 
 
@@ -102,3 +103,38 @@ def train_routed(
 def routed_values(model: nn.Module) -> dict[str, Tensor]:
     """All parameters under their dense names, copied."""
     return {name: value.clone() for name, value in dense_state_dict(model)}
+
+
+def scheduled_optimizer(
+    model: Any,
+    made: type[TileOptimizer] | None = TileOptimizer,
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """An optimizer of two groups with options of their own, plain without `made`; a schedule."""
+    options.setdefault("lr", 0.05)
+    groups = [
+        {"params": list(model.inner.parameters())},
+        {"params": list(model.experts.parameters()), "lr": 2 * options["lr"]},
+    ]
+    optimizer: Any = (
+        optimizer_class(groups, **options)
+        if made is None
+        else made(model, optimizer_class, params=groups, **options)
+    )
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, list(WAVE))
+
+
+@torch.no_grad()
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of two tables' tensors, relative to the largest value of each."""
+    assert ours.keys() == theirs.keys()
+    largest = {name: float(value.abs().max()) or 1.0 for name, value in theirs.items()}
+    differ = {name: float((ours[name] - theirs[name]).abs().max()) for name in theirs}
+    return max((differ[name] / largest[name] for name in theirs), default=0.0)
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All entries of a dense state."""
+    state = optimizer.state_dict()["state"]
+    return {f"{n}.{key}": value for n, entry in state.items() for key, value in entry.items()}

@@ -36,8 +36,8 @@ class GradientAverager:
         group: its ranks; None: all.
 
     Raises:
-        EngineError: there is no process group, ranks differ in models, an engine holds shards, or
-            gradients are averaged already.
+        EngineError: there is no process group, ranks differ in models, an engine holds shards,
+            gradients are averaged already, or experts are in tiles.
         OptimizerError: a `TileOptimizer` steps in backward already, so it would come first.
     """
 
@@ -113,6 +113,13 @@ def _check(model: nn.Module, group: dist.ProcessGroup | None) -> None:
         raise EngineError(
             f"parameters of this {type(model).__name__} are on the meta device, where nothing has "
             "values; load it first"
+        )
+    routed = next((n for n, m in model.named_modules() if getattr(m, "is_routed", False)), None)
+    if routed is not None:
+        raise EngineError(
+            f"{routed} is a stack of experts in tiles: each rank has gradients of the experts that "
+            "its own tokens hit, and would wait for ranks that have none; tile the model without "
+            "its experts, by modules=… of memtile.tile, or train on one rank"
         )
     if any(parameter in _averaged for parameter in parameters):
         raise EngineError(

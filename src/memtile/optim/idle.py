@@ -193,7 +193,9 @@ class IdleSteps:
 
         HomeIOError where it could not be brought in; nothing was changed then.
         """
-        if self._is_behind(parameter):
+        if self._is_orphaned:  # nobody would wait for its writes later
+            self.catch_up([parameter])
+        elif self._is_behind(parameter):
             with uninterrupted():
                 self._replay(parameter, (), in_iteration=True)
 

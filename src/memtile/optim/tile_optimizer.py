@@ -108,7 +108,6 @@ class TileOptimizer(Optimizer):
         self._layout = StateLayout(self._inner, self.state, masters)
         self._stepper = Stepper(self._layout, model)
         self._idle = IdleSteps(self._stepper)
-        catch_up(self._all())  # with what an earlier optimizer has put off
         self._take_in(self.param_groups)
         if mode == "in_backward":
             torch_clipping_check.add(self)
@@ -131,6 +130,7 @@ class TileOptimizer(Optimizer):
             raise
 
     def _take_in(self, groups: Sequence[ParamGroup]) -> None:
+        catch_up(p for p, _ in _with_groups(groups))  # with what another optimizer has put off
         self._reserve(groups)
         if self.idle == "replay":
             self._idle.add(self._model, groups)
