@@ -6,12 +6,16 @@ from memtile.convert.kinds import (
     Integration,
     Kind,
     Naming,
+    Stack,
+    Tileable,
     Work,
     integrations,
     kind_of,
     naming_of,
     register_integration,
     replace_module,
+    tileable,
+    tileables,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
@@ -35,6 +39,8 @@ __all__ = [
     "Naming",
     "Resumed",
     "ShardedCheckpoints",
+    "Stack",
+    "Tileable",
     "TilingDecision",
     "TilingSpec",
     "Work",
@@ -64,5 +70,7 @@ __all__ = [
     "set_checkpointing",
     "take_workspace",
     "tile",
+    "tileable",
+    "tileables",
     "untile",
 ]

@@ -82,6 +82,6 @@ def _places(layers: Mapping[str, TiledModule]) -> dict[str, _Tiles]:
         for own in ("weight", "bias") if layer.whole_bias is None else ("weight",):
             indices = layer.tile_parameters(own)
             keys = {index: prefix + layer.parameter_path(own, index) for index in indices}
-            tiles = _Tiles(prefix + own, layer, own, keys)
+            tiles = _Tiles(layer.dense_name(name, own), layer, own, keys)
             found.update(dict.fromkeys(keys.values(), tiles))
     return found

@@ -2,7 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
+from memtile.geometry import Grid
+from memtile.homes import Home
+from memtile.layers import StackOwner, TiledEmbedding, TiledLinear, TiledModule, TiledStack
 
 Work = Callable[[nn.Module], Tensor | None]
 """One step's forward: gives the loss, or None where nothing is trained."""
@@ -66,11 +68,29 @@ class Naming:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A parameter of a module that is a stack of experts (E, R, C).
+
+    Args:
+        owner: what the module's class is derived from once its stack is in tiles.
+        is_transposed: whether R × C is (in, out).
+        used: experts that each token is routed to, at most.
+        reads_values: whether the module's own forward cannot be counted with shapes alone.
+    """
+
+    owner: type[StackOwner]
+    is_transposed: bool
+    used: int
+    reads_values: bool
+
+
+@dataclass(frozen=True)
 class Integration:
     """What another library needs when its models are tiled.
 
     Args:
         kinds: its own dense modules.
+        stacks: the stacks of experts among a module's own parameters, by name.
         keeps: names below which the model's modules stay dense, each with the reason.
         replaced: called with (old, new) after each replacement, in both directions.
         naming: how names differ in checkpoints of a model; None where the model is not its own.
@@ -92,6 +112,7 @@ class Integration:
 
     library: str
     kinds: tuple[Kind, ...] = ()
+    stacks: Callable[[nn.Module], Mapping[str, Stack]] = lambda module: {}
     keeps: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     replaced: Callable[[nn.Module, nn.Module], None] = _nothing
     naming: Callable[[nn.Module], Naming | None] = lambda model: None
@@ -120,6 +141,78 @@ EMBEDDING = Kind(
     shape=lambda module: (module.num_embeddings, module.embedding_dim),
     rows_only=True,
 )
+
+STACK = Kind(
+    name="stack of experts",
+    matches=lambda module: False,  # it is a parameter of a module, whatever that is
+    resembles=lambda module: False,
+    tiled=TiledStack,
+    shape=lambda module: module.shape,
+    rows_only=True,
+)
+
+
+@dataclass(frozen=True)
+class Tileable:
+    """A weight that may become tiles, or a layer that is tiled already.
+
+    Args:
+        module: what has the weight.
+        kind: None for a tiled layer.
+        own: the weight's name in the module.
+        stack: what is known of it where it is a stack of experts.
+    """
+
+    module: nn.Module
+    kind: Kind | None
+    own: str = "weight"
+    stack: Stack | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight, or a tiled layer's handle of it."""
+        found: nn.Parameter = getattr(self.module, self.own)
+        return found
+
+    @property
+    def experts(self) -> int:
+        """How many experts are stacked; 0 for none."""
+        return self.weight.shape[0] if self.stack is not None else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight; a stack (E, R, C) is the matrix (E·R, C)."""
+        if isinstance(self.module, TiledModule):
+            return self.module.grid.out_features, self.module.grid.in_features
+        if self.stack is not None:
+            experts, rows, columns = self.weight.shape
+            return experts * rows, columns
+        assert self.kind is not None
+        return self.kind.shape(self.module)
+
+    @property
+    def description(self) -> str:
+        """What it is, for reasons."""
+        assert self.kind is not None
+        return f"a stack of {self.experts} experts" if self.stack else f"a plain {self.kind.name}"
+
+    def tiled(self, grid: Grid, tied_to: TiledModule | None, home: Home | None) -> TiledModule:
+        """Its tiled form."""
+        assert self.kind is not None
+        if self.stack is None:
+            return self.kind.tiled.from_dense(self.module, grid, tied_to, home)
+        return TiledStack.from_stack(self.weight, grid, self.stack.is_transposed, tied_to, home)
+
+    def replace_by(self, layer: TiledModule, model: nn.Module) -> None:
+        """Put its tiled form in its place in the model."""
+        if self.stack is None:
+            replace_module(model, self.module, layer)
+            return
+        assert isinstance(layer, TiledStack)
+        self.stack.owner.put_stack(self.module, self.own, layer)
+        for integration in integrations():
+            integration.replaced(self.module, layer)
+
 
 _integrations: list[Integration] = []
 
@@ -155,7 +248,44 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def _kinds(*, imported_only: bool = True) -> list[Kind]:
     found = integrations(imported_only=imported_only)
-    return [*(kind for own in found for kind in own.kinds), LINEAR, EMBEDDING]
+    return [*(kind for own in found for kind in own.kinds), LINEAR, EMBEDDING, STACK]
+
+
+def tileables(model: nn.Module) -> Iterator[tuple[str, Tileable]]:
+    """What may become tiles, and what is tiled, by name, each once, not looking into tiles.
+
+    A linear or an embedding has its module's name, a stack of experts its parameter's.
+    """
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        prefix = f"{name}." if name else ""
+        if isinstance(module, TiledModule):
+            inside = (*inside, prefix)
+            yield name, Tileable(module, None)
+        elif kind := kind_of(module):
+            yield name, Tileable(module, kind)
+        else:
+            yield from ((prefix + own, found) for own, found in _stacks_of(module).items())
+
+
+def tileable(model: nn.Module, name: str) -> Tileable:
+    """What has this name among `tileables`."""
+    path, _, own = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if own in parent._parameters:
+        return _stacks_of(parent)[own]
+    module = model.get_submodule(name)
+    return Tileable(module, kind_of(module))
+
+
+def _stacks_of(module: nn.Module) -> dict[str, Tileable]:
+    return {
+        own: Tileable(module, STACK, own, stack)
+        for integration in integrations()
+        for own, stack in integration.stacks(module).items()
+    }
 
 
 def tiled_classes() -> set[type[TiledModule]]:

@@ -35,9 +35,12 @@ class ModelTensor:
     @property
     def matrix(self) -> DenseParameter:
         """The same with the shape (out, in) that tiles are cut from."""
+        shape = self.dense.shape
+        if len(shape) == 3:  # a stack: its matrices one below another
+            return replace(self.dense, shape=torch.Size([shape[0] * shape[1], shape[2]]))
         if not self.is_transposed:
             return self.dense
-        inside, out = self.dense.shape
+        inside, out = shape
         whole = Rect(Span(0, inside), Span(0, out))
         parts = (
             Part(part.parameter, whole, True)
@@ -98,7 +101,8 @@ def _names(model: nn.Module) -> tuple[dict[Tensor, list[str]], set[Tensor]]:
             held = {own: [p] for own, p in own_parameters if p is not None and p not in tiles}
         for own, parts in held.items():
             if parts:
-                names[parts[0]].append(_join(path, own))
+                is_tiled = isinstance(module, TiledModule)
+                names[parts[0]].append((module.dense_name if is_tiled else _join)(path, own))
                 if own == "weight" and _is_transposed(module):
                     transposed.add(parts[0])
     return names, transposed

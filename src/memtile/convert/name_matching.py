@@ -266,15 +266,19 @@ class _Search:
 
 
 def tiles_by_layer(checkpoint: Iterable[str]) -> Mapping[tuple[str, str], dict[Index, str]]:
-    """Names of tiles by (layer, "weight" or "bias") and place."""
-    patterns = {cls.tile_pattern.pattern for cls in tiled_classes()}
-    compiled = [re.compile(rf"(?:(?P<layer>.+)\.)?{pattern}") for pattern in sorted(patterns)]
+    """Names of tiles by the dense tensor's (path, own name) and place."""
+    names = {cls.tile_pattern.pattern: cls.dense_name for cls in tiled_classes()}
+    compiled = [(re.compile(rf"(?:(?P<layer>.+)\.)?{p}"), names[p]) for p in sorted(names)]
     found: dict[tuple[str, str], dict[Index, str]] = defaultdict(dict)
     for key in checkpoint:
-        for match in filter(None, (pattern.fullmatch(key) for pattern in compiled)):
+        for pattern, dense_name in compiled:
+            match = pattern.fullmatch(key)
+            if match is None:
+                continue
             row, column = int(match["row"]), int(match.groupdict().get("column") or 0)
             place = (row, column if match["name"] == "weight" else 0)
-            found[match["layer"] or "", match["name"]][place] = key
+            path, _, own = dense_name(match["layer"] or "", match["name"]).rpartition(".")
+            found[path, own][place] = key
     return found
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from memtile.convert.kinds import kind_of
+from memtile.convert.kinds import tileable
 from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
@@ -24,7 +24,7 @@ def planned_decisions(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDec
     found = []
     for decision in decisions:
         layer = planned[decision.name]
-        dtype = str(model.get_submodule(decision.name).weight.dtype).removeprefix("torch.")
+        dtype = str(tileable(model, decision.name).weight.dtype).removeprefix("torch.")
         ours, theirs = (
             (layer.shape, layer.dtype, layer.ties),
             (decision.shape, dtype, decision.ties),
@@ -43,12 +43,11 @@ def planned_decisions(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDec
 
 def _check_layer(model: nn.Module, layer: PlannedLayer, plan: Plan | RankPlan) -> None:
     """Refuse columns of an embedding, and weights that train though planned as frozen."""
-    modules = [model.get_submodule(name) for name in layer.ties or (layer.name,)]
-    rows_only = any((kind := kind_of(m)) is not None and kind.rows_only for m in modules)
+    found = [tileable(model, name) for name in layer.ties or (layer.name,)]
+    rows_only = any(each.kind is not None and each.kind.rows_only for each in found)
     if layer.grid is not None and layer.grid.in_splits > 1 and rows_only:
         raise _other_model(model, f"{layer.name} is looked up by rows, which the plan cuts")
-    weight = modules[0]._parameters["weight"]
-    if plan.optimizer and not layer.trainable and weight is not None and weight.requires_grad:
+    if plan.optimizer and not layer.trainable and found[0].weight.requires_grad:
         raise _other_model(
             model, f"{layer.name} is frozen in the plan and trains here, which takes more memory"
         )

@@ -89,9 +89,10 @@ class Replaced:
         self._modules: list[tuple[str, weakref.ref[nn.Module]]] = []
         self._memory: list[tuple[str, StorageWeakRef]] = []
 
-    def add(self, name: str, module: nn.Module, weight: nn.Parameter | None = None) -> None:
-        """Note a module before it is replaced, and its weight where that is copied."""
-        self._modules.append((name, weakref.ref(module)))
+    def add(self, name: str, module: nn.Module | None, weight: nn.Parameter | None = None) -> None:
+        """Note a module before it is replaced, and a weight that is copied."""
+        if module is not None:
+            self._modules.append((name, weakref.ref(module)))
         if weight is not None and not weight.is_meta:
             self._memory.append((name, StorageWeakRef(weight.untyped_storage())))
 

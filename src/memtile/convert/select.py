@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from memtile.convert.kinds import Kind, integrations, kind_of, lost_on_replacing
+from memtile.convert.kinds import Tileable, integrations, lost_on_replacing, tileables
 from memtile.errors import ArgumentError, CannotTileError, SplitsError
 from memtile.geometry import Grid
 from memtile.layers import TiledModule
@@ -17,13 +17,13 @@ Place = tuple[str, str]  # a module's name, and a parameter's own
 
 @dataclass(frozen=True)
 class TilingDecision:
-    """What happens to one module.
+    """What happens to one module, or to one stack of experts.
 
     Args:
-        name: the module's name in the model.
+        name: the module's name in the model, or the stack's own, as of a parameter.
         tiled: whether it is tiled.
         reason: why, or why not.
-        shape: (rows, columns) of its weight.
+        shape: (rows, columns) of its weight; a stack (E, R, C) is the matrix (E·R, C).
         grid: how it is cut, where it is and a size was asked for.
         ties: the names of all modules that share its weight, itself included, in order.
         keeps_bias: whether its bias stays whole, since others share it.
@@ -84,11 +84,19 @@ class Cut:
         sized = self.max_tile_bytes is not None or self.out_splits is not None
         return sized or self.in_splits > 1 or self.parks
 
-    def grid(self, shape: tuple[int, int], element_bytes: int, rows_only: bool) -> Grid | str:
-        """The grid of a weight of this shape, or the reason why it stays dense."""
+    def grid(
+        self, shape: tuple[int, int], element_bytes: int, rows_only: bool, experts: int = 0
+    ) -> Grid | str:
+        """The grid of a weight of this shape, or the reason why it stays dense.
+
+        A stack's bounds respect its experts; without a size each expert is a tile.
+        """
+        stack = (experts, shape[0] // experts, shape[1]) if experts else ()
         if self.max_tile_bytes is None:
             columns = 1 if rows_only else self.in_splits
             try:
+                if stack:
+                    return Grid.split_stack(*stack, self.out_splits or experts)
                 return Grid.uniform(*shape, self.out_splits or 1, columns)
             except SplitsError as error:
                 return str(error)
@@ -101,8 +109,11 @@ class Cut:
         if rows_only and elements < shape[1]:
             return (
                 f"one row has {shape[1] * element_bytes} bytes, more than max_tile_bytes="
-                f"{self.max_tile_bytes}, and an embedding is cut between rows only"
+                f"{self.max_tile_bytes}, and {'a stack' if stack else 'an embedding'} is cut "
+                "between rows only"
             )
+        if stack:
+            return Grid.of_stack(*stack, elements)
         return Grid.fewest(*shape, elements) if elements else "max_tile_bytes holds no element"
 
 
@@ -114,17 +125,21 @@ def select_linears(
     max_tile_bytes: int | None = None,
     modules: Collection[str] | None = None,
 ) -> list[TilingDecision]:
-    """What `tile` would do with the same arguments: each linear and embedding, with the reason.
+    """What `tile` would do with the same arguments, with the reasons.
+
+    Asked for are linears, embeddings and stacks of experts.
 
     Args:
         model: any module.
-        out_splits: rows of tiles for every module.
-        in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
+        out_splits: rows of tiles for every module. In a stack bounds fall between experts; more
+            rows than experts cut each of them into the same number of parts.
+        in_splits: columns of tiles for every linear (embeddings, what is tied to them, and stacks
+            keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
         modules: names to choose from; all by default.
 
     Returns:
-        One `TilingDecision` for each linear and embedding, in the model's order.
+        One `TilingDecision` for each linear, embedding and stack, in the model's order.
 
     Raises:
         ArgumentError: the sizes make no sense, or a name is no module of the model.
@@ -137,54 +152,34 @@ def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[
     """`select_linears` for a cut that is checked already."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
-    candidates = dict(_candidates(model))
+    candidates = dict(tileables(model))
     modules = _checked_names(model, candidates, modules)
     kept = [(name, why) for found in integrations() for name, why in found.keeps(model).items()]
-    reasons = {
-        name: _own_reason(name, module, kept, modules) for name, (module, _) in candidates.items()
-    }
+    reasons = {name: _own_reason(name, each, kept, modules) for name, each in candidates.items()}
     owners = Owners(model)
     groups = _ties(owners, candidates, reasons)
     decisions = []
-    for name, (module, kind) in candidates.items():
-        shape = _shape(module, kind)
-        decision = TilingDecision(name, False, reasons[name], shape, ties=groups.get(name, ()))
+    for name, each in candidates.items():
+        ties = groups.get(name, ())
+        decision = TilingDecision(name, False, reasons[name], each.shape, ties=ties)
         if not reasons[name]:
-            keeps_bias = owners.is_shared(module._parameters.get("bias"))
-            decision = _with_grid(replace(decision, keeps_bias=keeps_bias), candidates, cut)
+            bias = None if each.stack else each.module._parameters.get("bias")
+            decision = replace(decision, keeps_bias=owners.is_shared(bias))
+            decision = _with_grid(decision, candidates, cut)
         decisions.append(decision)
         if modules is not None and name in modules and not decision.tiled:
             raise CannotTileError(f"{name} cannot be tiled: {decision.reason}")
     return decisions
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Kind | None]]]:
-    """Linears and embeddings by name, each once, not looking into tiled layers."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, TiledModule):
-            inside = (*inside, f"{name}." if name else "")
-            yield name, (module, None)
-        elif kind := kind_of(module):
-            yield name, (module, kind)
-
-
-def _shape(module: nn.Module, kind: Kind | None) -> tuple[int, int]:
-    if isinstance(module, TiledModule):
-        return module.grid.out_features, module.grid.in_features
-    assert kind is not None
-    return kind.shape(module)
-
-
 def _own_reason(
     name: str,
-    module: nn.Module,
+    found: Tileable,
     kept: list[tuple[str, str]],
     modules: Collection[str] | None,
 ) -> str:
-    """Why this module, looked at alone, stays dense; "" where it can be tiled."""
+    """Why this weight, looked at alone, stays dense; "" where it can be tiled."""
+    module = found.module
     if isinstance(module, TiledModule):
         return f"it is in {module.grid} tiles already; untile first to cut it anew"
     if not name:
@@ -194,13 +189,16 @@ def _own_reason(
     for prefix, why in kept:
         if name == prefix or name.startswith(prefix + "."):
             return why
-    kind = kind_of(module)
-    assert kind is not None
-    if not kind.matches(module):
+    empty = "" if min(found.shape) else "it has no elements"
+    if found.stack is not None:
+        replaced = "forward" in vars(module)
+        lost = "its module's forward was replaced on the instance, which reads whole stacks"
+        return (lost if replaced else "") or _parameter_reason(module, found.own) or empty
+    assert found.kind is not None
+    if not found.kind.matches(module):
         return (
             f"{type(module).__name__} is a class of its own, whose behaviour tiles might not keep"
         )
-    empty = "" if min(kind.shape(module)) else "it has no elements"
     return _state_reason(module) or _weight_reason(module) or empty
 
 
@@ -218,16 +216,19 @@ def _state_reason(module: nn.Module) -> str:
 
 
 def _weight_reason(module: nn.Module) -> str:
-    for name in ("weight", "bias"):
-        parameter = getattr(module, name, None)
-        if parameter is None and name == "bias":
-            continue
-        if type(parameter) is not nn.Parameter or name not in module._parameters:
-            return f"its {name} is a {type(parameter).__name__}, not a plain parameter"
-        if not parameter.is_floating_point():
-            return f"its {name} is {parameter.dtype}, not a floating-point tensor"
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            return f"its {name} has gradient hooks, which would be lost; remove them first"
+    names = [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
+    reasons = (_parameter_reason(module, name) for name in dict.fromkeys(["weight", *names]))
+    return next(filter(None, reasons), "")
+
+
+def _parameter_reason(module: nn.Module, name: str) -> str:
+    parameter = getattr(module, name, None)
+    if type(parameter) is not nn.Parameter or name not in module._parameters:
+        return f"its {name} is a {type(parameter).__name__}, not a plain parameter"
+    if not parameter.is_floating_point():
+        return f"its {name} is {parameter.dtype}, not a floating-point tensor"
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        return f"its {name} has gradient hooks, which would be lost; remove them first"
     return ""
 
 
@@ -272,59 +273,55 @@ def _storage(parameter: nn.Parameter) -> int:
 
 
 def _ties(
-    owners: Owners,
-    candidates: dict[str, tuple[nn.Module, Kind | None]],
-    reasons: dict[str, str],
+    owners: Owners, candidates: dict[str, Tileable], reasons: dict[str, str]
 ) -> dict[str, tuple[str, ...]]:
     """Names that share a weight; a weight shared with what stays dense keeps all of them dense."""
-    shared: dict[str, list[Place]] = {}
-    for name, (module, _) in candidates.items():
+    shared: dict[str, list[str]] = {}
+    for name, each in candidates.items():
         if reasons[name]:
             continue
-        weight = module._parameters["weight"]
-        assert weight is not None
-        views = list(owners.sharing_memory(weight))
+        views = list(owners.sharing_memory(each.weight))
         if views:
             where = ".".join(views[0])
             reasons[name] = f"its weight shares memory with {where}, which tiles could not"
-        elif len(owners.of(weight)) > 1:
-            shared[name] = owners.of(weight)
-    for name, places in shared.items():
-        for owner, own in places:
-            is_tiled = own == "weight" and reasons.get(owner) == ""
-            if not is_tiled:
-                why = reasons.get(owner) or "it is not a linear or an embedding"
-                where = f"{owner}.{own}" if owner else own
+        elif len(places := owners.of(each.weight)) > 1:
+            shared[name] = [_name_of(place, candidates) for place in places]
+    for name, others in shared.items():
+        for other in others:
+            if reasons.get(other) != "":
+                why = reasons.get(other) or "it is not a linear or an embedding"
+                where = f"{other}.weight" if other in candidates else other
                 shares = f"its weight is also {where}, which stays dense: {why}"
                 reasons[name] = reasons[name] or shares
-    return {
-        name: tuple(path for path, _ in places)
-        for name, places in shared.items()
-        if not reasons[name]
-    }
+    return {name: tuple(others) for name, others in shared.items() if not reasons[name]}
+
+
+def _name_of(place: Place, candidates: Collection[str]) -> str:
+    """The candidate whose weight stands there, or else the parameter's own name."""
+    path, own = place
+    return path if own == "weight" and path in candidates else f"{path}.{own}" if path else own
 
 
 def _with_grid(
-    decision: TilingDecision, candidates: dict[str, tuple[nn.Module, Kind | None]], cut: Cut
+    decision: TilingDecision, candidates: dict[str, Tileable], cut: Cut
 ) -> TilingDecision:
-    module, kind = candidates[decision.name]
-    assert kind is not None
-    tied_kinds = [candidates[name][1] for name in decision.ties]
-    if len({k.tiled.weight_is_transposed for k in tied_kinds if k}) > 1:
+    found = candidates[decision.name]
+    tied = [candidates[name].kind for name in decision.ties]
+    kinds = [kind for kind in (found.kind, *tied) if kind is not None]
+    if len({kind.tiled.weight_is_transposed for kind in kinds}) > 1:
         return replace(decision, reason="it shares a weight with a transposed linear")
     others = ", ".join(name for name in decision.ties if name != decision.name)
     more = f", tied with {others}" if others else ""
     if decision.keeps_bias:
         more += ", its bias kept whole: others share it"
+    decision = replace(decision, tiled=True, reason=f"{found.description}{more}")
     if not cut.is_given:
-        return replace(decision, tiled=True, reason=f"a plain {kind.name}{more}")
-    rows_only = kind.rows_only or any(k.rows_only for k in tied_kinds if k)
-    weight = module._parameters["weight"]
-    assert weight is not None
-    grid = cut.grid(decision.shape, weight.element_size(), rows_only)
+        return decision
+    rows_only, size = any(kind.rows_only for kind in kinds), found.weight.element_size()
+    grid = cut.grid(decision.shape, size, rows_only, found.experts)
     if isinstance(grid, str):
-        return replace(decision, reason=grid)
-    return replace(decision, tiled=True, reason=f"a plain {kind.name}{more}", grid=grid)
+        return replace(decision, tiled=False, reason=grid)
+    return replace(decision, grid=grid)
 
 
 def _checked_names(
@@ -340,7 +337,7 @@ def _checked_names(
     unknown = sorted(names - set(candidates))
     if unknown:
         everything = dict(model.named_modules())
-        what = "no linear or embedding" if unknown[0] in everything else "no module"
+        what = "no linear, embedding or stack" if unknown[0] in everything else "no module"
         raise ArgumentError(
             f"{unknown[0]!r} is {what} of {type(model).__name__}; "
             "memtile.convert.select_linears(model) lists the names that can be tiled"

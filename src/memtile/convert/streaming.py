@@ -160,7 +160,7 @@ def first_element(dense: DenseParameter, part: Part) -> int | None:
         return 0
     if len(dense.shape) == 1:
         return part.rect.out.start
-    width = dense.shape[1]
+    width = dense.shape[-1]
     if part.transposed or part.rect.into != Span(0, width):
         return None
     return part.rect.out.start * width

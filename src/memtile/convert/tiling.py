@@ -1,4 +1,4 @@
-"""`tile`: a model's linears and embeddings become tiles, in place."""
+"""`tile`: a model's linears, embeddings and stacks of experts become tiles, in place."""
 
 import math
 import warnings
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memtile.checkpoints import CheckpointHome, Paths
-from memtile.convert.kinds import kind_of, replace_module
+from memtile.convert.kinds import kind_of, tileable
 from memtile.convert.materializing import (
     checked_for_empty,
     filled_from,
@@ -61,7 +61,7 @@ def tile(
     strict: bool = False,
     return_freed_memory: bool | None = None,
 ) -> Model:
-    """Cut the linears and embeddings of a model into tiles, in place.
+    """Cut the linears, embeddings and stacks of experts of a model into tiles, in place.
 
     Values are bit-identical; ties, frozen parameters, mode, dtype, device and gradients stay. Each
     replaced layer is freed before the next is made, so the peak is the model and one layer.
@@ -73,14 +73,16 @@ def tile(
         plan: of `memtile.plan` for this model: which layers, which grids, and which home unless
             `home` is given; resident layers stay dense. Or of `memtile.planner.plan_ranks`: tiles
             for an engine, without a home.
-        out_splits: rows of tiles for every module.
-        in_splits: columns of tiles for every linear (embeddings, and what is tied to them, keep 1).
+        out_splits: rows of tiles for every module. In a stack bounds fall between experts; more
+            rows than experts cut each of them into the same number of parts.
+        in_splits: columns of tiles for every linear (embeddings, what is tied to them, and stacks
+            keep 1).
         max_tile_bytes: the largest weight tile; weights that fit stay dense.
         modules: names to tile; all that can be by default (`select_linears` lists them).
         home: where the tiles' weights are parked: "disk", "disk:FOLDER", "host", "device" or a
             `Home`; None: nowhere. With a home, layers that fit in one tile are parked whole,
-            and a size is optional. "checkpoint", with a checkpoint: they stay in its files, to be
-            read and never trained.
+            and a size is optional: without one each expert is a tile. "checkpoint", with a
+            checkpoint: they stay in its files, to be read and never trained.
         checkpoint: a folder or file of safetensors, or several (a base and its adapters), for a
             model on the meta device (`memtile.empty_model`): values stream to where the tiles
             live, and the dense model never exists. What is not tiled is in memory afterwards.
@@ -231,8 +233,7 @@ def _room_for(
             and decision.grid is not None
             and decision.ties[:1] in ((), (decision.name,))
         ):
-            weight = model.get_submodule(decision.name)._parameters["weight"]
-            assert weight is not None
+            weight = tileable(model, decision.name).weight
             rects = (decision.grid.rect(*index) for index in decision.grid.indices())
             tiles = [whole_pages(math.prod(rect.shape) * weight.element_size()) for rect in rects]
             sizes += tiles if weight.grad is None else 2 * tiles  # gradients move there too
@@ -284,22 +285,22 @@ def _tile_group(
     first: TiledModule | None = None
     names = decision.ties or (decision.name,)
     for name in names:
-        dense = model.get_submodule(name)
-        kind = kind_of(dense)
+        dense = tileable(model, name)
         assert decision.grid is not None
-        assert kind is not None
-        replaced.add(name, dense, dense._parameters["weight"])
+        module = None if dense.stack else dense.module  # which holds a stack and stays
+        replaced.add(name, module, dense.weight)
         # A bias that others share stays whole: the layer gets the parameter itself.
-        bias = dense._parameters.get("bias") if name in keep_bias else None
-        dense._parameters |= {} if bias is None else {"bias": None}
+        bias = dense.module._parameters.get("bias") if name in keep_bias else None
+        dense.module._parameters |= {} if bias is None else {"bias": None}
         try:
-            layer = kind.tiled.from_dense(dense, decision.grid, first, home)
+            layer = dense.tiled(decision.grid, first, home)
         finally:
-            dense._parameters |= {} if bias is None else {"bias": bias}
+            dense.module._parameters |= {} if bias is None else {"bias": bias}
         if bias is not None:
             assert isinstance(layer, TiledLinear)  # nothing else has a bias
             layer.keep_bias(bias)
         layer.name_in_model = name
         first = first or layer
-        replace_module(model, dense, layer)
+        dense.replace_by(layer, model)
+        del dense, module
     return names

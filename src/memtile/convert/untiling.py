@@ -8,12 +8,22 @@ from memtile.convert.kinds import lost_on_replacing, replace_module, tiled_class
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Owners
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.layers import ParkedEmbedding, ParkedLinear, TiledModule, is_plain
+from memtile.layers import (
+    ParkedEmbedding,
+    ParkedLinear,
+    ParkedStackTile,
+    StackOwner,
+    StackTile,
+    TiledModule,
+    TiledStack,
+    is_plain,
+)
 from memtile.transfer import unwatch_model
 
 Model = TypeVar("Model", bound=nn.Module)
 Layers = dict[str, TiledModule]
-PLAIN_TILES = (nn.Linear, nn.Embedding, ParkedLinear, ParkedEmbedding)
+RESIDENT_TILES = nn.Linear, nn.Embedding, StackTile
+PLAIN_TILES = *RESIDENT_TILES, ParkedLinear, ParkedEmbedding, ParkedStackTile
 
 
 def untile(model: Model) -> Model:
@@ -57,15 +67,33 @@ def _replace_all(model: nn.Module, ids: dict[str, tuple[int, ...]]) -> Replaced:
         assert isinstance(layer, TiledModule)
         replaced.add(name, layer)
         known = weights.get(ids[name])
-        dense = layer.to_dense(known[0] if known else None)
+        weight = _replace(model, name, layer, known[0] if known else None)
         if ids[name] in [ids[other] for other in names[number:]]:
             # The layer is kept until its last tie is dense: a freed tile's id could be used again.
-            weights[ids[name]] = dense.weight, layer  # type: ignore[assignment]  # a parameter
+            weights[ids[name]] = weight, layer
         else:
             weights.pop(ids[name], None)
-        replace_module(model, layer, dense)
-        del layer, dense
+        del layer, weight
     return replaced
+
+
+def _replace(
+    model: nn.Module, name: str, layer: TiledModule, weight: nn.Parameter | None
+) -> nn.Parameter:
+    """Put the dense form of a layer in its place, with `weight` where it is tied; its weight."""
+    if isinstance(layer, TiledStack):
+        path, _, own = name.rpartition(".")
+        owner = model.get_submodule(path)
+        assert isinstance(owner, StackOwner)
+        weight = weight if weight is not None else layer.dense_parameter("weight")
+        assert weight is not None
+        owner.restore_stack(own, weight)
+        return weight
+    dense = layer.to_dense(weight)
+    replace_module(model, layer, dense)
+    made = dense.weight
+    assert isinstance(made, nn.Parameter)
+    return made
 
 
 def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -104,7 +104,7 @@ def _parked_on_disk(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
     rings, parked = setting.rings, layout.parked
     trained = [w for w in parked if w.trainable and setting.state is not None]
     sent = [w for w in trained if setting.sends_gradient(w)]
-    looked_up = [w for w in parked if w.rows_only]
+    looked_up = [w for w in parked if w.is_looked_up]
 
     def slabs(number: int, weights: Iterable[Weight]) -> int:
         return _slabs(setting, layout, {w: (w.element_bytes,) for w in weights}, number)

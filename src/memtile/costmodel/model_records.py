@@ -53,15 +53,17 @@ class Counted:
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear's or an embedding's weight, with all modules that share it."""
+    """A linear's or an embedding's weight, or a stack of experts, with all that share it."""
 
     names: tuple[str, ...]  # of the modules that have it, in the model's order
     shape: tuple[int, int]  # (rows, columns)
     dtype: str  # such as "float32"
     element_bytes: int
     trainable: bool
-    rows_only: bool  # whether an embedding has it, so that only rows can be cut
+    rows_only: bool  # whether an embedding has it, or it is a stack: only rows can be cut
     obstacle: str  # why it cannot be tiled; "" where it can
+    experts: int = 0  # how many matrices are stacked; 0: it is no stack
+    used: int = 0  # experts that each token is routed to, at most
 
     @property
     def elements(self) -> int:
@@ -72,6 +74,18 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes of the values."""
         return self.elements * self.element_bytes
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether an embedding has it, whose rows are read one by one."""
+        return self.rows_only and not self.experts
+
+    def hit_share(self, tokens: int) -> float:
+        """The share of the weight that a step of so many tokens is expected to read.
+
+        Of E experts, each token hits k at random: 1 - (1 - k/E)^tokens.
+        """
+        return 1 - (1 - self.used / self.experts) ** tokens if self.experts else 1.0
 
     @property
     def is_tied(self) -> bool:

@@ -215,11 +215,17 @@ def tile_grids(weights: Iterable[Weight]) -> list[dict[str, Grid]]:
 
 
 def tile_grid(weight: Weight, tile_bytes: int) -> Grid:
-    """The fewest tiles of a weight that have so many bytes or fewer, where rows can be cut so."""
+    """The fewest tiles of a weight that have so many bytes or fewer, where rows can be cut so.
+
+    A tile of a stack holds one expert at most: more would be read for a token of one of them.
+    """
     rows, columns = weight.shape
     elements = max(1, tile_bytes // weight.element_bytes)
     if weight.rows_only:
         elements = max(elements, columns)
+    if weight.experts:
+        rows //= weight.experts
+        return Grid.of_stack(weight.experts, rows, columns, min(elements, rows * columns))
     return Grid.fewest(rows, columns, elements)
 
 

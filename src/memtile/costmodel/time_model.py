@@ -22,25 +22,30 @@ class Moved:
 
 
 def moved(setting: Setting, layout: ParkedLayout, checkpointing: bool) -> Moved:
-    """What a step moves: each weight once for each iteration over it, and its state both ways."""
-    read = written = visits = 0
+    """What a step moves: each weight once for each iteration over it, and its state both ways.
+
+    Of a stack of experts, only those that tokens are expected to be routed to.
+    """
+    read = written = visits = 0.0
     trains = setting.state is not None
     passes = (3 if checkpointing else 2) if trains else 1
     for weight in layout.parked:
-        tiles = sum(1 for _ in layout.tile_elements(weight))
+        share = weight.hit_share(setting.tokens)
+        tiles = share * sum(1 for _ in layout.tile_elements(weight))
         stepped = trains and weight.trainable
         visits += tiles * (passes + (2 if stepped else 0))
         if setting.in_place:
             continue
-        uses = len(weight.names) - (1 if weight.rows_only else 0)
-        read += weight.nbytes * passes * uses
+        uses = len(weight.names) - (1 if weight.is_looked_up else 0)
+        nbytes = share * weight.nbytes
+        read += nbytes * passes * uses
         if stepped:
-            state = setting.state_bytes([weight])
-            sent = weight.nbytes if setting.sends_gradient(weight) else 0
-            value = weight.nbytes if setting.mode == "classic" or not uses else 0
+            state = share * setting.state_bytes([weight])
+            sent = nbytes if setting.sends_gradient(weight) else 0
+            value = nbytes if setting.mode == "classic" or not uses else 0
             read += state + sent + value
-            written += weight.nbytes + state + sent
-    return Moved(read, written, visits)
+            written += nbytes + state + sent
+    return Moved(round(read), round(written), round(visits))
 
 
 def floors(

@@ -139,6 +139,35 @@ class Grid:
         return cls.uniform(out_features, in_features, -(-out_features // rows), in_splits)
 
     @classmethod
+    def of_stack(cls, experts: int, rows: int, columns: int, max_elements: int) -> "Grid":
+        """The grid of a stack of experts (rows, columns) that keeps tiles at `max_elements`.
+
+        As many whole experts as fit make a tile, or equal parts of the rows of one; at least a row.
+        """
+        together = max_elements // (rows * columns)
+        if together:
+            return cls.split_stack(experts, rows, columns, -(-experts // together))
+        parts = -(-rows // max(1, max_elements // columns))
+        return cls.split_stack(experts, rows, columns, experts * parts)
+
+    @classmethod
+    def split_stack(
+        cls, experts: int, rows: int, columns: int, out_splits: SupportsIndex
+    ) -> "Grid":
+        """The grid of `out_splits` row tiles whose bounds respect experts, or of slightly more.
+
+        Up to `experts` tiles hold whole experts, numbers that differ by one at most. More are made
+        by cutting the rows of every expert into the same number of parts, as even as possible.
+        """
+        whole = cls.uniform(experts * rows, columns, out_splits)  # checks the number
+        if whole.out_splits <= experts:
+            bounds = partition_uniform(experts, whole.out_splits)
+            return cls(tuple(rows * bound for bound in bounds), whole.in_parts)
+        within = partition_uniform(rows, min(rows, -(-whole.out_splits // experts)))[1:]
+        cut = (expert * rows + bound for expert in range(experts) for bound in within)
+        return cls((0, *cut), whole.in_parts)
+
+    @classmethod
     def of_shapes(cls, shapes: Mapping[tuple[int, int], tuple[int, int]]) -> "Grid":
         """The grid that tiles of the given shapes make, keyed by (row, column).
 

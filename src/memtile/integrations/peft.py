@@ -14,6 +14,7 @@ from memtile.layers import TiledModule
 _MERGING = "_unload_and_optionally_merge"
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
 _COPY = "it is PEFT's own copy, trained and saved with the adapter under its dense names"
+_STACK = "PEFT adapts it, and reads it from the parameter itself"
 _ROWS = "PEFT trains some of its rows, and reads them from the embedding itself"
 
 
@@ -26,11 +27,16 @@ def _keeps(model: nn.Module) -> dict[str, str]:
 
 
 def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The children that stay dense, each with the reason."""
+    """The children, and stacks of experts below it, that stay dense, each with the reason."""
     if isinstance(
         module, loaded_class("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")
     ):
         yield "base_layer", _ROWS
+    if isinstance(module, loaded_class("peft.tuners.lora.layer", "ParamWrapper")):
+        wrapped, path = module, ""
+        while hasattr(wrapped, "base_layer"):  # wrappers of several parameters are nested
+            wrapped, path = wrapped.base_layer, f"{path}base_layer."
+        yield f"{path}{module.parameter_name}", _STACK
     if isinstance(module, loaded_class("peft.tuners.tuners_utils", "BaseTunerLayer")):
         yield from ((name, _ADAPTER) for name, _ in module.named_children() if name != "base_layer")
     if isinstance(module, loaded_class("peft.utils.other", "ModulesToSaveWrapper")):

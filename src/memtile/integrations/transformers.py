@@ -14,6 +14,7 @@ from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
 from memtile.integrations.configs import configs_of, made_from
+from memtile.integrations.experts import stacks_of
 from memtile.integrations.pretrained import (
     architecture,
     check_files,
@@ -233,6 +234,7 @@ TRANSFORMERS = Integration(
             rows_only=True,
         ),
     ),
+    stacks=stacks_of,
     replaced=_replaced,
     naming=_naming,
     beside=configs_of,

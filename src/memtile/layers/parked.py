@@ -10,7 +10,7 @@ import copy
 import copyreg
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,9 @@ _NAME = "ParkedLinear"  # in messages: a tile does not know its name
 
 
 class ParkedModule(nn.Module):
-    """A tile whose weight is parked; subclasses are an `nn.Linear` or an `nn.Embedding` too."""
+    """A tile whose weight is parked; subclasses are their resident class too."""
 
+    resident_class: ClassVar[type[nn.Module]]  # of copies and pickles
     home: Home  # where the weight lives
 
     def _park_weight(self, home: Home | str, shape: Sequence[int], device: Any, dtype: Any) -> None:
@@ -68,18 +69,15 @@ class ParkedModule(nn.Module):
         return f"{super().extra_repr()}, home={getattr(self, 'home', None)}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        resident = self._resident_class().__new__(self._resident_class())
+        resident = self.resident_class.__new__(self.resident_class)
         memo[id(self)] = resident
         resident.__dict__.update(copy.deepcopy(self._resident_state(), memo))
         return resident
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # not copyreg.__newobj__, which pickle refuses for another class than the object's own
-        made = copyreg._reconstructor, (self._resident_class(), object, None)  # type: ignore[attr-defined]  # stubs leave it out
+        made = copyreg._reconstructor, (self.resident_class, object, None)  # type: ignore[attr-defined]  # stubs leave it out
         return *made, self._resident_state()
-
-    def _resident_class(self) -> type[nn.Module]:
-        return nn.Embedding if isinstance(self, nn.Embedding) else nn.Linear
 
     def _resident_state(self) -> dict[str, Any]:
         warnings.warn(
@@ -123,6 +121,8 @@ class ParkedLinear(ParkedModule, nn.Linear):
     Raises:
         HomeFullError: the home has no room.
     """
+
+    resident_class: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(
         self,
@@ -178,6 +178,8 @@ class ParkedEmbedding(ParkedModule, nn.Embedding):
     Raises:
         HomeFullError: the home has no room.
     """
+
+    resident_class: ClassVar[type[nn.Module]] = nn.Embedding
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class TiledModule(nn.Module):
     """The base of tiled layers. Subclasses hold their tiles and say under which names."""
 
     weight_is_transposed: ClassVar[bool] = False  # whether the dense module's weight is (in, out)
+    is_routed: ClassVar[bool] = False  # whether a forward needs only some of the tiles
     tile_pattern: ClassVar[re.Pattern[str]]  # of state dict names: groups row, column and name
     grid: Grid  # how the weight is cut
     name_in_model: str = ""  # for messages
@@ -54,13 +55,11 @@ class TiledModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        _alive.add(self)
-        _tell_watchers()
+        _announce(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        _alive.add(self)
-        _tell_watchers()
+        _announce(self)
 
     def tile(self, row: int, column: int) -> nn.Module:
         """The tile at (row, column)."""
@@ -74,6 +73,11 @@ class TiledModule(nn.Module):
     def tiles(self) -> Iterator[tuple[Index, nn.Module]]:
         """((row, column), tile) of every tile, row by row."""
         return ((index, self.tile(*index)) for index in self.grid.indices())
+
+    @staticmethod
+    def dense_name(path: str, own: str) -> str:
+        """The name of the dense "weight" or "bias" of a layer that stands at `path`."""
+        return f"{path}.{own}" if path else own
 
     def full_name(self) -> str:
         """The layer's name in its model where it is known, or its class: for messages."""
@@ -223,11 +227,8 @@ class TiledModule(nn.Module):
     def tied_layers(self) -> "list[TiledModule]":
         """All other layers, of any model, that have the same weight tiles."""
         own = [*map(id, self.tile_parameters("weight").values())]
-        return [
-            layer
-            for layer in list(_alive)
-            if layer is not self and own == [*map(id, layer.tile_parameters("weight").values())]
-        ]
+        others = [layer for layer in list(_alive) if layer is not self]
+        return [x for x in others if own == [*map(id, x.tile_parameters("weight").values())]]
 
     @torch.no_grad()
     def copy_values(self, name: str, values: Values) -> None:
@@ -329,7 +330,7 @@ class TiledModule(nn.Module):
 
     def _save_to_state_dict(self, *given: Any) -> None:
         """torch's own hook for one module's part of a state dict."""
-        _tell_watchers()
+        _announce(self)
         super()._save_to_state_dict(*given)
 
     def _load_from_state_dict(
@@ -341,7 +342,8 @@ class TiledModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-def _tell_watchers() -> None:
+def _announce(layer: TiledModule) -> None:
+    _alive.add(layer)
     for library, watcher in _watchers:
         if library in sys.modules:
             watcher()

@@ -9,13 +9,19 @@ from memtile.ops.composed import (
     write_results,
     write_rows,
 )
-from memtile.ops.embedding import gather_rows, gather_rows_statically, gather_some_rows
+from memtile.ops.embedding import (
+    gather_rows,
+    gather_rows_statically,
+    gather_some_rows,
+    place_rows,
+)
 from memtile.ops.fused import FusedSpec, fused_linear
-from memtile.ops.parked import parked_embedding, parked_linear
+from memtile.ops.parked import Groups, grouped_linear, parked_embedding, parked_linear
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
 
 __all__ = [
     "FusedSpec",
+    "Groups",
     "ResultShapes",
     "autocast_dtype",
     "float32_casts",
@@ -24,10 +30,12 @@ __all__ = [
     "gather_rows",
     "gather_rows_statically",
     "gather_some_rows",
+    "grouped_linear",
     "join_rows",
     "needs_float32_sum",
     "parked_embedding",
     "parked_linear",
+    "place_rows",
     "split_tensor_along_last_dim",
     "transformed",
     "write_results",

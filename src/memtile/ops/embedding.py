@@ -30,7 +30,7 @@ def gather_rows(ids: Tensor, lookups: Sequence[Lookup], spans: Sequence[Span], d
             rows = lookup(flat.new_zeros(1))[:0]
         if out is None:
             out = rows.new_empty((flat.numel(), dim))
-        out = _PlaceRows.apply(out, rows, places)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        out = place_rows(out, rows, places)
     assert out is not None
     return out.view(*ids.shape, dim)
 
@@ -58,6 +58,12 @@ def gather_rows_statically(ids: Tensor, lookups: Sequence[Lookup], spans: Sequen
         out = rows if out is None else torch.where(held.unsqueeze(-1), rows, out)
     assert out is not None
     return out
+
+
+def place_rows(out: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """`out` (N, D) with the rows (K, D) written into it, in place, at different places (K,)."""
+    result: Tensor = _PlaceRows.apply(out, rows, places)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
 
 
 class _PlaceRows(torch.autograd.Function):

@@ -4,6 +4,9 @@ Shapes: N tokens, W (M, K); x (…, K), y (…, M), g the gradient of y.
 
 Forward: y = x Wᵀ + b. Backward: dx = g W, and dW = gᵀ x is written where it is to be kept.
 
+A tile of a stack of experts is several matrices W_e one below another, and x is grouped by expert:
+each group of rows meets its own W_e. Transposed stacks keep W_e (K, M), so that y = x W_e.
+
 There is one function per tile: one for a whole layer would hold the gradients of all its tiles at
 once. The graph keeps a tile's slice of the input and the parameter's version, never a slab. dW is
 written to the home inside backward, which returns None for it; autograd calls the parameter's
@@ -12,8 +15,9 @@ usual where it is needed there: tensor hooks on the parameter, `autograd.grad`, 
 batched gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +28,64 @@ from memtile.ops.products import is_batched, sum_of_products
 from memtile.transfer import ParkedSource
 
 
-def parked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, source: ParkedSource) -> Tensor:
+@dataclass(frozen=True)
+class Groups:
+    """How the rows of x are grouped by the experts of one tile.
+
+    Args:
+        counts: rows of x for each expert of the tile, in order; they add up to all rows.
+        is_transposed: whether the tile keeps each W_e as (K, M).
+    """
+
+    counts: tuple[int, ...]
+    is_transposed: bool = False
+
+    def width(self, weight: Tensor) -> int:
+        """Columns of y."""
+        return weight.shape[1] if self.is_transposed else weight.shape[0] // len(self.counts)
+
+    def depth(self, weight: Tensor) -> int:
+        """Columns of x."""
+        return weight.shape[0] // len(self.counts) if self.is_transposed else weight.shape[1]
+
+    def matrices(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's matrix as (M, K), differentiably."""
+        stack = weight.view(len(self.counts), -1, weight.shape[1])
+        matrices: tuple[Tensor, ...] = (stack.mT if self.is_transposed else stack).unbind(0)
+        return matrices
+
+    def rows(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's rows of x, y or g, as a matrix."""
+        return _as_matrix(tensor).split(self.counts)
+
+
+def parked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source: ParkedSource,
+    groups: Groups | None = None,
+) -> Tensor:
     """y (…, M) of x (…, K), in x's dtype, with the weight in memory for the product only.
 
-    The weight (M, K) is the parameter, for autograd: its values come from the source.
+    The weight (M, K) is the parameter, for autograd: its values come from the source. Groups: it is
+    a tile of a stack of experts, and x a matrix.
     """
-    result: Tensor = _ParkedLinear.apply(x, weight, bias, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    groups = groups or Groups((x.shape[:-1].numel(),))
+    result: Tensor = _ParkedLinear.apply(x, weight, bias, source, groups)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
+
+
+def grouped_linear(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """y (N, M) of x (N, K), whose rows are grouped by expert, in ordinary operations.
+
+    The matrices (M, K) are cast as autocast does; those without rows are not touched.
+    """
+    pairs = zip(x.split(list(counts)), matrices, strict=True)
+    parts = [functional.linear(rows, matrix) for rows, matrix in pairs if rows.shape[0]]
+    if not parts:
+        return functional.linear(x, matrices[0])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _ParkedLinear(torch.autograd.Function):
@@ -41,27 +96,28 @@ class _ParkedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         source: ParkedSource,
+        groups: Groups,
     ) -> Tensor:
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_weight else None)
-        ctx.source, ctx.weight, ctx.lead = source, weight, x.shape[:-1]
+        ctx.source, ctx.weight, ctx.groups = source, weight, groups
         if needs_x or needs_weight:
             source.note_use()
-        out = x.new_empty((*ctx.lead, weight.shape[0]))
+        out = x.new_empty((*x.shape[:-1], groups.width(weight)))
         with _no_autocast(x), source.values(x.device) as values:
-            factors = [(_as_matrix(x), values.to(x.dtype).t())]
-            sum_of_products(_as_matrix(out), factors, 1, bias)
+            for a, matrix, y in _by_expert(groups, values, x, out):
+                sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, needed = grads[0], ctx.needs_input_grad
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
-            return *_differentiably(ctx, grad), None
+            return *_differentiably(ctx, grad), None, None
         dx = dw = db = None
         with _no_autocast(grad):
             if needed[0]:
@@ -70,14 +126,23 @@ class _ParkedLinear(torch.autograd.Function):
                 dw = _weight_gradient(ctx, grad)
             if needed[2]:
                 db = _as_matrix(grad).sum(0)
-        return dx, dw, db, None
+        return dx, dw, db, None, None
+
+
+def _by_expert(
+    groups: Groups, weight: Tensor, rows: Tensor, results: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows, matrix (M, K), rows of the result) of each expert that has rows."""
+    parts = zip(groups.rows(rows), groups.matrices(weight), groups.rows(results), strict=True)
+    return ((a, matrix, result) for a, matrix, result in parts if a.shape[0])
 
 
 def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    dx = grad.new_empty((*ctx.lead, ctx.weight.shape[1]))
+    depth = ctx.groups.depth(ctx.weight)
+    dx = grad.new_empty((*grad.shape[:-1], depth))
     with ctx.source.values(grad.device) as values:
-        factors = [(_as_matrix(grad), values.to(grad.dtype))]
-        sum_of_products(_as_matrix(dx), factors, 1)
+        for g, matrix, rows in _by_expert(ctx.groups, values, grad, dx):
+            sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
     return dx
 
 
@@ -86,8 +151,20 @@ def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     (x,) = ctx.saved_tensors
     with _gradient(ctx, ctx.next_functions[1][0]) as (out, returned):
         if out is not None:
-            _write_product(out, _as_matrix(grad).t(), _as_matrix(x))
+            _write_gradients(ctx.groups, out, grad, x)
     return returned
+
+
+def _write_gradients(groups: Groups, out: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Write gᵀ x of each expert, and zeros for those without rows."""
+    stack = out.view(len(groups.counts), -1, out.shape[1])
+    for dw, g, rows in zip(stack, groups.rows(grad), groups.rows(x), strict=True):
+        if not rows.shape[0]:
+            dw.zero_()
+        elif groups.is_transposed:
+            _write_product(dw, rows.t(), g)
+        else:
+            _write_product(dw, g.t(), rows)
 
 
 @contextmanager
@@ -141,14 +218,17 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Backward in ordinary operations on the parameter itself, in its home's memory."""
-    needed = ctx.needs_input_grad
+    needed, groups = ctx.needs_input_grad, ctx.groups
     (x,) = ctx.saved_tensors
     flat = grad.reshape(-1, grad.shape[-1])
     dx = dw = None
     if needed[0]:
-        dx = functional.linear(grad, ctx.weight.to(grad).t())
+        turned = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
+        dx = grouped_linear(flat, turned, groups.counts).view(*grad.shape[:-1], -1)
     if needed[1]:
-        dw = (flat.t() @ x.reshape(-1, x.shape[-1])).to(ctx.weight)
+        pairs = zip(groups.rows(flat), groups.rows(x), strict=True)
+        each = [a.t() @ g if groups.is_transposed else g.t() @ a for g, a in pairs]
+        dw = torch.cat(each).to(ctx.weight)
     return dx, dw, flat.sum(0) if needed[2] else None
 
 

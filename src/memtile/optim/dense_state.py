@@ -39,12 +39,16 @@ class TiledLayer(Protocol):
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the dense parameter."""
 
+    def dense_name(self, path: str, own: str) -> str:
+        """The name of the dense parameter of a layer that stands at `path`."""
+
 
 @dataclass(frozen=True)
 class Part:
     """A parameter of the model, and its rectangle in a dense matrix; None: it is all of it.
 
-    `transposed`: the dense tensor is the matrix transposed.
+    `transposed`: the dense tensor is the matrix transposed. A dense stack (E, R, C) is the matrix
+    (E·R, C).
     """
 
     parameter: nn.Parameter
@@ -57,6 +61,8 @@ class Part:
             return dense
         if dense.dim() == 1:
             return dense[self.rect.index[0]]
+        if dense.dim() == 3:  # a stack: its matrices one below another
+            return dense.flatten(0, 1)[self.rect.index]
         return (dense.t() if self.transposed else dense)[self.rect.index]
 
 
@@ -77,14 +83,14 @@ def dense_parameters(model: nn.Module) -> list[DenseParameter]:
         prefix = f"{path}." if path else ""
         own = module.named_parameters(recurse=False)
         dense_own = [DenseParameter(prefix + name, p.shape, (Part(p),)) for name, p in own]
-        for dense in [*_joined(prefix, module), *dense_own]:
+        for dense in [*_joined(path, module), *_of_owner(prefix, module), *dense_own]:
             if dense.parts[0].parameter not in seen:
                 seen.update(part.parameter for part in dense.parts)
                 found.append(dense)
     return found
 
 
-def _joined(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
+def _joined(path: str, module: nn.Module) -> Iterator[DenseParameter]:
     if not isinstance(module, TiledLayer):
         return
     for name in ("weight", "bias"):
@@ -92,7 +98,17 @@ def _joined(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
         transposed = name == "weight" and module.weight_is_transposed
         parts = tuple(Part(p, module.tile_rect(name, i), transposed) for i, p in tiles.items())
         if parts:
-            yield DenseParameter(prefix + name, torch.Size(module.dense_shape(name)), parts)
+            dense_name, shape = module.dense_name(path, name), torch.Size(module.dense_shape(name))
+            yield DenseParameter(dense_name, shape, parts)
+
+
+def _of_owner(prefix: str, module: nn.Module) -> Iterator[DenseParameter]:
+    """Of a module whose stacks of experts are tiles, in children, what it has in its own order."""
+    for name in getattr(module, "dense_names", ()):
+        if name in module._modules:
+            yield from _joined(prefix + name, module.get_submodule(name))
+        elif (parameter := module._parameters.get(name)) is not None:
+            yield DenseParameter(prefix + name, parameter.shape, (Part(parameter),))
 
 
 def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[DenseParameter]]:
@@ -100,9 +116,10 @@ def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list
 
     OptimizerError where a group holds some tiles of a weight and not all.
     """
-    of: dict[nn.Parameter, DenseParameter] = {
-        part.parameter: dense for dense in dense_parameters(model) for part in dense.parts
-    }
+    known = dense_parameters(model)
+    of = {part.parameter: dense for dense in known for part in dense.parts}
+    places = {id(dense): place for place, dense in enumerate(known)}
+    in_model = {parameter: place for place, parameter in enumerate(model.parameters())}
     result = []
     for number, group in enumerate(groups):
         held = set(group["params"])
@@ -115,7 +132,11 @@ def by_group(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list
                     "dense state of it; put all tiles of a weight into one group"
                 )
             ordered.setdefault(id(dense.parts[0].parameter), dense)
-        result.append(list(ordered.values()))
+        members = list(ordered.values())
+        found = [in_model.get(parameter, -1) for parameter in group["params"]]
+        if -1 not in found and found == sorted(found):  # as model.parameters() gives them
+            members.sort(key=lambda dense: places[id(dense)])
+        result.append(members)
     return result
 
 

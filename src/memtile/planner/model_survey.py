@@ -18,6 +18,7 @@ from memtile.convert import (
     has_checkpointing,
     integrations,
     kind_of,
+    tileable,
 )
 from memtile.costmodel import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
 from memtile.costmodel.model_records import Rest, StateSizes, Weight
@@ -36,7 +37,7 @@ class Survey:
     """What both planners need to know of a model and of its step."""
 
     model: nn.Module
-    decisions: Sequence[TilingDecision]  # its linears and embeddings
+    decisions: Sequence[TilingDecision]  # its linears, embeddings and stacks
     weights: Sequence[Weight]  # of these, shared ones once
     state: StateSizes | None  # what the optimizer keeps; None: inference
     work: Work  # the forward of a step
@@ -183,20 +184,19 @@ def _work_for(model: nn.Module, tokens: int, batch: int, trains: bool) -> Work:
 def _weights_of(
     model: nn.Module, decisions: Sequence[TilingDecision], trains: bool
 ) -> list[Weight]:
-    """The weight of each linear and embedding, those that are shared once."""
+    """The weight of each linear, embedding and stack, those that are shared once."""
     groups: dict[int, list[TilingDecision]] = {}
     for decision in decisions:
-        weight = model.get_submodule(decision.name).weight
+        weight = tileable(model, decision.name).weight
         groups.setdefault(id(weight), []).append(decision)
     return [_weight(model, group, trains) for group in groups.values()]
 
 
 def _weight(model: nn.Module, group: Sequence[TilingDecision], trains: bool) -> Weight:
     first = group[0]
-    modules = [model.get_submodule(decision.name) for decision in group]
-    parameter = modules[0].weight
-    assert isinstance(parameter, Tensor)
-    rows_only = any(kind is not None and kind.rows_only for kind in map(kind_of, modules))
+    found = [tileable(model, decision.name) for decision in group]
+    parameter, stack = found[0].weight, found[0].stack
+    rows_only = any(each.kind is not None and each.kind.rows_only for each in found)
     return Weight(
         names=tuple(decision.name for decision in group),
         shape=first.shape,
@@ -205,12 +205,14 @@ def _weight(model: nn.Module, group: Sequence[TilingDecision], trains: bool) -> 
         trainable=trains and parameter.requires_grad,
         rows_only=rows_only,
         obstacle="" if first.tiled else first.reason,
+        experts=found[0].experts,
+        used=0 if stack is None else stack.used,
     )
 
 
 def rest_of(model: nn.Module, weights: Sequence[Weight], trains: bool) -> Rest:
     """The buffers, and the parameters that are none of these weights."""
-    known = {id(model.get_submodule(name).weight) for weight in weights for name in weight.names}
+    known = {id(tileable(model, name).weight) for weight in weights for name in weight.names}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     trained: dict[int, int] = {}
     for parameter in others:
@@ -234,10 +236,11 @@ def sharded_of(
     """
     layers, known, places = [], set[int](), _places(model)
     for weight in (each for each in weights if not each.obstacle):
-        modules = [model.get_submodule(name) for name in weight.names]
+        owners = [tileable(model, name) for name in weight.names]
+        modules = [each.module for each in owners if each.stack is None]
         found = [b for m in modules if (b := m._parameters.get("bias")) is not None]
         biases = {id(b): b for b in found if places[id(b)] == 1}  # a shared one is kept whole
-        known.update({id(modules[0].weight), *biases})
+        known.update({id(owners[0].weight), *biases})
         layers.append(
             ShardedLayer(
                 name=weight.names[0],

@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from memtile.convert import TilingDecision, Work, replace_chosen, set_checkpointing
+from memtile.convert import (
+    TilingDecision,
+    Work,
+    replace_chosen,
+    set_checkpointing,
+    tileables,
+)
 from memtile.costmodel import Products
 from memtile.costmodel.model_records import Counted, ParkedLayout
 from memtile.errors import CannotTileError, MemtileError
@@ -21,7 +27,7 @@ class StepCount:
     """Counts a step of a layout, on a copy of the model whose parameters hold nothing."""
 
     model: nn.Module
-    decisions: Sequence[TilingDecision]  # its linears and embeddings
+    decisions: Sequence[TilingDecision]  # its linears, embeddings and stacks
     work: Work  # the forward
     trains: bool
     drops_gradients: bool  # each gradient is freed as soon as it is complete
@@ -33,6 +39,9 @@ class StepCount:
         """The step of this layout; CannotTileError where the model's code asks for values."""
         meta_copy, decisions = make_meta_copy(self.model), _with_grids(self.decisions, layout)
         meta_copy.train(self.trains)
+        for _, found in list(tileables(meta_copy)):
+            if found.stack is not None and found.stack.reads_values:
+                found.stack.owner.adopt(found.module)
         if any(decision.tiled for decision in decisions):
             _park(meta_copy, decisions)
         set_checkpointing(meta_copy, checkpointing)
