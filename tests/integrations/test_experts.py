@@ -14,7 +14,7 @@ from small_experts import CONFIGS, EXPERTS, experts_model, experts_of, tokens
 
 import memtile
 from memtile.convert import select_linears, set_checkpointing
-from memtile.errors import HandleError, ParkedCopyWarning
+from memtile.errors import ParkedCopyWarning
 from memtile.layers import TiledStack
 from memtile.optim import dense_parameters
 
@@ -357,12 +357,15 @@ def test_foreign_code_reads_a_stack_as_its_parameter(home):
         assert stack.stacks[0].weight.grad.eq(2).all()
 
 
-def test_writing_to_a_stack_through_torch_is_refused():
-    """It would change a copy."""
-    stack = experts_of(memtile.tile(experts_model("qwen3"), home="host")).down_proj
+def test_writing_to_a_stack_through_torch_reaches_its_tiles():
+    """`nn.init` draws the numbers of the dense stack."""
+    dense = experts_model("qwen3")
+    stack = experts_of(memtile.tile(copy.deepcopy(dense), home="host")).down_proj
+    for weight in (experts_of(dense).down_proj, stack.weight, stack):
+        torch.manual_seed(1)
+        torch.nn.init.normal_(weight)
 
-    with pytest.raises(HandleError, match="no memory of its own"):
-        torch.nn.init.normal_(stack.weight)
+    assert torch.equal(stack.weight, experts_of(dense).down_proj)
 
 
 def test_adapters_of_attention_train_beside_tiled_experts():

@@ -4,9 +4,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from small_experts import experts_model
 from small_models import KINDS, SIZES
 from torch import nn
 
@@ -243,6 +245,18 @@ def test_tiles_with_hooks_are_refused() -> None:
         resize(tiled, new_num_tokens=150)
 
 
+def test_the_base_of_an_adapter_is_resized() -> None:
+    """PEFT's wrapper hands the call to its base, whose adapters stay."""
+    dense, _ = pair("llama-tied")
+    torch.manual_seed(1)
+    dense = peft.get_peft_model(dense, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    tiled = memtile.tile(copy.deepcopy(dense), max_tile_bytes=TILE_BYTES, home="disk")
+    for model in (dense, tiled):
+        resize(model, new_num_tokens=150)
+
+    assert_equal_models(tiled, dense)
+
+
 # Ties
 
 
@@ -305,6 +319,20 @@ def test_starting_values_are_those_of_the_dense_model(
     """`init_weights()` draws whole layers: equal numbers of the same seed."""
     monkeypatch.setitem(MODELS, "gpt2", KINDS["gpt2"])
     dense, tiled = pair(kind, home)
+    for model in (dense, tiled):
+        for module in model.modules():
+            module._is_hf_initialized = False
+        torch.manual_seed(3)
+        model.init_weights()
+
+    assert_equal_models(tiled, dense)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
+def test_stacks_of_experts_are_drawn_as_the_dense_ones(name: str) -> None:
+    """A stack's values come from the rule for its owner."""
+    dense = experts_model(name)
+    tiled = memtile.tile(copy.deepcopy(dense), max_tile_bytes=TILE_BYTES, home="disk")
     for model in (dense, tiled):
         for module in model.modules():
             module._is_hf_initialized = False

@@ -17,6 +17,7 @@ import memtile
 from memtile import TiledLinear
 from memtile.errors import HomeFullError, OptimizerError
 from memtile.homes import DiskHome
+from memtile.testing import LargestAllocation
 
 in_every_grid = pytest.mark.parametrize("grid", GRIDS, ids=grid_id)
 in_every_home = pytest.mark.parametrize("home", HOMES)
@@ -81,6 +82,16 @@ def test_a_cast_frees_the_old_room_tile_by_tile():
         model.to(dtype)
 
     assert home._file.size <= 2 * before
+
+
+def test_a_cast_brings_one_tile_into_memory():
+    """Nothing larger than one tile in its new dtype is allocated."""
+    model = memtile.tile(nn.Sequential(nn.Linear(64, 512)), out_splits=8, home="disk")
+
+    with LargestAllocation() as largest:
+        model.double()
+
+    assert largest.nbytes <= 64 * 64 * 8
 
 
 def test_a_cast_without_room_changes_nothing(monkeypatch):

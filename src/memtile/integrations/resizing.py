@@ -18,7 +18,7 @@ from memtile.errors import CannotTileError, ParkedCopyWarning
 from memtile.geometry import Grid
 from memtile.homes import Home, allocation_of
 from memtile.integrations.saving import loaded_class, with_tiles
-from memtile.layers import DENSE_NAMES, DenseHandle, TiledLinear, TiledModule, is_shard
+from memtile.layers import DENSE_NAMES, DenseHandle, TiledLinear, TiledModule, TiledStack, is_shard
 
 _MARK = "_is_hf_initialized"  # transformers' own: a marked module is not initialised again
 _KEPT = frozenset({"training", "name_in_model", "stands_for_dense"})
@@ -214,7 +214,9 @@ def _dense_names(model: nn.Module) -> Iterator[str]:
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, TiledModule):
             inside = (*inside, f"{name}.")
-            yield from (f"{name}.{own}" for own in DENSE_NAMES if layer.tile_parameters(own))
+            yield from (
+                layer.dense_name(name, own) for own in DENSE_NAMES if layer.tile_parameters(own)
+            )
     for name, _ in model.named_parameters(remove_duplicate=False):
         if not name.startswith(inside):
             yield name
@@ -305,8 +307,11 @@ def _initialize_layer(
 ) -> None:
     """Draw a layer's values by the model's rule for the dense module, and copy them to the tiles.
 
-    One layer is in memory whole meanwhile.
+    One layer is in memory whole meanwhile. A stack of experts is drawn as its owner's parameter.
     """
+    if isinstance(layer, TiledStack):
+        setattr(layer, _MARK, getattr(layer.weight, _MARK))  # as of the parameter
+        return
     if getattr(layer, _MARK, False):
         return
     dense = layer.to_dense()

@@ -56,13 +56,11 @@ class TiledModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        _alive.add(self)
-        _tell_watchers()
+        _announce(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        _alive.add(self)
-        _tell_watchers()
+        _announce(self)
 
     def tile(self, row: int, column: int) -> nn.Module:
         """The tile at (row, column)."""
@@ -230,11 +228,8 @@ class TiledModule(nn.Module):
     def tied_layers(self) -> "list[TiledModule]":
         """All other layers, of any model, that have the same weight tiles."""
         own = [*map(id, self.tile_parameters("weight").values())]
-        return [
-            layer
-            for layer in list(_alive)
-            if layer is not self and own == [*map(id, layer.tile_parameters("weight").values())]
-        ]
+        others = [layer for layer in list(_alive) if layer is not self]
+        return [x for x in others if own == [*map(id, x.tile_parameters("weight").values())]]
 
     @torch.no_grad()
     def copy_values(self, name: str, values: Values) -> None:
@@ -336,7 +331,7 @@ class TiledModule(nn.Module):
 
     def _save_to_state_dict(self, *given: Any) -> None:
         """torch's own hook for one module's part of a state dict."""
-        _tell_watchers()
+        _announce(self)
         catch_up(self.parameters())
         super()._save_to_state_dict(*given)
 
@@ -349,7 +344,8 @@ class TiledModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-def _tell_watchers() -> None:
+def _announce(layer: TiledModule) -> None:
+    _alive.add(layer)
     for library, watcher in _watchers:
         if library in sys.modules:
             watcher()
