@@ -244,6 +244,7 @@ def _cast_at_home(parameter: nn.Parameter, dtype: torch.dtype) -> None:
             'home="disk", or write a checkpoint of that dtype: '
             "memtile.save_checkpoint(model, folder, dtype=…)"
         )
+    catch_up((parameter,))  # idle steps are of the old dtype
     tensors = [parameter] if parameter.grad is None else [parameter, parameter.grad]
     new = []
     for tensor in tensors:
