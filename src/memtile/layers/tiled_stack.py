@@ -6,6 +6,7 @@ several whole experts, one, or some rows of one. R × C is an expert's matrix as
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -224,20 +225,33 @@ class TiledStack(TiledModule):
             found.append((Span(first, last), numbers))
         return tuple(found)
 
+    @cached_property
+    def bounds(self) -> frozenset[int]:
+        """The numbers of experts before which, and after which, units end."""
+        return frozenset({0, *(span.stop for span, _ in self.units)})
+
     @property
     def calls_all(self) -> bool:
-        """Whether idle tiles must be called too: an engine or a hook may count on it."""
-        return not all(checks.is_plain(tile, type(tile)) for tile in self.stacks)
+        """Whether idle tiles must be called too: an engine, which hooks all tiles, counts on it."""
+        return not checks.is_plain(self.stacks[0], type(self.stacks[0]))
 
     def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
         """The weights of the tiles whose experts have rows, in order."""
-        weights = (
-            self.stacks[number]._parameters.get("weight")
-            for span, numbers in self.units
-            if first <= span.start and any(counts[span.start - first : span.stop - first])
-            for number in numbers
-        )
+        units = self._units_of(counts, first)
+        hit = (number for numbers, rows in units if any(rows) for number in numbers)
+        weights = (self.stacks[number]._parameters.get("weight") for number in hit)
         return [weight for weight in weights if weight is not None]
+
+    def _units_of(
+        self, counts: Sequence[int], first: int
+    ) -> list[tuple[tuple[int, ...], Sequence[int]]]:
+        """The units of these experts: the numbers of their tiles, and the counts of their rows."""
+        start = bisect_left(self.units, first, key=lambda unit: unit[0].start)
+        stop = bisect_left(self.units, first + len(counts), key=lambda unit: unit[0].start)
+        return [
+            (numbers, counts[span.start - first : span.stop - first])
+            for span, numbers in self.units[start:stop]
+        ]
 
     def forward(
         self, input: Tensor, counts: Sequence[int], first: int = 0, used: Sequence[Tensor] = ()
@@ -254,13 +268,9 @@ class TiledStack(TiledModule):
         Returns:
             (N, out), in the same order.
         """
-        units = [
-            (numbers, counts[span.start - first : span.stop - first])
-            for span, numbers in self.units
-            if first <= span.start < first + len(counts)
-        ]
+        units = self._units_of(counts, first)
         rows = input.split([sum(some) for _, some in units])
-        idle = any(not x.shape[0] for x in rows) and self.calls_all
+        idle = self.calls_all
         used = used or self.used(counts, first)
         with layer_call():
             parts = [
