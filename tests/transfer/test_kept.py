@@ -10,6 +10,7 @@ from torch import nn
 from watched_home import WatchedAllocation, WatchedHome
 
 from memtile.checkpoints import Checkpoint, CheckpointHome
+from memtile.errors import HomeFullError
 from memtile.homes import PAGE, Allocation, tensor_of
 from memtile.layers.parked import parameter_of
 from memtile.transfer import ParkedSource, layer_call, rings_of
@@ -138,6 +139,20 @@ def test_tiles_that_have_gone_make_room():
     use(kept, *tiles * 3)
 
     assert labels(kept, tiles) == "01"
+
+
+def test_without_memory_for_copies_tiles_are_read(monkeypatch):
+    """Where the system has none, nothing is kept and nothing fails."""
+
+    def refused(room: int) -> memoryview:
+        raise HomeFullError(12, f"no memory for {room} bytes")
+
+    monkeypatch.setattr("memtile.transfer.kept.private_view", refused)
+    home = watched(pages=9)
+    parameters = parameters_of(home.tiles(2))
+
+    assert forward(parameters) == forward(parameters) == [0, 1]
+    assert rings_of(home).kept.hit_bytes == 0
 
 
 def stored(folder: Path) -> tuple[CheckpointHome, list[nn.Parameter]]:

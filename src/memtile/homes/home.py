@@ -42,7 +42,7 @@ class Home(ABC):
         closed: whether the home was closed.
         traffic: what `read` and `write` have moved; tensors' own reads and writes do not count.
         kept_bytes: memory that copies of its most used experts may take, where the home can tell
-            that nothing has written to them (`Allocation.is_untouched`).
+            that nothing has written to them (`Allocation.is_untouched`); set before tiles are used.
     """
 
     works_in_place: ClassVar[bool] = False

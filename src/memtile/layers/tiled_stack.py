@@ -238,13 +238,21 @@ class TiledStack(TiledModule):
 
     def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
         """The weights of the tiles whose experts have rows, in order."""
-        weights = (
-            self.stacks[number]._parameters.get("weight")
-            for span, numbers in self.units
-            if first <= span.start and any(counts[span.start - first : span.stop - first])
-            for number in numbers
-        )
+        units = self._units_of(counts, first)
+        hit = (number for numbers, rows in units if any(rows) for number in numbers)
+        weights = (self.stacks[number]._parameters.get("weight") for number in hit)
         return [weight for weight in weights if weight is not None]
+
+    def _units_of(
+        self, counts: Sequence[int], first: int
+    ) -> list[tuple[tuple[int, ...], Sequence[int]]]:
+        """The units of these experts: the numbers of their tiles, and the counts of their rows."""
+        start = bisect_left(self.units, first, key=lambda unit: unit[0].start)
+        stop = bisect_left(self.units, first + len(counts), key=lambda unit: unit[0].start)
+        return [
+            (numbers, counts[span.start - first : span.stop - first])
+            for span, numbers in self.units[start:stop]
+        ]
 
     def forward(
         self, input: Tensor, counts: Sequence[int], first: int = 0, used: Sequence[Tensor] = ()
@@ -261,14 +269,9 @@ class TiledStack(TiledModule):
         Returns:
             (N, out), in the same order.
         """
-        start = bisect_left(self.units, first, key=lambda unit: unit[0].start)
-        stop = bisect_left(self.units, first + len(counts), key=lambda unit: unit[0].start)
-        units = [
-            (numbers, counts[span.start - first : span.stop - first])
-            for span, numbers in self.units[start:stop]
-        ]
+        units = self._units_of(counts, first)
         rows = input.split([sum(some) for _, some in units])
-        idle = any(not x.shape[0] for x in rows) and self.calls_all
+        idle = self.calls_all
         used = used or self.used(counts, first)
         with layer_call():
             parts = [

@@ -11,11 +11,13 @@ Source: admission by frequency with ageing is TinyLFU (Einziger, Friedman and Ma
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Final
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from memtile.errors import HomeFullError
 from memtile.homes import Allocation, fork_safe_lock
 from memtile.homes.kernel import private_view, tensor_over
 
@@ -60,11 +62,10 @@ class KeptTiles:
         """Keep a copy of values that were just read, where there is room or it is used most."""
         if allocation.room > self._limit or not allocation.is_untouched():
             return
-        with self._lock:
+        with self._lock, suppress(HomeFullError):  # no memory for it: it is read the next time too
             if allocation not in self._kept and self._make_room(allocation):
-                view = private_view(allocation.room)
-                self._kept[allocation] = tensor_over(view, values.shape, values.dtype)
-                self._kept[allocation].copy_(values)
+                copy = tensor_over(private_view(allocation.room), values.shape, values.dtype)
+                self._kept[allocation] = copy.copy_(values)
                 self._nbytes += allocation.room
 
     def _count(self, allocation: Allocation) -> None:
