@@ -138,9 +138,9 @@ class StepInputs:
         name, classes = type(self.model).__name__, int(getattr(self.config, "num_labels", 2))
         ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
         if ids is not None and (self.model.can_generate() or "MaskedLM" in name):
-            return ids.clone()
+            return torch.clone(ids)
         if ids is not None and "TokenClassification" in name:
-            return inputs["input_ids"] % classes
+            return torch.remainder(inputs["input_ids"], classes)
         if self._has_choices:
             return torch.zeros(self.batch, dtype=torch.long)
         if not name.endswith("Classification"):
@@ -278,7 +278,7 @@ class StepInputs:
 def _feature_rows(model: Any, form: Callable[[], Inputs]) -> int:
     """How many vectors `get_image_features` makes of these images."""
     takes = inspect.signature(model.get_image_features).parameters
-    rows = []
+    rows: list[int] = []
 
     def look(meta_copy: Any) -> None:
         images = {name: value for name, value in form().items() if name in takes}
