@@ -13,8 +13,9 @@ from torch import nn
 
 from memtile.engines import dcp_files
 from memtile.engines.dcp_files import read_alone
-from memtile.engines.dense_views import boxes
+from memtile.engines.dense_views import _in_stack, boxes
 from memtile.engines.distributed_checkpoints import load, save
+from memtile.geometry import Grid
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5), (5, 1), (2, 3, 4), (1, 4, 1, 3)])
@@ -34,6 +35,22 @@ def test_a_number_is_one_box():
     """A tensor of no dimensions has one element."""
     assert list(boxes((), 0, 1)) == [((), ())]
     assert list(boxes((), 1, 1)) == []
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 30])
+@pytest.mark.parametrize("columns", [slice(0, 4), slice(1, 3)])
+def test_tiles_of_a_stack_are_boxes_of_it(splits, columns):
+    """Rows of the matrix of all experts, wherever they begin and end, also some columns of them."""
+    stack = torch.arange(5 * 6 * 4).view(5, 6, 4)
+    out = torch.full_like(stack, -1)
+    for span in Grid.split_stack(5, 6, 4, splits).out_spans:
+        for start in (span.start, span.start + span.size // 2):  # two shards of each tile
+            stop = span.stop if start > span.start or span.size == 1 else start + span.size // 2
+            values = stack.flatten(0, 1)[start:stop, columns]
+            for offset, part in _in_stack(stack.shape, (start, columns.start), values):
+                out[inside(offset, part.shape)] = part
+
+    assert torch.equal(out[..., columns], stack[..., columns])
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from small_experts import experts_model, experts_of, tokens
 
 import memtile
+from memtile.convert import convert_checkpoint
+from memtile.errors import CheckpointError
 from memtile.homes import is_parked
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
@@ -76,6 +78,15 @@ def test_a_checkpoint_of_tiles_fills_any_grid(tmp_path):
         memtile.load_checkpoint(other, tmp_path / "model.safetensors")
 
         assert_same(other, experts_model("gpt-oss").state_dict())
+
+
+def test_files_alone_do_not_tell_how_many_experts_there_are(tmp_path):
+    """`convert_checkpoint` refuses to join tiles of a stack, with the way out."""
+    model = memtile.tile(experts_model("qwen3"), out_splits=2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"stacks\.\d\.weight is a tile of a stack"):
+        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "dense")
 
 
 @pytest.mark.parametrize("home", [None, "host", "checkpoint"])

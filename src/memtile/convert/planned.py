@@ -15,7 +15,7 @@ _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers c
 
 
 def planned_decisions(model: nn.Module, plan: Plan | RankPlan) -> list[TilingDecision]:
-    """What happens to each linear and embedding of the model by this plan."""
+    """What happens to each linear, embedding and stack of the model by this plan."""
     planned = {layer.name: layer for layer in plan.layers}
     decisions = choose(model, Cut(parks=True), None)
     for name in sorted(planned.keys() ^ {decision.name for decision in decisions}):

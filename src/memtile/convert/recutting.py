@@ -25,7 +25,7 @@ from memtile.convert.name_matching import tiles_by_layer
 from memtile.convert.streaming import TensorSource, TiledSource, spans
 from memtile.errors import ArgumentError, CheckpointError, MemtileError
 from memtile.geometry import Grid, Rect, Span
-from memtile.layers import TiledLinear
+from memtile.layers import TiledLinear, TiledStack
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,12 @@ def _dense(checkpoint: Checkpoint) -> tuple[dict[str, TensorSource], list[str]]:
         name = ".".join(filter(None, place)) if place else key
         if place is None:
             dense[name] = stored
+        elif TiledStack.tile_pattern.search(key):
+            raise CheckpointError(
+                f"{key} is a tile of a stack of experts, and no file says how many experts there "
+                "are; load it into the tiled model with memtile.load_checkpoint(model, folder), "
+                "and write that with memtile.save_checkpoint(model, folder)"
+            )
         elif name in checkpoint:
             raise CheckpointError(f"the checkpoint holds {name} both dense and in tiles; keep one")
         elif name not in dense:

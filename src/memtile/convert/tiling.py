@@ -107,7 +107,7 @@ def tile(
 
     Warns:
         TileSizeWarning: parameters stay above `max_tile_bytes`, or with a home alone in memory and
-            larger than the largest weight that is parked: experts kept as one tensor, rows of an
+            larger than the largest weight that is parked: experts of an unknown class, rows of an
             embedding that are longer, layers that are tiled already.
         CheckpointWarning: the checkpoint holds more than the model has, or adapters have no values
             yet. NewWeightsWarning: the model made what it lacks.
@@ -265,8 +265,8 @@ def _warn_of_larger(model: nn.Module, cut: Cut, decisions: list[TilingDecision])
         return
     reasons = {decision.name: decision.reason for decision in decisions if not decision.tiled}
     name, size = max(larger.items(), key=lambda item: item[1])
-    owners = (owner for owner in reasons if name.startswith(f"{owner}."))
-    why = reasons.get(next(owners, ""), "it belongs to no linear or embedding")
+    owners = (owner for owner in reasons if f"{name}.".startswith(f"{owner}."))
+    why = reasons.get(next(owners, ""), "it belongs to no linear, embedding or known stack")
     warnings.warn(
         f"{len(larger)} parameters stay {rule}; the largest is {name} with {size} bytes: {why}",
         TileSizeWarning,

@@ -17,11 +17,11 @@ PARKED: Final = "parked"
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """What a plan says about one linear or embedding.
+    """What a plan says about one linear, embedding or stack of experts.
 
     Args:
-        name: the module's name in the model.
-        shape: (rows, columns) of its weight.
+        name: the module's name in the model, or the stack's own, as of a parameter.
+        shape: (rows, columns) of its weight; a stack (E, R, C) is the matrix (E·R, C).
         dtype: of its weight, such as "float32".
         nbytes: of its weight.
         grid: how it is cut; None: it stays dense.

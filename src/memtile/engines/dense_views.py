@@ -198,7 +198,19 @@ def _pieces(dense: DenseParameter, tensors: Sequence[Tensor]) -> Iterator[ShardP
                 place = tuple(start + along for start, along in zip(corner, offset, strict=False))
                 if part.transposed:
                     place, values = place[::-1], values.t()
-                yield ShardPiece(place, values)
+                if len(dense.shape) > len(place):
+                    yield from _in_stack(dense.shape, place, values)
+                else:
+                    yield ShardPiece(place, values)
+
+
+def _in_stack(shape: torch.Size, place: Offset, values: Tensor) -> Iterator[ShardPiece]:
+    """Rows of the matrix (E·R, C) in the stack (E, R, C), in a few boxes."""
+    row, column = place
+    for offset, sizes in boxes(tuple(shape[:2]), row, row + values.shape[0]):
+        count = math.prod(sizes)
+        yield ShardPiece((*offset, column), values[:count].view(*sizes, -1))
+        values = values[count:]
 
 
 def local_pieces(tensor: Tensor) -> Iterator[ShardPiece]:

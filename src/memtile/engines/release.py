@@ -36,8 +36,9 @@ def release_in_backward(tile: nn.Module) -> None:
     """
     plain = tile.forward
 
-    def forward(input_: Any, token: Tensor | None = None) -> Any:  # whatever the tile takes, gives
-        result = plain(input_)
+    # whatever the tile takes and gives
+    def forward(input_: Any, token: Tensor | None = None, **named: Any) -> Any:
+        result = plain(input_, **named)
         if not isinstance(result, tuple):
             return _attached(result, token)
         # a bias that is returned is used after its tile is freed: a copy

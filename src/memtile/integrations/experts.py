@@ -84,15 +84,17 @@ class TiledExperts(StackOwner):
         experts = _Experts(self)
         blocks = [each for each in experts.blocks() if experts.calls_all or routes.rows(*each)]
         sizes = [routes.rows(*block) for block in blocks]
-        out: Tensor | None = None
-        for (first, last), pairs, x in zip(
+        weights = top_k_weights.reshape(-1)[routes.pairs].unsqueeze(-1)
+        parts = zip(
             blocks,
             routes.pairs.split(sizes),
+            weights.split(sizes),
             _states(hidden_states, routes.pairs, width, sizes),
             strict=True,
-        ):
-            y = experts(x, routes.counts[first:last], first)
-            y = y * top_k_weights.reshape(-1)[pairs].unsqueeze(-1)
+        )
+        out: Tensor | None = None
+        for (first, last), pairs, weight, x in parts:
+            y = experts(x, routes.counts[first:last], first) * weight
             if out is None:
                 out = y.new_zeros((tokens * width, y.shape[-1]))  # also where a pair has no expert
             out = ops.place_rows(out, y, pairs)
@@ -156,9 +158,9 @@ class _Experts:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Runs of experts (first, stop) that tiles of both stacks begin and end with."""
-        stops = [{span.stop for span, _ in stack.units} for stack in self.stacks.values()]
-        bounds = set.intersection(*stops) if stops else {self.module.num_experts}
-        return pairwise(sorted({0, *bounds}))
+        bounds = [stack.bounds for stack in self.stacks.values()]
+        common = frozenset.intersection(*bounds) if bounds else {0, self.module.num_experts}
+        return pairwise(sorted(common))
 
     def __call__(self, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
         """(N, H) of (N, H)."""
@@ -172,6 +174,7 @@ class _Experts:
 
     def _product(self, name: str, x: Tensor, counts: Sequence[int], first: int) -> Tensor:
         last = first + len(counts)
+        y: Tensor
         if name in self.stacks:
             y = self.stacks[name](x, counts, first)
         else:

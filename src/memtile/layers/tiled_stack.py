@@ -6,6 +6,7 @@ several whole experts, one, or some rows of one. R × C is an expert's matrix as
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -220,10 +221,15 @@ class TiledStack(TiledModule):
             found.append((Span(first, last), numbers))
         return tuple(found)
 
+    @cached_property
+    def bounds(self) -> frozenset[int]:
+        """The numbers of experts before which, and after which, units end."""
+        return frozenset({0, *(span.stop for span, _ in self.units)})
+
     @property
     def calls_all(self) -> bool:
-        """Whether idle tiles must be called too: an engine or a hook may count on it."""
-        return not all(checks.is_plain(tile, type(tile)) for tile in self.stacks)
+        """Whether idle tiles must be called too: an engine, which hooks all tiles, counts on it."""
+        return not checks.is_plain(self.stacks[0], type(self.stacks[0]))
 
     def forward(self, input: Tensor, counts: Sequence[int], first: int = 0) -> Tensor:
         """The products of rows with their experts; tiles whose experts have no rows are left alone.
@@ -237,10 +243,11 @@ class TiledStack(TiledModule):
         Returns:
             (N, out), in the same order.
         """
+        start = bisect_left(self.units, first, key=lambda unit: unit[0].start)
+        stop = bisect_left(self.units, first + len(counts), key=lambda unit: unit[0].start)
         units = [
             (numbers, counts[span.start - first : span.stop - first])
-            for span, numbers in self.units
-            if first <= span.start < first + len(counts)
+            for span, numbers in self.units[start:stop]
         ]
         rows = input.split([sum(some) for _, some in units])
         idle = self.calls_all
@@ -254,7 +261,7 @@ class TiledStack(TiledModule):
 
     def _product(self, numbers: Sequence[int], x: Tensor, counts: Sequence[int]) -> Tensor:
         if len(numbers) == 1:
-            result: Tensor = self.stacks[numbers[0]](x, counts)
+            result: Tensor = self.stacks[numbers[0]](x, counts=counts)
             return result
         sizes = [self.grid.out_spans[number].size for number in numbers]
         bounds = tuple(sum(sizes[:n]) for n in range(len(sizes) + 1))
@@ -263,7 +270,7 @@ class TiledStack(TiledModule):
             grid, chunks = Grid((0, self.columns), bounds), iter(x.split(sizes, -1))
         pairs = zip(grid.indices(), zip(numbers, chunks, strict=True), strict=True)
         return ops.write_results(
-            ((index, self.stacks[number](chunk, counts)) for index, (number, chunk) in pairs), grid
+            ((i, self.stacks[number](chunk, counts=counts)) for i, (number, chunk) in pairs), grid
         )
 
     @property

@@ -56,7 +56,8 @@ class Groups:
 
     def rows(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Each expert's rows of x, y or g, as a matrix."""
-        return _as_matrix(tensor).split(self.counts)
+        parts: tuple[Tensor, ...] = _as_matrix(tensor).split(self.counts)
+        return parts
 
 
 def parked_linear(
