@@ -147,16 +147,22 @@ def _give_memory(model: nn.Module, device: torch.device | str | None) -> None:
 def read_into_shards(matches: Iterable[Match]) -> None:
     """Each rank reads what it holds of each tensor."""
     for match in matches:
-        source = match.source if len(match.dense.shape) <= 2 else _Matrix(match.source)
-        bring_in(_local(match.dense), source)
+        local = _local(match.dense)
+        source = match.source if match.dense.shape == local.shape else _Matrix(match.source, local)
+        bring_in(local, source)
 
 
 def _local(dense: DenseParameter) -> DenseParameter:
-    """What this rank holds of a dense tensor, as parts of it; of more dimensions, as a matrix."""
+    """What this rank holds of a dense tensor, as parts of it; of more dimensions, as a matrix.
+
+    That of a stack of experts in tiles is (E·R, C).
+    """
     if not any(is_shard(part.parameter) for part in dense.parts):
         return dense
-    first, *inner = dense.shape
-    shape = torch.Size([first, math.prod(inner)] if len(inner) > 1 else dense.shape)
+    shape = dense.shape
+    if len(shape) > 2:
+        width = shape[-1] if dense.parts[0].rect else shape[1:].numel()
+        shape = torch.Size([shape.numel() // max(1, width), width])
     return replace(dense, shape=shape, parts=tuple(_own(dense)))
 
 
@@ -175,17 +181,16 @@ def _own(dense: DenseParameter) -> Iterator[Part]:
 
 
 class _Matrix:
-    """A source of more dimensions as (first, all others)."""
+    """A source of more dimensions as the matrix that a dense tensor is taken as."""
 
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-        self.shape = torch.Size([source.shape[0], source.shape[1:].numel()])
-        self.dtype = source.dtype
+    def __init__(self, source: TensorSource, dense: DenseParameter) -> None:
+        self.shape, self.dtype = dense.shape, source.dtype
         self.elements = source.elements
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Whole rows."""
-        return self._source.rows(start, stop).view(stop - start, -1)
+        width = self.shape[1]
+        return self.elements(start * width, stop * width).view(stop - start, width)
 
 
 @contextmanager

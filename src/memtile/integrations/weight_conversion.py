@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memtile.convert import Latest, Outward, Renamed, Shown, TensorSource, derived
+from memtile.integrations.saving import loaded_class
 
 
 def in_model_names(
@@ -26,9 +27,9 @@ def in_model_names(
         stored: the tensors of a checkpoint.
         wanted: the model's tensors, on the meta device, by name.
     """
-    from transformers import conversion_mapping, core_model_loading
+    from transformers import core_model_loading
 
-    mapping = conversion_mapping.get_model_conversion_mapping(model)
+    mapping = _mapping(model)
     rules = _Rules(mapping)
     found, groups = Renamed(loaded=lambda: _note_used(model, mapping)), dict[str, Group]()
     for key in sorted(stored, key=core_model_loading.dot_natural_key):
@@ -170,6 +171,24 @@ def _listed(names: Iterable[str]) -> str:
     return f"{first} and {len(others)} more" if others else first
 
 
+def _mapping(model: Any, **options: bool) -> list[Any]:
+    """transformers' rules for the model's names, some of which go by classes.
+
+    What FSDP2 has given a class of its own has its model's meanwhile.
+    """
+    from transformers import conversion_mapping
+
+    wrapper = loaded_class("torch.distributed.fsdp", "FSDPModule")
+    wrapped = [(m, type(m)) for m in model.modules() if isinstance(m, wrapper)]
+    try:
+        for module, cls in wrapped:
+            module.__class__ = cls.__mro__[cls.__mro__.index(wrapper) + 1]
+        return list(conversion_mapping.get_model_conversion_mapping(model, **options))
+    finally:
+        for module, cls in wrapped:
+            module.__class__ = cls
+
+
 def _note_used(model: Any, mapping: Iterable[Any]) -> None:
     """Note which rules the files needed, as `from_pretrained` does: saving reverts them."""
     if getattr(model, "_weight_conversions", None) is None:
@@ -178,12 +197,11 @@ def _note_used(model: Any, mapping: Iterable[Any]) -> None:
 
 def _reversed_conversions(model: Any) -> list[Any] | None:
     """The rules for saving, in their order; None where there are none."""
-    from transformers import conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
     rules = getattr(model, "_weight_conversions", None)
     if rules is None:  # not loaded: whether files have a prefix is not known
-        rules = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+        rules = _mapping(model, add_legacy=False)
         rules = [rule for rule in rules if not isinstance(rule, PrefixChange)] or None
     if rules is None or getattr(model, "_hf_peft_config_loaded", False):
         return None

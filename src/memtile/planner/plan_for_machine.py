@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from memtile.convert import TilingDecision, Work
+from memtile.convert import TilingDecision, Work, converting_bytes
 from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
 from memtile.costmodel.model_records import ParkedLayout
@@ -84,9 +84,12 @@ def plan(
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
     given = None if rates is None else rates_of(rates, folder)  # errors before the model is made
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
+    rest = rest_of(seen.model, seen.weights, seen.trains)
+    if isinstance(source, str | Path):
+        rest = replace(rest, converting_bytes=converting_bytes(seen.model, source))
     setting = Setting(
         tokens=tokens,
-        rest=rest_of(seen.model, seen.weights, seen.trains),
+        rest=rest,
         state=seen.state,
         mode=mode,
         in_place=folder is None,
