@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import core_model_loading as ops
 
 import memtile
-from memtile.convert import Latest, TilingSpec, convert_checkpoint
+from memtile.convert import Latest, TilingSpec, convert_checkpoint, converting_bytes
 from memtile.convert.derived import RowMap
 from memtile.errors import CheckpointError
 from memtile.homes import allocation_of
@@ -338,6 +338,35 @@ def test_what_is_copied_is_said_with_its_bytes(
         caplog.text
     )
     assert same_tensors(dense_values(model), dense_values(dense))
+
+
+def test_the_plan_of_a_folder_knows_what_must_be_computed(tmp_path: Path) -> None:
+    """A transposed stack is in memory with its source while it is loaded; a merged one is not."""
+    for family in ("mixtral", "qwen3-vl-moe"):
+        make(family).save_pretrained(tmp_path / family)
+    text = {**FAMILIES["qwen3-vl-moe"][2]["text_config"], "num_experts": 96}
+    dense = make("qwen3-vl-moe", torch.bfloat16, text_config=text)
+    dense.save_pretrained(tmp_path / "large")
+    file = tmp_path / "large" / "model.safetensors"  # of which the Hub's have (in, out)
+    stored = load_file(file)
+    turned = {k: v.mT if k.endswith(("up_proj", "down_proj")) else v for k, v in stored.items()}
+    save_file({k: v.contiguous() for k, v in turned.items()}, file, {"format": "pt"})
+    stack = dense.model.language_model.layers[0].mlp.experts.gate_up_proj.nbytes
+
+    def step(model: Any) -> Tensor:
+        return model(input_ids=torch.arange(4).view(1, -1)).logits
+
+    plan = memtile.plan(
+        tmp_path / "large", budget="8GiB", tokens=4, optimizer=None, dtype=torch.bfloat16, work=step
+    )
+
+    assert converting_bytes(empty(make("mixtral")), tmp_path / "mixtral") == 0
+    assert converting_bytes(empty(make("mixtral")), tmp_path / "nowhere") == 0
+    assert converting_bytes(empty(dense), tmp_path / "large") == 3 * stack
+    (term,) = (term for term in plan.terms if term.name.startswith("conversion of weights"))
+    assert 0 < term.nbytes <= 3 * stack
+    model = memtile.tile(empty(dense), max_tile_bytes=9000, checkpoint=tmp_path / "large")
+    assert same_tensors(dense_values(model), dict(dense.state_dict()))
 
 
 def test_files_are_those_that_other_readers_know(tmp_path: Path) -> None:

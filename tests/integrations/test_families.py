@@ -26,6 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 pytestmark = pytest.mark.filterwarnings("ignore::memtile.errors.TileSizeWarning")
+PAGE = Path(__file__).parent.parent.parent / "docs" / "families.md"
 LARGEST = 1100  # bytes of a tile: nearly every weight of these models is cut, often raggedly
 TOKENS, BATCH = 24, 2
 # No linear and no embedding of words: convolutions, positions, biases, heads that pool an image.
@@ -46,8 +47,8 @@ class Family:
     def copy(self) -> Any:
         return copy.deepcopy(self.dense)
 
-    def tiled(self) -> Any:
-        return memtile.tile(self.copy(), max_tile_bytes=LARGEST, home="disk")
+    def tiled(self, home: str = "disk") -> Any:
+        return memtile.tile(self.copy(), max_tile_bytes=LARGEST, home=home)
 
 
 @pytest.fixture(scope="module", params=families.SOURCES)
@@ -87,6 +88,13 @@ def expect(request: pytest.FixtureRequest, family: Family) -> None:
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
+def test_the_docs_have_a_row_for_every_family() -> None:
+    """`benchmarks/families.py` has made the table of the docs since the last family came."""
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", PAGE.read_text(), re.MULTILINE)
+
+    assert rows == [(family, name) for family, (name, _) in families.SOURCES.items()]
+
+
 def test_is_tiled(family: Family, request: pytest.FixtureRequest) -> None:
     """Tiled onto disk it gives the same, and no large weight is left whole."""
     expect(request, family)
@@ -117,7 +125,7 @@ def whole(model: Any) -> list[str]:
 def test_is_trained(family: Family, request: pytest.FixtureRequest) -> None:
     """A step of AdamW in backward, tile by tile, changes all parameters as it does the dense."""
     expect(request, family)
-    dense, tiled = family.copy(), family.tiled()
+    dense, tiled = family.copy(), family.tiled("host")
     options = {"lr": 1e-2, "eps": 1e-2}  # with a larger eps, rounding of a gradient stays rounding
     plain = torch.optim.AdamW(dense.parameters(), **options)
     ours = memtile.TileOptimizer(tiled, torch.optim.AdamW, mode="in_backward", **options)
@@ -170,7 +178,7 @@ def test_is_saved(family: Family, request: pytest.FixtureRequest, tmp_path: Path
     """Saved from tiles, its files have the names, dtypes and values of the dense model's own."""
     expect(request, family)
 
-    family.tiled().save_pretrained(tmp_path)
+    family.tiled("host").save_pretrained(tmp_path)
 
     names = {path.name for path in family.folder.glob("*.safetensors")}
     assert {path.name for path in tmp_path.glob("*.safetensors")} == names

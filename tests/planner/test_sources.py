@@ -144,6 +144,20 @@ def test_the_class_that_a_config_names_is_planned(tmp_path):
     assert plan.model == "T5ForConditionalGeneration"
 
 
+def test_rows_that_a_mask_of_ids_picks_are_counted():
+    """What is asked of ids has values, though weights have none: masks, and if all are true."""
+
+    class Picking(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            everywhere = torch.ones(ids.shape, device=self.weight.device)
+            assert everywhere.to(device=self.weight.device, dtype=torch.bool).all().item()
+            return super().forward(ids)[ids >= 64]
+
+    model = torch.nn.Sequential(Picking(96, 8), torch.nn.Linear(8, 11))
+
+    assert (32, 8, 11) in planned(model).products.shapes
+
+
 def test_for_inference_work_may_give_its_result():
     """A frozen model has no backward."""
     ids = torch.ones(1, 96, dtype=torch.long)

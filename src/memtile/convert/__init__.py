@@ -22,7 +22,7 @@ from memtile.convert.kinds import (
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
-from memtile.convert.name_matching import WAY_OUT
+from memtile.convert.name_matching import WAY_OUT, converting_bytes
 from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
 from memtile.convert.recutting import TilingSpec, convert_checkpoint
 from memtile.convert.replaced import replacing
@@ -56,6 +56,7 @@ __all__ = [
     "cannot_be_dense",
     "choose",
     "convert_checkpoint",
+    "converting_bytes",
     "dense_items",
     "dense_state_dict",
     "derived",

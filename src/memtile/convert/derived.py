@@ -53,7 +53,8 @@ def derived(
         }
         made = make(blank, lambda tensor: tensor)
         maps = _row_maps(sources, make, made)
-    call = _Call(dict(sources), make, dtype, latest)
+    results = sum(like.nbytes for like in made.values())
+    call = _Call(dict(sources), make, dtype, latest, results)
     found: dict[str, RowMap | Computed] = {
         name: maps.get(name) or Computed(call, name, like) for name, like in made.items()
     }
@@ -68,6 +69,15 @@ class _Call:
     make: Make
     dtype: torch.dtype | None
     latest: Latest
+    result_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        sizes = [(source.shape.numel(), source.dtype.itemsize) for source in self.sources.values()]
+        cast = None if self.dtype is None else self.dtype.itemsize
+        read = sum(count * (cast or size) for count, size in sizes)
+        stored = max((count * size for count, size in sizes), default=0) if cast else 0
+        return read + stored + self.result_bytes
 
     @torch.no_grad()
     def values(self) -> Mapping[str, Tensor]:
@@ -95,6 +105,11 @@ class Computed:
         self._call, self._name = call, name
         self.shape, self.dtype = like.shape, like.dtype
         self.sources = tuple(call.sources.values())
+
+    @property
+    def call_bytes(self) -> int:
+        """The memory that the call takes: its sources and its results, and one source as stored."""
+        return self._call.nbytes
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Elements of the flattened tensor."""

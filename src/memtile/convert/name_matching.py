@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from memtile.checkpoints import Checkpoint, StoredTensor
+from memtile.checkpoints import Checkpoint, OnePath, StoredTensor
 from memtile.convert.dense import check_stored
+from memtile.convert.derived import Computed
 from memtile.convert.kinds import integrations, naming_of, tiled_classes
 from memtile.convert.model_tensors import ModelTensor, computed_buffers, tensors_of
 from memtile.convert.streaming import Index, TensorSource, TiledSource, spans, stored_tensors
@@ -121,6 +122,16 @@ def find(model: nn.Module, checkpoint: Checkpoint) -> Findings:
                     f"applies no scales: {WAY_OUT}"
                 )
     return findings
+
+
+def converting_bytes(model: nn.Module, folder: OnePath) -> int:
+    """The most memory that computing a tensor from a checkpoint takes; 0 without a checkpoint."""
+    try:
+        matches = find(model, Checkpoint.of(folder)).matches
+    except CheckpointError:  # what is wrong is said where it is loaded
+        return 0
+    computed = [match.source for match in matches if isinstance(match.source, Computed)]
+    return max((source.call_bytes for source in computed), default=0)
 
 
 def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool) -> Findings:

@@ -65,11 +65,14 @@ def terms(setting: Setting, layout: ParkedLayout, counted: Counted) -> tuple[Ter
     """The predicted peak, largest terms of each place first, those of 0 bytes left out."""
     parked = _parked_in_place if setting.in_place else _parked_on_disk
     temporary = "temporary tensors and gradients"
+    # Weights are loaded before a step's own tensors are there.
+    converting = max(0, setting.rest.converting_bytes - counted.peak_bytes)
     return sorted_terms(
         [
             *_resident(setting, layout),
             *parked(setting, layout),
             *activation_terms(counted, setting.state, setting.place, temporary),
+            Term("conversion of weights while they are loaded", converting, "host"),
             *_process(setting, layout, counted),
         ]
     )

@@ -101,6 +101,7 @@ class Rest:
     trainable: tuple[tuple[int, int], ...]  # (bytes of an element, how many are trained)
     buffer_bytes: int
     tensors: int  # how many parameters there are
+    converting_bytes: int = 0  # the most that one conversion takes while weights are loaded
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from memtile.planner.step_count import make_meta_copy
 
 Inputs = dict[str, Any]  # tensors, and switches such as `use_cache`
 
-_FORMS: Final = ((False, False), (False, True), (True, False), (True, True))  # framed, sized
+# Pictures of an image (0: without an axis for them), and whether its size is given beside them:
+# LLaVA, Mistral-3, Idefics-3, and LLaVA-Next, which cuts an image into several and adds the whole.
+_FORMS: Final = ((0, False), (0, True), (1, False), *((pictures, True) for pictures in range(1, 7)))
 _SIDE: Final = 448  # pixels of an image where the config names no size, as for Qwen2-VL
 _MADE_HERE: Final = ("input_ids", "input_features", "input_values", "decoder_input_ids")
 _TARGETS: Final = ("max_position_embeddings", "max_target_positions")
@@ -136,20 +138,27 @@ class StepInputs:
         name, classes = type(self.model).__name__, int(getattr(self.config, "num_labels", 2))
         ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
         if ids is not None and (self.model.can_generate() or "MaskedLM" in name):
-            return ids.clone()
+            return torch.clone(ids)
         if ids is not None and "TokenClassification" in name:
-            return inputs["input_ids"] % classes
+            return torch.remainder(inputs["input_ids"], classes)
+        if self._has_choices:
+            return torch.zeros(self.batch, dtype=torch.long)
         if not name.endswith("Classification"):
             return None
         if getattr(self.config, "problem_type", None) == "multi_label_classification":
             return torch.ones(self.batch, classes)
         return torch.ones(self.batch) if classes == 1 else torch.arange(self.batch) % classes
 
+    @property
+    def _has_choices(self) -> bool:
+        """Whether each sequence is one of several, here of one, that the head chooses from."""
+        return type(self.model).__name__.endswith("ForMultipleChoice")
+
     def _check_length(self) -> None:
         length = self.length + self.image_tokens
         is_audio = "input_ids" not in self.takes and "decoder_input_ids" not in self.takes
         found = [getattr(self.text, name, None) for name in _TARGETS]
-        longest = next((n for n in found if isinstance(n, int)), length)
+        longest = next((n for n in found if isinstance(n, int) and n > 0), length)
         if length > longest and not is_audio:
             more = f", {self.image_tokens} of them an image's," if self.image_tokens else ""
             raise ArgumentError(
@@ -161,6 +170,8 @@ class StepInputs:
     def _input_ids(self) -> Tensor:
         """(batch, length) ids: an image's placeholders, then ids all over the vocabulary."""
         text = self._texts(self.length, self.text.vocab_size)
+        if self._has_choices:
+            return text.unsqueeze(1)
         if not self.image_tokens:
             return text
         assert self.image_token is not None
@@ -216,7 +227,7 @@ class StepInputs:
             self.images = self._pixels
             return
         names = inspect.signature(features).parameters
-        pixels = [partial(self._pixels, framed, sized) for framed, sized in _FORMS]
+        pixels = [partial(self._pixels, pictures, sized) for pictures, sized in _FORMS]
         forms = [self._patches] if "image_grid_thw" in names else pixels
         refused = ""
         for form in forms:
@@ -232,10 +243,10 @@ class StepInputs:
             "give work=…, a function that is called with the model and gives the loss of one step"
         )
 
-    def _pixels(self, framed: bool = False, sized: bool = False) -> Inputs:
-        """(batch, channels, height, width), or one image (batch, 1, …), with the images' sizes."""
+    def _pixels(self, pictures: int = 0, sized: bool = False) -> Inputs:
+        """(batch, channels, height, width) or (batch, pictures, …), with the images' sizes."""
         height, width = self._size()
-        shape = (self.batch, *([1] if framed else []), self._channels(), height, width)
+        shape = (self.batch, *([pictures] if pictures else []), self._channels(), height, width)
         made: Inputs = {"pixel_values": torch.ones(shape, dtype=self.model.dtype)}
         if sized:
             made["image_sizes"] = torch.tensor([[height, width]] * self.batch)
@@ -267,7 +278,7 @@ class StepInputs:
 def _feature_rows(model: Any, form: Callable[[], Inputs]) -> int:
     """How many vectors `get_image_features` makes of these images."""
     takes = inspect.signature(model.get_image_features).parameters
-    rows = []
+    rows: list[int] = []
 
     def look(meta_copy: Any) -> None:
         images = {name: value for name, value in form().items() if name in takes}

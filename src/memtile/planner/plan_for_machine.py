@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from memtile.convert import TilingDecision, Work
+from memtile.convert import TilingDecision, Work, converting_bytes
 from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
 from memtile.costmodel.model_records import ParkedLayout, Weight
@@ -87,9 +87,12 @@ def plan(
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     if word == IN_FILES:
         seen = replace(seen, weights=[_only_read(weight) for weight in seen.weights])
+    rest = rest_of(seen.model, seen.weights, seen.trains)
+    if isinstance(source, str | Path):
+        rest = replace(rest, converting_bytes=converting_bytes(seen.model, source))
     setting = Setting(
         tokens=tokens,
-        rest=rest_of(seen.model, seen.weights, seen.trains),
+        rest=rest,
         state=seen.state,
         mode=mode,
         in_place=folder is None,
