@@ -78,6 +78,7 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch, capsys):
     """Each block runs as printed, after those above it; commands print what stands below them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("memtile.cli.finetune.command.cache_folder", lambda: tmp_path / "cache")
     text = page.read_text(encoding="utf-8")
     to_run = [block for block in blocks_of(text) if not NOT_RUN.match(block.code)]
 

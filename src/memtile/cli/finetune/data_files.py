@@ -40,7 +40,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """A row of a file; `place` says which one, to people."""
 
     place: str
@@ -108,7 +108,7 @@ def _chosen(columns: list[str], place: str) -> tuple[str, ...]:
     )
 
 
-def rows(data: Data, on_read: Callable[[int], None]) -> Iterator[Row]:
+def rows(data: Data, on_read: Callable[[int], None]) -> Iterator[DataRow]:
     """The rows of JSON lines or Parquet; `on_read` gets the bytes that each took in its file."""
     for file in data.files:
         read = _lines if data.kind == LINES else _parquet
@@ -123,7 +123,7 @@ def rows(data: Data, on_read: Callable[[int], None]) -> Iterator[Row]:
             yield row
 
 
-def _lines(file: Path, name: str, on_read: Callable[[int], None]) -> Iterator[Row]:
+def _lines(file: Path, name: str, on_read: Callable[[int], None]) -> Iterator[DataRow]:
     """Not by `datasets`, which fits rows to the first 10 MB, and may read a file whole.
 
     A row with a key that those lack is refused by it, a column whose type changes makes it read the
@@ -134,7 +134,7 @@ def _lines(file: Path, name: str, on_read: Callable[[int], None]) -> Iterator[Ro
             on_read(len(line))
             if line.strip():
                 place = f"{name} {file} line {number}"
-                yield Row(place, _object(line, place, number, file))
+                yield DataRow(place, _object(line, place, number, file))
 
 
 def _object(line: bytes, place: str, number: int, file: Path) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _schema(file: Path, name: str) -> list[str]:
         raise _damaged(file, name, error) from error
 
 
-def _parquet(file: Path, name: str, on_read: Callable[[int], None]) -> Iterator[Row]:
+def _parquet(file: Path, name: str, on_read: Callable[[int], None]) -> Iterator[DataRow]:
     """A batch of rows after the other: a row group is never in memory whole."""
     from pyarrow import ArrowException
     from pyarrow.dataset import ParquetFragmentScanOptions
@@ -200,7 +200,7 @@ def _parquet(file: Path, name: str, on_read: Callable[[int], None]) -> Iterator[
         for values in found:
             on_read(nbytes * (number + 1) // count - nbytes * number // count)
             number += 1
-            yield Row(f"{name} {file} row {number}", values)
+            yield DataRow(f"{name} {file} row {number}", values)
     except ArrowException as error:
         raise _damaged(file, name, error) from error
 

@@ -12,7 +12,7 @@ from itertools import islice, takewhile
 from typing import Any, Final
 
 from memtile.cli.errors import CommandError, first_line
-from memtile.cli.finetune.data_files import Row
+from memtile.cli.finetune.data_files import DataRow
 from memtile.cli.finetune.tokens import document_tokens
 
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool")
@@ -30,7 +30,7 @@ Part = tuple[list[int], bool]
 
 def encoder(
     columns: tuple[str, ...], tokenizer: Tokenizer
-) -> Callable[[Iterable[Row]], Iterator[Part]]:
+) -> Callable[[Iterable[DataRow]], Iterator[Part]]:
     """The function from rows with these columns to tokens; refuses a tokenizer that cannot."""
     if columns == ("text",):
         return lambda rows: _texts(rows, tokenizer)
@@ -43,7 +43,7 @@ def encoder(
 # Texts
 
 
-def _texts(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[Part]:
+def _texts(rows: Iterable[DataRow], tokenizer: Tokenizer) -> Iterator[Part]:
     held: list[str] = []
     for row in rows:
         text = _string(row, "text")
@@ -85,7 +85,7 @@ def _end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 # Prompts with completions
 
 
-def _pair(row: Row, tokenizer: Tokenizer) -> list[int]:
+def _pair(row: DataRow, tokenizer: Tokenizer) -> list[int]:
     """The completion counts, from the first token on that the prompt alone does not have.
 
     So it is where the two merge into one token, or a template renders the prompt alone otherwise.
@@ -123,7 +123,7 @@ def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 # Conversations
 
 
-def _conversations(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _conversations(rows: Iterable[DataRow], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """The assistant's turns count: what the template marks, else what it renders for each."""
     rows = iter(rows)
     while group := list(islice(rows, _TOGETHER)):
@@ -137,7 +137,7 @@ def _conversations(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[list[i
             yield from _marked(group, tokenizer)
 
 
-def _marked(group: list[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _marked(group: list[DataRow], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Of a template with marks; the tools are those of the first row."""
     messages = [_messages(row, "messages") for row in group]
     try:
@@ -158,7 +158,7 @@ def _marked(group: list[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
         yield [id if mark else ~id for id, mark in zip(ids, marks, strict=True)]
 
 
-def _unmarked(group: list[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _unmarked(group: list[DataRow], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """A token counts that has a character of a turn, as in transformers."""
     messages = [_messages(row, "messages") for row in group]
     texts = [_rendered(each, row, tokenizer) for each, row in zip(messages, group, strict=True)]
@@ -174,7 +174,7 @@ def _unmarked(group: list[Row], tokenizer: Tokenizer) -> Iterator[list[int]]:
 
 
 def _spans(
-    text: str, messages: list[Message], row: Row, tokenizer: Tokenizer
+    text: str, messages: list[Message], row: DataRow, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, int]]:
     """First and last character of each assistant's turn, without the header that asks for it.
 
@@ -197,7 +197,7 @@ def _spans(
 
 
 def _rendered(
-    messages: list[Message], row: Row, tokenizer: Tokenizer, *, reply: bool = False
+    messages: list[Message], row: DataRow, tokenizer: Tokenizer, *, reply: bool = False
 ) -> str:
     """The text of messages, with the header of the assistant's `reply` if it is to follow."""
     try:
@@ -209,7 +209,7 @@ def _rendered(
     return text
 
 
-def _refusal(row: Row, error: Exception) -> CommandError:
+def _refusal(row: DataRow, error: Exception) -> CommandError:
     return CommandError(
         f"{row.place}: the chat template refuses its messages ({first_line(error)}): change them, "
         "or the template in MODEL."
@@ -229,7 +229,7 @@ def _check_template(tokenizer: Tokenizer) -> None:
         )
 
 
-def _messages(row: Row, column: str) -> list[Message]:
+def _messages(row: DataRow, column: str) -> list[Message]:
     """Messages without keys that are null, as Parquet has them; checked."""
     found, where = row.values[column], f"{row.place}, {column}"
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
@@ -254,12 +254,12 @@ def _check_message(message: Message, where: str) -> None:
         raise CommandError(f"{where}: its content is {_type(content)}: only text is trained on.")
 
 
-def _tools(row: Row) -> Any:  # JSON schemas, as the template takes them
+def _tools(row: DataRow) -> Any:  # JSON schemas, as the template takes them
     tools = row.values.get("tools")
     return json.loads(tools) if isinstance(tools, str) else tools or None
 
 
-def _string(row: Row, column: str) -> str:
+def _string(row: DataRow, column: str) -> str:
     value = row.values[column]
     if not isinstance(value, str):
         raise CommandError(f"{row.place}: its {column} is {_type(value)}: give a string.")

@@ -58,11 +58,9 @@ class Sequences:
 class PaddedSequences(Sequences):
     """Examples that are a sequence each, padded at the end; `ends` says where each ends."""
 
-    def __init__(
-        self, stream: TokenFile, ends: NumberFile, tokens: int, seed: int | None, padding: int
-    ) -> None:
+    def __init__(self, stream: TokenFile, ends: NumberFile, tokens: int, seed: int | None) -> None:
         super().__init__(stream, tokens, seed, ends.count)
-        self._ends, self._padding = ends, padding
+        self._ends = ends
 
     def at(self, step: int) -> Tensor:
         """The ids (1, tokens) of a step, padded."""
@@ -77,7 +75,7 @@ class PaddedSequences(Sequences):
         after = (0, self._tokens - raw.shape[1])
         pad = torch.nn.functional.pad
         return {
-            "input_ids": pad(torch.where(raw < 0, ~raw, raw), after, value=self._padding),
+            "input_ids": pad(torch.where(raw < 0, ~raw, raw), after),  # any id: it is masked
             "labels": pad(torch.where(raw < 0, _IGNORED, raw), after, value=_IGNORED),
             "attention_mask": pad(torch.ones_like(raw), after),
         }
@@ -130,7 +128,7 @@ def read_sequences(
     _check(kept, data, tokens, noun)
     if kept.ends is None:
         return Sequences(kept.tokens, tokens, seed)
-    return PaddedSequences(kept.tokens, kept.ends, tokens, seed, _padding(tokenizer))
+    return PaddedSequences(kept.tokens, kept.ends, tokens, seed)
 
 
 def _parts(data: Data, tokenizer: Any, on_read: Callable[[int, int], None]) -> Iterator[Part]:
@@ -177,12 +175,6 @@ def _check(kept: Stored, data: Data, tokens: int, noun: str) -> None:
             f"{counts.empty} empty or with nothing to learn, {counts.cut_away} whose answer lies "
             f"beyond --tokens {tokens}): give others, or more tokens."
         )
-
-
-def _padding(tokenizer: Any) -> int:
-    """Any id will do: it is masked, and its label does not count."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(id for id in ids if id is not None))
 
 
 def text_pieces(file: Path, name: str, characters: int = _PIECE) -> Iterator[str]:
