@@ -108,6 +108,7 @@ class TileOptimizer(Optimizer):
         self._layout = StateLayout(self._inner, self.state, masters)
         self._stepper = Stepper(self._layout, model)
         self._idle = IdleSteps(self._stepper)
+        self._id = id(self)  # another one's in Lightning's wrapper, a copy of `__dict__`
         self._take_in(self.param_groups)
         if mode == "in_backward":
             torch_clipping_check.add(self)
@@ -274,9 +275,9 @@ class TileOptimizer(Optimizer):
         self._idle.catch_up(list(self._all()))
 
     def __del__(self) -> None:
-        idle = getattr(self, "_idle", None)  # none where the constructor failed
-        if idle is not None and not sys.is_finalizing():
-            idle.outlive_optimizer()
+        is_whole = getattr(self, "_id", None) == id(self)  # its constructor did not fail
+        if is_whole and not sys.is_finalizing():
+            self._idle.outlive_optimizer()
 
     @torch.no_grad()
     def clip_grad_norm_(
