@@ -51,6 +51,12 @@ def llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
 
 
+def moe():
+    text = {**TEXT, "num_hidden_layers": 3, "head_dim": 64}
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 352}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**text, **experts))
+
+
 def t5():
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
 
@@ -85,6 +91,8 @@ def folders(tmp_path_factory):
         pytest.param(llama, "700MiB", "disk", "training", marks=pytest.mark.slow),
         (llama, "700MiB", "host", "training"),
         (llama, "120MiB", "disk", "inference"),
+        pytest.param(moe, "320MiB", "disk", "training", marks=pytest.mark.slow),
+        pytest.param(moe, "100MiB", "disk", "inference", marks=pytest.mark.slow),
         pytest.param(t5, "320MiB", "disk", "training", marks=pytest.mark.slow),
         pytest.param(t5, "120MiB", "disk", "inference", marks=pytest.mark.slow),
         pytest.param(llava, "420MiB", "disk", "training", marks=pytest.mark.slow),

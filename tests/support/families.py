@@ -362,9 +362,6 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
     ),
 }
 
-# By the family and the step, such as ("Llama", "saved"): why it is not there yet.
-MISSING: Final[Mapping[tuple[str, str], str]] = {}
-
 
 def build(family: str) -> Any:  # a PreTrainedModel
     """A model of the family with seeded random weights, in evaluation mode, without dropout."""
