@@ -163,7 +163,6 @@ def test_is_planned(family: Family, optimizer: type[torch.optim.Optimizer] | Non
 
 def test_is_saved(family: Family, tmp_path: Path) -> None:
     """Saved from tiles, its files have the names, dtypes and values of the dense model's own."""
-
     family.tiled("host").save_pretrained(tmp_path)
 
     names = {path.name for path in family.folder.glob("*.safetensors")}
