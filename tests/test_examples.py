@@ -15,11 +15,14 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*/*.py"))
 def test_an_example_learns_something(script):
     """Its last loss is below its first, and nothing is said on the way but losses."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Twice in some twenty runs of the suite a rank of ZeRO-3 aborted after its work, while the
+    # interpreter ended ("terminate called without an active exception"): torchrun starts it again.
+    launcher += ["--max-restarts", "1"]
     run = subprocess.run(
         [sys.executable, *launcher, str(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 

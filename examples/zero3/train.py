@@ -23,8 +23,14 @@ def dense() -> nn.Module:
 
 
 def main() -> None:
-    """Write a file, read it into partitions of a model without values, and train."""
+    """Train between the start and the end of the process group, which nothing holds by then."""
     deepspeed.init_distributed("gloo")
+    train()
+    dist.destroy_process_group()
+
+
+def train() -> None:
+    """Write a file, read it into partitions of a model without values, and train."""
     names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     if dist.get_rank() == 0:
@@ -46,7 +52,7 @@ def main() -> None:
         engine.step()
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-    dist.destroy_process_group()
+    engine.destroy()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def main(folder: str, budget: str, tokens: str, home: str, work: str) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     factory = architecture(config)
     trains = work == "training"
+    memtile.empty_model(lambda: factory._from_config(config))  # imports the model's parts
     with PeakMemory() as memory:
         plan = memtile.plan(
             config,
