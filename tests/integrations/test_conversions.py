@@ -72,7 +72,7 @@ def test_another_dtype_is_cast_as_transformers_casts_it(family: str, tmp_path: P
     assert same_tensors(dense_values(model), dict(truth.state_dict()))
 
 
-@pytest.mark.parametrize("size", ["1GB", "20KB"])
+@pytest.mark.parametrize("size", [pytest.param("1GB", marks=pytest.mark.slow), "20KB"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_folder_is_that_of_the_dense_model(family: str, size: str, tmp_path: Path) -> None:
     """Files, index, names, dtypes, shapes and bits are those that save_pretrained writes."""

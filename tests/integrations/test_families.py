@@ -51,9 +51,9 @@ class Family:
         return memtile.tile(self.copy(), max_tile_bytes=LARGEST, home=home)
 
 
-# `make test` takes every second family, CI all of them.
+# `make test` takes every third family, CI all of them.
 NAMES = [
-    pytest.param(name, marks=[pytest.mark.slow] if number % 2 else [])
+    pytest.param(name, marks=[pytest.mark.slow] if number % 3 else [])
     for number, name in enumerate(families.SOURCES)
 ]
 
