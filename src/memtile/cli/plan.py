@@ -24,7 +24,7 @@ _PROCESS: Final = ("budget", "home", "mode", "rates")
 
 
 @dataclass(frozen=True)
-class Given:
+class PlanArguments:
     """What the command line gives; the fields are its options."""
 
     model: Annotated[
@@ -84,8 +84,8 @@ class Given:
     )
 
 
-@with_options(Given)
-def run_plan(given: Given) -> int:
+@with_options(PlanArguments)
+def run_plan(given: PlanArguments) -> int:
     """Show which layers are tiled for a budget, or for many ranks, and what a step will take."""
     _check_belonging(given)
     if given.world_size is not None:
@@ -97,7 +97,7 @@ def run_plan(given: Given) -> int:
     return 0
 
 
-def _check_belonging(given: Given) -> None:
+def _check_belonging(given: PlanArguments) -> None:
     """Refuses options that do not belong together."""
     cluster = _first_given(given, _CLUSTER)
     if given.world_size is None:
@@ -115,11 +115,11 @@ def _check_belonging(given: Given) -> None:
         )
 
 
-def _first_given(given: Given, names: Sequence[str]) -> str | None:
+def _first_given(given: PlanArguments, names: Sequence[str]) -> str | None:
     return next((f"--{n.replace('_', '-')}" for n in names if getattr(given, n) is not None), None)
 
 
-def _plan_ranks(given: Given) -> RankPlan:
+def _plan_ranks(given: PlanArguments) -> RankPlan:
     assert given.world_size is not None
     assert given.engine is not None
     text = given.device_memory
@@ -139,7 +139,7 @@ def _plan_ranks(given: Given) -> RankPlan:
         )
 
 
-def _plan_process(given: Given) -> tuple[Plan, str]:
+def _plan_process(given: PlanArguments) -> tuple[Plan, str]:
     """The plan, and what of the budget it leaves to others."""
     if given.budget is None:
         raise CommandError("there is no limit: give --budget 2GiB, or --world-size for a cluster.")
@@ -165,7 +165,7 @@ def _plan_process(given: Given) -> tuple[Plan, str]:
     return found, models.budget_note(allowed, allowed - left, _OTHERS)
 
 
-def _speeds(given: Given) -> ClusterSpec:
+def _speeds(given: PlanArguments) -> ClusterSpec:
     def speed(text: str | None, option: str, unit: str = "B") -> float | None:
         return None if text is None else parse_speed(text, option, unit)
 

@@ -30,7 +30,7 @@ _MEBIBYTE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
-class Given:
+class FinetuneArguments:
     """What the command line gives; the fields are its options."""
 
     model: models.Folder
@@ -105,8 +105,8 @@ class Given:
     trust_remote_code: models.TrustsCode = False
 
 
-@with_options(Given)
-def run_finetune(given: Given) -> int:
+@with_options(FinetuneArguments)
+def run_finetune(given: FinetuneArguments) -> int:
     """Fine-tune a model that need not fit in memory, on texts, chats or completions.
 
     Ctrl-C saves and stops; the same command with --resume goes on, bit for bit. With --engine, each
@@ -128,7 +128,7 @@ def run_finetune(given: Given) -> int:
     return 0
 
 
-def _check_engine(given: Given) -> None:
+def _check_engine(given: FinetuneArguments) -> None:
     if given.engine is None:
         if given.tile or given.offload:
             raise CommandError(
@@ -145,7 +145,7 @@ def _check_engine(given: Given) -> None:
         raise CommandError("--lora is not there over ranks: leave out --engine, or --lora.")
 
 
-def _options(given: Given) -> Options:
+def _options(given: FinetuneArguments) -> Options:
     options = Options(
         budget=parse_byte_size(given.budget or "2GiB", "--budget"),
         home=models.check_home(given.home or "disk"),
@@ -174,7 +174,7 @@ def _check_launched() -> None:
         )
 
 
-def _data(given: Given) -> list[Data]:
+def _data(given: FinetuneArguments) -> list[Data]:
     """What to train on, then what to evaluate on, if there is any."""
     found = [find_data(given.data, "DATA")]
     if given.validation:
@@ -194,7 +194,7 @@ def _check_alike(data: Data, validation: Data) -> None:
         )
 
 
-def _settings(given: Given, data: list[Data]) -> TrainingSettings:
+def _settings(given: FinetuneArguments, data: list[Data]) -> TrainingSettings:
     return TrainingSettings(
         model=str(given.model.resolve()),
         data=_names(data[0]),
