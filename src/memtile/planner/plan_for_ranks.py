@@ -79,7 +79,7 @@ def plan_ranks(
     masters = engine == "zero3"
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     setting = RankSetting(offload, prefetch, seen.state)
-    layers, loose = sharded_of(seen.model, seen.weights, seen.trains)
+    layers, loose = sharded_of(seen)
     search = RankSearch(setting, seen.weights, layers, loose, _Count(seen, loose), memory)
     sharding = Sharding(engine, world_size, unit_bytes)
     if max_tile_bytes is None:
@@ -119,15 +119,7 @@ class _Count:
         self._watched = {weight.names[0]: weight.names for weight in seen.weights}
         self._watched |= {module.name: (module.name,) for module in loose}
         self._uses: dict[str, _Uses] = {}
-        self._step = StepCount(
-            seen.model,
-            seen.decisions,
-            seen.work,
-            seen.trains,
-            drops_gradients=True,
-            goes_home=True,
-            watch=self._watch,
-        )
+        self._step = StepCount(seen, drops_gradients=True, goes_home=True, watch=self._watch)
 
     def __call__(
         self, layout: ParkedLayout, checkpointing: bool
