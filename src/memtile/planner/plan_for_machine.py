@@ -102,6 +102,7 @@ def plan(
     limits = allowed if setting.in_files else _with_disk(allowed, folder)
     with workspaces_of(rates, setting.rates) as workspaces:
         found = _found(seen, setting, limits, workspaces)
+    trim_heap()  # the copies' objects lay between others
     return Plan(
         model=type(seen.model).__name__,
         layers=tuple(_layer(seen, decision, found.layout) for decision in seen.decisions),
@@ -138,10 +139,7 @@ def _found(
         goes_home=not setting.in_place,
         workspaces=workspaces,
     )
-    search = Search(setting, seen.weights, count, limits, fits_page_cache)
-    found = search.best(seen.checkpointing)
-    trim_heap()  # the copies' objects lay between others
-    return found
+    return Search(setting, seen.weights, count, limits, fits_page_cache).best(seen.checkpointing)
 
 
 def _only_read(weight: Weight) -> Weight:

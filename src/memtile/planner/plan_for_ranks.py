@@ -71,11 +71,7 @@ def plan_ranks(
         OptimizerError: the optimizer is not element-wise: it cannot step shards.
     """
     _check(world_size, engine, offload, prefetch, unit_bytes)
-    memory = checked_size(device_memory, "device_memory")
-    if memory is not None and max_tile_bytes is not None:
-        raise ArgumentError(
-            "device_memory chooses the size of tiles by itself; give it alone, or max_tile_bytes"
-        )
+    memory = _memory(device_memory, max_tile_bytes)
     masters = engine == "zero3"
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     setting = RankSetting(offload, prefetch, seen.state)
@@ -110,6 +106,15 @@ def plan_ranks(
         floors=rank_floors(found.counted.flops, moved, speeds),
         smallest_world=search.smallest_world(sharding, seen.checkpointing) if memory else None,
     )
+
+
+def _memory(device_memory: int | str | None, max_tile_bytes: int | None) -> int | None:
+    memory = checked_size(device_memory, "device_memory")
+    if memory is not None and max_tile_bytes is not None:
+        raise ArgumentError(
+            "device_memory chooses the size of tiles by itself; give it alone, or max_tile_bytes"
+        )
+    return memory
 
 
 class _Count:
