@@ -16,6 +16,7 @@ from memtile.convert.kinds import (
     replace_module,
     tileable,
     tileables,
+    tiled_layers,
 )
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
@@ -81,5 +82,6 @@ __all__ = [
     "tile",
     "tileable",
     "tileables",
+    "tiled_layers",
     "untile",
 ]

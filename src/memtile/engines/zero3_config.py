@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memtile.convert import tiled_layers
 from memtile.engines.ranks import check_agreement
 from memtile.engines.zero3_values import whole_numel
 from memtile.errors import ArgumentError, EngineError
-from memtile.layers import TiledModule
 
 OLDEST: Final = (0, 19)
 """The first release with what `attach` needs: older ones keep what they recompute in backward."""
@@ -224,7 +224,7 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 def tiles_of(model: nn.Module) -> list[nn.Module]:
     """Every tile of a model, each once."""
-    layers = [module for module in model.modules() if isinstance(module, TiledModule)]
+    layers = [layer for _, layer in tiled_layers(model)]
     if not layers:
         raise ArgumentError(
             f"nothing of {type(model).__name__} is tiled: call memtile.tile(model, …) first, or "

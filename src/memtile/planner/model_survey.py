@@ -20,13 +20,13 @@ from memtile.convert import (
     integrations,
     kind_of,
     tileable,
+    tiled_layers,
 )
 from memtile.costmodel import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
 from memtile.costmodel.model_records import Rest, StateSizes, Weight
 from memtile.costmodel.plan_parts import PARKED, RESIDENT, check_tokens
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.geometry import Grid
-from memtile.layers import TiledModule
 from memtile.optim import CHUNK_ELEMENTS, ParameterSlice, SliceOptimizer
 from memtile.planner.operation_count import live_peak
 
@@ -132,12 +132,11 @@ def _check_model(model: nn.Module, dtype: torch.dtype | None) -> None:
         raise ArgumentError(
             f"dtype={dtype}: a model has its own; convert it first, with model.to(dtype)"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, TiledModule):
-            raise CannotTileError(
-                f"{name or type(model).__name__} is tiled already; plan before tiling, or call "
-                "memtile.untile(model) first"
-            )
+    for name, _ in tiled_layers(model):
+        raise CannotTileError(
+            f"{name or type(model).__name__} is tiled already; plan before tiling, or call "
+            "memtile.untile(model) first"
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type not in ("cpu", "meta"):
             raise CannotTileError(
