@@ -178,17 +178,12 @@ def _prepared(
     )
     for each in (sequences, *others):
         _check_vocabulary(model, each)
-    if settings.engine is None:
-        loaded = load(model, settings, options, memory, display.say)
-    else:
-        from memtile.cli.finetune import sharded
-
-        loaded = sharded.load(model, settings, options, display.say)
+    backend = _loaded(model, settings, options, memory, display.say)
     for sentence in said:
         display.say(sentence)
     return Run(
         settings,
-        loaded,
+        backend,
         sequences,
         memory,
         options.out,
@@ -196,6 +191,20 @@ def _prepared(
         validation=others[0] if others else None,
         eval_steps=options.eval_steps,
     )
+
+
+def _loaded(
+    model: Any,  # of transformers
+    settings: TrainingSettings,
+    options: Options,
+    memory: PeakMemory,
+    say: Callable[[str], None],
+) -> Backend:
+    if settings.engine is None:
+        return load(model, settings, options, memory, say)
+    from memtile.cli.finetune import sharded
+
+    return sharded.load(model, settings, options, say)
 
 
 def _sequences(
