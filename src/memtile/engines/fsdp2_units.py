@@ -18,6 +18,7 @@ from torch.nn import functional
 from memtile.convert import tiled_layers
 from memtile.errors import EngineError
 from memtile.layers import TiledModule
+from memtile.transfer.iterations import in_backward
 
 FsdpUnit = list[nn.Module]
 UnitModule = Any  # first FSDPModule of a unit; to mypy, FSDPModule is no nn.Module
@@ -212,7 +213,7 @@ class _Prefetch:
 
     def _choose(self, *_: object) -> None:
         following, before = _NONE, _NONE
-        if _in_backward():
+        if in_backward():
             self._recomputed = True
         else:
             following, before = self._order.use(self._first)
@@ -231,9 +232,5 @@ class _Prefetch:
             self._order.with_backward.add(self._first)
 
     def _free(self, *_: object) -> None:
-        if _in_backward():
+        if in_backward():
             self._first.reshard()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks

@@ -225,8 +225,8 @@ def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     flat = grad.reshape(-1, grad.shape[-1])
     dx = dw = None
     if needed[0]:
-        turned = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
-        dx = grouped_linear(flat, turned, groups.counts).view(*grad.shape[:-1], -1)
+        transposed = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
+        dx = grouped_linear(flat, transposed, groups.counts).view(*grad.shape[:-1], -1)
     if needed[1]:
         pairs = zip(groups.rows(flat), groups.rows(x), strict=True)
         each = [a.t() @ g if groups.is_transposed else g.t() @ a for g, a in pairs]

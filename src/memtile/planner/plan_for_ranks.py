@@ -18,6 +18,7 @@ from memtile.costmodel.shards import Engine
 from memtile.errors import ArgumentError
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
+from memtile.transfer.iterations import in_backward
 
 
 def plan_ranks(
@@ -150,22 +151,18 @@ class _Uses:
         self._order, self._last = order, 0
 
     def begin(self, *_: object) -> None:
-        self._begun[_in_backward()] += 1
-        if not _in_backward():
+        self._begun[in_backward()] += 1
+        if not in_backward():
             self._last = next(self._order)
 
     def end(self, module: nn.Module, inputs: object, result: object) -> None:
-        self._ended[_in_backward()] += 1
-        if isinstance(result, Tensor) and result.requires_grad and not _in_backward():
+        self._ended[in_backward()] += 1
+        if isinstance(result, Tensor) and result.requires_grad and not in_backward():
             self._back += 1
 
     def counted(self) -> Uses:
         (forward, recomputed), ended = self._begun, self._ended[True]
         return Uses(forward, recomputed, self._back, recomputed - ended, self._last)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks
 
 
 def _layer(seen: Survey, decision: TilingDecision, found: RankFound) -> PlannedLayer:
