@@ -1,9 +1,11 @@
-"""The option --json, progress bars, and Ctrl-C and SIGTERM as errors."""
+"""Options as a record, --json, progress bars, and Ctrl-C and SIGTERM as errors."""
 
+import inspect
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,6 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from memtile.cli.errors import Interrupted
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead.")]
+_Record = TypeVar("_Record")
+
+
+def with_options(
+    record: type[_Record],
+) -> Callable[[Callable[[_Record], int]], Callable[..., int]]:
+    """Makes a function of a dataclass a command whose options are the fields."""
+
+    def command_of(run: Callable[[_Record], int]) -> Callable[..., int]:
+        @wraps(run)
+        def command(**given: Any) -> int:  # as typer parsed them
+            return run(record(**given))
+
+        command.__signature__ = inspect.signature(record)  # type: ignore[attr-defined]  # typer's
+        return command
+
+    return command_of
 
 
 @contextmanager

@@ -6,9 +6,6 @@ from memtile.convert.empty import empty_model
 from memtile.convert.kinds import (
     Integration,
     Kind,
-    Naming,
-    Outward,
-    Renamed,
     Stack,
     Tileable,
     Work,
@@ -23,6 +20,7 @@ from memtile.convert.kinds import (
 from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
 from memtile.convert.name_matching import WAY_OUT, converting_bytes
+from memtile.convert.naming import Naming, Outward, Renamed
 from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
 from memtile.convert.recutting import TilingSpec, convert_checkpoint
 from memtile.convert.replaced import replacing

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
 from memtile.convert.dense import check_stored
-from memtile.convert.kinds import Outward, configs_beside, naming_of
+from memtile.convert.kinds import configs_beside, naming_of
 from memtile.convert.model_tensors import (
     in_state_dict_order,
     parameter_count,
     persistent_buffers,
 )
+from memtile.convert.naming import Outward
 from memtile.convert.sharded import for_sharded
 from memtile.convert.streaming import ModelSource, written
 from memtile.errors import ArgumentError, CannotTileError

@@ -117,31 +117,23 @@ def save_training(
         >>> folder = memtile.save_training("run", model, optimizer, step=100, position=100)
     """
     check_numbers(step, keep)
+    given = {"step": step, "position": position, "extra": extra}
     sharded = for_sharded(model, process_group=process_group)
     if sharded is not None:
-        if trainable_only:
-            raise ArgumentError(
-                "trainable_only=True with a model that is sharded over ranks, of which each saves "
-                "all that it holds: leave it out"
-            )
-        data = {"step": step, "position": position, "extra": extra}
+        _refuse_trainable_only(trainable_only)
         options = {"keep": keep, "check_finite": check_finite, "process_group": process_group}
-        saved: Path = sharded.save_training(folder, model, optimizer, scheduler, **data, **options)
+        saved: Path = sharded.save_training(folder, model, optimizer, scheduler, **given, **options)
         return saved
     state, tensors = optimizer_record(model, optimizer)
     tensors = [finite(tensor) for tensor in tensors] if check_finite else tensors
     random = RandomState.now()
     record = {
         "memtile": str(vars(sys.modules["memtile"])["__version__"]),  # which imports this file
-        "step": step,
-        "position": to_json(position, "position"),
-        "extra": to_json(extra, "extra"),
+        **run_record(given, scheduler),
         "trainable_only": trainable_only,
-        "scheduler": scheduler_record(scheduler),
         "optimizer": state,
         "random": random.to_json(),
     }
-
     if not trainable_only:
         check_saveable(model)
     weights = _weights(model, trainable_only, check_finite)
@@ -245,12 +237,22 @@ def check_numbers(step: object, keep: object) -> None:
             raise ArgumentError(f"{name}={value!r} must be {what}, an int")
 
 
-def scheduler_record(scheduler: Scheduler | None) -> Json | None:
-    """What a checkpoint's record says of a scheduler."""
-    if scheduler is None:
-        return None
-    state = to_json(scheduler.state_dict(), "the scheduler's state_dict()")
-    return {"class": _class_name(scheduler), "state": state}
+def _refuse_trainable_only(trainable_only: bool) -> None:
+    if trainable_only:
+        raise ArgumentError(
+            "trainable_only=True with a model that is sharded over ranks, of which each saves all "
+            "that it holds: leave it out"
+        )
+
+
+def run_record(given: Mapping[str, object], scheduler: Scheduler | None) -> Json:
+    """What a checkpoint's record says of a run: what is given, by name, and its scheduler."""
+    record: Json = {name: to_json(value, name) for name, value in given.items()}
+    record["scheduler"] = None
+    if scheduler is not None:
+        state = to_json(scheduler.state_dict(), "the scheduler's state_dict()")
+        record["scheduler"] = {"class": _class_name(scheduler), "state": state}
+    return record
 
 
 def _class_name(thing: object) -> str:

@@ -22,10 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import SHARD_BYTES, Checkpoint, Outgoing, Paths, write_checkpoint
 from memtile.checkpoints.publishing import cannot_write
-from memtile.convert.kinds import Outward, configs_beside, naming_of
+from memtile.convert.kinds import configs_beside, naming_of
 from memtile.convert.loading_checkpoints import IncompatibleKeys
 from memtile.convert.model_tensors import in_state_dict_order, parameter_count
 from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
+from memtile.convert.naming import Outward
 from memtile.convert.streaming import TensorSource, bring_in
 from memtile.engines.dcp_files import read_alone, write_shards
 from memtile.engines.dense_views import (

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from memtile.checkpoints.exact_json import from_json, to_json
+from memtile.checkpoints.exact_json import from_json
 from memtile.checkpoints.steps import RECORD, new_step
 from memtile.convert.model_tensors import tensors_of
 from memtile.convert.sharded import METADATA
@@ -33,7 +33,7 @@ from memtile.convert.training import (
     check_scheduler,
     is_trained,
     newest_step,
-    scheduler_record,
+    run_record,
 )
 from memtile.engines.dcp_files import DcpState, read_alone, read_shards, write_shards
 from memtile.engines.dense_views import DenseView, dense_view, local_pieces, unwrapped
@@ -128,8 +128,7 @@ def _outgoing(
     model: nn.Module, optimizer: object, scheduler: Scheduler | None, given: Mapping[str, Any]
 ) -> DcpState:
     state: DcpState = {_MODEL: dense_view(model)}
-    record: Json = {name: to_json(value, name) for name, value in given.items()}
-    record["scheduler"] = scheduler_record(scheduler)
+    record = run_record(given, scheduler)
     if optimizer is not None:
         state[KEY], record[KEY] = outgoing_state(_state_of(model, optimizer))
     return {**state, _RECORD: json.dumps(record, allow_nan=False)}

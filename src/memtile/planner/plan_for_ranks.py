@@ -71,15 +71,11 @@ def plan_ranks(
         OptimizerError: the optimizer is not element-wise: it cannot step shards.
     """
     _check(world_size, engine, offload, prefetch, unit_bytes)
-    memory = checked_size(device_memory, "device_memory")
-    if memory is not None and max_tile_bytes is not None:
-        raise ArgumentError(
-            "device_memory chooses the size of tiles by itself; give it alone, or max_tile_bytes"
-        )
+    memory = _memory(device_memory, max_tile_bytes)
     masters = engine == "zero3"
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     setting = RankSetting(offload, prefetch, seen.state)
-    layers, loose = sharded_of(seen.model, seen.weights, seen.trains)
+    layers, loose = sharded_of(seen)
     search = RankSearch(setting, seen.weights, layers, loose, _Count(seen, loose), memory)
     sharding = Sharding(engine, world_size, unit_bytes)
     if max_tile_bytes is None:
@@ -112,6 +108,15 @@ def plan_ranks(
     )
 
 
+def _memory(device_memory: int | str | None, max_tile_bytes: int | None) -> int | None:
+    memory = checked_size(device_memory, "device_memory")
+    if memory is not None and max_tile_bytes is not None:
+        raise ArgumentError(
+            "device_memory chooses the size of tiles by itself; give it alone, or max_tile_bytes"
+        )
+    return memory
+
+
 class _Count:
     """Counts one rank's step of a layout, and how often it runs each layer."""
 
@@ -119,15 +124,7 @@ class _Count:
         self._watched = {weight.names[0]: weight.names for weight in seen.weights}
         self._watched |= {module.name: (module.name,) for module in loose}
         self._uses: dict[str, _Uses] = {}
-        self._step = StepCount(
-            seen.model,
-            seen.decisions,
-            seen.work,
-            seen.trains,
-            drops_gradients=True,
-            goes_home=True,
-            watch=self._watch,
-        )
+        self._step = StepCount(seen, drops_gradients=True, goes_home=True, watch=self._watch)
 
     def __call__(
         self, layout: ParkedLayout, checkpointing: bool
