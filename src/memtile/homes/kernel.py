@@ -45,6 +45,9 @@ _MAPS = Path("/proc/self/maps")
 _MEMINFO = Path("/proc/meminfo")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
+_NEWER: Final = ("memory.max", "memory.current", "")  # limit, usage, prefix in memory.stat
+_OLDER: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+_NO_LIMIT: Final = 1 << 62  # version 1 has no word for it, only a number larger than any memory
 
 # Filled by finalizers, which may run in any thread and at any time: a deque needs no lock.
 _waiting: deque[memoryview] = deque(maxlen=KEPT)
@@ -165,6 +168,26 @@ def free_bytes() -> int | None:
     return max(0, min(known)) if known else None
 
 
+def memory_limit() -> int | None:
+    """Bytes that memory cgroups let this process and others in them hold; None: no limit."""
+    found = []
+    for group, is_newer in _cgroups("memory"):
+        limit = _lines(group / (_NEWER if is_newer else _OLDER)[0])
+        found += [int(word) for word in limit[:1] if word != "max" and int(word) < _NO_LIMIT]
+    return min(found, default=None)
+
+
+def processor_limit() -> float | None:
+    """The number of processors whose time CPU cgroups give this process; None: no limit."""
+    found = []
+    for group, is_newer in _cgroups("cpu"):
+        names = ("cpu.max",) if is_newer else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = [word for name in names for line in _lines(group / name) for word in line.split()]
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            found.append(int(words[0]) / int(words[1]))
+    return min(found, default=None)
+
+
 def fits_page_cache(nbytes: int) -> bool:
     """Whether a file of so many bytes fits into half of the free memory, as cached files."""
     free = free_bytes()
@@ -178,18 +201,20 @@ def _available() -> Iterator[int]:
 
 
 def _left_in_cgroups() -> Iterator[int]:
+    for group, is_newer in _cgroups("memory"):
+        yield from _left_in(group, *(_NEWER if is_newer else _OLDER))
+
+
+def _cgroups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folder of each group that this process is in, and whether it is of version 2."""
     for line in _lines(_OWN_CGROUPS):
         number, controllers, path = line.split(":", 2)
-        if number == "0":
-            root, names = _CGROUPS, ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            root = _CGROUPS / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        else:
+        if number != "0" and controller not in controllers.split(","):
             continue
+        root = _CGROUPS if number == "0" else _CGROUPS / controller
         inner = root / path.lstrip("/")  # may not exist in a container: its parents may
         for group in [inner, *inner.parents[: len(inner.parts) - len(root.parts)]]:
-            yield from _left_in(group, *names)
+            yield group, number == "0"
 
 
 def _left_in(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:

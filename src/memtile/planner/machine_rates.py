@@ -6,7 +6,6 @@ The process is new because a library takes the memory of its first use only once
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,44 +24,60 @@ from memtile.homes import (
     DiskHome,
     Home,
     HostHome,
-    aligned_buffer,
     keep_freed_memory_out,
 )
 from memtile.optim import TileOptimizer
+from memtile.planner.moving_rates import MeasuredDisk, least_seconds
 from memtile.planner.operation_count import count_step
 from memtile.planner.step_count import make_meta_copy
 
+_STAGE: Final = "measuring: "
 _ROWS: Final = (16, 64, 256, 1024)
 _SIDE: Final = 1024
 _WIDTH: Final = 64
 _LAYERS: Final = 256
 _TILES: Final = 512
-_DISK_BYTES: Final = 128 << 20
-_PIECE: Final = 1 << 20
-_THREADS: Final = 8
-_LEAST_TIMES: Final = 3
-_LONG_ENOUGH: Final = 0.05  # seconds
 
 
 class MeasuringError(MemtileError, RuntimeError):
     """The process that measures ended without a result."""
 
 
-def measured(folder: Path | None) -> MachineProfile:
-    """The rates of this machine, and of the disk of a folder, in a few seconds."""
+def measured(folder: Path | None, started: Callable[[str], None] | None = None) -> MachineProfile:
+    """The rates of this machine, and of the disk of a folder, in a few seconds.
+
+    Args:
+        folder: on the disk to measure; None: none is measured.
+        started: called with the name of each measurement when it begins.
+
+    Raises:
+        MeasuringError: the process that measures ended without a result.
+    """
     code = "import memtile.planner.machine_rates as machine_rates; machine_rates.report()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *([str(folder)] if folder else [])],
-        capture_output=True,
-        text=True,
-        env=child_environment(),
-        check=False,
-    )
+    words = [sys.executable, "-c", code, *([str(folder)] if folder else [])]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(
+            words, stdout=pipe, stderr=pipe, text=True, env=child_environment()
+        ) as process,
+        ThreadPoolExecutor(1) as reader,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        log, last = reader.submit(process.stderr.read), ""
+        try:
+            for last in process.stdout:
+                if started and last.startswith(_STAGE):
+                    started(last.removeprefix(_STAGE).strip())
+        except BaseException:  # Ctrl-C: the process would go on, and we would wait for it
+            process.kill()
+            raise
     try:
-        return MachineProfile.from_json(done.stdout.splitlines()[-1])
-    except (IndexError, ArgumentError) as error:
+        return MachineProfile.from_json(last)
+    except ArgumentError as error:
         raise MeasuringError(
-            f"the rates of this machine could not be measured:\n{done.stderr}\ngive rates=… instead"
+            f"the rates of this machine could not be measured:\n{log.result()}\n"
+            "give rates=… instead"
         ) from error
 
 
@@ -77,15 +92,26 @@ def report() -> None:
     """Measure, and print the rates as one line of JSON: the new process runs this."""
     folder = sys.argv[1] if len(sys.argv) > 1 else None
     keep_freed_memory_out()
+    _begin("what tiles cost")
     memory = _memory(folder)
+    _begin("products in float32")
+    flops = tuple((rows, _product_flops(rows, torch.float32)) for rows in _ROWS)
+    _begin("products in bfloat16")
+    flops_16 = tuple((rows, _product_flops(rows, torch.bfloat16)) for rows in _ROWS)
+    _begin("memory")
+    touched = _touched_bytes()
     rates = MachineProfile(
         **memory,
-        product_flops=tuple((rows, _product_flops(rows, torch.float32)) for rows in _ROWS),
-        product_flops_16=tuple((rows, _product_flops(rows, torch.bfloat16)) for rows in _ROWS),
-        touched_bytes=_touched_bytes(),
+        product_flops=flops,
+        product_flops_16=flops_16,
+        touched_bytes=touched,
         **_disk(folder),
     )
     print(rates.to_json().replace("\n", ""))
+
+
+def _begin(name: str) -> None:
+    print(f"{_STAGE}{name}", flush=True)
 
 
 def _memory(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
@@ -187,7 +213,7 @@ def _objects(home: Home) -> dict[str, float]:
     return {
         **_each("", *inferred),
         **_each("trained_", *trained),
-        "tile_seconds": _least_seconds(tiles.step) / (4 * _TILES),
+        "tile_seconds": least_seconds(tiles.step) / (4 * _TILES),
     }
 
 
@@ -249,50 +275,36 @@ def _stepped_elements() -> float:
     weight = nn.Parameter(torch.zeros(_SIDE, 2 * _SIDE))
     weight.grad = torch.ones_like(weight)
     adamw = TileOptimizer(nn.ParameterList([weight]), torch.optim.AdamW, lr=1e-3)
-    return weight.numel() / _least_seconds(adamw.step)
+    return weight.numel() / least_seconds(adamw.step)
 
 
 def _product_flops(rows: int, dtype: torch.dtype) -> float:
     x, weight = torch.ones(rows, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
-    return 2.0 * rows * _SIDE * _SIDE / _least_seconds(lambda: torch.mm(x, weight))
+    return 2.0 * rows * _SIDE * _SIDE / least_seconds(lambda: torch.mm(x, weight))
 
 
 def _touched_bytes() -> float:
     """Bytes a second of an operation that makes a new tensor, as most do."""
     x = torch.ones(8 << 20)
-    return 3.0 * x.nbytes / _least_seconds(lambda: torch.add(x, x))
+    return 3.0 * x.nbytes / least_seconds(lambda: torch.add(x, x))
 
 
 def _disk(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
-    names = ("read_bytes", "written_bytes", "cached_bytes")
+    """Zeros without a folder."""
     if folder is None:
-        return dict.fromkeys(names, 0.0)
-    with DiskHome(folder) as home:
-        allocation = home.allocate((_DISK_BYTES,), torch.uint8)
-        starts = range(0, _DISK_BYTES, _PIECE)
-        buffers = [aligned_buffer(_PIECE) for _ in range(_THREADS)] * (len(starts) // _THREADS)
-
-        def speed(move: Callable[[Tensor, int], None]) -> float:
-            with ThreadPoolExecutor(_THREADS) as pool:
-                return _DISK_BYTES / _least_seconds(lambda: list(pool.map(move, buffers, starts)))
-
-        home.path = "page cache"
-        speed(allocation.write)
-        cached = speed(allocation.read)
-        home.path = "direct"
-        written = speed(allocation.write)
-        return dict(zip(names, (speed(allocation.read), written, cached), strict=True))
-
-
-def _least_seconds(act: Callable[[], object]) -> float:
-    """The least of some times without the first: what the machine does when nothing else runs."""
-    times: list[float] = []
-    act()
-    while len(times) < _LEAST_TIMES or sum(times) < _LONG_ENOUGH:
-        started = time.perf_counter()
-        act()
-        times.append(max(1e-9, time.perf_counter() - started))
-    return min(times)
+        return dict.fromkeys(("read_bytes", "written_bytes", "cached_bytes"), 0.0)
+    with MeasuredDisk(folder) as disk:
+        _begin("disk, page cache")
+        disk.write(direct=False)  # so that the page cache holds it
+        cached = disk.read(direct=False)
+        _begin("disk, direct writes")
+        written = disk.write(direct=True)
+        _begin("disk, direct reads")
+        return {
+            "read_bytes": disk.read(direct=True),
+            "written_bytes": written,
+            "cached_bytes": cached,
+        }
 
 
 def resident_bytes() -> int:
