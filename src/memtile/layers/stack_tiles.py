@@ -59,7 +59,7 @@ class ParkedStackTile(ParkedModule, StackTile):
 
     def __init__(
         self,
-        *shape: int,  # as a `StackTile` takes it
+        *shape: Any,  # as a `StackTile` takes it
         device: Any = None,  # as torch takes it
         dtype: torch.dtype | None = None,
         home: Home | str = "host",
