@@ -187,7 +187,7 @@ def _stack_shape(name: str, source: TiledSource, shapes: Mapping[str, torch.Size
             "write that with memtile.save_checkpoint(model, folder)"
         )
     shape = shapes.get(name, torch.Size())
-    if len(shape) != 3 or (shape[:2].numel(), shape[2]) != tuple(source.shape):
+    if len(shape) != 3 or (shape[0] * shape[1], shape[2]) != tuple(source.shape):
         known = f"{tuple(shape)} there" if shape else "not there"
         raise CheckpointError(
             f"{name}: the tiles are experts of {tuple(source.shape)} rows and columns together, no "
