@@ -106,6 +106,8 @@ class _ParkedLinear(torch.autograd.Function):
         if needs_x or needs_weight:
             source.note_use()
         out = x.new_empty((*x.shape[:-1], groups.width(weight)))
+        if not out.numel():  # an expert that other ranks have rows for is not read here
+            return out
         with _no_autocast(x), source.values(x.device) as values:
             for a, matrix, y in _by_expert(groups, values, x, out):
                 sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
@@ -141,6 +143,8 @@ def _by_expert(
 def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
     depth = ctx.groups.depth(ctx.weight)
     dx = grad.new_empty((*grad.shape[:-1], depth))
+    if not dx.numel():
+        return dx
     with ctx.source.values(grad.device) as values:
         for g, matrix, rows in _by_expert(ctx.groups, values, grad, dx):
             sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
