@@ -25,12 +25,13 @@ from memtile.convert.naming import Naming, Outward, Renamed
 from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
 from memtile.convert.recutting import TilingSpec, convert_checkpoint
 from memtile.convert.replaced import replacing
+from memtile.convert.run_record import Resumed
 from memtile.convert.saving import save_checkpoint
 from memtile.convert.select import Cut, TilingDecision, choose, select_linears
 from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.streaming import TensorSource
 from memtile.convert.tiling import replace_chosen, tile
-from memtile.convert.training import Resumed, has_training, resume_training, save_training
+from memtile.convert.training import has_training, resume_training, save_training
 from memtile.convert.untiling import cannot_be_dense, untile
 
 __all__ = [

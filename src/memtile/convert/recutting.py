@@ -136,13 +136,15 @@ def _dense(checkpoint: Checkpoint, place: Path) -> tuple[dict[str, TensorSource]
             except MemtileError as error:
                 raise CheckpointError(f"{name}: {error}") from error
             is_stack = _is_of_stack(key)
-            dense[name] = _Stack(source, _stack_shape(name, source, shapes)) if is_stack else source
+            dense[name] = (
+                _StackSource(source, _stack_shape(name, source, shapes)) if is_stack else source
+            )
             joined.add(name if is_stack else layer[0])
     return dense, sorted(joined)
 
 
 @dataclass(frozen=True)
-class _Stack:
+class _StackSource:
     """A stack of experts (E, R, C): the matrix (E·R, C) that its tiles make, element by element."""
 
     matrix: TiledSource
@@ -220,7 +222,7 @@ def _outgoing(name: str, source: TensorSource, cut: Mapping[str, Grid]) -> Itera
     layer, _, own = name.rpartition(".")
     grid = cut.get(layer)
     if grid is None or own not in ("weight", "bias") or not source.shape:
-        if isinstance(source, _Stack):
+        if isinstance(source, _StackSource):
             yield written(name, source)
         elif isinstance(source, StoredTensor):
             yield Outgoing(name, source.entry.kind, source.shape, source.raw)
