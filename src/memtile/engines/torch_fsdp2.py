@@ -32,7 +32,7 @@ from memtile.engines.fsdp2_units import (
 )
 from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.engines.release import release_in_backward
-from memtile.errors import ArgumentError, EngineError, ParkedError
+from memtile.errors import ArgumentError, EngineError, ParkedError, check_whole_number
 from memtile.homes import is_parked
 from memtile.layers import register_gatherer
 
@@ -134,10 +134,8 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
         raise EngineError(
             f"torch {torch.__version__} cannot run its FSDP2 on the CPU: install a newer one"
         )
-    numbers: dict[str, object] = {"unit_bytes": unit_bytes, "prefetch": prefetch}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least 0")
+    check_whole_number("unit_bytes", unit_bytes, 0)
+    check_whole_number("prefetch", prefetch, 0)
     if not units_of(model, unit_bytes):
         raise ArgumentError(
             f"nothing of {type(model).__name__} is tiled, or as large as unit_bytes={unit_bytes}: "

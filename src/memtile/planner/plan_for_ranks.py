@@ -15,7 +15,7 @@ from memtile.costmodel.rank_memory import Offload, RankSetting
 from memtile.costmodel.rank_search import RankFound, RankSearch
 from memtile.costmodel.rank_traffic import rank_floors, traffic
 from memtile.costmodel.shards import Engine
-from memtile.errors import ArgumentError
+from memtile.errors import ArgumentError, check_whole_number
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
 from memtile.transfer.iterations import in_backward
@@ -185,10 +185,6 @@ def _check(
     check_choice("offload", offload, get_args(Offload))
     if offload == "nvme" and engine == "fsdp2":
         raise ArgumentError("offload='nvme': FSDP2 offloads to 'cpu' alone; take engine='zero3'")
-    for name, value, least in (
-        ("world_size", world_size, 1),
-        ("prefetch", prefetch, 0),
-        ("unit_bytes", unit_bytes, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")
+    check_whole_number("world_size", world_size, 1)
+    check_whole_number("prefetch", prefetch, 0)
+    check_whole_number("unit_bytes", unit_bytes, 0)
