@@ -59,6 +59,10 @@ class StackTile(nn.Module):
         `used` are the weights of all tiles that the experts module uses, in order, to read ahead.
         """
         groups = ops.Groups(tuple(counts), self.is_transposed)
+        if not (ops.transformed() or checks.is_plain(self, type(self))):  # an engine hooks it
+            checks.check_dtypes_and_devices("StackTile", [input], self.weight, same_device=False)
+            x = input.to(ops.autocast_dtype(input) or input.dtype)
+            return ops.grouped_tile(x, self.weight, groups)
         return ops.grouped_linear(input, groups.matrices(self.weight), groups.counts)
 
     def extra_repr(self) -> str:
@@ -238,7 +242,9 @@ class TiledStack(TiledModule):
         return not checks.is_plain(self.stacks[0], type(self.stacks[0]))
 
     def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
-        """The weights of the tiles whose experts have rows, in order."""
+        """The weights of the parked tiles whose experts have rows, in order."""
+        if not isinstance(self.stacks[0], ParkedModule):
+            return []  # an engine's hooks would take them for inputs
         units = self.units_of(counts, first)
         hit = (number for numbers, rows in units if any(rows) for number in numbers)
         weights = (self.stacks[number]._parameters.get("weight") for number in hit)

@@ -89,6 +89,43 @@ def grouped_linear(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def grouped_tile(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """The same of one tile's weight, of which the graph keeps nothing but the parameter itself.
+
+    Views of it would keep what ZeRO-3 has gathered, and frees by giving the parameter no memory.
+    """
+    result: Tensor = _GroupedTile.apply(x, weight, groups)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+class _GroupedTile(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.groups = weight, groups
+        out = x.new_empty((*x.shape[:-1], groups.width(weight)))
+        with _no_autocast(x):
+            for a, matrix, y in _by_expert(groups, weight.detach(), x, out):
+                sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), groups, (x,) = grads, ctx.groups, ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grad):
+            return _differentiably(ctx, grad)
+        dx = dw = None
+        with _no_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                dx = torch.empty_like(x)
+                for g, matrix, rows in _by_expert(groups, ctx.weight.detach(), grad, dx):
+                    sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
+            if ctx.needs_input_grad[1]:
+                dw = torch.empty_like(ctx.weight)
+                _write_gradients(groups, dw, grad, x)
+        return dx, dw, None
+
+
 class _ParkedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -230,7 +267,9 @@ def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = dw = None
     if needed[0]:
         turned = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
-        dx = grouped_linear(flat, turned, groups.counts).view(*grad.shape[:-1], -1)
+        dx = grouped_linear(flat, turned, groups.counts).view(
+            *grad.shape[:-1], groups.depth(ctx.weight)
+        )
     if needed[1]:
         pairs = zip(groups.rows(flat), groups.rows(x), strict=True)
         each = [a.t() @ g if groups.is_transposed else g.t() @ a for g, a in pairs]
