@@ -10,7 +10,7 @@ each group of rows meets its own W_e. Transposed stacks keep W_e (K, M), so that
 There is one function per tile: one for a whole layer would hold the gradients of all its tiles at
 once. The graph keeps a tile's slice of the input and the parameter's version, never a slab. dW is
 written to the home inside backward, which returns None for it; autograd calls the parameter's
-post-accumulate-grad hooks all the same, once, after its last use. dW is returned to autograd as
+post-accumulate-grad hooks all the same, once, after its last use. dW is retransposed to autograd as
 usual where it is needed there: tensor hooks on the parameter, `autograd.grad`, `create_graph=True`,
 batched gradients.
 """
@@ -89,6 +89,43 @@ def grouped_linear(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def grouped_tile(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """The same of one tile's weight, of which the graph keeps nothing but the parameter itself.
+
+    Views of it would keep what ZeRO-3 has gathered, and frees by giving the parameter no memory.
+    """
+    result: Tensor = _GroupedTile.apply(x, weight, groups)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+class _GroupedTile(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.groups = weight, groups
+        out = x.new_empty((*x.shape[:-1], groups.width(weight)))
+        with _no_autocast(x):
+            for a, matrix, y in _by_expert(groups, weight.detach(), x, out):
+                sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), groups, (x,) = grads, ctx.groups, ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grad):
+            return _differentiably(ctx, grad)
+        dx = dw = None
+        with _no_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                dx = torch.empty_like(x)
+                for g, matrix, rows in _by_expert(groups, ctx.weight.detach(), grad, dx):
+                    sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
+            if ctx.needs_input_grad[1]:
+                dw = torch.empty_like(ctx.weight)
+                _write_gradients(groups, dw, grad, x)
+        return dx, dw, None
+
+
 class _ParkedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -154,10 +191,10 @@ def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
 def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     """What backward returns for the weight: None where its gradient went home."""
     (x,) = ctx.saved_tensors
-    with _gradient(ctx, ctx.next_functions[1][0]) as (out, returned):
+    with _gradient(ctx, ctx.next_functions[1][0]) as (out, retransposed):
         if out is not None:
             _write_gradients(ctx.groups, out, grad, x)
-    return returned
+    return retransposed
 
 
 def _write_gradients(groups: Groups, out: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -181,12 +218,12 @@ def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | Non
     """
     try:
         is_accumulated = torch._C._will_engine_execute_node(node)
-        is_returned = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
+        is_retransposed = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
     except RuntimeError:  # autograd.grad with respect to the parameter
-        is_accumulated = is_returned = True
+        is_accumulated = is_retransposed = True
     if not is_accumulated:  # backward(inputs=…) of other tensors must leave .grad untouched
         yield None, None
-    elif is_returned:
+    elif is_retransposed:
         out = torch.empty_like(ctx.weight)
         yield out, out
     else:
@@ -230,7 +267,9 @@ def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = dw = None
     if needed[0]:
         transposed = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
-        dx = grouped_linear(flat, transposed, groups.counts).view(*grad.shape[:-1], -1)
+        dx = grouped_linear(flat, transposed, groups.counts).view(
+            *grad.shape[:-1], groups.depth(ctx.weight)
+        )
     if needed[1]:
         pairs = zip(groups.rows(flat), groups.rows(x), strict=True)
         each = [a.t() @ g if groups.is_transposed else g.t() @ a for g, a in pairs]
@@ -291,8 +330,8 @@ class _ParkedEmbedding(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):
             dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
             return None, dense.to(ctx.weight), None, None, None
-        with _gradient(ctx, ctx.next_functions[-1][0]) as (out, returned):
+        with _gradient(ctx, ctx.next_functions[-1][0]) as (out, retransposed):
             if out is not None:
                 flat = grad.reshape(-1, ctx.weight.shape[1])
                 out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
-        return None, returned, None, None, None
+        return None, retransposed, None, None, None
