@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memtile.homes import allocation_of
+from memtile.observing import recording
+from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.products import is_batched, sum_of_products
 from memtile.transfer import ParkedSource, catch_up
 
@@ -105,10 +108,13 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source, ctx.weight, ctx.groups = source, weight, groups
         if needs_x or needs_weight:
             source.note_use()
+        begun = clock() if recording.active else 0
         out = x.new_empty((*x.shape[:-1], groups.width(weight)))
         with _no_autocast(x), source.values(x.device) as values:
             for a, matrix, y in _by_expert(groups, values, x, out):
                 sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return out
 
     @staticmethod
@@ -119,6 +125,7 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
             return *_differentiably(ctx, grad), None, None
+        begun = clock() if recording.active else 0
         dx = dw = db = None
         with _no_autocast(grad):
             if needed[0]:
@@ -127,6 +134,8 @@ class _ParkedLinear(torch.autograd.Function):
                 dw = _weight_gradient(ctx, grad)
             if needed[2]:
                 db = _as_matrix(grad).sum(0)
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
         return dx, dw, db, None, None
 
 
@@ -276,7 +285,10 @@ class _ParkedEmbedding(torch.autograd.Function):
         ctx.source, ctx.weight = source, weight
         if ctx.needs_input_grad[1]:
             source.note_use()
+        begun = clock() if recording.active else 0
         rows = functional.embedding(ids.to(weight.device), weight.detach())
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return rows.to(ids.device)
 
     @staticmethod
@@ -287,8 +299,11 @@ class _ParkedEmbedding(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):
             dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
             return None, dense.to(ctx.weight), None, None, None
+        begun = clock() if recording.active else 0
         with _gradient(ctx, ctx.next_functions[-1][0]) as (out, returned):
             if out is not None:
                 flat = grad.reshape(-1, ctx.weight.shape[1])
                 out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
         return None, returned, None, None, None
