@@ -10,7 +10,7 @@ each group of rows meets its own W_e. Transposed stacks keep W_e (K, M), so that
 There is one function per tile: one for a whole layer would hold the gradients of all its tiles at
 once. The graph keeps a tile's slice of the input and the parameter's version, never a slab. dW is
 written to the home inside backward, which returns None for it; autograd calls the parameter's
-post-accumulate-grad hooks all the same, once, after its last use. dW is retransposed to autograd as
+post-accumulate-grad hooks all the same, once, after its last use. dW is returned to autograd as
 usual where it is needed there: tensor hooks on the parameter, `autograd.grad`, `create_graph=True`,
 batched gradients.
 """
@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memtile.homes import allocation_of
+from memtile.observing import recording
+from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.products import is_batched, sum_of_products
 from memtile.transfer import ParkedSource, catch_up
 
@@ -142,12 +145,15 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source, ctx.weight, ctx.groups = source, weight, groups
         if needs_x or needs_weight:
             source.note_use()
+        begun = clock() if recording.active else 0
         out = x.new_empty((*x.shape[:-1], groups.width(weight)))
         if not out.numel():  # an expert that other ranks have rows for is not read here
             return out
         with _no_autocast(x), source.values(x.device) as values:
             for a, matrix, y in _by_expert(groups, values, x, out):
                 sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return out
 
     @staticmethod
@@ -158,6 +164,7 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
             return *_differentiably(ctx, grad), None, None
+        begun = clock() if recording.active else 0
         dx = dw = db = None
         with _no_autocast(grad):
             if needed[0]:
@@ -166,6 +173,8 @@ class _ParkedLinear(torch.autograd.Function):
                 dw = _weight_gradient(ctx, grad)
             if needed[2]:
                 db = _as_matrix(grad).sum(0)
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
         return dx, dw, db, None, None
 
 
@@ -191,10 +200,10 @@ def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
 def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     """What backward returns for the weight: None where its gradient went home."""
     (x,) = ctx.saved_tensors
-    with _gradient(ctx, ctx.next_functions[1][0]) as (out, retransposed):
+    with _gradient(ctx, ctx.next_functions[1][0]) as (out, returned):
         if out is not None:
             _write_gradients(ctx.groups, out, grad, x)
-    return retransposed
+    return returned
 
 
 def _write_gradients(groups: Groups, out: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -218,12 +227,12 @@ def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | Non
     """
     try:
         is_accumulated = torch._C._will_engine_execute_node(node)
-        is_retransposed = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
+        is_returned = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
     except RuntimeError:  # autograd.grad with respect to the parameter
-        is_accumulated = is_retransposed = True
+        is_accumulated = is_returned = True
     if not is_accumulated:  # backward(inputs=…) of other tensors must leave .grad untouched
         yield None, None
-    elif is_retransposed:
+    elif is_returned:
         out = torch.empty_like(ctx.weight)
         yield out, out
     else:
@@ -319,7 +328,10 @@ class _ParkedEmbedding(torch.autograd.Function):
         ctx.source, ctx.weight = source, weight
         if ctx.needs_input_grad[1]:
             source.note_use()
+        begun = clock() if recording.active else 0
         rows = functional.embedding(ids.to(weight.device), weight.detach())
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return rows.to(ids.device)
 
     @staticmethod
@@ -330,8 +342,11 @@ class _ParkedEmbedding(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):
             dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
             return None, dense.to(ctx.weight), None, None, None
-        with _gradient(ctx, ctx.next_functions[-1][0]) as (out, retransposed):
+        begun = clock() if recording.active else 0
+        with _gradient(ctx, ctx.next_functions[-1][0]) as (out, returned):
             if out is not None:
                 flat = grad.reshape(-1, ctx.weight.shape[1])
                 out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
-        return None, retransposed, None, None, None
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
+        return None, returned, None, None, None
