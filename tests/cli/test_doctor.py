@@ -15,7 +15,7 @@ from rich.console import Console
 
 from memtile.cli import main
 from memtile.cli.doctor import show
-from memtile.errors import HomeError, UnsupportedPlatformError
+from memtile.errors import HomeError, HomeFullError, UnsupportedPlatformError
 from memtile.planner import machine_facts, machine_rates, machine_report, saved_rates
 from memtile.planner.machine_facts import FolderFacts, SystemFacts
 from memtile.planner.machine_report import Extra, report
@@ -130,6 +130,18 @@ def test_rates_are_saved_for_plans_once(measured, tmp_path, capsys, monkeypatch)
     assert "see the warnings" in printed
 
 
+def test_a_busy_machine_is_not_what_plans_are_made_for(measured, tmp_path, monkeypatch, capsys):
+    """Nothing is saved, and nothing that was saved is called wrong."""
+    monkeypatch.setattr(machine_facts, "_load", lambda: 99.0)
+
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert "99.0 other processes" in capsys.readouterr().out
+    assert saved_rates.saved(tmp_path) is None
+    other = replace(RATES, read_bytes=RATES.read_bytes / 4)
+    assert len(found(system=replace(SYSTEM, load=99.0), saved=other).warnings) == 1
+    assert len(found(saved=other).warnings) == 1
+
+
 def test_without_a_saved_profile_there_is_no_column_for_it():
     """Two empty columns would say nothing."""
     assert "now / saved" not in said(found())
@@ -151,7 +163,7 @@ def test_without_direct_io_its_rates_are_not_claimed():
     [
         ({"threads": 8}, "OMP_NUM_THREADS=4"),
         ({"quota": 1.5}, "the time of 1.5 processors: set OMP_NUM_THREADS=1"),
-        ({"load": 3.0}, "other processes were using 3.0 of 4"),
+        ({"load": 3.0}, "3.0 other processes were busy on 4 processors"),
         ({"free_bytes": None}, "no home uses the page cache"),
         ({"resource_limits": {"files (ulimit -f)": GIB}}, "files (ulimit -f) is limited to 1.00"),
     ],
@@ -230,6 +242,23 @@ def test_a_measurement_that_fails_stops_a_run(measured, tmp_path, monkeypatch, c
     assert document["problems"] == ["the rates could not be measured"]
     assert (document["rates"], document["free_from"]) == ([], [])
     assert main(["doctor", str(tmp_path)]) == 1
+
+
+def test_a_disk_that_fails_while_it_is_measured_stops_a_run(
+    measured, tmp_path, monkeypatch, capsys
+):
+    """Such as a quota: the reason is one line, and the rest is measured without the disk."""
+
+    def fail(*given):
+        raise HomeFullError(errno.EDQUOT, "a home in x: 5 more bytes needed; make room")
+
+    monkeypatch.setattr(machine_report, "_extra", fail)
+
+    assert main(["doctor", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "problem: a home in x: 5 more bytes needed; make room" in printed
+    assert "GFLOP/s" in printed
+    assert measured == [None]
 
 
 def test_a_system_without_proc_is_told(measured, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from ddp_worker import Net
 from processes import start_ranks
-from small_experts import experts_model
+from small_experts import ExpertsLoss
 from torch import Tensor, nn
 
 import memtile
@@ -37,22 +37,9 @@ class Case:
     model: Callable[[], nn.Module] = Net
 
 
-class Experts(nn.Module):
-    """A mixture of experts of which a rank's tokens hit a few."""
-
-    def __init__(self, name: str = "qwen3", **config: Any) -> None:
-        super().__init__()
-        self.inner = experts_model(name, **config).double()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The mean square of the logits."""
-        loss: Tensor = self.inner(input_ids=ids, use_cache=False).logits.square().mean()
-        return loss
-
-
-def checkpointed() -> Experts:
+def checkpointed() -> ExpertsLoss:
     """One whose forward runs again in backward."""
-    model = Experts(num_experts=16)
+    model = ExpertsLoss("qwen3", num_experts=16)
     set_checkpointing(model.inner, True)
     return model
 
@@ -65,12 +52,12 @@ CASES = {
     "clipped": Case(clip=0.05),
     "host": Case(home="host", mode="in_backward"),
 }
-MANY = partial(Experts, num_experts=16)
+MANY = partial(ExpertsLoss, "qwen3", num_experts=16)
 EXPERTS = {
     "in backward": Case(mode="in_backward", model=MANY),
     "averaged once, clipped": Case(parts=2, syncs_once=True, clip=0.05, home="host", model=MANY),
     "recomputed": Case(mode="in_backward", home="host", model=checkpointed),
-    "grouped rows": Case(home="host", model=partial(Experts, "jetmoe")),
+    "grouped rows": Case(home="host", model=partial(ExpertsLoss, "jetmoe")),
 }
 
 

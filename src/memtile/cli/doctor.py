@@ -42,15 +42,15 @@ def run_doctor(
     with progress() as bars:
 
         def started(name: str) -> None:
-            if bars.task_ids:
-                bars.advance(bars.task_ids[-1])
-            bars.add_task(name, total=1)
+            for task in bars.task_ids:
+                bars.update(task, total=1, completed=1)
+            bars.add_task(name, total=None)
 
         found = examine(folder, started)
     try:
         PeakMemory.ensure_measurable()
     except UnsupportedPlatformError as error:
-        found = found.with_problems((str(error.strerror or error),))
+        found = found.with_more([error.strerror or str(error)])
     if as_json:
         print(json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
     else:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final
 
@@ -14,11 +15,12 @@ from rich.console import Console
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
-from memtile.cli.terminal import AsJson, with_options
+from memtile.cli.terminal import AsJson, Trace, saved_trace, with_options
 from memtile.costmodel import format_byte_size, parse_byte_size
 from memtile.homes import allocation_of
 from memtile.integrations.pretrained import WRITERS
 from memtile.integrations.step_inputs import text_work
+from memtile.observing import check_trace_path, observe
 from memtile.testing import PeakMemory
 from memtile.transfer import rings_of
 
@@ -51,6 +53,7 @@ class Request:
         bool, typer.Option("--chat", help="The prompt is a message: use the chat template.")
     ] = False
     strict: models.Strict = False
+    trace: Trace = None
     as_json: AsJson = False
     trust_remote_code: models.TrustsCode = False
 
@@ -99,6 +102,8 @@ def _check(request: Request) -> None:
     parse_byte_size(request.budget, "--budget")  # refuses what is no size
     models.check_home(request.home, "checkpoint")
     models.check_folder(request.model)
+    if request.trace is not None:
+        check_trace_path(request.trace)
 
 
 def _reading(found: "Generated") -> str:
@@ -144,10 +149,12 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         streams = _count(model, "num_beams") == 1
         padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         torch.manual_seed(request.seed)
-        started = time.perf_counter()
         problem = f"cannot generate by its {_SETTINGS}"
         way_out = "change that setting, or remove the file"
-        with torch.inference_mode(), models.reading(request.model, problem, way_out, _REFUSALS):
+        seen = None if request.trace is None else observe()
+        reading = models.reading(request.model, problem, way_out, _REFUSALS)
+        started = time.perf_counter()
+        with seen or nullcontext(), torch.inference_mode(), reading:
             found = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -166,6 +173,9 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         if not streams:
             say(text)
         read, kept = _moved(model)
+    if seen is not None and request.trace is not None:
+        note(str(seen))
+        note(saved_trace(seen, request.trace))
     return Generated(text, new, seconds, memory.nbytes, read, kept)
 
 

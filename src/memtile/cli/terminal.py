@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -12,8 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memtile.cli.errors import Interrupted
+from memtile.errors import ArgumentError
+from memtile.observing import Observation
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead.")]
+Trace = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Record one step: .json for Perfetto, or .png, a picture."),
+]
 _Record = TypeVar("_Record")
 
 
@@ -47,6 +54,15 @@ def interruptible() -> Iterator[None]:
         raise Interrupted("Interrupted.", 130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def saved_trace(seen: Observation, path: Path) -> str:
+    """Saves what was observed, and says where; or why not: that undoes none of what was done."""
+    try:
+        seen.save(path)
+    except (OSError, ArgumentError) as error:
+        return f"the trace could not be saved to {path}: {error}"
+    return f"the trace is in {path}"
 
 
 def progress() -> Progress:

@@ -5,7 +5,7 @@ Comments beside the values say what was measured without them (16 tiles, two ran
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +19,21 @@ from memtile.convert import tiled_layers
 from memtile.engines.ranks import check_agreement
 from memtile.engines.zero3_values import whole_numel
 from memtile.errors import ArgumentError, EngineError, check_whole_number
+from memtile.layers import TiledStack
 
 OLDEST: Final = (0, 19)
 """The first release with what `attach` needs: older ones keep what they recompute in backward."""
 SWAPPED_BYTES: Final = 1 << 20
 """The smallest part of a parameter, on one rank, that DeepSpeed swaps to a disk."""
+LEAVES: Final = (
+    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+)
+"""Classes whose modules DeepSpeed 0.19 gathers at once, as their experts would be used by chance.
+
+All ranks call all experts of a stack in tiles, in order: they are gathered one by one.
+"""
 Place: TypeAlias = str | os.PathLike[str]
 Json: TypeAlias = dict[str, Any]  # a config is whatever JSON can hold
 
@@ -113,6 +123,8 @@ def config(
     for key, place in offloads.items():
         if place is not None:
             zero[key] = _offload(place)
+    if leaves_of(model, LEAVES):
+        zero["leaf_module"] = {"classes": []}
     _fit_to_disk(zero, sizes, prefetch, world_size or ranks_of_launcher(), dtype)
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -218,6 +230,21 @@ def sizes_of(model: nn.Module) -> Sizes:
     return Sizes(
         max(weights.values()), min(weights.values()), max(beside, default=0), tuple(others), most
     )
+
+
+def leaves_of(model: nn.Module, classes: Iterable[str]) -> list[str]:
+    """Names of modules of these classes, as DeepSpeed knows them, that have experts in tiles."""
+    named = set(classes)
+    return [
+        name
+        for name, module in model.named_modules()
+        if not named.isdisjoint({type(module).__name__, _class_path(module)})
+        and any(isinstance(inner, TiledStack) for inner in module.modules())
+    ]
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def tiles_of(model: nn.Module) -> list[nn.Module]:

@@ -166,7 +166,9 @@ class TiledStack(TiledModule):
         return not checks.is_plain(self.stacks[0], type(self.stacks[0]))
 
     def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
-        """The weights of the tiles whose experts have rows, in order."""
+        """The weights of the parked tiles whose experts have rows, in order."""
+        if not isinstance(self.stacks[0], ParkedStackTile):
+            return []  # an engine's hooks would take them for inputs
         units = self.units_of(counts, first)
         hit = (number for numbers, rows in units if any(rows) for number in numbers)
         weights = (self.stacks[number]._parameters.get("weight") for number in hit)

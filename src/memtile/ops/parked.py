@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memtile.homes import allocation_of
+from memtile.observing import recording
+from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.products import is_batched, sum_of_products
 from memtile.transfer import ParkedSource, catch_up
 
@@ -89,6 +92,43 @@ def grouped_linear(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def grouped_tile(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """The same of one tile's weight, of which the graph keeps nothing but the parameter itself.
+
+    Views of it would keep what ZeRO-3 has gathered, and frees by giving the parameter no memory.
+    """
+    result: Tensor = _GroupedTile.apply(x, weight, groups)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+class _GroupedTile(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.groups = weight, groups
+        out = x.new_empty((*x.shape[:-1], groups.width(weight)))
+        with _no_autocast(x):
+            for a, matrix, y in _by_expert(groups, weight.detach(), x, out):
+                sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), groups, (x,) = grads, ctx.groups, ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grad):
+            return _differentiably(ctx, grad)
+        dx = dw = None
+        with _no_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                dx = torch.empty_like(x)
+                for g, matrix, rows in _by_expert(groups, ctx.weight.detach(), grad, dx):
+                    sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
+            if ctx.needs_input_grad[1]:
+                dw = torch.empty_like(ctx.weight)
+                _write_gradients(groups, dw, grad, x)
+        return dx, dw, None
+
+
 class _ParkedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,12 +145,15 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source, ctx.weight, ctx.groups = source, weight, groups
         if needs_x or needs_weight:
             source.note_use()
+        begun = clock() if recording.active else 0
         out = x.new_empty((*x.shape[:-1], groups.width(weight)))
         if not out.numel():  # an expert that other ranks have rows for is not read here
             return out
         with _no_autocast(x), source.values(x.device) as values:
             for a, matrix, y in _by_expert(groups, values, x, out):
                 sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return out
 
     @staticmethod
@@ -121,6 +164,7 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
             return *_differentiably(ctx, grad), None, None
+        begun = clock() if recording.active else 0
         dx = dw = db = None
         with _no_autocast(grad):
             if needed[0]:
@@ -129,6 +173,8 @@ class _ParkedLinear(torch.autograd.Function):
                 dw = _weight_gradient(ctx, grad)
             if needed[2]:
                 db = _as_matrix(grad).sum(0)
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
         return dx, dw, db, None, None
 
 
@@ -230,7 +276,9 @@ def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = dw = None
     if needed[0]:
         transposed = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
-        dx = grouped_linear(flat, transposed, groups.counts).view(*grad.shape[:-1], -1)
+        dx = grouped_linear(flat, transposed, groups.counts).view(
+            *grad.shape[:-1], groups.depth(ctx.weight)
+        )
     if needed[1]:
         pairs = zip(groups.rows(flat), groups.rows(x), strict=True)
         each = [a.t() @ g if groups.is_transposed else g.t() @ a for g, a in pairs]
@@ -280,7 +328,10 @@ class _ParkedEmbedding(torch.autograd.Function):
         ctx.source, ctx.weight = source, weight
         if ctx.needs_input_grad[1]:
             source.note_use()
+        begun = clock() if recording.active else 0
         rows = functional.embedding(ids.to(weight.device), weight.detach())
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return rows.to(ids.device)
 
     @staticmethod
@@ -291,8 +342,11 @@ class _ParkedEmbedding(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad):
             dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
             return None, dense.to(ctx.weight), None, None, None
+        begun = clock() if recording.active else 0
         with _gradient(ctx, ctx.next_functions[-1][0]) as (out, returned):
             if out is not None:
                 flat = grad.reshape(-1, ctx.weight.shape[1])
                 out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
         return None, returned, None, None, None

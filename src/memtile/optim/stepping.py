@@ -27,6 +27,8 @@ from memtile.homes import (
     tensor_of,
     trim_heap,
 )
+from memtile.observing import recording
+from memtile.observing.recording import STEP, clock
 from memtile.optim.slice_optimizer import ParameterSlice
 from memtile.optim.state_layout import (
     MASTER,
@@ -115,6 +117,7 @@ class Stepper:
         leaves a parked parameter and its state as they were; a parameter in memory may be stepped
         in part. Steps with a gradient of zeros come before, as `idle` says.
         """
+        begun = clock() if recording.active else 0
         gradient, runs = parameter.grad, [*idle, (group, 1)]
         parked = streamed_allocation(parameter) is not None
         with torch.no_grad(), self._brought_in(parameter, runs, gradient, ahead, in_backward) as w:
@@ -122,6 +125,8 @@ class Stepper:
                 self._check_finite(parameter, w.tensors[GRADIENT])
             self._apply(parameter, w, runs)
         torch.autograd.graph.increment_version(parameter)
+        if begun:
+            recording.add(STEP, begun, allocation_of(parameter) or parameter)
 
     def replay(
         self,

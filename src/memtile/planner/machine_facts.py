@@ -26,7 +26,10 @@ from memtile.planner.moving_rates import NEEDED_ROOM
 from memtile.planner.saved_rates import processor
 
 _PACKAGES: Final = ("memtile", "torch", "safetensors", "transformers", "peft", "deepspeed")
-_LIMITS: Final = (("RLIMIT_AS", "address space (ulimit -v)"), ("RLIMIT_FSIZE", "files (ulimit -f)"))
+_LIMITS: Final = (
+    ("RLIMIT_AS", "address space (ulimit -v)"),
+    ("RLIMIT_FSIZE", "the size of files (ulimit -f)"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,16 @@ class SystemFacts:
     accelerator: str | None
     accelerator_bytes: int | None
     versions: dict[str, str | None]  # None: not installed
+
+    @property
+    def usable_processors(self) -> float:
+        """How many processors' time it has."""
+        return min(self.processors, self.quota or self.processors)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether others used more than half of them before anything was measured."""
+        return self.load is not None and self.load > self.usable_processors / 2
 
     @classmethod
     def here(cls) -> "SystemFacts":

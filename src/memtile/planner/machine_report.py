@@ -1,6 +1,6 @@
 """What a machine offers to tiles: its rates beside the saved ones, and what would stop a run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import methodcaller
 from pathlib import Path
@@ -25,7 +25,7 @@ class Rate:
     """One rate, in its unit a second, and the one that plans use."""
 
     what: str
-    unit: str  # "B", "FLOP", "element", "visit": a second
+    unit: str  # "B", "FLOP", "visit", or "" for numbers: a second
     now: float
     saved: float | None  # None: nothing is saved, or plans do not use it
 
@@ -72,15 +72,21 @@ class MachineReport:
         rates = [{**asdict(rate), "change": rate.change} for rate in self.rates]
         return {**asdict(self), "rates": rates}
 
-    def with_problems(self, more: tuple[str, ...]) -> "MachineReport":
-        """The same with problems that the caller found."""
-        return replace(self, problems=self.problems + more)
+    def with_more(
+        self, problems: Sequence[str] = (), warnings: Sequence[str] = ()
+    ) -> "MachineReport":
+        """The same with what the caller found besides."""
+        return replace(
+            self,
+            problems=(*self.problems, *problems),
+            warnings=(*self.warnings, *warnings),
+        )
 
 
 def examine(given: Path | None, started: Callable[[str], None]) -> MachineReport:
     """Measures this machine and the disk of a folder, in half a minute or less.
 
-    The rates are saved for plans where none are; those that were saved stay.
+    The rates of an idle machine are saved for plans where none are; those that were saved stay.
 
     Args:
         given: a folder that exists; None: where homes lie by default.
@@ -88,28 +94,21 @@ def examine(given: Path | None, started: Callable[[str], None]) -> MachineReport
     """
     folder, system = FolderFacts.of(given), SystemFacts.here()
     disk = Path(folder.path) if folder.path and not folder.why_unusable else None
-    saved, problems, warnings = saved_rates.saved(disk), [], []
+    extra, now, problems = Extra(), None, []
+    try:
+        extra = _extra(disk, system, started)
+    except MemtileError as error:  # such as a quota: what does not need the disk is measured
+        disk = None
+        problems.append(getattr(error, "strerror", None) or str(error))
+    saved = saved_rates.saved(disk)
     try:
         now = machine_rates.measured(disk, started)
-        extra = _extra(disk, system, started)
-    except MemtileError as error:
-        now, extra = None, Extra()
-        problems.append(getattr(error, "strerror", None) or str(error))
-    saved_in = saved_rates.place_of(disk)
-    if now and not saved:
-        try:
-            saved_rates.save(now, disk)
-        except OSError as error:
-            warnings.append(
-                f"{saved_in} cannot be written ({error.strerror}), so every plan measures anew: "
-                "set XDG_CACHE_HOME to a folder that can"
-            )
-    found = report(folder, system, now, extra, saved, str(saved_in))
-    return replace(
-        found,
-        problems=(*found.problems, *problems),
-        warnings=(*found.warnings, *warnings),
-    )
+    except machine_rates.MeasuringError as error:
+        problems.append(str(error))
+    saves = now is not None and saved is None and not system.is_busy
+    warnings = tuple(_save(now, disk)) if now and saves else ()
+    found = report(folder, system, now, extra, saved, str(saved_rates.place_of(disk)))
+    return found.with_more(problems, warnings)
 
 
 def report(
@@ -131,6 +130,17 @@ def report(
         problems=tuple(_problems(folder, system)),
         warnings=tuple(_warnings(folder, system, rates, saved_in)),
     )
+
+
+def _save(now: MachineProfile, disk: Path | None) -> Iterator[str]:
+    """Saves the rates for plans, or says why it cannot be done."""
+    try:
+        saved_rates.save(now, disk)
+    except OSError as error:
+        yield (
+            f"{saved_rates.place_of(disk)} cannot be written ({error.strerror}), so every plan "
+            "measures anew: set XDG_CACHE_HOME to a folder that can"
+        )
 
 
 def _extra(disk: Path | None, system: SystemFacts, started: Callable[[str], None]) -> Extra:
@@ -166,7 +176,7 @@ def _rates(
             what = f"products, {name}, {tokens} tokens"
             yield rate(what, "FLOP", methodcaller("flops", tokens, element_bytes))
     yield rate("memory", "B", lambda of: of.touched_bytes)
-    yield rate("AdamW, float32", "element", lambda of: of.stepped_elements)
+    yield rate("elements of AdamW, float32", "", lambda of: of.stepped_elements)
     yield rate("tiles, without their products", "visit", lambda of: 1 / (of.tile_seconds or 1e-9))
     if now.cached_bytes:
         yield rate("disk, page cache, read", "B", lambda of: of.cached_bytes)
@@ -180,7 +190,11 @@ def _rates(
 
 
 def _free_from(folder: FolderFacts, now: MachineProfile) -> Iterator[FreeFrom]:
-    measured = {"host": True, "page cache": now.cached_bytes > 0, "direct": folder.direct}
+    measured = {
+        "host": True,
+        "page cache": now.cached_bytes > 0,
+        "direct": folder.direct and now.read_bytes > 0,
+    }
     for home in get_args(ReachedBy):
         for trains, work in ((False, "inference"), (True, "AdamW")):
             for dtype, element_bytes in (("float32", 4), ("bfloat16", 2)):
@@ -216,19 +230,21 @@ def _warnings(
         )
     if system.free_bytes is None:
         yield "the system does not say how much memory is free: no home uses the page cache"
-    usable = min(system.processors, system.quota or system.processors)
+    usable = system.usable_processors
     if system.threads > usable:
         yield (
             f"torch uses {system.threads} threads, and this process has the time of {usable:g} "
             f"processors: set OMP_NUM_THREADS={max(1, int(usable))}"
         )
-    if system.load is not None and system.load > usable / 2:
+    if system.is_busy:
         yield (
-            f"other processes were using {system.load:.1f} of {usable:g} processors, so rates are "
-            "lower than they could be: run it again when the machine is idle"
+            f"{system.load:.1f} other processes were busy on {usable:g} processors, so rates are "
+            "not those of an idle machine, and none are saved: run it again later"
         )
     for words, limit in system.resource_limits.items():
         yield f"{words} is limited to {format_byte_size(limit)}: larger homes are refused"
+    if system.is_busy:
+        return
     stale = [rate for rate in rates if rate.change and not 1 / _STALE < rate.change < _STALE]
     if stale:
         names = "; ".join(f"{rate.what}: {rate.change:.2g} ×" for rate in stale)

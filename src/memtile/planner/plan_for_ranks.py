@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Cut, TilingDecision, Work
+from memtile.convert import Cut, TilingDecision, Work, converting_bytes
 from memtile.costmodel import ClusterSpec, LooseModule, PlannedLayer, RankPlan, Sharding, Uses
 from memtile.costmodel.budget import checked_size
 from memtile.costmodel.model_records import Counted, ParkedLayout
@@ -75,7 +76,9 @@ def plan_ranks(
     memory = _memory(device_memory, max_tile_bytes)
     masters = engine == "zero3"
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
-    setting = RankSetting(offload, prefetch, seen.state)
+    is_folder = isinstance(source, str | Path)
+    converting = converting_bytes(seen.model, source) if is_folder else 0
+    setting = RankSetting(offload, prefetch, seen.state, converting)
     layers, loose = sharded_of(seen)
     search = RankSearch(setting, seen.weights, layers, loose, _Count(seen, loose), memory)
     sharding = Sharding(engine, world_size, unit_bytes)

@@ -12,6 +12,7 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.finetune.data_files import Data, find_data
 from memtile.cli.finetune.display import Display
+from memtile.cli.finetune.limits import advice
 from memtile.cli.finetune.log import LOG, PICTURE
 from memtile.cli.finetune.run import Result, finetune
 from memtile.cli.finetune.settings import (
@@ -22,8 +23,9 @@ from memtile.cli.finetune.settings import (
     is_first_rank,
     weight_files,
 )
-from memtile.cli.terminal import progress, with_options
+from memtile.cli.terminal import Trace, progress, with_options
 from memtile.costmodel import format_byte_size, parse_byte_size
+from memtile.observing import check_trace_path
 from memtile.planner.saved_rates import cache_folder
 
 _MEBIBYTE: Final = 1 << 20
@@ -101,6 +103,7 @@ class FinetuneArguments:
     cache: Annotated[
         Path | None, typer.Option(help="Where tokens are kept for other runs (~/.cache/memtile).")
     ] = None
+    trace: Trace = None
     strict: models.Strict = False
     trust_remote_code: models.TrustsCode = False
 
@@ -122,9 +125,9 @@ def run_finetune(given: FinetuneArguments) -> int:
     alone = given.engine is None
     console = Console(highlight=False, quiet=not alone and not is_first_rank())
     limit = f" of {format_byte_size(options.budget)}" if alone else " a rank"
-    with Display(console, given.steps, limit) as display:
+    with Display(console, given.steps, limit, options.trace) as display:
         result = finetune(settings, data, options, display)
-    _show(result, given.out, limit, console)
+    _show(result, given, limit, console)
     return 0
 
 
@@ -141,6 +144,8 @@ def _check_engine(given: FinetuneArguments) -> None:
                 f"{option} plans one process; with --engine, tiles are shards over ranks: give "
                 "--tile and --offload instead."
             )
+    if given.trace is not None:
+        raise CommandError("--trace shows homes, and engines hold shards: leave out one of them.")
     if given.lora is not None:
         raise CommandError("--lora is not there over ranks: leave out --engine, or --lora.")
 
@@ -158,6 +163,7 @@ def _options(given: FinetuneArguments) -> Options:
         offload=given.offload,
         cache=given.cache or cache_folder(),
         eval_steps=50 if given.eval_steps is None else given.eval_steps,
+        trace=None if given.trace is None else check_trace_path(given.trace),
     )
     if given.engine is not None:
         _check_launched()
@@ -246,7 +252,8 @@ def _check_out(out: Path, settings: TrainingSettings, resume: bool) -> None:
         raise CommandError(f"--out {out} is not empty: give a new folder.")
 
 
-def _show(result: Result, out: Path, limit: str, console: Console) -> None:
+def _show(result: Result, given: FinetuneArguments, limit: str, console: Console) -> None:
+    out = given.out
     if result.entries:
         ends = {entry.step: entry.loss for entry in (result.entries[0], result.entries[-1])}
         words = ", ".join(f"loss of step {step}: {loss:.3f}" for step, loss in ends.items())
@@ -255,6 +262,9 @@ def _show(result: Result, out: Path, limit: str, console: Console) -> None:
             f"peak memory {format_byte_size(result.peak_bytes)}{limit}",
             soft_wrap=True,
         )
+    change = advice(result.entries, given.tokens)
+    if change is not None:
+        console.print(change, soft_wrap=True)
     has_picture = (out / PICTURE).is_file()
     files = f"{LOG}, {PICTURE}" if has_picture else f"{LOG} ({PICTURE} needs matplotlib)"
     console.print(f"the fine-tuned model is in {out}; see {files}", soft_wrap=True)
