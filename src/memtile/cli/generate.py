@@ -147,28 +147,12 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         prompt = _encoded(request, tokenizer)
         model = _loaded(request, prompt.shape[1], memory, note)
         streams = _count(model, "num_beams") == 1
-        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         torch.manual_seed(request.seed)
-        problem = f"cannot generate by its {_SETTINGS}"
-        way_out = "change that setting, or remove the file"
         seen = None if request.trace is None else observe()
-        reading = models.reading(request.model, problem, way_out, _REFUSALS)
         started = time.perf_counter()
-        with seen or nullcontext(), torch.inference_mode(), reading:
-            found = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=request.tokens,
-                pad_token_id=next(token for token in padding if token is not None),
-                streamer=_streamer(tokenizer, say) if streams else None,
-                tokenizer=tokenizer,  # for stop_strings
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                **_drawing(request.temperature),
-            )
+        with seen or nullcontext():
+            new = _new_tokens(model, tokenizer, request, prompt, say if streams else None)
         seconds = time.perf_counter() - started
-        read = 1 if model.config.is_encoder_decoder else prompt.shape[1]  # a decoder's start token
-        new = found[0, read:].tolist()
         text = str(tokenizer.decode(new, skip_special_tokens=True))
         if not streams:
             say(text)
@@ -177,6 +161,34 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         note(str(seen))
         note(saved_trace(seen, request.trace))
     return Generated(text, new, seconds, memory.nbytes, read, kept)
+
+
+def _new_tokens(
+    model: Any,  # of transformers, as the tokenizer
+    tokenizer: Any,
+    request: Request,
+    prompt: torch.Tensor,
+    say: Say | None,
+) -> list[int]:
+    """The ids of the new text; `say` gets it as it comes, unless it is None."""
+    padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    problem = f"cannot generate by its {_SETTINGS}"
+    way_out = "change that setting, or remove the file"
+    with torch.inference_mode(), models.reading(request.model, problem, way_out, _REFUSALS):
+        found = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.tokens,
+            pad_token_id=next(token for token in padding if token is not None),
+            streamer=None if say is None else _streamer(tokenizer, say),
+            tokenizer=tokenizer,  # for stop_strings
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            **_drawing(request.temperature),
+        )
+    read = 1 if model.config.is_encoder_decoder else prompt.shape[1]  # a decoder's start token
+    new: list[int] = found[0, read:].tolist()
+    return new
 
 
 def _drawing(temperature: float) -> dict[str, Any]:

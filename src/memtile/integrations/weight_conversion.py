@@ -40,20 +40,32 @@ def in_model_names(
         else:
             found.add(name, key, stored[key] if name in wanted else None)
     latest = Latest()
-    for name, group in groups.items():
+    for group in groups.values():
         sources = {key: stored[key] for _, key in group.members}
-        try:
-            made = group.derived(sources, model.config, wanted, wanted[name].dtype, latest)
-        except Exception as error:  # whatever the operations raise
-            found.problems.append(
-                f"{name}: transformers cannot make it of {_listed(sources)} ({error})"
-            )
-            continue
-        for target, source in made.items():
-            for key in sources:
-                found.add(target, key)
-            found.sources[target] = source
+        _add_made(found, group, sources, model.config, wanted, latest)
     return found
+
+
+def _add_made(
+    found: Renamed,
+    group: "Group",
+    sources: Mapping[str, TensorSource],
+    config: Any,  # of transformers
+    wanted: Mapping[str, Tensor],
+    latest: Latest,
+) -> None:
+    """Note what a converter makes of the sources; what it cannot make is a problem."""
+    try:
+        made = group.derived(sources, config, wanted, wanted[group.first].dtype, latest)
+    except Exception as error:  # whatever the operations raise
+        found.problems.append(
+            f"{group.first}: transformers cannot make it of {_listed(sources)} ({error})"
+        )
+        return
+    for target, source in made.items():
+        for key in sources:
+            found.add(target, key)
+        found.sources[target] = source
 
 
 def in_stored_names(model: Any, tensors: Sequence[Outward]) -> dict[str, TensorSource]:
