@@ -20,7 +20,7 @@ from memtile.convert.kinds import (
     tileable,
     tileables,
 )
-from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
+from memtile.convert.loading_checkpoints import IncompatibleKeys, in_own_names, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
 from memtile.convert.name_matching import WAY_OUT, converting_bytes
 from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
@@ -63,6 +63,7 @@ __all__ = [
     "empty_model",
     "has_checkpointing",
     "has_training",
+    "in_own_names",
     "integrations",
     "kind_of",
     "load_checkpoint",
