@@ -4,6 +4,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from memtile.optim.checks import (
     StepMode,
     check_arguments,
     check_dtypes,
+    check_in_memory,
     check_parameters,
     check_still_of,
 )
@@ -100,6 +102,7 @@ class TileOptimizer(Optimizer):
         self._held: list[Reservation] = []
         self._dtypes: dict[Tensor, torch.dtype] = {}  # that state and room are of
         self._stepped: set[nn.Parameter] = set()
+        self._running = (-1, 0)  # the backward and thread that stepped last
         self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
@@ -225,7 +228,7 @@ class TileOptimizer(Optimizer):
             for parameter, group in _with_groups(self.param_groups)
             if parameter.grad is not None
         ]
-        self._stepper.check_in_memory(parameter for parameter, _ in waiting)
+        check_in_memory(self._model, (parameter for parameter, _ in waiting))
         if not self._idle:
             return waiting
         stepped = ((parameter, self._group_of[parameter]) for parameter in self._stepped)
@@ -254,7 +257,10 @@ class TileOptimizer(Optimizer):
                     "stepped by its first one and cannot accumulate; call step() after each "
                     "backward, or use mode='classic'"
                 )
-            uninterrupted_backward()
+            running = torch._C._current_graph_task_id(), get_ident()
+            if running != self._running:  # once for each backward
+                self._running = running
+                uninterrupted_backward()
             if not self._stepped:
                 check_dtypes(self._model, self._dtypes)
                 self._group_of = dict(_with_groups(self.param_groups))
