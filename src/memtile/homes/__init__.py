@@ -19,6 +19,7 @@ from memtile.homes.kernel import (
 from memtile.homes.live_file import cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (
+    TensorTable,
     allocate_copy,
     allocation_of,
     evict,
@@ -40,6 +41,7 @@ __all__ = [
     "Home",
     "HostHome",
     "Reservation",
+    "TensorTable",
     "Traffic",
     "aligned_buffer",
     "allocate_copy",
