@@ -80,13 +80,43 @@ def test_a_checkpoint_of_tiles_fills_any_grid(tmp_path):
         assert_same(other, experts_model("gpt-oss").state_dict())
 
 
-def test_files_alone_do_not_tell_how_many_experts_there_are(tmp_path):
-    """`convert_checkpoint` refuses to join tiles of a stack, with the way out."""
-    model = memtile.tile(experts_model("qwen3"), out_splits=2)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
+def saved_tiles(folder, name, **sizes):
+    """A file with the names of a model's tiles, and the config beside it."""
+    model = memtile.tile(experts_model(name), **sizes)
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
 
-    with pytest.raises(CheckpointError, match=r"stacks\.\d\.weight is a tile of a stack"):
-        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "dense")
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("gpt-oss", {"out_splits": 7}), ("qwen3", {"out_splits": 2}), ("jetmoe", {"home": "host"})],
+)
+def test_tiles_of_experts_are_joined_without_a_model(tmp_path, name, sizes):
+    """Of any grid, by the config beside them: the dense tensors, bit for bit."""
+    saved_tiles(tmp_path / "tiles", name, **sizes)
+
+    joined = convert_checkpoint(tmp_path / "tiles", tmp_path / "dense")
+
+    expected = experts_model(name).state_dict()
+    found = load_file(tmp_path / "dense" / "model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected if key in found)
+    assert expected.keys() - found.keys() <= {"lm_head.weight"}
+    stacks = {key for key in expected if expected[key].dim() == 3}
+    assert stacks <= {*joined} | {f"{layer}.weight" for layer in joined}
+
+
+def test_the_config_must_be_that_of_the_tiles(tmp_path):
+    """Without one nobody knows how many experts there are, and another model's is refused."""
+    saved_tiles(tmp_path / "tiles", "qwen3", out_splits=2)
+    experts_model("gpt-oss").config.save_pretrained(tmp_path / "tiles")
+    with pytest.raises(CheckpointError, match=r"down_proj: the tiles .*no stack of the"):
+        convert_checkpoint(tmp_path / "tiles", tmp_path / "dense")
+
+    (tmp_path / "tiles" / "config.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"put the model's config\.json beside"):
+        convert_checkpoint(tmp_path / "tiles", tmp_path / "dense")
 
 
 @pytest.mark.parametrize("home", [None, "host", "checkpoint"])

@@ -70,7 +70,7 @@ def test_a_model_is_planned_and_tiled_by_its_plan(tmp_path, optimizer, implement
 
 
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "mixtral", "jetmoe"])
 def test_the_counted_memory_of_a_step_is_what_a_step_takes(name, trains, tmp_path):
     """In training to the byte; in inference within a tenth, as experts have unequal tokens."""
     model, ids = experts_model(name).train(trains), tokens(4, 40)

@@ -26,6 +26,8 @@ from memtile.homes import (
     tensor_of,
     trim_heap,
 )
+from memtile.observing import recording
+from memtile.observing.recording import STEP, clock
 from memtile.optim.checks import check_finite
 from memtile.optim.slice_optimizer import ParameterSlice
 from memtile.optim.state_layout import (
@@ -93,6 +95,7 @@ class Stepper:
         leaves a parked parameter and its state as they were; a parameter in memory may be stepped
         in part. Steps with a gradient of zeros come before, as `idle` says.
         """
+        begun = clock() if recording.active else 0
         gradient, parked = parameter.grad, streamed_allocation(parameter) is not None
         if gradient is not None and in_backward and not parked:  # others: see check_in_memory
             check_finite(self.model, parameter, gradient)
@@ -104,6 +107,8 @@ class Stepper:
         ):
             self._step_brought_in(parameter, [*idle, (group, 1)], ahead, in_backward)
         torch.autograd.graph.increment_version(parameter)
+        if begun:
+            recording.add(STEP, begun, allocation_of(parameter) or parameter)
 
     def _step_brought_in(
         self,

@@ -33,6 +33,7 @@ from memtile.convert import has_training
 from memtile.engines.ranks import Ranks
 from memtile.errors import NotFiniteError
 from memtile.homes import keep_freed_memory_out
+from memtile.observing import Observation, observe, totals
 from memtile.testing import PeakMemory
 
 TRAINING: Final = "training"
@@ -62,11 +63,13 @@ class Run:
     seen: int = 0  # sequences, of all ranks together
     validation: Sequences | None = None
     eval_steps: int = 1
+    on_traced: Callable[[int, Observation], None] | None = None  # gets one step, by its number
 
     def step(self) -> LoggedStep:
         """One step more; a loss that is not finite leaves the weights unchanged."""
         backend = self.backend
-        started, lr = time.perf_counter(), float(backend.scheduler.get_last_lr()[0])
+        before, lr = replace(totals), float(backend.scheduler.get_last_lr()[0])
+        started = time.perf_counter()
         loss = backend.loss(self._inputs(self.sequences, self.seen + backend.rank))
         value = sum(backend.of_all_ranks(float(loss.detach()))) / backend.ranks
         if not math.isfinite(value):  # before backward, which may step the weights with it
@@ -77,7 +80,19 @@ class Run:
         seconds = time.perf_counter() - started
         speed = self.settings.tokens * backend.ranks / seconds
         peak_bytes = max(backend.of_all_ranks(self.memory.nbytes))
-        return LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
+        entry = LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
+        if self.settings.engine is not None:  # which gathers tiles itself
+            return entry
+        waited, moving = totals.waited_ns - before.waited_ns, totals.moving_ns - before.moving_ns
+        return replace(entry, waited_seconds=waited / 1e9, moving_seconds=moving / 1e9)
+
+    def traced_step(self) -> LoggedStep:
+        """A step that is observed, for `on_traced`."""
+        assert self.on_traced is not None
+        with observe() as seen:
+            entry = self.step()
+        self.on_traced(entry.step, seen)
+        return entry
 
     def evaluate(self) -> float | None:
         """The loss on the validation data, a mean over tokens; None where it is not due."""
@@ -153,6 +168,8 @@ def finetune(
         else:
             Ranks().first(lambda: settings.write(options.out))
         display.started(run.done)
+        if options.trace is not None:
+            run.on_traced = display.traced
         result = train(run, display.report)
         run.backend.write(Path(settings.model), options.out)
     return result
@@ -178,17 +195,12 @@ def _prepared(
     )
     for each in (sequences, *others):
         _check_vocabulary(model, each)
-    if settings.engine is None:
-        loaded = load(model, settings, options, memory, display.say)
-    else:
-        from memtile.cli.finetune import sharded
-
-        loaded = sharded.load(model, settings, options, display.say)
+    backend = _loaded(model, settings, options, memory, display.say)
     for sentence in said:
         display.say(sentence)
     return Run(
         settings,
-        loaded,
+        backend,
         sequences,
         memory,
         options.out,
@@ -196,6 +208,20 @@ def _prepared(
         validation=others[0] if others else None,
         eval_steps=options.eval_steps,
     )
+
+
+def _loaded(
+    model: Any,  # of transformers
+    settings: TrainingSettings,
+    options: Options,
+    memory: PeakMemory,
+    say: Callable[[str], None],
+) -> Backend:
+    if settings.engine is None:
+        return load(model, settings, options, memory, say)
+    from memtile.cli.finetune import sharded
+
+    return sharded.load(model, settings, options, say)
 
 
 def _sequences(
@@ -260,11 +286,13 @@ def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = No
     listening: AbstractContextManager[list[int]] = (
         nullcontext([]) if run.out is None else _signals()
     )
+    traced = min(run.done + 2, last) if run.on_traced is not None else None  # the first one learns
     begun = time.perf_counter()
     try:
         with listening as signals:
             while run.done < last:
-                entries.append(replace(run.step(), validation_loss=run.evaluate()))
+                entry = run.traced_step() if run.done + 1 == traced else run.step()
+                entries.append(replace(entry, validation_loss=run.evaluate()))
                 if log is not None:
                     log.add(entries[-1])
                 if writes:
