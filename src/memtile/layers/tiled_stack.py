@@ -167,7 +167,7 @@ class TiledStack(TiledModule):
 
     def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
         """The weights of the parked tiles whose experts have rows, in order."""
-        if not isinstance(self.stacks[0], ParkedModule):
+        if not isinstance(self.stacks[0], ParkedStackTile):
             return []  # an engine's hooks would take them for inputs
         units = self.units_of(counts, first)
         hit = (number for numbers, rows in units if any(rows) for number in numbers)
