@@ -107,7 +107,7 @@ class TiledLinear(LinearPaths):
     def tile(self, row: int, column: int) -> nn.Module:
         """The tile at (row, column)."""
         rows = self.linears._modules  # a ModuleList's own [] makes 20 calls, twice for each tile
-        tile: nn.Module = rows[str(row)]._modules[str(column)]  # type: ignore[union-attr,assignment]  # of ModuleLists
+        tile: nn.Module = rows[str(row)]._modules[str(column)]  # type: ignore[assignment]  # of ModuleLists
         return tile
 
     @staticmethod
