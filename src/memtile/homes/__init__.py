@@ -22,6 +22,7 @@ from memtile.homes.kernel import (
 from memtile.homes.live_file import LiveFile, cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (
+    TensorTable,
     allocate_copy,
     allocation_of,
     evict,
@@ -44,6 +45,7 @@ __all__ = [
     "HostHome",
     "LiveFile",
     "Reservation",
+    "TensorTable",
     "Traffic",
     "aligned_buffer",
     "allocate_copy",

@@ -40,6 +40,7 @@ _WIPE_ON_FORK: Final = 18  # madvise(2); mmap has no name for it
 _PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to stays
 _MMAP_THRESHOLD: Final = -3  # mallopt(3)
 _MAPPED_FROM: Final = 64 << 10
+_LARGEST_FREE: Final = 64 << 20  # larger blocks were always maps of their own
 _MAPS = Path("/proc/self/maps")
 _MEMINFO = Path("/proc/meminfo")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -267,15 +268,52 @@ def keep_freed_memory_out() -> None:
     blocks of that size were freed. Smaller blocks then leave holes in the heap, and the peak of the
     process is more than what it uses. The setting is for the whole process and costs page faults:
     300 blocks of 4 MiB, written to in turn, took none before and 307 500 afterwards.
+
+    Blocks that lie free in the heap now, after imports say, would still be used for large tensors,
+    and stay when those are freed: three forwards of a T5 took 106 to 133 MB, by the order of sets,
+    and 105.3 to 105.7 since such blocks are taken for good.
     """
     library = _library()
     if library is not None:
         library.mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
         library.malloc_trim(0)  # or blocks would go on to be carved from what lies free on top
+        _take_free_blocks(library)
         _log.info(
             "malloc of this process gives freed blocks from 64 KiB on back at once from now on, "
             "as plans suppose; memtile.tile(model, plan, return_freed_memory=False) leaves it alone"
         )
+
+
+class _HeapState(ctypes.Structure):
+    """`struct mallinfo2` of mallinfo(3), in bytes: all that glibc's heaps hold."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "maps", "mapped_bytes"),
+            *("usmblks", "fsmblks", "used_bytes", "free_bytes", "keepcost"),
+        )
+    )
+
+
+def _take_free_blocks(library: Any) -> None:
+    """Take the large blocks that lie free in the heap, and never write to them: no page is used.
+
+    Largest first. A block that is a map of its own shows that none of this size is left.
+    """
+    if not hasattr(library, "mallinfo2"):
+        return  # before glibc 2.33
+    state = library.mallinfo2
+    state.restype, library.malloc.restype = _HeapState, ctypes.c_void_p
+    left, size = state().free_bytes, _LARGEST_FREE
+    while size >= _MAPPED_FROM and left > 0:
+        maps = state().maps
+        block = library.malloc(ctypes.c_size_t(size))
+        if state().maps > maps:
+            library.free(ctypes.c_void_p(block))
+            size //= 2
+        else:
+            left -= size
 
 
 @lru_cache

@@ -1,14 +1,16 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
+from memtile.layers.called_experts import agree_on_calls, called_experts
 from memtile.layers.checks import is_plain
 from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.stack_owner import StackOwner
+from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule, watch_tiles
-from memtile.layers.tiled_stack import ParkedStackTile, StackTile, TiledStack
+from memtile.layers.tiled_stack import TiledStack
 from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gatherer, whole_shape
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "TiledLinearReturnBias",
     "TiledModule",
     "TiledStack",
+    "agree_on_calls",
+    "called_experts",
     "gathered",
     "is_plain",
     "is_shard",

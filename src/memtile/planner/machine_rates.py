@@ -116,15 +116,15 @@ def _begin(name: str) -> None:
 
 def _memory(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
     """Memory of each first use, in the order in which a run takes it."""
-    before = _resident_bytes()
+    before = resident_bytes()
     import torch._dynamo  # torch's optimizers import it when they first step
 
-    imported = _resident_bytes()
+    imported = resident_bytes()
     widest = _workspace_bytes()
     with _home(folder) as home:
-        inferred = _use_everything(home, trains=False)
+        inferred = use_everything(home, trains=False)
     with _home(folder) as home:
-        used = _use_everything(home, trains=True)
+        used = use_everything(home, trains=True)
     sixteen = [_product_bytes(rows, torch.bfloat16) for rows in _ROWS]
     with _home(folder) as home:
         objects = _objects(home)
@@ -147,17 +147,17 @@ def _home(folder: str | None) -> Home:
 def _workspace_bytes() -> int:
     """Memory that a large product leaves; a small one first loads the code that all use."""
     _product_bytes(1, torch.float32)
-    before = _resident_bytes()
+    before = resident_bytes()
     take_workspace(Products((WORKSPACE_SHAPE,), 0))
-    return max(0, _resident_bytes() - before)
+    return max(0, resident_bytes() - before)
 
 
 def _product_bytes(rows: int, dtype: torch.dtype) -> int:
     """Memory that one product leaves."""
     x, weight = torch.ones(rows, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
-    before = _resident_bytes()
+    before = resident_bytes()
     torch.mm(x, weight)
-    return max(0, _resident_bytes() - before)
+    return max(0, resident_bytes() - before)
 
 
 class _Everything(nn.Module):
@@ -184,7 +184,7 @@ class _Everything(nn.Module):
         return functional.cross_entropy(logits.view(-1, 512), ids.view(-1))
 
 
-def _use_everything(home: Home, *, trains: bool) -> int:
+def use_everything(home: Home, *, trains: bool) -> int:
     """Plan and run a small model as a run does; gives the memory of the process afterwards."""
     model, ids = _Everything().train(trains), torch.arange(128).view(1, -1)
 
@@ -202,7 +202,7 @@ def _use_everything(home: Home, *, trains: bool) -> int:
         if loss is not None:
             loss.backward()
             optimizer.step()
-    return _resident_bytes()
+    return resident_bytes()
 
 
 def _objects(home: Home) -> dict[str, float]:
@@ -232,20 +232,20 @@ class _Lined:
         self._ids = torch.ones(4, 16)
 
     def infer(self) -> int:
-        before = _resident_bytes()
+        before = resident_bytes()
         self._plan(trains=False)
         self._model = self._tiled(self._made(), self._home)
         with torch.no_grad():
             self._loss(self._model)
-        return max(0, _resident_bytes() - before)
+        return max(0, resident_bytes() - before)
 
     def train(self) -> int:
-        before = _resident_bytes()
+        before = resident_bytes()
         self._plan(trains=True)
         adamw = torch.optim.AdamW
         self._optimizer = TileOptimizer(self._model, adamw, mode="in_backward", lr=1e-3)
         self.step()
-        return max(0, _resident_bytes() - before)
+        return max(0, resident_bytes() - before)
 
     def step(self) -> None:
         self._loss(self._model).backward()
@@ -307,7 +307,7 @@ def _disk(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
         }
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Memory of this process now; 0 where the system does not report it."""
     return _pages()[1] * os.sysconf("SC_PAGE_SIZE")
 
