@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from averaging_worker import CASES, Net, spawn, train
+from averaging_worker import CASES, EXPERTS, Net, spawn, train
 from routed_layers import routed
 
 import memtile
@@ -37,6 +37,22 @@ def test_ranks_train_as_one_process_does(ranks, name):
             assert (found[name][0][key] - value).norm() <= 1e-11 * value.norm(), key
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_train_as_in_one_process(ranks, name):
+    """Of which each rank's tokens hit others, some none at all."""
+    dense = EXPERTS[name].model()
+    train(dense, EXPERTS[name])
+
+    for *_, found in ranks:
+        for key, value in dense.state_dict().items():
+            assert (found[name][0][key] - value).norm() <= 1e-11 * value.norm(), key
+
+
+def test_gradients_of_experts_without_tokens_are_not_sent(ranks):
+    """Some of 16 experts get no token on either rank: fewer reductions than parameters."""
+    assert all(found["in backward"][1] < 1 for *_, found in ranks)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_gradient_is_reduced_once_for_each_averaged_backward(ranks, name):
     """Once for a tied tile too, which is used twice."""
@@ -48,14 +64,14 @@ def test_each_gradient_is_reduced_once_for_each_averaged_backward(ranks, name):
 
 def test_other_grids_on_other_ranks_are_refused_on_both(ranks):
     """Both ranks raise before anything is sent."""
-    assert all("make the same model" in refused for _, refused, _ in ranks)
+    assert all("make the same model" in refused for _, refused, *_ in ranks)
 
 
 def test_a_gradient_of_another_parameter_on_the_other_rank_is_refused_on_both(ranks):
     """Their sum would be the gradient of neither parameter."""
     told = r"rank 0 .*averages the gradient of 0\..* while rank 1 averages the gradient of 1\."
 
-    assert all(re.match(told, way) for _, _, way in ranks), ranks[0][2]
+    assert all(re.match(told, way) for _, _, way, _ in ranks), ranks[0][2]
 
 
 def test_without_a_process_group_the_way_to_one_is_said():
@@ -80,9 +96,9 @@ def test_a_model_without_values_is_refused(alone):
         GradientAverager(Net().to("meta"))
 
 
-def test_experts_in_tiles_are_refused(alone):
-    """Ranks have gradients of different experts, so they would wait for each other."""
-    with pytest.raises(EngineError, match="experts is a stack of experts in tiles"):
+def test_a_layer_that_uses_some_of_its_tiles_is_refused(alone):
+    """Ranks have gradients of different tiles, so they would wait for each other."""
+    with pytest.raises(EngineError, match="experts, a TiledExperts, uses some of its tiles only"):
         GradientAverager(routed("host"))
 
 

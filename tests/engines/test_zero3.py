@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import chosen, with_slow
-from engine_cases import CASES, Net, ParallelNet, distance, parallel_losses, plain_step, train
-from zero3_worker import spawn
+from engine_cases import CASES, Case, Net, ParallelNet, distance, parallel_losses, plain_step, train
+from small_experts import ExpertsLoss
+from zero3_worker import EXPERTS, spawn
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
@@ -52,6 +53,22 @@ def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
     )
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_train_as_the_dense_model_does(outcome, name):
+    """Of a mixture of experts in tiles, of which each rank's tokens hit others."""
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        model = ExpertsLoss(name, dtype, **EXPERTS[name])
+        losses = train(model, Case())
+        results[dtype] = {**model.state_dict(), "losses": torch.tensor(losses)}
+    truth, rounded = results[torch.float64], results[torch.float32]
+    losses = torch.tensor([rank["cases"][name]["losses"] for rank in outcome.ranks]).mean(0)
+
+    assert distance({**outcome.states[name], "losses": losses}, truth) <= 4 * distance(
+        rounded, truth
+    )
+
+
 def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
     """Megatron's linears, each of half the width, give the losses they give without ZeRO-3."""
     expected = parallel_losses(plain_step(ParallelNet()))
@@ -61,7 +78,7 @@ def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
         assert rank["parallel"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *EXPERTS])
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
     """The tile in use and the next: in forward, backward, recomputation and after evaluation."""
     for rank in outcome.ranks:

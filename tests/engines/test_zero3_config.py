@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_experts import EXPERTS, experts_model
 from torch import nn
 
 import memtile
@@ -109,6 +110,19 @@ def test_every_default_of_deepspeeds_is_found():
         "gradient_clipping",
     ]
     assert all(finding.is_default for finding in findings)
+
+
+def test_modules_that_are_gathered_at_once_are_found():
+    """DeepSpeed's default names transformers' classes: all experts of a layer would be live."""
+    tiled = memtile.tile(experts_model("qwen3"), out_splits=EXPERTS)
+    assert check(config(tiled), tiled) == []
+
+    given = config(tiled)
+    del given[ZERO]["leaf_module"]
+
+    (found,) = check(given, tiled)
+    assert found.key == f"{ZERO}.leaf_module.classes"
+    assert "all tiles of model.layers.0.mlp are gathered at once" in str(found)
 
 
 def test_a_finding_is_a_sentence():

@@ -1,4 +1,4 @@
-"""Free memory is the least of what the system and each cgroup leave."""
+"""Free memory is the least of what the system and each cgroup leave; limits are told apart."""
 
 import pytest
 
@@ -93,3 +93,48 @@ def test_more_used_than_allowed_is_nothing_free(system):
 def test_a_system_that_does_not_tell(system):
     """Without /proc it is None."""
     assert kernel.free_bytes() is None
+
+
+def test_limits_of_version_2(system):
+    """The tightest of all groups above, in bytes and in processors; "max" is none."""
+    system(
+        cgroup="0::/job/step\n",
+        **{
+            "sys__job__step__memory.max": "max\n",
+            "sys__job__memory.max": "9000\n",
+            "sys__job__step__cpu.max": "max 100000\n",
+            "sys__job__cpu.max": "150000 100000\n",
+        },
+    )
+
+    assert (kernel.memory_limit(), kernel.processor_limit()) == (9000, 1.5)
+
+
+def test_limits_of_version_1(system):
+    """The same from the files of each controller."""
+    system(
+        cgroup="5:memory:/job\n4:cpu,cpuacct:/job\n",
+        **{
+            "sys__memory__memory.limit_in_bytes": "7000\n",
+            "sys__cpu__job__cpu.cfs_quota_us": "50000\n",
+            "sys__cpu__job__cpu.cfs_period_us": "100000\n",
+        },
+    )
+
+    assert (kernel.memory_limit(), kernel.processor_limit()) == (7000, 0.5)
+
+
+def test_no_limit_is_none(system):
+    """Also where version 1 says it by a number, and where there are no cgroups."""
+    assert (kernel.memory_limit(), kernel.processor_limit()) == (None, None)
+    system(
+        cgroup="5:memory:/\n4:cpu:/\n0::/\n",
+        **{
+            "sys__memory__memory.limit_in_bytes": "9223372036854771712\n",
+            "sys__cpu__cpu.cfs_quota_us": "-1\n",
+            "sys__cpu__cpu.cfs_period_us": "100000\n",
+            "sys__cpu.max": "max 100000\n",
+        },
+    )
+
+    assert (kernel.memory_limit(), kernel.processor_limit()) == (None, None)

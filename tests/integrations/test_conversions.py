@@ -25,6 +25,7 @@ from memtile.convert.derived import RowMap
 from memtile.errors import CheckpointError
 from memtile.homes import allocation_of
 from memtile.integrations.weight_conversion import Group
+from memtile.planner import plan_ranks
 from memtile.testing import LargestAllocation
 
 transformers.utils.logging.disable_progress_bar()
@@ -365,6 +366,11 @@ def test_the_plan_of_a_folder_knows_what_must_be_computed(tmp_path: Path) -> Non
     assert converting_bytes(empty(dense), tmp_path / "large") == 3 * stack
     (term,) = (term for term in plan.terms if term.name.startswith("conversion of weights"))
     assert 0 < term.nbytes <= 3 * stack
+    ranks = plan_ranks(
+        tmp_path / "large", world_size=2, engine="fsdp2", tokens=4, dtype=torch.bfloat16, work=step
+    )
+    kept = {term.name: (term.place, term.nbytes) for term in ranks.kept}
+    assert kept["conversion of weights while they are loaded"] == ("host", 3 * stack)
     model = memtile.tile(empty(dense), max_tile_bytes=9000, checkpoint=tmp_path / "large")
     assert same_tensors(dense_values(model), dict(dense.state_dict()))
 

@@ -175,6 +175,23 @@ def test_dense_names_are_the_models_own():
     assert all(torch.equal(found[name], dense[name]) for name in dense)
 
 
+def test_stacks_are_found_by_get_parameter():
+    """From their owner by their own name, from the model by the handle's; it reads and writes."""
+    dense, model = experts_model("gpt-oss"), memtile.tile(experts_model("gpt-oss"), home="host")
+    path = "model.layers.1.mlp.experts.down_proj"
+    expected, own = dense.get_parameter(path), experts_of(model).get_parameter("down_proj")
+    assert own.shape == experts_of(dense).down_proj.shape
+    assert torch.equal(own, experts_of(dense).down_proj)
+    assert experts_of(model).get_parameter("down_proj_bias").dim() == 2
+
+    found = model.get_parameter(f"{path}.weight")
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        found.mul_(2)
+
+    assert torch.equal(dict(memtile.dense_state_dict(model))[path], 2 * expected)
+
+
 def test_a_missing_stack_is_named():
     """A checkpoint without it is refused as torch does."""
     model = memtile.tile(experts_model("qwen3"), out_splits=2)

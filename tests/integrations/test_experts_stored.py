@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from safetensors.torch import load_file, save_file
 from small_experts import experts_model, experts_of, tokens
 
@@ -80,13 +81,43 @@ def test_a_checkpoint_of_tiles_fills_any_grid(tmp_path):
         assert_same(other, experts_model("gpt-oss").state_dict())
 
 
-def test_files_alone_do_not_tell_how_many_experts_there_are(tmp_path):
-    """`convert_checkpoint` refuses to join tiles of a stack, with the way out."""
-    model = memtile.tile(experts_model("qwen3"), out_splits=2)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
+def saved_tiles(folder, name, **sizes):
+    """A file with the names of a model's tiles, and the config beside it."""
+    model = memtile.tile(experts_model(name), **sizes)
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
 
-    with pytest.raises(CheckpointError, match=r"stacks\.\d\.weight is a tile of a stack"):
-        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "dense")
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("gpt-oss", {"out_splits": 7}), ("qwen3", {"out_splits": 2}), ("jetmoe", {"home": "host"})],
+)
+def test_tiles_of_experts_are_joined_without_a_model(tmp_path, name, sizes):
+    """Of any grid, by the config beside them: the dense tensors, bit for bit."""
+    saved_tiles(tmp_path / "tiles", name, **sizes)
+
+    joined = convert_checkpoint(tmp_path / "tiles", tmp_path / "dense")
+
+    expected = experts_model(name).state_dict()
+    found = load_file(tmp_path / "dense" / "model.safetensors")
+    assert all(torch.equal(found[key], expected[key]) for key in expected if key in found)
+    assert expected.keys() - found.keys() <= {"lm_head.weight"}
+    stacks = {key for key in expected if expected[key].dim() == 3}
+    assert stacks <= {*joined} | {f"{layer}.weight" for layer in joined}
+
+
+def test_the_config_must_be_that_of_the_tiles(tmp_path):
+    """Without one nobody knows how many experts there are, and another model's is refused."""
+    saved_tiles(tmp_path / "tiles", "qwen3", out_splits=2)
+    experts_model("gpt-oss").config.save_pretrained(tmp_path / "tiles")
+    with pytest.raises(CheckpointError, match=r"down_proj: the tiles .*no stack of the"):
+        convert_checkpoint(tmp_path / "tiles", tmp_path / "dense")
+
+    (tmp_path / "tiles" / "config.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"put the model's config\.json beside"):
+        convert_checkpoint(tmp_path / "tiles", tmp_path / "dense")
 
 
 @pytest.mark.parametrize("home", [None, "host", "checkpoint"])
@@ -123,3 +154,32 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path, sizes):
     ours, theirs = dict(memtile.dense_state_dict(second)), dict(memtile.dense_state_dict(whole))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_trainer_resumes_from_lists_of_experts(tmp_path):
+    """It gives `load_state_dict` what `save_pretrained` wrote, the names of the hub's files."""
+    model = memtile.tile(experts_model("mixtral"), out_splits=3, home="host")
+    expected = experts_model("mixtral").state_dict()
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.3)
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+
+    transformers.Trainer(model, arguments)._load_from_checkpoint(str(tmp_path / "model"))
+
+    assert_same(model, expected)
+
+
+def test_a_state_dict_that_lacks_an_expert_is_refused(tmp_path):
+    """Strict or not: its stack would be another."""
+    model = memtile.tile(experts_model("mixtral"), out_splits=3)
+    model.save_pretrained(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    del found[next(name for name in found if "experts.2." in name)]
+
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="experts"):
+            model.load_state_dict(found, strict=strict)
+
+    assert_same(model, experts_model("mixtral").state_dict())

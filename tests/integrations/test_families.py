@@ -29,9 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::memtile.errors.TileSizeWarning"
 PAGE = Path(__file__).parent.parent.parent / "docs" / "families.md"
 LARGEST = 1100  # bytes of a tile: nearly every weight of these models is cut, often raggedly
 TOKENS, BATCH = 24, 2
-# No linear and no embedding of words: convolutions, positions, biases, heads that pool an image.
+# No linear and no embedding of words: convolutions, positions, biases, heads that pool an image,
+# DeepSeek-V4's products in groups and weights of its residual streams.
 STAYS = re.compile(
     r"conv|position|patch_embed|_bias$|\.A_log$|head\.attention\.(in|out)_proj|mm_input_projection"
+    r"|\.o_a_proj\.weight$|_hc\.fn$"
 )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from memtile.errors import CannotTileError, HandleError, SplitsError, TileShapeError
 from memtile.geometry import Grid
 from memtile.homes import HostHome, is_parked
-from memtile.layers import StackOwner, TiledStack
+from memtile.layers import StackOwner, StackTile, TiledStack
 
 EXPERTS, ROWS, COLUMNS = 5, 6, 4
 SPLITS = [1, 2, 4, 5, 6, 15, 30]
@@ -253,3 +253,29 @@ def test_what_would_be_lost_is_refused():
     stack.stacks[0].weight.requires_grad_(False)
     with pytest.raises(CannotTileError):
         stack.dense_parameter("weight")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("counts", [(3, 0, 2), (0, 0, 0)])
+def test_a_hooked_tile_keeps_no_view_of_its_weight(transposed, counts):
+    """Its values and gradients are those of a plain one; ZeRO-3 frees what nothing else holds."""
+    torch.manual_seed(0)
+    shape = (5, 7) if transposed else (7, 5)
+    tile = StackTile(3, 3 * shape[0], shape[1], transposed, dtype=torch.float64)
+    nn.init.normal_(tile.weight)
+    x = torch.randn(sum(counts), 5, dtype=torch.float64, requires_grad=True)
+    expected = tile(x, counts)
+    gradients = torch.autograd.grad(expected.square().sum(), (x, tile.weight))
+    saved = []
+
+    tile.register_forward_hook(lambda *_: None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        found = tile(x, counts)
+
+    torch.testing.assert_close(found, expected)
+    ours = torch.autograd.grad(found.square().sum(), (x, tile.weight))
+    torch.testing.assert_close(ours, gradients)
+    held = tile.weight.untyped_storage().data_ptr()
+    assert all(each.untyped_storage().data_ptr() != held for each in saved)
+    assert torch.autograd.gradcheck(lambda x, _: tile(x, counts), (x, tile.weight))
+    assert torch.autograd.gradgradcheck(lambda x, _: tile(x, counts), (x, tile.weight))

@@ -2,9 +2,11 @@
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 import torch.distributed as dist
 from ddp_worker import Net
 from processes import start_ranks
+from small_experts import ExpertsLoss
 from torch import Tensor, nn
 
 import memtile
+from memtile.convert import set_checkpointing
 from memtile.engines.torch_ddp import GradientAverager
 from memtile.errors import EngineError
 
@@ -30,6 +34,14 @@ class Case:
     syncs_once: bool = False
     clip: float | None = None
     home: str = "disk"
+    model: Callable[[], nn.Module] = Net
+
+
+def checkpointed() -> ExpertsLoss:
+    """One whose forward runs again in backward."""
+    model = ExpertsLoss("qwen3", num_experts=16)
+    set_checkpointing(model.inner, True)
+    return model
 
 
 CASES = {
@@ -39,6 +51,13 @@ CASES = {
     "accumulated, averaged once": Case(parts=2, syncs_once=True),
     "clipped": Case(clip=0.05),
     "host": Case(home="host", mode="in_backward"),
+}
+MANY = partial(ExpertsLoss, "qwen3", num_experts=16)
+EXPERTS = {
+    "in backward": Case(mode="in_backward", model=MANY),
+    "averaged once, clipped": Case(parts=2, syncs_once=True, clip=0.05, home="host", model=MANY),
+    "recomputed": Case(mode="in_backward", home="host", model=checkpointed),
+    "grouped rows": Case(home="host", model=partial(ExpertsLoss, "jetmoe")),
 }
 
 
@@ -65,9 +84,10 @@ def train(model: nn.Module, case: Case, rank: int = 0, world: int = 1) -> None:
 def run_case(case: Case, rank: int, folder: Path) -> tuple[dict[str, Tensor], int]:
     """The dense parameters after training, and the reductions of a backward for each parameter."""
     with memtile.DiskHome(folder) if case.home == "disk" else memtile.HostHome() as home:
-        model = memtile.tile(Net(), out_splits=3, in_splits=2, home=home)
+        splits = {"out_splits": 3, "in_splits": 2} if case.model is Net else {}
+        model = memtile.tile(case.model(), **splits, home=home)
         with torch.no_grad():
-            model.up.tile(0, 0).weight.add_(rank)  # rank 0's values are to reach all
+            next(model.parameters()).add_(rank)  # rank 0's values are to reach all
         calls, plain = [0], dist.all_reduce
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -115,12 +135,16 @@ def run(rank: int, folder: str) -> None:
     home = Path(folder) / f"home{rank}"
     home.mkdir()
     found = {name: run_case(case, rank, home) for name, case in CASES.items()}
-    torch.save((found, refused(rank), told_of_another_way(rank)), Path(folder) / f"rank{rank}.pt")
+    experts = {name: run_case(case, rank, home) for name, case in EXPERTS.items()}
+    told = refused(rank), told_of_another_way(rank)
+    torch.save((found, *told, experts), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 def spawn() -> list[Any]:
-    """What the two ranks found: of each case the parameters and reductions; what they were told."""
+    """What the two ranks found: of each case the parameters and reductions; what they were told;
+    the same of each case with experts.
+    """
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         start_ranks(run, 2, folder)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]

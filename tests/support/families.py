@@ -23,6 +23,7 @@ BERT: Final = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads",
 HEADS: Final = {k: v for k, v in BERT.items() if k != "intermediate_size"}
 WIDE: Final = {**TEXT, "num_key_value_heads": 4}  # as many heads of keys as of queries
 EXPERTS: Final = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+JET: Final = {k: v for k, v in TEXT.items() if k not in ("num_attention_heads", "head_dim")}
 LOCAL: Final = {"num_local_experts": 5, "num_experts_per_tok": 2}
 BART: Final = {
     **TOKENS,
@@ -358,6 +359,44 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
             "vision_config": VISION,
             "image_token_id": IMAGE,
             "scale_factor": 2,
+        },
+    ),
+    "JetMoE": ("JetMoeForCausalLM", {**JET, **LOCAL, "kv_channels": 6}),
+    "DeepSeek-V4": (
+        "DeepseekV4ForCausalLM",
+        {
+            **TEXT,
+            **TWO,
+            "head_dim": 16,
+            "q_lora_rank": 12,
+            "o_lora_rank": 8,
+            "o_groups": 2,
+            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 4,
+            "sliding_window": 8,
+            "hc_mult": 2,
+            "partial_rotary_factor": 0.25,
+            "mlp_layer_types": ["hash_moe", "moe"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+        },
+    ),
+    "CPM-Ant": (
+        "CpmAntForCausalLM",
+        {
+            "vocab_size": 131,
+            "hidden_size": 24,
+            "num_attention_heads": 4,
+            "dim_head": 6,
+            "dim_ff": 44,
+            "num_hidden_layers": 1,
+            "prompt_length": 4,
+            "prompt_types": 4,
+            "segment_types": 4,
         },
     ),
 }

@@ -75,6 +75,19 @@ def experts_model(name: str, implementation: str = "batched_mm", **config: Any) 
     return model.train()
 
 
+class ExpertsLoss(nn.Module):
+    """One of these models with a loss, the mean square of its logits."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float64, **config: Any) -> None:
+        super().__init__()
+        self.inner = experts_model(name, **config).to(dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of ids (batch, length)."""
+        logits: torch.Tensor = self.inner(input_ids=ids, use_cache=False).logits
+        return logits.square().mean()
+
+
 def tokens(batch: int = 2, length: int = 19, seed: int = 3) -> torch.Tensor:
     """Seeded ids."""
     generator = torch.Generator().manual_seed(seed)

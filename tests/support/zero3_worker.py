@@ -19,6 +19,7 @@ from engine_cases import (
     share_of,
     tiled,
 )
+from small_experts import ExpertsLoss
 from torch import Tensor, nn
 from zero3_group import join
 from zero3_values import all_values
@@ -26,6 +27,8 @@ from zero3_values import all_values
 import memtile
 from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.engines.zero3_values import whole_numel
+
+EXPERTS: dict[str, dict[str, Any]] = {"qwen3": {"num_experts": 8}, "gpt-oss": {}}
 
 
 def run_case(case: Case, rank: int, world: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -43,6 +46,17 @@ def run_case(case: Case, rank: int, world: int) -> tuple[dict[str, Any], dict[st
     with watched(model) as seen:
         losses = train(engine, case, rank, world)
     state = {name: tensor.clone() for name, tensor in memtile.dense_state_dict(model)}
+    engine.destroy()
+    return {"losses": losses, **seen}, state
+
+
+def run_experts(name: str, rank: int, world: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of a mixture of experts, an expert a tile, of which ranks use different ones."""
+    model = memtile.tile(ExpertsLoss(name, torch.float32, **EXPERTS[name]), out_splits=8)
+    engine = attach(started(model, config(model)))
+    with watched(model) as seen:
+        losses = train(engine, Case(), rank, world)
+    state = {key: tensor.clone() for key, tensor in memtile.dense_state_dict(model)}
     engine.destroy()
     return {"losses": losses, **seen}, state
 
@@ -133,7 +147,9 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
     join(rank, world, folder)
     found = {}
     for name in names:
-        found[name], state = run_case(CASES[name], rank, world)
+        is_experts = name in EXPERTS
+        ran = run_experts(name, rank, world) if is_experts else run_case(CASES[name], rank, world)
+        found[name], state = ran
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     report = {"cases": found, "defaults": under_defaults(rank, world)}

@@ -39,6 +39,6 @@ def run_convert(
         source, target, recut, max_shard_bytes=parse_byte_size(max_shard, "--max-shard")
     )
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    act = "cut into tiles" if modules else "joined from tiles"
-    print(f"{len(changed)} linears {act}; {format_byte_size(size)} in {target}")
+    act = "linears cut into tiles" if modules else "layers joined from tiles"
+    print(f"{len(changed)} {act}; {format_byte_size(size)} in {target}")
     return 0

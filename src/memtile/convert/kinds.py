@@ -268,6 +268,13 @@ def _stacks_of(module: nn.Module) -> dict[str, Tileable]:
     }
 
 
+def tiled_layers(model: nn.Module, *, all_names: bool = False) -> Iterator[tuple[str, TiledModule]]:
+    """The tiled layers of a model by name, each once, or under all names that it has."""
+    for name, module in model.named_modules(remove_duplicate=not all_names):
+        if isinstance(module, TiledModule):
+            yield name, module
+
+
 def tiled_classes() -> set[type[TiledModule]]:
     """The tiled forms of all kinds."""
     return {kind.tiled for kind in _kinds(imported_only=False)}

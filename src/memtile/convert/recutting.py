@@ -1,7 +1,8 @@
 """`convert_checkpoint`: changes dense tensors of a checkpoint into tiles and back, without a model.
 
 A tile is known by its name, which ends in `linears.{row}.{column}.weight` or `.bias`. The caller
-says what becomes tiles, since a name does not tell a linear from an embedding.
+says what becomes tiles, since a name does not tell a linear from an embedding. How many experts the
+tiles of a stack hold is known from the model that a `config.json` beside them describes.
 """
 
 import os
@@ -21,8 +22,9 @@ from memtile.checkpoints import (
     write_checkpoint,
 )
 from memtile.checkpoints.opening import files_beside
+from memtile.convert.kinds import integrations
 from memtile.convert.name_matching import tiles_by_layer
-from memtile.convert.streaming import TensorSource, TiledSource, spans
+from memtile.convert.streaming import TensorSource, TiledSource, spans, written
 from memtile.errors import ArgumentError, CheckpointError, MemtileError
 from memtile.geometry import Grid, Rect, Span
 from memtile.layers import TiledLinear, TiledStack
@@ -88,12 +90,12 @@ def convert_checkpoint(
         max_shard_bytes: no file is larger, unless one tensor is.
 
     Returns:
-        The names of the linears that were cut, or of those whose tiles were joined.
+        The names of the linears that were cut, or of the layers whose tiles were joined.
 
     Raises:
         ArgumentError: source and target are the same, or `cut` is not a `TilingSpec`.
-        CheckpointError: there is no checkpoint, tiles of it make no linear, or no linear of it has
-            one of the names.
+        CheckpointError: there is no checkpoint, tiles of it make no linear or no stack of experts
+            of the config's model, or no linear of it has one of the names.
         SplitsError: a linear cannot be cut so.
         CheckpointWriteError: it could not be written; what was there is unchanged.
     """
@@ -106,7 +108,7 @@ def convert_checkpoint(
     if out.resolve() in (place.resolve(), place.resolve().parent if place.is_file() else None):
         raise ArgumentError(f"{out} is where the checkpoint is; give another folder")
     checkpoint = Checkpoint.open(place)
-    dense, joined = _dense(checkpoint)
+    dense, joined = _dense(checkpoint, place)
     weights = {} if cut is None else _to_cut(dense, cut, place)
     tensors = [each for name, found in dense.items() for each in _outgoing(name, found, weights)]
     beside = files_beside(place) if place.is_dir() else {}
@@ -114,30 +116,87 @@ def convert_checkpoint(
     return joined if cut is None else list(weights)
 
 
-def _dense(checkpoint: Checkpoint) -> tuple[dict[str, TensorSource], list[str]]:
+def _dense(checkpoint: Checkpoint, place: Path) -> tuple[dict[str, TensorSource], list[str]]:
     """Every dense tensor by its name, tiles joined; and the layers that were in tiles."""
     tiles = tiles_by_layer(checkpoint)
     place_of = {key: place for place, keyed in tiles.items() for key in keyed.values()}
+    shapes = _shapes_beside(place) if any(map(_is_of_stack, place_of)) else {}
     dense: dict[str, TensorSource] = {}
+    joined = set[str]()
     for key, stored in checkpoint.items():
-        place = place_of.get(key)
-        name = ".".join(filter(None, place)) if place else key
-        if place is None:
+        layer = place_of.get(key)
+        name = ".".join(filter(None, layer)) if layer else key
+        if layer is None:
             dense[name] = stored
-        elif TiledStack.tile_pattern.search(key):
-            raise CheckpointError(
-                f"{key} is a tile of a stack of experts, and no file says how many experts there "
-                "are; load it into the tiled model with memtile.load_checkpoint(model, folder), "
-                "and write that with memtile.save_checkpoint(model, folder)"
-            )
         elif name in checkpoint:
             raise CheckpointError(f"the checkpoint holds {name} both dense and in tiles; keep one")
         elif name not in dense:
             try:
-                dense[name] = TiledSource({i: checkpoint[k] for i, k in tiles[place].items()})
+                source = TiledSource({i: checkpoint[k] for i, k in tiles[layer].items()})
             except MemtileError as error:
                 raise CheckpointError(f"{name}: {error}") from error
-    return dense, sorted({layer for layer, _ in tiles})
+            is_stack = _is_of_stack(key)
+            dense[name] = (
+                _StackSource(source, _stack_shape(name, source, shapes)) if is_stack else source
+            )
+            joined.add(name if is_stack else layer[0])
+    return dense, sorted(joined)
+
+
+@dataclass(frozen=True)
+class _StackSource:
+    """A stack of experts (E, R, C): the matrix (E·R, C) that its tiles make, element by element."""
+
+    matrix: TiledSource
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        return self.matrix.elements(start, stop)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        _, rows, columns = self.shape
+        return self.matrix.rows(start * rows, stop * rows).view(-1, rows, columns)
+
+
+def _is_of_stack(key: str) -> bool:
+    return TiledStack.tile_pattern.search(key) is not None
+
+
+def _shapes_beside(place: Path) -> dict[str, torch.Size]:
+    """The shapes of the parameters of the model that the config beside a checkpoint describes."""
+    folder = place if place.is_dir() else place.parent
+    if not (folder / "config.json").is_file():
+        return {}
+    for integration in integrations(imported_only=False):
+        model = integration.empty(folder, None)
+        if model is not None:
+            named = model.named_parameters(remove_duplicate=False)
+            return {name: parameter.shape for name, parameter in named}
+    return {}
+
+
+def _stack_shape(name: str, source: TiledSource, shapes: Mapping[str, torch.Size]) -> torch.Size:
+    """(E, R, C) of the matrix (E·R, C) that the tiles of a stack make."""
+    if not shapes:
+        raise CheckpointError(
+            f"{name} is a stack of experts in tiles, and how many experts they are is not known: "
+            "put the model's config.json beside the checkpoint (and have transformers installed), "
+            "or load it into the tiled model with memtile.load_checkpoint(model, folder), and "
+            "write that with memtile.save_checkpoint(model, folder)"
+        )
+    shape = shapes.get(name, torch.Size())
+    if len(shape) != 3 or (shape[0] * shape[1], shape[2]) != tuple(source.shape):
+        known = f"{tuple(shape)} there" if shape else "not there"
+        raise CheckpointError(
+            f"{name}: the tiles are experts of {tuple(source.shape)} rows and columns together, no "
+            f"stack of the model that the config.json beside them describes ({known}); put the "
+            "config of this checkpoint's model there"
+        )
+    return shape
 
 
 def _to_cut(dense: Mapping[str, TensorSource], cut: TilingSpec, place: Path) -> dict[str, Grid]:
@@ -163,7 +222,9 @@ def _outgoing(name: str, source: TensorSource, cut: Mapping[str, Grid]) -> Itera
     layer, _, own = name.rpartition(".")
     grid = cut.get(layer)
     if grid is None or own not in ("weight", "bias") or not source.shape:
-        if isinstance(source, StoredTensor):
+        if isinstance(source, _StackSource):
+            yield written(name, source)
+        elif isinstance(source, StoredTensor):
             yield Outgoing(name, source.entry.kind, source.shape, source.raw)
         else:
             yield _part(name, source, Rect(Span(0, source.shape[0]), Span(0, source.shape[-1])))

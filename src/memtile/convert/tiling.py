@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memtile.checkpoints import CheckpointHome, Paths
-from memtile.convert.kinds import kind_of, tileable
+from memtile.convert.kinds import kind_of, tileable, tiled_layers
 from memtile.convert.materializing import (
     checked_for_empty,
     filled_from,
@@ -257,8 +257,8 @@ def _room_for(
 
 def _refuse_tiled_before(model: nn.Module) -> None:
     """Refuse a model with tiles that would stay in memory, though a home is given."""
-    for name, layer in model.named_modules():
-        weights = layer.tile_parameters("weight") if isinstance(layer, TiledModule) else {}
+    for name, layer in tiled_layers(model):
+        weights = layer.tile_parameters("weight")
         if weights and not any(map(is_parked, weights.values())):
             raise CannotTileError(
                 f"{name} is tiled already, and its tiles would stay in memory; call "
@@ -283,7 +283,8 @@ def _warn_of_larger(model: nn.Module, cut: Cut, decisions: list[TilingDecision])
     owners = (owner for owner in reasons if f"{name}.".startswith(f"{owner}."))
     why = reasons.get(next(owners, ""), "it belongs to no linear, embedding or known stack")
     warnings.warn(
-        f"{len(larger)} parameters stay {rule}; the largest is {name} with {size} bytes: {why}",
+        f"{len(larger)} parameters stay {rule}, {sum(larger.values())} bytes together; the largest "
+        f"is {name} with {size} bytes: {why}",
         TileSizeWarning,
         stacklevel=3,
     )

@@ -40,6 +40,7 @@ class RankSetting:
     offload: Offload  # where shards, gradients and moments live; "none": on the device
     prefetch: int  # units that are gathered ahead of the one in use
     state: StateSizes | None  # what the optimizer keeps; None: inference
+    converting_bytes: int = 0  # the most that one conversion takes while weights are loaded
 
     def state_bytes(self, parameter: Parameter, engine: str) -> int:
         """Bytes that the optimizer keeps for one element of a parameter."""
@@ -128,7 +129,11 @@ class Moment:
 
 def kept_terms(rank: Rank) -> tuple[Term, ...]:
     """What a rank keeps all the time, largest first in each place."""
-    return sorted_terms([*_kept(rank), *_host_step(rank)])
+    stepping = [*_host_step(rank)]
+    # Weights are loaded before the optimizer's first step.
+    converting = rank.setting.converting_bytes - sum(term.nbytes for term in stepping)
+    loading = Term("conversion of weights while they are loaded", max(0, converting), "host")
+    return sorted_terms([*_kept(rank), *stepping, loading])
 
 
 def moments(rank: Rank, counted: Counted) -> tuple[Moment, ...]:

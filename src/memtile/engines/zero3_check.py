@@ -10,7 +10,15 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import nn
 
-from memtile.engines.zero3_config import SWAPPED_BYTES, Sizes, part_of, ranks_of_launcher, sizes_of
+from memtile.engines.zero3_config import (
+    LEAVES,
+    SWAPPED_BYTES,
+    Sizes,
+    leaves_of,
+    part_of,
+    ranks_of_launcher,
+    sizes_of,
+)
 from memtile.errors import ArgumentError
 
 Given: TypeAlias = Mapping[str, Any]  # whatever JSON can hold
@@ -67,6 +75,8 @@ def check(
     ranks = world_size or ranks_of_launcher()
     found = [
         *_of_gathering(zero, sizes, prefetch),
+        *_of_sizes(zero, sizes),
+        *_of_leaves(zero, model),
         *_of_disk(zero, sizes, ranks, _itemsize(given, model)),
     ]
     if "gradient_clipping" not in given:
@@ -121,6 +131,8 @@ def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Findi
     if zero.exceeds(key, sizes.smallest):
         yield zero.finding(key, "so many elements of tiles are gathered ahead at once", 1)
 
+
+def _of_sizes(zero: _Section, sizes: Sizes) -> Iterator[Finding]:
     key, instead = "stage3_param_persistence_threshold", sizes.persistent_up_to
     if zero.exceeds(key, sizes.smallest - 1):
         reason = f"parameters up to it are never freed, tiles of {sizes.smallest} among them"
@@ -131,11 +143,21 @@ def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Findi
             "copies it once more"
         )
         yield zero.finding(key, reason, instead)
-
     key = "reduce_bucket_size"
     if zero.exceeds(key, max(sizes.largest, *sizes.others, 0)):
         reason = f"a buffer of so many elements is allocated, and a tile has {sizes.largest}"
         yield zero.finding(key, reason, sizes.largest)
+
+
+def _of_leaves(zero: _Section, model: nn.Module) -> Iterator[Finding]:
+    section = _Section(f"{zero.path}.leaf_module", zero.given.get("leaf_module") or {})
+    classes = section.given.get("classes", LEAVES)
+    classes = [classes] if isinstance(classes, str) else classes
+    leaves = leaves_of(model, classes)
+    if leaves:
+        reason = f"all tiles of {leaves[0]} are gathered at once, experts without tokens too"
+        is_default = "classes" not in section.given
+        yield Finding(f"{section.path}.classes", list(classes), is_default, reason, [])
 
 
 def _of_disk(zero: _Section, sizes: Sizes, ranks: int, itemsize: int) -> Iterator[Finding]:

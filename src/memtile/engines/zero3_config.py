@@ -5,7 +5,7 @@ Comments beside the values say what was measured without them (16 tiles, two ran
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,15 +15,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memtile.convert import tiled_layers
 from memtile.engines.ranks import check_agreement
 from memtile.engines.zero3_values import whole_numel
-from memtile.errors import ArgumentError, EngineError
-from memtile.layers import TiledModule
+from memtile.errors import ArgumentError, EngineError, check_whole_number
+from memtile.layers import TiledStack
 
 OLDEST: Final = (0, 19)
 """The first release with what `attach` needs: older ones keep what they recompute in backward."""
 SWAPPED_BYTES: Final = 1 << 20
 """The smallest part of a parameter, on one rank, that DeepSpeed swaps to a disk."""
+LEAVES: Final = (
+    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+)
+"""Classes whose modules DeepSpeed 0.19 gathers at once, as their experts would be used by chance.
+
+All ranks call all experts of a stack in tiles, in order: they are gathered one by one.
+"""
 Place: TypeAlias = str | os.PathLike[str]
 Json: TypeAlias = dict[str, Any]  # a config is whatever JSON can hold
 
@@ -99,12 +109,10 @@ def config(
     """
     check_installed()
     numbers = {"micro_batch": micro_batch, "accumulation": accumulation, "prefetch": prefetch}
-    ranks = 1 if world_size is None else world_size
-    given: dict[str, object] = {**numbers, "world_size": ranks}
-    for name, value in given.items():
-        least = 0 if name == "prefetch" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")
+    for name, value in numbers.items():
+        check_whole_number(name, value, 0 if name == "prefetch" else 1)
+    if world_size is not None:
+        check_whole_number("world_size", world_size, 1)
     dtype = dtype or next(model.parameters()).dtype
     offloads = {"offload_param": offload_param, "offload_optimizer": offload_optimizer}
     if dist.is_initialized():
@@ -115,6 +123,8 @@ def config(
     for key, place in offloads.items():
         if place is not None:
             zero[key] = _offload(place)
+    if leaves_of(model, LEAVES):
+        zero["leaf_module"] = {"classes": []}
     _fit_to_disk(zero, sizes, prefetch, world_size or ranks_of_launcher(), dtype)
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -222,9 +232,24 @@ def sizes_of(model: nn.Module) -> Sizes:
     )
 
 
+def leaves_of(model: nn.Module, classes: Iterable[str]) -> list[str]:
+    """Names of modules of these classes, as DeepSpeed knows them, that have experts in tiles."""
+    named = set(classes)
+    return [
+        name
+        for name, module in model.named_modules()
+        if not named.isdisjoint({type(module).__name__, _class_path(module)})
+        and any(isinstance(inner, TiledStack) for inner in module.modules())
+    ]
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def tiles_of(model: nn.Module) -> list[nn.Module]:
     """Every tile of a model, each once."""
-    layers = [module for module in model.modules() if isinstance(module, TiledModule)]
+    layers = [layer for _, layer in tiled_layers(model)]
     if not layers:
         raise ArgumentError(
             f"nothing of {type(model).__name__} is tiled: call memtile.tile(model, …) first, or "

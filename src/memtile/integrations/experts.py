@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.convert import Stack
 from memtile.geometry import partition_uniform
-from memtile.layers import StackOwner, TiledStack
+from memtile.layers import StackOwner, TiledStack, called_experts
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "num_experts")
 _PARALLEL = ("transformers.models.jetmoe.modeling_jetmoe", "JetMoeParallelExperts")
@@ -82,7 +82,8 @@ class TiledExperts(StackOwner):
         routes = _Routes.of(top_k_index, self.num_experts, hidden_states.is_meta)
         tokens, width = top_k_index.shape[0], top_k_index.shape[-1]
         experts = _Experts(self)
-        blocks = [each for each in experts.blocks() if experts.calls_all or routes.rows(*each)]
+        called = called_experts(list(experts.stacks.values()), routes.counts)
+        blocks = [(first, last) for first, last in experts.blocks() if any(called[first:last])]
         sizes = [routes.rows(*block) for block in blocks]
         used = [weight for block in blocks for weight in experts.used(routes.counts, *block)]
         weights = top_k_weights.reshape(-1)[routes.pairs].unsqueeze(-1)
@@ -95,7 +96,7 @@ class TiledExperts(StackOwner):
         )
         out: Tensor | None = None
         for (first, last), pairs, weight, x in parts:
-            y = experts(x, routes.counts[first:last], first, used) * weight
+            y = experts(x, routes.counts[first:last], first, used, called[first:last]) * weight
             if out is None:
                 out = y.new_zeros((tokens * width, y.shape[-1]))  # also where a pair has no expert
             out = ops.place_rows(out, y, pairs)
@@ -146,7 +147,6 @@ class _Experts:
         self.names = _names(module)
         held: dict[str, Any] = {name: getattr(module, name) for name in self.names}
         self.stacks = {name: s for name, s in held.items() if isinstance(s, TiledStack)}
-        self.calls_all = any(stack.calls_all for stack in self.stacks.values())
         self.matrices: dict[str, tuple[Tensor, ...]] = {
             name: (weight.mT if module.is_transposed else weight).unbind(0)
             for name, weight in held.items()
@@ -170,24 +170,35 @@ class _Experts:
                 yield from self.stacks[name].used(counts[first:last], first)
 
     def __call__(
-        self, x: Tensor, counts: Sequence[int], first: int, used: Sequence[Tensor]
+        self,
+        x: Tensor,
+        counts: Sequence[int],
+        first: int,
+        used: Sequence[Tensor],
+        called: Sequence[bool],
     ) -> Tensor:
         """(N, H) of (N, H)."""
         module = self.module
         up, down = self.names
-        x = self._product(up, x, counts, first, used)
+        x = self._product(up, x, counts, first, used, called)
         x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-        x = self._product(down, x, counts, first, used)
+        x = self._product(down, x, counts, first, used, called)
         y: Tensor = module.post_expert_norm(x) if module.has_post_expert_norm else x
         return y
 
     def _product(
-        self, name: str, x: Tensor, counts: Sequence[int], first: int, used: Sequence[Tensor]
+        self,
+        name: str,
+        x: Tensor,
+        counts: Sequence[int],
+        first: int,
+        used: Sequence[Tensor],
+        called: Sequence[bool],
     ) -> Tensor:
         last = first + len(counts)
         y: Tensor
         if name in self.stacks:
-            y = self.stacks[name](x, counts, first, used)
+            y = self.stacks[name](x, counts, first, used, called)
         else:
             y = ops.grouped_linear(x, self.matrices[name][first:last], counts)
         pairs = zip(self.biases[name][first:last], counts, strict=False)

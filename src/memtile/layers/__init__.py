@@ -1,5 +1,6 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
+from memtile.layers.called_experts import agree_on_calls, called_experts
 from memtile.layers.checks import is_plain
 from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
@@ -26,6 +27,8 @@ __all__ = [
     "TiledLinearReturnBias",
     "TiledModule",
     "TiledStack",
+    "agree_on_calls",
+    "called_experts",
     "gathered",
     "is_plain",
     "is_shard",

@@ -43,6 +43,16 @@ class StackOwner(nn.Module):
             del self.dense_names
             self.__class__ = self.dense_class  # type: ignore[assignment]  # of any class
 
+    def get_parameter(self, target: str) -> Any:
+        """As torch's; the handle of the dense parameter for the name of a stack in tiles.
+
+        torch's own does not ask here when it is called on a module further up: there the name of a
+        stack's handle ends in ".weight", and an AttributeError says that the stack's own name is
+        no parameter's.
+        """
+        child = self._modules.get(target)
+        return child.weight if isinstance(child, TiledStack) else super().get_parameter(target)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the subclass is made at run time: it is made again where the module is unpickled
         base = next(c for c in type(self).__mro__[1:] if issubclass(c, StackOwner))

@@ -45,6 +45,10 @@ class StackTile(nn.Module):
         `used` are the weights of all tiles that the experts module uses, in order, to read ahead.
         """
         groups = ops.Groups(tuple(counts), self.is_transposed)
+        if not (ops.transformed() or checks.is_plain(self, type(self))):  # an engine hooks it
+            checks.check_dtypes_and_devices("StackTile", [input], self.weight, same_device=False)
+            x = input.to(ops.autocast_dtype(input) or input.dtype)
+            return ops.grouped_tile(x, self.weight, groups)
         return ops.grouped_linear(input, groups.matrices(self.weight), groups.counts)
 
     def extra_repr(self) -> str:
@@ -59,7 +63,7 @@ class ParkedStackTile(ParkedModule, StackTile):
 
     def __init__(
         self,
-        *shape: int,  # as a `StackTile` takes it
+        *shape: Any,  # as a `StackTile` takes it
         device: Any = None,  # as torch takes it
         dtype: torch.dtype | None = None,
         home: Home | str = "host",

@@ -21,6 +21,7 @@ from memtile.errors import TileShapeError
 from memtile.geometry import Grid, Span
 from memtile.homes import Home, resolve_home
 from memtile.layers import checks
+from memtile.layers.called_experts import called_experts
 from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_module import TiledModule
 from memtile.transfer import catch_up, layer_call
@@ -165,14 +166,16 @@ class TiledStack(TiledModule):
         return not checks.is_plain(self.stacks[0], type(self.stacks[0]))
 
     def used(self, counts: Sequence[int], first: int = 0) -> list[Tensor]:
-        """The weights of the tiles whose experts have rows, in order."""
-        units = self._units_of(counts, first)
+        """The weights of the parked tiles whose experts have rows, in order."""
+        if not isinstance(self.stacks[0], ParkedStackTile):
+            return []  # an engine's hooks would take them for inputs
+        units = self.units_of(counts, first)
         hit = (number for numbers, rows in units if any(rows) for number in numbers)
         weights = (self.stacks[number]._parameters.get("weight") for number in hit)
         return [weight for weight in weights if weight is not None]
 
-    def _units_of(
-        self, counts: Sequence[int], first: int
+    def units_of(
+        self, counts: Sequence[int], first: int = 0
     ) -> list[tuple[tuple[int, ...], Sequence[int]]]:
         """The units of these experts: the numbers of their tiles, and the counts of their rows."""
         start = bisect_left(self.units, first, key=lambda unit: unit[0].start)
@@ -183,7 +186,12 @@ class TiledStack(TiledModule):
         ]
 
     def forward(
-        self, input: Tensor, counts: Sequence[int], first: int = 0, used: Sequence[Tensor] = ()
+        self,
+        input: Tensor,
+        counts: Sequence[int],
+        first: int = 0,
+        used: Sequence[Tensor] = (),
+        called: Sequence[bool] | None = None,
     ) -> Tensor:
         """The products of rows with their experts; tiles whose experts have no rows are left alone.
 
@@ -193,19 +201,22 @@ class TiledStack(TiledModule):
                 ends a unit, and `first` begins one.
             first: the first expert.
             used: as of `StackTile.forward`; by default those of this stack.
+            called: of each expert whether its tiles are called, at least where it has rows; by
+                default `called_experts` of this stack.
 
         Returns:
             (N, out), in the same order.
         """
-        units = self._units_of(counts, first)
+        units = self.units_of(counts, first)
         rows = input.split([sum(some) for _, some in units])
-        idle = self.calls_all
+        called = called_experts([self], counts, first) if called is None else called
+        calls = [any(some) for _, some in self.units_of(called, first)]
         used = used or self.used(counts, first)
         with layer_call():
             parts = [
                 self._product(numbers, x, some, used)
-                for (numbers, some), x in zip(units, rows, strict=True)
-                if x.shape[0] or idle
+                for (numbers, some), x, is_called in zip(units, rows, calls, strict=True)
+                if is_called
             ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

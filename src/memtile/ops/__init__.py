@@ -13,10 +13,16 @@ from memtile.ops.embedding import (
     gather_rows,
     gather_rows_statically,
     gather_some_rows,
+    parked_embedding,
     place_rows,
 )
 from memtile.ops.fused import FusedSpec, fused_linear
-from memtile.ops.parked import Groups, grouped_linear, parked_embedding, parked_linear
+from memtile.ops.parked import (
+    Groups,
+    grouped_linear,
+    grouped_tile,
+    parked_linear,
+)
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "gather_rows_statically",
     "gather_some_rows",
     "grouped_linear",
+    "grouped_tile",
     "join_rows",
     "needs_float32_sum",
     "parked_embedding",

@@ -9,6 +9,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from memtile.convert import Work
 from memtile.costmodel import Products
 from memtile.costmodel.model_records import Counted
+from memtile.geometry import partition_uniform
 from memtile.homes import is_parked
 
 _aten = torch.ops.aten
@@ -51,7 +53,7 @@ def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home
         if drops_gradients and parameter.requires_grad
     ]
     try:
-        with torch.set_grad_enabled(model.training), counter, _CpuAttention(), _cpu_autocast():
+        with torch.set_grad_enabled(model.training), counter, _AsOnCpu(), _cpu_autocast():
             loss = work(model)
             counter.turn()
             if loss is not None and model.training:
@@ -194,8 +196,16 @@ def _autocast_of_cpu(self: torch.autocast, device_type: str, *args: Any, **kwarg
     _autocast(self, "cpu" if counts else device_type, *args, **kwargs)
 
 
-class _CpuAttention(TorchFunctionMode):
-    """Counts attention as the kernel that torch chooses on the CPU, not on the meta device."""
+class _AsOnCpu(TorchFunctionMode):
+    """Counts attention as the kernel that torch chooses on the CPU, and spreads tokens evenly.
+
+    A router that reads how many of its choices (`topk`) went to each expert (JetMoE's) is told that
+    they went to all alike.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._choices = 0  # of the last `topk`
 
     def __torch_function__(
         self,
@@ -207,7 +217,18 @@ class _CpuAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func is Tensor.tolist and self._choices and _are_counts(args[0]):
+            bounds = partition_uniform(self._choices, args[0].numel())
+            return [stop - start for start, stop in pairwise(bounds)]
+        result = func(*args, **kwargs)
+        if func in (Tensor.topk, torch.topk):
+            self._choices = result[1].numel()
+        return result
+
+
+def _are_counts(tensor: Tensor) -> bool:
+    """Whether it may be how many tokens each expert has, of which the values are not known."""
+    return tensor.is_meta and tensor.dim() == 1 and not tensor.is_floating_point()
 
 
 def _attention(
@@ -280,6 +301,9 @@ def _grouped_result(left: Tensor, right: Tensor, *ends: Tensor) -> Tensor:
 
 def _of_ids(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
     """Positions and masks requested on the weights' device, meta, are made with values."""
+    if func._overloadpacket is _aten.histc and not given[0].is_floating_point():
+        # transformers counts ids as ints where weights are not on the CPU, which torch cannot there
+        return func(given[0].double(), *args[1:], **kwargs).to(given[0].dtype)
     device = kwargs.get("device")
     if device is None or torch.device(device) != _META:
         return func(*args, **kwargs)

@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Cut, TilingDecision, Work
+from memtile.convert import Cut, TilingDecision, Work, converting_bytes
 from memtile.costmodel import ClusterSpec, LooseModule, PlannedLayer, RankPlan, Sharding, Uses
 from memtile.costmodel.budget import checked_size
 from memtile.costmodel.model_records import Counted, ParkedLayout
@@ -15,9 +16,10 @@ from memtile.costmodel.rank_memory import Offload, RankSetting
 from memtile.costmodel.rank_search import RankFound, RankSearch
 from memtile.costmodel.rank_traffic import rank_floors, traffic
 from memtile.costmodel.shards import Engine
-from memtile.errors import ArgumentError
+from memtile.errors import ArgumentError, check_whole_number
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
+from memtile.transfer.iterations import in_backward
 
 
 def plan_ranks(
@@ -74,7 +76,9 @@ def plan_ranks(
     memory = _memory(device_memory, max_tile_bytes)
     masters = engine == "zero3"
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
-    setting = RankSetting(offload, prefetch, seen.state)
+    is_folder = isinstance(source, str | Path)
+    converting = converting_bytes(seen.model, source) if is_folder else 0
+    setting = RankSetting(offload, prefetch, seen.state, converting)
     layers, loose = sharded_of(seen)
     search = RankSearch(setting, seen.weights, layers, loose, _Count(seen, loose), memory)
     sharding = Sharding(engine, world_size, unit_bytes)
@@ -150,22 +154,18 @@ class _Uses:
         self._order, self._last = order, 0
 
     def begin(self, *_: object) -> None:
-        self._begun[_in_backward()] += 1
-        if not _in_backward():
+        self._begun[in_backward()] += 1
+        if not in_backward():
             self._last = next(self._order)
 
     def end(self, module: nn.Module, inputs: object, result: object) -> None:
-        self._ended[_in_backward()] += 1
-        if isinstance(result, Tensor) and result.requires_grad and not _in_backward():
+        self._ended[in_backward()] += 1
+        if isinstance(result, Tensor) and result.requires_grad and not in_backward():
             self._back += 1
 
     def counted(self) -> Uses:
         (forward, recomputed), ended = self._begun, self._ended[True]
         return Uses(forward, recomputed, self._back, recomputed - ended, self._last)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks
 
 
 def _layer(seen: Survey, decision: TilingDecision, found: RankFound) -> PlannedLayer:
@@ -188,10 +188,6 @@ def _check(
     check_choice("offload", offload, get_args(Offload))
     if offload == "nvme" and engine == "fsdp2":
         raise ArgumentError("offload='nvme': FSDP2 offloads to 'cpu' alone; take engine='zero3'")
-    for name, value, least in (
-        ("world_size", world_size, 1),
-        ("prefetch", prefetch, 0),
-        ("unit_bytes", unit_bytes, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")
+    check_whole_number("world_size", world_size, 1)
+    check_whole_number("prefetch", prefetch, 0)
+    check_whole_number("unit_bytes", unit_bytes, 0)
