@@ -102,7 +102,7 @@ class Observation:
     def __repr__(self) -> str:
         return f"<Observation of {len(self._recorder.events)} events in {self.seconds:.3f} s>"
 
-    def _rows(self) -> list[summary.Row]:
+    def _rows(self) -> list[summary.TableRow]:
         return summary.rows_of(self.events, self.seconds)
 
     def _notes(self) -> list[str]:

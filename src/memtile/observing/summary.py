@@ -24,7 +24,7 @@ _MOST: Final = 3  # tiles that are named
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One kind of work."""
 
     name: str
@@ -42,7 +42,7 @@ class Row:
         return self.name, count, f"{self.seconds:.3f}", f"{self.share:.0%}", moved, rate
 
 
-def rows_of(events: Sequence[Event], seconds: float) -> list[Row]:
+def rows_of(events: Sequence[Event], seconds: float) -> list[TableRow]:
     """What threads did that compute, which adds up to the time where there is one, and the homes.
 
     The seconds of a forward are without the waits in it. Those of reads and of writes are those in
@@ -54,8 +54,8 @@ def rows_of(events: Sequence[Event], seconds: float) -> list[Row]:
     counts = Counter(event.kind for event in events)
     rest = seconds - length(worked(events)) / 1e9
 
-    def row(name: str, took: float, count: int = 0, nbytes: int = 0) -> Row:
-        return Row(name, count, took, took / seconds if seconds else 0.0, nbytes)
+    def row(name: str, took: float, count: int = 0, nbytes: int = 0) -> TableRow:
+        return TableRow(name, count, took, took / seconds if seconds else 0.0, nbytes)
 
     rows = [row(kind, own[kind] / 1e9, counts[kind]) for kind in (*COMPUTE, *WAITS) if counts[kind]]
     rows.append(row("outside of tiles", rest))
@@ -103,7 +103,7 @@ def _waited_for(events: Sequence[Event]) -> Counter[str]:
     return waited
 
 
-def as_text(rows: Sequence[Row], notes: Sequence[str]) -> str:
+def as_text(rows: Sequence[TableRow], notes: Sequence[str]) -> str:
     """Columns, then the notes."""
     lines = [_HEAD, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -117,7 +117,7 @@ def as_text(rows: Sequence[Row], notes: Sequence[str]) -> str:
     return "\n".join([*table, *notes])
 
 
-def as_rich(rows: Sequence[Row], notes: Sequence[str]) -> "Table":
+def as_rich(rows: Sequence[TableRow], notes: Sequence[str]) -> "Table":
     """The same for a console of rich."""
     from rich.table import Table
     from rich.text import Text
