@@ -46,7 +46,7 @@ def dense():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
-    """After ten steps of AdamW the shards hold the dense run's parameters, in float64."""
+    """After four steps of AdamW the shards hold the dense run's parameters, in float64."""
     model = tiled(CASES[name])
     model.load_state_dict(outcome.states[name])
     found = dict(memtile.dense_state_dict(model))

@@ -40,7 +40,7 @@ def dense():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
-    """After ten steps of AdamW tiles differ from the float64 run at most 4 times as dense float32.
+    """After four steps of AdamW tiles differ from the float64 run at most 4 times as dense float32.
 
     Losses are those of the dense run too, step by step.
     """
