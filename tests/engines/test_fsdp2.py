@@ -17,6 +17,7 @@ from memtile.errors import ArgumentError, CannotTileError, EngineError, ParkedEr
 
 QUICK = ("one tile", "ragged", "recomputed after evaluation", "clipped", "another way, tied")
 NAMES = with_slow(CASES, QUICK)
+AT_FOUR = (*QUICK, "offloaded", "neighbours together", "hybrid")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
 

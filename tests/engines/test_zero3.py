@@ -17,7 +17,9 @@ from zero3_worker import spawn
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
 )
-NAMES = with_slow(CASES, quick=("ragged", "recomputed", "clipped"))
+QUICK = ("ragged", "recomputed", "clipped")
+NAMES = with_slow(CASES, QUICK)
+AT_FOUR = (*QUICK, "one tile", "frozen tiles", "offloaded")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
 
