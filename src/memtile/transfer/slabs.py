@@ -84,6 +84,8 @@ class Slab:
     @property
     def failed_to_read(self) -> bool:
         """Whether a read of its content ended with an error."""
+        # To ask a future takes three locks: those that have succeeded are not asked again.
+        self._reads = [read for read in self._reads if not _succeeded(read)]
         return any(read.done() and not _succeeded(read) for read in self._reads)
 
     @property
