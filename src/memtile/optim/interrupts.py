@@ -65,13 +65,13 @@ def uninterrupted() -> Iterator[None]:
             deferral.end()
 
 
-class _Thread(threading.local):
+class _LastTask(threading.local):
     """What one thread did last."""
 
     task = -1  # autograd's number of the backward in which Ctrl-C was made to wait
 
 
-_thread = _Thread()
+_thread = _LastTask()
 
 
 class _Task:
