@@ -136,13 +136,13 @@ def _dense(checkpoint: Checkpoint, place: Path) -> tuple[dict[str, TensorSource]
             except MemtileError as error:
                 raise CheckpointError(f"{name}: {error}") from error
             is_stack = _is_of_stack(key)
-            dense[name] = _Stack(source, _stack_shape(name, source, shapes)) if is_stack else source
+            dense[name] = _joined_stack(name, source, shapes) if is_stack else source
             joined.add(name if is_stack else layer[0])
     return dense, sorted(joined)
 
 
 @dataclass(frozen=True)
-class _Stack:
+class _JoinedStack:
     """A stack of experts (E, R, C): the matrix (E·R, C) that its tiles make, element by element."""
 
     matrix: TiledSource
@@ -177,8 +177,8 @@ def _shapes_beside(place: Path) -> dict[str, torch.Size]:
     return {}
 
 
-def _stack_shape(name: str, source: TiledSource, shapes: Mapping[str, torch.Size]) -> torch.Size:
-    """(E, R, C) of the matrix (E·R, C) that the tiles of a stack make."""
+def _joined_stack(name: str, source: TiledSource, shapes: Mapping[str, torch.Size]) -> _JoinedStack:
+    """The stack of the matrix (E·R, C), which has one of the shapes of a model's parameters."""
     if not shapes:
         raise CheckpointError(
             f"{name} is a stack of experts in tiles, and how many experts they are is not known: "
@@ -187,14 +187,14 @@ def _stack_shape(name: str, source: TiledSource, shapes: Mapping[str, torch.Size
             "write that with memtile.save_checkpoint(model, folder)"
         )
     shape = shapes.get(name, torch.Size())
-    if len(shape) != 3 or (shape[:2].numel(), shape[2]) != tuple(source.shape):
+    if len(shape) != 3 or (shape[0] * shape[1], shape[2]) != tuple(source.shape):
         known = f"{tuple(shape)} there" if shape else "not there"
         raise CheckpointError(
             f"{name}: the tiles are experts of {tuple(source.shape)} rows and columns together, no "
             f"stack of the model that the config.json beside them describes ({known}); put the "
             "config of this checkpoint's model there"
         )
-    return shape
+    return _JoinedStack(source, shape)
 
 
 def _to_cut(dense: Mapping[str, TensorSource], cut: TilingSpec, place: Path) -> dict[str, Grid]:
@@ -220,7 +220,7 @@ def _outgoing(name: str, source: TensorSource, cut: Mapping[str, Grid]) -> Itera
     layer, _, own = name.rpartition(".")
     grid = cut.get(layer)
     if grid is None or own not in ("weight", "bias") or not source.shape:
-        if isinstance(source, _Stack):
+        if isinstance(source, _JoinedStack):
             yield written(name, source)
         elif isinstance(source, StoredTensor):
             yield Outgoing(name, source.entry.kind, source.shape, source.raw)

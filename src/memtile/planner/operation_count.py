@@ -204,7 +204,7 @@ class _AsOnCpu(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self._choices = 0  # of the last `topk`
 
     def __torch_function__(
