@@ -13,7 +13,6 @@ import argparse
 import json
 import mmap
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import drop_cached, machine, spread
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -118,28 +118,14 @@ def accelerate_offload(features: int, layers: int) -> Iterator[Callable[[torch.T
             with torch.no_grad():
                 model(x)
 
-        infer.drop = partial(_drop_cached, Path(folder))
+        infer.drop = partial(drop_cached, list(Path(folder).iterdir()))
         yield infer
-
-
-def _drop_cached(folder: Path) -> None:
-    for file in folder.iterdir():
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
 
 
 def seconds(function: Callable[[], object]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
-
-
-def spread(values: list[float]) -> float:
-    """Half the distance between the quartiles, as a part of the median."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / 2 / middle
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -219,18 +205,6 @@ def table(cases: list[dict[str, Any]]) -> Table:
             "" if ratio is None else f"{ratio:.2f}",
         )
     return result
-
-
-def machine() -> dict[str, object]:
-    """What the figures were taken on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next(line.split(":")[1].strip() for line in cpuinfo if "model name" in line),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "memtile": memtile.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from layer_vs_dense import machine, original_class, spread
+from conditions import machine, spread
+from layer_vs_dense import original_class, versions
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -232,7 +233,7 @@ def main() -> None:
     Console().print(table)
     if args.output:
         asked = {k: v for k, v in vars(args).items() if k != "output"}
-        record = {"machine": machine(args.device), "asked": asked, "seconds": times}
+        record = {"machine": machine(**versions(args.device)), "asked": asked, "seconds": times}
         args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 

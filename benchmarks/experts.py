@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import random
 import statistics
 import sys
@@ -33,7 +32,8 @@ from typing import Any
 
 import torch
 import transformers
-from disk_training import RawDisk, machine, spread
+from conditions import drop_cached, machine, spread
+from disk_training import RawDisk
 from random_moe import sizes, write_model
 from rich.console import Console
 from rich.table import Table
@@ -49,14 +49,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 import capped_training
 
 PROMPT = 8  # tokens
-
-
-def drop_cached(*folders: Path) -> None:
-    """Drop the files of the folders from the page cache."""
-    for file in (file for folder in folders for file in folder.iterdir()):
-        fd = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
 
 
 def disk_bytes() -> int:
@@ -89,7 +81,7 @@ class EachToken:
         self._begin()
 
     def _begin(self) -> None:
-        drop_cached(*self.folders)
+        drop_cached(file for folder in self.folders for file in folder.iterdir())
         self._before, self._started = self.counters(), time.perf_counter()
 
     def __call__(self, ids: Tensor, scores: Any, **options: Any) -> Tensor:

@@ -12,7 +12,6 @@ peak of the whole process is given too.
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -26,11 +25,11 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from conditions import drop_cached, machine
 from rich.console import Console
 from rich.table import Table
 from tokenizers import models, pre_tokenizers
 
-import memtile
 from memtile.costmodel import format_byte_size, parse_byte_size
 
 CHATML = (
@@ -97,19 +96,11 @@ def write(file: Path, nbytes: int, lines: list[str]) -> None:
             left -= stream.write("\n".join(lines)[: max(left, 1 << 12)].rpartition("\n")[0] + "\n")
 
 
-def drop_cached(*files: Path) -> None:
-    for file in files:
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
 def finetune(
     model: Path, file: Path, out: Path, cache: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One run in a process of its own."""
-    drop_cached(file)
+    drop_cached([file])
     options = ["--budget", args.budget, "--steps", args.steps, "--tokens", args.tokens]
     words = ["finetune", model, file, "--out", out, "--cache", cache, *options]
     started = time.perf_counter()
@@ -162,20 +153,6 @@ def table(cases: list[dict[str, Any]], budget: str) -> Table:
     return result
 
 
-def machine() -> dict[str, object]:
-    """What the figures were taken on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next(line.split(":")[1].strip() for line in cpuinfo if "model name" in line),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "memtile": memtile.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     """Measure both files, print the table, write the JSON; fails where a budget was not kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -195,7 +172,8 @@ def main() -> None:
         settings = {
             key: str(value) for key, value in vars(args).items() if key not in ("output", "folder")
         }
-        result = {"machine": machine(), "settings": settings, "cases": cases}
+        versions = {each.__name__: each.__version__ for each in (transformers, tokenizers)}
+        result = {"machine": machine(**versions), "settings": settings, "cases": cases}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     if any(case["peak_bytes"] > parse_byte_size(args.budget, "--budget") for case in cases):
         raise SystemExit("a budget was not kept")

@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import machine, spread
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -133,12 +133,6 @@ def measure(args: argparse.Namespace, dtype: torch.dtype, grid: tuple[int, int])
     }
 
 
-def spread(values: list[float]) -> float:
-    """Half the distance between the quartiles, as a part of the median."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / 2 / middle
-
-
 def row(case: dict[str, Any]) -> list[list[str]]:
     """The printed lines of one case, a line for each tiled layer."""
     dense = case["layers"]["dense"]
@@ -162,23 +156,10 @@ def row(case: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def machine(device: str) -> dict[str, object]:
-    """What the figures were taken on."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
+def versions(device: str) -> dict[str, object]:
+    """What differs between machines besides."""
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "torch": torch.__version__,
-        "memtile": memtile.__version__,
-        "python": platform.python_version(),
         "deepspeed": sys.modules["deepspeed"].__version__ if original_class() else None,
     }
 
@@ -211,7 +192,7 @@ def main() -> None:
     Console().print(table)
     if args.output:
         settings = {key: str(value) for key, value in vars(args).items() if key != "output"}
-        result = {"machine": machine(args.device), "settings": settings, "cases": cases}
+        result = {"machine": machine(**versions(args.device)), "settings": settings, "cases": cases}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -25,6 +25,7 @@ from memtile.geometry import partition_uniform
 from memtile.homes import DiskHome, HostHome
 from memtile.integrations import register_all
 from memtile.layers import TiledEmbedding, TiledLinear, TiledLinearReturnBias
+from memtile.observing import observe
 from memtile.ops import split_tensor_along_last_dim
 from memtile.optim import TileOptimizer
 from memtile.planner import plan
@@ -42,6 +43,7 @@ __all__ = [
     "dense_state_dict",
     "empty_model",
     "load_checkpoint",
+    "observe",
     "partition_uniform",
     "plan",
     "resume_training",

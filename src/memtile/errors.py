@@ -38,6 +38,12 @@ class ArgumentError(MemtileError, ValueError):
     """An argument, or a combination of arguments, that has no meaning."""
 
 
+def check_whole_number(name: str, value: object, least: int, example: str = "") -> None:
+    """ArgumentError for what is no int, or less; `example` ends the message."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}{example}")
+
+
 class TileShapeError(MemtileError, ValueError, RuntimeError):
     """A tensor whose width, rank or number of chunks does not fit the layer."""
 

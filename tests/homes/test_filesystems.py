@@ -50,3 +50,26 @@ def test_a_read_only_filesystem_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda folder: read_only)
 
     assert filesystems.why_unusable(tmp_path) == "its filesystem is read-only"
+
+
+def test_the_innermost_mount_names_the_filesystem(tmp_path, monkeypatch):
+    """Of several that hold the folder the innermost, of two at one place the later."""
+    mounts, inner = tmp_path / "mountinfo", tmp_path / "a b"
+    (inner / "c").mkdir(parents=True)
+    lines = ["1 0 8:1 / / rw - ext4 /dev/a rw", "2 1 8:2 / /elsewhere rw - btrfs /dev/b rw"]
+    lines += [
+        f"3 1 8:3 / {str(inner).replace(' ', chr(92) + '040')} rw,noatime shared:1 - {kind} x"
+        for kind in ("xfs", "nfs4")
+    ]
+    mounts.write_text("\n".join(lines))
+    monkeypatch.setattr(filesystems, "_MOUNTS", mounts)
+
+    assert filesystems.filesystem_name(inner / "c") == "nfs4"
+    assert filesystems.filesystem_name(tmp_path) == "ext4"
+
+
+def test_without_proc_the_filesystem_has_no_name(tmp_path, monkeypatch):
+    """None, and no error."""
+    monkeypatch.setattr(filesystems, "_MOUNTS", tmp_path / "missing")
+
+    assert filesystems.filesystem_name(tmp_path) is None

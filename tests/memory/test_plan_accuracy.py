@@ -94,6 +94,7 @@ def folders(tmp_path_factory):
         pytest.param(moe, "320MiB", "disk", "training", marks=pytest.mark.slow),
         pytest.param(moe, "100MiB", "disk", "inference", marks=pytest.mark.slow),
         pytest.param(t5, "320MiB", "disk", "training", marks=pytest.mark.slow),
+        pytest.param(t5, "120MiB", "disk", "inference", marks=pytest.mark.slow),
         pytest.param(llava, "420MiB", "disk", "training", marks=pytest.mark.slow),
         pytest.param(llava, "120MiB", "disk", "inference", marks=pytest.mark.slow),
     ],
@@ -102,9 +103,6 @@ def test_the_peak_is_as_predicted_and_within_the_budget(
     folders, environment, make, budget, home, work
 ):
     """What a run takes is within a tenth of what its plan says, and no more than its budget.
-
-    Not here: T5's inference at 120 MiB, which took 106 to 126 MB where 113 were predicted, for a
-    reason that is not known.
 
     Pages around looked-up rows are mapped where they are in the page cache: all of them, or none.
     """
@@ -119,6 +117,6 @@ def test_the_peak_is_as_predicted_and_within_the_budget(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
 
-    assert found["measured"] <= found["budget"]
-    assert found["measured"] <= 1.1 * found["predicted"]
-    assert found["predicted"] - found["around"] <= 1.1 * found["measured"]
+    assert found["measured"] <= found["budget"], found
+    assert found["measured"] <= 1.1 * found["predicted"], found
+    assert found["predicted"] - found["around"] <= 1.1 * found["measured"], found

@@ -1,7 +1,8 @@
 """The command `memtile`: its subcommands, the message for a mistake, and the exit code.
 
-Exit codes: 0 success; 1 the demo missed a bound; 2 wrong input, or a system that lacks what is
-needed; 3 a worker process ended without a result; 130 or 143 interrupted by Ctrl-C or SIGTERM.
+Exit codes: 0 success; 1 the demo missed a bound, or the doctor found what would stop a run; 2 wrong
+input, or a system that lacks what is needed; 3 a worker process ended without a result; 130 or 143
+interrupted by Ctrl-C or SIGTERM.
 """
 
 import sys
@@ -13,6 +14,7 @@ import typer
 
 from memtile.cli.convert import run_convert
 from memtile.cli.demo.command import run_demo
+from memtile.cli.doctor import run_doctor
 from memtile.cli.errors import Interrupted, WorkerError, sentence_of
 from memtile.cli.finetune.command import run_finetune
 from memtile.cli.generate import run_generate
@@ -31,6 +33,7 @@ _COMMANDS: Final[dict[str, Callable[..., int]]] = {
     "generate": run_generate,
     "inspect": run_inspect,
     "convert": run_convert,
+    "doctor": run_doctor,
 }
 
 app = typer.Typer(

@@ -4,8 +4,8 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 import torch
@@ -15,11 +15,12 @@ from rich.console import Console
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
-from memtile.cli.terminal import AsJson
+from memtile.cli.terminal import AsJson, Trace, saved_trace, with_options
 from memtile.costmodel import format_byte_size, parse_byte_size
 from memtile.homes import allocation_of
 from memtile.integrations.pretrained import WRITERS
 from memtile.integrations.step_inputs import text_work
+from memtile.observing import check_trace_path, observe
 from memtile.testing import PeakMemory
 from memtile.transfer import rings_of
 
@@ -30,72 +31,79 @@ _REFUSALS: Final = (ValueError, TypeError, ImportError, NotImplementedError)  # 
 Say = Callable[[str], None]
 
 
-def run_generate(
-    model: models.Folder,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    budget: Annotated[
-        str, typer.Option(help="Memory to use above the imports, such as 2GiB.")
-    ] = "2GiB",
-    tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64,
+@dataclass(frozen=True)
+class Request:
+    """What to generate, and how the model is loaded; the fields are the command's options."""
+
+    model: models.Folder
+    prompt: Annotated[str, typer.Option(help="The text to continue.")]
+    budget: Annotated[str, typer.Option(help="Memory to use above the imports, such as 2GiB.")] = (
+        "2GiB"
+    )
+    tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64
     home: Annotated[
         str,
         typer.Option(
             help="Where tiles live: checkpoint (the folder's own files), disk, disk:FOLDER, host."
         ),
-    ] = "checkpoint",
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: drawn.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    ] = "checkpoint"
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above: drawn.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message: use the chat template.")
-    ] = False,
-    strict: models.Strict = False,
-    as_json: AsJson = False,
-    trust_remote_code: models.TrustsCode = False,
-) -> int:
+    ] = False
+    strict: models.Strict = False
+    trace: Trace = None
+    as_json: AsJson = False
+    trust_remote_code: models.TrustsCode = False
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of memory above the imports."""
+        return parse_byte_size(self.budget, "--budget")
+
+
+@with_options(Request)
+def run_generate(request: Request) -> int:
     """Generate text straight from the unmodified safetensors, printed as it comes.
 
     A model with an encoder reads the prompt there; one with images is given none.
     """
-    check_at_least("--tokens", tokens, 1)
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise CommandError(f"--temperature {temperature} is no temperature: give 0 or more.")
-    allowed = parse_byte_size(budget, "--budget")
-    models.check_home(home, "checkpoint")
-    models.check_folder(model)
-    models.load_transformers(model)
-    request = Request(
-        model=model,
-        prompt=prompt,
-        tokens=tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        budget=allowed,
-        home=home,
-        strict=strict,
-        trusts_code=trust_remote_code,
-    )
-    console = Console(stderr=True, highlight=False, quiet=as_json)
+    _check(request)
+    models.load_transformers(request.model)
+    console = Console(stderr=True, highlight=False, quiet=request.as_json)
 
     def note(words: str) -> None:
         console.print(words, style="dim", soft_wrap=True)
 
     def say(text: str) -> None:
-        if not as_json:
+        if not request.as_json:
             print(text, end="", flush=True)
 
     found = generate(request, note, say)
-    if as_json:
+    if request.as_json:
         print(json.dumps(asdict(found), indent=2))
         return 0
     print()
     note(
         f"{len(found.token_ids)} tokens in {found.seconds:.1f} s, peak memory "
-        f"{format_byte_size(found.peak_bytes)} of {format_byte_size(allowed)}"
+        f"{format_byte_size(found.peak_bytes)} of {format_byte_size(request.budget_bytes)}"
     )
     if found.read_bytes:
         note(_reading(found))
     return 0
+
+
+def _check(request: Request) -> None:
+    check_at_least("--tokens", request.tokens, 1)
+    temperature = request.temperature
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise CommandError(f"--temperature {temperature} is no temperature: give 0 or more.")
+    parse_byte_size(request.budget, "--budget")  # refuses what is no size
+    models.check_home(request.home, "checkpoint")
+    models.check_folder(request.model)
+    if request.trace is not None:
+        check_trace_path(request.trace)
 
 
 def _reading(found: "Generated") -> str:
@@ -105,22 +113,6 @@ def _reading(found: "Generated") -> str:
     if found.kept_experts is not None:
         words += f"; {found.kept_experts:.0%} of the experts asked for were kept in memory"
     return words
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate, and how the model is loaded."""
-
-    model: Path
-    prompt: str
-    tokens: int
-    temperature: float
-    seed: int
-    chat: bool
-    budget: int  # bytes above the imports
-    home: str  # "disk", "disk:FOLDER", "host", or "checkpoint", the folder's own files
-    strict: bool  # refuse a folder that holds more than the model has
-    trusts_code: bool  # whether code of the folder may run
 
 
 @dataclass(frozen=True)
@@ -151,19 +143,18 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
     text.
     """
     with PeakMemory() as memory:
-        tokenizer = models.tokenizer_of(request.model, request.trusts_code)
+        tokenizer = models.tokenizer_of(request.model, request.trust_remote_code)
         prompt = _encoded(request, tokenizer)
         model = _loaded(request, prompt.shape[1], memory, note)
         streams = _count(model, "num_beams") == 1
         padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        drawing: dict[str, Any] = {"do_sample": True, "temperature": request.temperature}
-        if request.temperature == 0:
-            drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         torch.manual_seed(request.seed)
-        started = time.perf_counter()
         problem = f"cannot generate by its {_SETTINGS}"
         way_out = "change that setting, or remove the file"
-        with torch.inference_mode(), models.reading(request.model, problem, way_out, _REFUSALS):
+        seen = None if request.trace is None else observe()
+        reading = models.reading(request.model, problem, way_out, _REFUSALS)
+        started = time.perf_counter()
+        with seen or nullcontext(), torch.inference_mode(), reading:
             found = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -173,7 +164,7 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
                 tokenizer=tokenizer,  # for stop_strings
                 num_return_sequences=1,
                 return_dict_in_generate=False,
-                **drawing,
+                **_drawing(request.temperature),
             )
         seconds = time.perf_counter() - started
         read = 1 if model.config.is_encoder_decoder else prompt.shape[1]  # a decoder's start token
@@ -182,7 +173,17 @@ def generate(request: Request, note: Say, say: Say) -> Generated:
         if not streams:
             say(text)
         read, kept = _moved(model)
+    if seen is not None and request.trace is not None:
+        note(str(seen))
+        note(saved_trace(seen, request.trace))
     return Generated(text, new, seconds, memory.nbytes, read, kept)
+
+
+def _drawing(temperature: float) -> dict[str, Any]:
+    """The settings of transformers for it: 0 takes the likeliest token."""
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature}
 
 
 def _moved(model: torch.nn.Module) -> tuple[int, float | None]:
@@ -213,14 +214,14 @@ def _encoded(request: Request, tokenizer: Any) -> torch.Tensor:
 def _loaded(
     request: Request, prompt_tokens: int, memory: PeakMemory, note: Say
 ) -> Any:  # a transformers model, which is not imported to name its type
-    model = models.empty_of(request.model, request.trusts_code, WRITERS)
+    model = models.empty_of(request.model, request.trust_remote_code, WRITERS)
     models.read_settings(model, request.model)
     beams, texts = _count(model, "num_beams"), _count(model, "num_return_sequences")
     sequences = [prompt_tokens + request.tokens]
     if model.config.is_encoder_decoder:  # two sequences, the decoder's with its start token
         sequences = [prompt_tokens, 1 + request.tokens]
     models.check_length(model, max(sequences), f"--prompt with --tokens {request.tokens}")
-    with models.within(request.budget, memory.nbytes, _OTHERS) as left:
+    with models.within(request.budget_bytes, memory.nbytes, _OTHERS) as left:
         plan = memtile.plan(
             model,
             budget=left,
@@ -231,7 +232,8 @@ def _loaded(
             home=request.home,
         )
     note(plan.summary)
-    note(models.budget_note(request.budget, request.budget - left, _OTHERS))
+    allowed = request.budget_bytes
+    note(models.budget_note(allowed, allowed - left, _OTHERS))
     if beams > 1:
         note(f"num_beams={beams} in {_SETTINGS}: the text is printed when it is whole")
     if texts > 1:

@@ -1,7 +1,8 @@
 """`memtile plan`: shows which layers are tiled for a budget, without loading the model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -12,145 +13,168 @@ from rich.console import Console
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
-from memtile.cli.terminal import AsJson
-from memtile.costmodel import ClusterSpec, parse_byte_size, parse_speed
+from memtile.cli.terminal import AsJson, with_options
+from memtile.costmodel import ClusterSpec, Plan, RankPlan, parse_byte_size, parse_speed
 from memtile.planner import plan_ranks
 from memtile.testing import PeakMemory
 
 _OTHERS: Final = "the tokenizer"
+_CLUSTER: Final = ("engine", "device_memory", "offload", "link", "host_link", "disk", "flops")
+_PROCESS: Final = ("budget", "home", "mode", "rates")
 
 
-def run_plan(
+@dataclass(frozen=True)
+class PlanArguments:
+    """What the command line gives; the fields are its options."""
+
     model: Annotated[
         Path, typer.Argument(help="A transformers folder; config.json alone is enough.")
-    ],
+    ]
     budget: Annotated[
         str | None, typer.Option(help="Memory to use above the imports, such as 2GiB.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens in a step, on each rank.")] = 128,
-    batch: Annotated[int, typer.Option(help="Sequences that these tokens are.")] = 1,
+    ] = None
+    tokens: Annotated[int, typer.Option(help="Tokens in a step, on each rank.")] = 128
+    batch: Annotated[int, typer.Option(help="Sequences that these tokens are.")] = 1
     optimizer: Annotated[
         str, typer.Option(help="A class of torch.optim, such as AdamW; none: inference.")
-    ] = "AdamW",
+    ] = "AdamW"
     home: Annotated[
         str | None,
         typer.Option(
             help="Where parked tiles live: disk, disk:FOLDER, host, or checkpoint (no training).",
             show_default="disk",
         ),
-    ] = None,
+    ] = None
     mode: Annotated[
         Literal["in_backward", "classic"] | None,
         typer.Option(
             help="in_backward (keeps no gradients) or classic.", show_default="in_backward"
         ),
-    ] = None,
+    ] = None
     rates: Annotated[
         Path | None, typer.Option(help="A JSON file of rates, in place of measured ones.")
-    ] = None,
-    as_json: AsJson = False,
-    trust_remote_code: models.TrustsCode = False,
+    ] = None
+    as_json: AsJson = False
+    trust_remote_code: models.TrustsCode = False
     world_size: Annotated[
         int | None, typer.Option(help="Plan for so many ranks, instead of one process.")
-    ] = None,
+    ] = None
     engine: Annotated[
         Literal["fsdp2", "zero3"] | None, typer.Option(help="What shards over the ranks.")
-    ] = None,
+    ] = None
     device_memory: Annotated[
         str | None, typer.Option(help="Memory of each rank's device, such as 80GiB.")
-    ] = None,
+    ] = None
     offload: Annotated[
         Literal["none", "cpu", "nvme"] | None,
         typer.Option(
             help="Where shards and moments live: none (on the device), cpu, or nvme (zero3).",
             show_default="none",
         ),
-    ] = None,
+    ] = None
     link: Annotated[
         str | None, typer.Option(help="What a rank sends to others, such as 50GB/s.")
-    ] = None,
+    ] = None
     host_link: Annotated[
         str | None, typer.Option(help="Between host and device, such as 25GB/s.")
-    ] = None,
-    disk: Annotated[str | None, typer.Option(help="A rank's disk, such as 7GB/s.")] = None,
-    flops: Annotated[
-        str | None, typer.Option(help="Products of a rank, such as 400TFLOP/s.")
-    ] = None,
-) -> int:
+    ] = None
+    disk: Annotated[str | None, typer.Option(help="A rank's disk, such as 7GB/s.")] = None
+    flops: Annotated[str | None, typer.Option(help="Products of a rank, such as 400TFLOP/s.")] = (
+        None
+    )
+
+
+@with_options(PlanArguments)
+def run_plan(given: PlanArguments) -> int:
     """Show which layers are tiled for a budget, or for many ranks, and what a step will take."""
-    one_process = {"--budget": budget, "--home": home, "--mode": mode, "--rates": rates}
-    speeds = {"--link": link, "--host-link": host_link, "--disk": disk, "--flops": flops}
-    cluster = {"--engine": engine, "--device-memory": device_memory, "--offload": offload, **speeds}
-    _check_cluster(world_size, cluster, one_process)
-    if world_size is not None and engine is not None:
-        memory = device_memory and parse_byte_size(device_memory, "--device-memory")
-        rank = _speeds(speeds)
-        with _counting(model):
-            ranks = plan_ranks(
-                models.empty_of(model, trust_remote_code, named=True),
-                optimizer=_optimizer(optimizer),
-                world_size=world_size,
-                engine=engine,
-                device_memory=memory or None,
-                offload=offload or "none",
-                speeds=rank,
-                tokens=tokens,
-                batch=batch,
-            )
-        print(ranks.to_json() if as_json else ranks)
+    _check_belonging(given)
+    if given.world_size is not None:
+        ranks = _plan_ranks(given)
+        print(ranks.to_json() if given.as_json else ranks)
         return 0
-    if budget is None:
+    found, others = _plan_process(given)
+    print(found.to_json() if given.as_json else f"{found}\n{others}")
+    return 0
+
+
+def _check_belonging(given: PlanArguments) -> None:
+    """Refuses options that do not belong together."""
+    cluster = _first_given(given, _CLUSTER)
+    if given.world_size is None:
+        if cluster:
+            raise CommandError(
+                f"{cluster} is of a cluster: give --world-size N and --engine with it."
+            )
+        return
+    if given.engine is None:
+        raise CommandError("--world-size needs --engine: give --engine fsdp2 or zero3 with it.")
+    if option := _first_given(given, _PROCESS):
+        raise CommandError(
+            f"{option} plans one process: leave it out beside --world-size, whose limit is "
+            "--device-memory."
+        )
+
+
+def _first_given(given: PlanArguments, names: Sequence[str]) -> str | None:
+    return next((f"--{n.replace('_', '-')}" for n in names if getattr(given, n) is not None), None)
+
+
+def _plan_ranks(given: PlanArguments) -> RankPlan:
+    assert given.world_size is not None
+    assert given.engine is not None
+    text = given.device_memory
+    memory = parse_byte_size(text, "--device-memory") if text else None
+    speeds = _speeds(given)
+    with _counting(given.model):
+        return plan_ranks(
+            models.empty_of(given.model, given.trust_remote_code, named=True),
+            optimizer=_optimizer(given.optimizer),
+            world_size=given.world_size,
+            engine=given.engine,
+            device_memory=memory,
+            offload=given.offload or "none",
+            speeds=speeds,
+            tokens=given.tokens,
+            batch=given.batch,
+        )
+
+
+def _plan_process(given: PlanArguments) -> tuple[Plan, str]:
+    """The plan, and what of the budget it leaves to others."""
+    if given.budget is None:
         raise CommandError("there is no limit: give --budget 2GiB, or --world-size for a cluster.")
-    allowed = parse_byte_size(budget, "--budget")
-    home = models.check_home(home or "disk", "checkpoint")
-    if home == "checkpoint" and optimizer != "none":
+    allowed = parse_byte_size(given.budget, "--budget")
+    home = models.check_home(given.home or "disk", "checkpoint")
+    if home == "checkpoint" and given.optimizer != "none":
         raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
-    with _counting(model), PeakMemory() as peak:  # as `finetune` and `generate` plan
-        if models.has_tokenizer(model):
-            models.tokenizer_of(model, trust_remote_code)
-        empty = models.empty_of(model, trust_remote_code, named=True)
+    with _counting(given.model), PeakMemory() as peak:  # as `finetune` and `generate` plan
+        if models.has_tokenizer(given.model):
+            models.tokenizer_of(given.model, given.trust_remote_code)
+        empty = models.empty_of(given.model, given.trust_remote_code, named=True)
         with models.within(allowed, peak.nbytes, _OTHERS) as left:
             found = memtile.plan(
                 empty,
                 budget=left,
-                tokens=tokens,
-                batch=batch,
-                optimizer=_optimizer(optimizer),
+                tokens=given.tokens,
+                batch=given.batch,
+                optimizer=_optimizer(given.optimizer),
                 home=home,
-                mode=mode or "in_backward",
-                rates=rates,
+                mode=given.mode or "in_backward",
+                rates=given.rates,
             )
-    others = models.budget_note(allowed, allowed - left, _OTHERS)
-    print(found.to_json() if as_json else f"{found}\n{others}")
-    return 0
+    return found, models.budget_note(allowed, allowed - left, _OTHERS)
 
 
-def _check_cluster(
-    world_size: int | None, cluster: Mapping[str, str | None], one_process: Mapping[str, object]
-) -> None:
-    """Refuses options that do not belong together; the keys are their names."""
-    given = [option for option, value in cluster.items() if value is not None]
-    if given and world_size is None:
-        raise CommandError(f"{given[0]} is of a cluster: give --world-size N and --engine with it.")
-    if world_size is None:
-        return
-    if cluster["--engine"] is None:
-        raise CommandError("--world-size needs --engine: give --engine fsdp2 or zero3 with it.")
-    for option, value in one_process.items():
-        if value is not None:
-            raise CommandError(
-                f"{option} plans one process: leave it out beside --world-size, whose limit is "
-                "--device-memory."
-            )
-
-
-def _speeds(given: Mapping[str, str | None]) -> ClusterSpec:
-    def speed(option: str, unit: str = "B") -> float | None:
-        text = given[option]
+def _speeds(given: PlanArguments) -> ClusterSpec:
+    def speed(text: str | None, option: str, unit: str = "B") -> float | None:
         return None if text is None else parse_speed(text, option, unit)
 
-    flops, link = speed("--flops", "FLOP"), speed("--link")
-    return ClusterSpec(flops=flops, link=link, host=speed("--host-link"), disk=speed("--disk"))
+    return ClusterSpec(
+        flops=speed(given.flops, "--flops", "FLOP"),
+        link=speed(given.link, "--link"),
+        host=speed(given.host_link, "--host-link"),
+        disk=speed(given.disk, "--disk"),
+    )
 
 
 @contextmanager

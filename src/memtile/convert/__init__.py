@@ -6,9 +6,6 @@ from memtile.convert.empty import empty_model
 from memtile.convert.kinds import (
     Integration,
     Kind,
-    Naming,
-    Outward,
-    Renamed,
     Stack,
     Tileable,
     Work,
@@ -19,19 +16,22 @@ from memtile.convert.kinds import (
     replace_module,
     tileable,
     tileables,
+    tiled_layers,
 )
-from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
+from memtile.convert.loading_checkpoints import IncompatibleKeys, in_own_names, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
 from memtile.convert.name_matching import WAY_OUT, converting_bytes
+from memtile.convert.naming import Naming, Outward, Renamed
 from memtile.convert.planned import has_checkpointing, multiply, set_checkpointing, take_workspace
 from memtile.convert.recutting import TilingSpec, convert_checkpoint
 from memtile.convert.replaced import replacing
+from memtile.convert.run_record import Resumed
 from memtile.convert.saving import save_checkpoint
 from memtile.convert.select import Cut, TilingDecision, choose, select_linears
 from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.streaming import TensorSource
 from memtile.convert.tiling import replace_chosen, tile
-from memtile.convert.training import Resumed, has_training, resume_training, save_training
+from memtile.convert.training import has_training, resume_training, save_training
 from memtile.convert.untiling import cannot_be_dense, untile
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "empty_model",
     "has_checkpointing",
     "has_training",
+    "in_own_names",
     "integrations",
     "kind_of",
     "load_checkpoint",
@@ -83,5 +84,6 @@ __all__ = [
     "tile",
     "tileable",
     "tileables",
+    "tiled_layers",
     "untile",
 ]

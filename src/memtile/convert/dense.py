@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memtile.convert.kinds import tiled_layers
 from memtile.errors import CannotTileError
 from memtile.layers import TiledModule, gathered
 
@@ -32,12 +33,7 @@ def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def dense_items(model: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The items of a state dict of the model with the tiles of each layer joined under its name."""
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, TiledModule)
-    }
-    place_of = _places(layers)
+    place_of = _places(model)
     given = set()
     for key, value in state_dict.items():
         place = place_of.get(key)
@@ -73,10 +69,10 @@ class _Tiles:
     keys: Mapping[tuple[int, int], str]
 
 
-def _places(layers: Mapping[str, TiledModule]) -> dict[str, _Tiles]:
+def _places(model: nn.Module) -> dict[str, _Tiles]:
     """By the key of a tile in the state dict, what it belongs to; each layer is checked."""
     found: dict[str, _Tiles] = {}
-    for name, layer in layers.items():
+    for name, layer in tiled_layers(model, all_names=True):
         check_stored(name, layer)
         prefix = f"{name}." if name else ""
         for own in ("weight", "bias") if layer.whole_bias is None else ("weight",):

@@ -10,17 +10,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memtile.checkpoints import Checkpoint, OnePath, StoredTensor
 from memtile.convert.dense import check_stored
 from memtile.convert.derived import Computed
-from memtile.convert.kinds import integrations, naming_of, tiled_classes
+from memtile.convert.kinds import integrations, naming_of, tiled_classes, tiled_layers
 from memtile.convert.model_tensors import ModelTensor, computed_buffers, tensors_of
 from memtile.convert.streaming import Index, TensorSource, TiledSource, spans, stored_tensors
 from memtile.errors import CheckpointError, HomeError, MemtileError
 from memtile.homes import allocation_of
-from memtile.layers import TiledModule
 from memtile.optim import DenseParameter
 
 _SHOWN = 4  # names in a message
@@ -136,9 +135,8 @@ def converting_bytes(model: nn.Module, folder: OnePath) -> int:
 
 def checked(model: nn.Module, checkpoint: Checkpoint, *, strict: bool, complete: bool) -> Findings:
     """`find`, with everything checked; `strict` and `complete` are those of `Findings.check`."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, TiledModule):
-            check_stored(name, layer)
+    for name, layer in tiled_layers(model):
+        check_stored(name, layer)
     for name, parameter in model.named_parameters():
         allocation = allocation_of(parameter)
         if allocation is not None and allocation.home.is_read_only:
@@ -172,16 +170,22 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
             )
 
 
+def wanted_by(model: nn.Module) -> dict[str, Tensor]:
+    """The dense tensors of a model, on the meta device, under each name that they have in files."""
+    stored = naming_of(model).stored
+    return {
+        stored(name): torch.empty(one.dense.shape, dtype=one.dtype, device="meta")
+        for one in tensors_of(model)
+        for name in one.names
+    }
+
+
 class _Search:
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.needed, self.checkpoint = tensors_of(model), checkpoint
         self.naming = naming_of(model)
         self.computed = {self.naming.stored(name): b for name, b in computed_buffers(model).items()}
-        self.wanted = {
-            self.naming.stored(name): torch.empty(one.dense.shape, dtype=one.dtype, device="meta")
-            for one in self.needed
-            for name in one.names
-        }
+        self.wanted = wanted_by(model)
         self.used: set[str] = set()  # names of the checkpoint
         self.broken: set[str] = set()  # names whose tiles make no tensor
         self.lacking: list[str] = []  # names of the model
@@ -199,17 +203,25 @@ class _Search:
             except MemtileError as error:
                 found.problems.append(f"{needed.dense.name}: {error}")
         self._check_biases()
-        besides = {
+        lacking = {self.naming.stored(name) for name in self.lacking}
+        missing, unexpected = self.naming.relevant(lacking, self._besides())
+        keys = {key for name in unexpected for key in self.renamed.keys[name]}
+        theirs = {own for key in keys for own in tiles.get(key, [key])}
+        found.unexpected = [name for name in self.checkpoint if name in theirs]
+        self._sort_lacking(missing)
+        return found
+
+    def _besides(self) -> set[str]:
+        """The checkpoint's names, as stored, that nothing of the model was read from."""
+        return {
             name
             for name, keys in self.renamed.keys.items()
             if name not in self.computed and not self.used.issuperset(keys)
         }
-        lacking = {self.naming.stored(name) for name in self.lacking}
-        missing, unexpected = self.naming.relevant(lacking, besides)
-        keys = {key for name in unexpected for key in self.renamed.keys[name]}
-        theirs = {own for key in keys for own in tiles.get(key, [key])}
-        found.unexpected = [name for name in self.checkpoint if name in theirs]
-        made = self.naming.made(missing)
+
+    def _sort_lacking(self, missing: set[str]) -> None:
+        """Say of each name that the checkpoint lacks why; `missing` are those that matter."""
+        found, made = self.findings, self.naming.made(missing)
         matched_apart = {self.naming.apart(match.name) for match in found.matches}
         for name in self.lacking:
             stored_name = self.naming.stored(name)
@@ -219,7 +231,6 @@ class _Search:
                 found.made.append(name)
             else:
                 (found.missing if stored_name in missing else found.optional).append(name)
-        return found
 
     def _joined(self) -> tuple[dict[str, TensorSource], dict[str, list[str]]]:
         """The dense tensors of the checkpoint by name, and the names of the tiles of each."""

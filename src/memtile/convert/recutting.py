@@ -142,7 +142,7 @@ def _dense(checkpoint: Checkpoint, place: Path) -> tuple[dict[str, TensorSource]
 
 
 @dataclass(frozen=True)
-class _JoinedStack:
+class _StackSource:
     """A stack of experts (E, R, C): the matrix (E·R, C) that its tiles make, element by element."""
 
     matrix: TiledSource
@@ -177,7 +177,7 @@ def _shapes_beside(place: Path) -> dict[str, torch.Size]:
     return {}
 
 
-def _joined_stack(name: str, source: TiledSource, shapes: Mapping[str, torch.Size]) -> _JoinedStack:
+def _joined_stack(name: str, source: TiledSource, shapes: Mapping[str, torch.Size]) -> _StackSource:
     """The stack of the matrix (E·R, C), which has one of the shapes of a model's parameters."""
     if not shapes:
         raise CheckpointError(
@@ -194,7 +194,7 @@ def _joined_stack(name: str, source: TiledSource, shapes: Mapping[str, torch.Siz
             f"stack of the model that the config.json beside them describes ({known}); put the "
             "config of this checkpoint's model there"
         )
-    return _JoinedStack(source, shape)
+    return _StackSource(source, shape)
 
 
 def _to_cut(dense: Mapping[str, TensorSource], cut: TilingSpec, place: Path) -> dict[str, Grid]:
@@ -220,7 +220,7 @@ def _outgoing(name: str, source: TensorSource, cut: Mapping[str, Grid]) -> Itera
     layer, _, own = name.rpartition(".")
     grid = cut.get(layer)
     if grid is None or own not in ("weight", "bias") or not source.shape:
-        if isinstance(source, _JoinedStack):
+        if isinstance(source, _StackSource):
             yield written(name, source)
         elif isinstance(source, StoredTensor):
             yield Outgoing(name, source.entry.kind, source.shape, source.raw)

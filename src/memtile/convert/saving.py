@@ -1,6 +1,7 @@
 """`save_checkpoint`: a model's dense checkpoint, written tile by tile."""
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor, nn
 
 from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
 from memtile.convert.dense import check_stored
-from memtile.convert.kinds import Outward, configs_beside, naming_of
+from memtile.convert.kinds import configs_beside, naming_of
 from memtile.convert.model_tensors import (
+    ModelTensor,
     in_state_dict_order,
     parameter_count,
     persistent_buffers,
 )
+from memtile.convert.naming import Outward
 from memtile.convert.sharded import for_sharded
-from memtile.convert.streaming import ModelSource, written
+from memtile.convert.streaming import ModelSource, TensorSource, written
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import streamed_allocation
 from memtile.layers import TiledModule
@@ -81,11 +84,7 @@ def save_checkpoint(
         )
         return
     check_saveable(model)
-    outward = [
-        Outward(needed.names, ModelSource(needed.dense, needed.names[0]))
-        for needed in in_state_dict_order(model)
-    ]
-    stored = naming_of(model).written(outward)
+    stored = stored_sources(model, lambda needed: ModelSource(needed.dense, needed.names[0]))
     tensors = [_in_dtype(written(name, source), dtype) for name, source in stored.items()]
     beside = configs_beside(model, dtype)
     wait_for_writes(model)
@@ -96,6 +95,14 @@ def save_checkpoint(
         beside=beside,
         parameters=parameter_count(model),
     )
+
+
+def stored_sources(
+    model: nn.Module, source_of: Callable[[ModelTensor], TensorSource]
+) -> Mapping[str, TensorSource]:
+    """What the model's checkpoint has, by name; `source_of` tells where a dense tensor is read."""
+    outward = [Outward(needed.names, source_of(needed)) for needed in in_state_dict_order(model)]
+    return naming_of(model).written(outward)
 
 
 def _in_dtype(tensor: Outgoing, dtype: torch.dtype | None) -> Outgoing:

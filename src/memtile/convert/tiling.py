@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memtile.checkpoints import CheckpointHome, Paths
-from memtile.convert.kinds import kind_of, tileable
+from memtile.convert.kinds import kind_of, tileable, tiled_layers
 from memtile.convert.materializing import (
     checked_for_empty,
     filled_from,
@@ -130,20 +130,15 @@ def tile(
         home = planned_home(model, plan, home)
     if plan is not None or (home is not None and modules is None):
         _refuse_tiled_before(model)
-    if return_freed_memory or (return_freed_memory is None and isinstance(plan, Plan)):
+    own = plan if isinstance(plan, Plan) else None  # of this process
+    if return_freed_memory or (return_freed_memory is None and own is not None):
         keep_freed_memory_out()
-    if isinstance(plan, Plan):
-        take_workspace(plan.products)
+    if own is not None:
+        take_workspace(own.products)
     if checkpoint is not None or any(decision.tiled for decision in decisions):
-        findings = None
-        if checkpoint is not None:
-            findings = checked_for_empty(model, checkpoint, strict=strict)
-        replaced = replace_chosen(model, decisions, home, findings)
-        if findings is not None:
-            warn_of_differences(model, findings, stacklevel=2)
-        replaced.warn(model, stacklevel=2)
-    if isinstance(plan, Plan):
-        keep_experts(model, plan)
+        _replace_and_fill(model, decisions, home, checkpoint, strict)
+    if own is not None:
+        keep_experts(model, own)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, decisions)
     if plan is not None and plan.optimizer is not None:
@@ -174,6 +169,23 @@ def _checked_decisions(
             "memtile.convert.select_linears(model, …) gives the reason for each module"
         )
     return decisions
+
+
+def _replace_and_fill(
+    model: nn.Module,
+    decisions: Sequence[TilingDecision],
+    home: Home | str | None,
+    checkpoint: Paths | None,
+    strict: bool,
+) -> None:
+    """Replace what was chosen, with a checkpoint's values where one is given; warn of the rest."""
+    findings = None
+    if checkpoint is not None:
+        findings = checked_for_empty(model, checkpoint, strict=strict)
+    replaced = replace_chosen(model, decisions, home, findings)
+    if findings is not None:
+        warn_of_differences(model, findings, stacklevel=3)
+    replaced.warn(model, stacklevel=3)
 
 
 def _refuse_shards(model: object) -> None:
@@ -245,8 +257,8 @@ def _room_for(
 
 def _refuse_tiled_before(model: nn.Module) -> None:
     """Refuse a model with tiles that would stay in memory, though a home is given."""
-    for name, layer in model.named_modules():
-        weights = layer.tile_parameters("weight") if isinstance(layer, TiledModule) else {}
+    for name, layer in tiled_layers(model):
+        weights = layer.tile_parameters("weight")
         if weights and not any(map(is_parked, weights.values())):
             raise CannotTileError(
                 f"{name} is tiled already, and its tiles would stay in memory; call "

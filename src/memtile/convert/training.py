@@ -3,9 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,12 +11,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
-from memtile.checkpoints.exact_json import from_json, to_json
+from memtile.checkpoints.exact_json import from_json
 from memtile.checkpoints.record import RandomState, read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
 from memtile.convert.kinds import configs_beside
 from memtile.convert.model_tensors import tensors_of
 from memtile.convert.optimizer_file import IncomingState, optimizer_record
+from memtile.convert.run_record import (
+    Json,
+    Resumed,
+    Scheduler,
+    check_numbers,
+    check_scheduler,
+    run_record,
+)
 from memtile.convert.saving import check_saveable, wait_for_writes
 from memtile.convert.sharded import for_distributed, for_sharded
 from memtile.convert.streaming import bring_in, finite, outgoing
@@ -28,33 +34,6 @@ from memtile.optim import DenseParameter
 
 _WHOLE, _TRAINABLE = "model", "trainable"  # what the files of weights are called
 _OPTIMIZER, _RANDOM = "optimizer", "random"
-
-Json = dict[str, Any]  # of the record: whatever JSON it has
-
-
-class Scheduler(Protocol):
-    """Anything whose state can be saved and loaded, as torch's schedulers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state: numbers, texts, lists and dictionaries."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take such a state over."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run goes on: `position` and `extra` are what `save_training` was given.
-
-    Attributes:
-        step: the number of steps that are done.
-        folder: the checkpoint that was taken.
-    """
-
-    step: int
-    position: Any  # any JSON
-    extra: Any  # any JSON
-    folder: Path
 
 
 def save_training(
@@ -117,31 +96,23 @@ def save_training(
         >>> folder = memtile.save_training("run", model, optimizer, step=100, position=100)
     """
     check_numbers(step, keep)
+    given = {"step": step, "position": position, "extra": extra}
     sharded = for_sharded(model, process_group=process_group)
     if sharded is not None:
-        if trainable_only:
-            raise ArgumentError(
-                "trainable_only=True with a model that is sharded over ranks, of which each saves "
-                "all that it holds: leave it out"
-            )
-        data = {"step": step, "position": position, "extra": extra}
+        _refuse_trainable_only(trainable_only)
         options = {"keep": keep, "check_finite": check_finite, "process_group": process_group}
-        saved: Path = sharded.save_training(folder, model, optimizer, scheduler, **data, **options)
+        saved: Path = sharded.save_training(folder, model, optimizer, scheduler, **given, **options)
         return saved
     state, tensors = optimizer_record(model, optimizer)
     tensors = [finite(tensor) for tensor in tensors] if check_finite else tensors
     random = RandomState.now()
     record = {
         "memtile": str(vars(sys.modules["memtile"])["__version__"]),  # which imports this file
-        "step": step,
-        "position": to_json(position, "position"),
-        "extra": to_json(extra, "extra"),
+        **run_record(given, scheduler),
         "trainable_only": trainable_only,
-        "scheduler": scheduler_record(scheduler),
         "optimizer": state,
         "random": random.to_json(),
     }
-
     if not trainable_only:
         check_saveable(model)
     weights = _weights(model, trainable_only, check_finite)
@@ -210,11 +181,7 @@ def resume_training(
             folder, model, optimizer, scheduler, process_group=process_group
         )
         return found
-    if not all(map(isinstance, (model, optimizer), (nn.Module, Optimizer))):
-        raise ArgumentError(
-            f"resume_training(folder, model, optimizer) got a {type(model).__name__} and a "
-            f"{type(optimizer).__name__}; give the model, and an optimizer that was made for it"
-        )
+    _check_made(model, optimizer)
     saved = newest_step(Path(folder))
     record, weights, tensors, random = _opened(saved)
     held = _held_tensors(model, record["trainable_only"])
@@ -235,26 +202,20 @@ def resume_training(
     return resumed
 
 
-def check_numbers(step: object, keep: object) -> None:
-    """Refuse wrong numbers of steps and of checkpoints."""
-    for name, value, least, what in (
-        ("step", step, 0, "a number of steps: 0 or more"),
-        ("keep", keep, 1, "how many checkpoints stay: 1 or more"),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ArgumentError(f"{name}={value!r} must be {what}, an int")
+def _check_made(model: object, optimizer: object) -> None:
+    if not (isinstance(model, nn.Module) and isinstance(optimizer, Optimizer)):
+        raise ArgumentError(
+            f"resume_training(folder, model, optimizer) got a {type(model).__name__} and a "
+            f"{type(optimizer).__name__}; give the model, and an optimizer that was made for it"
+        )
 
 
-def scheduler_record(scheduler: Scheduler | None) -> Json | None:
-    """What a checkpoint's record says of a scheduler."""
-    if scheduler is None:
-        return None
-    state = to_json(scheduler.state_dict(), "the scheduler's state_dict()")
-    return {"class": _class_name(scheduler), "state": state}
-
-
-def _class_name(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def _refuse_trainable_only(trainable_only: bool) -> None:
+    if trainable_only:
+        raise ArgumentError(
+            "trainable_only=True with a model that is sharded over ranks, of which each saves all "
+            "that it holds: leave it out"
+        )
 
 
 def _weights(model: nn.Module, trainable_only: bool, check_finite: bool) -> list[Outgoing]:
@@ -336,14 +297,3 @@ def _check_weights(
                 f"and {tuple(ours[0])} {ours[1]} in this {type(model).__name__}: make the model as "
                 "it was made for the run that was saved"
             )
-
-
-def check_scheduler(saved: Json | None, scheduler: Scheduler | None, place: Path) -> None:
-    """Refuse a scheduler of another class than the one that was saved."""
-    theirs = "no scheduler" if saved is None else saved["class"]
-    ours = "no scheduler" if scheduler is None else _class_name(scheduler)
-    if ours != theirs:
-        raise CheckpointError(
-            f"{place} was saved with {theirs}, and is to be resumed with {ours}: give "
-            "resume_training what save_training was given"
-        )

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from memtile.convert.kinds import lost_on_replacing, replace_module, tiled_classes
+from memtile.convert.kinds import lost_on_replacing, replace_module, tiled_classes, tiled_layers
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Owners
 from memtile.errors import ArgumentError, CannotTileError
@@ -98,9 +98,7 @@ def _replace(
 
 def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The ids of each layer's weight tiles, by its name, once all can be turned back."""
-    layers: Layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, TiledModule)
-    }
+    layers: Layers = dict(tiled_layers(model))
     ids = {
         name: tuple(id(tile) for tile in layer.tile_parameters("weight").values())
         for name, layer in layers.items()

@@ -5,42 +5,55 @@ import json
 import types
 import typing
 from itertools import pairwise
-from typing import Any, TypeVar  # JSON holds anything until it is checked
+from typing import Any, ClassVar, TypeVar  # JSON holds anything until it is checked
 
 from memtile.errors import ArgumentError, MemtileError
 from memtile.geometry import Grid
 
-Record = TypeVar("Record")
+Record = TypeVar("Record", bound="JsonRecord")
 
 
-def to_text(record: Any, name: str, version: int) -> str:
-    """JSON text of a dataclass, in the order of its fields; a grid is its two lists of bounds."""
-    fields = dataclasses.asdict(record, dict_factory=_object)
-    document = {"memtile": name, "version": version, **fields}
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+class JsonRecord:
+    """A frozen dataclass that is written as JSON text, and read again."""
+
+    _json_name: ClassVar[str]
+    _json_version: ClassVar[int]
+
+    def to_json(self) -> str:
+        """JSON text for `from_json`, in the order of the fields; a grid is its lists of bounds."""
+        fields = dataclasses.asdict(self, dict_factory=_object)  # type: ignore[call-overload]  # a subclass is one
+        document = {"memtile": self._json_name, "version": self._json_version, **fields}
+        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls: type[Record], text: str) -> Record:
+        """What `to_json` wrote.
+
+        Raises:
+            ArgumentError: the text is something else; the message says what is wrong with it.
+        """
+        name, version = cls._json_name, cls._json_version
+        try:
+            document = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ArgumentError(
+                f"this is no {name} as JSON ({error}); give the text that to_json() wrote"
+            ) from error
+        if not isinstance(document, dict) or document.pop("memtile", None) != name:
+            raise ArgumentError(
+                f'this JSON is no {name}: it does not begin with "memtile": "{name}"'
+            )
+        found = document.pop("version", None)
+        if found != version:
+            raise ArgumentError(
+                f"this {name} is of version {found!r}, and {version} is read here; make it anew"
+            )
+        return typing.cast("Record", _record(cls, document, name))
 
 
 def _object(items: list[tuple[str, Any]]) -> Any:
     found = dict(items)
     return list(found.values()) if found.keys() == {"out_parts", "in_parts"} else found
-
-
-def from_text(cls: type[Record], name: str, version: int, text: str) -> Record:
-    """The dataclass that `to_text` wrote, or an error that says where the text differs."""
-    try:
-        document = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ArgumentError(
-            f"this is no {name} as JSON ({error}); give the text that to_json() wrote"
-        ) from error
-    if not isinstance(document, dict) or document.pop("memtile", None) != name:
-        raise ArgumentError(f'this JSON is no {name}: it does not begin with "memtile": "{name}"')
-    found = document.pop("version", None)
-    if found != version:
-        raise ArgumentError(
-            f"this {name} is of version {found!r}, and {version} is read here; make it anew"
-        )
-    return typing.cast("Record", _record(cls, document, name))
 
 
 def _read(kind: Any, value: Any, path: str) -> Any:

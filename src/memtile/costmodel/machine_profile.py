@@ -2,18 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
-from memtile.costmodel.json_form import from_text, to_text
+from memtile.costmodel.json_form import JsonRecord
 from memtile.costmodel.model_records import Products
 from memtile.errors import ArgumentError
 
-_VERSION: Final = 1
 WORKSPACE_SHAPE: Final = (1024, 512, 8192)
 
 
 @dataclass(frozen=True)
-class MachineProfile:
+class MachineProfile(JsonRecord):
     """Measured rates; `memtile.plan` measures them, a JSON file or a user gives others.
 
     Args:
@@ -36,6 +35,9 @@ class MachineProfile:
         trained_layer_memory: of a layer that an optimizer steps.
         trained_tile_memory: of such a tile.
     """
+
+    _json_name: ClassVar[str] = "Rates"
+    _json_version: ClassVar[int] = 1
 
     product_flops: tuple[tuple[int, float], ...]
     product_flops_16: tuple[tuple[int, float], ...]
@@ -86,16 +88,3 @@ class MachineProfile:
         """
         columns, measured = (products.widest or (0, 0, 0))[2], WORKSPACE_SHAPE[2]
         return self.workspace_bytes * min(columns, measured) // measured
-
-    def to_json(self) -> str:
-        """The rates as JSON text."""
-        return to_text(self, "Rates", _VERSION)
-
-    @classmethod
-    def from_json(cls, text: str) -> "MachineProfile":
-        """The rates that `to_json` wrote.
-
-        Raises:
-            ArgumentError: the text is not a machine profile.
-        """
-        return from_text(cls, "Rates", _VERSION, text)

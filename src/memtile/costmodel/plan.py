@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from memtile.costmodel.budget import Budget
 from memtile.costmodel.byte_sizes import format_byte_size
-from memtile.costmodel.json_form import from_text, to_text
+from memtile.costmodel.json_form import JsonRecord
 from memtile.costmodel.model_records import Products
 from memtile.costmodel.plan_parts import (
     KEPT_EXPERTS,
@@ -29,12 +29,11 @@ from memtile.errors import ArgumentError
 from memtile.home_names import HOMES, IN_FILES, parse_home
 
 OptimizerMode = Literal["classic", "in_backward"]
-_VERSION: Final = 2
 _TITLES: Final = {"device": "memory of the device", "host": "memory", "disk": "disk"}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(JsonRecord):
     """What `memtile.tile(model, plan)` will do, and what it is predicted to take.
 
     Args:
@@ -54,6 +53,9 @@ class Plan:
         floors: what bounds the time of a step from below.
         products: the matrix products of a step; the widest is made first, for its workspace.
     """
+
+    _json_name: ClassVar[str] = "Plan"
+    _json_version: ClassVar[int] = 2
 
     model: str
     layers: tuple[PlannedLayer, ...]
@@ -134,19 +136,6 @@ class Plan:
             f"{self.model}, {self.tokens} tokens, {work}: {where}{recomputed}; predicted peak "
             f"{format_byte_size(self.peak_bytes)}, about {self.seconds:.2g} s a step"
         )
-
-    def to_json(self) -> str:
-        """The plan as JSON text, for `Plan.from_json`."""
-        return to_text(self, "Plan", _VERSION)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """The plan that `to_json` wrote.
-
-        Raises:
-            ArgumentError: the text is no plan; the message says what is wrong with it.
-        """
-        return from_text(cls, "Plan", _VERSION, text)
 
     def __str__(self) -> str:
         lines = [self.summary, "", *layer_lines(self.layers), "", *self._memory_lines()]

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from memtile.costmodel.budget import margin
 from memtile.costmodel.byte_sizes import format_byte_size
-from memtile.errors import ArgumentError
+from memtile.errors import ArgumentError, check_whole_number
 from memtile.geometry import Grid
 
 Place = Literal["device", "host", "disk"]
@@ -84,10 +84,7 @@ class Floor:
 def check_tokens(tokens: object, batch: object) -> None:
     """Check the numbers of tokens and of sequences of a step."""
     for name, value, example in (("tokens", tokens, 512), ("batch", batch, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(
-                f"{name}={value!r} must be a whole number of at least 1, such as {name}={example}"
-            )
+        check_whole_number(name, value, 1, f", such as {name}={example}")
     assert isinstance(tokens, int)
     assert isinstance(batch, int)
     if tokens % batch:

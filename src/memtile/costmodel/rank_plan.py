@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from memtile.costmodel.byte_sizes import format_byte_size
-from memtile.costmodel.json_form import from_text, to_text
+from memtile.costmodel.json_form import JsonRecord
 from memtile.costmodel.plan_parts import (
     PLACES,
     Floor,
@@ -24,7 +24,6 @@ from memtile.costmodel.rank_memory import Moment, Offload, peak_moment
 from memtile.costmodel.rank_traffic import ClusterSpec, LinkTraffic
 from memtile.costmodel.shards import Engine
 
-_VERSION: Final = 1
 _TITLES: Final = {
     "device": "memory of a device",
     "host": "host memory of a rank",
@@ -36,7 +35,7 @@ _OFFLOADS: Final = {"none": "", "cpu": ", offloaded to the host", "nvme": ", off
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankPlan(JsonRecord):
     """What `memtile.tile(model, plan)` cuts for an engine, and what one rank is predicted to take.
 
     Args:
@@ -61,6 +60,9 @@ class RankPlan:
         floors: what bounds the time of a step from below.
         smallest_world: the smallest power of two of ranks that it fits on; None without a limit.
     """
+
+    _json_name: ClassVar[str] = "RankPlan"
+    _json_version: ClassVar[int] = 1
 
     model: str
     engine: Engine
@@ -134,19 +136,6 @@ class RankPlan:
             f"{self.tokens} tokens a rank, {work}{recomputed}: {self.tiles} tiles; predicted peak "
             f"{format_byte_size(self.peak_bytes)} a device{seconds}"
         )
-
-    def to_json(self) -> str:
-        """The plan as JSON text, for `RankPlan.from_json`."""
-        return to_text(self, "RankPlan", _VERSION)
-
-    @classmethod
-    def from_json(cls, text: str) -> "RankPlan":
-        """The plan that `to_json` wrote.
-
-        Raises:
-            ArgumentError: the text is not a plan; the message says what is wrong with it.
-        """
-        return from_text(cls, "RankPlan", _VERSION, text)
 
     def __str__(self) -> str:
         lines = [self.summary, "", *layer_lines(self.layers), "", *self._memory_lines()]

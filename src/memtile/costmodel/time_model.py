@@ -6,10 +6,21 @@ the step takes the longer of the two.
 """
 
 from dataclasses import dataclass
+from typing import Final, Literal
 
+from memtile.costmodel.machine_profile import MachineProfile
 from memtile.costmodel.memory_model import Setting
 from memtile.costmodel.model_records import Counted, ParkedLayout
 from memtile.costmodel.plan_parts import Floor
+
+FREE: Final = 1.1
+"""A home is free where a step takes at most so many times as long as in memory."""
+
+FREE_TILE: Final = 16 << 20
+"""Bytes of the tile that `free_from` supposes."""
+
+_MOST_DOUBLINGS: Final = 20
+ReachedBy = Literal["host", "page cache", "direct"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +83,64 @@ def floors(
     computing = ", ".join(name for name, seconds in work if seconds)
     found = [Floor(f"computing ({computing})", sum(seconds for _, seconds in work))]
     return (*found, Floor("the disk", disk)) if disk else tuple(found)
+
+
+def free_from(
+    rates: MachineProfile, place: ReachedBy, *, trains: bool, element_bytes: int
+) -> int | None:
+    """The tokens of a step from which on tiles at home cost at most a tenth of its time.
+
+    Per element of a tile: e bytes, T tokens, F(T) flop/s; R, W and C bytes a second read, written
+    and copied from and to the page cache; S elements a second stepped; k visits of v seconds for
+    the N elements of a tile.
+
+        in memory   m = 2T/F(T)                    training: 6T/F(T) + 1/S
+        moves       r = e, w = 0                   training: r = 2e + s, w = e + s
+        host        m + kv/N                       k = 1; training: 4
+        page cache  m + kv/N + (r + w)/C           the CPU copies
+        direct      max(m + kv/N, r/R + w/W)       the disk works meanwhile
+
+    It is free where that is at most 1.1 m. s is AdamW's state: two moments in float32, and a
+    float32 copy of a weight in 16 bits. These are the terms of `floors`, in backward, without
+    checkpointing and the operations that are not products.
+
+    Args:
+        rates: of the machine.
+        place: of the tiles: "host", or a disk by the page cache or by direct I/O.
+        trains: AdamW; else inference.
+        element_bytes: of a weight's element: 4 or 2.
+
+    Returns:
+        None where it is not so at 2^20 tokens.
+    """
+
+    def is_free(tokens: int) -> bool:
+        return _slowdown(rates, place, tokens, trains, element_bytes) <= FREE
+
+    doublings = [2**power for power in range(_MOST_DOUBLINGS + 1)]
+    below = max((tokens for tokens in doublings if not is_free(tokens)), default=0)
+    if below == doublings[-1]:
+        return None
+    above = max(1, 2 * below)
+    while above - below > 1:
+        middle = (above + below) // 2
+        below, above = (below, middle) if is_free(middle) else (middle, above)
+    return above
+
+
+def _slowdown(
+    rates: MachineProfile, place: ReachedBy, tokens: int, trains: bool, element_bytes: int
+) -> float:
+    """Seconds for a tile at home over those for one in memory."""
+    elements, state = FREE_TILE // element_bytes, 8 if element_bytes > 2 else 12
+    products = (6 if trains else 2) * tokens / max(1.0, rates.flops(tokens, element_bytes))
+    in_memory = products + (1 / max(1.0, rates.stepped_elements) if trains else 0.0)
+    read = 2 * element_bytes + state if trains else element_bytes
+    written = element_bytes + state if trains else 0
+    work = in_memory + (4 if trains else 1) * rates.tile_seconds / elements
+    if place == "page cache":
+        work += (read + written) / max(1.0, rates.cached_bytes)
+    if place == "direct":
+        disk = read / max(1.0, rates.read_bytes) + written / max(1.0, rates.written_bytes)
+        work = max(work, disk)
+    return work / in_memory

@@ -22,10 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from memtile.checkpoints import SHARD_BYTES, Checkpoint, Outgoing, Paths, write_checkpoint
 from memtile.checkpoints.publishing import cannot_write
-from memtile.convert.kinds import Outward, configs_beside, naming_of
+from memtile.convert.kinds import configs_beside
 from memtile.convert.loading_checkpoints import IncompatibleKeys
-from memtile.convert.model_tensors import in_state_dict_order, parameter_count
+from memtile.convert.model_tensors import ModelTensor, parameter_count
 from memtile.convert.name_matching import Findings, Match, checked, find, left_out, some
+from memtile.convert.saving import stored_sources
 from memtile.convert.streaming import TensorSource, bring_in
 from memtile.engines.dcp_files import read_alone, write_shards
 from memtile.engines.dense_views import (
@@ -92,22 +93,21 @@ def save_checkpoint(
     view = ranks.each(lambda: dense_view(model))
     with _between(ranks, Path(folder)) as between:
         write_shards(ranks, view, between)
-        outward = [
-            Outward(wanted.names, _Written(wanted.names[0], view[wanted.names[0]], between))
-            for wanted in in_state_dict_order(model)
-        ]
-        ranks.first(
-            lambda: write_checkpoint(
+
+        def source_of(wanted: ModelTensor) -> TensorSource:
+            return _Written(wanted.names[0], view[wanted.names[0]], between)
+
+        def write() -> None:
+            stored = stored_sources(model, source_of)
+            write_checkpoint(
                 folder,
-                [
-                    _outgoing(name, source, dtype)
-                    for name, source in naming_of(model).written(outward).items()
-                ],
+                [_outgoing(name, source, dtype) for name, source in stored.items()],
                 max_shard_bytes=max_shard_bytes,
                 beside=configs_beside(model, dtype),
                 parameters=parameter_count(model),
             )
-        )
+
+        ranks.first(write)
 
 
 def found_for(model: nn.Module, path: Paths, is_first: bool, strict: bool) -> Findings:

@@ -21,20 +21,20 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from memtile.checkpoints.exact_json import from_json, to_json
+from memtile.checkpoints.exact_json import from_json
 from memtile.checkpoints.steps import RECORD, new_step
 from memtile.convert.model_tensors import tensors_of
-from memtile.convert.sharded import METADATA
-from memtile.convert.streaming import check_finite as finite_or_refused
-from memtile.convert.training import (
+from memtile.convert.run_record import (
+    Json,
     Resumed,
     Scheduler,
     check_numbers,
     check_scheduler,
-    is_trained,
-    newest_step,
-    scheduler_record,
+    run_record,
 )
+from memtile.convert.sharded import METADATA
+from memtile.convert.streaming import check_finite as finite_or_refused
+from memtile.convert.training import is_trained, newest_step
 from memtile.engines.dcp_files import DcpState, read_alone, read_shards, write_shards
 from memtile.engines.dense_views import DenseView, dense_view, local_pieces, unwrapped
 from memtile.engines.optimizer_state import (
@@ -49,8 +49,6 @@ from memtile.engines.zero3_values import is_partitioned, write_masters
 from memtile.errors import ArgumentError, CheckpointError, EngineError
 
 _MODEL, _RECORD = "model", "memtile"
-
-Json = dict[str, Any]  # of the record: whatever JSON it has
 
 
 def save(
@@ -128,8 +126,7 @@ def _outgoing(
     model: nn.Module, optimizer: object, scheduler: Scheduler | None, given: Mapping[str, Any]
 ) -> DcpState:
     state: DcpState = {_MODEL: dense_view(model)}
-    record: Json = {name: to_json(value, name) for name, value in given.items()}
-    record["scheduler"] = scheduler_record(scheduler)
+    record = run_record(given, scheduler)
     if optimizer is not None:
         state[KEY], record[KEY] = outgoing_state(_state_of(model, optimizer))
     return {**state, _RECORD: json.dumps(record, allow_nan=False)}

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from memtile.convert import tiled_layers
 from memtile.errors import EngineError
 from memtile.layers import TiledModule
+from memtile.transfer.iterations import in_backward
 
 FsdpUnit = list[nn.Module]
 UnitModule = Any  # first FSDPModule of a unit; to mypy, FSDPModule is no nn.Module
@@ -47,18 +49,13 @@ def units_of(model: nn.Module, unit_bytes: int) -> list[FsdpUnit]:
     return units
 
 
-def tiled_layers(model: nn.Module) -> list[TiledModule]:
-    """The tiled layers of a model."""
-    return [module for module in model.modules() if isinstance(module, TiledModule)]
-
-
 def _nbytes(modules: Sequence[nn.Module]) -> int:
     return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
 
 def _layers(model: nn.Module, unit_bytes: int) -> Iterator[nn.Module]:
     """Tiled layers, and modules with enough parameters of their own that no other one shares."""
-    inside = {inner for layer in tiled_layers(model) for inner in layer.modules()}
+    inside = {inner for _, layer in tiled_layers(model) for inner in layer.modules()}
     own = {
         module: [parameter for parameter in module._parameters.values() if parameter is not None]
         for module in model.modules()
@@ -95,7 +92,7 @@ class SharedTile(nn.Linear):
 def share_tied_tiles(model: nn.Module) -> None:
     """Put one module in the places of all tiles that share a weight: FSDP2 shards by module."""
     places: dict[object, list[tuple[TiledModule, tuple[int, int]]]] = {}
-    for layer in tiled_layers(model):
+    for _, layer in tiled_layers(model):
         for index, tile in layer.tiles():
             places.setdefault(tile.weight, []).append((layer, index))
     for tied in places.values():
@@ -216,7 +213,7 @@ class _Prefetch:
 
     def _choose(self, *_: object) -> None:
         following, before = _NONE, _NONE
-        if _in_backward():
+        if in_backward():
             self._recomputed = True
         else:
             following, before = self._order.use(self._first)
@@ -235,9 +232,5 @@ class _Prefetch:
             self._order.with_backward.add(self._first)
 
     def _free(self, *_: object) -> None:
-        if _in_backward():
+        if in_backward():
             self._first.reshard()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks

@@ -22,20 +22,19 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from memtile.convert import replacing
+from memtile.convert import replacing, tiled_layers
 from memtile.engines.exchange_order import compare_order
 from memtile.engines.fsdp2_units import (
     SharedTile,
     bring_ahead,
     share_tied_tiles,
-    tiled_layers,
     units_of,
 )
 from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.engines.release import release_in_backward
-from memtile.errors import ArgumentError, EngineError, ParkedError
+from memtile.errors import ArgumentError, EngineError, ParkedError, check_whole_number
 from memtile.homes import is_parked
-from memtile.layers import TiledModule, register_gatherer
+from memtile.layers import register_gatherer
 
 Model = TypeVar("Model", bound=nn.Module)
 SMALLEST_UNIT: Final = 1 << 20
@@ -96,7 +95,7 @@ def shard(
         for unit in units:
             fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, **options)
         fully_shard(model, mesh=mesh, **options)
-    tiles = {tile for layer in tiled_layers(model) for _, tile in layer.tiles()}
+    tiles = {tile for _, layer in tiled_layers(model) for _, tile in layer.tiles()}
     for module in (module for unit in units for module in unit):
         if module in tiles or isinstance(module, nn.Linear | nn.Embedding):  # of one input
             release_in_backward(module)
@@ -135,16 +134,14 @@ def _check(model: nn.Module, unit_bytes: int, prefetch: int) -> None:
         raise EngineError(
             f"torch {torch.__version__} cannot run its FSDP2 on the CPU: install a newer one"
         )
-    numbers: dict[str, object] = {"unit_bytes": unit_bytes, "prefetch": prefetch}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least 0")
+    check_whole_number("unit_bytes", unit_bytes, 0)
+    check_whole_number("prefetch", prefetch, 0)
     if not units_of(model, unit_bytes):
         raise ArgumentError(
             f"nothing of {type(model).__name__} is tiled, or as large as unit_bytes={unit_bytes}: "
             "call memtile.tile(model, …) first, or torch's own fully_shard for what needs no tiles"
         )
-    for layer in tiled_layers(model):
+    for _, layer in tiled_layers(model):
         for _, tile in layer.tiles():
             if isinstance(tile, FSDPModule):
                 raise EngineError(f"{layer.full_name()} is sharded already: shard a model once")
@@ -167,8 +164,8 @@ def _load_tied_tiles_by_one_name(model: nn.Module) -> None:
     rank raised for the others, and rank 0 waited for it.
     """
     names: dict[int, list[tuple[str, str]]] = {}  # of each tied parameter: a tile's, the dense one
-    for layer_name, layer in model.named_modules(remove_duplicate=False):
-        for index, tile in layer.tiles() if isinstance(layer, TiledModule) else ():
+    for layer_name, layer in tiled_layers(model, all_names=True):
+        for index, tile in layer.tiles():
             if isinstance(tile, SharedTile):
                 for own, parameter in tile.named_parameters():
                     name = f"{layer_name}.{layer.tile_path(*index)}.{own}"

@@ -75,6 +75,7 @@ def check(
     ranks = world_size or ranks_of_launcher()
     found = [
         *_of_gathering(zero, sizes, prefetch),
+        *_of_sizes(zero, sizes),
         *_of_leaves(zero, model),
         *_of_disk(zero, sizes, ranks, _itemsize(given, model)),
     ]
@@ -130,6 +131,8 @@ def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Findi
     if zero.exceeds(key, sizes.smallest):
         yield zero.finding(key, "so many elements of tiles are gathered ahead at once", 1)
 
+
+def _of_sizes(zero: _Section, sizes: Sizes) -> Iterator[Finding]:
     key, instead = "stage3_param_persistence_threshold", sizes.persistent_up_to
     if zero.exceeds(key, sizes.smallest - 1):
         reason = f"parameters up to it are never freed, tiles of {sizes.smallest} among them"
@@ -140,7 +143,6 @@ def _of_gathering(zero: _Section, sizes: Sizes, prefetch: int) -> Iterator[Findi
             "copies it once more"
         )
         yield zero.finding(key, reason, instead)
-
     key = "reduce_bucket_size"
     if zero.exceeds(key, max(sizes.largest, *sizes.others, 0)):
         reason = f"a buffer of so many elements is allocated, and a tile has {sizes.largest}"

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memtile.convert import tiled_layers
 from memtile.engines.ranks import check_agreement
 from memtile.engines.zero3_values import whole_numel
-from memtile.errors import ArgumentError, EngineError
-from memtile.layers import TiledModule, TiledStack
+from memtile.errors import ArgumentError, EngineError, check_whole_number
+from memtile.layers import TiledStack
 
 OLDEST: Final = (0, 19)
 """The first release with what `attach` needs: older ones keep what they recompute in backward."""
@@ -108,12 +109,10 @@ def config(
     """
     check_installed()
     numbers = {"micro_batch": micro_batch, "accumulation": accumulation, "prefetch": prefetch}
-    ranks = 1 if world_size is None else world_size
-    given: dict[str, object] = {**numbers, "world_size": ranks}
-    for name, value in given.items():
-        least = 0 if name == "prefetch" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")
+    for name, value in numbers.items():
+        check_whole_number(name, value, 0 if name == "prefetch" else 1)
+    if world_size is not None:
+        check_whole_number("world_size", world_size, 1)
     dtype = dtype or next(model.parameters()).dtype
     offloads = {"offload_param": offload_param, "offload_optimizer": offload_optimizer}
     if dist.is_initialized():
@@ -250,7 +249,7 @@ def _class_path(module: nn.Module) -> str:
 
 def tiles_of(model: nn.Module) -> list[nn.Module]:
     """Every tile of a model, each once."""
-    layers = [module for module in model.modules() if isinstance(module, TiledModule)]
+    layers = [layer for _, layer in tiled_layers(model)]
     if not layers:
         raise ArgumentError(
             f"nothing of {type(model).__name__} is tiled: call memtile.tile(model, …) first, or "

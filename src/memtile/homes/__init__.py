@@ -1,12 +1,11 @@
 """Homes: where tiles live while they are not used, in memory or on disk."""
 
 from memtile.homes.disk import DiskHome
-from memtile.homes.filesystems import usable_folder
+from memtile.homes.filesystems import filesystem_name, usable_folder, why_unusable
 from memtile.homes.home import Allocation, Home, Reservation, Traffic
 from memtile.homes.kernel import (
     PAGE,
     aligned_buffer,
-    fits_page_cache,
     fork_safe_lock,
     keep_freed_memory_out,
     page_out,
@@ -16,9 +15,11 @@ from memtile.homes.kernel import (
     trim_heap,
     whole_pages,
 )
-from memtile.homes.live_file import cannot_map
+from memtile.homes.limits import fits_page_cache, free_bytes, memory_limit, processor_limit
+from memtile.homes.live_file import LiveFile, cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (
+    TensorTable,
     allocate_copy,
     allocation_of,
     evict,
@@ -39,19 +40,25 @@ __all__ = [
     "DiskHome",
     "Home",
     "HostHome",
+    "LiveFile",
     "Reservation",
+    "TensorTable",
     "Traffic",
     "aligned_buffer",
     "allocate_copy",
     "allocation_of",
     "cannot_map",
     "evict",
+    "filesystem_name",
     "fits_page_cache",
     "fork_safe_lock",
+    "free_bytes",
     "is_parked",
     "keep_freed_memory_out",
+    "memory_limit",
     "page_out",
     "pieces",
+    "processor_limit",
     "register",
     "renew_in_child",
     "reservation_of",
@@ -63,5 +70,6 @@ __all__ = [
     "trim_heap",
     "usable_folder",
     "whole_pages",
+    "why_unusable",
     "word_for",
 ]

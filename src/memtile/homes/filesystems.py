@@ -1,7 +1,9 @@
 """Which folders a home's file can be in: those on a disk that may be written to."""
 
+import contextlib
 import ctypes
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Final
 
 from memtile.errors import ArgumentError, HomeError
 
+_MOUNTS = Path("/proc/self/mountinfo")
+_OCTAL: Final = re.compile(r"\\([0-7]{3})")  # a space in the name of a folder is \040 there
 _IN_MEMORY: Final = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
 _OF_THE_KERNEL: Final = {
     0x9FA0: "proc",
@@ -71,6 +75,19 @@ def filesystem_type(folder: Path) -> int | None:
     found = (ctypes.c_long * 32)()  # longer than the struct, whose first field is the type
     failed = ctypes.CDLL(None).statfs(os.fsencode(folder), found)
     return None if failed else found[0] & 0xFFFFFFFF
+
+
+def filesystem_name(folder: Path) -> str | None:
+    """What Linux calls the filesystem of a folder, such as "ext4"; None where it does not tell."""
+    best, name = -1, None
+    path = folder.resolve()
+    with contextlib.suppress(OSError):
+        for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
+            before, _, after = line.partition(" - ")  # proc(5): mountinfo
+            place = Path(_OCTAL.sub(lambda found: chr(int(found[1], 8)), before.split()[4]))
+            if len(place.parts) >= best and path.is_relative_to(place):  # of two, the later is seen
+                best, name = len(place.parts), after.split()[0]
+    return name
 
 
 def _defaults() -> list[Path]:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
 from memtile.homes.kernel import PAGE, renew_in_child, whole_pages
+from memtile.observing import recording
+from memtile.observing.recording import READ, WRITE, clock
 
 _H = TypeVar("_H", bound="Home")
 
@@ -61,6 +63,7 @@ class Home(ABC):
         """Called in the child of a fork too, where none of the parent's moves goes on."""
         self._change = threading.Condition()
         self._transfers = 0
+        self._moving_since = 0
 
     @abstractmethod
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> "Allocation":
@@ -125,6 +128,8 @@ class Home(ABC):
         with self._change:
             self.check_open()
             self._transfers += 1
+            if self._transfers == 1:
+                self._moving_since = clock()
         try:
             yield
             with self._change:
@@ -135,6 +140,8 @@ class Home(ABC):
         finally:
             with self._change:
                 self._transfers -= 1
+                if not self._transfers:
+                    recording.totals.moving_ns += clock() - self._moving_since
                 self._change.notify_all()
 
     def _release(self) -> None:  # noqa: B027  # a home may have nothing to give back
@@ -208,8 +215,11 @@ class Allocation(ABC):
             HomeIOError: the bytes could not be read; the content of `into` is undefined.
         """
         self._check_piece("read", into, start)
+        begun = clock() if recording.active else 0
         with self.home.transferring(read_bytes=into.numel()):
             self._read_into(into, start)
+        if begun:
+            recording.add(READ, begun, self, into.numel())
 
     def write(self, source: Tensor, start: int = 0) -> None:
         """Writes all of `source` into the room from `start` on; arguments and errors as of `read`.
@@ -218,8 +228,11 @@ class Allocation(ABC):
         HomeIOError the content of these bytes of the room is undefined.
         """
         self._check_piece("write", source, start)
+        begun = clock() if recording.active else 0
         with self.home.transferring(written_bytes=source.numel()):
             self._write_from(source, start)
+        if begun:
+            recording.add(WRITE, begun, self, source.numel())
 
     def evict(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
         """Drops the pages that tensors brought into this process's memory; contents stay."""

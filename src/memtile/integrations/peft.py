@@ -7,9 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from memtile.convert import Integration, Naming, dense_items, naming_of, persistent_buffers
+from memtile.convert import (
+    Integration,
+    Naming,
+    dense_items,
+    naming_of,
+    persistent_buffers,
+    tiled_layers,
+)
 from memtile.integrations.saving import loaded_class, with_tiles
-from memtile.layers import TiledModule
 
 _MERGING = "_unload_and_optionally_merge"
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -87,8 +93,8 @@ def _names_of_weights(model: Any, saves_embeddings: bool) -> set[str]:
     ends = (base.get_input_embeddings(), base.get_output_embeddings()) if saves_embeddings else ()
     return {
         f"{name}.{layer.tile_path(*index)}.weight"
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, TiledModule) and not any(layer is end for end in ends)
+        for name, layer in tiled_layers(model, all_names=True)
+        if not any(layer is end for end in ends)
         for index in layer.tile_parameters("weight")
     }
 

@@ -51,17 +51,12 @@ def auto_class(config: Any, names: Sequence[str] = WRITERS) -> Any:  # both are 
     """The first of these classes, such as AutoModelForCausalLM, that knows a config, or None."""
     import transformers
 
-    known = dict(
-        zip(
-            WRITERS,
-            (
-                transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-                transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
-                transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-            ),
-            strict=True,
-        )
+    mappings = (
+        transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
+    known = dict(zip(WRITERS, mappings, strict=True))
     if not config.is_encoder_decoder:  # BART's decoder alone has the same config
         names = [name for name in names if name != WRITERS[0]]
     found = next((name for name in names if type(config) in known[name]), None)

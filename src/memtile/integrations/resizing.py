@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtile.convert import cannot_be_dense, kind_of, replace_module, replacing
+from memtile.convert import cannot_be_dense, kind_of, replace_module, replacing, tiled_layers
 from memtile.errors import CannotTileError, ParkedCopyWarning
 from memtile.geometry import Grid
 from memtile.homes import Home, allocation_of
@@ -293,11 +293,10 @@ def _keep_whole(layer: TiledLinear, bias: nn.Parameter | None) -> None:
 
 def _initialize_weights(original: Callable[..., Any], model: nn.Module) -> Any:
     """Draw new values of the layers, and not of each tile by itself."""
-    for layer in model.modules():
-        if isinstance(layer, TiledModule):
-            for module in layer.modules():
-                if module is not layer:
-                    setattr(module, _MARK, True)
+    for _, layer in tiled_layers(model):
+        for module in layer.modules():
+            if module is not layer:
+                setattr(module, _MARK, True)
     return original(model)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from memtile.convert import dense_items, empty_model, save_checkpoint
+from memtile.convert import dense_items, empty_model, save_checkpoint, tiled_layers
 from memtile.costmodel.byte_sizes import parse_byte_size
 from memtile.errors import CannotTileError
 from memtile.layers import TiledModule
@@ -67,16 +67,12 @@ def save_pretrained(
     return original(model, save_directory, is_main_process, dense, *args, **kwargs)
 
 
-def _tiled(model: nn.Module) -> dict[str, TiledModule]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, TiledModule)}
-
-
 def _own_tiles(model: Any) -> set[str]:
     """Names of tiled layers that the model's class makes itself: its checkpoints have tiles.
 
     CannotTileError where it cannot be known, or only some tiled layers are such.
     """
-    layers = _tiled(model)
+    layers = dict(tiled_layers(model))
     made = [name for name, layer in layers.items() if not layer.stands_for_dense]
     if not made or not hasattr(model, "config"):
         return set()
@@ -88,7 +84,8 @@ def _own_tiles(model: Any) -> set[str]:
             f"someone put it there, cannot be known: no second one can be made of its config "
             f"({error}); save with memtile.save_checkpoint(model, folder), which is dense"
         ) from error
-    own = {name for name in made if name in _tiled(second)}
+    theirs = dict(tiled_layers(second))
+    own = {name for name in made if name in theirs}
     if own and len(own) < len(layers):
         other = next(name for name in layers if name not in own)
         raise CannotTileError(
@@ -127,7 +124,7 @@ def loaded_class(module: str, name: str) -> Any:
 
 
 def _has_tiles(model: nn.Module, *args: object, **kwargs: object) -> bool:
-    return any(isinstance(module, TiledModule) for module in model.modules())
+    return any(True for _ in tiled_layers(model))
 
 
 def with_tiles(

@@ -80,11 +80,8 @@ def text_work(model: Any, batch: int, read: int, written: int | None = None) -> 
 
 def is_known(model: Any) -> bool:
     """Whether the forward of a `PreTrainedModel` takes something that can be made here."""
-    return (
-        not inspect.signature(model.forward)
-        .parameters.keys()
-        .isdisjoint({*_MADE_HERE, "pixel_values"})
-    )
+    takes = inspect.signature(model.forward).parameters
+    return not takes.keys().isdisjoint({*_MADE_HERE, "pixel_values"})
 
 
 class StepInputs:
@@ -96,10 +93,8 @@ class StepInputs:
         self.config: Any = model.config
         self.text: Any = self.config.get_text_config()
         self.takes = inspect.signature(model.forward).parameters
-        named = {
-            name: getattr(self.config, f"image_token_{name}", None) for name in ("id", "index")
-        }
-        self.image_token = next((n for n in named.values() if isinstance(n, int)), None)
+        ids = (getattr(self.config, name, None) for name in ("image_token_id", "image_token_index"))
+        self.image_token = next((n for n in ids if isinstance(n, int)), None)
         self.images: Callable[[], Inputs] = dict
         self.image_tokens = 0  # of each sequence
         if "pixel_values" in self.takes and (with_images or "input_ids" not in self.takes):

@@ -6,10 +6,11 @@ from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.stack_owner import StackOwner
+from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule, watch_tiles
-from memtile.layers.tiled_stack import ParkedStackTile, StackTile, TiledStack
+from memtile.layers.tiled_stack import TiledStack
 from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gatherer, whole_shape
 
 __all__ = [

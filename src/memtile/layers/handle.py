@@ -42,25 +42,14 @@ _REFUSED = (
     | {"detach_", "rename_", "set_", "resize_", "resize_as_", "t_", "transpose_", "swapaxes_"}
     | {"swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "apply_", "map_", "map2_"}
 )
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"} | {
-    "__imod__",
-    "__ipow__",
-    "__iand__",
-    "__ior__",
-    "__ixor__",
-    "__ilshift__",
-    "__irshift__",
-}
-_VIEWS = {
-    "__getitem__",
-    "select",
-    "narrow",
-    "view",
-    "view_as",
-    "reshape",
-    "flatten",
-    "unflatten",
-} | {"t", "T", "mT", "transpose", "swapaxes", "permute", "squeeze", "unsqueeze", "expand"}
+_IN_PLACE = (
+    {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__"}
+    | {"__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
+)  # fmt: skip
+_VIEWS = (
+    {"__getitem__", "select", "narrow", "view", "view_as", "reshape", "flatten", "unflatten"}
+    | {"t", "T", "mT", "transpose", "swapaxes", "permute", "squeeze", "unsqueeze", "expand"}
+)  # fmt: skip
 _MARKS = ("_is_hf_initialized",)  # what libraries set on parameters, and read from them
 
 _OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors, which stubs lack

@@ -161,10 +161,11 @@ class ParkedLinear(ParkedModule, nn.Linear):
         bias: Tensor | None = self.bias
         if ops.transformed() or not is_parked(weight) or not weight.numel():
             return functional.linear(input, weight, bias)
-        checks.check_tensor(_NAME, input)
-        checks.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
-        checks.check_dtypes_and_devices(_NAME, [input], weight, same_device=False)
-        x = input.to(ops.autocast_dtype(input) or input.dtype)
+        cast = ops.autocast_dtype(checks.check_tensor(_NAME, input))
+        if cast or input.dtype != weight.dtype or input.shape[-1] != weight.shape[1]:
+            checks.split_sizes(_NAME, input.shape[-1], 1, [weight.shape[1]])
+            checks.check_dtypes_and_devices(_NAME, [input], weight, same_device=False)
+        x = input if cast is None else input.to(cast)
         with layer_call():
             bias = None if bias is None else bias.to(x.dtype)
             return ops.parked_linear(x, weight, bias, ParkedSource(weight))

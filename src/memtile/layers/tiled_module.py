@@ -162,10 +162,9 @@ class TiledModule(nn.Module):
 
     def dense_gradient(self, name: str) -> Tensor | None:
         """The dense gradient assembled from the tiles' gradients; None while one has none."""
-        gradients = {i: p.grad for i, p in self.tile_parameters(name).items() if p.grad is not None}
-        if len(gradients) < len(self.tile_parameters(name)):
-            return None
-        return self.assemble(name, gradients)
+        gradients = {index: tile.grad for index, tile in self.tile_parameters(name).items()}
+        missing = any(gradient is None for gradient in gradients.values())
+        return None if missing else self.assemble(name, gradients)
 
     def assemble(self, name: str, tensors: Mapping[Index, Any]) -> Tensor:
         """The dense tensor that tensors by their place make, as the dense module keeps it."""

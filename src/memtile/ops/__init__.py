@@ -13,6 +13,7 @@ from memtile.ops.embedding import (
     gather_rows,
     gather_rows_statically,
     gather_some_rows,
+    parked_embedding,
     place_rows,
 )
 from memtile.ops.fused import FusedSpec, fused_linear
@@ -20,7 +21,6 @@ from memtile.ops.parked import (
     Groups,
     grouped_linear,
     grouped_tile,
-    parked_embedding,
     parked_linear,
 )
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed

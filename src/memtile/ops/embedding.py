@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from memtile.geometry import Span
+from memtile.homes import allocation_of
+from memtile.observing import recording
+from memtile.observing.recording import BACKWARD, FORWARD, clock
+from memtile.ops.parked import form_gradient
+from memtile.ops.products import is_batched
+from memtile.transfer import ParkedSource
 
 Lookup = Callable[[Tensor], Tensor]
 
@@ -85,3 +92,60 @@ class _PlaceRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         return grads[0], grads[0][places], None
+
+
+def parked_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None,
+    by_frequency: bool,
+    source: ParkedSource,
+) -> Tensor:
+    """The rows (ids…, D) of a parked tile (K, D); only the pages that hold them are read.
+
+    The rows are read where the parameter lies. The gradient of row `padding_idx` is zero; with
+    `by_frequency` each row's gradient is divided by how often its id occurs.
+    """
+    result: Tensor = _ParkedEmbedding.apply(ids, weight, padding_idx, by_frequency, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+class _ParkedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # torch gives FunctionCtx no fields, so mypy cannot know those set here
+        ids: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        by_frequency: bool,
+        source: ParkedSource,
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding, ctx.by_frequency = -1 if padding_idx is None else padding_idx, by_frequency
+        ctx.source, ctx.weight = source, weight
+        if ctx.needs_input_grad[1]:
+            source.note_use()
+        begun = clock() if recording.active else 0
+        rows = functional.embedding(ids.to(weight.device), weight.detach())
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
+        return rows.to(ids.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,), grad = ctx.saved_tensors, grads[0]
+        ctx.source.resume()
+        rows, formed = ctx.weight.shape[0], torch.ops.aten.embedding_dense_backward
+        if torch.is_grad_enabled() or is_batched(grad):
+            dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
+            return None, dense.to(ctx.weight), None, None, None
+        begun = clock() if recording.active else 0
+
+        def write(out: Tensor) -> None:
+            flat = grad.reshape(-1, ctx.weight.shape[1])
+            out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
+
+        dw = form_gradient(ctx, ctx.next_functions[-1][0], write)
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
+        return None, dw, None, None, None

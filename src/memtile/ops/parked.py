@@ -15,17 +15,22 @@ usual where it is needed there: tensor hooks on the parameter, `autograd.grad`, 
 batched gradients.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memtile.homes import allocation_of
+from memtile.observing import recording
+from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.products import is_batched, sum_of_products
 from memtile.transfer import ParkedSource, catch_up
+
+_NOTHING: Final = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,6 @@ def parked_linear(
     The weight (M, K) is the parameter, for autograd: its values come from the source. Groups: it is
     a tile of a stack of experts, and x a matrix.
     """
-    groups = groups or Groups((x.shape[:-1].numel(),))
     result: Tensor = _ParkedLinear.apply(x, weight, bias, source, groups)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
@@ -134,7 +138,7 @@ class _ParkedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         source: ParkedSource,
-        groups: Groups,
+        groups: Groups | None,
     ) -> Tensor:
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
@@ -142,12 +146,15 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source, ctx.weight, ctx.groups = source, weight, groups
         if needs_x or needs_weight:
             source.note_use()
-        out = x.new_empty((*x.shape[:-1], groups.width(weight)))
+        begun = clock() if recording.active else 0
+        out = x.new_empty((*x.shape[:-1], groups.width(weight) if groups else weight.shape[0]))
         if not out.numel():  # an expert that other ranks have rows for is not read here
             return out
         with _no_autocast(x), source.values(x.device) as values:
             for a, matrix, y in _by_expert(groups, values, x, out):
                 sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
+        if begun:
+            recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return out
 
     @staticmethod
@@ -158,6 +165,7 @@ class _ParkedLinear(torch.autograd.Function):
         ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
             return *_differentiably(ctx, grad), None, None
+        begun = clock() if recording.active else 0
         dx = dw = db = None
         with _no_autocast(grad):
             if needed[0]:
@@ -166,19 +174,23 @@ class _ParkedLinear(torch.autograd.Function):
                 dw = _weight_gradient(ctx, grad)
             if needed[2]:
                 db = _as_matrix(grad).sum(0)
+        if begun:
+            recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
         return dx, dw, db, None, None
 
 
 def _by_expert(
-    groups: Groups, weight: Tensor, rows: Tensor, results: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    groups: Groups | None, weight: Tensor, rows: Tensor, results: Tensor
+) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     """(rows, matrix (M, K), rows of the result) of each expert that has rows."""
+    if groups is None:
+        return ((_as_matrix(rows), weight, _as_matrix(results)),)
     parts = zip(groups.rows(rows), groups.matrices(weight), groups.rows(results), strict=True)
     return ((a, matrix, result) for a, matrix, result in parts if a.shape[0])
 
 
 def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    depth = ctx.groups.depth(ctx.weight)
+    depth = ctx.groups.depth(ctx.weight) if ctx.groups else ctx.weight.shape[1]
     dx = grad.new_empty((*grad.shape[:-1], depth))
     if not dx.numel():
         return dx
@@ -191,14 +203,21 @@ def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
 def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     """What backward returns for the weight: None where its gradient went home."""
     (x,) = ctx.saved_tensors
-    with _gradient(ctx, ctx.next_functions[1][0]) as (out, returned):
-        if out is not None:
-            _write_gradients(ctx.groups, out, grad, x)
-    return returned
+
+    def write(out: Tensor) -> None:
+        _write_gradients(ctx.groups, out, grad, x)
+
+    return form_gradient(ctx, ctx.next_functions[1][0], write)
 
 
-def _write_gradients(groups: Groups, out: Tensor, grad: Tensor, x: Tensor) -> None:
+def _write_gradients(groups: Groups | None, out: Tensor, grad: Tensor, x: Tensor) -> None:
     """Write gᵀ x of each expert, and zeros for those without rows."""
+    if groups is None:
+        if x.numel():
+            _write_product(out, _as_matrix(grad).t(), _as_matrix(x))
+        else:
+            out.zero_()
+        return
     stack = out.view(len(groups.counts), -1, out.shape[1])
     for dw, g, rows in zip(stack, groups.rows(grad), groups.rows(x), strict=True):
         if not rows.shape[0]:
@@ -209,12 +228,11 @@ def _write_gradients(groups: Groups, out: Tensor, grad: Tensor, x: Tensor) -> No
             _write_product(dw, g.t(), rows)
 
 
-@contextmanager
-def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """A tensor to write the weight's gradient into, and what backward returns for the weight.
+def form_gradient(ctx: Any, node: Any, write: Callable[[Tensor], None]) -> Tensor | None:
+    """Have the weight's gradient written to where it is needed; gives what backward returns for it.
 
-    Both are the same where autograd takes the gradient; both are None where it is not needed. The
-    node is the graph's that accumulates the weight's gradients.
+    None where nobody needs it, or `.grad` has it. The node is the graph's that accumulates the
+    weight's gradients.
     """
     try:
         is_accumulated = torch._C._will_engine_execute_node(node)
@@ -222,14 +240,16 @@ def _gradient(ctx: Any, node: Any) -> Iterator[tuple[Tensor | None, Tensor | Non
     except RuntimeError:  # autograd.grad with respect to the parameter
         is_accumulated = is_returned = True
     if not is_accumulated:  # backward(inputs=…) of other tensors must leave .grad untouched
-        yield None, None
-    elif is_returned:
-        out = torch.empty_like(ctx.weight)
-        yield out, out
-    else:
-        with ctx.source.gradient() as out:
-            yield out, None
+        return None
+    if is_returned:
+        returned = torch.empty_like(ctx.weight)
+        write(returned)
+        return returned
+    with ctx.source.gradient() as out:
+        write(out)
+    if ctx.source.may_be_storing():
         _flush_before(node, ctx.source)
+    return None
 
 
 def _flush_before(node: Any, source: ParkedSource) -> None:
@@ -260,14 +280,14 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Backward in ordinary operations on the parameter itself, in its home's memory."""
-    needed, groups = ctx.needs_input_grad, ctx.groups
+    needed, flat = ctx.needs_input_grad, grad.reshape(-1, grad.shape[-1])
+    groups = ctx.groups or Groups((flat.shape[0],))
     (x,) = ctx.saved_tensors
     catch_up((ctx.weight,))  # a replay in forward may still be on its way home
-    flat = grad.reshape(-1, grad.shape[-1])
     dx = dw = None
     if needed[0]:
-        turned = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
-        dx = grouped_linear(flat, turned, groups.counts).view(
+        transposed = [matrix.t() for matrix in groups.matrices(ctx.weight.to(grad))]
+        dx = grouped_linear(flat, transposed, groups.counts).view(
             *grad.shape[:-1], groups.depth(ctx.weight)
         )
     if needed[1]:
@@ -278,60 +298,12 @@ def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Casts are explicit: autocast's cache would return the last tile's weight for a new slab."""
-    if tensor.is_meta:  # where torch has no autocast to turn off
-        return nullcontext()
+    # torch has none to ask about for the meta device
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return _NOTHING
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def parked_embedding(
-    ids: Tensor,
-    weight: Tensor,
-    padding_idx: int | None,
-    by_frequency: bool,
-    source: ParkedSource,
-) -> Tensor:
-    """The rows (ids…, D) of a parked tile (K, D); only the pages that hold them are read.
-
-    The rows are read where the parameter lies. The gradient of row `padding_idx` is zero; with
-    `by_frequency` each row's gradient is divided by how often its id occurs.
-    """
-    result: Tensor = _ParkedEmbedding.apply(ids, weight, padding_idx, by_frequency, source)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return result
-
-
-class _ParkedEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,  # torch gives FunctionCtx no fields, so mypy cannot know those set here
-        ids: Tensor,
-        weight: Tensor,
-        padding_idx: int | None,
-        by_frequency: bool,
-        source: ParkedSource,
-    ) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.padding, ctx.by_frequency = -1 if padding_idx is None else padding_idx, by_frequency
-        ctx.source, ctx.weight = source, weight
-        if ctx.needs_input_grad[1]:
-            source.note_use()
-        rows = functional.embedding(ids.to(weight.device), weight.detach())
-        return rows.to(ids.device)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (ids,), grad = ctx.saved_tensors, grads[0]
-        ctx.source.resume()
-        rows, formed = ctx.weight.shape[0], torch.ops.aten.embedding_dense_backward
-        if torch.is_grad_enabled() or is_batched(grad):
-            dense = formed(grad, ids, rows, ctx.padding, ctx.by_frequency)
-            return None, dense.to(ctx.weight), None, None, None
-        with _gradient(ctx, ctx.next_functions[-1][0]) as (out, returned):
-            if out is not None:
-                flat = grad.reshape(-1, ctx.weight.shape[1])
-                out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
-        return None, returned, None, None, None

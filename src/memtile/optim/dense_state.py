@@ -269,3 +269,13 @@ def _cut(dense: DenseParameter, part: Part, entry: Any, dtype: torch.dtype) -> A
         with reservation_of(part.parameter):
             return allocate_copy(allocation.home, share)
     return share.to(part.parameter.device).clone(memory_format=torch.contiguous_format)
+
+
+def through_hooks(
+    hooks: Mapping[int, Any], optimizer: Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """The state dict as the hooks leave it: each may change it, or give another one."""
+    for hook in hooks.values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
+import torch
 from torch.autograd import Variable
 
 SignalHandler = Callable[[int, FrameType | None], object]
@@ -64,6 +65,15 @@ def uninterrupted() -> Iterator[None]:
             deferral.end()
 
 
+class _Thread(threading.local):
+    """What one thread did last."""
+
+    task = -1  # autograd's number of the backward in which Ctrl-C was made to wait
+
+
+_thread = _Thread()
+
+
 class _Task:
     """Held by autograd's callbacks only, so freed at the end of a backward, failed or not."""
 
@@ -74,6 +84,10 @@ def uninterrupted_backward() -> None:
     A backward that fails puts the handler from before in place. Of nested backwards (reentrant
     checkpointing) the innermost counts.
     """
+    number = torch._C._current_graph_task_id()
+    if number == _thread.task:
+        return  # each parameter asks
+    _thread.task = number
     task = _Task()
     running = weakref.ref(task)
     deferral = _begin(lambda: running() is not None)

@@ -28,6 +28,7 @@ from memtile.optim.elementwise import (
     stand_in_values,
     trial_values,
 )
+from memtile.optim.fused_adam import fused_adam, fused_tensors, has_fused_adam
 
 _CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
 _trying = fork_safe_lock()  # torch's flags for a dispatch mode are of the whole process
@@ -61,6 +62,7 @@ class SliceOptimizer:
 
     def __init__(self, optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:
         self._class = check_class(optimizer_class)
+        self._is_fused_adam = has_fused_adam(self._class, _own_step(self._class))
         self._options = dict(options)
         self.name = self._class.__name__
         refuse_differentiable(self.name, self._options)
@@ -106,6 +108,8 @@ class SliceOptimizer:
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}
+            if len(pieces) == 1 and self._try_fused(pieces[0], group):
+                return
             with self._lent() as optimizer:
                 stand_ins = [self._stand_in(optimizer, piece, group) for piece in pieces]
                 optimizer.param_groups = [{**group, "params": stand_ins}]
@@ -115,6 +119,26 @@ class SliceOptimizer:
                     if kept is not None and kept is not piece.state:
                         piece.state.clear()
                         piece.state.update(kept)
+
+    def _try_fused(self, piece: ParameterSlice, group: Mapping[str, Any]) -> bool:
+        tensors = self.fused_tensors(group, piece.value, piece.gradient, piece.state)
+        if tensors is not None:
+            self.step_fused(group, tensors, piece.state["step"].add_(1))
+        return tensors is not None
+
+    def fused_tensors(
+        self, options: Mapping[str, Any], value: Tensor, gradient: Tensor, state: Mapping[str, Any]
+    ) -> list[Tensor] | None:
+        """What `step_fused` works on; None where only `step` can take the step."""
+        if not self._is_fused_adam:
+            return None
+        return fused_tensors(options, value, gradient, state)
+
+    def step_fused(
+        self, options: Mapping[str, Any], tensors: Sequence[Tensor], number: Tensor
+    ) -> None:
+        """`step` with the bare kernel of torch; `number` is of this step, and the caller's."""
+        fused_adam(self._class, options, tensors, number)
 
     @contextmanager
     def _lent(self) -> Iterator[Optimizer]:
@@ -254,10 +278,14 @@ def unhooked_step(optimizer: Optimizer) -> Callable[[], object]:
 
     The wrapper is known by its code; any other step is called as it is.
     """
-    step = type(optimizer).step
-    if "step" in vars(optimizer) or getattr(step, "__code__", None) is not _HOOKED:
+    if "step" in vars(optimizer):
         return optimizer.step
-    return partial(vars(step)["__wrapped__"], optimizer)
+    return partial(_own_step(type(optimizer)), optimizer)
+
+
+def _own_step(optimizer_class: type[Optimizer]) -> Callable[..., object]:
+    step: Callable[..., object] = optimizer_class.step
+    return vars(step)["__wrapped__"] if getattr(step, "__code__", None) is _HOOKED else step
 
 
 def _spelled(options: Mapping[str, Any]) -> str:

@@ -12,32 +12,24 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import OptimizerError
-from memtile.homes import (
-    Allocation,
-    Reservation,
-    streamed_allocation,
-)
+from memtile.homes import Allocation, Reservation
 from memtile.optim.checks import (
     IdleMode,
     StepMode,
     check_arguments,
     check_dtypes,
+    check_in_memory,
     check_parameters,
     check_still_of,
 )
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
-from memtile.optim.dense_state import ParamGroup, load_dense_state, to_dense_state
+from memtile.optim.dense_state import ParamGroup, load_dense_state, through_hooks, to_dense_state
 from memtile.optim.idle import IdleSteps
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.slice_optimizer import SliceOptimizer
 from memtile.optim.state_layout import StateLayout
 from memtile.optim.stepping import Stepper
-from memtile.transfer import (
-    catch_up,
-    gradient_lock,
-    rings_of,
-    step_in_backward,
-)
+from memtile.transfer import catch_up, gradient_lock, rings_of, step_in_backward
 
 
 class TileOptimizer(Optimizer):
@@ -193,8 +185,8 @@ class TileOptimizer(Optimizer):
         return loss
 
     def _step_all(self) -> None:
-        found = map(streamed_allocation, self._all())
-        rings = [rings_of(home) for home in {each.home for each in found if each is not None}]
+        homes = {held.home for held in self._held}
+        rings = [rings_of(each) for each in homes if not (each.works_in_place or each.closed)]
         for each in rings:
             if self._idle:
                 each.flush()  # what was replayed in a forward without a backward
@@ -225,7 +217,7 @@ class TileOptimizer(Optimizer):
             for parameter, group in _with_groups(self.param_groups)
             if parameter.grad is not None
         ]
-        self._stepper.check_in_memory(parameter for parameter, _ in waiting)
+        check_in_memory(self._model, (parameter for parameter, _ in waiting))
         if not self._idle:
             return waiting
         stepped = ((parameter, self._group_of[parameter]) for parameter in self._stepped)
@@ -316,10 +308,7 @@ class TileOptimizer(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = to_dense_state(self._model, self.state, self.param_groups)
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
+        return through_hooks(self._optimizer_state_dict_post_hooks, self, state_dict)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -332,9 +321,7 @@ class TileOptimizer(Optimizer):
         """
         self.catch_up()
         state_dict = state_dict.copy()  # torch's hooks may change theirs
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+        state_dict = through_hooks(self._optimizer_load_state_dict_pre_hooks, self, state_dict)
         load_dense_state(self, self._model, state_dict, self._layout.stepped_dtype)
         for parameter, group in _with_groups(self.param_groups):
             if parameter in self.state:

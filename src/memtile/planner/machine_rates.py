@@ -6,7 +6,6 @@ The process is new because a library takes the memory of its first use only once
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,44 +24,60 @@ from memtile.homes import (
     DiskHome,
     Home,
     HostHome,
-    aligned_buffer,
     keep_freed_memory_out,
 )
 from memtile.optim import TileOptimizer
+from memtile.planner.moving_rates import MeasuredDisk, least_seconds
 from memtile.planner.operation_count import count_step
 from memtile.planner.step_count import make_meta_copy
 
+_STAGE: Final = "measuring: "
 _ROWS: Final = (16, 64, 256, 1024)
 _SIDE: Final = 1024
 _WIDTH: Final = 64
 _LAYERS: Final = 256
 _TILES: Final = 512
-_DISK_BYTES: Final = 128 << 20
-_PIECE: Final = 1 << 20
-_THREADS: Final = 8
-_LEAST_TIMES: Final = 3
-_LONG_ENOUGH: Final = 0.05  # seconds
 
 
 class MeasuringError(MemtileError, RuntimeError):
     """The process that measures ended without a result."""
 
 
-def measured(folder: Path | None) -> MachineProfile:
-    """The rates of this machine, and of the disk of a folder, in a few seconds."""
+def measured(folder: Path | None, started: Callable[[str], None] | None = None) -> MachineProfile:
+    """The rates of this machine, and of the disk of a folder, in a few seconds.
+
+    Args:
+        folder: on the disk to measure; None: none is measured.
+        started: called with the name of each measurement when it begins.
+
+    Raises:
+        MeasuringError: the process that measures ended without a result.
+    """
     code = "import memtile.planner.machine_rates as machine_rates; machine_rates.report()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *([str(folder)] if folder else [])],
-        capture_output=True,
-        text=True,
-        env=child_environment(),
-        check=False,
-    )
+    words = [sys.executable, "-c", code, *([str(folder)] if folder else [])]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(
+            words, stdout=pipe, stderr=pipe, text=True, env=child_environment()
+        ) as process,
+        ThreadPoolExecutor(1) as reader,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        log, last = reader.submit(process.stderr.read), ""
+        try:
+            for last in process.stdout:
+                if started and last.startswith(_STAGE):
+                    started(last.removeprefix(_STAGE).strip())
+        except BaseException:  # Ctrl-C: the process would go on, and we would wait for it
+            process.kill()
+            raise
     try:
-        return MachineProfile.from_json(done.stdout.splitlines()[-1])
-    except (IndexError, ArgumentError) as error:
+        return MachineProfile.from_json(last)
+    except ArgumentError as error:
         raise MeasuringError(
-            f"the rates of this machine could not be measured:\n{done.stderr}\ngive rates=… instead"
+            f"the rates of this machine could not be measured:\n{log.result()}\n"
+            "give rates=… instead"
         ) from error
 
 
@@ -77,28 +92,39 @@ def report() -> None:
     """Measure, and print the rates as one line of JSON: the new process runs this."""
     folder = sys.argv[1] if len(sys.argv) > 1 else None
     keep_freed_memory_out()
+    _begin("what tiles cost")
     memory = _memory(folder)
+    _begin("products in float32")
+    flops = tuple((rows, _product_flops(rows, torch.float32)) for rows in _ROWS)
+    _begin("products in bfloat16")
+    flops_16 = tuple((rows, _product_flops(rows, torch.bfloat16)) for rows in _ROWS)
+    _begin("memory")
+    touched = _touched_bytes()
     rates = MachineProfile(
         **memory,
-        product_flops=tuple((rows, _product_flops(rows, torch.float32)) for rows in _ROWS),
-        product_flops_16=tuple((rows, _product_flops(rows, torch.bfloat16)) for rows in _ROWS),
-        touched_bytes=_touched_bytes(),
+        product_flops=flops,
+        product_flops_16=flops_16,
+        touched_bytes=touched,
         **_disk(folder),
     )
     print(rates.to_json().replace("\n", ""))
 
 
+def _begin(name: str) -> None:
+    print(f"{_STAGE}{name}", flush=True)
+
+
 def _memory(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
     """Memory of each first use, in the order in which a run takes it."""
-    before = _resident_bytes()
+    before = resident_bytes()
     import torch._dynamo  # torch's optimizers import it when they first step
 
-    imported = _resident_bytes()
+    imported = resident_bytes()
     widest = _workspace_bytes()
     with _home(folder) as home:
-        inferred = _use_everything(home, trains=False)
+        inferred = use_everything(home, trains=False)
     with _home(folder) as home:
-        used = _use_everything(home, trains=True)
+        used = use_everything(home, trains=True)
     sixteen = [_product_bytes(rows, torch.bfloat16) for rows in _ROWS]
     with _home(folder) as home:
         objects = _objects(home)
@@ -121,17 +147,17 @@ def _home(folder: str | None) -> Home:
 def _workspace_bytes() -> int:
     """Memory that a large product leaves; a small one first loads the code that all use."""
     _product_bytes(1, torch.float32)
-    before = _resident_bytes()
+    before = resident_bytes()
     take_workspace(Products((WORKSPACE_SHAPE,), 0))
-    return max(0, _resident_bytes() - before)
+    return max(0, resident_bytes() - before)
 
 
 def _product_bytes(rows: int, dtype: torch.dtype) -> int:
     """Memory that one product leaves."""
     x, weight = torch.ones(rows, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
-    before = _resident_bytes()
+    before = resident_bytes()
     torch.mm(x, weight)
-    return max(0, _resident_bytes() - before)
+    return max(0, resident_bytes() - before)
 
 
 class _Everything(nn.Module):
@@ -158,7 +184,7 @@ class _Everything(nn.Module):
         return functional.cross_entropy(logits.view(-1, 512), ids.view(-1))
 
 
-def _use_everything(home: Home, *, trains: bool) -> int:
+def use_everything(home: Home, *, trains: bool) -> int:
     """Plan and run a small model as a run does; gives the memory of the process afterwards."""
     model, ids = _Everything().train(trains), torch.arange(128).view(1, -1)
 
@@ -176,7 +202,7 @@ def _use_everything(home: Home, *, trains: bool) -> int:
         if loss is not None:
             loss.backward()
             optimizer.step()
-    return _resident_bytes()
+    return resident_bytes()
 
 
 def _objects(home: Home) -> dict[str, float]:
@@ -187,7 +213,7 @@ def _objects(home: Home) -> dict[str, float]:
     return {
         **_each("", *inferred),
         **_each("trained_", *trained),
-        "tile_seconds": _least_seconds(tiles.step) / (4 * _TILES),
+        "tile_seconds": least_seconds(tiles.step) / (4 * _TILES),
     }
 
 
@@ -206,20 +232,20 @@ class _Lined:
         self._ids = torch.ones(4, 16)
 
     def infer(self) -> int:
-        before = _resident_bytes()
+        before = resident_bytes()
         self._plan(trains=False)
         self._model = self._tiled(self._made(), self._home)
         with torch.no_grad():
             self._loss(self._model)
-        return max(0, _resident_bytes() - before)
+        return max(0, resident_bytes() - before)
 
     def train(self) -> int:
-        before = _resident_bytes()
+        before = resident_bytes()
         self._plan(trains=True)
         adamw = torch.optim.AdamW
         self._optimizer = TileOptimizer(self._model, adamw, mode="in_backward", lr=1e-3)
         self.step()
-        return max(0, _resident_bytes() - before)
+        return max(0, resident_bytes() - before)
 
     def step(self) -> None:
         self._loss(self._model).backward()
@@ -249,53 +275,39 @@ def _stepped_elements() -> float:
     weight = nn.Parameter(torch.zeros(_SIDE, 2 * _SIDE))
     weight.grad = torch.ones_like(weight)
     adamw = TileOptimizer(nn.ParameterList([weight]), torch.optim.AdamW, lr=1e-3)
-    return weight.numel() / _least_seconds(adamw.step)
+    return weight.numel() / least_seconds(adamw.step)
 
 
 def _product_flops(rows: int, dtype: torch.dtype) -> float:
     x, weight = torch.ones(rows, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
-    return 2.0 * rows * _SIDE * _SIDE / _least_seconds(lambda: torch.mm(x, weight))
+    return 2.0 * rows * _SIDE * _SIDE / least_seconds(lambda: torch.mm(x, weight))
 
 
 def _touched_bytes() -> float:
     """Bytes a second of an operation that makes a new tensor, as most do."""
     x = torch.ones(8 << 20)
-    return 3.0 * x.nbytes / _least_seconds(lambda: torch.add(x, x))
+    return 3.0 * x.nbytes / least_seconds(lambda: torch.add(x, x))
 
 
 def _disk(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
-    names = ("read_bytes", "written_bytes", "cached_bytes")
+    """Zeros without a folder."""
     if folder is None:
-        return dict.fromkeys(names, 0.0)
-    with DiskHome(folder) as home:
-        allocation = home.allocate((_DISK_BYTES,), torch.uint8)
-        starts = range(0, _DISK_BYTES, _PIECE)
-        buffers = [aligned_buffer(_PIECE) for _ in range(_THREADS)] * (len(starts) // _THREADS)
-
-        def speed(move: Callable[[Tensor, int], None]) -> float:
-            with ThreadPoolExecutor(_THREADS) as pool:
-                return _DISK_BYTES / _least_seconds(lambda: list(pool.map(move, buffers, starts)))
-
-        home.path = "page cache"
-        speed(allocation.write)
-        cached = speed(allocation.read)
-        home.path = "direct"
-        written = speed(allocation.write)
-        return dict(zip(names, (speed(allocation.read), written, cached), strict=True))
+        return dict.fromkeys(("read_bytes", "written_bytes", "cached_bytes"), 0.0)
+    with MeasuredDisk(folder) as disk:
+        _begin("disk, page cache")
+        disk.write(direct=False)  # so that the page cache holds it
+        cached = disk.read(direct=False)
+        _begin("disk, direct writes")
+        written = disk.write(direct=True)
+        _begin("disk, direct reads")
+        return {
+            "read_bytes": disk.read(direct=True),
+            "written_bytes": written,
+            "cached_bytes": cached,
+        }
 
 
-def _least_seconds(act: Callable[[], object]) -> float:
-    """The least of some times without the first: what the machine does when nothing else runs."""
-    times: list[float] = []
-    act()
-    while len(times) < _LEAST_TIMES or sum(times) < _LONG_ENOUGH:
-        started = time.perf_counter()
-        act()
-        times.append(max(1e-9, time.perf_counter() - started))
-    return min(times)
-
-
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Memory of this process now; 0 where the system does not report it."""
     return _pages()[1] * os.sysconf("SC_PAGE_SIZE")
 

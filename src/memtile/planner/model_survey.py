@@ -20,13 +20,13 @@ from memtile.convert import (
     integrations,
     kind_of,
     tileable,
+    tiled_layers,
 )
 from memtile.costmodel import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
 from memtile.costmodel.model_records import Rest, StateSizes, Weight
 from memtile.costmodel.plan_parts import PARKED, RESIDENT, check_tokens
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.geometry import Grid
-from memtile.layers import TiledModule
 from memtile.optim import CHUNK_ELEMENTS, ParameterSlice, SliceOptimizer
 from memtile.planner.operation_count import live_peak
 
@@ -133,12 +133,11 @@ def _check_model(model: nn.Module, dtype: torch.dtype | None) -> None:
         raise ArgumentError(
             f"dtype={dtype}: a model has its own; convert it first, with model.to(dtype)"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, TiledModule):
-            raise CannotTileError(
-                f"{name or type(model).__name__} is tiled already; plan before tiling, or call "
-                "memtile.untile(model) first"
-            )
+    for name, _ in tiled_layers(model):
+        raise CannotTileError(
+            f"{name or type(model).__name__} is tiled already; plan before tiling, or call "
+            "memtile.untile(model) first"
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type not in ("cpu", "meta"):
             raise CannotTileError(
@@ -212,14 +211,15 @@ def _weight(model: nn.Module, group: Sequence[TilingDecision], trains: bool) -> 
     )
 
 
-def rest_of(model: nn.Module, weights: Sequence[Weight], trains: bool) -> Rest:
+def rest_of(seen: Survey) -> Rest:
     """The buffers, and the parameters that are none of these weights."""
-    known = {id(tileable(model, name).weight) for weight in weights for name in weight.names}
+    model, names = seen.model, (name for weight in seen.weights for name in weight.names)
+    known = {id(tileable(model, name).weight) for name in names}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     large, large_bytes = _large_of(model, known)
     trained: dict[int, int] = {}
     for parameter in others:
-        if trains and parameter.requires_grad:
+        if seen.trains and parameter.requires_grad:
             size = parameter.element_size()
             trained[size] = trained.get(size, 0) + parameter.numel()
     return Rest(
@@ -247,15 +247,14 @@ def _large_of(model: nn.Module, known: set[int]) -> tuple[str, int]:
     return f"whole: {found}, no linear, embedding or known stack", sum(sizes.values())
 
 
-def sharded_of(
-    model: nn.Module, weights: Sequence[Weight], trains: bool
-) -> tuple[list[ShardedLayer], list[LooseModule]]:
+def sharded_of(seen: Survey) -> tuple[list[ShardedLayer], list[LooseModule]]:
     """The layers that can be tiled, as engines see them, and the modules of all other parameters.
 
     How often a step uses them is not known here: their uses are 0.
     """
+    model, trains = seen.model, seen.trains
     layers, known, places = [], set[int](), _places(model)
-    for weight in (each for each in weights if not each.obstacle):
+    for weight in (each for each in seen.weights if not each.obstacle):
         owners = [tileable(model, name) for name in weight.names]
         modules = [each.module for each in owners if each.stack is None]
         found = [b for m in modules if (b := m._parameters.get("bias")) is not None]

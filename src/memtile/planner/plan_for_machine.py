@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,9 +13,9 @@ import torch
 from memtile.convert import TilingDecision, Work, converting_bytes
 from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
-from memtile.costmodel.model_records import ParkedLayout, Weight
+from memtile.costmodel.model_records import ParkedLayout, Products, Rest, Weight
 from memtile.costmodel.plan import OptimizerMode
-from memtile.costmodel.search import Search
+from memtile.costmodel.search import Found, Search
 from memtile.home_names import IN_FILES, parse_home
 from memtile.homes import PAGE, Home, fits_page_cache, trim_heap, usable_folder, word_for
 from memtile.planner.model_survey import Survey, check_choice, rest_of, survey
@@ -87,12 +87,9 @@ def plan(
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     if word == IN_FILES:
         seen = replace(seen, weights=[_only_read(weight) for weight in seen.weights])
-    rest = rest_of(seen.model, seen.weights, seen.trains)
-    if isinstance(source, str | Path):
-        rest = replace(rest, converting_bytes=converting_bytes(seen.model, source))
     setting = Setting(
         tokens=tokens,
-        rest=rest,
+        rest=_rest(seen, source),
         state=seen.state,
         mode=mode,
         in_place=folder is None,
@@ -102,19 +99,9 @@ def plan(
         rates=given or rates_of(None, folder),
         imports=imports,
     )
+    limits = allowed if setting.in_files else _with_disk(allowed, folder)
     with workspaces_of(rates, setting.rates) as workspaces:
-        count = StepCount(
-            seen.model,
-            seen.decisions,
-            seen.work,
-            seen.trains,
-            drops_gradients=mode == "in_backward",
-            goes_home=folder is not None,
-            workspaces=workspaces,
-        )
-        limits = allowed if setting.in_files else _with_disk(allowed, folder)
-        search = Search(setting, seen.weights, count, limits, fits_page_cache)
-        found = search.best(seen.checkpointing)
+        found = _found(seen, setting, limits, workspaces)
     trim_heap()  # the copies' objects lay between others
     return Plan(
         model=type(seen.model).__name__,
@@ -133,6 +120,26 @@ def plan(
         floors=found.floors,
         products=found.counted.products,
     )
+
+
+def _rest(seen: Survey, source: object) -> Rest:
+    """What no tile is made of, and what converting the files of a folder takes."""
+    rest = rest_of(seen)
+    if not isinstance(source, str | Path):
+        return rest
+    return replace(rest, converting_bytes=converting_bytes(seen.model, source))
+
+
+def _found(
+    seen: Survey, setting: Setting, limits: Budget, workspaces: Callable[[Products], int]
+) -> Found:
+    count = StepCount(
+        seen,
+        drops_gradients=setting.mode == "in_backward",
+        goes_home=not setting.in_place,
+        workspaces=workspaces,
+    )
+    return Search(setting, seen.weights, count, limits, fits_page_cache).best(seen.checkpointing)
 
 
 def _only_read(weight: Weight) -> Weight:

@@ -16,9 +16,10 @@ from memtile.costmodel.rank_memory import Offload, RankSetting
 from memtile.costmodel.rank_search import RankFound, RankSearch
 from memtile.costmodel.rank_traffic import rank_floors, traffic
 from memtile.costmodel.shards import Engine
-from memtile.errors import ArgumentError
+from memtile.errors import ArgumentError, check_whole_number
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
+from memtile.transfer.iterations import in_backward
 
 
 def plan_ranks(
@@ -72,17 +73,13 @@ def plan_ranks(
         OptimizerError: the optimizer is not element-wise: it cannot step shards.
     """
     _check(world_size, engine, offload, prefetch, unit_bytes)
-    memory = checked_size(device_memory, "device_memory")
-    if memory is not None and max_tile_bytes is not None:
-        raise ArgumentError(
-            "device_memory chooses the size of tiles by itself; give it alone, or max_tile_bytes"
-        )
+    memory = _memory(device_memory, max_tile_bytes)
     masters = engine == "zero3"
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     is_folder = isinstance(source, str | Path)
     converting = converting_bytes(seen.model, source) if is_folder else 0
     setting = RankSetting(offload, prefetch, seen.state, converting)
-    layers, loose = sharded_of(seen.model, seen.weights, seen.trains)
+    layers, loose = sharded_of(seen)
     search = RankSearch(setting, seen.weights, layers, loose, _Count(seen, loose), memory)
     sharding = Sharding(engine, world_size, unit_bytes)
     if max_tile_bytes is None:
@@ -115,6 +112,15 @@ def plan_ranks(
     )
 
 
+def _memory(device_memory: int | str | None, max_tile_bytes: int | None) -> int | None:
+    memory = checked_size(device_memory, "device_memory")
+    if memory is not None and max_tile_bytes is not None:
+        raise ArgumentError(
+            "device_memory chooses the size of tiles by itself; give it alone, or max_tile_bytes"
+        )
+    return memory
+
+
 class _Count:
     """Counts one rank's step of a layout, and how often it runs each layer."""
 
@@ -122,15 +128,7 @@ class _Count:
         self._watched = {weight.names[0]: weight.names for weight in seen.weights}
         self._watched |= {module.name: (module.name,) for module in loose}
         self._uses: dict[str, _Uses] = {}
-        self._step = StepCount(
-            seen.model,
-            seen.decisions,
-            seen.work,
-            seen.trains,
-            drops_gradients=True,
-            goes_home=True,
-            watch=self._watch,
-        )
+        self._step = StepCount(seen, drops_gradients=True, goes_home=True, watch=self._watch)
 
     def __call__(
         self, layout: ParkedLayout, checkpointing: bool
@@ -156,22 +154,18 @@ class _Uses:
         self._order, self._last = order, 0
 
     def begin(self, *_: object) -> None:
-        self._begun[_in_backward()] += 1
-        if not _in_backward():
+        self._begun[in_backward()] += 1
+        if not in_backward():
             self._last = next(self._order)
 
     def end(self, module: nn.Module, inputs: object, result: object) -> None:
-        self._ended[_in_backward()] += 1
-        if isinstance(result, Tensor) and result.requires_grad and not _in_backward():
+        self._ended[in_backward()] += 1
+        if isinstance(result, Tensor) and result.requires_grad and not in_backward():
             self._back += 1
 
     def counted(self) -> Uses:
         (forward, recomputed), ended = self._begun, self._ended[True]
         return Uses(forward, recomputed, self._back, recomputed - ended, self._last)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks
 
 
 def _layer(seen: Survey, decision: TilingDecision, found: RankFound) -> PlannedLayer:
@@ -194,10 +188,6 @@ def _check(
     check_choice("offload", offload, get_args(Offload))
     if offload == "nvme" and engine == "fsdp2":
         raise ArgumentError("offload='nvme': FSDP2 offloads to 'cpu' alone; take engine='zero3'")
-    for name, value, least in (
-        ("world_size", world_size, 1),
-        ("prefetch", prefetch, 0),
-        ("unit_bytes", unit_bytes, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}")
+    check_whole_number("world_size", world_size, 1)
+    check_whole_number("prefetch", prefetch, 0)
+    check_whole_number("unit_bytes", unit_bytes, 0)

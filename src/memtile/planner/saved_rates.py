@@ -31,14 +31,29 @@ def rates_of(
         )
     if given is not None:
         return _read(Path(given))
-    kept = cache_folder() / f"rates-{_machine(folder)}.json"
-    if kept.is_file():
-        with contextlib.suppress(ArgumentError):  # of an earlier version: measured anew
-            return _read(kept)
-    found = machine_rates.measured(folder)
-    with contextlib.suppress(OSError):  # a home folder that cannot be written to
-        _keep(found.to_json(), kept)
+    found = saved(folder)
+    if found is None:
+        found = machine_rates.measured(folder)
+        with contextlib.suppress(OSError):  # a cache folder that cannot be written to
+            save(found, folder)
     return found
+
+
+def saved(folder: Path | None) -> MachineProfile | None:
+    """The rates that were saved for this machine; None: none, or those of an earlier version."""
+    with contextlib.suppress(ArgumentError):
+        return _read(place_of(folder))
+    return None
+
+
+def save(rates: MachineProfile, folder: Path | None) -> None:
+    """Saves rates for `rates_of`; OSError where the cache folder cannot be written to."""
+    _keep(rates.to_json(), place_of(folder))
+
+
+def place_of(folder: Path | None) -> Path:
+    """The file that rates are saved in."""
+    return cache_folder() / f"rates-{_machine(folder)}.json"
 
 
 @contextlib.contextmanager

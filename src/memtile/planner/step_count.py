@@ -9,7 +9,6 @@ from torch import nn
 
 from memtile.convert import (
     TilingDecision,
-    Work,
     replace_chosen,
     set_checkpointing,
     tileables,
@@ -19,6 +18,7 @@ from memtile.costmodel.model_records import Counted, ParkedLayout
 from memtile.errors import CannotTileError, MemtileError
 from memtile.homes import DeviceHome, is_parked, register
 from memtile.layers import ParkedModule
+from memtile.planner.model_survey import Survey
 from memtile.planner.operation_count import count_step
 
 
@@ -26,10 +26,7 @@ from memtile.planner.operation_count import count_step
 class StepCount:
     """Counts a step of a layout, on a copy of the model whose parameters hold nothing."""
 
-    model: nn.Module
-    decisions: Sequence[TilingDecision]  # its linears, embeddings and stacks
-    work: Work  # the forward
-    trains: bool
+    seen: Survey  # of the model
     drops_gradients: bool  # each gradient is freed as soon as it is complete
     goes_home: bool  # gradients of what is parked leave memory: they are not counted
     watch: Callable[[nn.Module], None] | None = None  # is called with each copy before it runs
@@ -37,8 +34,9 @@ class StepCount:
 
     def __call__(self, layout: ParkedLayout, checkpointing: bool) -> Counted:
         """The step of this layout; CannotTileError where the model's code asks for values."""
-        meta_copy, decisions = make_meta_copy(self.model), _with_grids(self.decisions, layout)
-        meta_copy.train(self.trains)
+        seen = self.seen
+        meta_copy, decisions = make_meta_copy(seen.model), _with_grids(seen.decisions, layout)
+        meta_copy.train(seen.trains)
         for _, found in list(tileables(meta_copy)):
             if found.stack is not None and found.stack.reads_values:
                 found.stack.owner.adopt(found.module)
@@ -49,13 +47,13 @@ class StepCount:
             self.watch(meta_copy)
         try:
             counted = count_step(
-                meta_copy, self.work, drops_gradients=self.drops_gradients, goes_home=self.goes_home
+                meta_copy, seen.work, drops_gradients=self.drops_gradients, goes_home=self.goes_home
             )
         except MemtileError:
             raise
         except Exception as error:  # the model's own code, which may do anything
             raise CannotTileError(
-                f"a step of {type(self.model).__name__} cannot be counted with shapes alone "
+                f"a step of {type(seen.model).__name__} cannot be counted with shapes alone "
                 f"({type(error).__name__}: {error}); give work=…, a forward that needs no values, "
                 "or tile it without a plan, with memtile.tile(model, max_tile_bytes=…, home=…)"
             ) from error

@@ -11,18 +11,16 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils.weak import WeakIdKeyDictionary
 
-from memtile.homes import Home, fork_safe_lock, trim_heap
+from memtile.homes import Home, TensorTable, fork_safe_lock, trim_heap
 from memtile.transfer.kept import KeptTiles
 from memtile.transfer.slab_ring import SlabRing
 
@@ -99,7 +97,7 @@ class IterationState:
         self.iteration = 0  # the number of the one that the slabs were read for
         self.backwards: set[int] = set()  # autograd's graph tasks that have read tiles
         self.thread = _Thread()
-        self.trained = WeakIdKeyDictionary()  # what `transfer.parked` knows of each parameter
+        self.trained = TensorTable[Any]()  # what `transfer.parked` knows of each parameter
 
     def all_rings(self) -> list[SlabRing]:
         """Those in use, of all homes."""
@@ -127,6 +125,9 @@ state = IterationState()
 
 def rings_of(home: Home) -> SlabRings:
     """The slab rings of this home, made when first needed; HomeError where it is closed."""
+    found = state.rings.get(home)
+    if found is not None and found.works:
+        return found
     with state.lock:  # two rings for the same tiles would not know of each other's writes
         found = state.rings.get(home)
         if found is None or not found.works:
@@ -136,17 +137,25 @@ def rings_of(home: Home) -> SlabRings:
         return found
 
 
-@contextmanager
-def layer_call() -> Iterator[None]:
+class _LayerCall:
+    """One for all calls and threads: what it changes is the thread's own."""
+
+    def __enter__(self) -> None:
+        thread = state.thread
+        if not thread.depth and not in_backward() and not _is_in_model():
+            state.begin()
+        thread.depth += 1
+
+    def __exit__(self, *raised: object) -> None:
+        state.thread.depth -= 1
+
+
+_layer_call = _LayerCall()
+
+
+def layer_call() -> AbstractContextManager[None]:
     """One call of a tiled layer: an iteration of its own unless it is part of one."""
-    thread = state.thread
-    if not thread.depth and not in_backward() and not _is_in_model():
-        state.begin()
-    thread.depth += 1
-    try:
-        yield
-    finally:
-        thread.depth -= 1
+    return _layer_call
 
 
 def _is_in_model() -> bool:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -128,22 +128,18 @@ class ParkedSource:
         enter_backward(iteration)
         _record(self.parameter).uses.discard(self)
 
-    @contextmanager
-    def values(self, device: torch.device) -> Iterator[Tensor]:
+    def values(self, device: torch.device) -> AbstractContextManager[Tensor]:
         """The values on this device: only to be read, and not after the block."""
-        replayer = _replayer_of(self.parameter)
+        parameter = self.parameter
+        replayer = _replayer_of(parameter)
         if replayer is not None:
-            replayer.replay(self.parameter)
-        allocation = streamed_allocation(self.parameter)
+            replayer.replay(parameter)
+        allocation = streamed_allocation(parameter)
         if allocation is None:
-            yield self.parameter.detach().to(device)
-            return
+            return nullcontext(parameter.detach().to(device))
         if self._experts:
-            with _expert(allocation, self._following()) as values:
-                yield values.to(device)
-            return
-        with rings_of(allocation.home).weights.acquire((allocation,)) as lease:
-            yield lease.tensors[0].to(device)
+            return _expert(allocation, self._following(), device)
+        return _weights(allocation, device)
 
     def _following(self) -> Sequence[Tensor]:
         """The experts that are needed after this one."""
@@ -151,24 +147,30 @@ class ParkedSource:
         places = (n for n, each in enumerate(order) if each is self.parameter)
         return order[1 + next(places, len(order)) :]
 
-    @contextmanager
-    def gradient(self) -> Iterator[Tensor]:
+    def gradient(self) -> AbstractContextManager[Tensor]:
         """A tensor to write the gradient into; after the block it is in `.grad`, or added to it.
 
         Threads may enter at once, as in torch's own accumulation. They take turns to add to the
         gradient of one parameter; none waits for another's product.
         """
         parameter, allocation = self.parameter, streamed_allocation(self.parameter)
+        if allocation is None:
+            return _GradientInMemory(parameter, torch.empty_like(parameter))
         record = _record(parameter)
-        if allocation is None or (record.is_stepped_in_backward and not record.uses):
-            out = torch.empty_like(parameter) if allocation is None else scratch_like(parameter)
+        if record.is_stepped_in_backward and not record.uses:
+            return _GradientInMemory(parameter, scratch_like(parameter))
+        return self._stored_gradient(allocation.home)
+
+    @contextmanager
+    def _stored_gradient(self, home: Home) -> Iterator[Tensor]:
+        with _gradient_at_home(self.parameter, home) as out:
             yield out
-            _add(parameter, out, home=None)
-            return
-        with _gradient_at_home(parameter, allocation.home) as out:
-            yield out
-        if parameter._post_accumulate_grad_hooks:
+        if self.parameter._post_accumulate_grad_hooks:
             self.flush()  # they may read it
+
+    def may_be_storing(self) -> bool:
+        """Whether a gradient may be on its way home."""
+        return streamed_allocation(self.parameter) is not None
 
     def flush(self) -> None:
         """Return once stored gradients are at home; HomeIOError where one could not be written."""
@@ -177,8 +179,31 @@ class ParkedSource:
             rings_of(allocation.home).gradients.flush()
 
 
+class _GradientInMemory:
+    """A tensor to write a gradient into, which is kept in memory, or added to what is there."""
+
+    def __init__(self, parameter: nn.Parameter, out: Tensor) -> None:
+        self._parameter, self._out = parameter, out
+
+    def __enter__(self) -> Tensor:
+        return self._out
+
+    def __exit__(self, raised: object, *where: object) -> None:
+        if raised is None:
+            _add(self._parameter, self._out, home=None)
+
+
 @contextmanager
-def _expert(allocation: Allocation, following: Sequence[Tensor]) -> Iterator[Tensor]:
+def _weights(allocation: Allocation, device: torch.device) -> Iterator[Tensor]:
+    """The values of a tile, read, while what follows is being read."""
+    with rings_of(allocation.home).weights.acquire((allocation,)) as lease:
+        yield lease.tensors[0].to(device)
+
+
+@contextmanager
+def _expert(
+    allocation: Allocation, following: Sequence[Tensor], device: torch.device
+) -> Iterator[Tensor]:
     """The values of a tile of experts, kept or read, while those that follow are being read."""
     rings = rings_of(allocation.home)
     found = rings.kept.find(allocation)
@@ -186,7 +211,7 @@ def _expert(allocation: Allocation, following: Sequence[Tensor]) -> Iterator[Ten
     with rings.weights.acquire(() if found is not None else (allocation,), experts=ahead) as lease:
         if found is None:
             rings.kept.offer(allocation, lease.tensors[0])
-        yield lease.tensors[0] if found is None else found
+        yield (lease.tensors[0] if found is None else found).to(device)
 
 
 def _to_read(parameters: Sequence[Tensor], home: Home) -> Iterator[Allocation]:

@@ -17,6 +17,14 @@ from torch import Tensor
 
 from memtile.errors import HomeError
 from memtile.homes import Allocation, renew_in_child
+from memtile.observing import recording
+from memtile.observing.recording import (
+    SHORTEST_WAIT_NS,
+    SLABS,
+    WAIT_FOR_READ,
+    WAIT_FOR_SLAB,
+    clock,
+)
 from memtile.transfer.prefetch_order import PrefetchOrder
 from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
 
@@ -105,8 +113,13 @@ class SlabRing:
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
                 self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in groups})
+            begun = clock()
             for slab in slabs:
                 slab.wait_until_read()
+            waited = clock() - begun
+            recording.totals.waited_ns += waited
+            if recording.active and waited > SHORTEST_WAIT_NS:
+                recording.add(WAIT_FOR_READ, begun, groups[0][0])
             yield Lease(self, slabs, groups)
             self._check_process()
         except BaseException:
@@ -114,6 +127,8 @@ class SlabRing:
             raise
         else:
             self._release(slabs)
+            if recording.active and groups:
+                recording.add(SLABS, begun, groups[0][0], len(slabs))
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -213,7 +228,7 @@ class SlabRing:
             if not learn:
                 self._prefetch_order.interrupt()
             while (chosen := self._choose(keys)) is None:
-                self._wait_for_a_slab()
+                self._wait_for_a_slab(groups[0])
             for slab, key, group in zip(chosen, keys, groups, strict=True):
                 if self._holding(key) is slab:
                     continue
@@ -236,8 +251,8 @@ class SlabRing:
             chosen.append(slab)
         return chosen
 
-    def _wait_for_a_slab(self) -> None:
-        """Wait until a user, a reader or a writer has ended.
+    def _wait_for_a_slab(self, group: Group) -> None:
+        """For this group: wait until a user, a reader or a writer has ended.
 
         A slab that could not be written is written again: HomeIOError where that fails too.
         """
@@ -246,10 +261,14 @@ class SlabRing:
             failed[0].write_again()
         else:
             depth, self._depth = self._depth, 0  # others change the ring meanwhile
+            begun = clock()
             try:
                 self._changed.wait()
             finally:
                 self._depth = depth
+            recording.totals.waited_ns += clock() - begun
+            if recording.active:
+                recording.add(WAIT_FOR_SLAB, begun, group[0])
 
     def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
         """Start reading these, as far as slabs are idle that hold none of them."""

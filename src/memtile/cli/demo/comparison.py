@@ -25,31 +25,7 @@ def compare(settings: DemoSettings, dense: Side, tiled: Side, logits_difference:
         abs(ours - theirs) / abs(theirs)
         for ours, theirs in zip(tiled.losses, dense.losses, strict=True)
     ]
-    verdicts = [
-        Verdict(
-            "first logits equal the dense ones within 2e-5 relative",
-            f"{logits_difference:.1e}",
-            logits_difference <= LOGITS_BOUND,
-        ),
-        Verdict(
-            "losses equal the dense ones within 1e-5 relative at every step",
-            f"{max(loss_differences):.1e} at most",
-            all(difference <= LOSS_BOUND for difference in loss_differences),
-        ),
-        _learning_verdict(dense, tiled),
-        Verdict(
-            "no weight, gradient or optimizer state is above "
-            f"{format_byte_size(settings.max_tile_bytes)}",
-            f"{format_byte_size(tiled.largest_tensor.nbytes)} at most",
-            tiled.largest_tensor.nbytes <= settings.max_tile_bytes,
-        ),
-        Verdict(
-            "untiled and saved, it loads in plain transformers, every parameter bit-identical",
-            "yes" if tiled.checkpoint_is_dense else "no",
-            tiled.checkpoint_is_dense is True,
-        ),
-        *_memory_verdict(dense, tiled),
-    ]
+    verdicts = _verdicts(settings, dense, tiled, logits_difference, loss_differences)
     sides = {"dense": dense, "tiled": tiled}
     return Outcome(
         settings,
@@ -62,6 +38,37 @@ def compare(settings: DemoSettings, dense: Side, tiled: Side, logits_difference:
         verdicts=verdicts,
         kept=all(verdict.kept for verdict in verdicts),
     )
+
+
+def _verdicts(
+    settings: DemoSettings, dense: Side, tiled: Side, logits: float, losses: list[float]
+) -> list[Verdict]:
+    """The bounds, for the relative differences of the logits and of each loss."""
+    largest, limit = tiled.largest_tensor.nbytes, settings.max_tile_bytes
+    return [
+        Verdict(
+            "first logits equal the dense ones within 2e-5 relative",
+            f"{logits:.1e}",
+            logits <= LOGITS_BOUND,
+        ),
+        Verdict(
+            "losses equal the dense ones within 1e-5 relative at every step",
+            f"{max(losses):.1e} at most",
+            all(difference <= LOSS_BOUND for difference in losses),
+        ),
+        _learning_verdict(dense, tiled),
+        Verdict(
+            f"no weight, gradient or optimizer state is above {format_byte_size(limit)}",
+            f"{format_byte_size(largest)} at most",
+            largest <= limit,
+        ),
+        Verdict(
+            "untiled and saved, it loads in plain transformers, every parameter bit-identical",
+            "yes" if tiled.checkpoint_is_dense else "no",
+            tiled.checkpoint_is_dense is True,
+        ),
+        *_memory_verdict(dense, tiled),
+    ]
 
 
 def relative_difference(tiled_file: Path, dense_file: Path) -> float:

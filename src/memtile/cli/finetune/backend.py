@@ -16,7 +16,7 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Options, TrainingSettings
 from memtile.convert import Resumed
-from memtile.costmodel import format_byte_size
+from memtile.costmodel import Plan, format_byte_size
 from memtile.engines.ranks import Ranks, of_all_ranks
 from memtile.errors import NotFiniteError
 from memtile.testing import PeakMemory
@@ -134,6 +134,22 @@ def load(
         models.read_settings(model, folder)
     if settings.lora is not None:
         model = _with_adapters(model, settings.lora)
+    plan = _plan(model, settings, options, memory, planned)
+    with models.printing_warnings():
+        memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
+    model.train()
+    adamw = memtile.TileOptimizer(model, torch.optim.AdamW, mode=settings.mode, lr=settings.lr)
+    has_adapters, schedule = settings.lora is not None, schedule_of(adamw, settings)
+    return Backend(model, adamw, schedule, has_adapters=has_adapters, clip=settings.clip)
+
+
+def _plan(
+    model: Any,  # of transformers or peft
+    settings: TrainingSettings,
+    options: Options,
+    memory: PeakMemory,
+    say: Callable[[str], None],
+) -> Plan:
     with models.within(options.budget, memory.nbytes, _OTHERS) as left:
         plan = memtile.plan(
             model,
@@ -144,23 +160,15 @@ def load(
             mode=settings.mode,
             work=None if settings.packing else _padded_step(settings.tokens),
         )
-    planned(plan.summary)
+    say(plan.summary)
     if settings.clip is not None:
-        planned(
+        trained = sum(each.nbytes for each in model.parameters() if each.requires_grad)
+        say(
             "--clip keeps the gradients of all weights until the step, "
-            f"{format_byte_size(_trained_bytes(model))} more, in memory or where their tiles live"
+            f"{format_byte_size(trained)} more, in memory or where their tiles live"
         )
-    planned(models.budget_note(options.budget, options.budget - left, _OTHERS))
-    with models.printing_warnings():
-        memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
-    model.train()
-    adamw = memtile.TileOptimizer(model, torch.optim.AdamW, mode=settings.mode, lr=settings.lr)
-    has_adapters, schedule = settings.lora is not None, schedule_of(adamw, settings)
-    return Backend(model, adamw, schedule, has_adapters=has_adapters, clip=settings.clip)
-
-
-def _trained_bytes(model: Any) -> int:
-    return sum(each.nbytes for each in model.parameters() if each.requires_grad)
+    say(models.budget_note(options.budget, options.budget - left, _OTHERS))
+    return plan
 
 
 def schedule_of(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> LRScheduler:

@@ -1,6 +1,7 @@
 """The options of `memtile finetune`; starts or resumes the run."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -11,6 +12,7 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.finetune.data_files import Data, find_data
 from memtile.cli.finetune.display import Display
+from memtile.cli.finetune.limits import advice
 from memtile.cli.finetune.log import LOG, PICTURE
 from memtile.cli.finetune.run import Result, finetune
 from memtile.cli.finetune.settings import (
@@ -21,15 +23,19 @@ from memtile.cli.finetune.settings import (
     is_first_rank,
     weight_files,
 )
-from memtile.cli.terminal import progress
+from memtile.cli.terminal import Trace, progress, with_options
 from memtile.costmodel import format_byte_size, parse_byte_size
+from memtile.observing import check_trace_path
 from memtile.planner.saved_rates import cache_folder
 
 _MEBIBYTE: Final = 1 << 20
 
 
-def run_finetune(
-    model: models.Folder,
+@dataclass(frozen=True)
+class FinetuneArguments:
+    """What the command line gives; the fields are its options."""
+
+    model: models.Folder
     data: Annotated[
         list[Path],
         typer.Argument(
@@ -37,144 +43,133 @@ def run_finetune(
             help="Text files, JSON lines or Parquet, or folders of them; rows have text, messages, "
             "or prompt and completion.",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="The folder of the run and of the fine-tuned model.")],
+    ]
+    out: Annotated[Path, typer.Option(help="The folder of the run and of the fine-tuned model.")]
     budget: Annotated[
         str | None,
         typer.Option(help="Memory to use above the imports; 2GiB where nothing is given."),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
-    tokens: Annotated[int, typer.Option(help="Tokens in a step, one sequence.")] = 128,
+    ] = None
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100
+    tokens: Annotated[int, typer.Option(help="Tokens in a step, one sequence.")] = 128
     no_packing: Annotated[
         bool,
         typer.Option(
             "--no-packing",
             help="A sequence for each text, padded or cut; chats and completions always have one.",
         ),
-    ] = False,
-    lr: Annotated[float, typer.Option(help="The highest learning rate of AdamW.")] = 1e-5,
+    ] = False
+    lr: Annotated[float, typer.Option(help="The highest learning rate of AdamW.")] = 1e-5
     schedule: Annotated[
         Literal["constant", "linear", "cosine"],
         typer.Option(help="How the learning rate goes on; linear and cosine end at 0."),
-    ] = "cosine",
+    ] = "cosine"
     warmup: Annotated[
         int, typer.Option(help="First steps, in which the learning rate rises from 0.")
-    ] = 0,
+    ] = 0
     clip: Annotated[
         float | None,
         typer.Option(
             metavar="NORM",
             help="Scale gradients to this norm at most; all are kept until the step for it.",
         ),
-    ] = None,
+    ] = None
     validation: Annotated[
         list[Path] | None, typer.Option(help="Data whose loss is shown; may be repeated.")
-    ] = None,
+    ] = None
     eval_steps: Annotated[
         int | None,
         typer.Option(help="Steps between losses on --validation.", show_default="50"),
-    ] = None,
+    ] = None
     home: Annotated[
         str | None,
         typer.Option(help="Where tiles live: disk, disk:FOLDER or host; disk if nothing is given."),
-    ] = None,
+    ] = None
     lora: Annotated[
         int | None, typer.Option(metavar="RANK", help="Train adapters only; needs peft.")
-    ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the order of sequences, and of dropout.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    ] = None
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50
+    seed: Annotated[int, typer.Option(help="Of the order of sequences, and of dropout.")] = 0
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False
     engine: Annotated[
         Literal["fsdp2", "zero3"] | None,
         typer.Option(help="What shards tiles over the ranks of torchrun."),
-    ] = None,
+    ] = None
     tile: Annotated[
         str | None, typer.Option(help="With --engine: the most that a tile has; 16MiB.")
-    ] = None,
+    ] = None
     offload: Annotated[
         bool, typer.Option("--offload", help="With --engine: shards live in host memory.")
-    ] = False,
+    ] = False
     cache: Annotated[
         Path | None, typer.Option(help="Where tokens are kept for other runs (~/.cache/memtile).")
-    ] = None,
-    strict: models.Strict = False,
-    trust_remote_code: models.TrustsCode = False,
-) -> int:
+    ] = None
+    trace: Trace = None
+    strict: models.Strict = False
+    trust_remote_code: models.TrustsCode = False
+
+
+@with_options(FinetuneArguments)
+def run_finetune(given: FinetuneArguments) -> int:
     """Fine-tune a model that need not fit in memory, on texts, chats or completions.
 
     Ctrl-C saves and stops; the same command with --resume goes on, bit for bit. With --engine, each
     rank trains on a sequence of its own in each step.
     """
-    _check_options(engine, {"--budget": budget, "--home": home}, tile, offload, lora)
-    options = Options(
-        budget=parse_byte_size(budget or "2GiB", "--budget"),
-        home=models.check_home(home or "disk"),
-        strict=strict,
-        trusts_code=trust_remote_code,
-        out=out,
-        save_every=save_every,
-        resume=resume,
-        tile_bytes=parse_byte_size(tile or "16MiB", "--tile"),
-        offload=offload,
-        cache=cache or cache_folder(),
-        eval_steps=50 if eval_steps is None else eval_steps,
-    )
-    if engine is not None:
-        _check_launched()
-    check_at_least("--save-every", save_every, 1)
-    check_at_least("--eval-steps", options.eval_steps, 1)
-    models.check_folder(model)
-    found = [find_data(data, "DATA")]
-    if validation:
-        found.append(find_data(validation, "--validation"))
-        _check_alike(*found)
-    elif eval_steps is not None:
-        raise CommandError("--eval-steps has no data to take a loss on: give --validation FILE.")
-    settings = TrainingSettings(
-        model=str(model.resolve()),
-        data=_names(found[0]),
-        steps=steps,
-        tokens=tokens,
-        lr=lr,
-        seed=seed,
-        lora=lora,
-        digests=_digests(model, found, lora is not None),
-        engine=engine,
-        validation=tuple(name for each in found[1:] for name in _names(each)),
-        packing=found[0].is_text and not no_packing,
-        clip=clip,
-        warmup=warmup,
-        schedule=schedule,
-    )
-    _check_out(out, settings, resume)
-    models.load_transformers(model)
-    console = Console(highlight=False, quiet=engine is not None and not is_first_rank())
-    limit = f" of {format_byte_size(options.budget)}" if engine is None else " a rank"
-    with Display(console, steps, limit) as display:
-        result = finetune(settings, found, options, display)
-    _show(result, out, limit, console)
+    _check_engine(given)
+    options = _options(given)
+    models.check_folder(given.model)
+    data = _data(given)
+    settings = _settings(given, data)
+    _check_out(given.out, settings, given.resume)
+    models.load_transformers(given.model)
+    alone = given.engine is None
+    console = Console(highlight=False, quiet=not alone and not is_first_rank())
+    limit = f" of {format_byte_size(options.budget)}" if alone else " a rank"
+    with Display(console, given.steps, limit, options.trace) as display:
+        result = finetune(settings, data, options, display)
+    _show(result, given, limit, console)
     return 0
 
 
-def _check_options(
-    engine: str | None,
-    alone: dict[str, str | None],
-    tile: str | None,
-    offload: bool,
-    lora: int | None,
-) -> None:
-    given = [option for option, value in alone.items() if value is not None]
-    if engine is None and (tile or offload):
-        raise CommandError("--tile and --offload go with --engine: in one process give --budget.")
-    if engine is None:
+def _check_engine(given: FinetuneArguments) -> None:
+    if given.engine is None:
+        if given.tile or given.offload:
+            raise CommandError(
+                "--tile and --offload go with --engine: in one process give --budget."
+            )
         return
-    if given:
-        raise CommandError(
-            f"{given[0]} plans one process; with --engine, tiles are shards over ranks: give "
-            "--tile and --offload instead."
-        )
-    if lora is not None:
+    for option, value in (("--budget", given.budget), ("--home", given.home)):
+        if value is not None:
+            raise CommandError(
+                f"{option} plans one process; with --engine, tiles are shards over ranks: give "
+                "--tile and --offload instead."
+            )
+    if given.trace is not None:
+        raise CommandError("--trace shows homes, and engines hold shards: leave out one of them.")
+    if given.lora is not None:
         raise CommandError("--lora is not there over ranks: leave out --engine, or --lora.")
+
+
+def _options(given: FinetuneArguments) -> Options:
+    options = Options(
+        budget=parse_byte_size(given.budget or "2GiB", "--budget"),
+        home=models.check_home(given.home or "disk"),
+        strict=given.strict,
+        trusts_code=given.trust_remote_code,
+        out=given.out,
+        save_every=given.save_every,
+        resume=given.resume,
+        tile_bytes=parse_byte_size(given.tile or "16MiB", "--tile"),
+        offload=given.offload,
+        cache=given.cache or cache_folder(),
+        eval_steps=50 if given.eval_steps is None else given.eval_steps,
+        trace=None if given.trace is None else check_trace_path(given.trace),
+    )
+    if given.engine is not None:
+        _check_launched()
+    check_at_least("--save-every", options.save_every, 1)
+    check_at_least("--eval-steps", options.eval_steps, 1)
+    return options
 
 
 def _check_launched() -> None:
@@ -185,6 +180,17 @@ def _check_launched() -> None:
         )
 
 
+def _data(given: FinetuneArguments) -> list[Data]:
+    """What to train on, then what to evaluate on, if there is any."""
+    found = [find_data(given.data, "DATA")]
+    if given.validation:
+        found.append(find_data(given.validation, "--validation"))
+        _check_alike(*found)
+    elif given.eval_steps is not None:
+        raise CommandError("--eval-steps has no data to take a loss on: give --validation FILE.")
+    return found
+
+
 def _check_alike(data: Data, validation: Data) -> None:
     if data.columns != validation.columns:
         ours, theirs = (" and ".join(each.columns) for each in (data, validation))
@@ -192,6 +198,25 @@ def _check_alike(data: Data, validation: Data) -> None:
             f"--validation has {theirs}, and DATA {ours}: give what has the same, or the losses "
             "cannot be compared."
         )
+
+
+def _settings(given: FinetuneArguments, data: list[Data]) -> TrainingSettings:
+    return TrainingSettings(
+        model=str(given.model.resolve()),
+        data=_names(data[0]),
+        steps=given.steps,
+        tokens=given.tokens,
+        lr=given.lr,
+        seed=given.seed,
+        lora=given.lora,
+        digests=_digests(given.model, data, given.lora is not None),
+        engine=given.engine,
+        validation=tuple(name for each in data[1:] for name in _names(each)),
+        packing=data[0].is_text and not given.no_packing,
+        clip=given.clip,
+        warmup=given.warmup,
+        schedule=given.schedule,
+    )
 
 
 def _names(data: Data) -> tuple[str, ...]:
@@ -227,7 +252,8 @@ def _check_out(out: Path, settings: TrainingSettings, resume: bool) -> None:
         raise CommandError(f"--out {out} is not empty: give a new folder.")
 
 
-def _show(result: Result, out: Path, limit: str, console: Console) -> None:
+def _show(result: Result, given: FinetuneArguments, limit: str, console: Console) -> None:
+    out = given.out
     if result.entries:
         ends = {entry.step: entry.loss for entry in (result.entries[0], result.entries[-1])}
         words = ", ".join(f"loss of step {step}: {loss:.3f}" for step, loss in ends.items())
@@ -236,6 +262,9 @@ def _show(result: Result, out: Path, limit: str, console: Console) -> None:
             f"peak memory {format_byte_size(result.peak_bytes)}{limit}",
             soft_wrap=True,
         )
+    change = advice(result.entries, given.tokens)
+    if change is not None:
+        console.print(change, soft_wrap=True)
     has_picture = (out / PICTURE).is_file()
     files = f"{LOG}, {PICTURE}" if has_picture else f"{LOG} ({PICTURE} needs matplotlib)"
     console.print(f"the fine-tuned model is in {out}; see {files}", soft_wrap=True)

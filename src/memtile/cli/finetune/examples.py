@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from memtile.cli.errors import CommandError, first_line
 from memtile.cli.finetune.data_files import DataRow
-from memtile.cli.finetune.tokens import document_tokens
+from memtile.cli.finetune.tokens import document_tokens, ids_of
 
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _MARKS: Final = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -21,6 +21,7 @@ _TOGETHER: Final = 64  # texts or conversations that are tokenized at once, in s
 _LONG: Final = 1 << 14  # characters, from which on a text is tokenized in pieces
 _THREADS: Final = 16  # each holds a piece with some hundred bytes a token
 _PIECE: Final = 1 << 16
+_RENDERED: Final = {"add_special_tokens": False}  # a template writes them itself
 
 Tokenizer = Any  # of transformers, which is not imported to name its type
 Message = dict[str, Any]  # JSON
@@ -38,9 +39,6 @@ def encoder(
         _check_template(tokenizer)
         return lambda rows: ((ids, True) for ids in _conversations(rows, tokenizer))
     return lambda rows: ((_pair(row, tokenizer), True) for row in rows)
-
-
-# Texts
 
 
 def _texts(rows: Iterable[DataRow], tokenizer: Tokenizer) -> Iterator[Part]:
@@ -82,9 +80,6 @@ def _end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [] if end is None or ids[-1:] == [end] else [end]
 
 
-# Prompts with completions
-
-
 def _pair(row: DataRow, tokenizer: Tokenizer) -> list[int]:
     """The completion counts, from the first token on that the prompt alone does not have.
 
@@ -92,15 +87,15 @@ def _pair(row: DataRow, tokenizer: Tokenizer) -> list[int]:
     """
     prompt, completion = row.values["prompt"], row.values["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        before = _ids(prompt, tokenizer)
-        ids = _ids(prompt + completion, tokenizer)
+        before = ids_of(prompt, tokenizer)
+        ids = ids_of(prompt + completion, tokenizer)
         ids += _end(ids, tokenizer)
     elif isinstance(prompt, list) and isinstance(completion, list):
         _check_template(tokenizer)
         turns = [*_messages(row, "prompt"), *_messages(row, "completion")]
-        count = len(prompt)
-        before = _bare_ids(_rendered(turns[:count], row, tokenizer, reply=True), tokenizer)
-        ids = _bare_ids(_rendered(turns, row, tokenizer), tokenizer)
+        asked = _rendered(turns[: len(prompt)], row, tokenizer, reply=True)
+        before = ids_of(asked, tokenizer, **_RENDERED)
+        ids = ids_of(_rendered(turns, row, tokenizer), tokenizer, **_RENDERED)
     else:
         raise CommandError(
             f"{row.place}: its prompt is {_type(prompt)} and its completion {_type(completion)}: "
@@ -109,18 +104,6 @@ def _pair(row: DataRow, tokenizer: Tokenizer) -> list[int]:
     pairs = zip(before, ids, strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return [~id for id in ids[:shared]] + ids[shared:]
-
-
-def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    return list(tokenizer(text, verbose=False).input_ids)
-
-
-def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Of a rendered conversation, which has its special tokens already."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
-# Conversations
 
 
 def _conversations(rows: Iterable[DataRow], tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -162,7 +145,7 @@ def _unmarked(group: list[DataRow], tokenizer: Tokenizer) -> Iterator[list[int]]
     """A token counts that has a character of a turn, as in transformers."""
     messages = [_messages(row, "messages") for row in group]
     texts = [_rendered(each, row, tokenizer) for each, row in zip(messages, group, strict=True)]
-    found = tokenizer(texts, add_special_tokens=False, verbose=False)
+    found = tokenizer(texts, verbose=False, **_RENDERED)
     for number, row in enumerate(group):
         ids, place = found.input_ids[number], found.encodings[number].token_to_chars
         tokens, counted = range(len(ids)), [~id for id in ids]

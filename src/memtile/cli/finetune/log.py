@@ -21,7 +21,9 @@ _SMOOTHED: Final = 0.9  # weight of what came before, in the picture's second li
 class LoggedStep:
     """One step: its loss before the update, and the peak memory so far above the imports.
 
-    The loss on the validation data is that after the update; None where it was not taken.
+    The loss on the validation data is that after the update; None where it was not taken. Of the
+    seconds, tiles were waited for in `waited_seconds`, and homes read or wrote in `moving_seconds`;
+    None where an engine holds the tiles.
     """
 
     step: int
@@ -31,6 +33,8 @@ class LoggedStep:
     tokens_per_second: float
     peak_bytes: int
     validation_loss: float | None = None
+    waited_seconds: float | None = None
+    moving_seconds: float | None = None
 
 
 class Log:

@@ -7,32 +7,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memtile.checkpoints import training_folder
-from memtile.cli import models
 from memtile.cli.errors import CommandError, Interrupted
-from memtile.cli.finetune.backend import Backend, load
+from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.data_files import Data
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, Log, LoggedStep
-from memtile.cli.finetune.sequences import Sequences, read_sequences
-from memtile.cli.finetune.settings import (
-    Options,
-    TrainingSettings,
-    is_first_rank,
-    tokenizer_digest,
-)
-from memtile.cli.finetune.token_store import key_of
+from memtile.cli.finetune.preparing import prepare
+from memtile.cli.finetune.sequences import Sequences
+from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
 from memtile.convert import has_training
 from memtile.engines.ranks import Ranks
 from memtile.errors import NotFiniteError
 from memtile.homes import keep_freed_memory_out
+from memtile.observing import Observation, observe, totals
 from memtile.testing import PeakMemory
 
 TRAINING: Final = "training"
@@ -62,11 +55,13 @@ class Run:
     seen: int = 0  # sequences, of all ranks together
     validation: Sequences | None = None
     eval_steps: int = 1
+    on_traced: Callable[[int, Observation], None] | None = None  # gets one step, by its number
 
     def step(self) -> LoggedStep:
         """One step more; a loss that is not finite leaves the weights unchanged."""
         backend = self.backend
-        started, lr = time.perf_counter(), float(backend.scheduler.get_last_lr()[0])
+        before, lr = replace(totals), float(backend.scheduler.get_last_lr()[0])
+        started = time.perf_counter()
         loss = backend.loss(self._inputs(self.sequences, self.seen + backend.rank))
         value = sum(backend.of_all_ranks(float(loss.detach()))) / backend.ranks
         if not math.isfinite(value):  # before backward, which may step the weights with it
@@ -77,7 +72,19 @@ class Run:
         seconds = time.perf_counter() - started
         speed = self.settings.tokens * backend.ranks / seconds
         peak_bytes = max(backend.of_all_ranks(self.memory.nbytes))
-        return LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
+        entry = LoggedStep(self.done, value, lr, seconds, speed, peak_bytes)
+        if self.settings.engine is not None:  # which gathers tiles itself
+            return entry
+        waited, moving = totals.waited_ns - before.waited_ns, totals.moving_ns - before.moving_ns
+        return replace(entry, waited_seconds=waited / 1e9, moving_seconds=moving / 1e9)
+
+    def traced_step(self) -> LoggedStep:
+        """A step that is observed, for `on_traced`."""
+        assert self.on_traced is not None
+        with observe() as seen:
+            entry = self.step()
+        self.on_traced(entry.step, seen)
+        return entry
 
     def evaluate(self) -> float | None:
         """The loss on the validation data, a mean over tokens; None where it is not due."""
@@ -147,104 +154,27 @@ def finetune(
         session,
         _removed_if_it_fails(options.out, missing, keeps_leftovers),
     ):
-        run = _prepared(settings, data, options, memory, display)
+        found = prepare(settings, data, options, memory, display)
+        run = Run(
+            settings,
+            found.backend,
+            found.sequences,
+            memory,
+            options.out,
+            options.save_every,
+            validation=found.validation,
+            eval_steps=options.eval_steps,
+        )
         if options.resume:
             run.resume(folder)
         else:
             Ranks().first(lambda: settings.write(options.out))
         display.started(run.done)
+        if options.trace is not None:
+            run.on_traced = display.traced
         result = train(run, display.report)
         run.backend.write(Path(settings.model), options.out)
     return result
-
-
-def _prepared(
-    settings: TrainingSettings,
-    data: Sequence[Data],
-    options: Options,
-    memory: PeakMemory,
-    display: Display,
-) -> Run:
-    torch.manual_seed(settings.seed)
-    path = Path(settings.model)
-    model = models.empty_of(path, options.trusts_code)
-    if settings.engine != "zero3":  # which scales the loss
-        _check_dtype(model)
-    tokenizer = models.tokenizer_of(path, options.trusts_code)
-    models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
-    said: list[str] = []  # of the data, to be shown once the plan is there too
-    sequences, *others = _sequences(
-        settings, data, tokenizer, options.cache, display.reading, said.append
-    )
-    for each in (sequences, *others):
-        _check_vocabulary(model, each)
-    if settings.engine is None:
-        loaded = load(model, settings, options, memory, display.say)
-    else:
-        from memtile.cli.finetune import sharded
-
-        loaded = sharded.load(model, settings, options, display.say)
-    for sentence in said:
-        display.say(sentence)
-    return Run(
-        settings,
-        loaded,
-        sequences,
-        memory,
-        options.out,
-        options.save_every,
-        validation=others[0] if others else None,
-        eval_steps=options.eval_steps,
-    )
-
-
-def _sequences(
-    settings: TrainingSettings,
-    data: Sequence[Data],
-    tokenizer: Any,  # transformers'
-    cache: Path,
-    on_read: Callable[[int, int], None],
-    on_stored: Callable[[str], None],
-) -> list[Sequences]:
-    """Those to train on in the order of the seed, those to evaluate on in their own."""
-    digests = iter(settings.digests[1:])
-    maker = (version("transformers"), tokenizer_digest(Path(settings.model)))
-    length = None if settings.packing else settings.tokens
-    made: list[Sequences] = []
-    for each in data:
-        of_files = [next(digests) for _ in each.files]
-        made.append(
-            read_sequences(
-                each,
-                tokenizer,
-                settings.tokens,
-                None if made else settings.seed,
-                packs=settings.packing,
-                cache=cache,
-                key=key_of(*maker, each.kind, each.columns, of_files, length),
-                on_read=on_read,
-                on_stored=on_stored,
-            )
-        )
-    return made
-
-
-def _check_dtype(model: nn.Module) -> None:
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-        raise CommandError(
-            "MODEL is float16, in which gradients overflow without a scaler, and none can be used "
-            'where weights are stepped in backward: write "dtype": "bfloat16" into its '
-            "config.json, and its weights are converted as they are read."
-        )
-
-
-def _check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers'
-    rows = model.get_input_embeddings().weight.shape[0]
-    if sequences.largest_id >= rows:
-        raise CommandError(
-            f"The tokenizer gives the id {sequences.largest_id}, and the model has {rows} rows for "
-            "tokens: give the tokenizer that the model was trained with."
-        )
 
 
 def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = None) -> Result:
@@ -260,11 +190,13 @@ def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = No
     listening: AbstractContextManager[list[int]] = (
         nullcontext([]) if run.out is None else _signals()
     )
+    traced = min(run.done + 2, last) if run.on_traced is not None else None  # the first one learns
     begun = time.perf_counter()
     try:
         with listening as signals:
             while run.done < last:
-                entries.append(replace(run.step(), validation_loss=run.evaluate()))
+                entry = run.traced_step() if run.done + 1 == traced else run.step()
+                entries.append(replace(entry, validation_loss=run.evaluate()))
                 if log is not None:
                     log.add(entries[-1])
                 if writes:

@@ -35,6 +35,7 @@ class Options:
     offload: bool  # over ranks, keep shards, gradients and moments in host memory
     cache: Path  # where tokens are kept
     eval_steps: int  # steps between two evaluations
+    trace: Path | None = None  # file for what one step did; None: it is not observed
 
 
 @dataclass(frozen=True)

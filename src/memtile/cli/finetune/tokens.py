@@ -145,14 +145,14 @@ def _lines(pieces: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, list[in
         text = rest + piece
         stop = text.rfind("\n") + 1 or len(text)
         rest = text[stop:]
-        yield text, _ids(text[:stop], tokenizer, add_special_tokens=False)
+        yield text, ids_of(text[:stop], tokenizer, add_special_tokens=False)
     if rest:
-        yield rest, _ids(rest, tokenizer, add_special_tokens=False)
+        yield rest, ids_of(rest, tokenizer, add_special_tokens=False)
 
 
 def _put_around(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer adds before and after a text."""
-    bare, whole = _ids(text, tokenizer, add_special_tokens=False), _ids(text, tokenizer)
+    bare, whole = ids_of(text, tokenizer, add_special_tokens=False), ids_of(text, tokenizer)
     for start in range(len(whole) - len(bare) + 1):
         stop = start + len(bare)
         if whole[start:stop] == bare:
@@ -160,9 +160,9 @@ def _put_around(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _ids(text: str, tokenizer: Any, **options: bool) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False, **options).input_ids
-    return ids
+def ids_of(text: str, tokenizer: Any, **options: bool) -> list[int]:
+    """The tokens of a text, with what the tokenizer adds unless `add_special_tokens=False`."""
+    return list(tokenizer(text, verbose=False, **options).input_ids)
 
 
 class NumberFile:
