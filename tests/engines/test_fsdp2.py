@@ -73,6 +73,11 @@ def test_tensor_parallel_linears_that_return_their_bias_train(outcome):
         assert rank["parallel"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_experts_in_tiles_train_as_the_dense_model_does(outcome):
+    """Two experts a tile, of which each rank's tokens hit others; in float64."""
+    assert all(rank["experts"] <= 1e-9 for rank in outcome.ranks)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
     """The tile in use and the next: in forward, backward, recomputation and after evaluation."""

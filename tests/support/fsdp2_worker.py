@@ -24,6 +24,7 @@ from engine_cases import (
     tiled,
     train,
 )
+from small_experts import ExpertsLoss
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -120,6 +121,18 @@ def asked_for_a_weight() -> str:
     return ""
 
 
+def experts(rank: int, world: int) -> float:
+    """How far experts in tiles that are trained sharded are from the dense ones, at most."""
+    dense, model = (ExpertsLoss("gpt-oss") for _ in range(2))
+    shard(memtile.tile(model, out_splits=3))  # two whole experts in a tile, and one
+    train(dense, Case())
+    train(model, Case(), rank, world)
+    same = memtile.tile(ExpertsLoss("gpt-oss"), out_splits=3)
+    same.load_state_dict(whole_state(model))
+    found, truth = dict(memtile.dense_state_dict(same)), dense.state_dict()
+    return max(float((found[key] - truth[key]).norm() / truth[key].norm()) for key in truth)
+
+
 class ReturnsBias(nn.Linear):
     """Megatron's `skip_bias_add`: the bias comes beside the output."""
 
@@ -204,6 +217,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         "loads": loads_what_it_gives(),
         "weight": asked_for_a_weight(),
         "returned_bias": returned_bias(),
+        "experts": experts(rank, world),
         "parallel": parallel_losses(plain_step(shard(ParallelNet(), unit_bytes=0))),
         "live": live,
         "losses": losses,

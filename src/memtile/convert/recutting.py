@@ -136,9 +136,7 @@ def _dense(checkpoint: Checkpoint, place: Path) -> tuple[dict[str, TensorSource]
             except MemtileError as error:
                 raise CheckpointError(f"{name}: {error}") from error
             is_stack = _is_of_stack(key)
-            dense[name] = (
-                _StackSource(source, _stack_shape(name, source, shapes)) if is_stack else source
-            )
+            dense[name] = _joined_stack(name, source, shapes) if is_stack else source
             joined.add(name if is_stack else layer[0])
     return dense, sorted(joined)
 
@@ -179,8 +177,8 @@ def _shapes_beside(place: Path) -> dict[str, torch.Size]:
     return {}
 
 
-def _stack_shape(name: str, source: TiledSource, shapes: Mapping[str, torch.Size]) -> torch.Size:
-    """(E, R, C) of the matrix (E·R, C) that the tiles of a stack make."""
+def _joined_stack(name: str, source: TiledSource, shapes: Mapping[str, torch.Size]) -> _StackSource:
+    """The stack of the matrix (E·R, C), which has one of the shapes of a model's parameters."""
     if not shapes:
         raise CheckpointError(
             f"{name} is a stack of experts in tiles, and how many experts they are is not known: "
@@ -196,7 +194,7 @@ def _stack_shape(name: str, source: TiledSource, shapes: Mapping[str, torch.Size
             f"stack of the model that the config.json beside them describes ({known}); put the "
             "config of this checkpoint's model there"
         )
-    return shape
+    return _StackSource(source, shape)
 
 
 def _to_cut(dense: Mapping[str, TensorSource], cut: TilingSpec, place: Path) -> dict[str, Grid]:
