@@ -254,9 +254,9 @@ def test_rows_are_packed_as_files_are(tmp_path):
 
 
 def test_without_packing_each_text_is_a_sequence(tmp_path):
-    """It is cut or padded to the length; padding does not count and is masked."""
+    """It is cut or padded to the length; padding and byte order marks do not count."""
     tokenizer = chatml()
-    for name, text in (("a.txt", "abc"), ("b.txt", "abcdefgh"), ("c.txt", " ")):
+    for name, text in (("a.txt", "\ufeffabc"), ("b.txt", "abcdefgh"), ("c.txt", " ")):
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / name).write_text(text)
 
@@ -278,6 +278,7 @@ def test_without_packing_each_text_is_a_sequence(tmp_path):
         (b'{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
         (b'{"text": "a"}\n["a"]\n', "line 2 is no object but a list"),
         (b'[\n{"text": "a"}\n]\n', "line 1 begins a JSON array, and one object a line is read: jq"),
+        (b'[\n{"text": "a"}\n]\n', "data.jsonl > data-lines.jsonl"),  # not onto itself
         (b'{"text": "a"}\n{"texts": "b"}\n', "line 2 has no column text (its columns: texts)"),
         (b'{"text": "\xff"}\n', "line 1 is not valid JSON"),
         (b"\n", "is empty: give a file with rows"),

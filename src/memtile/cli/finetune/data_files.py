@@ -141,7 +141,7 @@ def _object(line: bytes, place: str, number: int, file: Path) -> dict[str, Any]:
     if number == 1 and line.lstrip().startswith(b"["):
         raise CommandError(
             f"{place} begins a JSON array, and one object a line is read: jq -c '.[]' {file} > "
-            f"{file.stem}.jsonl"
+            f"{file.stem}-lines.jsonl"
         )
     try:
         found = json.loads(line)

@@ -184,7 +184,7 @@ def text_pieces(file: Path, name: str, characters: int = _PIECE) -> Iterator[str
     """
     is_empty = True
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open(encoding="utf-8-sig") as stream:
             while piece := stream.read(characters):
                 if "\0" in piece:
                     raise CommandError(
