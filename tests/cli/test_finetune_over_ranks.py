@@ -1,11 +1,12 @@
-"""`memtile finetune --engine`: the same training over processes that torchrun starts."""
+"""`memtile finetune --engine`: the same training over ranks.
+
+They are forked with what torchrun would give them; tests of the examples start it.
+"""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from processes import launched
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,21 +34,23 @@ ENGINES = ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)]
 
 
 def words(model, text, out, *more, engine="fsdp2"):
-    options = ["--engine", engine, "--tile", "1KiB", "--steps", STEPS, "--tokens", TOKENS]
+    options = ["--engine", engine, "--tile", "2KiB", "--steps", STEPS, "--tokens", TOKENS]
     options += ["--cache", Path(out).parent / "cache"]
     return [str(w) for w in ["finetune", model, text, "--out", out, "--lr", LR, *options, *more]]
 
 
-def launch(ranks, arguments):
-    """Starts the command with so many processes, each with one thread."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "memtile.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def after_three_steps(ranks, number, of):
+    """Sends a signal to some ranks once the first has said that three steps are done."""
+    for line in ranks[0].output:
+        if line.startswith("step 3 "):
+            break
+    for rank in of:
+        os.kill(rank.process.pid, number)
+
+
+def said_by(ranks):
+    """What is left of what all of them print, up to their ends."""
+    return "".join([rank.wait() for rank in ranks])
 
 
 def sequences_of(file, folder, seed):
@@ -76,18 +80,14 @@ def trained_alone(folder, text):
 def test_two_ranks_train_as_one_process_does(tiny_model, tiny_text, tmp_path, engine):
     """Stopped by SIGTERM after some steps, resumed, and loaded by plain transformers at the end."""
     arguments = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 2, engine=engine)
-    with launch(2, arguments) as run:
-        for line in run.stdout:
-            if line.startswith("step 3 "):
-                run.send_signal(signal.SIGTERM)
-                break
-        _, said = run.communicate(timeout=120)
-    assert "--resume" in said, said
-    with launch(2, [*arguments, "--resume"]) as run:
-        shown, said = run.communicate(timeout=120)
+    ranks = launched(arguments, 2)
+    after_three_steps(ranks, signal.SIGTERM, of=ranks)
+    assert "--resume" in said_by(ranks)
+    ranks = launched([*arguments, "--resume"], 2)
+    said = said_by(ranks)
 
-    assert run.returncode == 0, said
-    assert "going on after step" in shown
+    assert [rank.process.exitcode for rank in ranks] == [0, 0], said
+    assert "going on after step" in said
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = trained_alone(tiny_model, tiny_text)
     for name, value in found.items():
@@ -105,19 +105,16 @@ def test_a_run_whose_rank_was_killed_goes_on_with_fewer_ranks(
     """The others end with a sentence, the last checkpoint is whole, one rank of FSDP2 goes on."""
     arguments = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 1)
     before = words(tiny_model, tiny_text, tmp_path / "out", "--save-every", 1, engine=engine)
-    with launch(2, before) as run:
-        for line in run.stdout:
-            if line.startswith("step 3 "):
-                _kill_a_rank(run.pid)
-                break
-        _, said = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert "waits for another one that was killed" in said or "Signal 9" in said, said
+    ranks = launched(before, 2)
+    after_three_steps(ranks, signal.SIGKILL, of=ranks[1:])
+    said = said_by(ranks)
+    assert ranks[0].process.exitcode not in (0, None), said
+    assert "waits for another one that was killed" in said
 
-    with launch(1, [*arguments, "--resume"]) as run:
-        shown, said = run.communicate(timeout=120)
-    assert run.returncode == 0, said
-    assert "going on after step" in shown
+    ranks = launched([*arguments, "--resume"], 1)
+    said = said_by(ranks)
+    assert ranks[0].process.exitcode == 0, said
+    assert "going on after step" in said
 
 
 @pytest.mark.slow
@@ -137,9 +134,9 @@ def test_chats_are_trained_over_ranks_as_in_one_process(tiny_model, tmp_path, en
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--clip", 0.5, "--warmup", 2, "--schedule", "linear", "--validation", file]
 
-    with launch(2, words(folder, file, tmp_path / "out", *more, engine=engine)) as run:
-        _, said = run.communicate(timeout=120)
-    assert run.returncode == 0, said
+    ranks = launched(words(folder, file, tmp_path / "out", *more, engine=engine), 2)
+    said = said_by(ranks)
+    assert [rank.process.exitcode for rank in ranks] == [0, 0], said
 
     model, sequences = AutoModelForCausalLM.from_pretrained(folder), sequences_of(file, folder, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
@@ -161,11 +158,6 @@ def test_chats_are_trained_over_ranks_as_in_one_process(tiny_model, tmp_path, en
         tokens = int((inputs["labels"][:, 1:] >= 0).sum())
         total, count = total + tokens * model(**inputs).loss.item(), count + tokens
     assert last["validation_loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def _kill_a_rank(launcher):
-    children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True)
-    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +184,9 @@ def test_what_cannot_be_is_said_before_anything_begins(
 def test_a_model_of_layers_below_the_tile_is_told_so(tiny_model, tiny_text, tmp_path):
     """The message names the option to change."""
     arguments = words(tiny_model, tiny_text, tmp_path / "out")
-    arguments[arguments.index("1KiB")] = "1GiB"
-    with launch(1, arguments) as run:
-        _, said = run.communicate(timeout=120)
+    arguments[arguments.index("2KiB")] = "1GiB"
+
+    said = said_by(launched(arguments, 1))
 
     assert "memtile: --tile 1.00 GiB: no layer of the model is larger" in said
 

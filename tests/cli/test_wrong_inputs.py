@@ -115,6 +115,23 @@ def test_a_folder_that_cannot_be_run_is_refused_before_a_plan(
     assert ("--trust-remote-code" in said) == brings_code
 
 
+@pytest.mark.parametrize("command", [GENERATE, FINETUNE], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("whisper", "whose encoder this command cannot use"),
+        ("bert", "each token sees those after it"),
+    ],
+)
+def test_models_that_are_no_writers_of_text_are_refused(here, capsys, command, kind, sentence):
+    """transformers makes a language model of their configs, which is not what was trained."""
+    change(here, "config.json", {"model_type": kind, "architectures": ["Given"]})
+
+    said = refused(here, capsys, command)
+    assert "is a Given" in said
+    assert sentence in said
+
+
 def test_code_runs_where_it_is_trusted(here, capsys, monkeypatch):
     """`--trust-remote-code` is the only way: the model's own classes are then made."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(here / "modules"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cases import in_pairs
 from faulty_disk import FaultyDisk
 from given_rates import RATES
 from safetensors_files import same_tensors
@@ -38,11 +39,12 @@ def everything_is_real(model):
     return not any(tensor.is_meta for tensor in tensors)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "home", "grid"), in_pairs(KINDS, HOMES, GRIDS))
 def test_an_empty_model_becomes_the_tiled_one(kind, home, grid, tmp_path):
-    """Values, names, ties, buffers and outputs are those of the model tiled from memory."""
+    """Values, names, ties, buffers and outputs are those of the model tiled from memory.
+
+    Each kind in each home, and each of both in both grids.
+    """
     whole = build(kind).eval()
     write(whole.state_dict(), tmp_path / "saved" / "model.safetensors")
     expected = dense_values(whole)

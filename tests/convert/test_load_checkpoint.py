@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import transformers
+from cases import in_pairs
 from faulty_disk import FaultyDisk
 from safetensors_files import same_tensors
 from small_models import KINDS, WRITERS, build
@@ -44,11 +45,12 @@ def file_of(model, form, path):
     return write(model.state_dict(), path)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("how", MODELS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "how", "form"), in_pairs(KINDS, MODELS, FORMS))
 def test_every_form_is_read_into_every_model(kind, how, form, tmp_path):
-    """Dense names and tiles of this and another grid, in every kind of model, bit for bit."""
+    """Dense names and tiles of this and another grid, in every kind of model, bit for bit.
+
+    Each kind in each home, and each of both with every form.
+    """
     expected = dense_values(build(kind))
     path = file_of(build(kind), form, tmp_path / "any.safetensors")
     model = shaped(scrambled(build(kind)), how, tmp_path)

@@ -17,6 +17,7 @@ from memtile.errors import ArgumentError, CannotTileError, EngineError, ParkedEr
 
 QUICK = ("one tile", "ragged", "recomputed after evaluation", "clipped", "another way, tied")
 NAMES = with_slow(CASES, QUICK)
+AT_FOUR = (*QUICK, "offloaded", "neighbours together", "hybrid")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 
 
@@ -46,7 +47,7 @@ def dense():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_train_as_the_dense_model_does(outcome, dense, name):
-    """After ten steps of AdamW the shards hold the dense run's parameters, in float64."""
+    """After four steps of AdamW the shards hold the dense run's parameters, in float64."""
     model = tiled(CASES[name])
     model.load_state_dict(outcome.states[name])
     found = dict(memtile.dense_state_dict(model))

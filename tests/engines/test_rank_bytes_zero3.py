@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
 )
 NAMES = with_slow(CASES, quick=("tied",))
+AT_FOUR = ("tied", "rows", "recomputed", "whole layers", "columns, 16 bits", "16 bits, offloaded")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 _NEVER_FULL = ("whole layers", "columns, 16 bits")
 """Here the bucket never leaves full, or with the padding of the smallest parameters."""

@@ -39,7 +39,7 @@ def same(found, expected):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_is_the_one_without_a_break(saved, name):
-    """Ten steps equal five, saved, and five more of another model, to the bit, on each rank."""
+    """A run equals its half, saved, and the rest by another model: to the bit, on each rank."""
     for rank in saved[name]:
         assert same(rank["resumed"], rank["whole"])
         assert not same(rank["half"], rank["whole"])

@@ -59,5 +59,8 @@ class _DirectHome(DiskHome):
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome, DiskHome, _DirectHome])
 def test_anything_in_any_order_agrees_with_a_plain_model(make_home):
-    """Parking, writing, reading, evicting and dropping in any order loses and mixes nothing."""
+    """Parking, writing, reading, evicting and dropping in any order loses and mixes nothing.
+
+    The machine's rules compare each read with what was written; the first difference raises.
+    """
     run_state_machine_as_test(home_state_machine(make_home), settings=_SETTINGS)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from memtile.homes import kernel
+from memtile.homes import limits
 
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
     """Writes files of /proc and /sys of another system."""
-    monkeypatch.setattr(kernel, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(kernel, "_OWN_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(kernel, "_CGROUPS", tmp_path / "sys")
+    monkeypatch.setattr(limits, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(limits, "_OWN_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "_CGROUPS", tmp_path / "sys")
 
     def write(**files):
         for name, text in files.items():
@@ -23,14 +23,14 @@ def system(tmp_path, monkeypatch):
 
 def test_this_system_tells():
     """On Linux some memory is free, and less than there can be."""
-    assert 0 < kernel.free_bytes() < 1 << 60
+    assert 0 < limits.free_bytes() < 1 << 60
 
 
 def test_without_cgroups_the_system_tells(system):
     """MemAvailable, in bytes."""
     system(meminfo="MemTotal: 9 kB\nMemAvailable:     5 kB\n")
 
-    assert kernel.free_bytes() == 5 * 1024
+    assert limits.free_bytes() == 5 * 1024
 
 
 def test_a_limit_of_version_2_counts(system):
@@ -45,7 +45,7 @@ def test_a_limit_of_version_2_counts(system):
         },
     )
 
-    assert kernel.free_bytes() == 1500
+    assert limits.free_bytes() == 1500
 
 
 def test_the_tightest_group_above_counts(system):
@@ -61,7 +61,7 @@ def test_the_tightest_group_above_counts(system):
         },
     )
 
-    assert kernel.free_bytes() == 1
+    assert limits.free_bytes() == 1
 
 
 def test_a_limit_of_version_1_counts(system):
@@ -76,7 +76,7 @@ def test_a_limit_of_version_1_counts(system):
         },
     )
 
-    assert kernel.free_bytes() == 1200
+    assert limits.free_bytes() == 1200
 
 
 def test_more_used_than_allowed_is_nothing_free(system):
@@ -87,12 +87,12 @@ def test_more_used_than_allowed_is_nothing_free(system):
         **{"sys__memory.max": "10\n", "sys__memory.current": "20\n"},
     )
 
-    assert kernel.free_bytes() == 0
+    assert limits.free_bytes() == 0
 
 
 def test_a_system_that_does_not_tell(system):
     """Without /proc it is None."""
-    assert kernel.free_bytes() is None
+    assert limits.free_bytes() is None
 
 
 def test_limits_of_version_2(system):
@@ -107,7 +107,7 @@ def test_limits_of_version_2(system):
         },
     )
 
-    assert (kernel.memory_limit(), kernel.processor_limit()) == (9000, 1.5)
+    assert (limits.memory_limit(), limits.processor_limit()) == (9000, 1.5)
 
 
 def test_limits_of_version_1(system):
@@ -121,12 +121,12 @@ def test_limits_of_version_1(system):
         },
     )
 
-    assert (kernel.memory_limit(), kernel.processor_limit()) == (7000, 0.5)
+    assert (limits.memory_limit(), limits.processor_limit()) == (7000, 0.5)
 
 
 def test_no_limit_is_none(system):
     """Also where version 1 says it by a number, and where there are no cgroups."""
-    assert (kernel.memory_limit(), kernel.processor_limit()) == (None, None)
+    assert (limits.memory_limit(), limits.processor_limit()) == (None, None)
     system(
         cgroup="5:memory:/\n4:cpu:/\n0::/\n",
         **{
@@ -137,4 +137,4 @@ def test_no_limit_is_none(system):
         },
     )
 
-    assert (kernel.memory_limit(), kernel.processor_limit()) == (None, None)
+    assert (limits.memory_limit(), limits.processor_limit()) == (None, None)

@@ -51,7 +51,7 @@ def test_testing_needs_no_test_runner():
     """memtile.testing is imported without pytest and hypothesis."""
     hide = "import sys; sys.modules.update(pytest=None, hypothesis=None); import memtile.testing"
 
-    subprocess.run([sys.executable, "-c", hide], check=True)
+    assert subprocess.run([sys.executable, "-c", hide], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

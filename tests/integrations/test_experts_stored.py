@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from safetensors.torch import load_file, save_file
 from small_experts import experts_model, experts_of, tokens
 
@@ -153,3 +154,32 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path, sizes):
     ours, theirs = dict(memtile.dense_state_dict(second)), dict(memtile.dense_state_dict(whole))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_trainer_resumes_from_lists_of_experts(tmp_path):
+    """It gives `load_state_dict` what `save_pretrained` wrote, the names of the hub's files."""
+    model = memtile.tile(experts_model("mixtral"), out_splits=3, home="host")
+    expected = experts_model("mixtral").state_dict()
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.3)
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+
+    transformers.Trainer(model, arguments)._load_from_checkpoint(str(tmp_path / "model"))
+
+    assert_same(model, expected)
+
+
+def test_a_state_dict_that_lacks_an_expert_is_refused(tmp_path):
+    """Strict or not: its stack would be another."""
+    model = memtile.tile(experts_model("mixtral"), out_splits=3)
+    model.save_pretrained(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    del found[next(name for name in found if "experts.2." in name)]
+
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="experts"):
+            model.load_state_dict(found, strict=strict)
+
+    assert_same(model, experts_model("mixtral").state_dict())

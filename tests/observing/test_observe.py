@@ -53,7 +53,7 @@ def training(request) -> Training:
 
 
 def amounts(seen: observing.Observation, kind: str) -> int:
-    return sum(span.amount for span in seen.spans if span.kind == kind)
+    return sum(event.amount for event in seen.events if event.kind == kind)
 
 
 def test_the_bytes_are_those_that_the_home_moved(training):
@@ -70,7 +70,7 @@ def test_the_bytes_are_those_that_the_home_moved(training):
 
 @pytest.mark.parametrize("cut", [{"out_splits": 3, "in_splits": 2}, {"out_splits": 1}])
 def test_each_tile_is_seen_by_its_name(cut):
-    """A forward, a backward and an optimizer's step of each tile; spans do not leave the block."""
+    """A forward, a backward and an optimizer's step of each tile; events do not leave the block."""
     training = Training(**cut)
     training.step()
 
@@ -79,9 +79,9 @@ def test_each_tile_is_seen_by_its_name(cut):
 
     weights = {name for name, p in training.model.named_parameters() if name.endswith("weight")}
     for kind in (FORWARD, BACKWARD, STEP):
-        assert weights == {s.name for s in seen.spans if s.kind == kind and "weight" in s.name}
+        assert weights == {s.name for s in seen.events if s.kind == kind and "weight" in s.name}
     end = seen.begun_ns + round(seen.seconds * 1e9)
-    assert all(seen.begun_ns <= s.begun_ns <= s.ended_ns <= end for s in seen.spans)
+    assert all(seen.begun_ns <= s.begun_ns <= s.ended_ns <= end for s in seen.events)
 
 
 def test_the_table_adds_up_to_the_time(training):
@@ -109,7 +109,7 @@ def test_a_wait_is_of_the_tile_that_was_not_there(monkeypatch):
     with torch.no_grad(), memtile.observe() as seen:
         training.model(training.x)
 
-    waits = [span for span in seen.spans if span.kind == WAIT_FOR_READ]
+    waits = [event for event in seen.events if event.kind == WAIT_FOR_READ]
     assert waits[0].name == "0.linears.0.0.weight"
     assert "waited longest for: " in str(seen)
     assert observing.totals.waited_ns - waited > recording.SHORTEST_WAIT_NS
@@ -158,7 +158,7 @@ def test_a_read_takes_as_many_calls_as_before():
         inside = len(calls(read))
 
     assert len(calls(read)) == before < inside
-    assert [span.name for span in seen.spans] == ["float32 (1024,)"]
+    assert [event.name for event in seen.events] == ["float32 (1024,)"]
 
 
 def test_blocks_in_blocks_see_what_is_inside_each(training):
@@ -168,8 +168,8 @@ def test_blocks_in_blocks_see_what_is_inside_each(training):
         with memtile.observe() as inner:
             training.step()
 
-    assert 0 < len(inner.spans) < len(outer.spans)
-    assert min(span.begun_ns for span in inner.spans) >= inner.begun_ns
+    assert 0 < len(inner.events) < len(outer.events)
+    assert min(event.begun_ns for event in inner.events) >= inner.begun_ns
     assert recording.active == ()
 
 
@@ -193,47 +193,47 @@ def test_threads_observe_at_once(training):
     for thread in threads:
         thread.join(60)
 
-    assert [each.spans for each in seen] == [seen[0].spans] * 2
-    assert seen[0].spans
+    assert [each.events for each in seen] == [seen[0].events] * 2
+    assert seen[0].events
     assert recording.active == ()
 
 
 def test_an_exception_leaves_what_was_recorded(training):
-    """The error comes out as it is, the block is over, and its spans are there."""
+    """The error comes out as it is, the block is over, and its events are there."""
     training.model[1].register_backward_hook(lambda *given: 1 / 0)
 
     with pytest.raises(ZeroDivisionError), memtile.observe() as seen:
         training.step()
 
     assert recording.active == ()
-    assert {FORWARD, READ} <= {span.kind for span in seen.spans}
+    assert {FORWARD, READ} <= {event.kind for event in seen.events}
 
 
 def test_a_block_can_be_read_from_inside(training):
-    """Table and spans are of what has ended so far."""
+    """Table and events are of what has ended so far."""
     with memtile.observe() as seen:
         training.step()
-        early = len(seen.spans)
+        early = len(seen.events)
         assert "forward" in seen.table()
         training.step()
 
-    assert 0 < early < len(seen.spans)
+    assert 0 < early < len(seen.events)
 
 
 def test_more_than_the_limit_is_counted_and_not_kept(training):
-    """The first spans are kept, the table says how many are missing."""
-    with memtile.observe(max_spans=7) as seen:
+    """The first events are kept, the table says how many are missing."""
+    with memtile.observe(max_events=7) as seen:
         training.step()
 
-    assert len(seen.spans) == 7
-    assert f"{seen.dropped} later spans are missing" in str(seen)
+    assert len(seen.events) == 7
+    assert f"{seen.dropped} later events are missing" in str(seen)
     assert seen.dropped > 0
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "7"])
 def test_a_limit_is_a_whole_number(limit):
     """Anything else is refused before the block."""
-    with pytest.raises(ArgumentError, match="max_spans="):
+    with pytest.raises(ArgumentError, match="max_events="):
         memtile.observe(limit)
 
 
@@ -254,4 +254,4 @@ def test_a_home_in_memory_shows_compute_alone():
     with memtile.observe() as seen:
         model(torch.randn(5, 13)).sum().backward()
 
-    assert {span.kind for span in seen.spans} == {FORWARD, BACKWARD}
+    assert {event.kind for event in seen.events} == {FORWARD, BACKWARD}

@@ -11,7 +11,7 @@ from trace_events import read_trace
 
 import memtile
 from memtile.errors import ArgumentError
-from memtile.observing import Observation, Span
+from memtile.observing import Event, Observation
 from memtile.observing.intervals import own_pieces, slabs_in_use, union
 from memtile.observing.recording import FORWARD, READ, SLABS, WAIT_FOR_READ
 from memtile.observing.summary import notes_on, rows_of
@@ -43,11 +43,11 @@ def test_the_trace_keeps_the_event_format(seen, tmp_path):
 
     events = read_trace(tmp_path / "step.json")
     complete = [event for event in events if event["ph"] == "X"]
-    assert len(complete) == len([span for span in seen.spans if span.kind != SLABS])
+    assert len(complete) == len([each for each in seen.events if each.kind != SLABS])
     assert max(e["ts"] + e["dur"] for e in complete) <= seen.seconds * 1e6
     assert {"MainThread"} < {e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    moved = sum(event["args"].get("bytes", 0) for event in complete if event["cat"] == READ)
-    assert moved == sum(span.amount for span in seen.spans if span.kind == READ)
+    moved = sum(entry["args"].get("bytes", 0) for entry in complete if entry["cat"] == READ)
+    assert moved == sum(each.amount for each in seen.events if each.kind == READ)
 
 
 def test_slabs_in_use_are_given_back(seen, tmp_path):
@@ -67,7 +67,7 @@ def test_the_picture_is_a_png(seen, nothing, tmp_path):
 
 
 def test_nothing_recorded_is_said(nothing, tmp_path):
-    """The table says so, and the trace is one without spans."""
+    """The table says so, and the trace is one without events."""
     nothing.save(tmp_path / "none.json")
 
     assert "no parked tile was used" in str(nothing)
@@ -141,24 +141,24 @@ def test_a_failed_write_leaves_what_was_there(seen, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
 
 
-def span(kind: str, begun: int, ended: int, thread: int = 1, amount: int = 0) -> Span:
-    return Span(kind, begun, ended, thread, f"tile of {begun}", amount)
+def event(kind: str, begun: int, ended: int, thread: int = 1, amount: int = 0) -> Event:
+    return Event(kind, begun, ended, thread, f"tile of {begun}", amount)
 
 
 NESTED = [
-    span(SLABS, 0, 90, amount=2),
-    span(FORWARD, 0, 100),
-    span(WAIT_FOR_READ, 10, 30),
-    span(READ, 12, 20),
-    span(READ, 15, 40, thread=2),
-    span(SLABS, 50, 60, amount=1),
-    span(WAIT_FOR_READ, 60, 70),
-    span(FORWARD, 100, 130),
+    event(SLABS, 0, 90, amount=2),
+    event(FORWARD, 0, 100),
+    event(WAIT_FOR_READ, 10, 30),
+    event(READ, 12, 20),
+    event(READ, 15, 40, thread=2),
+    event(SLABS, 50, 60, amount=1),
+    event(WAIT_FOR_READ, 60, 70),
+    event(FORWARD, 100, 130),
 ]
 
 
-def test_a_span_is_not_at_work_inside_another():
-    """Each moment of a thread belongs to the innermost span."""
+def test_an_event_is_not_at_work_inside_another():
+    """Each moment of a thread belongs to the innermost event."""
     pieces = [(each.kind, *piece) for each, piece in own_pieces(NESTED) if each.thread == 1]
 
     assert sorted(pieces, key=lambda each: each[1:]) == [

@@ -71,6 +71,8 @@ CASES: list[tuple[type[optim.Optimizer], dict[str, Any]]] = [
 def case_id(value: object) -> str:
     if isinstance(value, type):
         return value.__name__
+    if isinstance(value, torch.dtype):
+        return str(value)
     return ",".join(f"{key}={v}" for key, v in value.items()) if isinstance(value, dict) else ""
 
 
@@ -82,8 +84,15 @@ def lr_at(step: int, defaults: dict[str, Any]) -> Any:
     return defaults["lr"] * (1 - 0.1 * step)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("optimizer_class", "options"), CASES, ids=case_id)
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "dtype"),
+    [
+        *((*case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
+        # in float32, where all torches step every value
+        (optim.SGD, {"momentum": 0.9, "fused": True}, torch.float32),
+    ],
+    ids=case_id,
+)
 def test_steps_as_torch_does(optimizer_class, options, dtype):
     """Two slices stepped together, lr changing, equal two parameters of torch bit for bit."""
     inner = SliceOptimizer(optimizer_class, options)
@@ -301,11 +310,6 @@ def test_steps_inside_a_post_accumulate_hook(optimizer_class, create_graph):
 
     assert torch.equal(weight, reference)
     assert not any(v.requires_grad for v in state.values())
-
-
-def test_fused_sgd_steps_as_torch_does():
-    """Fused SGD with momentum, in float32, where all torches step every value."""
-    test_steps_as_torch_does(optim.SGD, {"momentum": 0.9, "fused": True}, torch.float32)
 
 
 def test_a_whole_parameter_group_is_taken():

@@ -12,6 +12,7 @@ import memtile
 from memtile.convert import Cut, choose
 from memtile.costmodel.model_records import Weight
 from memtile.costmodel.search import tile_grid
+from memtile.errors import TileSizeWarning
 from memtile.planner.operation_count import count_step, live_peak
 from memtile.planner.step_count import _park, make_meta_copy
 
@@ -97,3 +98,39 @@ def test_the_counted_memory_of_a_step_is_what_a_step_takes(name, trains, tmp_pat
     measured = live_peak(step)
 
     assert measured == counted if trains else abs(measured - counted) <= 0.1 * counted
+
+
+def test_experts_that_stay_whole_are_named():
+    """A plan has them as a part of its memory; tiling warns of them, with all their bytes."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Llama4TextConfig(
+        vocab_size=97, intermediate_size=20, num_hidden_layers=2, num_local_experts=4, **sizes
+    )
+    model = transformers.Llama4ForCausalLM(config)
+    name, shape = "model.layers.0.feed_forward.experts.gate_up_proj", (4, 24, 40)
+    assert model.get_parameter(name).shape == shape
+    experts = 2 * 4 * (24 * 40 + 20 * 24) * 4
+
+    plan = memtile.plan(model, budget="1GiB", tokens=8, optimizer=None, rates=RATES, home="host")
+
+    (term,) = (term for term in plan.terms if term.name.startswith("whole: "))
+    assert term.name == f"whole: {name} and 3 more, no linear, embedding or known stack"
+    assert term.nbytes == experts
+    assert term.name in str(plan)
+    with pytest.warns(TileSizeWarning, match=f"{experts} bytes together; the largest is {name}"):
+        memtile.tile(model, max_tile_bytes=1900)
+
+
+def test_positions_with_a_rule_of_their_own_stay_whole_with_the_reason():
+    """BART's learned positions add an offset to their ids."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "vocab_size": 97}
+    config = transformers.BartConfig(**sizes, max_position_embeddings=64)
+    model = transformers.BartForConditionalGeneration(config)
+
+    plan = memtile.plan(model, budget="1GiB", tokens=8, optimizer=None, rates=RATES, home="host")
+
+    (layer,) = (each for each in plan.layers if each.name == "model.encoder.embed_positions")
+    assert layer.grid is None
+    assert "BartLearnedPositionalEmbedding is a class of its own" in layer.reason

@@ -41,7 +41,7 @@ class Size:
 
 SIZES = {
     "small": Size(features=2592, steps=2, tile_bytes=1 << 20, cap_bytes=96 << 20),
-    "large": Size(features=8192, steps=5, tile_bytes=16 << 20, cap_bytes=512 << 20),
+    "large": Size(features=8192, steps=2, tile_bytes=16 << 20, cap_bytes=512 << 20),
 }
 
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")

@@ -1,18 +1,16 @@
 """What two processes under ZeRO-3 save as a distributed checkpoint, and load."""
 
 import json
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from dcp_worker import Net, begin
+from dcp_worker import Net
 from processes import start_ranks
 from torch import Tensor, nn
+from zero3_group import join
 
 import memtile
 from memtile.engines.deepspeed_zero3 import attach, config
@@ -46,15 +44,8 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 def run(rank: int, folder: str) -> None:
     """Train and save; load what one process saved, and step without a rate."""
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_WORLD_SIZE": str(WORLD)}
     place = Path(folder)
-    begin(rank, WORLD, folder)
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
+    join(rank, WORLD, folder)
     model, engine = started((3, 5), lr=1e-2)
     step(engine)
     save(place / "run", model, step=1)

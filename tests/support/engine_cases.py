@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memtile
 
-STEPS = 10
+STEPS = 4
 BATCH = 4
 
 

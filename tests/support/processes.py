@@ -6,9 +6,10 @@ operation, so it has no threads that a fork would lose; it is started with the f
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 
 import torch
@@ -36,20 +37,46 @@ def start_ranks(run: Callable[..., None], world: int, *arguments: object) -> Non
     Raises:
         torch.multiprocessing.ProcessRaisedException: one of them raised; the others are ended.
     """
-    torch.multiprocessing.start_processes(run, arguments, nprocs=world, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        _rank, (run, arguments), nprocs=world, start_method="forkserver"
+    )
+
+
+def _rank(rank: int, run: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    _without_compiling()
+    run(rank, *arguments)
+
+
+def _without_compiling() -> None:
+    """Spare DeepSpeed's sums in shared memory: they are for inference, and compile in a minute."""
+    if torch_of_deepspeed := sys.modules.get("deepspeed.comm.torch"):
+        torch_of_deepspeed.build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def launched(words: Sequence[object], world: int) -> "list[Command]":
+    """`memtile WORDS…` in so many processes, with the environment that torchrun gives its ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
+    return [Command(words, {**address, **sizes, **rank}) for rank in ranks]
 
 
 class Command:
-    """`memtile WORDS…` in a process of its own.
+    """`memtile WORDS…` in a process of its own, with further variables of the environment.
 
     Attributes:
         process: the process; its `exitcode` is the command's once it has ended.
         output: what it prints to both streams, as a file of lines.
     """
 
-    def __init__(self, words: Sequence[object]) -> None:
+    def __init__(
+        self, words: Sequence[object], environment: Mapping[str, str] | None = None
+    ) -> None:
         ours, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_command, args=(theirs, [str(w) for w in words]))
+        given = theirs, [str(w) for w in words], dict(environment or {})
+        self.process = context.Process(target=_command, args=given)
         self.process.start()
         theirs.close()
         self.output = os.fdopen(os.dup(ours.fileno()), encoding="utf-8")
@@ -62,7 +89,9 @@ class Command:
         return rest
 
 
-def _command(output: Connection, words: list[str]) -> None:
+def _command(output: Connection, words: list[str], environment: dict[str, str]) -> None:
+    os.environ |= environment
+    _without_compiling()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     sys.exit(main(words))

@@ -1,15 +1,11 @@
 """What each process of ZeRO-3's cluster plan tests does: train partitioned, and count bytes."""
 
 import json
-import logging
-import os
 import tempfile
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from processes import start_ranks
 from rank_worker import CASES as EVERY_CASE
 from rank_worker import TOKENS, WARMED, Case, Net, allocated, attribute, forward
 from torch import Tensor, nn
+from zero3_group import join
 
 import memtile
 from memtile.costmodel import RankPlan
@@ -244,18 +241,7 @@ def kept(model: nn.Module, optimizer: Any) -> dict[str, int]:
 
 def run(rank: int, world: int, folder: str, names: list[str]) -> None:
     """These cases, one after the other."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_WORLD_SIZE": str(world)}
-    store = dist.FileStore(str(Path(folder) / "store"), world)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=180)
-    )
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
+    join(rank, world, folder, seconds=180)
     found = {name: asdict(run_case(CASES[name], world)) for name in names}
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -1,9 +1,6 @@
 """Training that goes on under another engine: what each process saves and loads."""
 
 import json
-import logging
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dcp_worker import begin, message_of, ruined
+from dcp_worker import message_of, ruined
 from engine_cases import STEPS, Case, Net, batches, share_of, tiled
 from processes import start_ranks
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from zero3_group import join
 
 import memtile
 from memtile.engines.deepspeed_zero3 import attach, config
@@ -253,17 +251,10 @@ def save_sixteen(folder: Path) -> None:
 
 def run(rank: int, world: int, folder: str) -> None:
     """Every way, one after the other."""
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of torch
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_WORLD_SIZE": str(world)}
     place = Path(folder)
     if rank == 0:
         run_alone(place)
-    begin(rank, world, folder)
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
+    join(rank, world, folder)
     found: dict[str, Any] = {name: run_way(name, rank, world, place) for name in WAYS}
     found |= {"16 bits": run_sixteen(rank, world, place), **run_scaled(place)}
     if rank == 0:

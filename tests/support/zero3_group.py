@@ -22,8 +22,5 @@ def join(rank: int, world: int, folder: str, seconds: int = 60) -> None:
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
     )
     import deepspeed
-    import deepspeed.comm.torch
 
-    # Not the operator for several ranks of one machine: to compile it takes a minute.
-    deepspeed.comm.torch.build_shm_op = lambda: None
     deepspeed.init_distributed("gloo")

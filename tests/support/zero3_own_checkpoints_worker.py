@@ -19,7 +19,7 @@ from zero3_worker import started
 import memtile
 from memtile.engines.deepspeed_zero3 import attach, config
 
-HALF = 5
+HALF = STEPS // 2
 WORLD, OTHER = 2, 1
 CASES = {
     "rows, tied, clipped": Case(clip=0.05),

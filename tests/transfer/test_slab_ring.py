@@ -88,6 +88,8 @@ def test_a_wrong_guess_corrects_itself(make_ring):
         home.begins("read", "2")
         home.begins("read", "1")
 
+    assert "0" not in home.labels()  # it came after 3 in the order before
+
 
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_the_turn_from_forward_to_backward_reads_nothing_anew(make_ring, number):

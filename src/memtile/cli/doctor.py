@@ -89,7 +89,7 @@ def _machine(found: MachineReport) -> Table:
     limit = "none" if system.limit_bytes is None else format_byte_size(system.limit_bytes)
     table.add_row("limits of cgroups", f"memory {limit}, processors {_quota(system.quota)}")
     table.add_row("processor", Text(system.processor))
-    table.add_row("processors", f"{system.processors}, torch uses {system.threads} threads")
+    table.add_row("processors", f"{system.processors}, threads of torch: {system.threads}")
     if system.accelerator:
         more = f", {_size(system.accelerator_bytes)}" if system.accelerator_bytes else ""
         table.add_row("accelerator", Text(f"{system.accelerator}{more}"))
@@ -99,7 +99,7 @@ def _machine(found: MachineReport) -> Table:
 
 
 def _rates(rates: Sequence[Rate]) -> Table:
-    table = Table(title="Rates")
+    table = Table(title="What it does in a second")
     table.add_column("", overflow="fold")
     columns = ("now", "saved", "now / saved") if any(rate.saved for rate in rates) else ("now",)
     for name in columns:

@@ -181,6 +181,8 @@ def empty_of(
     cls, dtype = architecture(config) if named else None, dtype_of(config, folder)
     if cls is not None and type(config) is not cls.config_class:
         cls = None  # the folder's own config has a class of its own
+    if cls is None:
+        _check_writes(config, folder, classes)
     with reading(folder, _NO_MODEL, _way_out(classes)):
         model: PreTrainedModel = empty_model(
             lambda: (
@@ -195,6 +197,27 @@ def empty_of(
     if _has_weights(folder):
         _check_weights(model, folder)
     return model
+
+
+def _check_writes(config: Any, folder: Path, classes: Sequence[str]) -> None:  # of transformers
+    """Refuses models that would write with a part of them, or that see what they are to write."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    from memtile.integrations.pretrained import auto_class
+
+    if auto_class(config, classes) not in (None, auto_class(config, [_CAUSAL])):
+        return
+    given = next(iter(config.architectures or ()), type(config).__name__)
+    if config.is_encoder_decoder:
+        raise CommandError(
+            f"MODEL {folder} is a {given}, whose encoder this command cannot use: "
+            f"{_way_out(classes)}."
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False:
+        raise CommandError(
+            f"MODEL {folder} is a {given}, in which each token sees those after it: give a model "
+            "that continues a text, or set is_decoder in its config.json."
+        )
 
 
 @contextmanager

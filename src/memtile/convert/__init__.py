@@ -18,7 +18,7 @@ from memtile.convert.kinds import (
     tileables,
     tiled_layers,
 )
-from memtile.convert.loading_checkpoints import IncompatibleKeys, load_checkpoint
+from memtile.convert.loading_checkpoints import IncompatibleKeys, in_own_names, load_checkpoint
 from memtile.convert.model_tensors import persistent_buffers
 from memtile.convert.name_matching import WAY_OUT, converting_bytes
 from memtile.convert.naming import Naming, Outward, Renamed
@@ -63,6 +63,7 @@ __all__ = [
     "empty_model",
     "has_checkpointing",
     "has_training",
+    "in_own_names",
     "integrations",
     "kind_of",
     "load_checkpoint",

@@ -1,17 +1,20 @@
 """`load_checkpoint`: a model's values from safetensors, streamed into wherever its tiles live."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from memtile.checkpoints import Checkpoint, Paths
+from memtile.convert.kinds import naming_of
 from memtile.convert.materializing import fill, to_make, values_made
-from memtile.convert.name_matching import checked
+from memtile.convert.name_matching import checked, wanted_by
 from memtile.convert.replaced import replacing
 from memtile.convert.sharded import for_sharded
-from memtile.errors import ArgumentError
+from memtile.errors import ArgumentError, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,48 @@ def load_checkpoint(
     with replacing(model, "memtile.load_checkpoint"), values_made(model, made):
         fill(model, findings)
     return IncompatibleKeys((*findings.missing, *findings.made), tuple(findings.unexpected))
+
+
+@torch.no_grad()
+def in_own_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict with the names and layouts of files, such as lists of experts, in the model's.
+
+    It is given back as it is where at most a base's prefix differs. What is converted, a tensor at
+    a time, is in memory beside it.
+
+    Raises:
+        CheckpointError: something cannot be converted.
+    """
+    tensors = {key: _InMemory(v) for key, v in state_dict.items() if isinstance(v, Tensor)}
+    found = naming_of(model).renamed(tensors, wanted_by(model))
+    moved = {name: found.keys[name] for name in found.sources if found.keys[name] != [name]}
+    if all(len(keys) == 1 and _differ_in_prefix(name, *keys) for name, keys in moved.items()):
+        return state_dict
+    if found.problems:
+        raise CheckpointError(f"the state dict cannot be loaded: {'; '.join(found.problems)}")
+    read = {key for keys in moved.values() for key in keys}
+    kept = {key: value for key, value in state_dict.items() if key not in read}
+    made = {}
+    for name in moved:
+        source = found.sources[name]
+        made[name] = source.elements(0, source.shape.numel()).view(source.shape)
+    return kept | made
+
+
+def _differ_in_prefix(name: str, key: str) -> bool:
+    return name.endswith(f".{key}") or key.endswith(f".{name}")
+
+
+class _InMemory:
+    """A tensor as a source of values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements of the flattened tensor."""
+        return self.tensor.reshape(-1)[start:stop]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Whole rows."""
+        return self.tensor[start:stop]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memtile.checkpoints import Checkpoint, OnePath, StoredTensor
 from memtile.convert.dense import check_stored
@@ -170,16 +170,22 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
             )
 
 
+def wanted_by(model: nn.Module) -> dict[str, Tensor]:
+    """The dense tensors of a model, on the meta device, under each name that they have in files."""
+    stored = naming_of(model).stored
+    return {
+        stored(name): torch.empty(one.dense.shape, dtype=one.dtype, device="meta")
+        for one in tensors_of(model)
+        for name in one.names
+    }
+
+
 class _Search:
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self.needed, self.checkpoint = tensors_of(model), checkpoint
         self.naming = naming_of(model)
         self.computed = {self.naming.stored(name): b for name, b in computed_buffers(model).items()}
-        self.wanted = {
-            self.naming.stored(name): torch.empty(one.dense.shape, dtype=one.dtype, device="meta")
-            for one in self.needed
-            for name in one.names
-        }
+        self.wanted = wanted_by(model)
         self.used: set[str] = set()  # names of the checkpoint
         self.broken: set[str] = set()  # names whose tiles make no tensor
         self.lacking: list[str] = []  # names of the model

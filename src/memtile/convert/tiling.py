@@ -283,7 +283,8 @@ def _warn_of_larger(model: nn.Module, cut: Cut, decisions: list[TilingDecision])
     owners = (owner for owner in reasons if f"{name}.".startswith(f"{owner}."))
     why = reasons.get(next(owners, ""), "it belongs to no linear, embedding or known stack")
     warnings.warn(
-        f"{len(larger)} parameters stay {rule}; the largest is {name} with {size} bytes: {why}",
+        f"{len(larger)} parameters stay {rule}, {sum(larger.values())} bytes together; the largest "
+        f"is {name} with {size} bytes: {why}",
         TileSizeWarning,
         stacklevel=3,
     )

@@ -93,7 +93,9 @@ def _resident(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
     if setting.state is not None:
         state += sum(count * sum(setting.state.of(size)) for size, count in rest.trainable)
     yield Term("resident weights", sum(w.nbytes for w in layout.resident), setting.place)
-    yield Term("norms, biases and other parameters", rest.nbytes, setting.place)
+    yield Term(rest.large, rest.large_bytes, setting.place)
+    others = rest.nbytes - rest.large_bytes
+    yield Term("norms, biases and other parameters", others, setting.place)
     yield Term("buffers", rest.buffer_bytes, setting.place)
     yield Term("optimizer state of what is resident", state, setting.place)
 

@@ -102,6 +102,8 @@ class Rest:
     buffer_bytes: int
     tensors: int  # how many parameters there are
     converting_bytes: int = 0  # the most that one conversion takes while weights are loaded
+    large: str = ""  # which of the parameters are large, and have no rule to be cut by
+    large_bytes: int = 0  # of these
 
 
 @dataclass(frozen=True)

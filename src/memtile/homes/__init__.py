@@ -6,19 +6,16 @@ from memtile.homes.home import Allocation, Home, Reservation, Traffic
 from memtile.homes.kernel import (
     PAGE,
     aligned_buffer,
-    fits_page_cache,
     fork_safe_lock,
-    free_bytes,
     keep_freed_memory_out,
-    memory_limit,
     page_out,
     pieces,
-    processor_limit,
     renew_in_child,
     scratch_like,
     trim_heap,
     whole_pages,
 )
+from memtile.homes.limits import fits_page_cache, free_bytes, memory_limit, processor_limit
 from memtile.homes.live_file import LiveFile, cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (

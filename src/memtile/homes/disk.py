@@ -22,7 +22,8 @@ from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.homes import disk_io
 from memtile.homes.filesystems import usable_folder
 from memtile.homes.home import Allocation, Home, Reservation
-from memtile.homes.kernel import free_bytes, tensor_over
+from memtile.homes.kernel import tensor_over
+from memtile.homes.limits import free_bytes
 from memtile.homes.live_file import LiveFile
 from memtile.homes.segments import NOBODY, Segments
 

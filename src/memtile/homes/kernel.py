@@ -1,4 +1,4 @@
-"""What is asked of Linux and the C library: memory, how much is free, hints about it, and forks.
+"""What is asked of Linux and the C library: memory, hints about it, and forks.
 
 Buffers are private maps of their exact size. Python's default, a shared map, would escape
 `RLIMIT_DATA`; PyTorch's `pin_memory` rounds every block up to a power of two.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from memtile.errors import HomeFullError
 from memtile.geometry import round_up
+from memtile.homes.limits import lines_of
 
 _log = logging.getLogger("memtile.homes")
 
@@ -42,12 +43,6 @@ _MMAP_THRESHOLD: Final = -3  # mallopt(3)
 _MAPPED_FROM: Final = 64 << 10
 _LARGEST_FREE: Final = 64 << 20  # larger blocks were always maps of their own
 _MAPS = Path("/proc/self/maps")
-_MEMINFO = Path("/proc/meminfo")
-_OWN_CGROUPS = Path("/proc/self/cgroup")
-_CGROUPS = Path("/sys/fs/cgroup")
-_NEWER: Final = ("memory.max", "memory.current", "")  # limit, usage, prefix in memory.stat
-_OLDER: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-_NO_LIMIT: Final = 1 << 62  # version 1 has no word for it, only a number larger than any memory
 
 # Filled by finalizers, which may run in any thread and at any time: a deque needs no lock.
 _waiting: deque[memoryview] = deque(maxlen=KEPT)
@@ -158,81 +153,6 @@ def _unpin(memory: mmap.mmap, address: int, owner: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
 
 
-def free_bytes() -> int | None:
-    """Bytes of memory that are free or easily freed; None where the system does not tell.
-
-    The least of Linux's `MemAvailable` and what is left under the limit of each memory cgroup
-    (version 1 or 2) that this process is in. Cached files count as free: they are given up first.
-    """
-    known = [*_available(), *_left_in_cgroups()]
-    return max(0, min(known)) if known else None
-
-
-def memory_limit() -> int | None:
-    """Bytes that memory cgroups let this process and others in them hold; None: no limit."""
-    found = []
-    for group, is_newer in _cgroups("memory"):
-        limit = _lines(group / (_NEWER if is_newer else _OLDER)[0])
-        found += [int(word) for word in limit[:1] if word != "max" and int(word) < _NO_LIMIT]
-    return min(found, default=None)
-
-
-def processor_limit() -> float | None:
-    """The number of processors whose time CPU cgroups give this process; None: no limit."""
-    found = []
-    for group, is_newer in _cgroups("cpu"):
-        names = ("cpu.max",) if is_newer else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        words = [word for name in names for line in _lines(group / name) for word in line.split()]
-        if len(words) == 2 and words[0] not in ("max", "-1"):
-            found.append(int(words[0]) / int(words[1]))
-    return min(found, default=None)
-
-
-def fits_page_cache(nbytes: int) -> bool:
-    """Whether a file of so many bytes fits into half of the free memory, as cached files."""
-    free = free_bytes()
-    return free is not None and nbytes <= free // 2
-
-
-def _available() -> Iterator[int]:
-    for line in _lines(_MEMINFO):
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024  # proc(5): in kB, which are KiB
-
-
-def _left_in_cgroups() -> Iterator[int]:
-    for group, is_newer in _cgroups("memory"):
-        yield from _left_in(group, *(_NEWER if is_newer else _OLDER))
-
-
-def _cgroups(controller: str) -> Iterator[tuple[Path, bool]]:
-    """The folder of each group that this process is in, and whether it is of version 2."""
-    for line in _lines(_OWN_CGROUPS):
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and controller not in controllers.split(","):
-            continue
-        root = _CGROUPS if number == "0" else _CGROUPS / controller
-        inner = root / path.lstrip("/")  # may not exist in a container: its parents may
-        for group in [inner, *inner.parents[: len(inner.parts) - len(root.parts)]]:
-            yield group, number == "0"
-
-
-def _left_in(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
-    bound, used = _lines(group / limit), _lines(group / usage)
-    if not bound or not used or bound[0] == "max":
-        return
-    counts = dict(line.split() for line in _lines(group / "memory.stat"))
-    cached = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-    yield int(bound[0]) - (int(used[0]) - cached)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
 def page_out(tensor: Tensor) -> None:
     """Drop the pages of a tensor that lies in a mapped file, as loaded checkpoints do.
 
@@ -326,7 +246,7 @@ def _library() -> Any:  # ctypes knows no types of what it loads
 
 
 def _is_mapped_file(address: int) -> bool:
-    for line in _lines(_MAPS):
+    for line in lines_of(_MAPS):
         span, _, _, _, inode, *_ = line.split()
         start, _, stop = span.partition("-")
         if int(start, 16) <= address < int(stop, 16):

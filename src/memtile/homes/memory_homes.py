@@ -10,7 +10,8 @@ from torch import Tensor
 
 from memtile.errors import HomeFullError
 from memtile.homes.home import Allocation, Home, Reservation
-from memtile.homes.kernel import free_bytes, private_view, tensor_over
+from memtile.homes.kernel import private_view, tensor_over
+from memtile.homes.limits import free_bytes
 
 
 class DeviceHome(Home):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Integration, Kind, Naming, empty_model
+from memtile.convert import Integration, Kind, Naming, empty_model, in_own_names
 from memtile.errors import ArgumentError
 from memtile.geometry import Grid
 from memtile.homes import Home
@@ -137,11 +137,19 @@ def _is_scaled_embedding(module: nn.Module) -> bool:
 
 
 def patch_transformers() -> None:
-    """Have models with tiles in them save dense checkpoints, be resized and keep their ties."""
+    """Have models with tiles save and load dense checkpoints, be resized and keep their ties."""
     cls = loaded_class("transformers.modeling_utils", "PreTrainedModel")
     if cls != ():
         with_tiles(cls, "save_pretrained", save_pretrained)
+        with_tiles(cls, "load_state_dict", _load_state_dict)
         patch_resizing()
+
+
+def _load_state_dict(
+    original: Callable[..., Any], model: Any, state_dict: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Load also what `save_pretrained` writes, which is how the Trainer resumes."""
+    return original(model, in_own_names(model, state_dict), *args, **kwargs)
 
 
 def _naming(model: nn.Module) -> Naming | None:

@@ -1,37 +1,37 @@
-"""Sums over spans: the time that each had for itself, the time that any of them took."""
+"""Sums over events: the time that each had for itself, the time that any of them took."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from memtile.observing.recording import COMPUTE, SLABS, WAITS, Span
+from memtile.observing.recording import COMPUTE, SLABS, WAITS, Event
 
 Piece = tuple[int, int]  # from, to: nanoseconds
 
 
-def own_pieces(spans: Iterable[Span]) -> Iterator[tuple[Span, Piece]]:
-    """When each span was at work itself, and no span inside it, of the same thread.
+def own_pieces(events: Iterable[Event]) -> Iterator[tuple[Event, Piece]]:
+    """When each event was at work itself, and no event inside it, of the same thread.
 
-    `spans` are in order, as `Observation.spans`; those of slabs are passed over.
+    `events` are in order, as `Observation.events`; those of slabs are passed over.
     """
-    by_thread: defaultdict[int, list[Span]] = defaultdict(list)
-    for span in spans:
-        if span.kind != SLABS:
-            by_thread[span.thread].append(span)
+    by_thread: defaultdict[int, list[Event]] = defaultdict(list)
+    for event in events:
+        if event.kind != SLABS:
+            by_thread[event.thread].append(event)
     for own in by_thread.values():
         yield from _of_thread(own)
 
 
-def _of_thread(spans: Iterable[Span]) -> Iterator[tuple[Span, Piece]]:
-    inside: list[Span] = []  # each within the one before it
+def _of_thread(events: Iterable[Event]) -> Iterator[tuple[Event, Piece]]:
+    inside: list[Event] = []  # each within the one before it
     now = 0
-    for span in spans:
-        while inside and inside[-1].ended_ns <= span.begun_ns:
+    for event in events:
+        while inside and inside[-1].ended_ns <= event.begun_ns:
             yield inside[-1], (now, inside[-1].ended_ns)
             now = inside.pop().ended_ns
         if inside:
-            yield inside[-1], (now, span.begun_ns)
-        inside.append(span)
-        now = span.begun_ns
+            yield inside[-1], (now, event.begun_ns)
+        inside.append(event)
+        now = event.begun_ns
     while inside:
         yield inside[-1], (now, inside[-1].ended_ns)
         now = inside.pop().ended_ns
@@ -53,23 +53,23 @@ def length(pieces: Iterable[Piece]) -> int:
     return sum(ended - begun for begun, ended in pieces)
 
 
-def whole(spans: Iterable[Span]) -> list[Piece]:
+def whole(events: Iterable[Event]) -> list[Piece]:
     """From begin to end of each."""
-    return [(span.begun_ns, span.ended_ns) for span in spans]
+    return [(event.begun_ns, event.ended_ns) for event in events]
 
 
-def worked(spans: Sequence[Span]) -> list[Piece]:
+def worked(events: Sequence[Event]) -> list[Piece]:
     """When any thread computed with tiles or waited for them."""
-    return union(whole(span for span in spans if span.kind in (*COMPUTE, *WAITS)))
+    return union(whole(event for event in events if event.kind in (*COMPUTE, *WAITS)))
 
 
-def slabs_in_use(spans: Iterable[Span]) -> list[tuple[int, int]]:
+def slabs_in_use(events: Iterable[Event]) -> list[tuple[int, int]]:
     """(nanoseconds, slabs in use from then on), in order."""
     changes: defaultdict[int, int] = defaultdict(int)
-    for span in spans:
-        if span.kind == SLABS:
-            changes[span.begun_ns] += span.amount
-            changes[span.ended_ns] -= span.amount
+    for event in events:
+        if event.kind == SLABS:
+            changes[event.begun_ns] += event.amount
+            changes[event.ended_ns] -= event.amount
     found, used = [], 0
     for when, change in sorted(changes.items()):
         used += change

@@ -15,10 +15,10 @@ from memtile.observing.recording import (
     WAIT_FOR_SLAB,
     WAIT_FOR_WRITE,
     WRITE,
-    Span,
+    Event,
 )
 
-_LANES: Final = {  # from top to bottom: kinds of spans, and their colours
+_LANES: Final = {  # from top to bottom: kinds of events, and their colours
     "compute": {FORWARD: "tab:blue", BACKWARD: "tab:cyan", STEP: "tab:purple"},
     "waits": {WAIT_FOR_READ: "tab:red", WAIT_FOR_SLAB: "tab:orange", WAIT_FOR_WRITE: "tab:pink"},
     "reads": {READ: "tab:green"},
@@ -26,11 +26,11 @@ _LANES: Final = {  # from top to bottom: kinds of spans, and their colours
 }
 
 
-def draw(path: Path, spans: Sequence[Span], begun_ns: int, seconds: float) -> None:
+def draw(path: Path, events: Sequence[Event], begun_ns: int, seconds: float) -> None:
     """Draws all threads together as a PNG, `seconds` wide; needs matplotlib."""
     from matplotlib.figure import Figure
 
-    pieces = _by_kind(spans)
+    pieces = _by_kind(events)
     figure = Figure(figsize=(11, 4), layout="constrained")
     lanes, slabs = figure.subplots(2, sharex=True, height_ratios=[5, 1])
     for place, kinds in enumerate(_LANES.values()):
@@ -46,19 +46,19 @@ def draw(path: Path, spans: Sequence[Span], begun_ns: int, seconds: float) -> No
     lanes.set_xlim(0, seconds)
     if any(pieces.values()):
         lanes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8, fontsize="small")
-    used = [(begun_ns, 0), *slabs_in_use(spans)]
+    used = [(begun_ns, 0), *slabs_in_use(events)]
     slabs.step([(when - begun_ns) / 1e9 for when, _ in used], [n for _, n in used], where="post")
     slabs.set_ylabel("slabs")
     slabs.set_xlabel("seconds")
     figure.savefig(path, format="png", dpi=100)
 
 
-def _by_kind(spans: Sequence[Span]) -> defaultdict[str, list[Piece]]:
+def _by_kind(events: Sequence[Event]) -> defaultdict[str, list[Piece]]:
     """When each kind was at work; a forward is not while it waits."""
     found: defaultdict[str, list[Piece]] = defaultdict(list)
-    for span, piece in own_pieces(spans):
-        if span.kind not in (READ, WRITE):
-            found[span.kind].append(piece)
+    for event, piece in own_pieces(events):
+        if event.kind not in (READ, WRITE):
+            found[event.kind].append(piece)
     for kind in (READ, WRITE):
-        found[kind] = whole(span for span in spans if span.kind == kind)
+        found[kind] = whole(event for event in events if event.kind == kind)
     return found

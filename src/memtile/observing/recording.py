@@ -1,6 +1,6 @@
-"""What the parts of memtile report of their work: always sums, spans while anyone observes.
+"""What the parts of memtile report of their work: always sums, events while anyone observes.
 
-A place that reports reads the clock, works, and hands over a span:
+A place that reports reads the clock, works, and hands over an event:
 
     begun = clock() if recording.active else 0
     ...
@@ -11,9 +11,11 @@ While nobody observes, `active` is an empty tuple: nothing is called or made.
 """
 
 import threading
+import time
 from dataclasses import dataclass
-from time import perf_counter_ns as clock
 from typing import Any, Final, NamedTuple
+
+clock: Final = time.perf_counter_ns
 
 FORWARD: Final = "forward"
 BACKWARD: Final = "backward"
@@ -47,7 +49,7 @@ class Totals:
 totals = Totals()
 
 
-class Span(NamedTuple):
+class Event(NamedTuple):
     """Something that took time.
 
     Args:
@@ -68,26 +70,26 @@ class Span(NamedTuple):
 
 
 class Recorder:
-    """Spans as they come, at most `limit`: about 200 bytes each."""
+    """Events as they come, at most `limit`: about 200 bytes each."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.begun_ns = self.ended_ns = 0
-        self.dropped = 0  # spans that came after the limit
-        self.spans: list[tuple[str, int, int, int, str, int]] = []  # a Span is larger, and slower
+        self.dropped = 0  # events that came after the limit
+        self.events: list[tuple[str, int, int, int, str, int]] = []  # which the gc does not track
         self.threads: dict[int, str] = {}  # names
         self._names: dict[str, str] = {}  # one string for each
 
-    def take(self, span: Span) -> None:
-        """Keep a span, from the start of the recorder on; from any thread."""
-        if len(self.spans) >= self.limit:
+    def take(self, event: Event) -> None:
+        """Keep an event, from the start of the recorder on; from any thread."""
+        if len(self.events) >= self.limit:
             self.dropped += 1
             return
-        kind, begun, ended, thread, name, amount = span
+        kind, begun, ended, thread, name, amount = event
         if thread not in self.threads:
             self.threads[thread] = threading.current_thread().name
         name = self._names.setdefault(name, name)
-        self.spans.append((kind, max(begun, self.begun_ns), ended, thread, name, amount))
+        self.events.append((kind, max(begun, self.begun_ns), ended, thread, name, amount))
 
 
 active: tuple[Recorder, ...] = ()
@@ -95,7 +97,7 @@ _lock = threading.Lock()
 
 
 def start(recorder: Recorder) -> None:
-    """Hand spans that end from now on to the recorder, and to those that were started before."""
+    """Hand events that end from now on to the recorder, and to those that were started before."""
     global active
     with _lock:
         recorder.begun_ns = clock()
@@ -113,6 +115,6 @@ def stop(recorder: Recorder) -> None:
 def add(kind: str, begun_ns: int, of: Any, amount: int = 0) -> None:
     """Report what ends now; `of` is an allocation or a tensor, which is not kept."""
     name = getattr(of, "label", None) or f"{of.dtype} {tuple(of.shape)}".removeprefix("torch.")
-    span = Span(kind, begun_ns, clock(), threading.get_ident(), name, amount)
+    event = Event(kind, begun_ns, clock(), threading.get_ident(), name, amount)
     for recorder in active:
-        recorder.take(span)
+        recorder.take(event)

@@ -2,8 +2,9 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from memtile.observing.intervals import (
     length,
@@ -13,7 +14,7 @@ from memtile.observing.intervals import (
     whole,
     worked,
 )
-from memtile.observing.recording import COMPUTE, READ, WAITS, WRITE, Span
+from memtile.observing.recording import COMPUTE, READ, WAITS, WRITE, Event
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +23,8 @@ _HEAD: Final = ("", "count", "seconds", "of the time", "MiB", "MiB/s")
 _MOST: Final = 3  # tiles that are named
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class TableRow:
     """One kind of work."""
 
     name: str
@@ -40,68 +42,68 @@ class Row(NamedTuple):
         return self.name, count, f"{self.seconds:.3f}", f"{self.share:.0%}", moved, rate
 
 
-def rows_of(spans: Sequence[Span], seconds: float) -> list[Row]:
+def rows_of(events: Sequence[Event], seconds: float) -> list[TableRow]:
     """What threads did that compute, which adds up to the time where there is one, and the homes.
 
     The seconds of a forward are without the waits in it. Those of reads and of writes are those in
     which any was under way.
     """
     own: Counter[str] = Counter()
-    for span, (begun, ended) in own_pieces(spans):
-        own[span.kind] += ended - begun
-    counts = Counter(span.kind for span in spans)
-    rest = seconds - length(worked(spans)) / 1e9
+    for event, (begun, ended) in own_pieces(events):
+        own[event.kind] += ended - begun
+    counts = Counter(event.kind for event in events)
+    rest = seconds - length(worked(events)) / 1e9
 
-    def row(name: str, took: float, count: int = 0, nbytes: int = 0) -> Row:
-        return Row(name, count, took, took / seconds if seconds else 0.0, nbytes)
+    def row(name: str, took: float, count: int = 0, nbytes: int = 0) -> TableRow:
+        return TableRow(name, count, took, took / seconds if seconds else 0.0, nbytes)
 
     rows = [row(kind, own[kind] / 1e9, counts[kind]) for kind in (*COMPUTE, *WAITS) if counts[kind]]
     rows.append(row("outside of tiles", rest))
     for kind in (READ, WRITE):
-        moved = [span for span in spans if span.kind == kind]
+        moved = [event for event in events if event.kind == kind]
         took = length(union(whole(moved))) / 1e9
         if moved:
             rows.append(row(f"meanwhile, {kind}", took, len(moved), sum(s.amount for s in moved)))
     return rows
 
 
-def notes_on(spans: Sequence[Span], seconds: float, dropped: int) -> list[str]:
+def notes_on(events: Sequence[Event], seconds: float, dropped: int) -> list[str]:
     """Sentences below the table."""
-    if not spans:
+    if not events:
         return [f"{seconds:.3f} s, in which no parked tile was used"]
     notes = [f"{seconds:.3f} s"]
-    used = slabs_in_use(spans)
+    used = slabs_in_use(events)
     if used:
         area = sum((then - now) * slabs for (now, slabs), (then, _) in pairwise(used))
         mean, most = area / 1e9 / seconds, max(slabs for _, slabs in used)
         notes.append(f"slabs in use: {mean:.1f} on average, {most} at most")
-    waited = _waited_for(spans).most_common(_MOST)
+    waited = _waited_for(events).most_common(_MOST)
     if waited:
         longest = ", ".join(f"{name} ({ns / 1e6:.1f} ms)" for name, ns in waited)
         notes.append(f"waited longest for: {longest}")
     if dropped:
-        notes.append(f"{dropped} later spans are missing: observe(max_spans=…) keeps more")
+        notes.append(f"{dropped} later events are missing: observe(max_events=…) keeps more")
     return notes
 
 
-def _waited_for(spans: Sequence[Span]) -> Counter[str]:
+def _waited_for(events: Sequence[Event]) -> Counter[str]:
     """Nanoseconds of waits by tile: that of the forward, backward or step that a wait is in."""
     waited: Counter[str] = Counter()
-    around: defaultdict[int, list[Span]] = defaultdict(list)  # by thread
-    for span in spans:
-        open_spans = around[span.thread]
-        while open_spans and open_spans[-1].ended_ns <= span.begun_ns:
-            open_spans.pop()
-        if span.kind in COMPUTE:
-            open_spans.append(span)
-        elif span.kind in WAITS:
-            waited[open_spans[-1].name if open_spans else span.name] += (
-                span.ended_ns - span.begun_ns
+    around: defaultdict[int, list[Event]] = defaultdict(list)  # by thread
+    for event in events:
+        open_events = around[event.thread]
+        while open_events and open_events[-1].ended_ns <= event.begun_ns:
+            open_events.pop()
+        if event.kind in COMPUTE:
+            open_events.append(event)
+        elif event.kind in WAITS:
+            waited[open_events[-1].name if open_events else event.name] += (
+                event.ended_ns - event.begun_ns
             )
     return waited
 
 
-def as_text(rows: Sequence[Row], notes: Sequence[str]) -> str:
+def as_text(rows: Sequence[TableRow], notes: Sequence[str]) -> str:
     """Columns, then the notes."""
     lines = [_HEAD, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -115,7 +117,7 @@ def as_text(rows: Sequence[Row], notes: Sequence[str]) -> str:
     return "\n".join([*table, *notes])
 
 
-def as_rich(rows: Sequence[Row], notes: Sequence[str]) -> "Table":
+def as_rich(rows: Sequence[TableRow], notes: Sequence[str]) -> "Table":
     """The same for a console of rich."""
     from rich.table import Table
     from rich.text import Text

@@ -31,6 +31,7 @@ from memtile.optim import CHUNK_ELEMENTS, ParameterSlice, SliceOptimizer
 from memtile.planner.operation_count import live_peak
 
 _SIXTEEN_BITS = 2
+_LARGE = 0.01  # of a model's bytes: a parameter that a plan names although it cannot cut it
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,7 @@ def rest_of(seen: Survey) -> Rest:
     model, names = seen.model, (name for weight in seen.weights for name in weight.names)
     known = {id(tileable(model, name).weight) for name in names}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    large, large_bytes = _large_of(model, known)
     trained: dict[int, int] = {}
     for parameter in others:
         if seen.trains and parameter.requires_grad:
@@ -225,7 +227,24 @@ def rest_of(seen: Survey) -> Rest:
         trainable=tuple(sorted(trained.items())),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         tensors=len(others),
+        large=large,
+        large_bytes=large_bytes,
     )
+
+
+def _large_of(model: nn.Module, known: set[int]) -> tuple[str, int]:
+    """The large parameters that have no rule to be cut by, in a few words, and their bytes."""
+    least = _LARGE * sum(parameter.nbytes for parameter in model.parameters())
+    sizes = {
+        name: parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in known and parameter.dim() > 1 and parameter.nbytes >= least
+    }
+    if not sizes:
+        return "", 0
+    name, more = max(sizes, key=sizes.__getitem__), len(sizes) - 1
+    found = f"{name} and {more} more" if more else name
+    return f"whole: {found}, no linear, embedding or known stack", sum(sizes.values())
 
 
 def sharded_of(seen: Survey) -> tuple[list[ShardedLayer], list[LooseModule]]:

@@ -35,6 +35,9 @@ class MeasuredDisk:
         self._home = DiskHome(folder)
         self._allocation = self._home.allocate((_DISK_BYTES,), torch.uint8)
         self._buffers = [aligned_buffer(_PIECE) for _ in range(_THREADS)]
+        self._home.path = DIRECT
+        for start in range(0, _DISK_BYTES, _PIECE):  # what was never written is not read either
+            self._allocation.write(self._buffers[0], start)
 
     def __enter__(self) -> "MeasuredDisk":
         return self

@@ -7,28 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memtile.checkpoints import training_folder
-from memtile.cli import models
 from memtile.cli.errors import CommandError, Interrupted
-from memtile.cli.finetune.backend import Backend, load
+from memtile.cli.finetune.backend import Backend
 from memtile.cli.finetune.data_files import Data
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.log import LOG, Log, LoggedStep
-from memtile.cli.finetune.sequences import Sequences, read_sequences
-from memtile.cli.finetune.settings import (
-    Options,
-    TrainingSettings,
-    is_first_rank,
-    tokenizer_digest,
-)
-from memtile.cli.finetune.token_store import key_of
+from memtile.cli.finetune.preparing import prepare
+from memtile.cli.finetune.sequences import Sequences
+from memtile.cli.finetune.settings import Options, TrainingSettings, is_first_rank
 from memtile.convert import has_training
 from memtile.engines.ranks import Ranks
 from memtile.errors import NotFiniteError
@@ -162,7 +154,17 @@ def finetune(
         session,
         _removed_if_it_fails(options.out, missing, keeps_leftovers),
     ):
-        run = _prepared(settings, data, options, memory, display)
+        found = prepare(settings, data, options, memory, display)
+        run = Run(
+            settings,
+            found.backend,
+            found.sequences,
+            memory,
+            options.out,
+            options.save_every,
+            validation=found.validation,
+            eval_steps=options.eval_steps,
+        )
         if options.resume:
             run.resume(folder)
         else:
@@ -173,104 +175,6 @@ def finetune(
         result = train(run, display.report)
         run.backend.write(Path(settings.model), options.out)
     return result
-
-
-def _prepared(
-    settings: TrainingSettings,
-    data: Sequence[Data],
-    options: Options,
-    memory: PeakMemory,
-    display: Display,
-) -> Run:
-    torch.manual_seed(settings.seed)
-    path = Path(settings.model)
-    model = models.empty_of(path, options.trusts_code)
-    if settings.engine != "zero3":  # which scales the loss
-        _check_dtype(model)
-    tokenizer = models.tokenizer_of(path, options.trusts_code)
-    models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
-    said: list[str] = []  # of the data, to be shown once the plan is there too
-    sequences, *others = _sequences(
-        settings, data, tokenizer, options.cache, display.reading, said.append
-    )
-    for each in (sequences, *others):
-        _check_vocabulary(model, each)
-    backend = _loaded(model, settings, options, memory, display.say)
-    for sentence in said:
-        display.say(sentence)
-    return Run(
-        settings,
-        backend,
-        sequences,
-        memory,
-        options.out,
-        options.save_every,
-        validation=others[0] if others else None,
-        eval_steps=options.eval_steps,
-    )
-
-
-def _loaded(
-    model: Any,  # of transformers
-    settings: TrainingSettings,
-    options: Options,
-    memory: PeakMemory,
-    say: Callable[[str], None],
-) -> Backend:
-    if settings.engine is None:
-        return load(model, settings, options, memory, say)
-    from memtile.cli.finetune import sharded
-
-    return sharded.load(model, settings, options, say)
-
-
-def _sequences(
-    settings: TrainingSettings,
-    data: Sequence[Data],
-    tokenizer: Any,  # transformers'
-    cache: Path,
-    on_read: Callable[[int, int], None],
-    on_stored: Callable[[str], None],
-) -> list[Sequences]:
-    """Those to train on in the order of the seed, those to evaluate on in their own."""
-    digests = iter(settings.digests[1:])
-    maker = (version("transformers"), tokenizer_digest(Path(settings.model)))
-    length = None if settings.packing else settings.tokens
-    made: list[Sequences] = []
-    for each in data:
-        of_files = [next(digests) for _ in each.files]
-        made.append(
-            read_sequences(
-                each,
-                tokenizer,
-                settings.tokens,
-                None if made else settings.seed,
-                packs=settings.packing,
-                cache=cache,
-                key=key_of(*maker, each.kind, each.columns, of_files, length),
-                on_read=on_read,
-                on_stored=on_stored,
-            )
-        )
-    return made
-
-
-def _check_dtype(model: nn.Module) -> None:
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-        raise CommandError(
-            "MODEL is float16, in which gradients overflow without a scaler, and none can be used "
-            'where weights are stepped in backward: write "dtype": "bfloat16" into its '
-            "config.json, and its weights are converted as they are read."
-        )
-
-
-def _check_vocabulary(model: Any, sequences: Sequences) -> None:  # transformers'
-    rows = model.get_input_embeddings().weight.shape[0]
-    if sequences.largest_id >= rows:
-        raise CommandError(
-            f"The tokenizer gives the id {sequences.largest_id}, and the model has {rows} rows for "
-            "tokens: give the tokenizer that the model was trained with."
-        )
 
 
 def train(run: Run, report: Callable[[LoggedStep], None], until: int | None = None) -> Result:
