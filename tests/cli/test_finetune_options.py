@@ -91,7 +91,7 @@ def reference(model, data, tmp_path, clip=None, schedule="cosine", warmup=0):
         cache=tmp_path / "cache",
         key="reference",
     )
-    optimizer = torch.optim.AdamW(dense.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=LR, fused=True)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = transformers.get_scheduler(name, optimizer, warmup, STEPS)
     losses = []

@@ -52,6 +52,8 @@ CASES: list[tuple[type[optim.Optimizer], dict[str, Any]]] = [
     (optim.AdamW, {}),
     (optim.AdamW, {"amsgrad": True, "maximize": True}),
     (optim.AdamW, {"fused": True, "amsgrad": True}),
+    (optim.AdamW, {"fused": True, "maximize": True, "lr": torch.tensor(1e-3)}),
+    (optim.Adam, {"fused": True, "maximize": True, "weight_decay": 0.1}),
     (optim.AdamW, {"foreach": True}),
     (optim.NAdam, {"decoupled_weight_decay": True, "weight_decay": 0.1}),
     (optim.RAdam, {}),
@@ -121,6 +123,37 @@ def test_steps_as_torch_does(optimizer_class, options, dtype):
             for k, v in expected.items()
             if v is not None
         )
+
+
+def test_a_step_that_someone_replaced_is_called(monkeypatch):
+    """torch's bare kernel stands for torch's own step only."""
+    own, calls = optim.AdamW.step, []
+
+    def step(self, closure=None):
+        calls.append(self)
+        return own(self)
+
+    monkeypatch.setattr(optim.AdamW, "step", step)
+    inner = SliceOptimizer(optim.AdamW, {"fused": True})
+    piece, before = ParameterSlice(torch.ones(7, 5), torch.ones(7, 5)), len(calls)
+
+    inner.step([piece], inner.defaults)
+    inner.step([piece], inner.defaults)
+
+    assert len(calls) == before + 2
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": True, "amsgrad": True}])
+def test_the_bare_kernel_makes_no_optimizer(options, monkeypatch):
+    """From the second step on, torch's fused Adam runs without its class."""
+    inner = SliceOptimizer(optim.AdamW, options)
+    piece = ParameterSlice(torch.ones(7, 5), torch.ones(7, 5))
+    inner.step([piece], inner.defaults)
+
+    monkeypatch.setattr(inner, "_lent", None)
+    inner.step([piece], inner.defaults)
+
+    assert piece.state["step"] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

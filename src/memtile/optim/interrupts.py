@@ -65,13 +65,13 @@ def uninterrupted() -> Iterator[None]:
             deferral.end()
 
 
-class _LastTask(threading.local):
+class _Latest(threading.local):
     """What one thread did last."""
 
     task = -1  # autograd's number of the backward in which Ctrl-C was made to wait
 
 
-_thread = _LastTask()
+_latest = _Latest()
 
 
 class _Task:
@@ -85,9 +85,9 @@ def uninterrupted_backward() -> None:
     checkpointing) the innermost counts.
     """
     number = torch._C._current_graph_task_id()
-    if number == _thread.task:
+    if number == _latest.task:
         return  # each parameter asks
-    _thread.task = number
+    _latest.task = number
     task = _Task()
     running = weakref.ref(task)
     deferral = _begin(lambda: running() is not None)

@@ -108,7 +108,7 @@ class SliceOptimizer:
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}
-            if len(pieces) == 1 and self._try_fused(pieces[0], group):
+            if self._try_fused(pieces, group):
                 return
             with self._lent() as optimizer:
                 stand_ins = [self._stand_in(optimizer, piece, group) for piece in pieces]
@@ -120,11 +120,13 @@ class SliceOptimizer:
                         piece.state.clear()
                         piece.state.update(kept)
 
-    def _try_fused(self, piece: ParameterSlice, group: Mapping[str, Any]) -> bool:
-        tensors = self.fused_tensors(group, piece.value, piece.gradient, piece.state)
-        if tensors is not None:
+    def _try_fused(self, pieces: Sequence[ParameterSlice], group: Mapping[str, Any]) -> bool:
+        found = [self.fused_tensors(group, p.value, p.gradient, p.state) for p in pieces]
+        if any(tensors is None for tensors in found):
+            return False
+        for piece, tensors in zip(pieces, filter(None, found), strict=True):
             self.step_fused(group, tensors, piece.state["step"].add_(1))
-        return tensors is not None
+        return True
 
     def fused_tensors(
         self, options: Mapping[str, Any], value: Tensor, gradient: Tensor, state: Mapping[str, Any]

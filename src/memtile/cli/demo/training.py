@@ -189,8 +189,10 @@ def _optimizer(
     model: "PreTrainedModel", learning_rate: float, home: Home | None
 ) -> torch.optim.Optimizer:
     if home is None:
-        return torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    return memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=learning_rate)
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+    return memtile.TileOptimizer(
+        model, torch.optim.AdamW, mode="in_backward", lr=learning_rate, fused=True
+    )
 
 
 def _traffic(home: Home | None) -> tuple[int, int]:

@@ -138,7 +138,9 @@ def load(
     with models.printing_warnings():
         memtile.tile(model, plan, checkpoint=folder, strict=options.strict)
     model.train()
-    adamw = memtile.TileOptimizer(model, torch.optim.AdamW, mode=settings.mode, lr=settings.lr)
+    adamw = memtile.TileOptimizer(
+        model, torch.optim.AdamW, mode=settings.mode, lr=settings.lr, fused=True
+    )
     has_adapters, schedule = settings.lora is not None, schedule_of(adamw, settings)
     return Backend(model, adamw, schedule, has_adapters=has_adapters, clip=settings.clip)
 
