@@ -7,7 +7,6 @@ to compare with.
 
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,18 +25,6 @@ def run(side, cap, size):
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     return json.loads(done.stdout)
-
-
-@functools.cache
-def can_make_a_cgroup():
-    code = "import capped_training as c\nwith c.memory_cgroup(): pass"
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
-    return (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, env=environment, check=False
-        ).returncode
-        == 0
-    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +58,7 @@ def test_training_on_disk_stays_within_a_hard_cap(dense_losses, mode, size):
     RLIMIT_DATA, and private memory sampled.
     """
     expected, limits = dense_losses(size), capped.SIZES[size]
-    capped_run = run(mode, "cgroup" if can_make_a_cgroup() else "rlimit", size)
+    capped_run = run(mode, "cgroup" if capped.can_make_a_cgroup() else "rlimit", size)
 
     assert capped_run["losses"] == pytest.approx(expected, rel=1e-5)
     assert capped_run["private_bytes"] <= limits.cap_bytes

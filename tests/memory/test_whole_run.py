@@ -14,18 +14,10 @@ from pathlib import Path
 
 import pytest
 import whole_run
+from capped_training import can_make_a_cgroup
 
 SCRIPT = Path(whole_run.__file__)
 FOLDER = Path("/var/tmp")
-
-
-def can_make_a_cgroup():
-    code = "import capped_training as c\nwith c.memory_cgroup(): pass"
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, env=environment, check=False
-    )
-    return done.returncode == 0
 
 
 @pytest.mark.timeout(3600)

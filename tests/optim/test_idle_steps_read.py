@@ -21,6 +21,7 @@ from routed_layers import (
     steps_of,
     tiles_of,
     train_routed,
+    trained_routed,
 )
 from small_training import MODES, same
 
@@ -43,10 +44,7 @@ READS = {
 @pytest.mark.parametrize("read", READS)
 def test_whoever_reads_sees_the_newest_values(read, tmp_path, recwarn):
     """Each way of memtile's to read a tile replays its idle steps first; the values are home."""
-    model = routed("disk")
-    optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
-    x = next(steps_of(1))[0]
-    train_routed(model, optimizer, [(x, [0, 1]), (x, [1]), (x, [1])])
+    model, optimizer, _ = trained_routed("disk", [0, 1], [1], [1])
     READS[read](model, tmp_path)
     seen = tiles_of(model)[0].detach().clone()
 
@@ -57,10 +55,7 @@ def test_whoever_reads_sees_the_newest_values(read, tmp_path, recwarn):
 
 def test_loaded_values_are_not_stepped_by_what_was_owed_before():
     """Values that are loaded stay; the state gets the steps that were put off."""
-    model = routed("disk")
-    optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
-    x = next(steps_of(1))[0]
-    train_routed(model, optimizer, [(x, [0, 1]), (x, [1]), (x, [1])])
+    model, optimizer, _ = trained_routed("disk", [0, 1], [1], [1])
     loaded = {name: torch.ones_like(value) for name, value in dense_routed().state_dict().items()}
     model.load_state_dict(loaded)
     optimizer.catch_up()
@@ -114,9 +109,7 @@ def test_a_step_that_is_given_up_is_owed_by_nobody(mode, monkeypatch):
 
 def test_a_graph_from_before_the_step_is_refused():
     """A tile that owes a step counts as written: an older graph through it raises, as dense."""
-    model = routed("disk")
-    optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
-    x = next(steps_of(1))[0]
+    model, optimizer, x = trained_routed("disk")
     older = model(x, [0]).sum()
     train_routed(model, optimizer, [(x, [1])])
 
@@ -242,10 +235,7 @@ def test_options_that_stay_cost_nothing_and_old_ones_are_dropped(monkeypatch):
 @pytest.mark.parametrize("home", ROUTED_HOMES)
 def test_a_tile_that_is_frozen_is_not_moved(home):
     """A frozen expert owes what it owed before, and nothing for the steps after."""
-    model = routed(home)
-    optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
-    x = next(steps_of(1))[0]
-    train_routed(model, optimizer, [(x, [0, 1])] * 2)
+    model, optimizer, x = trained_routed(home, [0, 1], [0, 1])
     tiles_of(model)[4].requires_grad_(False)
     train_routed(model, optimizer, [(x, [0])] * 3)
     optimizer.catch_up()
@@ -324,10 +314,7 @@ def test_threads_apply_what_is_owed_once(home):
     """Forwards in several threads at once replay each tile once."""
     results = []
     for threads in (1, 4):
-        model = routed(home)
-        optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
-        x = next(steps_of(1))[0]
-        train_routed(model, optimizer, [(x, range(EXPERTS))] + [(x, [0])] * 3)
+        model, _optimizer, x = trained_routed(home, range(EXPERTS), [0], [0], [0])
         with ThreadPoolExecutor(threads) as pool:
             outputs = list(pool.map(partial(model, x), [range(EXPERTS)] * 8))
         results.append(routed_values(model))

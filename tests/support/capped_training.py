@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # torch's optimizers import it when they first step
+from forked import child_says
 from torch import nn
 
 import memtile
@@ -64,6 +65,16 @@ def memory_cgroup(cap_bytes: int = SIZES["large"].cap_bytes) -> Iterator[None]:
     finally:
         (root / "cgroup.procs").write_text(str(os.getpid()))
         group.rmdir()
+
+
+def can_make_a_cgroup() -> bool:
+    """Whether `memory_cgroup` works here; tried in a child."""
+
+    def tried() -> bool:
+        with memory_cgroup():
+            return True
+
+    return child_says(tried)
 
 
 @contextlib.contextmanager

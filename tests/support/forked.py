@@ -3,12 +3,15 @@
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable
 
 
 def child_says(act: Callable[[], bool]) -> bool:
     """Whether the act is true in a child; one that hangs is ended by its alarm."""
-    child = os.fork()
+    with warnings.catch_warnings():  # that there are threads, which the child does not use
+        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+        child = os.fork()
     if not child:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(30)

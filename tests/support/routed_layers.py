@@ -100,6 +100,14 @@ def train_routed(
             scheduler.step()
 
 
+def trained_routed(home: Home | str, *hits: Iterable[int]) -> tuple[Routed, TileOptimizer, Tensor]:
+    """A model, its AdamW and an input, after a step of that input for each group of experts."""
+    model, (x, _) = routed(home), next(steps_of(1))
+    optimizer = TileOptimizer(model, torch.optim.AdamW, lr=0.1)
+    train_routed(model, optimizer, [(x, list(hit)) for hit in hits])
+    return model, optimizer, x
+
+
 def routed_values(model: nn.Module) -> dict[str, Tensor]:
     """All parameters under their dense names, copied."""
     return {name: value.clone() for name, value in dense_state_dict(model)}
