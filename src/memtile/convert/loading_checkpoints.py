@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memtile.checkpoints import Checkpoint, Paths
 from memtile.convert.kinds import naming_of
 from memtile.convert.materializing import fill, to_make, values_made
-from memtile.convert.name_matching import checked, wanted_by
+from memtile.convert.name_matching import checked, meta_tensors
 from memtile.convert.replaced import replacing
 from memtile.convert.sharded import for_sharded
 from memtile.errors import ArgumentError, CheckpointError
@@ -105,7 +105,7 @@ def in_own_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
         CheckpointError: something cannot be converted.
     """
     tensors = {key: _InMemory(v) for key, v in state_dict.items() if isinstance(v, Tensor)}
-    found = naming_of(model).renamed(tensors, wanted_by(model))
+    found = naming_of(model).renamed(tensors, meta_tensors(model))
     moved = {name: found.keys[name] for name in found.sources if found.keys[name] != [name]}
     if all(len(keys) == 1 and _differ_in_prefix(name, *keys) for name, keys in moved.items()):
         return state_dict

@@ -172,7 +172,7 @@ def _check_meta(model: nn.Module, findings: Findings) -> None:
             )
 
 
-def wanted_by(model: nn.Module) -> dict[str, Tensor]:
+def meta_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The dense tensors of a model, on the meta device, under each name that they have in files."""
     stored = naming_of(model).stored
     return {
@@ -187,7 +187,7 @@ class _Search:
         self.needed, self.checkpoint = tensors_of(model), checkpoint
         self.naming = naming_of(model)
         self.computed = {self.naming.stored(name): b for name, b in computed_buffers(model).items()}
-        self.wanted = wanted_by(model)
+        self.wanted = meta_tensors(model)
         self.used: set[str] = set()  # names of the checkpoint
         self.broken: set[str] = set()  # names whose tiles make no tensor
         self.lacking: list[str] = []  # names of the model
