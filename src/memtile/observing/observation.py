@@ -38,8 +38,8 @@ def observe(max_events: int = 100_000) -> "Observation":
 
     Examples:
         >>> with memtile.observe() as seen:
-        ...     train_step()
-        >>> print(seen)
+        ...     loss = model(torch.randn(8, 64)).sum()
+        >>> table = str(seen)
         >>> seen.save("step.json")  # open it in https://ui.perfetto.dev
         >>> seen.save("step.png")
     """
