@@ -196,8 +196,10 @@ def trained(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-@pytest.mark.parametrize("kept_stacks", [0, 1])
-def test_lora_over_experts_in_files_is_the_dense_run(tmp_path, kept_stacks):
+@pytest.mark.parametrize(
+    ("where", "kept_stacks"), [("checkpoint", 0), ("checkpoint", 1), ("disk", 1)]
+)
+def test_lora_over_parked_experts_is_the_dense_run(tmp_path, where, kept_stacks):
     """Twenty steps of adapters on attention over frozen experts, kept ones too: 1e-5 from dense."""
     experts_model("qwen3").save_pretrained(tmp_path)
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -205,7 +207,7 @@ def test_lora_over_experts_in_files_is_the_dense_run(tmp_path, kept_stacks):
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     model = memtile.empty_model(lambda: transformers.Qwen3MoeForCausalLM(config))
     stacks = [name for name, p in dense.named_parameters() if p.dim() == 3]
-    memtile.tile(model, modules=stacks, out_splits=EXPERTS, checkpoint=tmp_path, home="checkpoint")
+    memtile.tile(model, modules=stacks, out_splits=EXPERTS, checkpoint=tmp_path, home=where)
     home = home_of(model)
     home.kept_bytes = kept_stacks * math.prod(dense.get_parameter(stacks[0]).shape) * 4
 
