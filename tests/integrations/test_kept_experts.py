@@ -115,12 +115,17 @@ def test_nothing_is_kept_of_a_model_that_fits(folder):
     assert plan.parked_layers == ()
 
 
-def test_a_home_that_is_written_to_keeps_no_experts(folder):
-    """On disk, a tile may be written to unseen: the budget's rest goes to whole stacks there."""
+def test_a_disk_home_keeps_experts_while_nothing_trains(folder):
+    """The budget's rest is for experts; a plan for training gives it to whole stacks."""
     plan = planned(folder, home="disk")
+    sgd = {"optimizer": torch.optim.SGD, "options": {"lr": 0.1}}
+    training = planned(folder, "40MiB", home="disk", **sgd)
 
-    assert plan.kept_bytes == 0
-    assert 0 < len(plan.parked_layers) < 4
+    assert 0 < plan.kept_bytes < 24 << 20
+    assert len(plan.parked_layers) == 4
+    assert plan.peak_bytes == usable(29 << 20)
+    assert training.kept_bytes == 0
+    assert training.parked_layers
 
 
 def test_weights_that_train_are_not_parked_in_files(folder):
@@ -131,12 +136,14 @@ def test_weights_that_train_are_not_parked_in_files(folder):
     assert all("only read" in layer.reason for layer in plan.layers)
 
 
-def test_only_hits_that_are_not_kept_are_read(folder):
+@pytest.mark.parametrize("where", ["checkpoint", "disk"])
+def test_only_hits_that_are_not_kept_are_read(folder, where):
     """Bytes read are those of the experts chosen without those kept; tokens are the model's own."""
     plain, model = larger(), empty(folder)
-    memtile.tile(model, planned(folder), checkpoint=folder)
+    memtile.tile(model, planned(folder, home=where), checkpoint=folder)
     model.requires_grad_(False).eval()
     chosen, home = Chosen(model), home_of(model)
+    before = home.traffic.read_bytes
 
     for seed in range(2):
         assert generated(model, seed) == generated(plain, seed)
@@ -144,7 +151,9 @@ def test_only_hits_that_are_not_kept_are_read(folder):
     kept = rings_of(home).kept
     assert home.kept_bytes > 0
     assert kept.used_bytes == chosen.nbytes
-    assert home.traffic.read_bytes == pytest.approx(chosen.nbytes - kept.hit_bytes, rel=0.03)
+    assert home.traffic.read_bytes - before == pytest.approx(
+        chosen.nbytes - kept.hit_bytes, rel=0.03
+    )
     assert kept.hit_bytes > 0.1 * chosen.nbytes
 
 
@@ -187,8 +196,10 @@ def trained(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-@pytest.mark.parametrize("kept_stacks", [0, 1])
-def test_lora_over_experts_in_files_is_the_dense_run(tmp_path, kept_stacks):
+@pytest.mark.parametrize(
+    ("where", "kept_stacks"), [("checkpoint", 0), ("checkpoint", 1), ("disk", 1)]
+)
+def test_lora_over_parked_experts_is_the_dense_run(tmp_path, where, kept_stacks):
     """Twenty steps of adapters on attention over frozen experts, kept ones too: 1e-5 from dense."""
     experts_model("qwen3").save_pretrained(tmp_path)
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -196,7 +207,7 @@ def test_lora_over_experts_in_files_is_the_dense_run(tmp_path, kept_stacks):
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     model = memtile.empty_model(lambda: transformers.Qwen3MoeForCausalLM(config))
     stacks = [name for name, p in dense.named_parameters() if p.dim() == 3]
-    memtile.tile(model, modules=stacks, out_splits=EXPERTS, checkpoint=tmp_path, home="checkpoint")
+    memtile.tile(model, modules=stacks, out_splits=EXPERTS, checkpoint=tmp_path, home=where)
     home = home_of(model)
     home.kept_bytes = kept_stacks * math.prod(dense.get_parameter(stacks[0]).shape) * 4
 

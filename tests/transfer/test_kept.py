@@ -1,5 +1,7 @@
 """Kept experts: the most used tiles stay in memory, within their room, and are never stale."""
 
+import contextlib
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from watched_home import WatchedAllocation, WatchedHome
 
 from memtile.checkpoints import Checkpoint, CheckpointHome
 from memtile.errors import HomeFullError
-from memtile.homes import PAGE, Allocation, tensor_of
+from memtile.homes import PAGE, Allocation, DiskHome, aligned_buffer, allocation_of, tensor_of
+from memtile.homes.live_file import LiveFile
 from memtile.layers.parked import parameter_of
 from memtile.transfer import ParkedSource, layer_call, rings_of
 from memtile.transfer.kept import AGEING, KeptTiles
@@ -30,7 +33,7 @@ def use(kept: KeptTiles, *tiles: WatchedAllocation) -> None:
     """Ask for the tiles in turn, and offer what is not kept."""
     for tile in tiles:
         if kept.find(tile) is None:
-            kept.offer(tile, tile.tensor())
+            kept.offer(tile, tile.tensor(), kept.epoch)
 
 
 def labels(kept: KeptTiles, tiles: list[WatchedAllocation]) -> str:
@@ -185,6 +188,113 @@ def test_a_write_to_a_kept_tile_is_seen(tmp_path, through_data):
 
     assert forward(parameters) == [1, 5]
     assert forward(parameters) == [1, 5]
+
+
+def on_disk(folder: Path, number: int = 3) -> tuple[DiskHome, list[nn.Parameter]]:
+    """Ragged tiles filled with their numbers, of a disk home that keeps all of them."""
+    home = DiskHome(folder)
+    home.kept_bytes = 1 << 20
+    parameters = parameters_of([home.allocate((50, 71), torch.float32) for _ in range(number)])
+    for value, parameter in enumerate(parameters):
+        parameter.fill_(value)
+    return home, parameters
+
+
+def test_tiles_on_disk_are_read_once(tmp_path):
+    """Each is read in the first forward, though it was written through its map just before."""
+    home, parameters = on_disk(tmp_path)
+
+    for _ in range(5):
+        assert forward(parameters) == [0, 1, 2]
+
+    assert home.traffic.read_bytes == sum(tensor_room(each) for each in parameters)
+
+
+def tensor_room(parameter: nn.Parameter) -> int:
+    """Bytes of whole pages."""
+    return -(-parameter.nbytes // PAGE) * PAGE
+
+
+def through_data(parameter: nn.Parameter, value: float) -> None:
+    parameter.data[0, 0] = value
+
+
+def in_place(parameter: nn.Parameter, value: float) -> None:
+    with torch.no_grad():
+        parameter.fill_(value)
+
+
+def through_numpy(parameter: nn.Parameter, value: float) -> None:
+    parameter.detach().numpy()[0, 0] = value
+
+
+def past_the_map(parameter: nn.Parameter, value: float) -> None:
+    allocation = allocation_of(parameter)
+    buffer = aligned_buffer(PAGE)
+    buffer.view(torch.float32).fill_(value)
+    allocation.write(buffer)
+
+
+@pytest.mark.parametrize("write_to", [through_data, in_place, through_numpy, past_the_map])
+def test_every_write_to_a_kept_tile_on_disk_is_seen(tmp_path, write_to):
+    """Written again and again, with and without a forward in between, it is as written last."""
+    _, parameters = on_disk(tmp_path)
+    forward(parameters)
+
+    for value in (5, 6, 7, 8):
+        write_to(parameters[1], value - 0.5)
+        write_to(parameters[1], value)
+        assert forward(parameters) == [0, value, 2]
+        assert forward(parameters) == [0, value, 2]
+
+
+def test_a_write_inside_a_forward_is_seen_by_the_next(tmp_path):
+    """What was read ahead before the write is not kept past it."""
+    _, parameters = on_disk(tmp_path)
+
+    with layer_call():
+        with ParkedSource(parameters[0], parameters).values(CPU):
+            through_data(parameters[1], 5)
+        with ParkedSource(parameters[1], parameters).values(CPU):
+            pass
+
+    assert forward(parameters) == [0, 5, 2]
+
+
+def test_values_that_were_read_before_copies_were_dropped_are_not_kept():
+    """Another thread began an iteration after a write, while this one worked on old values."""
+    tiles, kept = WatchedHome().tiles(1), KeptTiles(PAGE)
+    tiles[0].home.tells = True
+    epoch = kept.epoch
+    kept.find(tiles[0])
+
+    kept.clear()
+    kept.offer(tiles[0], tiles[0].tensor(), epoch)
+
+    assert tiles[0] not in kept
+
+
+def test_pages_that_cannot_be_unmapped_are_not_watched(tmp_path):
+    """Locked pages stay mapped for writing, so the file says nothing of writes."""
+
+    def refuse() -> None:
+        raise OSError(errno.EINVAL, "locked")
+
+    with contextlib.closing(LiveFile(tmp_path)) as file:
+        file.watch(refuse)
+
+        assert not file.is_unwritten()
+
+
+def test_a_file_that_does_not_tell_of_writes_keeps_nothing(tmp_path, monkeypatch):
+    """Where modification times do not follow writes, every forward reads."""
+    monkeypatch.setattr("memtile.homes.live_file.LiveFile.tells_of_writes", False)
+    home, parameters = on_disk(tmp_path)
+
+    forward(parameters)
+    forward(parameters)
+
+    assert home.traffic.read_bytes == 2 * sum(tensor_room(each) for each in parameters)
 
 
 def test_a_closed_home_keeps_nothing(tmp_path):

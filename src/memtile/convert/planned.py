@@ -1,5 +1,6 @@
 """How `tile` carries out a plan: its decisions, its home, recomputed activations, its workspace."""
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import Home, allocation_of, trim_heap
+from memtile.layers import TiledStack
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
@@ -73,11 +75,15 @@ def planned_home(
 
 
 def keep_experts(model: nn.Module, plan: Plan) -> None:
-    """Give the homes of a model's tiles the memory that the plan leaves for its experts."""
-    for parameter in model.parameters():
+    """Give the homes of a model's experts the memory that the plan leaves, each by its share."""
+    stacks = [module for module in model.modules() if isinstance(module, TiledStack)]
+    rooms = Counter[Home]()
+    for parameter in {parameter for stack in stacks for parameter in stack.parameters()}:
         allocation = allocation_of(parameter)
         if allocation is not None:
-            allocation.home.kept_bytes = plan.kept_bytes
+            rooms[allocation.home] += allocation.room
+    for home, room in rooms.items():
+        home.kept_bytes = plan.kept_bytes * room // rooms.total()
 
 
 def has_checkpointing(model: nn.Module) -> bool:

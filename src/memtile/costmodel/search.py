@@ -80,7 +80,13 @@ class Search:
         if not found:
             raise self._nothing_fits(checkpointing)
         fastest = min(found, key=lambda each: (each.seconds, each.layout.tiles))
-        return self._keeping_experts(fastest) if self.setting.in_files else fastest
+        return self._keeping_experts(fastest) if self._keeps_experts else fastest
+
+    @property
+    def _keeps_experts(self) -> bool:
+        """Whether copies can be kept: in files, and on disk while nothing is trained there."""
+        setting = self.setting
+        return setting.in_files or (setting.state is None and not setting.in_place)
 
     def _keeping_experts(self, found: Found) -> Found:
         """The same, with what is left of the budget for the most used experts."""
@@ -149,7 +155,7 @@ class Search:
 
     def _parked_by(self, grids: Mapping[str, Grid], guess: Counted) -> dict[str, Grid] | None:
         """The fewest to park if a step held what was guessed; None: parking all is not enough."""
-        keeps = self.setting.in_files  # the most used experts, better than whole stacks
+        keeps = self._keeps_experts  # the most used experts, better than whole stacks
         order = sorted(
             (w for w in self.weights if w.names[0] in grids),
             key=lambda w: (keeps and not w.experts, -w.nbytes),

@@ -89,6 +89,18 @@ class DiskHome(Home):
             yield
             self._choose_path()
 
+    def watch_writes(self) -> bool:
+        """Watches the whole file; see `Home.watch_writes`. A fork does not watch."""
+        with self.transferring():
+            if self._is_unwritten():
+                return False
+            if os.getpid() == self._owner and self._file.tells_of_writes:
+                self._file.watch(self._segments.unmap_pages)
+            return True
+
+    def _is_unwritten(self) -> bool:
+        return os.getpid() == self._owner and self._file.is_unwritten()
+
     def _choose_path(self) -> None:
         """Decide by what `read` and `write` go, again whenever the file has grown."""
         size = self._file.size
@@ -173,6 +185,11 @@ class _DiskAllocation(Allocation):
             aligned = self._start // mmap.PAGESIZE * mmap.PAGESIZE  # may be larger than PAGE
             length = self._start + self.room - aligned
             self._memory.madvise(mmap.MADV_DONTNEED, aligned, length)
+
+    def is_untouched(self) -> bool:
+        """Whether nothing was written to the whole file since the last `watch_writes`."""
+        with self.home.transferring():
+            return self.home._is_unwritten()
 
     def _read_into(self, into: Tensor, start: int) -> None:
         disk_io.fill(self.home._fd, disk_io.bytes_of(into), self.offset + start)

@@ -44,7 +44,8 @@ class Home(ABC):
         closed: whether the home was closed.
         traffic: what `read` and `write` have moved; tensors' own reads and writes do not count.
         kept_bytes: memory that copies of its most used experts may take, where the home can tell
-            that nothing has written to them (`Allocation.is_untouched`); set before tiles are used.
+            that nothing has written to them (`watch_writes`, `Allocation.is_untouched`); set before
+            tiles are used.
     """
 
     works_in_place: ClassVar[bool] = False
@@ -113,6 +114,14 @@ class Home(ABC):
         """
         self._before_close.append(before)
         self._after_close.append(after)
+
+    def watch_writes(self) -> bool:
+        """Has `Allocation.is_untouched` tell of writes from now on; what is read later is watched.
+
+        Returns whether something may have been written since the last call: copies that were made
+        before are out of date then. A home that watches from the beginning says no.
+        """
+        return False
 
     def check_open(self) -> None:
         """Raises HomeError where the home is closed."""
@@ -238,7 +247,7 @@ class Allocation(ABC):
         """Drops the pages that tensors brought into this process's memory; contents stay."""
 
     def is_untouched(self) -> bool:
-        """Whether it is certain that its bytes are still those that were parked here.
+        """Whether it is certain that nothing was written to it since the last `watch_writes`.
 
         False is right for every home that cannot tell of writes through tensors.
         """

@@ -6,6 +6,8 @@ import io
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,7 @@ from memtile.homes.segments import FreeRoom, Segment
 _UNIT: Final = max(PAGE, mmap.ALLOCATIONGRANULARITY)  # maps begin at multiples of it
 _SMALLEST_GROWTH: Final = 1 << 20
 _LARGEST_AHEAD: Final = 1 << 30
+_LONG_AGO: Final = 0  # ns; no write has this time
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LIMITS: Final = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE})
 
@@ -62,6 +65,45 @@ class LiveFile:
             self._shrink(offset)
             raise
         return Segment(offset, memory, FreeRoom(size))
+
+    def watch(self, unmap_pages: Callable[[], None]) -> None:
+        """`is_unwritten` tells of every write from now on, by whatever way.
+
+        The file's time of modification is set to one that no write has. A write through a page
+        that is mapped for writing would not change it, so maps' pages are dropped after that.
+        """
+        with contextlib.suppress(OSError):  # `is_unwritten` says no then
+            os.utime(self.fd, ns=(_LONG_AGO, _LONG_AGO))
+            try:
+                unmap_pages()
+            except OSError:  # locked in memory
+                os.utime(self.fd)
+                raise
+
+    def is_unwritten(self) -> bool:
+        """Whether it is certain that nothing was written since `watch`."""
+        return os.fstat(self.fd).st_mtime_ns == _LONG_AGO
+
+    @cached_property
+    def tells_of_writes(self) -> bool:
+        """Whether a trial was told of writes through a map, twice, and of others."""
+        with contextlib.closing(self._map(_UNIT)) as shared, contextlib.suppress(HomeIOError):
+            page = disk_io.bytes_of(_buffer := aligned_buffer(PAGE))  # keeps its memory
+            fds = [fd for fd in (self.fd, self.direct_fd) if fd is not None]
+            acts: list[Callable[[], None]] = [
+                lambda: shared.__setitem__(0, 1),
+                lambda: shared.__setitem__(0, 2),
+                *(lambda fd=fd: disk_io.drain(fd, page, 0) for fd in fds),
+            ]
+            return all(self._tells_of(act, shared) for act in acts)
+        return False
+
+    def _tells_of(self, write: Callable[[], None], shared: mmap.mmap) -> bool:
+        self.watch(lambda: shared.madvise(mmap.MADV_DONTNEED))
+        bytes(shared[:PAGE])  # a page that is mapped for reading
+        before = self.is_unwritten()
+        write()
+        return before and not self.is_unwritten()
 
     def close(self) -> None:
         """Closes what is open; a second call does nothing."""

@@ -122,6 +122,12 @@ class Segments:
         room = weakref.ref(extent.segment), extent.start, extent.size, extent.holder
         weakref.finalize(view, self._returned.append, room).atexit = False
 
+    def unmap_pages(self) -> None:
+        """The next read or write through a map goes by the kernel; contents stay."""
+        with self._lock:
+            for segment in self._all:
+                segment.memory.madvise(mmap.MADV_DONTNEED)
+
     def drop(self) -> None:
         """Drops all maps; those that tensors lie over stay until the tensors are gone."""
         with self._lock:

@@ -57,6 +57,16 @@ class SlabRings:
         """Whether its threads run: not in a fork, which has none of them, nor once closed."""
         return self._process == os.getpid() and not self._is_closed
 
+    def start(self, home: Home) -> None:
+        """Begin an iteration: nothing that was read before a write is used in it."""
+        self.flush()
+        # Slabs are discarded in between: what is kept was read while writes were watched.
+        was_written = home.kept_bytes > 0 and home.watch_writes()
+        for ring in self.all():
+            ring.start()
+        if was_written:
+            self.kept.clear()
+
     def flush(self) -> None:
         """Return once everything that was stored is at home; HomeIOError where it cannot be."""
         if self.works:
@@ -99,6 +109,14 @@ class IterationState:
         self.thread = _Thread()
         self.trained = TensorTable[Any]()  # what `transfer.parked` knows of each parameter
 
+    def start(self) -> None:
+        """Begin an iteration with the rings of all homes."""
+        with self.lock:
+            every = list(self.rings.items())
+        for home, found in every:
+            if found.works:
+                found.start(home)
+
     def all_rings(self) -> list[SlabRing]:
         """Those in use, of all homes."""
         with self.lock:
@@ -111,8 +129,7 @@ class IterationState:
             self.newest += 1
             self.iteration = self.newest
             self.backwards.clear()  # what is left are those that failed
-        for ring in self.all_rings():
-            ring.start()
+        self.start()
 
     def end(self) -> None:
         """End it: discard everything that was read."""
@@ -132,6 +149,8 @@ def rings_of(home: Home) -> SlabRings:
         found = state.rings.get(home)
         if found is None or not found.works:
             home.check_open()
+            if home.kept_bytes:
+                home.watch_writes()  # before the first read
             found = state.rings[home] = SlabRings(home.kept_bytes)
             home.when_closed(found.flush, found.close)
         return found

@@ -31,10 +31,11 @@ class KeptTiles:
     Attributes:
         used_bytes: of all tiles that were asked for, each time.
         hit_bytes: of those that were kept then.
+        epoch: counts how often all copies were dropped, since something was written.
     """
 
     def __init__(self, limit: int) -> None:
-        self.used_bytes = self.hit_bytes = 0
+        self.used_bytes = self.hit_bytes = self.epoch = 0
         self._limit = limit
         self._nbytes = 0
         self._least = 0  # no kept tile was used less
@@ -58,15 +59,27 @@ class KeptTiles:
                 self.hit_bytes += allocation.nbytes
             return found
 
-    def offer(self, allocation: Allocation, values: Tensor) -> None:
-        """Keep a copy of values that were just read, where there is room or it is used most."""
+    def offer(self, allocation: Allocation, values: Tensor, epoch: int) -> None:
+        """Keep a copy of values that were just read, where there is room or it is used most.
+
+        `epoch` is the one before they were asked for: what was read in an older one may be stale.
+        """
         if allocation.room > self._limit or not allocation.is_untouched():
             return
         with self._lock, suppress(HomeFullError):  # no memory for it: it is read the next time too
-            if allocation not in self._kept and self._make_room(allocation):
+            if epoch != self.epoch or allocation in self._kept:
+                return
+            if self._make_room(allocation):
                 copy = tensor_over(private_view(allocation.room), values.shape, values.dtype)
                 self._kept[allocation] = copy.copy_(values)
                 self._nbytes += allocation.room
+
+    def clear(self) -> None:
+        """Drop all copies, which may be out of date; counts stay."""
+        with self._lock:
+            self.epoch += 1
+            self._kept.clear()
+            self._nbytes = self._least = 0
 
     def _count(self, allocation: Allocation) -> None:
         self.used_bytes += allocation.nbytes

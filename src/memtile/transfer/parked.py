@@ -206,11 +206,12 @@ def _expert(
 ) -> Iterator[Tensor]:
     """The values of a tile of experts, kept or read, while those that follow are being read."""
     rings = rings_of(allocation.home)
-    found = rings.kept.find(allocation)
-    ahead = [(each,) for each in _to_read(following, allocation.home) if each not in rings.kept]
+    kept, epoch = rings.kept, rings.kept.epoch
+    found = kept.find(allocation)
+    ahead = [(each,) for each in _to_read(following, allocation.home) if each not in kept]
     with rings.weights.acquire(() if found is not None else (allocation,), experts=ahead) as lease:
         if found is None:
-            rings.kept.offer(allocation, lease.tensors[0])
+            kept.offer(allocation, lease.tensors[0], epoch)
         yield (lease.tensors[0] if found is None else found).to(device)
 
 
