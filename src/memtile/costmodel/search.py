@@ -80,21 +80,29 @@ class Search:
         if not found:
             raise self._nothing_fits(checkpointing)
         fastest = min(found, key=lambda each: (each.seconds, each.layout.tiles))
-        return self._keeping_experts(fastest) if self._keeps_experts else fastest
-
-    @property
-    def _keeps_experts(self) -> bool:
-        """Whether copies can be kept: in files, and on disk while nothing is trained there."""
-        setting = self.setting
-        return setting.in_files or (setting.state is None and not setting.in_place)
+        return fastest if self.setting.in_place else self._keeping_experts(fastest)
 
     def _keeping_experts(self, found: Found) -> Found:
         """The same, with what is left of the budget for the most used experts."""
         limit = self.budget.of_place("host")
-        parked = sum(weight.nbytes for weight in found.layout.parked if weight.experts)
+        parked = home_bytes(self.setting, self._layout(self._kept_grids(found.layout)))
         left = parked if limit is None else usable(limit) - found.bytes_of("host")
         kept = Term(KEPT_EXPERTS, min(parked, max(0, left)), "host")
         return replace(found, terms=sorted_terms([*found.terms, kept]))
+
+    def _kept_grids(self, layout: ParkedLayout) -> dict[str, Grid]:
+        """The parked stacks whose experts may be kept.
+
+        In a step that trains on disk they are those that train: copies of frozen ones would be
+        out of date with each write to the home.
+        """
+        setting = self.setting
+        writes = setting.state is not None and not setting.in_files
+        return {
+            weight.names[0]: layout.grids[weight.names[0]]
+            for weight in layout.parked
+            if weight.experts and (weight.trainable or not writes)
+        }
 
     def _fewest_tiles(self, checkpointing: bool) -> Found | None:
         best: Found | None = None
@@ -155,7 +163,8 @@ class Search:
 
     def _parked_by(self, grids: Mapping[str, Grid], guess: Counted) -> dict[str, Grid] | None:
         """The fewest to park if a step held what was guessed; None: parking all is not enough."""
-        keeps = self._keeps_experts  # the most used experts, better than whole stacks
+        setting = self.setting  # without training, the most used experts, better than whole stacks
+        keeps = setting.in_files or (setting.state is None and not setting.in_place)
         order = sorted(
             (w for w in self.weights if w.names[0] in grids),
             key=lambda w: (keeps and not w.experts, -w.nbytes),

@@ -24,6 +24,7 @@ from memtile.homes.registry import (
     allocation_of,
     evict,
     is_parked,
+    read_values,
     register,
     reservation_of,
     resolve_home,
@@ -31,6 +32,7 @@ from memtile.homes.registry import (
     streamed_allocation,
     tensor_of,
     word_for,
+    write_values,
 )
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "page_out",
     "pieces",
     "processor_limit",
+    "read_values",
     "register",
     "renew_in_child",
     "reservation_of",
@@ -72,4 +75,5 @@ __all__ = [
     "whole_pages",
     "why_unusable",
     "word_for",
+    "write_values",
 ]

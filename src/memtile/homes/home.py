@@ -43,9 +43,9 @@ class Home(ABC):
         is_read_only: whether nothing can be parked or written there.
         closed: whether the home was closed.
         traffic: what `read` and `write` have moved; tensors' own reads and writes do not count.
-        kept_bytes: memory that copies of its most used experts may take, where the home can tell
-            that nothing has written to them (`watch_writes`, `Allocation.is_untouched`); set before
-            tiles are used.
+        kept_bytes: memory for its most used experts; set before tiles are used. It is for copies,
+            where the home can tell that nothing has written to them (`watch_writes`,
+            `Allocation.is_untouched`); a `TileOptimizer` takes it for experts that it trains.
     """
 
     works_in_place: ClassVar[bool] = False

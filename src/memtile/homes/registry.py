@@ -160,10 +160,26 @@ def allocate_copy(home: Home, tensor: Tensor) -> Tensor:
     parked = tensor_of(allocation)
     if home.works_in_place:
         parked.copy_(values)
-    elif values.numel():
+    else:
+        write_values(allocation, values)
+    return parked
+
+
+def write_values(allocation: Allocation, values: Tensor) -> None:
+    """Write a tensor of the allocation's shape and dtype there, in pieces."""
+    if values.numel():
         flat = values.contiguous().view(-1).view(torch.uint8)
         for start, piece in pieces(allocation.room):
             used = min(piece.numel(), allocation.nbytes - start)
             piece[:used].copy_(flat[start : start + used])
             allocation.write(piece, start)
-    return parked
+
+
+def read_values(allocation: Allocation, into: Tensor) -> None:
+    """Read what is there into a contiguous tensor of its shape and dtype, in pieces."""
+    if into.numel():
+        flat = into.view(-1).view(torch.uint8)
+        for start, piece in pieces(allocation.room):
+            used = min(piece.numel(), allocation.nbytes - start)
+            allocation.read(piece, start)
+            flat[start : start + used].copy_(piece[:used])

@@ -75,10 +75,15 @@ class Stepper:
 
     def allocations(self, parameter: Tensor, *, idle: bool = False) -> tuple[Allocation, ...]:
         """All allocations that a step of a parked parameter works on; of others none."""
-        own, gradient = streamed_allocation(parameter), None if idle else parameter.grad
-        if own is None:
-            return ()
-        return tuple(self._allocations_by_key(parameter, own, gradient).values())
+        gradient = None if idle else parameter.grad
+        return tuple(self.allocations_by_key(parameter, gradient).values())
+
+    def allocations_by_key(
+        self, parameter: Tensor, gradient: Tensor | None = None
+    ) -> dict[str, Allocation]:
+        """Those of a parked parameter's value, gradient if given, and state in its own home."""
+        own = streamed_allocation(parameter)
+        return {} if own is None else self._allocations_by_key(parameter, own, gradient)
 
     def step(
         self,

@@ -26,6 +26,7 @@ from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import ParamGroup, load_dense_state, through_hooks, to_dense_state
 from memtile.optim.idle import IdleSteps
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
+from memtile.optim.kept_experts import KeptExperts
 from memtile.optim.slice_optimizer import SliceOptimizer
 from memtile.optim.state_layout import StateLayout
 from memtile.optim.stepping import Stepper
@@ -100,6 +101,7 @@ class TileOptimizer(Optimizer):
         self._layout = StateLayout(self._inner, self.state, masters)
         self._stepper = Stepper(self._layout, model)
         self._idle = IdleSteps(self._stepper)
+        self._kept = KeptExperts(self._stepper, keeps_gradients=mode == "classic")
         self._id = id(self)  # another one's in Lightning's wrapper, a copy of `__dict__`
         self._take_in(self.param_groups)
         if mode == "in_backward":
@@ -127,6 +129,7 @@ class TileOptimizer(Optimizer):
         self._reserve(groups)
         if self.idle == "replay":
             self._idle.add(self._model, groups)
+        self._kept.add(self._model, (parameter for parameter, _ in _with_groups(groups)))
         self._hook(parameter for parameter, _ in _with_groups(groups))
 
     def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -209,6 +212,7 @@ class TileOptimizer(Optimizer):
         self._idle.end()
         self._stepped.clear()
         self._unfinished = None
+        self._kept.settle()
 
     def _begin(self) -> list[tuple[nn.Parameter, ParamGroup]]:
         """What is to be stepped now, with the group that it is in."""
@@ -233,6 +237,8 @@ class TileOptimizer(Optimizer):
         owed = self._idle.owed(parameter)
         self._stepper.step(parameter, group, ahead, in_backward, owed)
         self._idle.paid(parameter)
+        if parameter.grad is not None:
+            self._kept.note(parameter)
 
     def _step_after_backward(self, parameter: nn.Parameter) -> None:
         """The hook of in-backward mode: the parameter's gradient is complete."""
@@ -269,6 +275,7 @@ class TileOptimizer(Optimizer):
     def __del__(self) -> None:
         is_whole = getattr(self, "_id", None) == id(self)  # its constructor did not fail
         if is_whole and not sys.is_finalizing():
+            self._kept.end()
             self._idle.outlive_optimizer()
 
     @torch.no_grad()

@@ -32,11 +32,12 @@ class KeptTiles:
         used_bytes: of all tiles that were asked for, each time.
         hit_bytes: of those that were kept then.
         epoch: counts how often all copies were dropped, since something was written.
+        limit: bytes; 0: nothing is kept.
     """
 
     def __init__(self, limit: int) -> None:
         self.used_bytes = self.hit_bytes = self.epoch = 0
-        self._limit = limit
+        self.limit = limit
         self._nbytes = 0
         self._least = 0  # no kept tile was used less
         self._since_ageing = 0
@@ -64,7 +65,7 @@ class KeptTiles:
 
         `epoch` is the one before they were asked for: what was read in an older one may be stale.
         """
-        if allocation.room > self._limit or not allocation.is_untouched():
+        if allocation.room > self.limit or not allocation.is_untouched():
             return
         with self._lock, suppress(HomeFullError):  # no memory for it: it is read the next time too
             if epoch != self.epoch or allocation in self._kept:
@@ -93,7 +94,7 @@ class KeptTiles:
 
     def _make_room(self, allocation: Allocation) -> bool:
         """Whether there is room for it, after dropping tiles that were used less."""
-        if self._nbytes + allocation.room <= self._limit:
+        if self._nbytes + allocation.room <= self.limit:
             return True
         enough = self._counts[allocation] - LEAD
         if enough < self._least:
@@ -101,7 +102,7 @@ class KeptTiles:
         by_uses = sorted(self._kept, key=lambda each: self._counts[each])
         self._nbytes = sum(each.room for each in by_uses)  # some may have gone with their model
         self._least = self._counts[by_uses[0]] if by_uses else 0
-        replaced = list(self._first(by_uses, self._nbytes + allocation.room - self._limit))
+        replaced = list(self._first(by_uses, self._nbytes + allocation.room - self.limit))
         if any(self._counts[each] > enough for each in replaced):
             return False
         for each in replaced:
