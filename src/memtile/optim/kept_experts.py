@@ -13,7 +13,7 @@ move it costs a read of all that it has, and saves as much only from its next hi
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ class KeptExperts:
             self._hit.add(parameter)
             self._uses[parameter] = self._score(parameter) + 1, self._step
 
-    def settle(self) -> None:
+    def move(self) -> None:
         """A step is whole: move what was hit into memory, where it is used more than what is there.
 
         What cannot be read or written stays where it is, and is tried again after a later step.
@@ -154,11 +154,11 @@ class KeptExperts:
 
     def _moved_tensors(self, parameter: Tensor, places: _Places) -> Iterator[tuple[str, Tensor]]:
         """Value and state, where they still are what can be written to their room."""
-        entries = {VALUE: parameter.detach(), **self._stepper.layout.state[parameter]}
+        entries: dict[str, Any] = {VALUE: parameter.detach()}
+        entries |= self._stepper.layout.state[parameter]
         for key, (outer, _) in places.items():
             entry = entries.get(key)
-            fits = isinstance(entry, Tensor) and is_shaped(entry, parameter)
-            if fits and entry.dtype == outer.dtype:
+            if entry is not None and is_shaped(entry, parameter) and entry.dtype == outer.dtype:
                 yield key, entry
 
     def _bytes(self, parked: Mapping[str, Allocation]) -> int:

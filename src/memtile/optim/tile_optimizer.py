@@ -212,7 +212,7 @@ class TileOptimizer(Optimizer):
         self._idle.end()
         self._stepped.clear()
         self._unfinished = None
-        self._kept.settle()
+        self._kept.move()
 
     def _begin(self) -> list[tuple[nn.Parameter, ParamGroup]]:
         """What is to be stepped now, with the group that it is in."""
