@@ -22,15 +22,15 @@ SOURCE := $(or $(WHEEL),-e .)
 help:
 	@echo "make demo     train a real model, dense and tiled, compare them (STEPS=20 ARGS=): 3 minutes"
 	@echo "make model    unpack the demo's model and print its folder: seconds"
-	@echo "make test     run all tests but the slow ones (ARGS= JOBS=2): 8 minutes"
+	@echo "make test     run all tests but the slow ones (ARGS= JOBS=2): 6 minutes"
 	@echo "make lint     check style and format: a second"
 	@echo "make types    check types: a quarter of a minute"
 	@echo "make imports  check the order of imports between folders: a second"
 	@echo "make docs     build the documentation into site/: some seconds"
-	@echo "make check    lint, types, imports and test: 9 minutes"
+	@echo "make check    lint, types, imports and test: 7 minutes"
 	@echo "make clean    remove $(VENV) and what the tools leave behind"
 	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH) in a minute or"
-	@echo "more. Times are for two cores of a server; bash .ci/run, which runs everything, takes 28 minutes."
+	@echo "more. Times are for two cores of a server; bash .ci/run, which runs everything, takes 19 minutes."
 
 demo: $(VENV)/.model
 	$(BIN)/memtile demo --steps $(STEPS) $(ARGS)
