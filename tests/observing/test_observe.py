@@ -101,7 +101,7 @@ def test_a_wait_is_of_the_tile_that_was_not_there(monkeypatch):
     real = disk_io.read_at
 
     def slow(fd: int, buffer: memoryview, offset: int) -> int:
-        time.sleep(0.01)
+        time.sleep(0.1)  # longer than a thread may be kept from running
         return real(fd, buffer, offset)
 
     monkeypatch.setattr(disk_io, "read_at", slow)

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -77,9 +78,16 @@ def at_step(number: int, act: Callable[[], object]) -> Callable[[nn.Parameter], 
 
 
 def slabs_are_free(home: Any) -> bool:
-    """Whether nobody holds a slab of the home, nor is one still to be written."""
-    free = (Holder.NOBODY, Holder.IDLE)
-    return all(h in free for ring in rings_of(home).all() for h in ring.holders)
+    """Whether nobody holds a slab of the home, nor is one still to be written.
+
+    What is read ahead may still be on its way: that is waited for.
+    """
+    free, until = (Holder.NOBODY, Holder.IDLE), time.monotonic() + 5
+    while True:
+        holders = [holder for ring in rings_of(home).all() for holder in ring.holders]
+        if Holder.READERS not in holders or time.monotonic() > until:
+            return all(holder in free for holder in holders)
+        time.sleep(0.001)
 
 
 def nobody_works(home: Any) -> bool:
