@@ -30,7 +30,7 @@ help:
 	@echo "make check    lint, types, imports and test: 7 minutes"
 	@echo "make clean    remove $(VENV) and what the tools leave behind"
 	@echo "Everything runs in $(VENV), made with PYTHON=$(PYTHON) and TORCH=$(TORCH) in a minute or"
-	@echo "more. Times are for two cores of a server; bash .ci/run, which runs everything, takes 19 minutes."
+	@echo "more. Times are for two cores of a server; bash .ci/run, which runs everything, takes 15 minutes."
 
 demo: $(VENV)/.model
 	$(BIN)/memtile demo --steps $(STEPS) $(ARGS)
