@@ -123,6 +123,23 @@ def test_what_is_used_more_takes_the_place_of_what_is_used_less():
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_nothing_goes_home_for_a_tile_that_would_not_fit():
+    """One that is used more and needs the room of two, of which one is used as much, waits."""
+    _, model, optimizer, _ = made(2)
+    x, _ = next(steps_of(1))
+    train_routed(model, optimizer, [(x, [0, 1])] * 5)
+    assert in_memory(model) == {0, 1}
+    kept, (first, second, *_) = optimizer._kept, tiles_of(model)
+    home = kept._kept[first][kept_experts.VALUE][0].home
+
+    assert not kept._make_room(home, 2 * TILE, kept._score(first) + 0.5)
+    kept._uses[first] = 0.0, kept._step
+    assert not kept._make_room(home, 2 * TILE, kept._score(second) + 0.5)
+    assert in_memory(model) == {0, 1}
+    assert kept._make_room(home, TILE, kept._score(second) + 0.5)
+    assert in_memory(model) == {1}
+
+
 def test_the_same_is_resumed(tmp_path):
     """State saved while some are in memory goes on in another model, with others in memory."""
     steps = list(steps_of(24))

@@ -12,7 +12,6 @@ move it costs a read of all that it has, and saves as much only from its next hi
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -130,13 +129,17 @@ class KeptExperts:
         return inner
 
     def _make_room(self, home: Home, needed: int, score: float) -> bool:
-        while self._left.get(home, 0) < needed:
-            own = (each for each, places in self._kept.items() if places[VALUE][0].home is home)
-            least = min(own, key=self._score, default=None)
-            if least is None or self._score(least) + LEAD > score:
-                return False
-            self._give_back(least)
-        return True
+        """Give back tiles that are used less, if those make room enough; else none."""
+        left, leaving = self._left.get(home, 0), list[Tensor]()
+        own = (each for each, places in self._kept.items() if places[VALUE][0].home is home)
+        for each in sorted(own, key=self._score) if left < needed else ():
+            if left >= needed or self._score(each) + LEAD > score:
+                break
+            leaving.append(each)
+            left += self._kept_bytes(each)
+        for each in leaving if left >= needed else ():
+            self._give_back(each)
+        return left >= needed
 
     def _give_back(self, parameter: Tensor) -> None:
         """Write it home, and use it there again; HomeIOError where it cannot be written."""
@@ -149,8 +152,8 @@ class KeptExperts:
             for key in tensors.keys() - {VALUE}:
                 state[key] = tensor_of(places[key][0])
             _put(parameter, places[VALUE][0])
+        self._count(home, -self._kept_bytes(parameter))
         del self._kept[parameter]
-        self._count(home, -self._bytes({key: outer for key, (outer, _) in places.items()}))
 
     def _moved_tensors(self, parameter: Tensor, places: _Places) -> Iterator[tuple[str, Tensor]]:
         """Value and state, where they still are what can be written to their room."""
@@ -165,6 +168,9 @@ class KeptExperts:
         gradient = parked[VALUE].room if self._keeps_gradients else 0
         return gradient + sum(each.room for each in parked.values())
 
+    def _kept_bytes(self, parameter: Tensor) -> int:
+        return self._bytes({key: outer for key, (outer, _) in self._kept[parameter].items()})
+
     def _count(self, home: Home, nbytes: int) -> None:
         self._left[home] -= nbytes
         self.nbytes += nbytes
@@ -172,9 +178,11 @@ class KeptExperts:
     def end(self) -> None:
         """The optimizer is gone: all go home, which has its allowance again."""
         for parameter in list(self._kept):
-            with suppress(HomeIOError):  # it stays in memory
+            try:
                 if not self._kept[parameter][VALUE][0].home.closed:
                     self._give_back(parameter)
+            except HomeIOError as error:
+                _log.warning("an expert stays in memory: %s", error)
         for home, left in self._left.items():
             home.kept_bytes += left
             if not home.closed:
