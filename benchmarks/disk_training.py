@@ -74,11 +74,11 @@ def dense_stack(features: int, layers: int) -> nn.Sequential:
 
 
 class InMemory:
-    """The dense layers, with torch's own AdamW."""
+    """The dense layers, with torch's own AdamW, fused as on the other side."""
 
-    def __init__(self, features: int, layers: int, fused: bool) -> None:
+    def __init__(self, features: int, layers: int) -> None:
         self.model = dense_stack(features, layers)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def infer(self, x: torch.Tensor) -> None:
         with torch.no_grad():
@@ -93,15 +93,13 @@ class InMemory:
 class OnDisk(InMemory):
     """The same layers parked on disk, read and written past the page cache: cold at every pass."""
 
-    def __init__(
-        self, features: int, layers: int, fused: bool, folder: Path, max_tile_bytes: int
-    ) -> None:
+    def __init__(self, features: int, layers: int, folder: Path, max_tile_bytes: int) -> None:
         self.home = memtile.DiskHome(folder)
         self.model = memtile.tile(
             dense_stack(features, layers), max_tile_bytes=max_tile_bytes, home=self.home
         )
         self.optimizer = memtile.TileOptimizer(
-            self.model, torch.optim.AdamW, mode="in_backward", lr=1e-5, fused=fused
+            self.model, torch.optim.AdamW, mode="in_backward", lr=1e-5, fused=True
         )
         self.home.path = "direct"
 
@@ -130,7 +128,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every pass at every number of tokens: the times of all rounds."""
-    options = (args.features, args.layers, args.fused)
+    options = (args.features, args.layers)
     weights = args.features**2 * args.layers * 4
     raw = RawDisk(args.folder, weights)
     memory, disk = InMemory(*options), OnDisk(*options, args.folder, args.max_tile_bytes)
@@ -159,7 +157,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def measure_accelerate(args: argparse.Namespace, cases: list[dict[str, Any]]) -> None:
     """accelerate's inference, in turn with memtile's, added to the cases."""
     with accelerate_offload(args.features, args.layers) as infer:
-        disk = OnDisk(args.features, args.layers, args.fused, args.folder, args.max_tile_bytes)
+        disk = OnDisk(args.features, args.layers, args.folder, args.max_tile_bytes)
         for case in cases:
             if case["pass"] != "inference":
                 continue
@@ -217,7 +215,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="at least 5")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
     parser.add_argument("--only", choices=["inference", "training"])
-    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) on both sides")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     cases = measure(args)

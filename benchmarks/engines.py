@@ -70,7 +70,7 @@ def original(args: argparse.Namespace) -> nn.Sequential:
 
 def fsdp2(model: nn.Module) -> Step:
     """Step a model that is sharded already."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
@@ -103,7 +103,7 @@ def zero3(model: nn.Module, config: dict[str, Any], held: bool) -> Step:
 
     from memtile.engines.deepspeed_zero3 import attach
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if held:
         attach(engine)

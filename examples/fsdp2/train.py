@@ -43,12 +43,12 @@ def main() -> None:
     folder = os.path.join(names[0], "run")
 
     model = sharded(max_tile_bytes=256 << 10)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     train(model, optimizer, steps=5)
     memtile.save_training(folder, model, optimizer, step=5)
 
     model = sharded(max_tile_bytes=64 << 10)  # another grid, and any number of ranks
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     memtile.resume_training(folder, model, optimizer)
     train(model, optimizer, steps=5)
     dist.destroy_process_group()

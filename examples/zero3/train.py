@@ -40,7 +40,7 @@ def train() -> None:
     model = memtile.tile(memtile.empty_model(dense), max_tile_bytes=256 << 10)
     settings = config(model, micro_batch=32, clip=1.0)
     from_checkpoint(model, names[0], settings)  # each rank reads its own parts
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     attach(engine)
 

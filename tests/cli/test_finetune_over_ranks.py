@@ -64,7 +64,7 @@ def trained_alone(folder, text):
     """The weights after the same steps of plain transformers, two sequences in each."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     sequences = sequences_of(text, folder, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -139,7 +139,7 @@ def test_chats_are_trained_over_ranks_as_in_one_process(tiny_model, tmp_path, en
     assert [rank.process.exitcode for rank in ranks] == [0, 0], said
 
     model, sequences = AutoModelForCausalLM.from_pretrained(folder), sequences_of(file, folder, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     scheduler = transformers.get_scheduler("linear", optimizer, 2, STEPS)
     for step in range(STEPS):
         optimizer.zero_grad()

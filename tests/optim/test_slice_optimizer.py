@@ -47,6 +47,8 @@ CASES: list[tuple[type[optim.Optimizer], dict[str, Any]]] = [
     (optim.SGD, {}),
     (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     (optim.SGD, {"momentum": 0.9, "dampening": 0.1, "maximize": True}),
+    (optim.SGD, {"weight_decay": 0.1, "foreach": True}),
+    (optim.SGD, {"weight_decay": torch.tensor(0.1)}),
     (optim.Adam, {"weight_decay": 0.1}),
     (optim.Adam, {"lr": torch.tensor(1e-3)}),
     (optim.AdamW, {}),
@@ -55,10 +57,11 @@ CASES: list[tuple[type[optim.Optimizer], dict[str, Any]]] = [
     (optim.AdamW, {"fused": True, "maximize": True, "lr": torch.tensor(1e-3)}),
     (optim.Adam, {"fused": True, "maximize": True, "weight_decay": 0.1}),
     (optim.AdamW, {"foreach": True}),
+    (optim.Adam, {"fused": True, "betas": [0.8, 0.9], "weight_decay": 0.1}),
     (optim.NAdam, {"decoupled_weight_decay": True, "weight_decay": 0.1}),
     (optim.RAdam, {}),
     (optim.Adagrad, {"initial_accumulator_value": 0.5, "lr_decay": 0.1}),
-    (optim.Adagrad, {"fused": True}),
+    (optim.Adagrad, {"fused": True, "lr_decay": 0.1, "weight_decay": 0.1, "maximize": True}),
     (optim.RMSprop, {"centered": True, "momentum": 0.9}),
     (optim.Adadelta, {}),
     (optim.Adamax, {}),
@@ -89,7 +92,9 @@ def lr_at(step: int, defaults: dict[str, Any]) -> Any:
     [
         *((*case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
         # in float32, where all torches step every value
-        (optim.SGD, {"momentum": 0.9, "fused": True}, torch.float32),
+        (optim.SGD, {"fused": True, "weight_decay": 0.1, "maximize": True}, torch.float32),
+        (optim.SGD, {"fused": True, "momentum": 0.9, "nesterov": True}, torch.float32),
+        (optim.SGD, {"fused": True, "momentum": 0.9, "dampening": 0.1}, torch.float32),
     ],
     ids=case_id,
 )
@@ -143,17 +148,54 @@ def test_a_step_that_someone_replaced_is_called(monkeypatch):
     assert len(calls) == before + 2
 
 
-@pytest.mark.parametrize("options", [{"fused": True}, {"fused": True, "amsgrad": True}])
-def test_the_bare_kernel_makes_no_optimizer(options, monkeypatch):
-    """From the second step on, torch's fused Adam runs without its class."""
-    inner = SliceOptimizer(optim.AdamW, options)
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [
+        (optim.Adam, {"betas": [0.9, 0.99]}),
+        (optim.AdamW, {"amsgrad": True}),
+        (optim.SGD, {}),
+        (optim.SGD, {"momentum": 0.9}),
+        (optim.Adagrad, {}),
+    ],
+    ids=case_id,
+)
+def test_the_function_behind_a_class_makes_no_optimizer(
+    optimizer_class, options, fused, monkeypatch
+):
+    """From the second step on, torch's own classes step without an optimizer."""
+    inner = SliceOptimizer(optimizer_class, {**options, "fused": fused})
     piece = ParameterSlice(torch.ones(7, 5), torch.ones(7, 5))
     inner.step([piece], inner.defaults)
+    before = piece.value.clone()
 
     monkeypatch.setattr(inner, "_lent", None)
     inner.step([piece], inner.defaults)
 
-    assert piece.state["step"] == 2
+    assert not torch.equal(piece.value, before)
+    assert piece.state.get("step", 2) == 2
+
+
+@pytest.mark.parametrize("options", [{"lr": torch.tensor(0.1)}, {"capturable": True}])
+def test_unusual_options_are_left_to_the_class(options):
+    """Options that are tensors, and those of accelerators, go to the class's own step."""
+    inner = SliceOptimizer(optim.AdamW, {})
+
+    assert inner.step_function({**inner.defaults, **options}) is None
+    assert inner.step_function(inner.defaults) is not None
+
+
+def test_a_step_that_is_counted_otherwise_is_left_to_the_class():
+    """A number of steps that is no tensor, and moments of another dtype, are no function's."""
+    inner = SliceOptimizer(optim.AdamW, {"fused": True})
+    piece = ParameterSlice(torch.ones(7, 5), torch.ones(7, 5))
+    inner.step([piece], inner.defaults)
+    function = inner.step_function(inner.defaults)
+
+    assert function.tensors(piece.value, piece.gradient, piece.state) is not None
+    for key, entry in ("step", 1.0), ("exp_avg", torch.ones(7, 5).bfloat16()):
+        changed = {**piece.state, key: entry}
+        assert function.tensors(piece.value, piece.gradient, changed) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -129,6 +129,7 @@ def _plan_ranks(given: PlanArguments) -> RankPlan:
         return plan_ranks(
             models.empty_of(given.model, given.trust_remote_code, named=True),
             optimizer=_optimizer(given.optimizer),
+            options=_options(given.optimizer),
             world_size=given.world_size,
             engine=given.engine,
             device_memory=memory,
@@ -158,6 +159,7 @@ def _plan_process(given: PlanArguments) -> tuple[Plan, str]:
                 tokens=given.tokens,
                 batch=given.batch,
                 optimizer=_optimizer(given.optimizer),
+                options=_options(given.optimizer),
                 home=home,
                 mode=given.mode or "in_backward",
                 rates=given.rates,
@@ -197,3 +199,8 @@ def _optimizer(name: str) -> type[torch.optim.Optimizer] | None:
             "none for inference."
         )
     return chosen
+
+
+def _options(name: str) -> dict[str, bool] | None:
+    """The options of the optimizer; of AdamW those that `finetune` gives it."""
+    return {"fused": True} if name.lower() == "adamw" else None

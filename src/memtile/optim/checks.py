@@ -1,5 +1,6 @@
 """Checks of what a `TileOptimizer` is given, of the model that it steps, and of gradients."""
 
+import cmath
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -107,7 +108,7 @@ def is_finite(tensor: Tensor) -> bool:
     A sum with one of those is not finite, and is quick: 4% of AdamW's time (measured, one thread).
     Only where the sum overflows are the values looked at one by one.
     """
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def _are_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:

@@ -5,7 +5,7 @@ slice's memory, with the slice's gradient and state. Between two steps it holds 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any  # options and state hold whatever the optimizer's class wants
@@ -28,9 +28,10 @@ from memtile.optim.elementwise import (
     stand_in_values,
     trial_values,
 )
-from memtile.optim.fused_adam import fused_adam, fused_tensors, has_fused_adam
+from memtile.optim.step_functions import StepFunction, has_step_function, step_function_of
 
 _CHECKED_LR = 0.1  # a warm-up's first lr is 0, at which every optimizer is element-wise
+_REMEMBERED = 16  # functions: two or three groups, whose lr changes at every step
 _trying = fork_safe_lock()  # torch's flags for a dispatch mode are of the whole process
 _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
@@ -62,7 +63,8 @@ class SliceOptimizer:
 
     def __init__(self, optimizer_class: type[Optimizer], options: Mapping[str, Any]) -> None:
         self._class = check_class(optimizer_class)
-        self._is_fused_adam = has_fused_adam(self._class, _own_step(self._class))
+        self._has_function = has_step_function(self._class, _own_step(self._class))
+        self._functions: dict[object, StepFunction] = {}  # by options and dtype
         self._options = dict(options)
         self.name = self._class.__name__
         refuse_differentiable(self.name, self._options)
@@ -108,7 +110,7 @@ class SliceOptimizer:
         """
         with torch.no_grad():
             group = {**self.defaults, **group_options}
-            if self._try_fused(pieces, group):
+            if self._try_function(pieces, group):
                 return
             with self._lent() as optimizer:
                 stand_ins = [self._stand_in(optimizer, piece, group) for piece in pieces]
@@ -120,27 +122,37 @@ class SliceOptimizer:
                         piece.state.clear()
                         piece.state.update(kept)
 
-    def _try_fused(self, pieces: Sequence[ParameterSlice], group: Mapping[str, Any]) -> bool:
-        found = [self.fused_tensors(group, p.value, p.gradient, p.state) for p in pieces]
-        if any(tensors is None for tensors in found):
-            return False
-        for piece, tensors in zip(pieces, filter(None, found), strict=True):
-            self.step_fused(group, tensors, piece.state["step"].add_(1))
+    def _try_function(self, pieces: Sequence[ParameterSlice], group: Mapping[str, Any]) -> bool:
+        found = []
+        for piece in pieces:
+            function = self.step_function(group)
+            tensors = function and function.tensors(piece.value, piece.gradient, piece.state)
+            if function is None or tensors is None:
+                return False
+            found.append((function, tensors, piece.state.get("step")))
+        for function, tensors, number in found:
+            function.step(tensors, number if number is None else number.add_(1))
         return True
 
-    def fused_tensors(
-        self, options: Mapping[str, Any], value: Tensor, gradient: Tensor, state: Mapping[str, Any]
-    ) -> list[Tensor] | None:
-        """What `step_fused` works on; None where only `step` can take the step."""
-        if not self._is_fused_adam:
+    def step_function(self, options: Mapping[str, Any]) -> StepFunction | None:
+        """torch's function behind the class, for these options; None where only `step` can step."""
+        if not self._has_function:
             return None
-        return fused_tensors(options, value, gradient, state)
+        asked = tuple(map(options.get, self.defaults))
+        try:
+            found = self._functions.get(asked)
+        except TypeError:  # a list has no hash: betas from a file, say
+            found = None
+        return self._find_function(asked, options) if found is None else found
 
-    def step_fused(
-        self, options: Mapping[str, Any], tensors: Sequence[Tensor], number: Tensor
-    ) -> None:
-        """`step` with the bare kernel of torch; `number` is of this step, and the caller's."""
-        fused_adam(self._class, options, tensors, number)
+    def _find_function(self, asked: object, options: Mapping[str, Any]) -> StepFunction | None:
+        found = step_function_of(self._class, {key: options[key] for key in self.defaults})
+        if found is not None:
+            if len(self._functions) >= _REMEMBERED:
+                self._functions.clear()
+            with suppress(TypeError):
+                self._functions[asked] = found
+        return found
 
     @contextmanager
     def _lent(self) -> Iterator[Optimizer]:

@@ -32,6 +32,7 @@ from memtile.optim.checks import check_finite
 from memtile.optim.slice_optimizer import ParameterSlice
 from memtile.optim.state_layout import (
     MASTER,
+    SIXTEEN_BITS,
     Options,
     ParameterState,
     StateLayout,
@@ -108,7 +109,7 @@ class Stepper:
             parked
             or idle
             or gradient is None
-            or not self._step_fused(parameter, group, parameter.data, gradient)
+            or not self._step_directly(parameter, group, parameter.data, gradient)
         ):
             self._step_brought_in(parameter, [*idle, (group, 1)], ahead, in_backward)
         torch.autograd.graph.increment_version(parameter)
@@ -144,7 +145,7 @@ class Stepper:
         with torch.inference_mode(False), torch.no_grad(), brought_in as work:
             self._apply(parameter, work, idle)
 
-    def _step_fused(
+    def _step_directly(
         self,
         parameter: Tensor,
         group: Options,
@@ -152,27 +153,32 @@ class Stepper:
         gradient: Tensor,
         work: StepTensors | None = None,
     ) -> bool:
-        """Step with torch's bare kernel what lies in memory or was brought in, where that can be.
+        """Step with torch's own function what lies in memory or was brought in, where that can be.
 
         An error leaves the number of the step as it was.
         """
-        state = self.layout.state[parameter]
-        if self.layout.stepped_dtype(parameter) != value.dtype:
+        if value.dtype in SIXTEEN_BITS and self.layout.keeps_masters:
+            return False
+        function, state = self.layout.inner.step_function(group), self.layout.state[parameter]
+        if function is None or (not state if work is None else work.new):
             return False
         shaped = state if work is None else {**state, **work.tensors}
-        tensors = self.layout.inner.fused_tensors(group, value, gradient, shaped)
-        if tensors is None or (work is not None and work.new):
+        tensors = function.tensors(value, gradient, shaped)
+        if tensors is None:
             return False
-        number: Tensor = state["step"]
-        number.add_(1)
+        number: Tensor | None = state["step"].add_(1) if function.counts else None
         try:
-            for rows in _chunks(value):
-                part = tensors if rows is ... else [each[rows] for each in tensors]
-                self.layout.inner.step_fused(group, part, number)
+            if function.is_fused:
+                function.step(tensors, number)
+            else:
+                for rows in _chunks(value):
+                    part = tensors if rows is ... else [each[rows] for each in tensors]
+                    function.step(part, number)
             if work is not None:
                 work.store()
         except BaseException:
-            number.sub_(1)
+            if number is not None:
+                number.sub_(1)
             raise
         return True
 
@@ -181,7 +187,7 @@ class Stepper:
         tensors, ((group, times), *more) = work.tensors, runs
         if GRADIENT in tensors and times == 1 and not more:
             value, gradient = tensors[VALUE], tensors[GRADIENT]
-            if self._step_fused(parameter, group, value, gradient, work):
+            if self._step_directly(parameter, group, value, gradient, work):
                 return
         state, allocation = self.layout.state[parameter], streamed_allocation(parameter)
         numbers = {key: entry for key, entry in state.items() if key not in work.tensors}

@@ -4,6 +4,8 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,15 +138,9 @@ class TileOptimizer(Optimizer):
         if self.mode == "classic":
             return
         own = weakref.ref(self)
-
-        def step(parameter: Tensor) -> None:
-            optimizer = own()
-            if optimizer is not None:
-                assert isinstance(parameter, nn.Parameter)
-                optimizer._step_after_backward(parameter)
-
         for parameter in parameters:
             if parameter.requires_grad:
+                step = partial(_step_after_backward, own, gradient_lock(parameter))
                 handle = parameter.register_post_accumulate_grad_hook(step)
                 self._hooks.append((weakref.ref(parameter), handle))
                 step_in_backward(parameter, True)
@@ -234,32 +230,31 @@ class TileOptimizer(Optimizer):
         ahead: Iterable[Sequence[Allocation]] | None,
         in_backward: bool = False,
     ) -> None:
-        owed = self._idle.owed(parameter)
-        self._stepper.step(parameter, group, ahead, in_backward, owed)
-        self._idle.paid(parameter)
+        if parameter in self._idle:
+            ahead = () if in_backward else ahead  # no order of experts repeats
+            owed = self._idle.owed(parameter)
+            self._stepper.step(parameter, group, ahead, in_backward, owed)
+            self._idle.paid(parameter)
+        else:
+            self._stepper.step(parameter, group, ahead, in_backward)
         if parameter.grad is not None:
             self._kept.note(parameter)
 
-    def _step_after_backward(self, parameter: nn.Parameter) -> None:
-        """The hook of in-backward mode: the parameter's gradient is complete."""
-        with gradient_lock(parameter):
-            if parameter.grad is None:
-                return
-            if parameter in self._stepped:
-                parameter.grad = None
-                raise OptimizerError(
-                    "a second backward came before step(): in mode='in_backward' a parameter is "
-                    "stepped by its first one and cannot accumulate; call step() after each "
-                    "backward, or use mode='classic'"
-                )
-            uninterrupted_backward()
-            if not self._stepped:
-                check_dtypes(self._model, self._dtypes)
-                self._group_of = dict(_with_groups(self.param_groups))
-            ahead = () if parameter in self._idle else None  # no order of experts repeats
-            self._step_one(parameter, self._group_of[parameter], ahead, in_backward=True)
-            self._stepped.add(parameter)
+    def _step_now(self, parameter: nn.Parameter) -> None:
+        """Step a parameter whose gradient is complete, in the backward that made it."""
+        if parameter in self._stepped:
             parameter.grad = None
+            raise OptimizerError(
+                "a second backward came before step(): in mode='in_backward' a parameter is "
+                "stepped by its first one and cannot accumulate; call step() after each "
+                "backward, or use mode='classic'"
+            )
+        uninterrupted_backward()
+        if not self._stepped:
+            check_dtypes(self._model, self._dtypes)
+            self._group_of = dict(_with_groups(self.param_groups))
+        self._step_one(parameter, self._group_of[parameter], None, in_backward=True)
+        self._stepped.add(parameter)
 
     def catch_up(self) -> None:
         """Apply the steps that experts without a gradient have put off: each tile is read once.
@@ -339,6 +334,20 @@ class TileOptimizer(Optimizer):
 
 def _with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, ParamGroup]]:
     return ((parameter, group) for group in groups for parameter in group["params"])
+
+
+def _step_after_backward(
+    optimizer: "weakref.ref[TileOptimizer]", lock: AbstractContextManager[object], parameter: Tensor
+) -> None:
+    """The hook of in-backward mode; the lock is the parameter's `gradient_lock`."""
+    own = optimizer()
+    if own is None:
+        return
+    with lock:
+        if parameter.grad is not None:
+            assert isinstance(parameter, nn.Parameter)
+            own._step_now(parameter)
+            parameter.grad = None
 
 
 def _remove(hooks: list[tuple["weakref.ref[nn.Parameter]", RemovableHandle]]) -> None:

@@ -37,6 +37,7 @@ _SIDE: Final = 1024
 _WIDTH: Final = 64
 _LAYERS: Final = 256
 _TILES: Final = 512
+_STEPPED: Final = 8
 
 
 class MeasuringError(MemtileError, RuntimeError):
@@ -195,7 +196,7 @@ def use_everything(home: Home, *, trains: bool) -> int:
     count_step(make_meta_copy(model), work, drops_gradients=True, goes_home=True)
     tile(model, max_tile_bytes=16 << 10, home=home)
     if trains:
-        optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
+        optimizer = TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3, fused=True)
     for _ in range(3):
         with torch.set_grad_enabled(trains):
             loss = work(model)
@@ -243,7 +244,7 @@ class _Lined:
         before = resident_bytes()
         self._plan(trains=True)
         adamw = torch.optim.AdamW
-        self._optimizer = TileOptimizer(self._model, adamw, mode="in_backward", lr=1e-3)
+        self._optimizer = TileOptimizer(self._model, adamw, mode="in_backward", lr=1e-3, fused=True)
         self.step()
         return max(0, resident_bytes() - before)
 
@@ -271,11 +272,12 @@ class _Lined:
 
 
 def _stepped_elements() -> float:
-    """Elements that AdamW steps in a second."""
-    weight = nn.Parameter(torch.zeros(_SIDE, 2 * _SIDE))
-    weight.grad = torch.ones_like(weight)
-    adamw = TileOptimizer(nn.ParameterList([weight]), torch.optim.AdamW, lr=1e-3)
-    return weight.numel() / least_seconds(adamw.step)
+    """Elements that fused AdamW steps in a second, a tile at a time, of more than a cache holds."""
+    tiles = nn.ParameterList(nn.Parameter(torch.zeros(_SIDE, _SIDE)) for _ in range(_STEPPED))
+    for tile_weight in tiles:
+        tile_weight.grad = torch.ones_like(tile_weight)
+    adamw = TileOptimizer(tiles, torch.optim.AdamW, lr=1e-3, fused=True)
+    return _STEPPED * _SIDE**2 / least_seconds(adamw.step)
 
 
 def _product_flops(rows: int, dtype: torch.dtype) -> float:

@@ -158,6 +158,7 @@ def _plan(
             budget=left,
             tokens=settings.tokens,
             optimizer=torch.optim.AdamW,
+            options={"fused": True},
             home=options.home,
             mode=settings.mode,
             work=None if settings.packing else _padded_step(settings.tokens),

@@ -101,7 +101,7 @@ def _fsdp2(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     shard(model, mp_policy=mixed, offload_policy=pinned if options.offload else OffloadPolicy())
     device = "cpu" if options.offload else _device()
     dense_files.load_checkpoint(model, Path(settings.model), device=device, strict=options.strict)
-    adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
     model.train()
     schedule = schedule_of(adamw, settings)
     return _Fsdp2(model, adamw, schedule, dtype=dtype, device=_device(), clip=settings.clip)
@@ -119,7 +119,7 @@ def _zero3(model: Any, settings: TrainingSettings, options: Options) -> Backend:
     if settings.clip is not None:
         given["gradient_clipping"] = settings.clip
     from_checkpoint(model, Path(settings.model), given, strict=options.strict)
-    adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
     model.train()
     engine = attach(deepspeed.initialize(model=model, optimizer=adamw, config=given)[0])
     return _Zero3(model, engine, schedule_of(adamw, settings), dtype)
