@@ -169,7 +169,7 @@ def test_writes_never_reach_the_file(tmp_path):
 @pytest.mark.parametrize("start", [0, 1, 100, 2000])
 @pytest.mark.parametrize("size", [1, 3000, 4096, 4100, 9000, 30_000])
 def test_any_bytes_of_a_file_can_be_read_directly(tmp_path, start, size):
-    """From any byte to any address, up to the file's end and not beyond it, nothing else changed."""
+    """From any byte to any address, up to the file's end; no other byte is changed."""
     path, content = tmp_path / "bytes", torch.arange(40_000, dtype=torch.int32).view(torch.uint8)
     path.write_bytes(content[:39_999].numpy().tobytes())
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
