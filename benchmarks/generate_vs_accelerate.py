@@ -59,13 +59,13 @@ def memtile_side(args: argparse.Namespace, pipe: Connection) -> None:
     """Plans, tiles and generates within the budget."""
     budget = parse_byte_size(args.budget, "--budget")
     transformers.LlamaForCausalLM  # noqa: B018  # imports its module
+    config = transformers.AutoConfig.from_pretrained(args.folder)
+    model = memtile.empty_model(
+        lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    )
+    most = max(args.prompts) + args.tokens
+    plan = memtile.plan(model, budget=budget, tokens=most, optimizer=None, home="checkpoint")
     with capped(budget) as kind, PeakMemory() as peak:
-        config = transformers.AutoConfig.from_pretrained(args.folder)
-        model = memtile.empty_model(
-            lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        )
-        most = max(args.prompts) + args.tokens
-        plan = memtile.plan(model, budget=budget, tokens=most, optimizer=None, home="checkpoint")
         memtile.tile(model, plan, checkpoint=args.folder)
         model.requires_grad_(False).eval()
         parked = [found for p in model.parameters() if (found := allocation_of(p)) is not None]

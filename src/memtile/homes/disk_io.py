@@ -66,13 +66,13 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
 
 
-class _Thread(threading.local):
+class _ThreadPages(threading.local):
     """Pages beside what a thread fills directly."""
 
     beside: Tensor | None = None
 
 
-_thread = _Thread()
+_thread = _ThreadPages()
 
 
 def _beside(nbytes: int) -> Tensor:
