@@ -14,7 +14,7 @@ from torch import Tensor
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
 from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.errors import CheckpointError, HomeError
-from memtile.homes import Allocation, aligned_buffer
+from memtile.homes import Allocation, aligned_buffer, disk_io
 
 
 def allocations_over(folder, tensors):
@@ -40,6 +40,14 @@ class TestWithoutPagemap(TestCheckpointHome):
     @pytest.fixture(autouse=True)
     def _no_pagemap(self, monkeypatch):
         monkeypatch.setattr("memtile.checkpoints.copied_pages._PAGEMAP", "/nowhere")
+
+
+class TestDirectly(TestCheckpointHome):
+    """The same where the tiles do not fit into the page cache."""
+
+    @pytest.fixture(autouse=True)
+    def _no_room(self, monkeypatch):
+        monkeypatch.setattr("memtile.checkpoints.home.fits_page_cache", lambda nbytes: False)
 
 
 def in_pieces(folder, tensors, page=4096):
@@ -68,6 +76,10 @@ class TestInPieces(TestCheckpointHome):
 
     def make_allocations(self, tensors: list[Tensor]) -> list[Allocation]:
         return in_pieces(self.folder, tensors)
+
+
+class TestInPiecesDirectly(TestInPieces, TestDirectly):
+    """And they do not fit into the page cache."""
 
 
 class TestInPiecesWithoutPagemap(TestInPieces):
@@ -152,6 +164,41 @@ def test_writes_never_reach_the_file(tmp_path):
     allocation.home.close()
 
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("start", [0, 1, 100, 2000])
+@pytest.mark.parametrize("size", [1, 3000, 4096, 4100, 9000, 30_000])
+def test_any_bytes_of_a_file_can_be_read_directly(tmp_path, start, size):
+    """From any byte to any address, up to the file's end; no other byte is changed."""
+    path, content = tmp_path / "bytes", torch.arange(40_000, dtype=torch.int32).view(torch.uint8)
+    path.write_bytes(content[:39_999].numpy().tobytes())
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    for offset in (0, 8, 4088, 4096, 5000, 39_999 - size, 39_999):
+        memory = aligned_buffer(size + start + 1)
+
+        done = disk_io.fill_directly(fd, memory[start : start + size], offset)
+
+        assert done == (offset + size <= 39_999)
+        if done:
+            assert torch.equal(memory[start : start + size], content[offset : offset + size])
+            assert not memory[:start].any()
+            assert not memory[start + size :].any()
+    os.close(fd)
+
+
+def test_reads_go_past_the_page_cache_where_tiles_do_not_fit_there(tmp_path, monkeypatch):
+    """What fits into half of the free memory is read through the page cache, the rest directly."""
+    direct = []
+    monkeypatch.setattr(disk_io, "fill_directly", lambda *given: direct.append(given) or False)
+    for fits, path in ((True, "page cache"), (False, "direct")):
+        monkeypatch.setattr("memtile.checkpoints.home.fits_page_cache", lambda n, fits=fits: fits)
+        (allocation,) = allocations_over(tmp_path, [torch.arange(5000.0)])
+
+        allocation.read(piece := aligned_buffer(4096))
+
+        assert allocation.home.path == path
+        assert bool(direct) == (path == "direct")
+        assert torch.equal(piece.view(torch.float32), torch.arange(1024.0))
 
 
 def test_a_file_that_changes_is_noticed_at_the_next_read(tmp_path):

@@ -7,6 +7,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +21,10 @@ from memtile.homes import disk_io
 
 PIECE_BYTES: Final = 4 << 20
 MOST_OPEN: Final = 64  # files: some systems allow a process 256
+_COMPARED_BYTES: Final = 64 << 10
 
 
-class _OpenFile:
+class OpenFile:
     """A file that is closed when nothing refers to this any more."""
 
     def __init__(self, path: Path) -> None:
@@ -32,8 +34,22 @@ class _OpenFile:
             raise CheckpointError(f"{path} cannot be opened ({error.strerror})") from error
         self.close = weakref.finalize(self, os.close, self.fd)
 
+    @cached_property
+    def direct_fd(self) -> int | None:
+        """Reads past the page cache; None where that does not work."""
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            return None
+        weakref.finalize(self, os.close, fd)
+        size = min(_COMPARED_BYTES, os.fstat(self.fd).st_size)
+        cached, direct = (torch.empty(size, dtype=torch.uint8) for _ in range(2))
+        disk_io.fill(self.fd, disk_io.bytes_of(cached), 0)
+        agrees = disk_io.fill_directly(fd, direct, 0) and torch.equal(cached, direct)
+        return fd if agrees else None
 
-_open_files: OrderedDict[int, _OpenFile] = OrderedDict()  # by a StoredFile's id, last used last
+
+_open_files: OrderedDict[int, OpenFile] = OrderedDict()  # by a StoredFile's id, last used last
 
 
 class StoredFile:
@@ -45,7 +61,7 @@ class StoredFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        opened = _OpenFile(path)
+        opened = OpenFile(path)
         try:
             self.entries = self._read_header(opened.fd)
         except BaseException:
@@ -64,7 +80,7 @@ class StoredFile:
             raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
         return header.unpack(raw, size, where)
 
-    def _keep_open(self, opened: _OpenFile) -> None:
+    def _keep_open(self, opened: OpenFile) -> None:
         """Keep the file open; of more than `MOST_OPEN`, close those that were used first.
 
         Each call of the dictionary's methods is atomic.
@@ -75,13 +91,13 @@ class StoredFile:
             while len(_open_files) > MOST_OPEN:
                 _open_files.popitem(last=False)
 
-    def try_open(self) -> _OpenFile | None:
+    def try_open(self) -> OpenFile | None:
         """The file, opened if need be; None where its name is gone or another file's."""
         found = _open_files.get(id(self))
         if found is None:
             if not self.path.exists():
                 return None
-            found = _OpenFile(self.path)
+            found = OpenFile(self.path)
             if not self._is_same(os.fstat(found.fd)):
                 return None
         self._keep_open(found)
@@ -104,7 +120,7 @@ class StoredFile:
         with contextlib.suppress(FileNotFoundError):  # a removed file's bytes stay the same
             self._is_same(os.stat(self.path) if found is None else os.fstat(found.fd))
 
-    def open(self) -> _OpenFile:
+    def open(self) -> OpenFile:
         """The file, opened if need be; CheckpointError where it was replaced or changed."""
         opened = self.try_open()
         if opened is None:

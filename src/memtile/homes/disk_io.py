@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import threading
 
 from torch import Tensor
 
 from memtile.errors import HomeIOError
+from memtile.homes.kernel import PAGE, aligned_buffer, whole_pages
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:
@@ -23,6 +25,34 @@ def fill(fd: int, buffer: memoryview, offset: int) -> None:
     _move("read", fd, buffer, offset)
 
 
+def fill_directly(fd: int, into: Tensor, offset: int) -> bool:
+    """Fills `into` by direct I/O from any byte of a file; whether that worked, in one system call.
+
+    Direct I/O takes whole pages of a file and of memory. So whole pages are read, into whole pages
+    of `into` and a few beside it, and then the bytes are moved to where they belong.
+
+    Args:
+        fd: opened with O_DIRECT.
+        into: 1-D uint8 on the CPU.
+        offset: of the file's first byte that is meant.
+    """
+    before, size = offset % PAGE, into.numel()  # of the first page read; of what is meant
+    start = -into.data_ptr() % PAGE
+    body = max(0, size - start) // PAGE * PAGE
+    beside = _beside(whole_pages(before + size) - body)
+    moved = _try_read(fd, [bytes_of(into)[start : start + body], bytes_of(beside)], offset - before)
+    if moved < before + size:
+        return False
+    first = into.data_ptr()
+    inside = max(0, body - before)
+    if start + before and inside:
+        ctypes.memmove(first, first + start + before, inside)
+    if size > inside:
+        skipped = max(0, before - body)
+        ctypes.memmove(first + inside, beside.data_ptr() + skipped, size - inside)
+    return True
+
+
 def drain(fd: int, buffer: memoryview, offset: int) -> None:
     """Writes the whole buffer to the file at the offset, with the GIL released, or HomeIOError."""
     _move("write", fd, buffer, offset)
@@ -34,6 +64,30 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if not size:
         return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+class _ThreadPages(threading.local):
+    """Pages beside what a thread fills directly."""
+
+    beside: Tensor | None = None
+
+
+_thread = _ThreadPages()
+
+
+def _beside(nbytes: int) -> Tensor:
+    found = _thread.beside
+    if found is None or found.numel() < nbytes:
+        found = _thread.beside = aligned_buffer(nbytes)
+    return found[:nbytes]
+
+
+def _try_read(fd: int, buffers: list[memoryview], offset: int) -> int:
+    """How many bytes one system call read; 0 where it failed."""
+    try:
+        return os.preadv(fd, buffers, offset)
+    except OSError:
+        return 0
 
 
 def _move(act: str, fd: int, buffer: memoryview, offset: int) -> None:

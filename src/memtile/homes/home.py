@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from memtile.errors import ArgumentError, HomeError
 from memtile.homes.kernel import PAGE, renew_in_child, whole_pages
 from memtile.observing import recording
 from memtile.observing.recording import READ, WRITE, clock
+
+# Direct I/O in pieces of 1 to 4 MiB saturates an idle disk. The smallest keep most under way while
+# products keep all cores busy: 0.46 against 0.65 s for 512 MiB in 16 MiB tiles (2 cores).
+PART_BYTES: Final = 1 << 20
 
 _H = TypeVar("_H", bound="Home")
 
@@ -152,6 +156,11 @@ class Home(ABC):
                 if not self._transfers:
                     recording.totals.moving_ns += clock() - self._moving_since
                 self._change.notify_all()
+
+    @property
+    def part_bytes(self) -> int:
+        """What one read or write best moves at once; larger rooms are moved in parts."""
+        return PART_BYTES
 
     def _release(self) -> None:  # noqa: B027  # a home may have nothing to give back
         """Gives back what the home holds, no read or write being under way; open if it raises."""
