@@ -20,7 +20,7 @@ from small_training import (
 )
 from torch import nn
 
-from memtile.transfer import iterations
+from memtile.transfer import rings_of
 
 OVERRIDE_HOOKS = (0, 14)  # which parameter is being stepped when Ctrl-C comes
 
@@ -196,14 +196,14 @@ def test_the_end_of_the_iteration_is_not_left_out(watched):
     model = in_home(_PlainHead(), "disk")
     optimizer = optimizer_for(model, Watched, mode="in_backward", lr=0.01)
     train(model, optimizer, batches(1))
-    before = set(iterations.state.backwards)  # of backwards that failed
+    before = set(rings_of(disk_of(model)).backwards)  # of those that failed
 
     watched(at_step(0, _ctrl_c))
     with pytest.raises(KeyboardInterrupt):
         loss_of(model, batches(1)[0]).backward()
     optimizer.step()
 
-    assert iterations.state.backwards <= before
+    assert set(rings_of(disk_of(model)).backwards) <= before
     train(model, optimizer, batches(1))
     assert slabs_are_free(disk_of(model))
 

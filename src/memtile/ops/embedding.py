@@ -125,6 +125,7 @@ class _ParkedEmbedding(torch.autograd.Function):
         ctx.source, ctx.weight = source, weight
         if ctx.needs_input_grad[1]:
             source.note_use()
+        source.visit()
         begun = clock() if recording.active else 0
         rows = functional.embedding(ids.to(weight.device), weight.detach())
         if begun:

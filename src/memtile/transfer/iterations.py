@@ -3,8 +3,13 @@
 Writes through `.data`, by foreign optimizers or through a mapping cannot be seen from here. So what
 a slab holds is only used in the iteration that read it: a forward, with the backward through it.
 An iteration begins when the outermost module that memtile knows is entered (the model that was
-tiled, or else a tiled layer by itself): every slab is emptied then. It ends with the last node of
-its backward. What is recomputed inside backward belongs to the iteration it is recomputed for.
+tiled, or else a tiled layer by itself), and gets a number. It ends with the last node of its
+backward. What is recomputed inside backward belongs to the iteration it is recomputed for.
+
+It concerns the homes that it visits, and no others: the first visit empties the home's slabs, and
+waits for what is being written there. Slabs that a newer iteration of another thread has emptied
+hold nothing from before this one, and stay as they are. Likewise a backward: it flushes and empties
+the homes that it has visited.
 """
 
 import os
@@ -13,6 +18,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -34,10 +40,17 @@ _CALL = nn.Module._call_impl.__code__  # what runs a module's hooks and its forw
 
 
 class SlabRings:
-    """The slab rings of one home, with one set of reader threads, and what is kept of it."""
+    """The slab rings of one home, with one set of reader threads, and what is kept of it.
+
+    Attributes:
+        iteration: the newest one that has visited the home: nothing in a slab was read before it.
+        backwards: those that have visited the home: autograd's graph tasks, and their threads.
+    """
 
     def __init__(self, kept_bytes: int = 0) -> None:
         self.kept = KeptTiles(kept_bytes)
+        self.iteration = 0
+        self.backwards: dict[int, int] = {}
         self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
         self._process, self._is_closed = os.getpid(), False
         self._make()
@@ -57,7 +70,7 @@ class SlabRings:
         """Whether its threads run: not in a fork, which has none of them, nor once closed."""
         return self._process == os.getpid() and not self._is_closed
 
-    def start(self, home: Home) -> None:
+    def start(self, home: Home, iteration: int) -> None:
         """Begin an iteration: nothing that was read before a write is used in it."""
         self.flush()
         # Slabs are discarded in between: what is kept was read while writes were watched.
@@ -66,6 +79,17 @@ class SlabRings:
             ring.start()
         if was_written:
             self.kept.clear()
+        thread = threading.get_ident()
+        with state.lock:  # last, so that other threads do not use what was not yet discarded
+            self.iteration = max(self.iteration, iteration)
+            failed = [task for task, own in self.backwards.items() if own == thread]
+            for task in failed:
+                del self.backwards[task]
+
+    def discard(self) -> None:
+        """Discard everything that was read."""
+        for ring in self.all():
+            ring.clear()
 
     def flush(self) -> None:
         """Return once everything that was stored is at home; HomeIOError where it cannot be."""
@@ -92,49 +116,33 @@ class _Thread(threading.local):
 
     model: "weakref.ref[nn.Module] | None" = None  # watched, entered and not left
     depth = 0  # of tiled layers
+    iteration = 0  # the last one that began in this thread
 
 
 class IterationState:
     """What this process knows of its homes, iterations and parameters.
 
-    Its lock guards rings, iteration and backwards; nothing is moved or computed under it.
+    Its lock guards the table of rings, and of each the iteration and backwards.
     """
 
     def __init__(self) -> None:
         self.lock = fork_safe_lock()
         self.rings: weakref.WeakKeyDictionary[Home, SlabRings] = weakref.WeakKeyDictionary()
-        self.newest = 0  # the number of the iteration that began last
-        self.iteration = 0  # the number of the one that the slabs were read for
-        self.backwards: set[int] = set()  # autograd's graph tasks that have read tiles
+        self.numbers = count(1)  # of iterations
         self.thread = _Thread()
         self.trained = TensorTable[Any]()  # what `transfer.parked` knows of each parameter
 
-    def start(self) -> None:
-        """Begin an iteration with the rings of all homes."""
-        with self.lock:
-            every = list(self.rings.items())
-        for home, found in every:
-            if found.works:
-                found.start(home)
-
-    def all_rings(self) -> list[SlabRing]:
-        """Those in use, of all homes."""
-        with self.lock:
-            every = list(self.rings.values())
-        return [ring for found in every if found.works for ring in found.all()]
-
     def begin(self) -> None:
-        """Begin an iteration."""
-        with self.lock:
-            self.newest += 1
-            self.iteration = self.newest
-            self.backwards.clear()  # what is left are those that failed
-        self.start()
+        """Begin an iteration in this thread, at the homes that it will visit."""
+        self.thread.iteration = next(self.numbers)
 
     def end(self) -> None:
-        """End it: discard everything that was read."""
-        for ring in self.all_rings():
-            ring.clear()
+        """End this thread's: discard what it read, unless a newer one shares the home."""
+        with self.lock:
+            every = list(self.rings.values())
+        for found in every:
+            if found.works and found.iteration == self.thread.iteration:
+                found.discard()
 
 
 state = IterationState()
@@ -154,6 +162,14 @@ def rings_of(home: Home) -> SlabRings:
             found = state.rings[home] = SlabRings(home.kept_bytes)
             home.when_closed(found.flush, found.close)
         return found
+
+
+def visited_rings(home: Home) -> SlabRings:
+    """The rings of a home whose tiles are read now, in this thread's iteration; as `rings_of`."""
+    found, iteration = rings_of(home), state.thread.iteration
+    if iteration > found.iteration and not in_backward():
+        found.start(home, iteration)
+    return found
 
 
 class _LayerCall:
@@ -177,16 +193,20 @@ def layer_call() -> AbstractContextManager[None]:
     return _layer_call
 
 
-def _is_in_model() -> bool:
+def _is_in_model(entered: nn.Module | None = None) -> bool:
     """Whether the call of the model that this thread has entered is still under way.
 
-    The stack is asked, since a Ctrl-C may skip the hook that leaves the model.
+    The stack is asked, since a Ctrl-C may skip the hook that leaves the model. The call that has
+    just entered a module does not count.
     """
     model = None if state.thread.model is None else state.thread.model()
     frame: FrameType | None = None if model is None else sys._getframe()
+    counts = model is not entered
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals["self"] is model:
-            return True
+            if counts:
+                return True
+            counts = True
         frame = frame.f_back
     state.thread.model = None
     return False
@@ -213,39 +233,47 @@ def unwatch_model(model: nn.Module) -> None:
 
 
 def _enter_model(module: nn.Module, arguments: Any) -> None:  # whatever the model takes
-    if not torch.compiler.is_compiling() and not in_backward():
-        state.thread.model = weakref.ref(module)
-        state.begin()
+    if torch.compiler.is_compiling() or in_backward() or _is_in_model(module):
+        return
+    state.thread.model = weakref.ref(module)
+    state.begin()
 
 
 def _leave_model(module: nn.Module, arguments: Any, output: Any) -> None:  # likewise
-    if not torch.compiler.is_compiling() and not in_backward():
-        state.thread.model = None
-        if not torch.is_grad_enabled():
-            state.end()
-
-
-def enter_backward(number: int) -> None:
-    """A node that was made in iteration `number` is about to read a tile in its backward."""
-    task = torch._C._current_graph_task_id()
-    with state.lock:
-        if task in state.backwards:
-            return
-        # after a backward that failed, inside another backward, or of an older graph
-        if state.backwards or number != state.iteration:
-            state.end()
-            state.iteration = number
-        state.backwards.add(task)
-    Variable._execution_engine.queue_callback(lambda: _end_backward(task))
-
-
-def _end_backward(task: int) -> None:
-    with state.lock:
-        state.backwards.discard(task)
-    try:
-        for ring in state.all_rings():
-            ring.flush()
-    finally:
+    if torch.compiler.is_compiling() or in_backward() or not _has_entered(module):
+        return
+    state.thread.model = None
+    if not torch.is_grad_enabled():
         state.end()
-        if state.all_rings():
-            trim_heap()  # temporaries lie between the activations that were freed
+
+
+def _has_entered(module: nn.Module) -> bool:
+    """Whether it is the model whose call is this thread's iteration, and not one inside it."""
+    return state.thread.model is not None and state.thread.model() is module
+
+
+def enter_backward(home: Home, iteration: int | None) -> None:
+    """A node whose forward visited the home in this iteration is about to visit it in backward."""
+    found, task = rings_of(home), torch._C._current_graph_task_id()
+    if task in found.backwards:
+        return
+    thread = threading.get_ident()
+    with state.lock:
+        # after a backward that failed, inside another backward, or of an older graph
+        if thread in found.backwards.values() or iteration != found.iteration:
+            found.discard()
+        found.backwards[task] = thread
+        newest = found.iteration
+    Variable._execution_engine.queue_callback(lambda: _end_backward(found, task, newest))
+
+
+def _end_backward(found: SlabRings, task: int, newest: int) -> None:
+    with state.lock:
+        thread = found.backwards.pop(task, None)
+    try:
+        found.flush()
+    finally:
+        others = [own for own in list(found.backwards.values()) if own != thread]
+        if found.works and not others and found.iteration == newest:
+            found.discard()
+        trim_heap()  # temporaries lie between the activations that were freed

@@ -18,7 +18,13 @@ from memtile.homes import (
     streamed_allocation,
     tensor_of,
 )
-from memtile.transfer.iterations import enter_backward, rings_of, state
+from memtile.transfer.iterations import (
+    SlabRings,
+    enter_backward,
+    rings_of,
+    state,
+    visited_rings,
+)
 
 
 class Replayer(Protocol):
@@ -105,12 +111,13 @@ class ParkedSource:
     def __init__(self, parameter: nn.Parameter, experts: Sequence[Tensor] = ()) -> None:
         self.parameter = parameter
         self._experts = experts
-        self._noted: tuple[int, int] | None = None  # version and iteration in forward
+        self._noted: int | None = None  # the version in forward
+        self._iteration: int | None = None  # of the home, in forward
         self._in_backward = False
 
     def note_use(self) -> None:
         """The node will need the parameter in its backward."""
-        self._noted = self.parameter._version, state.iteration
+        self._noted = self.parameter._version
         _record(self.parameter).uses.add(self)
 
     def resume(self) -> None:
@@ -118,28 +125,39 @@ class ParkedSource:
         self._in_backward = True
         if self._noted is None:
             return
-        (version, iteration), now = self._noted, self.parameter._version
+        version, now = self._noted, self.parameter._version
         if version != now:
             raise ParkedError(
                 f"a parked tile of shape {tuple(self.parameter.shape)} was modified between its "
                 f"forward (version {version}) and its backward (version {now}): gradients would be "
                 "wrong; run backward before the optimizer steps or weights are written"
             )
-        enter_backward(iteration)
+        allocation = streamed_allocation(self.parameter)
+        if allocation is not None:
+            enter_backward(allocation.home, self._iteration)
         _record(self.parameter).uses.discard(self)
+
+    def visit(self) -> tuple[Allocation, SlabRings] | None:
+        """Its allocation, and the rings of its home, in this iteration; None: it needs no slab."""
+        allocation = streamed_allocation(self.parameter)
+        if allocation is None:
+            return None
+        rings = visited_rings(allocation.home)
+        if not self._in_backward:
+            self._iteration = rings.iteration
+        return allocation, rings
 
     def values(self, device: torch.device) -> AbstractContextManager[Tensor]:
         """The values on this device: only to be read, and not after the block."""
-        parameter = self.parameter
+        parameter, visited = self.parameter, self.visit()
         replayer = _replayer_of(parameter)
         if replayer is not None:
-            replayer.replay(parameter)
-        allocation = streamed_allocation(parameter)
-        if allocation is None:
+            replayer.replay(parameter)  # after the visit: it leaves the tile in a slab
+        if visited is None:
             return nullcontext(parameter.detach().to(device))
         if self._experts:
-            return _expert(allocation, self._following(), device)
-        return _weights(allocation, device)
+            return _expert(*visited, self._following(), device)
+        return _weights(*visited, device)
 
     def _following(self) -> Sequence[Tensor]:
         """The experts that are needed after this one."""
@@ -194,18 +212,17 @@ class _GradientInMemory:
 
 
 @contextmanager
-def _weights(allocation: Allocation, device: torch.device) -> Iterator[Tensor]:
+def _weights(allocation: Allocation, rings: SlabRings, device: torch.device) -> Iterator[Tensor]:
     """The values of a tile, read, while what follows is being read."""
-    with rings_of(allocation.home).weights.acquire((allocation,)) as lease:
+    with rings.weights.acquire((allocation,)) as lease:
         yield lease.tensors[0].to(device)
 
 
 @contextmanager
 def _expert(
-    allocation: Allocation, following: Sequence[Tensor], device: torch.device
+    allocation: Allocation, rings: SlabRings, following: Sequence[Tensor], device: torch.device
 ) -> Iterator[Tensor]:
     """The values of a tile of experts, kept or read, while those that follow are being read."""
-    rings = rings_of(allocation.home)
     kept, epoch = rings.kept, rings.kept.epoch
     found = kept.find(allocation)
     ahead = [(each,) for each in _to_read(following, allocation.home) if each not in kept]
