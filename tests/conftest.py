@@ -28,6 +28,12 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
+@pytest.fixture
+def in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has tiles of disk homes worked on in slabs, as those too large for the page cache are."""
+    monkeypatch.setattr("memtile.homes.disk._OVERWRITES_IN_PLACE", frozenset())
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Makes each test draw the same numbers, whichever tests ran before it."""

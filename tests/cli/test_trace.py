@@ -35,6 +35,7 @@ def finetune(model, text, *more):
     return main([str(word) for word in [*words, "--cache", text.parent / "cache", *more]])
 
 
+@pytest.mark.usefixtures("in_slabs")
 def test_finetune_traces_its_second_step(tiny_model, text, capsys):
     """The trace is one of the format, the table is printed, and the log has what was waited."""
     file = text.parent / "step.json"
@@ -90,6 +91,7 @@ def test_a_wrong_trace_is_refused_before_the_run(tiny_model, text, capsys, more,
     assert not (text.parent / "out").exists()
 
 
+@pytest.mark.usefixtures("in_slabs")
 def test_generate_traces_all_its_tokens(tiny_model, tmp_path, capsys):
     """Reads of every token, from the folder's own files; the text is as without."""
     words = ["generate", str(tiny_model), "--prompt", "word1 word2", "--tokens", "3"]

@@ -528,7 +528,7 @@ def test_without_coherent_direct_io_the_page_cache_serves(tmp_path, monkeypatch,
     before = _open_files()
 
     with caplog.at_level(logging.INFO, "memtile.homes"), DiskHome(tmp_path) as home:
-        assert home.path == "page cache"
+        assert home.path == "buffered"
         assert _open_files() == before + 1
     assert "direct I/O is refused here, or does not agree" in caplog.text
 

@@ -75,6 +75,7 @@ def test_steps_equal_dense_at_every_save(name, tile_bytes, saves):
                 assert (mine[key] - value).abs().max() <= 1e-6 * value.abs().max(), key
 
 
+@pytest.mark.usefixtures("in_slabs")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_moves_only_experts_that_are_hit(mode):
     """What a step of the optimizer reads and writes is the weights and moments of what it steps."""

@@ -137,6 +137,7 @@ def test_weights_that_train_are_not_parked_in_files(folder):
     assert all("only read" in layer.reason for layer in plan.layers)
 
 
+@pytest.mark.usefixtures("in_slabs")
 @pytest.mark.parametrize("where", ["checkpoint", "disk"])
 def test_only_hits_that_are_not_kept_are_read(folder, where):
     """Bytes read are those of the experts chosen without those kept; tokens are the model's own."""
@@ -197,6 +198,7 @@ def trained(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
+@pytest.mark.usefixtures("in_slabs")
 @pytest.mark.parametrize(
     ("where", "kept_stacks"), [("checkpoint", 0), ("checkpoint", 1), ("disk", 1)]
 )
@@ -233,6 +235,7 @@ def train_some(model, optimizer):
     return {name: value.clone() for name, value in memtile.dense_state_dict(model)}
 
 
+@pytest.mark.usefixtures("in_slabs")
 def test_experts_that_train_are_kept_with_their_state(folder):
     """By a plan: the bits of a run that keeps nothing, and less traffic; 1e-5 from dense."""
     mode = "in_backward"

@@ -135,6 +135,7 @@ def test_adapters_train_as_over_the_dense_base(tied: bool, targets: Any, options
     assert_losses_as_accurate(losses, dense.losses, truth64.losses)
 
 
+@pytest.mark.usefixtures("in_slabs")
 def test_nothing_of_the_base_is_trained_or_written() -> None:
     """No gradient, no moment, no room for them; the home is read only, and its file does not grow.
 

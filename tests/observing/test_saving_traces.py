@@ -21,6 +21,12 @@ from memtile.observing.summary import notes_on, rows_of
 def seen() -> Observation:
     """Gives one step of a small model, observed."""
     torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memtile.homes.disk.free_bytes", lambda: 0)
+        return _observed_step()
+
+
+def _observed_step() -> Observation:
     model = memtile.tile(small_model(), out_splits=3, in_splits=2, home="disk")
     optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", lr=1e-3)
     with memtile.observe() as found:

@@ -77,7 +77,7 @@ def test_masters_are_float32(home, dtype):
     assert {k: v.dtype for k, v in optimizer.state[weight].items() if v.dim()} == dict.fromkeys(
         ("exp_avg", "exp_avg_sq", "master"), torch.float32
     )
-    if home == "disk":
+    if home in ("mapped", "disk"):
         assert allocation_of(optimizer.state[weight]["master"]).home is disk_of(model)
 
 

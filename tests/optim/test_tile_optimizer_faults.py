@@ -27,10 +27,10 @@ from memtile.homes import allocation_of
 OVERRIDE_HOOKS = (1, 20)  # which read or write of a step fails first
 
 
-@pytest.fixture(params=["page cache", "direct"])
+@pytest.fixture(params=["buffered", "direct"])
 def path(request, monkeypatch):
     """Which way reads and writes go."""
-    free = 1 << 60 if request.param == "page cache" else 0
+    free = 1 << 60 if request.param == "buffered" else 0
     monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
     return request.param
 

@@ -84,12 +84,12 @@ def test_grids_of_one_tile_row_and_column(grid, mode):
     assert runs[0][0] == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("path", ["page cache", "direct"])
+@pytest.mark.parametrize("path", ["buffered", "direct"])
 @pytest.mark.parametrize("mode", MODES)
 def test_both_paths_to_the_disk_give_the_same_bits(mode, path, monkeypatch):
     """Read and written past the page cache or through it: the weights are the same."""
     _, expected = _trained(small(), "device", optim.AdamW, mode)
-    free = 1 << 60 if path == "page cache" else 0
+    free = 1 << 60 if path == "buffered" else 0
     monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
     model = in_home(small(), "disk")
     (home,) = {tile.home for _, tile in model.up.tiles()}

@@ -75,7 +75,7 @@ def test_a_disk_alone_is_hidden_by_hand_computed_products():
 
 def test_a_home_that_was_not_measured_is_never_free():
     """A disk without rates: None."""
-    rates = replace(RATES, read_bytes=0.0, cached_bytes=0.0)
+    rates = replace(RATES, read_bytes=0.0, mapped_bytes=0.0)
 
     assert free_from(rates, "direct", trains=False, element_bytes=4) is None
     assert free_from(rates, "page cache", trains=True, element_bytes=2) is None

@@ -132,6 +132,7 @@ def test_a_resident_model_takes_what_its_parameters_and_moments_take():
     assert terms["optimizer state of what is resident"] == 2 * parameters
 
 
+@pytest.mark.usefixtures("in_slabs")
 def test_slabs_are_as_the_rings_make_them(tmp_path):
     """The predicted slabs are those that a run has after its steps."""
     from memtile.transfer import rings_of
@@ -150,6 +151,7 @@ def test_slabs_are_as_the_rings_make_them(tmp_path):
     assert rings.steps.slab_bytes == terms["slabs of optimizer steps"]
 
 
+@pytest.mark.usefixtures("in_slabs")
 def test_what_is_moved_is_what_the_home_counts(tmp_path):
     """Bytes read and written in a step are those of the plan, up to what slabs still held."""
     model, home = stack(), memtile.DiskHome(tmp_path)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from small_training import mapped_home
 from torch import Tensor, nn
 
 from memtile import TiledLinear, TileOptimizer, dense_state_dict
@@ -13,7 +14,7 @@ from memtile.layers import ParkedLinear
 
 EXPERTS, OUT, WIDTH = 5, 3, 7
 NONE = "none"  # tiles in no home
-ROUTED_HOMES = (NONE, "device", "host", "disk")
+ROUTED_HOMES = (NONE, "device", "host", "mapped", "disk")
 WAVE = (lambda step: 0.2 + (step % 7) / 5, lambda step: 1.0 if step < 20 else 0.3)
 Step = tuple[Tensor, list[int]]  # the input (N, K), and the experts that it is routed to
 
@@ -56,7 +57,8 @@ def dense_routed(dtype: torch.dtype = torch.float32) -> Routed:
 
 
 def routed(home: Home | str, dtype: torch.dtype = torch.float32) -> Routed:
-    """The same with tiles: in no home, or parked in "device", "host", "disk" or a home."""
+    """The same with tiles: in no home, or parked in one of `ROUTED_HOMES`, or a home."""
+    home = mapped_home() if home == "mapped" else home
     cls = nn.Linear if home == NONE else partial(ParkedLinear, home=home)
     shape = (WIDTH, EXPERTS * OUT)
     tiles = TiledExperts(*shape, bias=False, out_splits=EXPERTS, linear_cls=cls, dtype=dtype)

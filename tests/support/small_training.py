@@ -12,7 +12,7 @@ from memtile import DiskHome, TileOptimizer, dense_state_dict, tile
 from memtile.homes import Home
 
 MODES = ("classic", "in_backward")
-HOMES = ("device", "host", "disk")
+HOMES = ("device", "host", "mapped", "disk")
 GRID = {"out_splits": 2, "in_splits": 2}
 ROWS, WIDTH, INNER = 23, 9, 13  # ragged in every grid but that of one tile
 
@@ -72,8 +72,17 @@ def small(dtype: torch.dtype = torch.float32, reentrant: bool | None = None) -> 
 
 
 def in_home(model: nn.Module, home: Home | str, grid: dict[str, int] = GRID) -> nn.Module:
-    """A copy of the dense model, tiled and parked: "device", "host", "disk" or a home."""
+    """A copy of the dense model, tiled and parked: in one of `HOMES`, or a home."""
+    if home == "mapped":
+        home = mapped_home()
     return tile(copy.deepcopy(model), **grid, home=DiskHome() if home == "disk" else home)
+
+
+def mapped_home() -> DiskHome:
+    """A disk home whose tiles are worked on in the page cache, also where small ones are not."""
+    home = DiskHome()
+    home._is_overwritten, home.path = True, "page cache"
+    return home
 
 
 def batches(count: int, seed: int = 3) -> list[Tensor]:

@@ -9,6 +9,12 @@ from rings import MakeRing
 
 from memtile.transfer import SlabRing
 
+
+@pytest.fixture(autouse=True)
+def _in_slabs(in_slabs: None) -> None:
+    """Tiles are read and written: small files would be worked on in the page cache."""
+
+
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 
 

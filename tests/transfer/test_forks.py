@@ -19,10 +19,10 @@ from memtile.transfer.parked import gradient_lock
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
-@pytest.fixture(params=["page cache", "direct"], autouse=True)
+@pytest.fixture(params=["buffered", "direct"], autouse=True)
 def _path(request, monkeypatch):
     """Reads go past the page cache, or through it."""
-    free = 1 << 60 if request.param == "page cache" else 0
+    free = 1 << 60 if request.param == "buffered" else 0
     monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
 
 

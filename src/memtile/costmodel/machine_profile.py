@@ -21,7 +21,7 @@ class MachineProfile(JsonRecord):
         touched_bytes: bytes a second that other operations read and write.
         read_bytes: bytes a second from the disk, past the page cache.
         written_bytes: bytes a second to it.
-        cached_bytes: bytes a second from and to the page cache.
+        mapped_bytes: bytes a second that are mapped from the page cache, to work on them there.
         stepped_elements: elements a second that AdamW steps.
         tile_seconds: what one visit of a tile costs besides its product.
         inference_use_bytes: memory that libraries take when a forward first runs: code, workspaces.
@@ -44,7 +44,7 @@ class MachineProfile(JsonRecord):
     touched_bytes: float
     read_bytes: float
     written_bytes: float
-    cached_bytes: float
+    mapped_bytes: float
     stepped_elements: float
     tile_seconds: float
     inference_use_bytes: int

@@ -62,7 +62,7 @@ def moved(setting: Setting, layout: ParkedLayout, checkpointing: bool) -> Moved:
 def floors(
     setting: Setting, layout: ParkedLayout, counted: Counted, moves: Moved, *, cached: bool
 ) -> tuple[Floor, ...]:
-    """The floors of a step; `cached`: moves go through the page cache, which the CPU copies."""
+    """The floors of a step; `cached`: tiles are worked on in the page cache."""
     rates, elements = setting.rates, 0
     widest = max((weight.element_bytes for weight in layout.weights), default=4)
     if setting.state is not None:
@@ -77,8 +77,8 @@ def floors(
     disk = moves.read_bytes / max(1.0, rates.read_bytes)
     disk += moves.written_bytes / max(1.0, rates.written_bytes)
     if cached:
-        copied = moves.read_bytes + moves.written_bytes
-        work.append(("copies from and to the page cache", copied / max(1.0, rates.cached_bytes)))
+        mapped = moves.read_bytes + moves.written_bytes
+        work.append(("mapping pages", mapped / max(1.0, rates.mapped_bytes)))
         disk = 0.0
     computing = ", ".join(name for name, seconds in work if seconds)
     found = [Floor(f"computing ({computing})", sum(seconds for _, seconds in work))]
@@ -91,13 +91,13 @@ def free_from(
     """The tokens of a step from which on tiles at home cost at most a tenth of its time.
 
     Per element of a tile: e bytes, T tokens, F(T) flop/s; R, W and C bytes a second read, written
-    and copied from and to the page cache; S elements a second stepped; k visits of v seconds for
+    and mapped from the page cache; S elements a second stepped; k visits of v seconds for
     the N elements of a tile.
 
         in memory   m = 2T/F(T)                    training: 6T/F(T) + 1/S
         moves       r = e, w = 0                   training: r = 2e + s, w = e + s
         host        m + kv/N                       k = 1; training: 4
-        page cache  m + kv/N + (r + w)/C           the CPU copies
+        page cache  m + kv/N + (r + w)/C           the CPU maps pages
         direct      max(m + kv/N, r/R + w/W)       the disk works meanwhile
 
     It is free where that is at most 1.1 m. s is AdamW's state: two moments in float32, and a
@@ -139,7 +139,7 @@ def _slowdown(
     written = element_bytes + state if trains else 0
     work = in_memory + (4 if trains else 1) * rates.tile_seconds / elements
     if place == "page cache":
-        work += (read + written) / max(1.0, rates.cached_bytes)
+        work += (read + written) / max(1.0, rates.mapped_bytes)
     if place == "direct":
         disk = read / max(1.0, rates.read_bytes) + written / max(1.0, rates.written_bytes)
         work = max(work, disk)

@@ -136,7 +136,7 @@ def _at_home(tensor: Tensor, kind: str) -> Iterator[Tensor]:
         yield tensor.detach()
         return
     ring = getattr(rings_of(allocation.home), kind)
-    with ring.acquire((allocation,)) as lease:
+    with ring.acquire((allocation,), written=True) as lease:
         yield lease.tensors[0]
         lease.store()
     ring.flush()  # the next reader may read the home's file mapping

@@ -1,10 +1,11 @@
 """A home on disk: one unnamed file, whose tensors are mapped, and read and written directly.
 
 Linux only. A parked tensor lies over a shared map of the file, so anything may read and write it.
-`read` and `write` go to the file itself: through the page cache where the whole file fits there,
-past it (`O_DIRECT`) where it does not.
+Where the whole file fits into the page cache, tiles are worked on there, through the map. Where it
+does not, they are read and written past the page cache (`O_DIRECT`), into slabs.
 """
 
+import errno
 import logging
 import mmap
 import os
@@ -20,17 +21,26 @@ from torch import Tensor
 
 from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.homes import disk_io
-from memtile.homes.filesystems import usable_folder
+from memtile.homes.filesystems import filesystem_name, usable_folder
 from memtile.homes.home import Allocation, Home, Reservation
 from memtile.homes.kernel import tensor_over
 from memtile.homes.limits import free_bytes
 from memtile.homes.live_file import LiveFile
-from memtile.homes.segments import NOBODY, Segments
+from memtile.homes.segments import NOBODY, Extent, Segments
 
 _log = logging.getLogger("memtile.homes")
 
 PAGE_CACHE: Final = "page cache"
 DIRECT: Final = "direct"
+BUFFERED: Final = "buffered"
+
+_ZEROS: Final = memoryview(bytes(1 << 20))
+_POPULATE_READ: Final = 22  # madvise(2); mmap has no names for them
+_POPULATE_WRITE: Final = 23
+
+# Writing to a mapped page whose blocks are allocated needs no new ones there. Elsewhere a full disk
+# would be a SIGBUS.
+_OVERWRITES_IN_PLACE: Final = frozenset({"ext2", "ext3", "ext4", "xfs"})
 
 
 class DiskHome(Home):
@@ -42,7 +52,10 @@ class DiskHome(Home):
 
     Attributes:
         folder: where the file is.
-        path: what `read` and `write` use: "page cache" or "direct". Decided when the file grows.
+        path: how tiles come to memory. "page cache": the whole file fits into half of the free
+            memory, and tiles are worked on there; "direct": it does not, and they are read and
+            written past it; "buffered": read and written through it, where one of the two cannot
+            be. Decided when the file grows; never back to "page cache".
 
     Raises:
         ArgumentError: the folder is no path.
@@ -69,6 +82,7 @@ class DiskHome(Home):
         self._file = LiveFile(self.folder)
         self._segments = Segments(self._file.extend)
         self._cleanup = weakref.finalize(self, _clean_up, self._file, self._segments)
+        self._is_overwritten = filesystem_name(self.folder) in _OVERWRITES_IN_PLACE
         self.path, self._chosen_at = "", 0
         self._choose_path()
 
@@ -101,21 +115,45 @@ class DiskHome(Home):
     def _is_unwritten(self) -> bool:
         return os.getpid() == self._owner and self._file.is_unwritten()
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether tiles are worked on in the page cache; see `Home.is_mapped`."""
+        return self.path == PAGE_CACHE and os.getpid() == self._owner
+
     def _choose_path(self) -> None:
-        """Decide by what `read` and `write` go, again whenever the file has grown."""
+        """Decide how tiles come to memory, again whenever the file has grown.
+
+        Never back to work in the page cache: slabs may hold what is newer than the file.
+        """
         size = self._file.size
         if size == self._chosen_at:
             return
         self._chosen_at, free = size, free_bytes()
         fits = free is not None and size <= free // 2
-        path = PAGE_CACHE if fits or self._file.direct_fd is None else DIRECT
         fit = "fit" if fits else "do not fit"
         reason = f"its {size} bytes {fit} into half of {free} bytes of free memory"
+        if fits and self._is_overwritten and self.path in ("", PAGE_CACHE):
+            path = PAGE_CACHE
+        elif fits or self._file.direct_fd is None:
+            path = BUFFERED
+        else:
+            path = DIRECT
         if self._file.direct_fd is None:
-            reason = "direct I/O is refused here, or does not agree with the mapping"
+            reason += "; direct I/O is refused here, or does not agree with the mapping"
         if path != self.path:
             self.path = path
-            _log.info("home in %s: reads and writes go by %s: %s", self.folder, path, reason)
+            _log.info("home in %s: tiles come to memory by %s: %s", self.folder, path, reason)
+
+    def _make_pages(self, extent: Extent) -> None:
+        """Write zeros where nothing was taken yet, since a write makes large pages.
+
+        A fault would make those of 4 KiB, which take five times as long to map and to drop.
+        """
+        segment, stop = extent.segment, extent.start + extent.size
+        for start in range(segment.used, stop, len(_ZEROS)):
+            piece = _ZEROS[: stop - start]
+            disk_io.drain(self._file.fd, piece, segment.offset + start)
+        segment.used = max(segment.used, stop)
 
     def _check_process(self) -> None:
         if os.getpid() != self._owner:
@@ -174,17 +212,31 @@ class _DiskAllocation(Allocation):
             self.offset = extent.segment.offset + extent.start
             self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
             home._segments.give_with(self._view, extent)
+            if home.is_mapped:
+                home._make_pages(extent)
         self.address = self.tensor().data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
 
+    def populate(self, written: bool = False) -> None:
+        """Maps its pages into this process, so that a disk's error is no SIGBUS later."""
+        if not self.room:
+            return
+        try:
+            self._advise(_POPULATE_WRITE if written else _POPULATE_READ)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # Linux before 5.14: pages come when they are used
+                raise disk_io.failed("read", self.room, self.offset, error) from error
+
     def evict(self) -> None:
         """Drops the pages that tensors brought into this process's memory; contents stay."""
         if self.room:
-            aligned = self._start // mmap.PAGESIZE * mmap.PAGESIZE  # may be larger than PAGE
-            length = self._start + self.room - aligned
-            self._memory.madvise(mmap.MADV_DONTNEED, aligned, length)
+            self._advise(mmap.MADV_DONTNEED)
+
+    def _advise(self, advice: int) -> None:
+        aligned = self._start // mmap.PAGESIZE * mmap.PAGESIZE  # may be larger than PAGE
+        self._memory.madvise(advice, aligned, self._start + self.room - aligned)
 
     def is_untouched(self) -> bool:
         """Whether nothing was written to the whole file since the last `watch_writes`."""

@@ -58,6 +58,15 @@ def drain(fd: int, buffer: memoryview, offset: int) -> None:
     _move("write", fd, buffer, offset)
 
 
+def failed(act: str, size: int, offset: int, error: OSError) -> HomeIOError:
+    """The error to raise where the kernel could not read or write these bytes of a file."""
+    return HomeIOError(
+        error.errno,
+        f"a home's file: {act} of {size} bytes at {offset} failed ({error.strerror}); the disk or "
+        "its connection is at fault, see the system's log",
+    )
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; it does not keep the tensor alive."""
     size = tensor.numel() * tensor.element_size()
@@ -97,11 +106,7 @@ def _move(act: str, fd: int, buffer: memoryview, offset: int) -> None:
         try:
             moved = once(fd, buffer[done:], offset + done)
         except OSError as error:
-            raise HomeIOError(
-                error.errno,
-                f"a home's file: {act} of {size - done} bytes at {offset + done} failed "
-                f"({error.strerror}); the disk or its connection is at fault, see the system's log",
-            ) from error
+            raise failed(act, size - done, offset + done, error) from error
         if moved <= 0:
             raise HomeIOError(
                 f"a home's file: {act} of {size} bytes at {offset} stopped after {done}; the file "

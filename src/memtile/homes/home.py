@@ -70,6 +70,14 @@ class Home(ABC):
         self._transfers = 0
         self._moving_since = 0
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether tiles are worked on in a file's pages, between `Allocation.populate` and `evict`.
+
+        They do not count as memory of the process outside of that, and need no slab.
+        """
+        return False
+
     @abstractmethod
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> "Allocation":
         """Room for one tensor; its content is undefined.
@@ -251,6 +259,12 @@ class Allocation(ABC):
             self._write_from(source, start)
         if begun:
             recording.add(WRITE, begun, self, source.numel())
+
+    def populate(self, written: bool = False) -> None:  # noqa: B027  # likewise
+        """Brings its pages into this process's memory, to be read or to be written through tensors.
+
+        HomeIOError where they could not be read; without a call they come when they are used.
+        """
 
     def evict(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
         """Drops the pages that tensors brought into this process's memory; contents stay."""

@@ -52,6 +52,7 @@ class Segment:
     offset: int  # where it begins in the file
     memory: mmap.mmap  # shared
     free: FreeRoom  # counted from its beginning
+    used: int = 0  # bytes of it, from its beginning, that were ever taken
 
 
 class Extent(NamedTuple):

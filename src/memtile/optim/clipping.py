@@ -43,7 +43,7 @@ def clip_gradients(
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     if scale.item() != 1.0:  # NaN scales too, as in torch
         for number, gradient in enumerate(gradients):
-            with _in_memory(gradients, number) as (values, lease):
+            with _in_memory(gradients, number, written=True) as (values, lease):
                 values.mul_(scale.to(values.device))
                 if lease is not None:
                     lease.store()
@@ -66,7 +66,9 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
 
 
 @contextmanager
-def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tensor, Lease | None]]:
+def _in_memory(
+    gradients: Sequence[Tensor], number: int, written: bool = False
+) -> Iterator[tuple[Tensor, Lease | None]]:
     """One gradient: itself, or a parked one in a slab, while the next ones are read."""
     allocation = streamed_allocation(gradients[number])
     if allocation is None:
@@ -74,7 +76,8 @@ def _in_memory(gradients: Sequence[Tensor], number: int) -> Iterator[tuple[Tenso
         return
     later = map(streamed_allocation, gradients[number + 1 :])
     ahead = ((each,) for each in later if each is not None)
-    with rings_of(allocation.home).steps.acquire((allocation,), ahead=ahead) as lease:
+    ring = rings_of(allocation.home).steps
+    with ring.acquire((allocation,), written=written, ahead=ahead) as lease:
         yield lease.tensors[0], lease
 
 

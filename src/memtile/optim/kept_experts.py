@@ -110,6 +110,8 @@ class KeptExperts:
         if not parked:  # it was replaced
             return True
         home, needed = parked[VALUE].home, self._bytes(parked)
+        if home.is_mapped:  # its tiles are in memory already, though they do not count there
+            return True
         if not self._make_room(home, needed, self._score(parameter)):
             return False
         rings_of(home).flush()

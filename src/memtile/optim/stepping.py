@@ -270,11 +270,11 @@ class Stepper:
         with ExitStack() as stack:
             # Every thread acquires the rings in this order, or two could wait for each other.
             if in_iteration:
-                values = rings.weights.acquire((old.pop(VALUE),), ahead=ahead)
+                values = rings.weights.acquire((old.pop(VALUE),), written=True, ahead=ahead)
                 work.add(stack.enter_context(values), [VALUE])
             if old or new:
                 lease = rings.steps.acquire(
-                    tuple(old.values()), made=tuple(new.values()), ahead=ahead
+                    tuple(old.values()), made=tuple(new.values()), written=True, ahead=ahead
                 )
                 work.add(stack.enter_context(lease), [*old, *new])
             yield work

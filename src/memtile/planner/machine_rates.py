@@ -294,18 +294,17 @@ def _touched_bytes() -> float:
 def _disk(folder: str | None) -> dict[str, Any]:  # fields of `MachineProfile`
     """Zeros without a folder."""
     if folder is None:
-        return dict.fromkeys(("read_bytes", "written_bytes", "cached_bytes"), 0.0)
+        return dict.fromkeys(("read_bytes", "written_bytes", "mapped_bytes"), 0.0)
     with MeasuredDisk(folder) as disk:
         _begin("disk, page cache")
-        disk.write(direct=False)  # so that the page cache holds it
-        cached = disk.read(direct=False)
+        mapped = disk.map()
         _begin("disk, direct writes")
-        written = disk.write(direct=True)
+        written = disk.write()
         _begin("disk, direct reads")
         return {
-            "read_bytes": disk.read(direct=True),
+            "read_bytes": disk.read(),
             "written_bytes": written,
-            "cached_bytes": cached,
+            "mapped_bytes": mapped,
         }
 
 

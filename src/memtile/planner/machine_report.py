@@ -50,7 +50,6 @@ class Extra:
     """Rates in bytes a second that plans do not use; None: not measured."""
 
     mixed_bytes: float | None = None  # of direct reads and writes at once
-    cache_written_bytes: float | None = None
     to_accelerator: float | None = None  # from pinned memory
     from_accelerator: float | None = None
 
@@ -148,8 +147,7 @@ def _extra(disk: Path | None, system: SystemFacts, started: Callable[[str], None
     if disk:
         started("disk, direct reads and writes at once")
         with MeasuredDisk(disk) as measured:
-            mixed = measured.mix()
-            extra = Extra(mixed, measured.write(direct=False))
+            extra = Extra(mixed_bytes=measured.mix())
     if system.accelerator:
         started(f"the link to {system.accelerator}")
         device = torch.accelerator.current_accelerator()
@@ -178,9 +176,8 @@ def _rates(
     yield rate("memory", "B", lambda of: of.touched_bytes)
     yield rate("elements of AdamW, float32", "", lambda of: of.stepped_elements)
     yield rate("tiles, without their products", "visit", lambda of: 1 / (of.tile_seconds or 1e-9))
-    if now.cached_bytes:
-        yield rate("disk, page cache, read", "B", lambda of: of.cached_bytes)
-        yield from extra_rate("disk, page cache, write", extra.cache_written_bytes)
+    if now.mapped_bytes:
+        yield rate("disk, page cache, mapped", "B", lambda of: of.mapped_bytes)
     if now.read_bytes and folder.direct:
         yield rate("disk, direct, read", "B", lambda of: of.read_bytes)
         yield rate("disk, direct, write", "B", lambda of: of.written_bytes)
@@ -192,7 +189,7 @@ def _rates(
 def _free_from(folder: FolderFacts, now: MachineProfile) -> Iterator[FreeFrom]:
     measured = {
         "host": True,
-        "page cache": now.cached_bytes > 0,
+        "page cache": now.mapped_bytes > 0,
         "direct": folder.direct and now.read_bytes > 0,
     }
     for home in get_args(ReachedBy):

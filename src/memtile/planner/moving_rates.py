@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memtile.homes import DiskHome, aligned_buffer
-from memtile.homes.disk import DIRECT, PAGE_CACHE
+from memtile.homes.disk import DIRECT
 
 _DISK_BYTES: Final = 128 << 20
 _PIECE: Final = 1 << 20
@@ -50,24 +50,29 @@ class MeasuredDisk:
     ) -> None:
         self._home.close()
 
-    def read(self, *, direct: bool) -> float:
-        """Reads of the whole file."""
-        return self._speed(direct, lambda index: self._allocation.read)
+    def read(self) -> float:
+        """Direct reads of the whole file."""
+        return self._speed(lambda index: self._allocation.read)
 
-    def write(self, *, direct: bool) -> float:
-        """Writes of it."""
-        return self._speed(direct, lambda index: self._allocation.write)
+    def write(self) -> float:
+        """Direct writes of it."""
+        return self._speed(lambda index: self._allocation.write)
 
     def mix(self) -> float:
         """Direct reads and writes at once, of every other piece."""
         moves = (self._allocation.read, self._allocation.write)
-        return self._speed(True, lambda index: moves[index % 2])
+        return self._speed(lambda index: moves[index % 2])
 
-    def _speed(
-        self, direct: bool, move_of: Callable[[int], Callable[[Tensor, int], None]]
-    ) -> float:
-        self._home.path = DIRECT if direct else PAGE_CACHE
+    def map(self) -> float:
+        """Mapping its pages to be written to, from the page cache, and dropping them again."""
 
+        def map_and_drop() -> None:
+            self._allocation.populate(written=True)
+            self._allocation.evict()
+
+        return _DISK_BYTES / least_seconds(map_and_drop)
+
+    def _speed(self, move_of: Callable[[int], Callable[[Tensor, int], None]]) -> float:
         def move(index: int) -> None:
             # Threads take pieces in turn, so at most two write to a buffer, whose content is free.
             move_of(index)(self._buffers[index % _THREADS], index * _PIECE)

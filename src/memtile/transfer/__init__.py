@@ -8,6 +8,7 @@ from memtile.transfer.iterations import (
     unwatch_model,
     watch_model,
 )
+from memtile.transfer.leases import Lease
 from memtile.transfer.parked import (
     ParkedSource,
     catch_up,
@@ -16,7 +17,7 @@ from memtile.transfer.parked import (
     put_off_idle_steps,
     step_in_backward,
 )
-from memtile.transfer.slab_ring import Lease, SlabRing
+from memtile.transfer.slab_ring import SlabRing
 from memtile.transfer.slabs import Holder
 
 __all__ = [

@@ -227,7 +227,7 @@ def _expert(
     found = kept.find(allocation)
     ahead = [(each,) for each in _to_read(following, allocation.home) if each not in kept]
     with rings.weights.acquire(() if found is not None else (allocation,), experts=ahead) as lease:
-        if found is None:
+        if found is None and not allocation.home.is_mapped:
             kept.offer(allocation, lease.tensors[0], epoch)
         yield (lease.tensors[0] if found is None else found).to(device)
 
@@ -283,7 +283,7 @@ def _add(parameter: nn.Parameter, new: Tensor, home: Home | None) -> None:
         elif allocation is None:
             old.add_(new)
         else:
-            with rings_of(allocation.home).gradients.acquire((allocation,)) as lease:
+            with rings_of(allocation.home).gradients.acquire((allocation,), written=True) as lease:
                 if home is None:
                     parameter.grad = new.add_(lease.tensors[0])
                 else:

@@ -9,11 +9,9 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import chain, count, islice
-
-from torch import Tensor
 
 from memtile.errors import HomeError
 from memtile.homes import Allocation, renew_in_child
@@ -25,32 +23,9 @@ from memtile.observing.recording import (
     WAIT_FOR_SLAB,
     clock,
 )
+from memtile.transfer.leases import Lease, MappedLease
 from memtile.transfer.prefetch_order import PrefetchOrder
 from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
-
-
-class Lease:
-    """Groups that were acquired at once, in memory until they are released.
-
-    `tensors` are one for each allocation, in its slab: not to be kept.
-    """
-
-    def __init__(self, ring: "SlabRing", slabs: Sequence[Slab], groups: Sequence[Group]) -> None:
-        self._ring, self._slabs = ring, slabs
-        self._places = [
-            (slab, number, allocation)
-            for slab, group in zip(slabs, groups, strict=True)
-            for number, allocation in enumerate(group)
-        ]
-        self.tensors: list[Tensor] = [slab.tensors[number] for slab, number, _ in self._places]
-
-    def store(self, *numbers: int) -> None:
-        """Start writing the tensors home: all of them, or those with these numbers."""
-        chosen = [self._places[number] for number in numbers] or self._places
-        for slab in self._slabs:
-            own = [(number, allocation) for holder, number, allocation in chosen if holder is slab]
-            if own:
-                self._ring.write_home(slab, own)
 
 
 class SlabRing:
@@ -81,21 +56,22 @@ class SlabRing:
         with self._changing():
             return [slab.holder for slab in self._slabs]
 
-    @contextmanager
     def acquire(
         self,
         group: Group = (),
         *,
         made: Group = (),
+        written: bool = False,
         ahead: Iterable[Group] | None = None,
         experts: Iterable[Group] | None = None,
-    ) -> Iterator[Lease]:
+    ) -> AbstractContextManager[Lease]:
         """The group in memory; its slabs go back to the ring after the block, also after an error.
 
         Args:
             group: allocations of one home.
             made: allocations whose content is computed in the block, in a slab of their own with
                 undefined content. Their tensors come after the group's.
+            written: the group may be written to, and stored, in the block.
             ahead: what will be needed next, where the caller knows; by default what was needed
                 after this the last time.
             experts: the group is of experts, and so are these, which come next, before what was
@@ -105,6 +81,18 @@ class SlabRing:
             HomeIOError: it could not be read, or no slab is free since none could be written.
             HomeError: the process was forked inside the block.
         """
+        if any(each.home.is_mapped for each in chain(group[:1], made[:1])):
+            return MappedLease(group, made, written)
+        return self._in_slabs(group, made, ahead, experts)
+
+    @contextmanager
+    def _in_slabs(
+        self,
+        group: Group,
+        made: Group,
+        ahead: Iterable[Group] | None,
+        experts: Iterable[Group] | None,
+    ) -> Iterator[Lease]:
         groups, slabs = [part for part in (group, made) if part], list[Slab]()
         try:
             self._acquire(groups, slabs, made, learn=ahead is None, is_expert=experts is not None)
@@ -120,7 +108,7 @@ class SlabRing:
             recording.totals.waited_ns += waited
             if recording.active and waited > SHORTEST_WAIT_NS:
                 recording.add(WAIT_FOR_READ, begun, groups[0][0])
-            yield Lease(self, slabs, groups)
+            yield Lease(self.write_home, slabs, groups)
             self._check_process()
         except BaseException:
             self._release(slabs, half_changed=True)

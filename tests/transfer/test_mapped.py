@@ -1,0 +1,147 @@
+"""Tiles of a file that fits into the page cache are worked on there: nothing is read or written."""
+
+import errno
+import os
+
+import pytest
+import torch
+from forked import child_says
+from small_training import batches, in_home, loss_of, mapped_home, optimizer_for, small, train
+from torch import nn
+
+import memtile
+from memtile.errors import HomeError, HomeIOError
+from memtile.homes import DiskHome, allocation_of
+from memtile.homes.disk import _POPULATE_READ, _POPULATE_WRITE, _DiskAllocation
+from memtile.transfer import rings_of
+from memtile.transfer.leases import MappedLease
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def in_slabs():
+    """Replaces the fixture of the folder: files that fit are mapped here."""
+
+
+def _mapped_bytes():
+    """Bytes of files that are in this process's memory."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("RssFile"))
+    return int(line.split()[1]) << 10
+
+
+def _refuse_to_populate(patch, number):
+    real = _DiskAllocation._advise
+
+    def advise(allocation, advice):
+        if advice in (_POPULATE_READ, _POPULATE_WRITE):
+            raise OSError(number, os.strerror(number))
+        real(allocation, advice)
+
+    patch.setattr(_DiskAllocation, "_advise", advise)
+
+
+@pytest.mark.parametrize("mode", ["classic", "in_backward"])
+def test_nothing_is_read_or_written(mode):
+    """Training moves no bytes and has no slabs; gradients and state lie in the home."""
+    home = mapped_home()
+    model = in_home(small(), home)
+    optimizer, before = optimizer_for(model, mode=mode), home.traffic
+    loss_of(model, batches(1)[0]).backward()
+    if mode == "classic":
+        assert allocation_of(model.up.tile(0, 0).weight.grad).home is home
+    optimizer.step()
+
+    assert home.traffic == before
+    assert all(ring.slab_bytes == 0 for ring in rings_of(home).all())
+    state = optimizer.state[model.up.tile(0, 0).weight]
+    assert {allocation_of(state[key]).home for key in ("exp_avg", "exp_avg_sq")} == {home}
+
+
+def test_pages_are_dropped_behind(tmp_path, monkeypatch):
+    """While 64 MiB of tiles are trained, at most two tiles' pages with their state are in memory."""
+    home = DiskHome(tmp_path)
+    home._is_overwritten = True
+    model = memtile.tile(nn.Sequential(nn.Linear(4096, 4096, bias=False)), out_splits=32, home=home)
+    optimizer = memtile.TileOptimizer(
+        model, torch.optim.AdamW, mode="in_backward", lr=1e-3, fused=True
+    )
+    most, x, real = 0, torch.randn(2, 4096), MappedLease.__exit__
+
+    def note(lease, *raised):
+        nonlocal most
+        most = max(most, _mapped_bytes())
+        real(lease, *raised)
+
+    monkeypatch.setattr(MappedLease, "__exit__", note)
+    for _ in range(2):
+        before = _mapped_bytes()
+        model(x).sum().backward()
+        optimizer.step()
+
+    assert home.is_mapped
+    assert most - before < 16 * MIB
+
+
+def test_a_file_that_outgrows_memory_is_streamed_from_then_on(tmp_path, monkeypatch):
+    """State that does not fit makes the first step go on in slabs, with the same bits; no way back."""
+    free = 1 << 60
+    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
+    expected = in_home(small(), "host")
+    train(expected, optimizer_for(expected), batches(3))
+    home = DiskHome(tmp_path)
+    home._is_overwritten = True
+    model = in_home(small(), home)
+    assert home.is_mapped
+
+    free = 0
+    optimizer = optimizer_for(model)
+    home.allocate((4 * MIB,), torch.uint8)
+    assert not home.is_mapped
+    free = 1 << 60
+    home.allocate((16 * MIB,), torch.uint8)
+    train(model, optimizer, batches(3))
+
+    assert not home.is_mapped
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_a_disk_that_cannot_be_read_is_an_error(monkeypatch):
+    """Pages that cannot be read raise HomeIOError before a product touches them."""
+    model = in_home(small(), mapped_home())
+
+    with monkeypatch.context() as patch:
+        _refuse_to_populate(patch, errno.EIO)
+        with pytest.raises(HomeIOError, match="see the system's log"):
+            loss_of(model, batches(1)[0])
+    assert loss_of(model, batches(1)[0]).isfinite()
+
+
+def test_an_old_kernel_maps_pages_as_they_are_used(monkeypatch):
+    """Where madvise does not know the advice (Linux before 5.14) the tiles are used all the same."""
+    model = in_home(small(), mapped_home())
+    expected = loss_of(model, batches(1)[0])
+    _refuse_to_populate(monkeypatch, errno.EINVAL)
+
+    assert torch.equal(loss_of(model, batches(1)[0]), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_reads_and_changes_nothing():
+    """A child reads the tiles; a step there is refused and leaves the parent's tiles as they are."""
+    home = mapped_home()
+    model = in_home(small(), home)
+    optimizer = optimizer_for(model)
+    train(model, optimizer, batches(1))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss = loss_of(model, batches(1)[0])
+
+    def reads_and_is_refused():
+        with pytest.raises(HomeError, match="belongs to process"):
+            train(model, optimizer, batches(1))
+        return torch.equal(loss_of(model, batches(1)[0]), loss)
+
+    assert child_says(reads_and_is_refused)
+    assert all(map(torch.equal, model.parameters(), before))
