@@ -25,7 +25,8 @@ def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
     own, parameters = tile.__dict__, tile._parameters
     return (
         type(tile) is cls
-        and not any(own[hooks] for hooks in _HOOKS)
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
         and type(parameters.get("weight")) is nn.Parameter
         and type(parameters.get("bias")) in (nn.Parameter, type(None))
         and "forward" not in own
@@ -35,9 +36,7 @@ def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
 
 def all_plain(tiles: Sequence[nn.Module]) -> bool:
     """Whether all tiles are plain, of one device and dtype, and there are no global hooks."""
-    if any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS):
-        return False
-    if nn.Linear.forward is not _LINEAR_FORWARD or nn.Linear.__call__ is not _LINEAR_CALL:
+    if hooked_globally() or nn.Linear.forward is not _LINEAR_FORWARD:
         return False
     first = tiles[0]._parameters.get("weight")
     if first is None or not first.is_floating_point():  # complex gradients need conjugates
@@ -50,6 +49,13 @@ def all_plain(tiles: Sequence[nn.Module]) -> bool:
             for p in tile._parameters.values()
         )
         for tile in tiles
+    )
+
+
+def hooked_globally() -> bool:
+    """Whether calls of any module may do more: there are global hooks, or another `__call__`."""
+    return nn.Linear.__call__ is not _LINEAR_CALL or any(
+        getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS
     )
 
 

@@ -10,6 +10,7 @@ import copy
 import copyreg
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from memtile import ops
 from memtile.errors import ParkedCopyWarning, ParkedError
+from memtile.geometry import Grid
 from memtile.homes import (
     Home,
     allocate_copy,
@@ -268,6 +270,36 @@ def parameter_of(values: Tensor, requires_grad: bool) -> nn.Parameter:
     if allocation is not None:
         register(parameter, allocation)
     return parameter
+
+
+_FORWARD = ParkedLinear.forward
+
+
+@lru_cache(maxsize=1024)
+def _shapes(grid: Grid) -> tuple[torch.Size, ...]:
+    return tuple(torch.Size(grid.rect(*index).shape) for index in grid.indices())
+
+
+def operands_of(
+    tiles: Sequence[nn.Module], grid: Grid
+) -> list[tuple[nn.Parameter, Tensor | None]] | None:
+    """Weights and biases of the tiles of a grid, row by row; None where one is to be called.
+
+    A tile is not called where it is a plain `ParkedLinear`, and its weight what the grid says.
+    """
+    found: list[tuple[nn.Parameter, Tensor | None]] = []
+    if checks.hooked_globally() or ParkedLinear.forward is not _FORWARD:
+        return None
+    for tile, shape in zip(tiles, _shapes(grid), strict=True):
+        if not checks.is_plain(tile, ParkedLinear):
+            return None
+        weight: Any = tile._parameters["weight"]  # it has one, or it would not be plain
+        if weight.shape != shape or weight.dtype is not tiles[0].weight.dtype:
+            return None
+        if not is_parked(weight):
+            return None
+        found.append((weight, tile._parameters["bias"]))
+    return found
 
 
 # Made at import: contexts such as DeepSpeed's zero.Init patch classes that are made inside them.

@@ -1,7 +1,8 @@
-"""The three paths of a call of a tiled linear, and the hooks that subclasses override.
+"""The four paths of a call of a tiled linear, and the hooks that subclasses override.
 
 - fused, when every tile is resident and plain: one autograd function (`ops.fused`);
-- composed, when a tile is anything more (hooks, another class, parked, an engine, autocast): each
+- direct, when every tile is parked and plain: one node for each tile (`ops.parked_layer`);
+- composed, when a tile is anything more (hooks, another class, an engine, autocast): each
   tile is called as a module and its result written into the output (`ops.composed`);
 - traceable, under compilers and transforms and in subclasses that override how results are reduced
   or combined: the three override hooks below, in ordinary operations.
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import TileClassError, TileShapeError
 from memtile.layers import checks
-from memtile.layers.parked import ParkedLinear
+from memtile.layers.parked import ParkedLinear, operands_of
 from memtile.layers.tiled_module import TiledModule
 from memtile.layers.values import Index
 from memtile.transfer import layer_call
 
+Operands = Sequence[tuple[nn.Parameter, Tensor | None]]
 Results = Iterator[tuple[Index, Any]]
 _NOTHING: Any = object()  # Any: the default of an input that may be anything
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -83,6 +85,11 @@ class LinearPaths(TiledModule):
         if plain or parked or (transformed and type(tiles[0]) is nn.Linear):
             whole = _cast_as_autocast(whole)
         chunks = self._split(whole, declared)
+        operands = None
+        if parked and not overridden and not transformed:
+            operands = self._operands(chunks, tiles)
+        if operands is not None:
+            return self._direct_path(chunks, operands)
         path = self._traceable_path if overridden or transformed else self._composed_path
         with nullcontext() if transformed else layer_call():
             return path(self._results(chunks))
@@ -129,6 +136,25 @@ class LinearPaths(TiledModule):
             biases = [row[-1].bias for row in self.linears]  # type: ignore[index]  # a ModuleList's
         result = ops.fused_linear(spec, whole, [tile.weight for tile in tiles], biases)  # type: ignore[misc]
         return result if isinstance(result, Tensor) else list(result)
+
+    def _operands(self, chunks: Sequence[Any], tiles: Sequence[nn.Module]) -> Operands | None:
+        """Weight and bias of every tile, where all are plain parked ones; None elsewhere."""
+        if not all(type(chunk) in (Tensor, nn.Parameter) for chunk in chunks):
+            return None
+        found, biases, columns = operands_of(tiles, self.grid), self._bias_rows(), self.in_splits
+        if not found or not biases:
+            return found
+        return [
+            (weight, biases[n // columns] if (n + 1) % columns == 0 else None)
+            for n, (weight, _) in enumerate(found)
+        ]
+
+    def _direct_path(self, chunks: Sequence[Tensor], operands: Operands) -> Any:
+        """Parked tiles write their products into the output: no tile is called as a module."""
+        dtype = chunks[0].dtype
+        cast = [(w, None if b is None else b.to(dtype)) for w, b in operands]  # as autocast does
+        with layer_call():
+            return ops.parked_layer(chunks, cast, self.grid, self.combine_out_splits)
 
     def _split(self, whole: list[Any], declared: list[int] | None) -> list[Any]:
         """The input's chunks, one for each column."""

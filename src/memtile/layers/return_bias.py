@@ -31,6 +31,9 @@ class TiledLinearReturnBias(TiledLinear):
         """Never: a plain tile returns no pair, which the composed path reports."""
         return False
 
+    def _operands(self, chunks: Sequence[Any], tiles: Sequence[nn.Module]) -> None:
+        """None: likewise for a parked one."""
+
     def _composed_path(self, results: Results) -> Any:
         biases: list[Tensor | None] = [None] * self.out_splits
 

@@ -23,6 +23,7 @@ from memtile.ops.parked import (
     grouped_tile,
     parked_linear,
 )
+from memtile.ops.parked_layer import parked_layer
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "join_rows",
     "needs_float32_sum",
     "parked_embedding",
+    "parked_layer",
     "parked_linear",
     "place_rows",
     "split_tensor_along_last_dim",

@@ -163,10 +163,15 @@ def float32_edges(chunk: Tensor, rows: int) -> Iterator[Tensor]:
     if rows == 1 or chunk.dtype not in SIXTEEN_BITS or not is_tracked:
         yield from (chunk for _ in range(rows))
         return
-    node = _Float32Node.apply(chunk)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    value = chunk.detach()
+    node, value = float32_edge(chunk), chunk.detach()
     for _ in range(rows):
         yield _Edge.apply(node, value)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def float32_edge(chunk: Tensor) -> Tensor:
+    """A float32 tensor without memory that stands for `chunk`: its gradient is cast to chunk's."""
+    edge: Tensor = _Float32Node.apply(chunk)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return edge
 
 
 def float32_casts(chunk: Tensor, rows: int) -> Iterator[Tensor]:

@@ -108,7 +108,7 @@ class _GroupedTile(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.groups = weight, groups
         out = x.new_empty((*x.shape[:-1], groups.width(weight)))
-        with _no_autocast(x):
+        with no_autocast(x):
             for a, matrix, y in _by_expert(groups, weight.detach(), x, out):
                 sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1)
         return out
@@ -117,9 +117,9 @@ class _GroupedTile(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), groups, (x,) = grads, ctx.groups, ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(grad):
-            return _differentiably(ctx, grad)
+            return differentiably(ctx, grad)
         dx = dw = None
-        with _no_autocast(grad):
+        with no_autocast(grad):
             if ctx.needs_input_grad[0]:
                 dx = torch.empty_like(x)
                 for g, matrix, rows in _by_expert(groups, ctx.weight.detach(), grad, dx):
@@ -150,7 +150,7 @@ class _ParkedLinear(torch.autograd.Function):
         out = x.new_empty((*x.shape[:-1], groups.width(weight) if groups else weight.shape[0]))
         if not out.numel():  # an expert that other ranks have rows for is not read here
             return out
-        with _no_autocast(x), source.values(x.device) as values:
+        with no_autocast(x), source.values(x.device) as values:
             for a, matrix, y in _by_expert(groups, values, x, out):
                 sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
         if begun:
@@ -164,14 +164,14 @@ class _ParkedLinear(torch.autograd.Function):
             return None, None, None, None, None
         ctx.source.resume()
         if torch.is_grad_enabled() or is_batched(grad):
-            return *_differentiably(ctx, grad), None, None
+            return *differentiably(ctx, grad), None, None
         begun = clock() if recording.active else 0
         dx = dw = db = None
-        with _no_autocast(grad):
+        with no_autocast(grad):
             if needed[0]:
                 dx = _input_gradient(ctx, grad)
             if needed[1]:
-                dw = _weight_gradient(ctx, grad)
+                dw = weight_gradient(ctx, grad)
             if needed[2]:
                 db = _as_matrix(grad).sum(0)
         if begun:
@@ -200,7 +200,7 @@ def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return dx
 
 
-def _weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
+def weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     """What backward returns for the weight: None where its gradient went home."""
     (x,) = ctx.saved_tensors
 
@@ -278,7 +278,7 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     out.copy_(product)
 
 
-def _differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Backward in ordinary operations on the parameter itself, in its home's memory."""
     needed, flat = ctx.needs_input_grad, grad.reshape(-1, grad.shape[-1])
     groups = ctx.groups or Groups((flat.shape[0],))
@@ -301,7 +301,7 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Casts are explicit: autocast's cache would return the last tile's weight for a new slab."""
     # torch has none to ask about for the meta device
     if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):

@@ -51,6 +51,27 @@ def sum_of_products(
         _sum_in_place(out, pairs, bias)
 
 
+def add_product(
+    total: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, is_first: bool = False
+) -> None:
+    """Add `a @ b + bias` to `total` (N, M), or write it there, in place and outside of autograd.
+
+    The total of 16-bit products is float32, and its `bias` is added in float32.
+    """
+    same = total.dtype == a.dtype
+    if same and not is_first and total.shape[1] >= NARROW_SIDE and total.is_contiguous():
+        torch.addmm(total, a, b, out=total)
+    else:
+        wide = not same and writes_float32(total.device.type, a.dtype)
+        part = multiply_to_float32(a, b) if wide else multiply(a, b)
+        if is_first:
+            total.copy_(part)
+        else:
+            add_into(total, part)
+    if bias is not None:
+        total.add_(bias)
+
+
 def _sum_in_place(out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], bias: Tensor | None) -> None:
     for number, (a, b) in enumerate(pairs):
         if number:
