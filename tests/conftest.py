@@ -31,7 +31,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has tiles of disk homes worked on in slabs, as those too large for the page cache are."""
-    monkeypatch.setattr("memtile.homes.disk._OVERWRITES_IN_PLACE", frozenset())
+    monkeypatch.setattr("memtile.homes.filesystems._OVERWRITING", frozenset())
 
 
 @pytest.fixture(autouse=True)

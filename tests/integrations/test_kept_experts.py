@@ -115,6 +115,7 @@ def test_nothing_is_kept_of_a_model_that_fits(folder):
     assert plan.parked_layers == ()
 
 
+@pytest.mark.usefixtures("in_slabs")
 def test_plans_keep_experts_on_disk(folder):
     """All of the budget's rest in inference; in training what whole stacks leave of it."""
     plan = planned(folder, home="disk")

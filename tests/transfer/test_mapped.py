@@ -60,7 +60,7 @@ def test_nothing_is_read_or_written(mode):
 
 
 def test_pages_are_dropped_behind(tmp_path, monkeypatch):
-    """While 64 MiB of tiles are trained, at most two tiles' pages with their state are in memory."""
+    """Of 64 MiB of tiles that train, at most two with their state are in memory at any time."""
     home = DiskHome(tmp_path)
     home._is_overwritten = True
     model = memtile.tile(nn.Sequential(nn.Linear(4096, 4096, bias=False)), out_splits=32, home=home)
@@ -85,7 +85,7 @@ def test_pages_are_dropped_behind(tmp_path, monkeypatch):
 
 
 def test_a_file_that_outgrows_memory_is_streamed_from_then_on(tmp_path, monkeypatch):
-    """State that does not fit makes the first step go on in slabs, with the same bits; no way back."""
+    """From there on tiles come into slabs, with the same bits, and never go back."""
     free = 1 << 60
     monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
     expected = in_home(small(), "host")
@@ -120,7 +120,7 @@ def test_a_disk_that_cannot_be_read_is_an_error(monkeypatch):
 
 
 def test_an_old_kernel_maps_pages_as_they_are_used(monkeypatch):
-    """Where madvise does not know the advice (Linux before 5.14) the tiles are used all the same."""
+    """Where madvise refuses the advice (Linux before 5.14) tiles are used all the same."""
     model = in_home(small(), mapped_home())
     expected = loss_of(model, batches(1)[0])
     _refuse_to_populate(monkeypatch, errno.EINVAL)
@@ -130,7 +130,7 @@ def test_an_old_kernel_maps_pages_as_they_are_used(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_reads_and_changes_nothing():
-    """A child reads the tiles; a step there is refused and leaves the parent's tiles as they are."""
+    """A child reads the tiles; its step is refused, and its parent's tiles stay as they are."""
     home = mapped_home()
     model = in_home(small(), home)
     optimizer = optimizer_for(model)

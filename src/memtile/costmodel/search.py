@@ -66,6 +66,7 @@ class Search:
     count: Count  # counts a step of a layout
     budget: Budget
     cached: Callable[[int], bool]  # whether a home of so many bytes is in the page cache
+    maps: bool = False  # whether tiles are worked on there
     _known: dict[tuple[bool, tuple[tuple[str, Grid], ...]], Found] = field(
         default_factory=dict, init=False
     )
@@ -80,7 +81,17 @@ class Search:
         if not found:
             raise self._nothing_fits(checkpointing)
         fastest = min(found, key=lambda each: (each.seconds, each.layout.tiles))
-        return fastest if self.setting.in_place else self._keeping_experts(fastest)
+        if self.setting.in_place:
+            return fastest
+        if self.maps and self.cached(home_bytes(self.setting, fastest.layout)):
+            return self._mapped(fastest)
+        return self._keeping_experts(fastest)
+
+    def _mapped(self, found: Found) -> Found:
+        """The same with a tile at a time instead of slabs; those fit too, should they be needed."""
+        rings = replace(self.setting.rings, weights=1, gradients=1, steps=1)
+        setting = replace(self.setting, rings=rings)
+        return replace(found, terms=terms(setting, found.layout, found.counted))
 
     def _keeping_experts(self, found: Found) -> Found:
         """The same, with what is left of the budget for the most used experts."""

@@ -1,7 +1,12 @@
 """Homes: where tiles live while they are not used, in memory or on disk."""
 
 from memtile.homes.disk import DiskHome
-from memtile.homes.filesystems import filesystem_name, usable_folder, why_unusable
+from memtile.homes.filesystems import (
+    filesystem_name,
+    overwrites_in_place,
+    usable_folder,
+    why_unusable,
+)
 from memtile.homes.home import Allocation, Home, Reservation, Traffic
 from memtile.homes.kernel import (
     PAGE,
@@ -58,6 +63,7 @@ __all__ = [
     "is_parked",
     "keep_freed_memory_out",
     "memory_limit",
+    "overwrites_in_place",
     "page_out",
     "pieces",
     "processor_limit",

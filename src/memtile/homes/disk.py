@@ -21,7 +21,7 @@ from torch import Tensor
 
 from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.homes import disk_io
-from memtile.homes.filesystems import filesystem_name, usable_folder
+from memtile.homes.filesystems import overwrites_in_place, usable_folder
 from memtile.homes.home import Allocation, Home, Reservation
 from memtile.homes.kernel import tensor_over
 from memtile.homes.limits import free_bytes
@@ -37,10 +37,6 @@ BUFFERED: Final = "buffered"
 _ZEROS: Final = memoryview(bytes(1 << 20))
 _POPULATE_READ: Final = 22  # madvise(2); mmap has no names for them
 _POPULATE_WRITE: Final = 23
-
-# Writing to a mapped page whose blocks are allocated needs no new ones there. Elsewhere a full disk
-# would be a SIGBUS.
-_OVERWRITES_IN_PLACE: Final = frozenset({"ext2", "ext3", "ext4", "xfs"})
 
 
 class DiskHome(Home):
@@ -82,7 +78,7 @@ class DiskHome(Home):
         self._file = LiveFile(self.folder)
         self._segments = Segments(self._file.extend)
         self._cleanup = weakref.finalize(self, _clean_up, self._file, self._segments)
-        self._is_overwritten = filesystem_name(self.folder) in _OVERWRITES_IN_PLACE
+        self._is_overwritten = overwrites_in_place(self.folder)
         self.path, self._chosen_at = "", 0
         self._choose_path()
 

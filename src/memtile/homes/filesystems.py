@@ -14,6 +14,7 @@ from memtile.errors import ArgumentError, HomeError
 _MOUNTS = Path("/proc/self/mountinfo")
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")  # a space in the name of a folder is \040 there
 _IN_MEMORY: Final = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
+_OVERWRITING: Final = frozenset({"ext2", "ext3", "ext4", "xfs"})
 _OF_THE_KERNEL: Final = {
     0x9FA0: "proc",
     0x62656572: "sysfs",
@@ -75,6 +76,14 @@ def filesystem_type(folder: Path) -> int | None:
     found = (ctypes.c_long * 32)()  # longer than the struct, whose first field is the type
     failed = ctypes.CDLL(None).statfs(os.fsencode(folder), found)
     return None if failed else found[0] & 0xFFFFFFFF
+
+
+def overwrites_in_place(folder: Path) -> bool:
+    """Whether writing to a mapped page whose blocks are allocated is known to need no new ones.
+
+    Elsewhere a full disk would end the process (SIGBUS).
+    """
+    return filesystem_name(folder) in _OVERWRITING
 
 
 def filesystem_name(folder: Path) -> str | None:

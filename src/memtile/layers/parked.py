@@ -296,8 +296,6 @@ def operands_of(
         weight: Any = tile._parameters["weight"]  # it has one, or it would not be plain
         if weight.shape != shape or weight.dtype is not tiles[0].weight.dtype:
             return None
-        if not is_parked(weight):
-            return None
         found.append((weight, tile._parameters["bias"]))
     return found
 

@@ -31,7 +31,7 @@ Operands = Sequence[tuple[Any, Tensor | None]]  # Any: a parameter, as a source 
 _REST: Final = (None, None, None)  # gradients of what is no tensor of the graph
 
 
-class _Place(NamedTuple):
+class _TilePlace(NamedTuple):
     """Which part of the output a tile writes, and who comes before and after it."""
 
     start: int  # its columns of the output tensor
@@ -43,10 +43,10 @@ class _Place(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _places(grid: Grid, combine: bool) -> tuple[_Place, ...]:
+def _places(grid: Grid, combine: bool) -> tuple[_TilePlace, ...]:
     """Those of all tiles, row by row."""
     return tuple(
-        _Place(
+        _TilePlace(
             out.start if combine else 0,
             out.stop if combine else out.size,
             grid.out_features if combine else out.size,
@@ -99,7 +99,7 @@ def _first_edge(x: Tensor, rows: int) -> Tensor | None:
     return float32_edge(x) if x.dtype in SIXTEEN_BITS else x
 
 
-def _total(x: Tensor, place: _Place) -> Tensor | None:
+def _total(x: Tensor, place: _TilePlace) -> Tensor | None:
     """What a row of several 16-bit tiles is summed in."""
     if x.dtype not in SIXTEEN_BITS:
         return None
@@ -113,7 +113,7 @@ def _write(
     out: Tensor,
     total: Tensor | None,
     source: ParkedSource,
-    place: _Place,
+    place: _TilePlace,
 ) -> None:
     """Write a tile's product to its place in the output, or add it."""
     if not out.numel():  # no tokens: nothing is read
@@ -146,7 +146,7 @@ class _PlacedProduct(torch.autograd.Function):
         edge: Tensor | None,
         total: Tensor | None,
         source: ParkedSource,
-        place: _Place,
+        place: _TilePlace,
     ) -> tuple[Tensor, Tensor | None]:
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)

@@ -5,7 +5,7 @@ the dense parameter has in the dense model.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, Protocol, runtime_checkable
@@ -73,6 +73,11 @@ class DenseParameter:
     name: str
     shape: torch.Size
     parts: tuple[Part, ...]
+
+
+def with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, ParamGroup]]:
+    """Each parameter of these groups, and the group that it is in."""
+    return ((parameter, group) for group in groups for parameter in group["params"])
 
 
 def dense_parameters(model: nn.Module) -> list[DenseParameter]:

@@ -126,8 +126,10 @@ class SliceOptimizer:
         found = []
         for piece in pieces:
             function = self.step_function(group)
-            tensors = function and function.tensors(piece.value, piece.gradient, piece.state)
-            if function is None or tensors is None:
+            if function is None:
+                return False
+            tensors = function.tensors(piece.value, piece.gradient, piece.state)
+            if tensors is None:
                 return False
             found.append((function, tensors, piece.state.get("step")))
         for function, tensors, number in found:

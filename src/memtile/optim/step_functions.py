@@ -25,6 +25,7 @@ _PLAIN: Final = {float, int, bool, NoneType}
 _COUNTS: Final = (torch.float32, torch.float64)
 
 Options = Mapping[str, Any]
+Absent = tuple[list[None], ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class StepFunction:
     function: Callable[..., Any]
     options: Options
     keys: tuple[str, ...]
-    absent: tuple[list[None], ...] = ()  # in place of state that these options do without
+    absent: Absent = ()  # in place of state that these options do without
     is_fused: bool = True
     counts: bool = True
 
@@ -98,7 +99,9 @@ def _adam(options: Options, is_decoupled: bool = False) -> StepFunction:
     given = _picked(options, "lr", "weight_decay", "eps", "amsgrad", "maximize")
     given |= {"beta1": beta1, "beta2": beta2}
     keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    keys, absent = ((*keys, "max_exp_avg_sq"), ()) if options["amsgrad"] else (keys, ([],))
+    absent: Absent = ([],)
+    if options["amsgrad"]:
+        keys, absent = (*keys, "max_exp_avg_sq"), ()
     if options["fused"]:
         function = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
         return StepFunction(function, given, keys, absent)
@@ -112,7 +115,7 @@ def _sgd(options: Options) -> StepFunction:
     names = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
     given = _picked(options, *names)
     if options["fused"]:
-        absent = () if has_momentum else ([],)
+        absent: Absent = () if has_momentum else ([],)
         given |= {"is_first_step": False}  # the class makes the momentum
         return StepFunction(torch._fused_sgd_, given, keys, absent, counts=False)
     given |= _picked(options, "foreach", "fused")

@@ -8,7 +8,6 @@ what it steps: of a whole tile they would cost memory, leave holes in the heap t
 (1.3 GiB for 80 tiles of 16 MiB, measured), and not stay in the cache.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +35,9 @@ from memtile.optim.state_layout import (
     Options,
     ParameterState,
     StateLayout,
+    copy_of,
     is_shaped,
+    put_in_place,
 )
 from memtile.transfer import Lease, rings_of
 
@@ -201,7 +202,7 @@ class Stepper:
             late = {key: allocate_copy(allocation.home, entry) for key, entry in late.items()}
         work.store()
         state.update({**work.new, **late})
-        state.update({key: _in_place(state.get(key), entry) for key, entry in kept.items()})
+        state.update({key: put_in_place(state.get(key), entry) for key, entry in kept.items()})
         if work.new:
             self._trim_now_and_then(parameter.nbytes)
 
@@ -233,7 +234,7 @@ class Stepper:
             _refresh(master, value, MASTER in new)
         target = value if master is None else master
         moments = {key: view for key, view in views.items() if key not in new}
-        copies = {key: _copy(entry) for key, entry in numbers.items()}
+        copies = {key: copy_of(entry) for key, entry in numbers.items()}
         piece = ParameterSlice(target, target, {**copies, **moments})
         for options, piece.gradient in _gradients(runs, gradient, target):
             self.layout.inner.step([piece], options)
@@ -329,21 +330,6 @@ def _move_late(kept: ParameterState, late: ParameterState, value: Tensor, rows: 
         if isinstance(entry, Tensor) and entry.dim() and entry.shape == shape:
             whole = late.setdefault(key, torch.empty_like(value, dtype=entry.dtype))
             whole[rows] = kept.pop(key)
-
-
-def _copy(entry: Any) -> Any:
-    """A copy for the optimizer to change; `copy.deepcopy` of a step's number takes 0.1 ms."""
-    return entry.clone() if type(entry) is Tensor else copy.deepcopy(entry)
-
-
-def _in_place(old: Any, new: Any) -> Any:
-    """A new number, copied into the old one's tensor where there is one.
-
-    A new small tensor in each step would take the place of a freed large one, and grow the heap.
-    """
-    if not (isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape):
-        return new
-    return old.copy_(new) if old.dtype == new.dtype and old.device == new.device else new
 
 
 def _refresh(master: Tensor, value: Tensor, is_new: bool) -> None:

@@ -4,17 +4,15 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from memtile.errors import OptimizerError
 from memtile.homes import Allocation, Reservation
+from memtile.optim.backward_hooks import Hooked, hook, remove
 from memtile.optim.checks import (
     IdleMode,
     StepMode,
@@ -25,14 +23,20 @@ from memtile.optim.checks import (
     check_still_of,
 )
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
-from memtile.optim.dense_state import ParamGroup, load_dense_state, through_hooks, to_dense_state
+from memtile.optim.dense_state import (
+    ParamGroup,
+    load_dense_state,
+    through_hooks,
+    to_dense_state,
+    with_groups,
+)
 from memtile.optim.idle import IdleSteps
 from memtile.optim.interrupts import uninterrupted, uninterrupted_backward
 from memtile.optim.kept_experts import KeptExperts
 from memtile.optim.slice_optimizer import SliceOptimizer
 from memtile.optim.state_layout import StateLayout
 from memtile.optim.stepping import Stepper
-from memtile.transfer import catch_up, gradient_lock, rings_of, step_in_backward
+from memtile.transfer import catch_up, rings_of
 
 
 class TileOptimizer(Optimizer):
@@ -97,7 +101,7 @@ class TileOptimizer(Optimizer):
         self._stepped: set[nn.Parameter] = set()
         self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
-        self._hooks: list[tuple[weakref.ref[nn.Parameter], RemovableHandle]] = []
+        self._hooks: list[Hooked] = []
         super().__init__(model.parameters() if params is None else params, self._inner.defaults)
         check_parameters(model, list(self._all()))
         self._layout = StateLayout(self._inner, self.state, masters)
@@ -108,7 +112,7 @@ class TileOptimizer(Optimizer):
         self._take_in(self.param_groups)
         if mode == "in_backward":
             torch_clipping_check.add(self)
-        weakref.finalize(self, _remove, self._hooks).atexit = False
+        weakref.finalize(self, remove, self._hooks).atexit = False
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters with options of their own, as torch optimizers do.
@@ -127,23 +131,14 @@ class TileOptimizer(Optimizer):
             raise
 
     def _take_in(self, groups: Sequence[ParamGroup]) -> None:
-        catch_up(p for p, _ in _with_groups(groups))  # with what another optimizer has put off
+        parameters = [parameter for parameter, _ in with_groups(groups)]
+        catch_up(parameters)  # with what another optimizer has put off
         self._reserve(groups)
         if self.idle == "replay":
             self._idle.add(self._model, groups)
-        self._kept.add(self._model, (parameter for parameter, _ in _with_groups(groups)))
-        self._hook(parameter for parameter, _ in _with_groups(groups))
-
-    def _hook(self, parameters: Iterable[nn.Parameter]) -> None:
-        if self.mode == "classic":
-            return
-        own = weakref.ref(self)
-        for parameter in parameters:
-            if parameter.requires_grad:
-                step = partial(_step_after_backward, own, gradient_lock(parameter))
-                handle = parameter.register_post_accumulate_grad_hook(step)
-                self._hooks.append((weakref.ref(parameter), handle))
-                step_in_backward(parameter, True)
+        self._kept.add(self._model, parameters)
+        if self.mode == "in_backward":
+            self._hooks += hook(parameters, weakref.WeakMethod(self._step_now))
 
     def _reserve(self, groups: Iterable[ParamGroup]) -> None:
         """Hold room in each home for state and gradients, while this optimizer lives."""
@@ -151,13 +146,13 @@ class TileOptimizer(Optimizer):
         needed = [
             # in backward only ties need room for a gradient: they are summed in the home
             (parameter, group, self.mode == "classic" or places[parameter] > 1)
-            for parameter, group in _with_groups(groups)
+            for parameter, group in with_groups(groups)
         ]
         self._held += self._layout.hold_rooms(needed)
         self._dtypes |= {parameter: parameter.dtype for parameter, *_ in needed}
 
     def _all(self) -> Iterator[nn.Parameter]:
-        return (parameter for parameter, _ in _with_groups(self.param_groups))
+        return (parameter for parameter, _ in with_groups(self.param_groups))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; an unfinished step or backward is given up."""
@@ -214,7 +209,7 @@ class TileOptimizer(Optimizer):
         """What is to be stepped now, with the group that it is in."""
         waiting = [
             (parameter, group)
-            for parameter, group in _with_groups(self.param_groups)
+            for parameter, group in with_groups(self.param_groups)
             if parameter.grad is not None
         ]
         check_in_memory(self._model, (parameter for parameter, _ in waiting))
@@ -252,7 +247,7 @@ class TileOptimizer(Optimizer):
         uninterrupted_backward()
         if not self._stepped:
             check_dtypes(self._model, self._dtypes)
-            self._group_of = dict(_with_groups(self.param_groups))
+            self._group_of = dict(with_groups(self.param_groups))
         self._step_one(parameter, self._group_of[parameter], None, in_backward=True)
         self._stepped.add(parameter)
 
@@ -325,34 +320,8 @@ class TileOptimizer(Optimizer):
         state_dict = state_dict.copy()  # torch's hooks may change theirs
         state_dict = through_hooks(self._optimizer_load_state_dict_pre_hooks, self, state_dict)
         load_dense_state(self, self._model, state_dict, self._layout.stepped_dtype)
-        for parameter, group in _with_groups(self.param_groups):
+        for parameter, group in with_groups(self.param_groups):
             if parameter in self.state:
                 self._layout.drop_unused_master(parameter, group)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-
-def _with_groups(groups: Iterable[ParamGroup]) -> Iterator[tuple[nn.Parameter, ParamGroup]]:
-    return ((parameter, group) for group in groups for parameter in group["params"])
-
-
-def _step_after_backward(
-    optimizer: "weakref.ref[TileOptimizer]", lock: AbstractContextManager[object], parameter: Tensor
-) -> None:
-    """The hook of in-backward mode; the lock is the parameter's `gradient_lock`."""
-    own = optimizer()
-    if own is None:
-        return
-    with lock:
-        if parameter.grad is not None:
-            assert isinstance(parameter, nn.Parameter)
-            own._step_now(parameter)
-            parameter.grad = None
-
-
-def _remove(hooks: list[tuple["weakref.ref[nn.Parameter]", RemovableHandle]]) -> None:
-    for reference, handle in hooks:
-        handle.remove()
-        parameter = reference()
-        if parameter is not None:
-            step_in_backward(parameter, False)

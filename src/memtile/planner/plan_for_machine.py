@@ -17,7 +17,15 @@ from memtile.costmodel.model_records import ParkedLayout, Products, Rest, Weight
 from memtile.costmodel.plan import OptimizerMode
 from memtile.costmodel.search import Found, Search
 from memtile.home_names import IN_FILES, parse_home
-from memtile.homes import PAGE, Home, fits_page_cache, trim_heap, usable_folder, word_for
+from memtile.homes import (
+    PAGE,
+    Home,
+    fits_page_cache,
+    overwrites_in_place,
+    trim_heap,
+    usable_folder,
+    word_for,
+)
 from memtile.planner.model_survey import Survey, check_choice, rest_of, survey
 from memtile.planner.saved_rates import rates_of, workspaces_of
 from memtile.planner.step_count import StepCount
@@ -101,7 +109,8 @@ def plan(
     )
     limits = allowed if setting.in_files else _with_disk(allowed, folder)
     with workspaces_of(rates, setting.rates) as workspaces:
-        found = _found(seen, setting, limits, workspaces)
+        maps = folder is not None and not setting.in_files and overwrites_in_place(folder)
+        found = _found(seen, setting, limits, workspaces, maps)
     trim_heap()  # the copies' objects lay between others
     return Plan(
         model=type(seen.model).__name__,
@@ -131,7 +140,11 @@ def _rest(seen: Survey, source: object) -> Rest:
 
 
 def _found(
-    seen: Survey, setting: Setting, limits: Budget, workspaces: Callable[[Products], int]
+    seen: Survey,
+    setting: Setting,
+    limits: Budget,
+    workspaces: Callable[[Products], int],
+    maps: bool,
 ) -> Found:
     count = StepCount(
         seen,
@@ -139,7 +152,8 @@ def _found(
         goes_home=not setting.in_place,
         workspaces=workspaces,
     )
-    return Search(setting, seen.weights, count, limits, fits_page_cache).best(seen.checkpointing)
+    search = Search(setting, seen.weights, count, limits, fits_page_cache, maps)
+    return search.best(seen.checkpointing)
 
 
 def _only_read(weight: Weight) -> Weight:
