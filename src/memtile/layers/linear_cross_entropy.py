@@ -340,7 +340,7 @@ def _loss_of_probabilities(
 
 def _with_common_terms(losses: Tensor | None, sums: ops.LogitSums, options: _Options) -> Tensor:
     """The losses (N,) with what smoothing, probabilities and the z-loss add."""
-    if sums.weighted is not None:
+    if sums.weighted is not None and sums.mass is not None:
         spread = sums.mass * sums.log_sum_exp - sums.weighted
         losses = spread if losses is None else losses + spread
     assert losses is not None
@@ -389,7 +389,7 @@ def _check_classes(target: Tensor, lead: Sequence[int], classes: int, ignore_ind
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if not target.is_cpu:  # without waiting for the device
-        torch._assert_async(~wrong.any())  # type: ignore[attr-defined]  # stubs leave it out
+        torch._assert_async(~wrong.any())
     elif wrong.any():
         raise TileIndexError(
             f"{NAME}: a target is {int(target[wrong][0])}, the classes are 0 to {classes - 1}; "

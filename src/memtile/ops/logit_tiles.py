@@ -276,7 +276,7 @@ def _differentiably(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | 
         needed = [place for place in range(3) if ctx.needs_input_grad[place]]
         found = torch.autograd.grad(
             [s for s, _ in pairs],
-            [given[place] for place in needed],  # type: ignore[misc]  # those needed are not None
+            [given[place] for place in needed],  # type: ignore[arg-type]  # those needed are not None
             [g for _, g in pairs],
             create_graph=torch.is_grad_enabled(),
         )
