@@ -15,8 +15,6 @@ Source: the online softmax over blocks is that of FlashAttention (arXiv 2205.141
 without logits that of cut cross-entropy (arXiv 2411.09009).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,12 +23,10 @@ from torch import Tensor, nn
 from memtile import ops
 from memtile.errors import (
     ArgumentError,
-    TileDtypeError,
-    TileIndexError,
     TileShapeError,
-    check_whole_number,
 )
-from memtile.layers.head_tiles import NAME, Head, classes_of, head_of, head_sums
+from memtile.layers.head_tiles import NAME, Head, classes_of, head_of
+from memtile.layers.loss_options import Blocks, Logits, LossOptions, check_classes, rows_of
 
 # Rows of ignored tokens are left out where copying the others moves less than they would cost.
 _MOST_KEPT = 3 / 4
@@ -107,8 +103,8 @@ def linear_cross_entropy(
         >>> memtile.linear_cross_entropy(hidden, head, torch.arange(8)).shape
         torch.Size([])
     """
-    options = _Options(weight, reduction, ignore_index, label_smoothing, num_items, z_loss)
-    logits = _Logits(head_of(linear_weight), linear_bias, softcap, logit_scale)
+    options = LossOptions(weight, reduction, ignore_index, label_smoothing, num_items, z_loss)
+    logits = Logits(head_of(linear_weight), linear_bias, softcap, logit_scale)
     return _loss(input, logits, target, options, (block_rows, block_classes))
 
 
@@ -138,9 +134,9 @@ def token_log_probabilities(
         >>> memtile.token_log_probabilities(hidden, head, torch.arange(8)).entropy.shape
         torch.Size([8])
     """
-    logits = _Logits(head_of(linear_weight), linear_bias, softcap, logit_scale)
+    logits = Logits(head_of(linear_weight), linear_bias, softcap, logit_scale)
     classes = logits.check(input)
-    _check_classes(target, input.shape[:-1], classes, ignore_index)
+    check_classes(target, input.shape[:-1], classes, ignore_index)
     labels, valid = _labels(target, ignore_index)
     sums = logits.sums(input, ops.LogitQuery(labels, wants_mean=True), (block_rows, block_classes))
     assert sums.picked is not None
@@ -191,18 +187,18 @@ class LinearCrossEntropy(nn.Module):
         self.softcap, self.logit_scale = softcap, logit_scale
         self.block_rows, self.block_classes = block_rows, block_classes
         self._options(None).check(classes_of(head))
-        _Logits(head, None, softcap, logit_scale).check_options()
+        Logits(head, None, softcap, logit_scale).check_options()
 
     def forward(
         self, input: Tensor, target: Tensor, num_items: int | Tensor | None = None
     ) -> Tensor:
         """The loss of `input` (…, features); arguments and errors of `linear_cross_entropy`."""
-        logits = _Logits(self.head, None, self.softcap, self.logit_scale)
+        logits = Logits(self.head, None, self.softcap, self.logit_scale)
         blocks = self.block_rows, self.block_classes
         return _loss(input, logits, target, self._options(num_items), blocks)
 
-    def _options(self, num_items: int | Tensor | None) -> "_Options":
-        return _Options(
+    def _options(self, num_items: int | Tensor | None) -> LossOptions:
+        return LossOptions(
             self.weight,
             self.reduction,
             self.ignore_index,
@@ -212,83 +208,16 @@ class LinearCrossEntropy(nn.Module):
         )
 
 
-Blocks = tuple[int | None, int | None]  # rows and classes
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How losses are made of sums of logits."""
-
-    weight: Tensor | None
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    num_items: int | Tensor | None
-    z_loss: float
-
-    def check(self, classes: int) -> None:
-        """Raise where one is outside its range."""
-        if self.reduction not in ("mean", "sum", "none"):
-            raise ArgumentError(f'reduction={self.reduction!r} must be "mean", "sum" or "none"')
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ArgumentError(f"label_smoothing={self.label_smoothing} must be from 0 to 1")
-        if self.weight is not None and self.weight.shape != (classes,):
-            raise TileShapeError(
-                f"{NAME}: weight is {tuple(self.weight.shape)}, one factor for each class: "
-                f"({classes},)"
-            )
-        if self.num_items is not None and self.reduction != "mean":
-            raise ArgumentError(
-                f"num_items={self.num_items} is what the mean divides by, and "
-                f'reduction={self.reduction!r} divides by nothing; use reduction="mean"'
-            )
-
-
-@dataclass(frozen=True)
-class _Logits:
-    """A head, and what its logits go through."""
-
-    head: Head
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    def check_options(self) -> None:
-        """Raise where one is outside its range."""
-        if self.softcap is not None and not self.softcap > 0.0:
-            raise ArgumentError(f"softcap={self.softcap} must be above 0; None: logits as they are")
-
-    def check(self, input: Tensor) -> int:
-        """How many classes there are; raises where an option or the bias does not fit."""
-        self.check_options()
-        classes = classes_of(self.head)
-        if input.dim() == 0:
-            raise TileShapeError(f"{NAME}: the input has no dimensions; it must be (…, features)")
-        if self.bias is not None and self.bias.shape != (classes,):
-            raise TileShapeError(
-                f"{NAME}: linear_bias is {tuple(self.bias.shape)}; it must be ({classes},)"
-            )
-        return classes
-
-    def sums(self, input: Tensor, query: ops.LogitQuery, blocks: Blocks) -> ops.LogitSums:
-        """Those of the logits of the input (…, H), of each token (N,)."""
-        for name, size in zip(("block_rows", "block_classes"), blocks, strict=True):
-            if size is not None:
-                check_whole_number(name, size, 1)
-        asked = query.through(self.scale, self.softcap)
-        return head_sums(self.head, self.bias, _rows_of(input), asked, *blocks)
-
-
 def _loss(
-    input: Tensor, logits: _Logits, target: Tensor, options: _Options, blocks: Blocks
+    input: Tensor, logits: Logits, target: Tensor, options: LossOptions, blocks: Blocks
 ) -> Tensor:
     classes = logits.check(input)
     options.check(classes)
     if target.is_floating_point():
         return _loss_of_probabilities(input, logits, target, options, blocks)
-    _check_classes(target, input.shape[:-1], classes, options.ignore_index)
+    check_classes(target, input.shape[:-1], classes, options.ignore_index)
     labels, valid = _labels(target, options.ignore_index)
-    x, kept = _rows_of(input), _kept_rows(valid)
+    x, kept = rows_of(input), _kept_rows(valid)
     if kept is not None:
         x, labels = x.index_select(0, kept), labels.index_select(0, kept)
     smoothing = options.label_smoothing
@@ -311,7 +240,7 @@ def _loss(
 
 
 def _loss_of_probabilities(
-    input: Tensor, logits: _Logits, target: Tensor, options: _Options, blocks: Blocks
+    input: Tensor, logits: Logits, target: Tensor, options: LossOptions, blocks: Blocks
 ) -> Tensor:
     classes, lead = classes_of(logits.head), input.shape[:-1]
     if target.shape != (*lead, classes):
@@ -338,7 +267,7 @@ def _loss_of_probabilities(
     return _reduced(losses, len(losses), options)
 
 
-def _with_common_terms(losses: Tensor | None, sums: ops.LogitSums, options: _Options) -> Tensor:
+def _with_common_terms(losses: Tensor | None, sums: ops.LogitSums, options: LossOptions) -> Tensor:
     """The losses (N,) with what smoothing, probabilities and the z-loss add."""
     if sums.weighted is not None and sums.mass is not None:
         spread = sums.mass * sums.log_sum_exp - sums.weighted
@@ -347,16 +276,12 @@ def _with_common_terms(losses: Tensor | None, sums: ops.LogitSums, options: _Opt
     return losses + options.z_loss * sums.log_sum_exp.square() if options.z_loss else losses
 
 
-def _reduced(losses: Tensor, counted: int | Tensor, options: _Options) -> Tensor:
+def _reduced(losses: Tensor, counted: int | Tensor, options: LossOptions) -> Tensor:
     total = losses.sum()
     if options.reduction == "sum":
         return total
     by = counted if options.num_items is None else options.num_items
     return total / (by.to(total.device) if isinstance(by, Tensor) else by)
-
-
-def _rows_of(input: Tensor) -> Tensor:
-    return input.reshape(-1, input.shape[-1])
 
 
 def _labels(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -372,26 +297,3 @@ def _kept_rows(valid: Tensor) -> Tensor | None:
         return None
     kept = valid.nonzero().squeeze(1)
     return kept if len(kept) < _MOST_KEPT * len(valid) else None
-
-
-def _check_classes(target: Tensor, lead: Sequence[int], classes: int, ignore_index: int) -> None:
-    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
-        raise TileDtypeError(
-            f"{NAME}: the target is {target.dtype}; classes are int64, int32 or uint8, "
-            "probabilities floating point"
-        )
-    if target.shape != torch.Size(lead):
-        raise TileShapeError(
-            f"{NAME}: the target is {tuple(target.shape)}; classes of an input (…, features) must "
-            f"be {tuple(lead)}"
-        )
-    if ops.transformed() or target.is_meta or not target.numel():
-        return
-    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if not target.is_cpu:  # without waiting for the device
-        torch._assert_async(~wrong.any())
-    elif wrong.any():
-        raise TileIndexError(
-            f"{NAME}: a target is {int(target[wrong][0])}, the classes are 0 to {classes - 1}; "
-            f"tokens to leave out are ignore_index={ignore_index}"
-        )
