@@ -24,7 +24,14 @@ from memtile.engines import register_engines
 from memtile.geometry import partition_uniform
 from memtile.homes import DiskHome, HostHome
 from memtile.integrations import register_all
-from memtile.layers import TiledEmbedding, TiledLinear, TiledLinearReturnBias
+from memtile.layers import (
+    LinearCrossEntropy,
+    TiledEmbedding,
+    TiledLinear,
+    TiledLinearReturnBias,
+    linear_cross_entropy,
+    token_log_probabilities,
+)
 from memtile.observing import observe
 from memtile.ops import split_tensor_along_last_dim
 from memtile.optim import TileOptimizer
@@ -35,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DiskHome",
     "HostHome",
+    "LinearCrossEntropy",
     "TileOptimizer",
     "TiledEmbedding",
     "TiledLinear",
@@ -42,6 +50,7 @@ __all__ = [
     "__version__",
     "dense_state_dict",
     "empty_model",
+    "linear_cross_entropy",
     "load_checkpoint",
     "observe",
     "partition_uniform",
@@ -51,6 +60,7 @@ __all__ = [
     "save_training",
     "split_tensor_along_last_dim",
     "tile",
+    "token_log_probabilities",
     "untile",
 ]
 

@@ -3,6 +3,12 @@
 from memtile.layers.called_experts import agree_on_calls, called_experts
 from memtile.layers.checks import is_plain
 from memtile.layers.handle import DenseHandle
+from memtile.layers.linear_cross_entropy import (
+    LinearCrossEntropy,
+    TokenLogProbabilities,
+    linear_cross_entropy,
+    token_log_probabilities,
+)
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.stack_owner import StackOwner
@@ -16,6 +22,7 @@ from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gath
 __all__ = [
     "DENSE_NAMES",
     "DenseHandle",
+    "LinearCrossEntropy",
     "ParkedEmbedding",
     "ParkedLinear",
     "ParkedModule",
@@ -27,12 +34,15 @@ __all__ = [
     "TiledLinearReturnBias",
     "TiledModule",
     "TiledStack",
+    "TokenLogProbabilities",
     "agree_on_calls",
     "called_experts",
     "gathered",
     "is_plain",
     "is_shard",
+    "linear_cross_entropy",
     "register_gatherer",
+    "token_log_probabilities",
     "watch_tiles",
     "whole_shape",
 ]

@@ -34,6 +34,11 @@ def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks, or a forward that was put on the instance."""
+    return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)
+
+
 def all_plain(tiles: Sequence[nn.Module]) -> bool:
     """Whether all tiles are plain, of one device and dtype, and there are no global hooks."""
     if hooked_globally() or nn.Linear.forward is not _LINEAR_FORWARD:

@@ -170,6 +170,12 @@ class DenseHandle(Tensor):
         """Whether it stands for the weight or bias, and not for a gradient, `.data` or a view."""
         return not (self._of_gradient or self._of_data)
 
+    @property
+    def layer_of_weight(self) -> Layer | None:
+        """The layer whose whole weight it is, with a graph; None for anything else."""
+        is_weight = self.is_parameter and self._name == "weight" and not self._views
+        return self._layer if is_weight else None
+
     def _tiles(self) -> list[nn.Parameter]:
         return list(self._layer.tile_parameters(self._name).values())
 

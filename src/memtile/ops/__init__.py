@@ -17,6 +17,8 @@ from memtile.ops.embedding import (
     place_rows,
 )
 from memtile.ops.fused import FusedSpec, fused_linear
+from memtile.ops.logit_tiles import LogitBlocks, plain_logit_sums, tile_logit_sums
+from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
 from memtile.ops.parked import (
     Groups,
     grouped_linear,
@@ -29,8 +31,12 @@ from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
 __all__ = [
     "FusedSpec",
     "Groups",
+    "LogitBlocks",
+    "LogitQuery",
+    "LogitSums",
     "ResultShapes",
     "autocast_dtype",
+    "combine_sums",
     "float32_casts",
     "float32_edges",
     "fused_linear",
@@ -45,7 +51,10 @@ __all__ = [
     "parked_layer",
     "parked_linear",
     "place_rows",
+    "plain_logit_sums",
     "split_tensor_along_last_dim",
+    "sum_logits",
+    "tile_logit_sums",
     "transformed",
     "write_results",
     "write_rows",

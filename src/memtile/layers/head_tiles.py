@@ -1,0 +1,218 @@
+"""How a head is visited tile by tile for a loss: by its weights where they can be had.
+
+- A weight, a linear, an embedding, or a tiled layer of one column, plain or parked: each tile is
+  one node of the graph, its logits are computed in blocks, and again in backward.
+- What is anything more (hooks, another class, an engine's shards, several columns) is called as a
+  module, tile after tile: the logits of one tile exist, and are computed again in backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from memtile import ops
+from memtile.errors import ArgumentError, TileClassError, TileShapeError
+from memtile.geometry import Span
+from memtile.homes import is_parked
+from memtile.layers import checks
+from memtile.layers.handle import DenseHandle
+from memtile.layers.parked import ParkedEmbedding, ParkedLinear
+from memtile.layers.tiled_embedding import TiledEmbedding
+from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.tiled_module import TiledModule
+from memtile.transfer import ParkedSource, layer_call
+
+Head = Tensor | nn.Module
+NAME = "linear_cross_entropy"  # in messages
+_PLAIN = (nn.Linear, ParkedLinear, nn.Embedding, ParkedEmbedding)
+
+
+class _Tile(Protocol):
+    """The classes of one tile, and how the sums of its logits are had."""
+
+    @property
+    def classes(self) -> Span:
+        """Those that the tile holds."""
+
+    def sums(self, x: Tensor, query: ops.LogitQuery, blocks: ops.LogitBlocks) -> ops.LogitSums:
+        """Those of x (N, H), for a query of these classes."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tile whose logits are computed here."""
+
+    classes: Span
+    weight: Any  # a Tensor; a Parameter where it is parked
+    bias: Tensor | None
+
+    def sums(self, x: Tensor, query: ops.LogitQuery, blocks: ops.LogitBlocks) -> ops.LogitSums:
+        """They are computed in blocks."""
+        if ops.transformed():
+            return ops.plain_logit_sums(x, self.weight, self.bias, query, blocks.dtype)
+        source = ParkedSource(self.weight) if is_parked(self.weight) else None
+        return ops.tile_logit_sums(x, self.weight, self.bias, query, blocks, source)
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A tile, or a row of them, that is called as a module."""
+
+    classes: Span
+    call: Callable[[Tensor], Any]
+
+    def sums(self, x: Tensor, query: ops.LogitQuery, blocks: ops.LogitBlocks) -> ops.LogitSums:
+        """The logits of the tile exist meanwhile; they are computed again in backward."""
+        if ops.transformed() or not torch.is_grad_enabled():
+            return self._sums(x, query)
+        found: ops.LogitSums = checkpoint(self._sums, x, query, use_reentrant=False)
+        return found
+
+    def _sums(self, x: Tensor, query: ops.LogitQuery) -> ops.LogitSums:
+        logits, classes = self.call(x), self.classes.size
+        if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
+            kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TileClassError(
+                f"{NAME}: the head returned {kind} for {len(x)} tokens, and must return a tensor "
+                f"({len(x)}, {classes}); give its weight, or a module that returns logits"
+            )
+        return ops.sum_logits(query, _widened(logits))
+
+
+def head_of(given: Head) -> Head:
+    """The tiled layer that a handle of its weight stands for; anything else as it is."""
+    layer = given.layer_of_weight if isinstance(given, DenseHandle) else None
+    return given if layer is None else layer
+
+
+def classes_of(head: Head) -> int:
+    """How many classes a head has."""
+    if isinstance(head, TiledModule):
+        return head.grid.out_features
+    found = head.shape[0] if isinstance(head, Tensor) else getattr(head, "out_features", None)
+    found = getattr(head, "num_embeddings", None) if found is None else found
+    if isinstance(found, int):
+        return found
+    raise ArgumentError(
+        f"{NAME}: a {type(head).__name__} does not say how many classes it has; give a weight "
+        "(classes, features), a linear, an embedding, a tiled layer, or a module with out_features"
+    )
+
+
+def head_sums(
+    head: Head,
+    bias: Tensor | None,
+    x: Tensor,
+    query: ops.LogitQuery,
+    block_rows: int | None,
+    block_classes: int | None,
+) -> ops.LogitSums:
+    """The sums (N,) of the logits that the head gives x (N, H); `bias` is of a head without one."""
+    weights = _weights(head, bias)
+    tiles: list[Any] = _called(head, bias) if weights is None else list(weights)
+    blocks = ops.LogitBlocks.fitting(
+        len(x), block_rows, block_classes, ops.autocast_dtype(x) or x.dtype
+    )
+    if weights is not None:
+        _check(x, weights[0].weight)
+    if ops.transformed() or weights is None or not is_parked(weights[0].weight):
+        return _sums(tiles, x, query, blocks)
+    with layer_call():
+        return _sums(tiles, x, query, blocks)
+
+
+def _sums(
+    tiles: list[_Tile], x: Tensor, query: ops.LogitQuery, blocks: ops.LogitBlocks
+) -> ops.LogitSums:
+    edges = (ops.float32_casts if ops.transformed() else ops.float32_edges)(x, len(tiles))
+    return ops.combine_sums(
+        [tile.sums(next(edges), query.of(None, tile.classes), blocks) for tile in tiles]
+    )
+
+
+def _weights(head: Head, bias: Tensor | None) -> list[_Weight] | None:
+    """The tiles by their weights; None where they must be called."""
+    if isinstance(head, Tensor):
+        if head.dim() != 2:
+            raise TileShapeError(
+                f"{NAME}: the weight is {tuple(head.shape)}; it must be (classes, features): "
+                "losses over further dimensions are not tiled"
+            )
+        return [_Weight(Span(0, head.shape[0]), head, bias)]
+    if isinstance(head, TiledModule):
+        return _weights_of_tiles(head, bias)
+    if not _is_plain(head):
+        return None
+    return [_Weight(Span(0, classes_of(head)), head.weight, _one_bias(head, bias))]
+
+
+def _weights_of_tiles(layer: TiledModule, bias: Tensor | None) -> list[_Weight] | None:
+    tiles = [tile for _, tile in layer.tiles()]
+    is_called = type(layer) not in (TiledLinear, TiledEmbedding) or checks.has_hooks(layer)
+    if is_called or layer.grid.in_splits > 1 or not all(map(_is_plain, tiles)):
+        return None
+    whole = layer.whole_bias if bias is None else bias
+    found = []
+    for span, tile in zip(layer.grid.out_spans, tiles, strict=True):
+        own = _one_bias(tile, None if whole is None else whole[span.as_slice()])
+        found.append(_Weight(span, tile.weight, own))
+    return found
+
+
+def _one_bias(module: nn.Module, given: Tensor | None) -> Tensor | None:
+    own: Tensor | None = getattr(module, "bias", None)
+    if own is not None and given is not None:
+        raise ArgumentError(f"{NAME}: the head has a bias already; leave linear_bias out")
+    return given if own is None else own
+
+
+def _called(head: Head, bias: Tensor | None) -> list[_Called]:
+    """The tiles of a head that must be called, or the head where it has hooks of its own."""
+    assert isinstance(head, nn.Module)
+    if isinstance(head, TiledEmbedding | nn.Embedding):
+        raise ArgumentError(
+            f"{NAME}: this {type(head).__name__} has hooks or an engine's tiles, and an embedding "
+            "cannot be called with hidden states; give the head that is tied to it"
+        )
+    if bias is not None:
+        raise ArgumentError(
+            f"{NAME}: linear_bias cannot be added to a head that is called as a module; make it "
+            "the head's own bias"
+        )
+    if type(head) is not TiledLinear or checks.has_hooks(head):
+        return [_Called(Span(0, classes_of(head)), head)]
+    return [_Called(span, _RowOfTiles(head, o)) for o, span in enumerate(head.grid.out_spans)]
+
+
+@dataclass(frozen=True)
+class _RowOfTiles:
+    """Calls the tiles of one row of a layer; several results are added in float32."""
+
+    layer: TiledLinear
+    row: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        chunks = x.split([span.size for span in layer.grid.in_spans], dim=-1)
+        total: Tensor = layer.tile(self.row, 0)(chunks[0])
+        for column, chunk in enumerate(chunks[1:], start=1):
+            total = _widened(total) + layer.tile(self.row, column)(chunk)
+        span, whole = layer.grid.out_spans[self.row], layer.whole_bias
+        return total if whole is None else total + whole[span.as_slice()].to(total.dtype)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    checks.split_sizes(NAME, x.shape[-1], 1, [weight.shape[1]])
+    checks.check_dtypes_and_devices(NAME, [x], weight, same_device=not is_parked(weight))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return any(checks.is_plain(module, cls) for cls in _PLAIN)
