@@ -35,7 +35,7 @@ from memtile.ops.logits import (
     sum_block,
     sum_logits,
 )
-from memtile.ops.parked import form_gradient
+from memtile.ops.parked import form_gradient, no_autocast
 from memtile.ops.products import (
     BLOCK_ELEMENTS,
     NARROW_SIDE,
@@ -90,7 +90,7 @@ def plain_logit_sums(
     x: Tensor, weight: Tensor, bias: Tensor | None, query: LogitQuery, dtype: torch.dtype
 ) -> LogitSums:
     """The same in ordinary operations, which keep the tile's logits: for compilers, transforms."""
-    with _no_autocast(x):
+    with no_autocast(x):
         bias = None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
     return sum_logits(query, logits.to(_wide(dtype)))
@@ -111,7 +111,7 @@ class _TileLogitSums(torch.autograd.Function):
         if source is not None and any(ctx.needs_input_grad):
             source.note_use()
         begun = clock() if source is not None and recording.active else 0
-        with _no_autocast(x), _values(source, weight, x.device) as values:
+        with no_autocast(x), _values(source, weight, x.device) as values:
             sums = _Visit(x, values, bias, query, blocks).sums()
         if begun:
             recording.add(FORWARD, begun, allocation_of(weight) or weight)
@@ -136,7 +136,7 @@ class _TileLogitSums(torch.autograd.Function):
         first = torch.zeros_like(log_sum_exp) if given[0] is None else given[0]
         grads = LogitSums(first, *given[1:])
         begun = clock() if ctx.source is not None and recording.active else 0
-        with _no_autocast(x), _values(ctx.source, ctx.weight, x.device) as values:
+        with no_autocast(x), _values(ctx.source, ctx.weight, x.device) as values:
             visit = _BackwardVisit(x, values, bias, ctx.query, ctx.blocks, sums, grads)
             results = visit.gradients(ctx)
         if begun:
@@ -332,10 +332,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in SIXTEEN_BITS else dtype
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Casts are explicit, as in `ops.parked`."""
-    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
