@@ -11,7 +11,7 @@ from torch import nn
 
 import memtile
 from memtile.errors import HomeError, HomeIOError
-from memtile.homes import DiskHome, allocation_of
+from memtile.homes import PAGE, DiskHome, allocate_copy, allocation_of, disk_io
 from memtile.homes.disk import _POPULATE_READ, _POPULATE_WRITE, _DiskAllocation
 from memtile.transfer import rings_of
 from memtile.transfer.leases import MappedLease
@@ -145,3 +145,24 @@ def test_a_fork_reads_and_changes_nothing():
 
     assert child_says(reads_and_is_refused)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_making_pages_of_a_room_writes_to_no_other(tmp_path, monkeypatch):
+    """What another thread parks while a new room gets its pages is kept."""
+    home = DiskHome(tmp_path)
+    home._is_overwritten = True
+    held, real, other = home.hold([PAGE] * 2), disk_io.drain, []
+
+    def drain(fd, piece, offset):
+        if not other:
+            other.append(None)  # at the first write only
+            with held.used_by_this_thread():
+                other[0] = allocate_copy(home, torch.ones(PAGE // 4))
+        real(fd, piece, offset)
+
+    monkeypatch.setattr(disk_io, "drain", drain)
+    with held.used_by_this_thread():
+        home.allocate((PAGE // 4,), torch.float32)
+
+    assert home.is_mapped
+    assert torch.equal(other[0], torch.ones(PAGE // 4))

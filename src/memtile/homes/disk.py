@@ -141,15 +141,13 @@ class DiskHome(Home):
             _log.info("home in %s: tiles come to memory by %s: %s", self.folder, path, reason)
 
     def _make_pages(self, extent: Extent) -> None:
-        """Write zeros where nothing was taken yet, since a write makes large pages.
+        """Write zeros to a new room, since a write makes large pages.
 
         A fault would make those of 4 KiB, which take five times as long to map and to drop.
         """
-        segment, stop = extent.segment, extent.start + extent.size
-        for start in range(segment.used, stop, len(_ZEROS)):
-            piece = _ZEROS[: stop - start]
-            disk_io.drain(self._file.fd, piece, segment.offset + start)
-        segment.used = max(segment.used, stop)
+        for start in range(0, extent.size, len(_ZEROS)):
+            piece = _ZEROS[: extent.size - start]
+            disk_io.drain(self._file.fd, piece, extent.segment.offset + extent.start + start)
 
     def _check_process(self) -> None:
         if os.getpid() != self._owner:
@@ -208,7 +206,7 @@ class _DiskAllocation(Allocation):
             self.offset = extent.segment.offset + extent.start
             self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
             home._segments.give_with(self._view, extent)
-            if home.is_mapped:
+            if extent.is_new and home.is_mapped:
                 home._make_pages(extent)
         self.address = self.tensor().data_ptr()
 

@@ -54,6 +54,14 @@ class Segment:
     free: FreeRoom  # counted from its beginning
     used: int = 0  # bytes of it, from its beginning, that were ever taken
 
+    def take(self, size: int) -> "Extent | None":
+        """A room of so many bytes; None where there is none."""
+        start = self.free.take(size)
+        if start is None:
+            return None
+        is_new, self.used = start + size > self.used, max(self.used, start + size)
+        return Extent(self, start, size, is_new=is_new)
+
 
 class Extent(NamedTuple):
     """A room in a segment: bytes `start` to `start + size` of it, and for whom it is held."""
@@ -62,6 +70,7 @@ class Extent(NamedTuple):
     start: int
     size: int
     holder: int = NOBODY
+    is_new: bool = False  # whether bytes of it were never taken before
 
 
 class Segments:
@@ -156,9 +165,9 @@ class Segments:
 
     def _first_free(self, size: int) -> Extent | None:
         for segment in self._all:
-            start = segment.free.take(size)
-            if start is not None:
-                return Extent(segment, start, size)
+            extent = segment.take(size)
+            if extent is not None:
+                return extent
         return None
 
     def _new(self, sizes: Sequence[int]) -> list[Extent]:
@@ -167,9 +176,4 @@ class Segments:
             return []
         segment = self._grow(sum(sizes))
         self._all.append(segment)
-        starts = map(segment.free.take, sizes)
-        return [
-            Extent(segment, start, size)
-            for start, size in zip(starts, sizes, strict=True)
-            if start is not None
-        ]
+        return [extent for size in sizes if (extent := segment.take(size))]
