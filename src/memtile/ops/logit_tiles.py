@@ -38,14 +38,11 @@ from memtile.ops.logits import (
 from memtile.ops.parked import form_gradient, no_autocast
 from memtile.ops.products import (
     BLOCK_ELEMENTS,
-    NARROW_SIDE,
     SIXTEEN_BITS,
-    add_into,
+    add_product,
     is_batched,
-    multiply,
-    multiply_to_float32,
     sum_of_products,
-    writes_float32,
+    write_products,
 )
 from memtile.transfer import ParkedSource, catch_up
 
@@ -144,23 +141,22 @@ class _TileLogitSums(torch.autograd.Function):
         return *results, None, None, None
 
 
+@dataclass(eq=False)
 class _Visit:
     """One pass over the blocks of a tile's logits."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        query: LogitQuery,
-        blocks: LogitBlocks,
-    ) -> None:
-        self.x, self.values, self.bias, self.query = x, values, bias, query
-        self.dtype = blocks.dtype
-        self.rows = _spans(len(x), blocks.rows)
-        self.classes = _spans(len(values), blocks.classes)
+    x: Tensor
+    values: Tensor
+    bias: Tensor | None
+    query: LogitQuery
+    blocks: LogitBlocks
+
+    def __post_init__(self) -> None:
+        self.dtype = self.blocks.dtype
+        self.rows = _spans(len(self.x), self.blocks.rows)
+        self.classes = _spans(len(self.values), self.blocks.classes)
         size = self.rows[0].size * self.classes[0].size
-        self.buffer = x.new_empty(size, dtype=self.dtype)
+        self.buffer = self.x.new_empty(size, dtype=self.dtype)
 
     def sums(self) -> LogitSums:
         """The sums of all tokens over all classes of the tile."""
@@ -190,24 +186,15 @@ class _Visit:
         return self.x[rows.as_slice()].to(self.dtype)
 
 
+@dataclass(eq=False)
 class _BackwardVisit(_Visit):
     """The same, with each block turned into its gradient."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        query: LogitQuery,
-        blocks: LogitBlocks,
-        sums: LogitSums,
-        grads: LogitSums,
-    ) -> None:
-        super().__init__(x, values, bias, query, blocks)
-        self.known, self.grads = sums, grads
-        self.dx: Tensor | None = None
-        self.db: Tensor | None = None
-        self.is_done = False
+    known: LogitSums
+    grads: LogitSums
+    dx: Tensor | None = None
+    db: Tensor | None = None
+    is_done: bool = False
 
     def gradients(self, ctx: Any) -> tuple[Tensor | None, ...]:
         """Those of x, weight and bias; None for a weight whose gradient went home."""
@@ -235,7 +222,7 @@ class _BackwardVisit(_Visit):
                 for _ in pairs:
                     pass
             else:
-                _write_product(dw[classes.as_slice()], pairs, len(self.rows), self.dtype)
+                write_products(dw[classes.as_slice()], pairs, len(self.rows), self.buffer)
         self.is_done = True
 
     def _factors(self, classes: Span) -> Iterator[tuple[Tensor, Tensor]]:
@@ -246,7 +233,7 @@ class _BackwardVisit(_Visit):
             for part, strip in _strips(rows, gradient):
                 self._differentiate(part, classes, strip)
             if self.dx is not None:
-                _add_product(self.dx[rows.as_slice()], gradient, matrix)
+                add_product(self.dx[rows.as_slice()], gradient, matrix)
             if self.db is not None:
                 self.db[classes.as_slice()] += gradient.sum(0, dtype=self.db.dtype)
             yield gradient.t(), self.inputs(rows)
@@ -306,28 +293,6 @@ def _strips(rows: Span, block: Tensor) -> Iterator[tuple[Span, Tensor]]:
 def _rows_of(sums: LogitSums, rows: Span) -> LogitSums:
     found = (None if each is None else each[rows.as_slice()] for each in sums)
     return LogitSums(*found)  # type: ignore[arg-type]  # the first is never None
-
-
-def _write_product(
-    out: Tensor, pairs: Iterator[tuple[Tensor, Tensor]], parts: int, dtype: torch.dtype
-) -> None:
-    if out.dtype == dtype:
-        sum_of_products(out, pairs, parts)
-        return
-    product = torch.empty_like(out, dtype=dtype)
-    sum_of_products(product, pairs, parts)
-    out.copy_(product)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with a 16-bit product added in float32."""
-    if a.dtype in SIXTEEN_BITS:
-        wide = writes_float32(a.device.type, a.dtype)
-        add_into(total, multiply_to_float32(a, b) if wide else torch.mm(a, b))
-    elif min(total.shape) < NARROW_SIDE:
-        total.add_(multiply(a, b))
-    else:
-        torch.addmm(total, a, b, out=total)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

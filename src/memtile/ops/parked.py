@@ -27,7 +27,7 @@ from torch.nn import functional
 from memtile.homes import allocation_of
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
-from memtile.ops.products import is_batched, sum_of_products
+from memtile.ops.products import is_batched, sum_of_products, write_products
 from memtile.transfer import ParkedSource, catch_up
 
 _NOTHING: Final = nullcontext()
@@ -214,7 +214,7 @@ def _write_gradients(groups: Groups | None, out: Tensor, grad: Tensor, x: Tensor
     """Write gᵀ x of each expert, and zeros for those without rows."""
     if groups is None:
         if x.numel():
-            _write_product(out, _as_matrix(grad).t(), _as_matrix(x))
+            write_products(out, [(_as_matrix(grad).t(), _as_matrix(x))], 1, grad)
         else:
             out.zero_()
         return
@@ -223,9 +223,9 @@ def _write_gradients(groups: Groups | None, out: Tensor, grad: Tensor, x: Tensor
         if not rows.shape[0]:
             dw.zero_()
         elif groups.is_transposed:
-            _write_product(dw, rows.t(), g)
+            write_products(dw, [(rows.t(), g)], 1, rows)
         else:
-            _write_product(dw, g.t(), rows)
+            write_products(dw, [(g.t(), rows)], 1, g)
 
 
 def form_gradient(ctx: Any, node: Any, write: Callable[[Tensor], None]) -> Tensor | None:
@@ -267,15 +267,6 @@ def _flush_before(node: Any, source: ParkedSource) -> None:
             source.flush()
 
     handle = node.register_prehook(flush)
-
-
-def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if out.dtype == a.dtype and out.device == a.device:
-        sum_of_products(out, [(a, b)], 1)
-        return
-    product = a.new_empty(out.shape)
-    sum_of_products(product, [(a, b)], 1)
-    out.copy_(product)
 
 
 def differentiably(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -51,6 +51,18 @@ def sum_of_products(
         _sum_in_place(out, pairs, bias)
 
 
+def write_products(
+    out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], parts: int, like: Tensor
+) -> None:
+    """`sum_of_products` of pairs with the dtype and device of `like`, into an `out` of any."""
+    if out.dtype == like.dtype and out.device == like.device:
+        sum_of_products(out, pairs, parts)
+        return
+    product = like.new_empty(out.shape)
+    sum_of_products(product, pairs, parts)
+    out.copy_(product)
+
+
 def add_product(
     total: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, is_first: bool = False
 ) -> None:
@@ -59,7 +71,7 @@ def add_product(
     The total of 16-bit products is float32, and its `bias` is added in float32.
     """
     same = total.dtype == a.dtype
-    if same and not is_first and total.shape[1] >= NARROW_SIDE and total.is_contiguous():
+    if same and not is_first and min(total.shape) >= NARROW_SIDE and total.is_contiguous():
         torch.addmm(total, a, b, out=total)
     else:
         wide = not same and writes_float32(total.device.type, a.dtype)
