@@ -1,5 +1,6 @@
 """Leases: groups of tensors in memory for as long as a block works on them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -11,11 +12,21 @@ from memtile.transfer.slabs import Group, Slab
 WriteHome = Callable[[Slab, Sequence[tuple[int, Allocation]]], None]
 
 
-class Lease:
+class Lease(ABC):
     """Groups that were acquired at once, in memory until they are released.
 
-    `tensors` are one for each allocation, in its slab: not to be kept.
+    `tensors` are one for each allocation: not to be kept.
     """
+
+    tensors: list[Tensor]
+
+    @abstractmethod
+    def store(self, *numbers: int) -> None:
+        """Start writing the tensors home: all of them, or those with these numbers."""
+
+
+class SlabLease(Lease):
+    """Groups in slabs."""
 
     def __init__(
         self, write_home: WriteHome, slabs: Sequence[Slab], groups: Sequence[Group]
@@ -26,7 +37,7 @@ class Lease:
             for slab, group in zip(slabs, groups, strict=True)
             for number, allocation in enumerate(group)
         ]
-        self.tensors: list[Tensor] = [slab.tensors[number] for slab, number, _ in self._places]
+        self.tensors = [slab.tensors[number] for slab, number, _ in self._places]
 
     def store(self, *numbers: int) -> None:
         """Start writing the tensors home: all of them, or those with these numbers."""
@@ -46,8 +57,12 @@ class MappedLease(Lease, AbstractContextManager[Lease]):
         self.tensors = [allocation.tensor() for allocation in self._allocations]
 
     def __enter__(self) -> Lease:
-        for number, allocation in enumerate(self._allocations):
-            allocation.populate(written=number >= self._first_written)
+        try:
+            for number, allocation in enumerate(self._allocations):
+                allocation.populate(written=number >= self._first_written)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -23,7 +23,7 @@ from memtile.observing.recording import (
     WAIT_FOR_SLAB,
     clock,
 )
-from memtile.transfer.leases import Lease, MappedLease
+from memtile.transfer.leases import Lease, MappedLease, SlabLease
 from memtile.transfer.prefetch_order import PrefetchOrder
 from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
 
@@ -108,7 +108,7 @@ class SlabRing:
             recording.totals.waited_ns += waited
             if recording.active and waited > SHORTEST_WAIT_NS:
                 recording.add(WAIT_FOR_READ, begun, groups[0][0])
-            yield Lease(self.write_home, slabs, groups)
+            yield SlabLease(self.write_home, slabs, groups)
             self._check_process()
         except BaseException:
             self._release(slabs, half_changed=True)
