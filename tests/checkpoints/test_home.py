@@ -47,7 +47,7 @@ class TestDirectly(TestCheckpointHome):
 
     @pytest.fixture(autouse=True)
     def _no_room(self, monkeypatch):
-        monkeypatch.setattr("memtile.checkpoints.home.fits_page_cache", lambda nbytes: False)
+        monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: 0)
 
 
 def in_pieces(folder, tensors, page=4096):
@@ -190,8 +190,8 @@ def test_reads_go_past_the_page_cache_where_tiles_do_not_fit_there(tmp_path, mon
     """What fits into half of the free memory is read through the page cache, the rest directly."""
     direct = []
     monkeypatch.setattr(disk_io, "fill_directly", lambda *given: direct.append(given) or False)
-    for fits, path in ((True, "page cache"), (False, "direct")):
-        monkeypatch.setattr("memtile.checkpoints.home.fits_page_cache", lambda n, fits=fits: fits)
+    for free, path in ((1 << 60, "buffered"), (0, "direct")):
+        monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda free=free: free)
         (allocation,) = allocations_over(tmp_path, [torch.arange(5000.0)])
 
         allocation.read(piece := aligned_buffer(4096))

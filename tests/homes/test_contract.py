@@ -31,7 +31,7 @@ class TestDiskHome(HomeContract):
 class TestDiskHomeDirect(TestDiskHome):
     @pytest.fixture(autouse=True)
     def _no_free_memory(self, monkeypatch):
-        monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: 0)
+        monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: 0)
 
     def make_home(self) -> Home:
         home = super().make_home()

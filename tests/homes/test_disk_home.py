@@ -380,7 +380,7 @@ def test_parking_a_copy_brings_no_pages_into_this_process(tmp_path):
 @pytest.fixture(params=["page cache", "direct"])
 def home(request, tmp_path, monkeypatch):
     free = 1 << 60 if request.param == "page cache" else 0
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: free)
     with DiskHome(tmp_path) as home:
         if home.path != request.param:
             pytest.skip("the folder's filesystem has no direct I/O")
@@ -475,7 +475,7 @@ def test_closing_waits_for_what_is_being_read(home, monkeypatch):
 
 def test_a_file_that_outgrows_free_memory_is_read_direct(tmp_path, monkeypatch, caplog):
     """The page cache serves while the file fits into half of free memory; each change is logged."""
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: 8 * _MIB)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: 8 * _MIB)
     with caplog.at_level(logging.INFO, "memtile.homes"), DiskHome(tmp_path) as home:
         if home._file.direct_fd is None:
             pytest.skip("the folder's filesystem has no direct I/O")
@@ -497,7 +497,7 @@ def test_a_file_that_outgrows_free_memory_is_read_direct(tmp_path, monkeypatch, 
 
 def test_an_unknown_amount_of_memory_is_not_guessed_at(tmp_path, monkeypatch):
     """Where the system does not tell what is free, reads go direct."""
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: None)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: None)
     with DiskHome(tmp_path) as home:
         if home._file.direct_fd is None:
             pytest.skip("the folder's filesystem has no direct I/O")
@@ -508,7 +508,7 @@ def test_an_unknown_amount_of_memory_is_not_guessed_at(tmp_path, monkeypatch):
 @pytest.mark.parametrize("why", ["refused", "unreadable", "stale reads", "stale map"])
 def test_without_coherent_direct_io_the_page_cache_serves(tmp_path, monkeypatch, caplog, why):
     """Where O_DIRECT is refused, or disagrees with the map, it is not used; the log says so."""
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: 0)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: 0)
     real = disk_io.read_at
 
     def stale(fd, piece, offset):

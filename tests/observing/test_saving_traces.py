@@ -22,7 +22,7 @@ def seen() -> Observation:
     """Gives one step of a small model, observed."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memtile.homes.disk.free_bytes", lambda: 0)
+        patch.setattr("memtile.homes.limits.free_bytes", lambda: 0)
         return _observed_step()
 
 

@@ -31,7 +31,7 @@ OVERRIDE_HOOKS = (1, 20)  # which read or write of a step fails first
 def path(request, monkeypatch):
     """Which way reads and writes go."""
     free = 1 << 60 if request.param == "buffered" else 0
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: free)
     return request.param
 
 

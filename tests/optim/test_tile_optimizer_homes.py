@@ -90,7 +90,7 @@ def test_both_paths_to_the_disk_give_the_same_bits(mode, path, monkeypatch):
     """Read and written past the page cache or through it: the weights are the same."""
     _, expected = _trained(small(), "device", optim.AdamW, mode)
     free = 1 << 60 if path == "buffered" else 0
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: free)
     model = in_home(small(), "disk")
     (home,) = {tile.home for _, tile in model.up.tiles()}
     if home.path != path:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 def _path(request, monkeypatch):
     """Reads go past the page cache, or through it."""
     free = 1 << 60 if request.param == "buffered" else 0
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: free)
 
 
 def _called():

@@ -87,7 +87,7 @@ def test_pages_are_dropped_behind(tmp_path, monkeypatch):
 def test_a_file_that_outgrows_memory_is_streamed_from_then_on(tmp_path, monkeypatch):
     """From there on tiles come into slabs, with the same bits, and never go back."""
     free = 1 << 60
-    monkeypatch.setattr("memtile.homes.disk.free_bytes", lambda: free)
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: free)
     expected = in_home(small(), "host")
     train(expected, optimizer_for(expected), batches(3))
     home = DiskHome(tmp_path)

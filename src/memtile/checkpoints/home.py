@@ -24,8 +24,8 @@ from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.checkpoints.stored import OpenFile, StoredFile, StoredTensor
 from memtile.errors import HomeError
 from memtile.geometry import round_up
-from memtile.homes import Allocation, Home, Reservation, cannot_map, disk_io, fits_page_cache
-from memtile.homes.disk import DIRECT, PAGE_CACHE
+from memtile.homes import Allocation, Home, Reservation, cannot_map, disk_io, page_cache_fit
+from memtile.homes.disk import BUFFERED, DIRECT
 from memtile.homes.kernel import tensor_over
 
 _log = logging.getLogger("memtile.checkpoints")
@@ -65,8 +65,8 @@ class CheckpointHome(Home):
     does, is fine.
 
     Attributes:
-        path: what reads use: "page cache" where all tiles fit into half of the free memory, else
-            "direct". Decided at the first read after tiles were added.
+        path: what reads use: "buffered" (copies from the page cache) where all tiles fit into half
+            of the free memory, else "direct". Decided at the first read after tiles were added.
     """
 
     works_in_place: ClassVar[bool] = False
@@ -75,7 +75,7 @@ class CheckpointHome(Home):
     def __init__(self) -> None:
         super().__init__()
         self.pages = CopiedPages()
-        self.path, self._chosen_at = PAGE_CACHE, 0
+        self.path, self._chosen_at = BUFFERED, 0
         self._nbytes = 0  # of all tiles
         self._pieces = 0  # of tiles that have several
         self._maps: weakref.WeakKeyDictionary[StoredFile, memoryview] = weakref.WeakKeyDictionary()
@@ -122,9 +122,8 @@ class CheckpointHome(Home):
         """Decide by what reads go, where tiles were added."""
         if self._chosen_at == self._nbytes:
             return
-        self._chosen_at, fits = self._nbytes, fits_page_cache(self._nbytes)
-        self.path, fit = (PAGE_CACHE, "fit") if fits else (DIRECT, "do not fit")
-        reason = f"its {self._nbytes} bytes {fit} into half of the free memory"
+        self._chosen_at, (fits, reason) = self._nbytes, page_cache_fit(self._nbytes)
+        self.path = BUFFERED if fits else DIRECT
         _log.info("tiles in a checkpoint: reads go by %s: %s", self.path, reason)
 
     def map_of(self, file: StoredFile) -> memoryview:

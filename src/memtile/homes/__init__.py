@@ -20,7 +20,13 @@ from memtile.homes.kernel import (
     trim_heap,
     whole_pages,
 )
-from memtile.homes.limits import fits_page_cache, free_bytes, memory_limit, processor_limit
+from memtile.homes.limits import (
+    fits_page_cache,
+    free_bytes,
+    memory_limit,
+    page_cache_fit,
+    processor_limit,
+)
 from memtile.homes.live_file import LiveFile, cannot_map
 from memtile.homes.memory_homes import DeviceHome, HostHome
 from memtile.homes.registry import (
@@ -64,6 +70,7 @@ __all__ = [
     "keep_freed_memory_out",
     "memory_limit",
     "overwrites_in_place",
+    "page_cache_fit",
     "page_out",
     "pieces",
     "processor_limit",

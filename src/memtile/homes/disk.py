@@ -24,7 +24,7 @@ from memtile.homes import disk_io
 from memtile.homes.filesystems import overwrites_in_place, usable_folder
 from memtile.homes.home import Allocation, Home, Reservation
 from memtile.homes.kernel import tensor_over
-from memtile.homes.limits import free_bytes
+from memtile.homes.limits import page_cache_fit
 from memtile.homes.live_file import LiveFile
 from memtile.homes.segments import NOBODY, Extent, Segments
 
@@ -124,10 +124,7 @@ class DiskHome(Home):
         size = self._file.size
         if size == self._chosen_at:
             return
-        self._chosen_at, free = size, free_bytes()
-        fits = free is not None and size <= free // 2
-        fit = "fit" if fits else "do not fit"
-        reason = f"its {size} bytes {fit} into half of {free} bytes of free memory"
+        self._chosen_at, (fits, reason) = size, page_cache_fit(size)
         if fits and self._is_overwritten and self.path in ("", PAGE_CACHE):
             path = PAGE_CACHE
         elif fits or self._file.direct_fd is None:

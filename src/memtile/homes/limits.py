@@ -44,8 +44,15 @@ def processor_limit() -> float | None:
 
 def fits_page_cache(nbytes: int) -> bool:
     """Whether a file of so many bytes fits into half of the free memory, as cached files."""
+    return page_cache_fit(nbytes)[0]
+
+
+def page_cache_fit(nbytes: int) -> tuple[bool, str]:
+    """The same, and the reason in words."""
     free = free_bytes()
-    return free is not None and nbytes <= free // 2
+    fits = free is not None and nbytes <= free // 2
+    words = "fit" if fits else "do not fit"
+    return fits, f"its {nbytes} bytes {words} into half of {free} bytes of free memory"
 
 
 def _available() -> Iterator[int]:

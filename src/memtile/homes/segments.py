@@ -149,10 +149,10 @@ class Segments:
             rooms = self._held.pop(self._gone.popleft(), {})
             self._give(extent for held in rooms.values() for extent in held)
         while self._returned:
-            reference, *room = self._returned.popleft()
+            reference, start, size, holder = self._returned.popleft()
             segment = reference()
             if segment is not None:  # None after `drop`
-                self._give([Extent(segment, *room)])
+                self._give([Extent(segment, start, size, holder)])
 
     def _give(self, extents: Iterable[Extent]) -> None:
         """Rooms are free again, for the holder that they were held for, if it is still there."""
