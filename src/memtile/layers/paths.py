@@ -1,7 +1,7 @@
 """The four paths of a call of a tiled linear, and the hooks that subclasses override.
 
 - fused, when every tile is resident and plain: one autograd function (`ops.fused`);
-- direct, when every tile is parked and plain: one node for each tile (`ops.parked_layer`);
+- direct, when every tile is a plain `ParkedLinear`: one node for each tile (`ops.parked_layer`);
 - composed, when a tile is anything more (hooks, another class, an engine, autocast): each
   tile is called as a module and its result written into the output (`ops.composed`);
 - traceable, under compilers and transforms and in subclasses that override how results are reduced
