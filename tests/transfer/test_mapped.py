@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 import memtile
 from memtile.errors import HomeError, HomeIOError
 from memtile.homes import PAGE, DiskHome, allocate_copy, allocation_of, disk_io
-from memtile.homes.disk import _POPULATE_READ, _POPULATE_WRITE, _DiskAllocation
+from memtile.homes.kernel import LARGE_PAGE
+from memtile.homes.mapped_pages import _POPULATE_READ, _POPULATE_WRITE, MappedRoom
 from memtile.transfer import rings_of
 from memtile.transfer.leases import MappedLease
 
@@ -32,14 +34,14 @@ def _mapped_bytes():
 
 
 def _refuse_to_populate(patch, number):
-    real = _DiskAllocation._advise
+    real = MappedRoom._advise
 
-    def advise(allocation, advice):
+    def advise(room, advice):
         if advice in (_POPULATE_READ, _POPULATE_WRITE):
             raise OSError(number, os.strerror(number))
-        real(allocation, advice)
+        real(room, advice)
 
-    patch.setattr(_DiskAllocation, "_advise", advise)
+    patch.setattr(MappedRoom, "_advise", advise)
 
 
 @pytest.mark.parametrize("mode", ["classic", "in_backward"])
@@ -59,14 +61,11 @@ def test_nothing_is_read_or_written(mode):
     assert {allocation_of(state[key]).home for key in ("exp_avg", "exp_avg_sq")} == {home}
 
 
-def test_pages_are_dropped_behind(tmp_path, monkeypatch):
-    """Of 64 MiB of tiles that train, at most two with their state are in memory at any time."""
-    home = DiskHome(tmp_path)
-    home._is_overwritten = True
-    model = memtile.tile(nn.Sequential(nn.Linear(4096, 4096, bias=False)), out_splits=32, home=home)
-    optimizer = memtile.TileOptimizer(
-        model, torch.optim.AdamW, mode="in_backward", lr=1e-3, fused=True
-    )
+@pytest.mark.parametrize("kept", [0, 16 * MIB])
+def test_pages_are_dropped_behind(tmp_path, monkeypatch, kept):
+    """Of 64 MiB of tiles that train, few are in memory beside what the home keeps of them."""
+    home, model, optimizer = _of_32_tiles(tmp_path)
+    home.mapped_bytes = kept
     most, x, real = 0, torch.randn(2, 4096), MappedLease.__exit__
 
     def note(lease, *raised):
@@ -81,7 +80,37 @@ def test_pages_are_dropped_behind(tmp_path, monkeypatch):
         optimizer.step()
 
     assert home.is_mapped
-    assert most - before < 16 * MIB
+    assert most - before < kept + 16 * MIB
+
+
+def test_pages_stay_where_no_budget_asks_for_them(tmp_path, monkeypatch):
+    """Without a plan the kernel is called once for each tile and moment, in the first step."""
+    home, model, optimizer = _of_32_tiles(tmp_path)
+    advised, x = [], torch.randn(2, 4096)
+    real = MappedRoom._advise
+    monkeypatch.setattr(
+        MappedRoom, "_advise", lambda room, advice: (advised.append(advice), real(room, advice))
+    )
+    counts = []
+    for _ in range(2):
+        model(x).sum().backward()
+        optimizer.step()
+        counts.append(len(advised))
+        advised.clear()
+
+    assert home.is_mapped
+    assert counts[0] >= 3 * 32
+    assert counts[1] == 0
+
+
+def _of_32_tiles(folder):
+    home = DiskHome(folder)
+    home._is_overwritten = True
+    model = memtile.tile(nn.Sequential(nn.Linear(4096, 4096, bias=False)), out_splits=32, home=home)
+    optimizer = memtile.TileOptimizer(
+        model, torch.optim.AdamW, mode="in_backward", lr=1e-3, fused=True
+    )
+    return home, model, optimizer
 
 
 def test_a_file_that_outgrows_memory_is_streamed_from_then_on(tmp_path, monkeypatch):
@@ -151,18 +180,53 @@ def test_making_pages_of_a_room_writes_to_no_other(tmp_path, monkeypatch):
     """What another thread parks while a new room gets its pages is kept."""
     home = DiskHome(tmp_path)
     home._is_overwritten = True
-    held, real, other = home.hold([PAGE] * 2), disk_io.drain, []
+    held, real, parked = home.hold([PAGE] * 2), disk_io.drain, []
+
+    def park():
+        with held.used_by_this_thread():
+            parked.append(allocate_copy(home, torch.ones(PAGE // 4)))
+
+    other = threading.Thread(target=park)
 
     def drain(fd, piece, offset):
-        if not other:
-            other.append(None)  # at the first write only
-            with held.used_by_this_thread():
-                other[0] = allocate_copy(home, torch.ones(PAGE // 4))
+        if other.ident is None:  # at the first write only
+            other.start()
+            other.join(timeout=0.2)  # it may wait until the pages are made
         real(fd, piece, offset)
 
     monkeypatch.setattr(disk_io, "drain", drain)
     with held.used_by_this_thread():
         home.allocate((PAGE // 4,), torch.float32)
+    other.join()
 
     assert home.is_mapped
-    assert torch.equal(other[0], torch.ones(PAGE // 4))
+    assert torch.equal(parked[0], torch.ones(PAGE // 4))
+
+
+def test_pages_are_made_large(tmp_path, monkeypatch):
+    """New rooms are written to once, each large page of the file as a whole; old ones never."""
+    home = DiskHome(tmp_path)
+    home._is_overwritten = True
+    written, real = [], disk_io.drain
+
+    def drain(fd, piece, offset):
+        written.append((offset, offset + len(piece)))
+        real(fd, piece, offset)
+
+    monkeypatch.setattr(disk_io, "drain", drain)
+    rooms = [home.allocate((size,), torch.uint8) for size in (5 * MIB, PAGE, MIB, 3 * MIB + 1)]
+    rooms[1] = None  # its room is taken again
+    again = home.allocate((PAGE,), torch.uint8)
+
+    inside = [start // LARGE_PAGE == (stop - 1) // LARGE_PAGE for start, stop in written]
+    assert home.is_mapped
+    assert all(inside)
+    assert sum(stop - start == LARGE_PAGE for start, stop in written) >= 3
+    for allocation in (*rooms[:1], *rooms[2:], again):
+        covering = [
+            (start, stop)
+            for start, stop in written
+            if start < allocation.offset + allocation.room and allocation.offset < stop
+        ]
+        assert sum(stop - start for start, stop in covering) >= allocation.room
+    assert len(set(written)) == len(written)

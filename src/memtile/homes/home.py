@@ -50,6 +50,9 @@ class Home(ABC):
         kept_bytes: memory for its most used experts; set before tiles are used. It is for copies,
             where the home can tell that nothing has written to them (`watch_writes`,
             `Allocation.is_untouched`); a `TileOptimizer` takes it for experts that it trains.
+        mapped_bytes: where tiles are worked on in a file's pages (`is_mapped`), how much of them
+            may stay in this process's memory after its use; None: all. The page cache holds them
+            all either way, for as long as nobody else needs the memory.
     """
 
     works_in_place: ClassVar[bool] = False
@@ -59,6 +62,7 @@ class Home(ABC):
         self.closed = False
         self.traffic = Traffic()
         self.kept_bytes = 0
+        self.mapped_bytes: int | None = None
         self._before_close: list[Callable[[], None]] = []
         self._after_close: list[Callable[[], None]] = []
         self._renew()
@@ -72,9 +76,9 @@ class Home(ABC):
 
     @property
     def is_mapped(self) -> bool:
-        """Whether tiles are worked on in a file's pages, between `Allocation.populate` and `evict`.
+        """Whether tiles are worked on in a file's pages, from `Allocation.populate` to `release`.
 
-        They do not count as memory of the process outside of that, and need no slab.
+        They need no slab; pages in use, and `mapped_bytes` of others, are memory of the process.
         """
         return False
 
@@ -260,13 +264,18 @@ class Allocation(ABC):
         if begun:
             recording.add(WRITE, begun, self, source.numel())
 
-    def populate(self, written: bool = False) -> None:  # noqa: B027  # likewise
-        """Brings its pages into this process's memory, to be read or to be written through tensors.
+    def populate(self, written: bool = False) -> Tensor:
+        """A tensor over its pages, brought into this process's memory to be read, or written to.
 
-        HomeIOError where they could not be read; without a call they come when they are used.
+        Not to be kept past `release`, which follows. HomeIOError where they could not be read;
+        without a call they come when they are used.
         """
+        return self.tensor()
 
-    def evict(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
+    def release(self) -> None:  # noqa: B027  # nothing to do is right for memory homes
+        """The end of what `populate` began: pages may be dropped, these or others."""
+
+    def evict(self) -> None:  # noqa: B027  # likewise
         """Drops the pages that tensors brought into this process's memory; contents stay."""
 
     def is_untouched(self) -> bool:

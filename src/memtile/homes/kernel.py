@@ -31,6 +31,9 @@ _log = logging.getLogger("memtile.homes")
 PAGE: Final = 4096
 """Bytes of a page: rooms, and the pieces that `read` and `write` move, are multiples of it."""
 
+LARGE_PAGE: Final = 2 << 20
+"""Bytes that one entry of a page table maps, where the kernel has so many side by side."""
+
 PIECE: Final = 4 << 20
 """Bytes of the largest piece in which whole tiles are streamed."""
 

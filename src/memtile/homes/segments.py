@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple
 
-from memtile.homes.kernel import fork_safe_lock
+from memtile.geometry import round_up
+from memtile.homes.kernel import LARGE_PAGE, fork_safe_lock
 
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""
@@ -52,15 +53,12 @@ class Segment:
     offset: int  # where it begins in the file
     memory: mmap.mmap  # shared
     free: FreeRoom  # counted from its beginning
-    used: int = 0  # bytes of it, from its beginning, that were ever taken
+    made: int = 0  # bytes of it, from its beginning, whose pages were made
 
     def take(self, size: int) -> "Extent | None":
         """A room of so many bytes; None where there is none."""
         start = self.free.take(size)
-        if start is None:
-            return None
-        is_new, self.used = start + size > self.used, max(self.used, start + size)
-        return Extent(self, start, size, is_new=is_new)
+        return None if start is None else Extent(self, start, size)
 
 
 class Extent(NamedTuple):
@@ -70,7 +68,6 @@ class Extent(NamedTuple):
     start: int
     size: int
     holder: int = NOBODY
-    is_new: bool = False  # whether bytes of it were never taken before
 
 
 class Segments:
@@ -90,14 +87,24 @@ class Segments:
         self._returned: deque[tuple[weakref.ref[Segment], int, int, int]] = deque()
         self._gone: deque[int] = deque()
 
-    def take(self, size: int, holder: int = NOBODY) -> Extent:
-        """Room for so many bytes: what is held for the holder, the first that is free, or new."""
+    def take(
+        self, size: int, make_pages: Callable[[int, int], None], holder: int = NOBODY
+    ) -> Extent:
+        """Room for so many bytes: what is held for the holder, the first that is free, or new.
+
+        Before, `make_pages` may write to bytes of the file that were never taken, from an offset to
+        another: those of the room, and what lies before it and up to the end of its large page.
+        """
         with self._lock:
             self._collect()
             held = self._held.get(holder, {}).get(size)
-            if held:
-                return held.pop()
-            return self._first_free(size) or self._new([size])[0]
+            found = held.pop() if held else self._first_free(size) or self._new([size])[0]
+            try:
+                _make(found, make_pages)
+            except BaseException:
+                self._give([found])
+                raise
+            return found
 
     def hold(self, sizes: Sequence[int]) -> int:
         """Sets rooms of these sizes aside; gives the holder's number, for `take`.
@@ -177,3 +184,12 @@ class Segments:
         segment = self._grow(sum(sizes))
         self._all.append(segment)
         return [extent for size in sizes if (extent := segment.take(size))]
+
+
+def _make(extent: Extent, make_pages: Callable[[int, int], None]) -> None:
+    segment, stop = extent.segment, extent.start + extent.size
+    if stop > segment.made:  # all that was ever taken of it lies before
+        end = round_up(segment.offset + stop, LARGE_PAGE)
+        end = min(end, segment.offset + len(segment.memory))
+        make_pages(segment.offset + segment.made, end)
+        segment.made = end - segment.offset

@@ -54,20 +54,20 @@ class MappedLease(Lease, AbstractContextManager[Lease]):
     def __init__(self, group: Group, made: Group, written: bool) -> None:
         self._allocations = (*group, *made)
         self._first_written = 0 if written else len(group)
-        self.tensors = [allocation.tensor() for allocation in self._allocations]
+        self.tensors = []
 
     def __enter__(self) -> Lease:
         try:
             for number, allocation in enumerate(self._allocations):
-                allocation.populate(written=number >= self._first_written)
+                self.tensors.append(allocation.populate(written=number >= self._first_written))
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for allocation in self._allocations:
-            allocation.evict()
+        for allocation in self._allocations[: len(self.tensors)]:
+            allocation.release()
 
     def store(self, *numbers: int) -> None:
         """Nothing is to be written: the tensors lie at home."""
