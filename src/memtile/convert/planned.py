@@ -1,6 +1,7 @@
 """How `tile` carries out a plan: its decisions, its home, recomputed activations, its workspace."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -74,16 +75,23 @@ def planned_home(
     return plan.home if home is None and plan.parked_layers else home
 
 
-def keep_experts(model: nn.Module, plan: Plan) -> None:
-    """Give the homes of a model's experts the memory that the plan leaves, each by its share."""
+def share_budget(model: nn.Module, plan: Plan) -> None:
+    """Give the homes of a model what the plan keeps of them in memory, each by its share."""
+    for home, share in _shares(model.parameters()):
+        home.mapped_bytes = int(plan.mapped_bytes * share)
     stacks = [module for module in model.modules() if isinstance(module, TiledStack)]
+    for home, share in _shares({p for stack in stacks for p in stack.parameters()}):
+        home.kept_bytes = int(plan.kept_bytes * share)
+
+
+def _shares(parameters: Iterable[nn.Parameter]) -> list[tuple[Home, float]]:
+    """Each home of these parameters, and what part of their rooms it has."""
     rooms = Counter[Home]()
-    for parameter in {parameter for stack in stacks for parameter in stack.parameters()}:
+    for parameter in parameters:
         allocation = allocation_of(parameter)
         if allocation is not None:
             rooms[allocation.home] += allocation.room
-    for home, room in rooms.items():
-        home.kept_bytes = plan.kept_bytes * room // rooms.total()
+    return [(home, room / rooms.total()) for home, room in rooms.items()]
 
 
 def has_checkpointing(model: nn.Module) -> bool:

@@ -20,10 +20,10 @@ from memtile.convert.materializing import (
 from memtile.convert.name_matching import Findings
 from memtile.convert.planned import (
     check_alone,
-    keep_experts,
     planned_decisions,
     planned_home,
     set_checkpointing,
+    share_budget,
     take_workspace,
 )
 from memtile.convert.replaced import Replaced, replacing
@@ -138,7 +138,7 @@ def tile(
     if checkpoint is not None or any(decision.tiled for decision in decisions):
         _replace_and_fill(model, decisions, home, checkpoint, strict)
     if own is not None:
-        keep_experts(model, own)
+        share_budget(model, own)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, decisions)
     if plan is not None and plan.optimizer is not None:

@@ -12,9 +12,11 @@ from memtile.costmodel.plan_parts import PlannedLayer
 from memtile.costmodel.rank_memory import Moment
 from memtile.costmodel.rank_plan import RankPlan
 from memtile.costmodel.rank_traffic import ClusterSpec
+from memtile.costmodel.search import MAPPED_BYTES
 from memtile.costmodel.shards import LooseModule, Parameter, ShardedLayer, Sharding, Uses
 
 __all__ = [
+    "MAPPED_BYTES",
     "Budget",
     "ClusterSpec",
     "LooseModule",

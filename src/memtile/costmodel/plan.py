@@ -11,6 +11,7 @@ from memtile.costmodel.json_form import JsonRecord
 from memtile.costmodel.model_records import Products
 from memtile.costmodel.plan_parts import (
     KEPT_EXPERTS,
+    KEPT_PAGES,
     PARKED,
     PLACES,
     Floor,
@@ -102,7 +103,15 @@ class Plan(JsonRecord):
     @property
     def kept_bytes(self) -> int:
         """What is left of the budget, for copies of the most used experts."""
-        return sum(term.nbytes for term in self.terms if term.name == KEPT_EXPERTS)
+        return self._bytes_named(KEPT_EXPERTS)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """What stays mapped of a home in the page cache, beside the tiles in use."""
+        return self._bytes_named(KEPT_PAGES)
+
+    def _bytes_named(self, name: str) -> int:
+        return sum(term.nbytes for term in self.terms if term.name == name)
 
     @property
     def tiles(self) -> int:

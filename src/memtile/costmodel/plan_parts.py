@@ -14,6 +14,7 @@ PLACES: Final[tuple[Place, ...]] = ("device", "host", "disk")
 RESIDENT: Final = "resident"
 PARKED: Final = "parked"
 KEPT_EXPERTS: Final = "most used experts"
+KEPT_PAGES: Final = "pages of tiles used before"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from memtile.cli.finetune.sequences import Sequences, text_pieces
 from memtile.cli.finetune.settings import TrainingSettings
 from memtile.cli.finetune.tokens import TokenFile, document_tokens
 from memtile.convert import select_linears
+from memtile.costmodel import MAPPED_BYTES
 from memtile.homes import DiskHome, Home, resolve_home, usable_folder
 from memtile.testing import LargestAllocation, PeakMemory
 
@@ -48,6 +49,8 @@ def run_side(
     with PeakMemory() as memory:
         model = _load_model(settings.model)
         home = resolve_home(settings.home) if tiled and settings.home != "none" else None
+        if home is not None:
+            home.mapped_bytes = MAPPED_BYTES  # as plans do: pages kept count as memory here
         if tiled:
             _check_count(model, settings.max_tile_bytes)
             memtile.tile(model, max_tile_bytes=settings.max_tile_bytes, home=home)
