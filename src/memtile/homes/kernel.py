@@ -169,6 +169,23 @@ def _unpin(memory: mmap.mmap, address: int, owner: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
 
 
+def read_rows_ahead(tensor: Tensor, rows: Tensor) -> None:
+    """Have the kernel start reading these rows of a contiguous tensor that lies in a mapped file.
+
+    Where they are used without that, each is waited for by itself, and read with all around it: up
+    to `read_ahead_kb`, 8 MiB say. 256 rows of 4 KiB took 0.1 s.
+    """
+    library = _library()
+    if library is None:
+        return
+    row_bytes = tensor.stride(0) * tensor.element_size()
+    for row in rows.unique().tolist():
+        begin = tensor.data_ptr() + row * row_bytes
+        start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        length = begin + row_bytes - start
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+
+
 def page_out(tensor: Tensor) -> None:
     """Drop the pages of a tensor that lies in a mapped file, as loaded checkpoints do.
 
