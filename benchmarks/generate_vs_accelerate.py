@@ -8,8 +8,8 @@ prompts of several lengths. Sides, each in a process of its own:
 - accelerate: its offload to disk by `device_map="auto"`, with the budget as its largest memory of
   weights, from the same files. No cap.
 
-Both generate in turn, and before every token the files are dropped from the page cache. Once a
-round the same files are read with direct I/O and nothing else: the raw rate.
+Both generate in turn, in random order, and before every token the files are dropped from the page
+cache. After both the same files are read with direct I/O and nothing else: the raw rate.
 
     python benchmarks/generate_vs_accelerate.py /var/tmp/llama --output FILE
 
@@ -107,7 +107,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = {"prompts": {}}
         for length in args.prompts:
             prompt = [draw.randrange(1, args.words) for _ in range(length)]
-            case = {name: side.generate(prompt) for name, side in sides.items()}
+            turn = draw.sample(list(sides), len(sides))
+            case = {name: sides[name].generate(prompt) for name in turn}
             found["prompts"][length] = case | {"raw_bytes_a_second": raw_read_rate(files)}
         if number:  # the first round is for learning the order
             rounds.append(found)
