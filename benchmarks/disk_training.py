@@ -45,6 +45,7 @@ class RawDisk:
         self.pieces = nbytes // PIECE
         self.fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT)
         self.memory = mmap.mmap(-1, THREADS * PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_HUGEPAGE)  # as memtile's slabs: half as fast without
         self.memory.write(os.urandom(THREADS * PIECE))
         os.posix_fallocate(self.fd, 0, nbytes)
         self.seconds((0, 1))  # blocks that were never written are not read from the disk

@@ -8,8 +8,8 @@ prompts of several lengths. Sides, each in a process of its own:
 - accelerate: its offload to disk by `device_map="auto"`, with the budget as its largest memory of
   weights, from the same files. No cap.
 
-Both generate in turn, and before every token the files are dropped from the page cache. Once a
-round the same files are read with direct I/O and nothing else: the raw rate.
+Both generate in turn, in random order, and before every token the files are dropped from the page
+cache. After both the same files are read with direct I/O and nothing else: the raw rate.
 
     python benchmarks/generate_vs_accelerate.py /var/tmp/llama --output FILE
 
@@ -107,7 +107,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = {"prompts": {}}
         for length in args.prompts:
             prompt = [draw.randrange(1, args.words) for _ in range(length)]
-            case = {name: side.generate(prompt) for name, side in sides.items()}
+            turn = draw.sample(list(sides), len(sides))
+            case = {name: sides[name].generate(prompt) for name in turn}
             found["prompts"][length] = case | {"raw_bytes_a_second": raw_read_rate(files)}
         if number:  # the first round is for learning the order
             rounds.append(found)
@@ -137,18 +138,31 @@ def figures(result: dict[str, Any], length: int) -> dict[str, Any]:
     same = [case["memtile"]["ids"] == case["accelerate"]["ids"] for case in cases]
     found: dict[str, Any] = {"prompt": length, "raw": raw, "same_tokens": all(same)}
     for name, part in (("first", slice(0, 1)), ("later", slice(1, None))):
-        ours = [token for case in cases for token in case["memtile"]["tokens"][part]]
-        taken = [token["seconds"] for token in ours]
+        taken = [time for case in cases for time in seconds(case["memtile"])[part]]
         theirs = [time for case in cases for time in seconds(case["accelerate"])[part]]
-        rate = statistics.median(token["read_bytes"] / token["seconds"] for token in ours)
         found[name] = {
             "memtile": statistics.median(taken),
             "spread": spread(taken),
             "accelerate": statistics.median(theirs),
-            "over_accelerate": statistics.median(theirs) / statistics.median(taken),
-            "of_raw": rate / raw,
+            "over_accelerate": statistics.median(ratio(case, part) for case in cases),
+            "of_raw": statistics.median(part_of_raw(case, part) for case in cases),
         }
     return found
+
+
+def ratio(case: dict[str, Any], part: slice) -> float:
+    """accelerate's seconds over memtile's in one round: a virtual disk's rate moves with time."""
+    sides = (seconds(case[name])[part] for name in ("accelerate", "memtile"))
+    theirs, ours = (statistics.median(each) for each in sides)
+    return theirs / ours
+
+
+def part_of_raw(case: dict[str, Any], part: slice) -> float:
+    """What memtile read a second over the raw rate of the same round."""
+    tokens = case["memtile"]["tokens"][part]
+    rate = statistics.median(token["read_bytes"] / token["seconds"] for token in tokens)
+    raw: float = case["raw_bytes_a_second"]
+    return rate / raw
 
 
 def table(found: list[dict[str, Any]]) -> Table:

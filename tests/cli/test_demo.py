@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from trace_events import read_trace
 
 from memtile.cli import main
 from memtile.cli.demo import command, comparison, smollm2, worker
@@ -60,9 +61,16 @@ def options(model, text, *more):
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tiny_model, tiny_text):
+def trace(tmp_path_factory):
+    """Gives the file that the whole demo traces a step to."""
+    return tmp_path_factory.mktemp("trace") / "step.json"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_model, tiny_text, trace):
     """Gives exit code, stdout and stderr of one whole demo of the tiny model."""
     arguments = options(tiny_model, tiny_text, "--steps", "5", "--tokens", "32", "--lr", "1e-3")
+    arguments += ["--trace", str(trace)]
     script = "import sys; from memtile.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", script, *arguments, "--max-tile", "2KiB", "--json"],
@@ -124,6 +132,20 @@ def test_the_tiled_run_is_really_tiled(tiny_run):
     assert dense["checkpoint_is_dense"] is None
 
 
+def test_one_step_of_the_tiled_run_is_traced(tiny_run, trace):
+    """The file keeps the event format, with a tile's forward, backward and optimizer step."""
+    outcome = json.loads(tiny_run.stdout)
+
+    complete = [event for event in read_trace(trace) if event["ph"] == "X"]
+    seen = {
+        event["cat"] for event in complete if event["args"]["tile"].startswith("model.layers.1")
+    }
+    assert seen == {"forward", "backward", "optimizer step"}
+    assert outcome["tiled"]["observed"].startswith("step 3, observed:\n")
+    assert outcome["tiled"]["observed"].endswith(f"\nthe trace is in {trace}")
+    assert outcome["dense"]["observed"] == ""
+
+
 def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
     tiny_model, tiny_text, capsys
 ):
@@ -159,6 +181,8 @@ def test_a_text_that_is_too_short_is_refused_with_the_length_that_fits(
             "--home 'cloud' is no home: it must be disk, disk:FOLDER, host or none",
         ),
         (["--home", "disk:"], "--home 'disk:' is no home"),
+        (["--trace", "step.txt"], "step.txt: a trace ends in .json"),
+        (["--trace", "step.json", "--home", "none"], "--home none has none: leave out one"),
         (["--text", "nowhere.txt"], "--text nowhere.txt cannot be read (No such file"),
         (["--text", "."], "--text . cannot be read (Is a directory)"),
         (["--colour", "red"], "No such option: --colour"),
@@ -486,6 +510,13 @@ def test_a_folder_that_tiles_cannot_live_in_is_a_sentence(tiny_model, tiny_text,
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 2
     assert str(nowhere) in last["mistake"]
+
+
+def test_the_tables_have_what_was_observed():
+    """As it was said: no line is broken, and no bracket is taken for markup."""
+    seen = f"step 3, observed:\n{'forward 758 ' * 9}\nthe trace is in [red]step.json"
+
+    assert seen in printed_tables(compared(tiled=replace(TILED, observed=seen)))
 
 
 def test_a_missed_promise_is_shown_and_is_the_exit_code(capsys, monkeypatch):

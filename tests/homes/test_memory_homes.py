@@ -3,9 +3,11 @@
 import copy
 import gc
 import pickle
+import re
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +82,21 @@ def test_a_buffer_is_private_and_freed_with_its_tensor():
     del buffer
 
     assert data() - before < 32 << 20
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this kernel has no huge pages"
+)
+def test_a_large_buffer_is_in_huge_pages_that_lie_inside_it():
+    """The kernel is asked for them, and no huge page takes memory beside the buffer."""
+    huge, buffer = 2 << 20, aligned_buffer((7 << 20) + PAGE)
+    begin, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
+
+    areas = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.M)
+    huge_areas = [area.split()[0].split("-") for area in areas if re.search(r"Flags:.* hg\b", area)]
+    clipped = [(max(begin, int(low, 16)), min(end, int(high, 16))) for low, high in huge_areas]
+    asked = [(low, high) for low, high in clipped if low < high]
+    assert asked == [(begin + -begin % huge, end - end % huge)]
 
 
 @pytest.mark.parametrize("make_home", [DeviceHome, HostHome])

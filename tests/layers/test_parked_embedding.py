@@ -1,6 +1,7 @@
 """Embeddings whose rows are parked."""
 
 import copy
+import mmap
 import pickle
 
 import pytest
@@ -55,6 +56,41 @@ def test_rows_and_gradients_are_the_dense_embeddings(home, out_splits, ids, opti
     assert_same(tiled.weight.grad + 0, dense.weight.grad)
     for p in tiled.parameters():
         assert allocation_of(p) is not None
+
+
+class Advised:
+    """Stands for the C library: notes for which bytes the kernel was given advice."""
+
+    def __init__(self) -> None:
+        self.areas: list[tuple[int, int]] = []
+
+    def madvise(self, start, length, advice):
+        assert advice == mmap.MADV_WILLNEED
+        self.areas.append((start.value, start.value + length.value))
+
+
+@pytest.fixture
+def looked_up(monkeypatch):
+    """Gives the areas that were read ahead in a lookup of rows 5, 7 and 22, and the first row."""
+    tile = ParkedEmbedding(23, 1030, home=memtile.DiskHome())
+    library = Advised()
+    monkeypatch.setattr("memtile.homes.kernel._library", lambda: library)
+    assert tile(torch.tensor([[7, 22], [5, 7]])).shape == (2, 2, 1030)
+    return library.areas, tile.weight.data_ptr()
+
+
+@pytest.mark.usefixtures("in_slabs")
+def test_rows_are_read_ahead_at_once(looked_up):
+    """The kernel is asked for the pages of each row, once, and for no others."""
+    areas, first = looked_up
+
+    rows = [(first + row * 4120, first + (row + 1) * 4120) for row in (5, 7, 22)]
+    assert areas == [(begin - begin % mmap.PAGESIZE, end) for begin, end in rows]
+
+
+def test_rows_in_the_page_cache_are_not_read_ahead(looked_up):
+    """They are there: to ask would cost a call for each."""
+    assert looked_up[0] == []
 
 
 @in_every_home

@@ -12,7 +12,8 @@ from trace_events import read_trace
 import memtile
 from memtile.errors import ArgumentError
 from memtile.observing import Event, Observation
-from memtile.observing.intervals import own_pieces, slabs_in_use, union
+from memtile.observing.intervals import own_pieces, shares, slabs_in_use, union
+from memtile.observing.picture import _heights
 from memtile.observing.recording import FORWARD, READ, SLABS, WAIT_FOR_READ
 from memtile.observing.summary import notes_on, rows_of
 
@@ -183,6 +184,25 @@ def test_overlaps_count_once():
     """Of reads in several threads, and of slabs each one."""
     assert union([(15, 40), (12, 20), (40, 41), (50, 60)]) == [(12, 41), (50, 60)]
     assert slabs_in_use(NESTED) == [(0, 2), (50, 3), (60, 2), (90, 0)]
+
+
+def test_shares_of_columns():
+    """Pieces shorter than a column add up in it, longer ones fill some, by weight; none is lost."""
+    pieces = [((100, 105), 1.0), ((107, 109), 0.5), ((115, 140), 1.0)]
+
+    assert shares(pieces, 100, 10.0, 4) == pytest.approx([0.6, 0.5, 1.0, 1.0])
+    assert shares([((100, 140), 0.5)], 100, 10.0, 3) == [0.5, 0.5, 0.5]
+
+
+def test_lanes_of_the_picture():
+    """A forward is not as high while it waits; slabs are measured against the most; no writes."""
+    heights = _heights(NESTED, 0, 100.0 / 500)
+
+    assert heights.keys() == {FORWARD, WAIT_FOR_READ, READ, SLABS}
+    assert heights[FORWARD][:200:50] == [1, 0, 0, 1]
+    assert heights[WAIT_FOR_READ][:200:50] == [0, 1, 1, 0]
+    assert heights[READ][:250:50] == [0, 0, 1, 1, 0]
+    assert heights[SLABS][200::50] == pytest.approx([2 / 3, 1, 2 / 3, 2 / 3, 2 / 3, 0])
 
 
 def test_rows_and_notes_of_known_spans():

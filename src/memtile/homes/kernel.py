@@ -40,6 +40,7 @@ PIECE: Final = 4 << 20
 KEPT: Final = 3
 """Buffers of `scratch_like` that wait to be used again."""
 
+_HUGE_PAGE: Final = 2 << 20  # bytes; on machines with larger ones the advice does nothing
 _WIPE_ON_FORK: Final = 18  # madvise(2); mmap has no name for it
 _PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to stays
 _MMAP_THRESHOLD: Final = -3  # mallopt(3)
@@ -70,7 +71,7 @@ def aligned_buffer(nbytes: int) -> Tensor:
         HomeFullError: there is no memory for it, or CUDA cannot pin so much.
     """
     room = whole_pages(nbytes)
-    view = private_view(room, in_children=False) if room else None
+    view = private_view(room, for_disk=True) if room else None
     return tensor_over(view, torch.Size([room]), torch.uint8)
 
 
@@ -96,11 +97,12 @@ def scratch_like(tensor: Tensor) -> Tensor:
     return tensor_over(lent, tensor.shape, tensor.dtype)
 
 
-def private_view(room: int, in_children: bool = True) -> memoryview:
+def private_view(room: int, for_disk: bool = False) -> memoryview:
     """A private anonymous map of `room` bytes, pinned where CUDA is available.
 
     `room` is whole pages, not 0. The map ends when the view and everything that keeps it are gone.
-    Without `in_children` a forked child finds zeros. HomeFullError where there is no such memory.
+    What is `for_disk` is in huge pages where it can be, and a forked child finds zeros in it.
+    HomeFullError where there is no such memory.
     """
     try:
         memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -108,13 +110,27 @@ def private_view(room: int, in_children: bool = True) -> memoryview:
         raise HomeFullError(
             errno.ENOMEM, f"no memory for {room} more bytes ({error}): park less, or on disk"
         ) from error
-    if not in_children:
+    if for_disk:
         with suppress(OSError):  # kernels before 4.14 do not know it
             memory.madvise(_WIPE_ON_FORK)
+        _advise_huge_pages(memory, room)
     view = memoryview(memory)
     if torch.cuda.is_available():
         _pin(view, memory, room)
     return view
+
+
+def _advise_huge_pages(memory: mmap.mmap, room: int) -> None:
+    """Have the kernel use huge pages for those that lie inside the map, and touch no other memory.
+
+    Direct I/O asks a disk for each stretch of physical memory apart. Once memory is in fragments, a
+    virtual disk gave 1.35 GB/s into pages of 4 KiB, and 2.4 into huge ones (4 MiB a read, 2 cores).
+    """
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
+    length = (room - start) // _HUGE_PAGE * _HUGE_PAGE
+    if length > 0:
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, length)
 
 
 def tensor_over(view: memoryview | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -154,6 +170,23 @@ def _pin(view: memoryview, memory: mmap.mmap, room: int) -> None:
 def _unpin(memory: mmap.mmap, address: int, owner: int) -> None:
     if os.getpid() == owner:  # CUDA cannot be called in a forked child
         torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def read_rows_ahead(tensor: Tensor, rows: Tensor) -> None:
+    """Have the kernel start reading these rows of a contiguous tensor that lies in a mapped file.
+
+    Where they are used without that, each is waited for by itself, and read with all around it: up
+    to `read_ahead_kb`, 8 MiB say. 256 rows of 4 KiB took 0.1 s.
+    """
+    library = _library()
+    if library is None:
+        return
+    row_bytes = tensor.stride(0) * tensor.element_size()
+    for row in rows.unique().tolist():
+        begin = tensor.data_ptr() + row * row_bytes
+        start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        length = begin + row_bytes - start
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def page_out(tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from math import ceil
 
 from memtile.observing.recording import COMPUTE, SLABS, WAITS, Event
 
@@ -56,6 +57,18 @@ def length(pieces: Iterable[Piece]) -> int:
 def whole(events: Iterable[Event]) -> list[Piece]:
     """From begin to end of each."""
     return [(event.begun_ns, event.ended_ns) for event in events]
+
+
+def shares(
+    pieces: Iterable[tuple[Piece, float]], begun_ns: int, column_ns: float, columns: int
+) -> list[float]:
+    """The sum of the pieces' weights in each column of time, each by its share of the column."""
+    found = [0.0] * columns
+    for (begun, ended), weight in pieces:
+        left, right = (begun - begun_ns) / column_ns, (ended - begun_ns) / column_ns
+        for column in range(int(left), min(columns, ceil(right))):
+            found[column] += weight * (min(right, column + 1) - max(left, column))
+    return found
 
 
 def worked(events: Sequence[Event]) -> list[Piece]:

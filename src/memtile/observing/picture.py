@@ -2,14 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from memtile.observing.intervals import Piece, own_pieces, slabs_in_use, union, whole
+from memtile.observing.intervals import Piece, own_pieces, shares, slabs_in_use, union, whole
 from memtile.observing.recording import (
     BACKWARD,
     FORWARD,
     READ,
+    SLABS,
     STEP,
     WAIT_FOR_READ,
     WAIT_FOR_SLAB,
@@ -23,34 +25,53 @@ _LANES: Final = {  # from top to bottom: kinds of events, and their colours
     "waits": {WAIT_FOR_READ: "tab:red", WAIT_FOR_SLAB: "tab:orange", WAIT_FOR_WRITE: "tab:pink"},
     "reads": {READ: "tab:green"},
     "writes": {WRITE: "tab:olive"},
+    "slabs": {SLABS: "tab:gray"},
 }
+_COLUMNS: Final = 500  # two pixels wide
 
 
 def draw(path: Path, events: Sequence[Event], begun_ns: int, seconds: float) -> None:
-    """Draws all threads together as a PNG, `seconds` wide; needs matplotlib."""
+    """Draws all threads together as a PNG, `seconds` wide; needs matplotlib.
+
+    The time is cut into columns, each of which may have many events of small tiles. A bar is as
+    high as the share of its column that its kind took; that of slabs, as the share of the most that
+    were in use. What has no events has no lane.
+    """
     from matplotlib.figure import Figure
 
-    pieces = _by_kind(events)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    lanes, slabs = figure.subplots(2, sharex=True, height_ratios=[5, 1])
-    for place, kinds in enumerate(_LANES.values()):
-        for kind, colour in kinds.items():
-            bars = [
-                ((begun - begun_ns) / 1e9, (ended - begun) / 1e9)
-                for begun, ended in union(pieces[kind])
-            ]
-            if bars:
-                lanes.broken_barh(bars, (place - 0.4, 0.8), color=colour, linewidth=0, label=kind)
-    lanes.set_yticks(range(len(_LANES)), list(_LANES))
-    lanes.set_ylim(len(_LANES) - 0.5, -0.5)
-    lanes.set_xlim(0, seconds)
-    if any(pieces.values()):
-        lanes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8, fontsize="small")
-    used = [(begun_ns, 0), *slabs_in_use(events)]
-    slabs.step([(when - begun_ns) / 1e9 for when, _ in used], [n for _, n in used], where="post")
-    slabs.set_ylabel("slabs")
-    slabs.set_xlabel("seconds")
+    heights = _heights(events, begun_ns, seconds * 1e9 / _COLUMNS)
+    lanes = [lane for lane, kinds in _LANES.items() if heights.keys() & kinds.keys()]
+    figure = Figure(figsize=(11, 1.2 + 0.6 * len(lanes)), layout="constrained")
+    axes = figure.subplots()
+    edges = [seconds * column / _COLUMNS for column in range(_COLUMNS + 1)]
+    for place, lane in enumerate(lanes):
+        base = [place + 0.4] * _COLUMNS
+        for kind in (kind for kind in _LANES[lane] if kind in heights):
+            top = [y - 0.8 * height for y, height in zip(base, heights[kind], strict=True)]
+            axes.stairs(top, edges, baseline=base, fill=True, color=_LANES[lane][kind], label=kind)
+            base = top
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(max(1, len(lanes)) - 0.5, -0.5)
+    axes.set_xlim(0, seconds)
+    axes.set_xlabel("seconds")
+    if lanes:
+        figure.legend(loc="outside upper center", ncols=9, fontsize="small", handlelength=1)
     figure.savefig(path, format="png", dpi=100)
+
+
+def _heights(events: Sequence[Event], begun_ns: int, column_ns: float) -> dict[str, list[float]]:
+    """How high the bar of each kind is in each column, 0 to 1."""
+    found = {
+        kind: [(piece, 1.0) for piece in union(pieces)] for kind, pieces in _by_kind(events).items()
+    }
+    used = slabs_in_use(events)
+    most = max((slabs for _, slabs in used), default=0)
+    found[SLABS] = [((now, then), slabs / most) for (now, slabs), (then, _) in pairwise(used)]
+    return {
+        kind: shares(pieces, begun_ns, column_ns, _COLUMNS)
+        for kind, pieces in found.items()
+        if pieces
+    }
 
 
 def _by_kind(events: Sequence[Event]) -> defaultdict[str, list[Piece]]:

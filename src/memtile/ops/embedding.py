@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memtile.geometry import Span
-from memtile.homes import allocation_of
+from memtile.homes import allocation_of, read_rows_ahead
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.parked import form_gradient
@@ -125,7 +125,9 @@ class _ParkedEmbedding(torch.autograd.Function):
         ctx.source, ctx.weight = source, weight
         if ctx.needs_input_grad[1]:
             source.note_use()
-        source.visit()
+        visited = source.visit()
+        if visited is not None and not visited[0].home.is_mapped:  # then they are in memory
+            read_rows_ahead(weight.detach(), ids)
         begun = clock() if recording.active else 0
         rows = functional.embedding(ids.to(weight.device), weight.detach())
         if begun:

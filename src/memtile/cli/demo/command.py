@@ -19,8 +19,9 @@ from memtile.cli.demo.tables import show
 from memtile.cli.demo.training import DEFAULT_TEXT, text_of
 from memtile.cli.demo.worker import run_worker
 from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
-from memtile.cli.terminal import AsJson, progress, with_options
+from memtile.cli.terminal import AsJson, Trace, progress, with_options
 from memtile.costmodel import parse_byte_size
+from memtile.observing import check_trace_path
 from memtile.planner.saved_rates import cache_folder
 from memtile.testing import PeakMemory
 
@@ -39,6 +40,7 @@ class DemoArguments:
     home: Annotated[
         str, typer.Option(help="Where tiles live: disk, disk:FOLDER, host or none.")
     ] = "disk"
+    trace: Trace = None
     as_json: AsJson = False
     cache: Annotated[
         Path | None, typer.Option(help="Where to keep the model (~/.cache/memtile).")
@@ -74,6 +76,7 @@ def run_demo(given: DemoArguments) -> int:
             max_tile_bytes=max_tile_bytes,
             learning_rate=given.lr,
             home=given.home,
+            trace=str(given.trace or ""),
         )
         outcome = run_both(settings, bars)
     if given.as_json:
@@ -92,6 +95,10 @@ def _check(given: DemoArguments) -> int:
     models.check_home(given.home, "none")
     if given.model is not None:
         models.check_folder(given.model, name="--model")
+    if given.trace is not None:
+        check_trace_path(given.trace)
+        if given.home == "none":
+            raise CommandError("--trace shows homes, and --home none has none: leave out one.")
     return max_tile_bytes
 
 

@@ -19,6 +19,7 @@ class DemoSettings:
     learning_rate: float
     home: str = "disk"  # of the tiled run's weights and moments; or "disk:FOLDER", "host", "none"
     seed: int = 0  # of PyTorch's generator, set before the first step
+    trace: str = ""  # the file for what is observed of one step of the tiled run; "": none
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Side:
     home: str = ""  # where weights and moments lived; "": memory
     read_bytes: int = 0  # from the home in a step, the mean without the first
     written_bytes: int = 0
+    observed: str = ""  # of one step, as a table, and which file has the trace
     checkpoint_is_dense: bool | None = None  # untiled and saved, it loads in transformers, equal
 
     @classmethod

@@ -25,6 +25,8 @@ def show(outcome: Outcome, console: Console) -> None:
     console.print(_losses(outcome))
     console.print(_costs(outcome))
     console.print(_wear(outcome.tiled))
+    if outcome.tiled.observed:
+        console.print(Text(outcome.tiled.observed), soft_wrap=True)
     for name, side in (("dense", outcome.dense), ("tiled", outcome.tiled)):
         console.print(Panel(Text(side.continuation), title=f"Generated after training, {name}"))
     console.print(_verdicts(outcome))

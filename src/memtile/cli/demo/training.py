@@ -22,9 +22,11 @@ from memtile.cli.finetune.run import Run, train
 from memtile.cli.finetune.sequences import Sequences, text_pieces
 from memtile.cli.finetune.settings import TrainingSettings
 from memtile.cli.finetune.tokens import TokenFile, document_tokens
+from memtile.cli.terminal import saved_trace
 from memtile.convert import select_linears
 from memtile.costmodel import MAPPED_BYTES
 from memtile.homes import DiskHome, Home, resolve_home, usable_folder
+from memtile.observing import Observation
 from memtile.testing import LargestAllocation, PeakMemory
 
 if TYPE_CHECKING:
@@ -57,7 +59,6 @@ def run_side(
         loss_before = _evaluate(model, batches.at(0), logits_file)
         measured = _train(model, batches, settings, home, memory, report)
     return Side(
-        peak_bytes=memory.nbytes,
         parameter_tensors=sum(1 for _ in model.parameters()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         first_batch_loss_before=loss_before,
@@ -173,7 +174,11 @@ def _train(
     with LargestAllocation() as probe:
         entries = train(run, lambda entry: report(entry.step, entry.loss), until=1).entries
     before = _traffic(home)
-    entries += train(run, lambda entry: report(entry.step, entry.loss)).entries
+    seen: dict[int, Observation] = {}
+    if settings.trace and home is not None:
+        run.on_traced = seen.__setitem__
+    result = train(run, lambda entry: report(entry.step, entry.loss))
+    entries += result.entries
     read, written = (
         (now - then) // (settings.steps - 1)
         for now, then in zip(_traffic(home), before, strict=True)
@@ -181,11 +186,18 @@ def _train(
     return {
         "losses": [entry.loss for entry in entries],
         "seconds": [entry.seconds for entry in entries],
+        "peak_bytes": result.peak_bytes,
         "largest_tensor": max(_tensors(model, optimizer), key=lambda tensor: tensor.nbytes),
         "largest_allocation": NamedSize(probe.nbytes, probe.op),
         "read_bytes": read,
         "written_bytes": written,
+        "observed": "".join(_observed(*each, Path(settings.trace)) for each in seen.items()),
     }
+
+
+def _observed(step: int, seen: Observation, trace: Path) -> str:
+    """Saves what was observed of a step; gives its table, and where the file is."""
+    return f"step {step}, observed:\n{seen}\n{saved_trace(seen, trace)}"
 
 
 def _optimizer(
