@@ -2,9 +2,9 @@
 
 A sum of products over tiles is slow where the products are fast: on a CPU with AMX the float32 sums
 of a 4×4 grid of 2048→8192 took as long as its products (bf16, 512 tokens). Tiles that lie side by
-side are one product, summed in float32 inside: no rounded parts, so the dense layer's error, up to
-`JOINED_TERMS` terms. Copying them costs a few operations for each element of the weight, whatever
-the number of tokens; sums cost more the more tokens there are.
+side are one product, summed in float32 inside: no rounded parts, so the dense layer's error, where
+one copy holds all terms. The copies cost the same for any number of tokens, the sums more the more
+tokens there are.
 
 Shapes: N tokens; W (out, in) is the weight that the tiles make.
 """
@@ -21,7 +21,7 @@ from memtile.ops.products import SIXTEEN_BITS, sum_of_products
 # and by 2048×1024 at 1.8; so for 384 to 1024 rows and fewer than 1024 columns.
 WIDE = 1024
 
-# With this many terms and fewer than twice WIDE columns, the copy has at most 16 MiB.
+# With this many terms and fewer than twice WIDE columns, the copy has about 16 MiB at most.
 JOINED_TERMS = 4096
 
 # Slices that begin elsewhere are slower: 35 against 29 ms for 4096→11008 at 512 tokens.
@@ -70,7 +70,7 @@ def multiply_joined(
     bias = torch.cat(list(biases)) if biases else None
     groups = _spans(matrix.shape[1], -(-matrix.shape[1] // JOINED_TERMS))
     blocks = _spans(result.shape[1], max(1, result.shape[1] // WIDE))
-    buffer = a.new_empty(groups[-1].size * blocks[-1].size)
+    buffer = a.new_empty(max(s.size for s in groups) * max(s.size for s in blocks))
 
     def factors(block: Span, group: Span) -> tuple[Tensor, Tensor]:
         rect = Rect(block, group) if transposed else Rect(group, block)
@@ -85,9 +85,9 @@ def multiply_joined(
 
 
 def _spans(size: int, parts: int) -> tuple[Span, ...]:
-    """That many spans, about even; all but the last, which is longest, begin and end aligned."""
-    step = size // parts // ALIGNED * ALIGNED
-    return spans_of([*(step * part for part in range(parts)), size])
+    """That many spans, about even, which begin at multiples of `ALIGNED`."""
+    starts = (size * part // parts // ALIGNED * ALIGNED for part in range(parts))
+    return spans_of([*starts, size])
 
 
 def _join(grid: Grid, tiles: Sequence[Tensor], rect: Rect, buffer: Tensor) -> Tensor:
