@@ -31,6 +31,9 @@ def test_forward_holds_one_output_and_one_tiles_result(
 ) -> None:
     """Forward's peak is the output, a tile's result, and a float32 row where sums need one.
 
+    Where 16-bit tiles are joined (the fused path, this many tokens), it is the output and a copy of
+    the weight, which is smaller than a block here.
+
     What the library's own products take as scratch is allowed too, as dense layers of the same
     sizes take it on this CPU: a smaller product may take more than a larger one.
     """
@@ -41,7 +44,8 @@ def test_forward_holds_one_output_and_one_tiles_result(
         for _, tile in layer.tiles():
             tile.register_forward_hook(lambda *_: None)
     x = torch.randn(512, 192, dtype=dtype)
-    sums_in_float32 = columns > 1 and dtype != torch.float32
+    joined = path == "fused" and dtype != torch.float32 and grid != (1, 1)
+    sums_in_float32 = columns > 1 and dtype != torch.float32 and not joined
     tile_elements = 512 * layer.grid.out_spans[0].size
 
     if dtype != torch.float32 and torch.__version__ < "2.13":
@@ -50,7 +54,8 @@ def test_forward_holds_one_output_and_one_tiles_result(
 
     peak = peak_allocated_bytes(lambda: layer(x))
 
-    allowed = scratch + 512 * 640 * dtype.itemsize + tile_elements * dtype.itemsize
+    allowed = scratch + 512 * 640 * dtype.itemsize
+    allowed += dtype.itemsize * (640 * 192 if joined else tile_elements)
     allowed += 4 * tile_elements if sums_in_float32 else 0
     small = 1 << 20 if sums_in_float32 else 4096  # the block in which a sum is converted; biases
     assert peak <= allowed + small

@@ -8,7 +8,8 @@ Forward, row by row:        y_o = Σ_i x_i W_oiᵀ + b_o, written into its slice
 Backward, column by column: dx_i = Σ_o g_o W_oi and dW_oi = g_oᵀ x_i, each tile visited once.
 
 Saved are the input and the weights, and only where a gradient will need them. Sums of 16-bit
-products are float32 (`ops.products`). Under `create_graph=True` the same formulas run as ordinary
+products are float32 (`ops.products`); where it is faster, tiles are joined before they are
+multiplied (`ops.joined`). Under `create_graph=True` the same formulas run as ordinary
 differentiable operations.
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from memtile.geometry import Grid, Span
+from memtile.ops.joined import multiply_joined, worth_joining
 from memtile.ops.products import (
     is_batched,
     multiply,
@@ -49,6 +51,15 @@ class FusedSpec:
         """Where the bias of a row of tiles stands."""
         return self.chunks + self.grid.out_splits * self.grid.in_splits + row
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the input is one tensor, and the output too."""
+        return self.chunks == 1 and self.combine
+
+    def weights(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The weights among the flat arguments, row by row."""
+        return tensors[self.chunks : self.bias(0)]
+
     def input(self, column: int) -> int:
         """Where the tensor stands that holds the input's chunk `column`."""
         return column if self.chunks > 1 else 0
@@ -76,21 +87,27 @@ class _FusedLinear(torch.autograd.Function):
         ctx.spec, ctx.lead = spec, tensors[0].shape[:-1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_needed_later(spec, tensors, ctx.needs_input_grad[1:]))
+        biases = tensors[spec.bias(0) :]
+        if spec.is_whole and worth_joining(tensors[0], spec.grid, transposed=True):
+            weights = spec.weights(tensors)
+            return multiply_joined(tensors[0], spec.grid, weights, biases, transposed=True)
         rows, result = _empty_rows(spec, tensors[0], ctx.lead)
         x = _input_columns(spec, tensors)
         for o, row in enumerate(rows):
             factors = ((x[i], tensors[spec.weight(o, i)].t()) for i in range(len(x)))
-            bias = tensors[spec.bias(o)] if spec.has_bias else None
-            sum_of_products(row, factors, len(x), bias)
+            sum_of_products(row, factors, len(x), biases[o] if biases else None)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, needed = _gradient_rows(ctx.spec, ctx.lead, grads), ctx.needs_input_grad[1:]
+        rows, needed = _gradient_rows(ctx.spec, ctx.lead, grads), [*ctx.needs_input_grad[1:]]
         if not rows:
             return (None,) * len(ctx.needs_input_grad)
         traced = torch.is_grad_enabled() or transformed() or is_batched(rows[0][1])
-        return (None, *_backward(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed, traced))
+        dx = None if traced else _joined_gradient(ctx.spec, grads[0], ctx.saved_tensors, needed[0])
+        needed[0] &= dx is None
+        results = _backward(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed, traced)
+        return (None, results[0] if dx is None else dx, *results[1:])
 
 
 def _needed_later(
@@ -104,6 +121,17 @@ def _needed_later(
         tensor if (keep_inputs if place < spec.chunks else keep_weights) else None
         for place, tensor in enumerate(tensors[:first_bias])
     ]
+
+
+def _joined_gradient(
+    spec: FusedSpec, g: Tensor | None, saved: Sequence[Tensor], needed: bool
+) -> Tensor | None:
+    """The input's gradient over joined tiles, where it is needed and that is faster."""
+    if g is None or not needed or not spec.is_whole:
+        return None
+    if not worth_joining(g, spec.grid, transposed=False):
+        return None
+    return multiply_joined(g, spec.grid, spec.weights(saved), transposed=False)
 
 
 def _input_columns(spec: FusedSpec, tensors: Sequence[Tensor]) -> list[Tensor]:

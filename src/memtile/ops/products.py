@@ -4,7 +4,8 @@ Shapes: N tokens, K inner, M outer; a (N, K), b (K, M), out (N, M), any of them 
 
 A 16-bit product can be written in float32 by CUDA's `mm(out_dtype=…)`; the CPU has no such
 product in torch 2.13, so there each part is rounded once to 16 bits before it is added in
-float32: √2 of the dense error is then the floor, whatever the number of parts.
+float32: √2 of the dense error is then the floor, whatever the number of parts. (`ops.joined` makes
+one product of them, where that is faster.)
 """
 
 from collections.abc import Iterable
