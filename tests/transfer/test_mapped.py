@@ -13,7 +13,7 @@ from torch import nn
 import memtile
 from memtile.errors import HomeError, HomeIOError
 from memtile.homes import PAGE, DiskHome, allocate_copy, allocation_of, disk_io
-from memtile.homes.kernel import LARGE_PAGE
+from memtile.homes.kernel import HUGE_PAGE
 from memtile.homes.mapped_pages import _POPULATE_READ, _POPULATE_WRITE, MappedRoom
 from memtile.transfer import rings_of
 from memtile.transfer.leases import MappedLease
@@ -203,8 +203,8 @@ def test_making_pages_of_a_room_writes_to_no_other(tmp_path, monkeypatch):
     assert torch.equal(parked[0], torch.ones(PAGE // 4))
 
 
-def test_pages_are_made_large(tmp_path, monkeypatch):
-    """New rooms are written to once, each large page of the file as a whole; old ones never."""
+def test_pages_are_made_huge(tmp_path, monkeypatch):
+    """New rooms are written to once, each huge page of the file as a whole; old ones never."""
     home = DiskHome(tmp_path)
     home._is_overwritten = True
     written, real = [], disk_io.drain
@@ -218,10 +218,10 @@ def test_pages_are_made_large(tmp_path, monkeypatch):
     rooms[1] = None  # its room is taken again
     again = home.allocate((PAGE,), torch.uint8)
 
-    inside = [start // LARGE_PAGE == (stop - 1) // LARGE_PAGE for start, stop in written]
+    inside = [start // HUGE_PAGE == (stop - 1) // HUGE_PAGE for start, stop in written]
     assert home.is_mapped
     assert all(inside)
-    assert sum(stop - start == LARGE_PAGE for start, stop in written) >= 3
+    assert sum(stop - start == HUGE_PAGE for start, stop in written) >= 3
     for allocation in (*rooms[:1], *rooms[2:], again):
         covering = [
             (start, stop)

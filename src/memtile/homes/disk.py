@@ -21,7 +21,7 @@ from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.homes import disk_io
 from memtile.homes.filesystems import overwrites_in_place, usable_folder
 from memtile.homes.home import Allocation, Home, Reservation
-from memtile.homes.kernel import LARGE_PAGE, tensor_over
+from memtile.homes.kernel import HUGE_PAGE, tensor_over
 from memtile.homes.limits import page_cache_fit
 from memtile.homes.live_file import LiveFile
 from memtile.homes.mapped_pages import MappedPages, MappedRoom
@@ -33,7 +33,7 @@ PAGE_CACHE: Final = "page cache"
 DIRECT: Final = "direct"
 BUFFERED: Final = "buffered"
 
-_ZEROS: Final = memoryview(bytes(LARGE_PAGE))
+_ZEROS: Final = memoryview(bytes(HUGE_PAGE))
 
 
 class DiskHome(Home):
@@ -142,15 +142,15 @@ class DiskHome(Home):
     def _make_pages(self, start: int, end: int) -> None:
         """Write zeros to these bytes of the file where tiles are worked on in the page cache.
 
-        A write of a large page makes one, a fault those of 4 KiB. To map and drop a MiB of it takes
+        A write of a huge page makes one, a fault those of 4 KiB. To map and drop a MiB of it takes
         2 µs instead of 80, and to make it writable 20 instead of 800, since ext4 looks through the
         whole of what was written at once for every 4 KiB of it.
         """
         self._choose_path()
         if self.is_mapped:
-            for at in range(start - start % LARGE_PAGE, end, LARGE_PAGE):
+            for at in range(start - start % HUGE_PAGE, end, HUGE_PAGE):
                 first = max(at, start)
-                disk_io.drain(self._file.fd, _ZEROS[: min(at + LARGE_PAGE, end) - first], first)
+                disk_io.drain(self._file.fd, _ZEROS[: min(at + HUGE_PAGE, end) - first], first)
 
     def _check_process(self) -> None:
         if os.getpid() != self._owner:

@@ -31,8 +31,8 @@ _log = logging.getLogger("memtile.homes")
 PAGE: Final = 4096
 """Bytes of a page: rooms, and the pieces that `read` and `write` move, are multiples of it."""
 
-LARGE_PAGE: Final = 2 << 20
-"""Bytes that one entry of a page table maps, where the kernel has so many side by side."""
+HUGE_PAGE: Final = 2 << 20
+"""Bytes of a huge page on most machines; on others what is done for them is in vain."""
 
 PIECE: Final = 4 << 20
 """Bytes of the largest piece in which whole tiles are streamed."""
@@ -40,7 +40,6 @@ PIECE: Final = 4 << 20
 KEPT: Final = 3
 """Buffers of `scratch_like` that wait to be used again."""
 
-_HUGE_PAGE: Final = 2 << 20  # bytes; on machines with larger ones the advice does nothing
 _WIPE_ON_FORK: Final = 18  # madvise(2); mmap has no name for it
 _PAGEOUT: Final = 21  # madvise(2): reclaim these pages; what was written to stays
 _MMAP_THRESHOLD: Final = -3  # mallopt(3)
@@ -126,8 +125,8 @@ def _advise_huge_pages(memory: mmap.mmap, room: int) -> None:
     Direct I/O asks a disk for each stretch of physical memory apart. Once memory is in fragments, a
     virtual disk gave 1.35 GB/s into pages of 4 KiB, and 2.4 into huge ones (4 MiB a read, 2 cores).
     """
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
-    length = (room - start) // _HUGE_PAGE * _HUGE_PAGE
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    length = (room - start) // HUGE_PAGE * HUGE_PAGE
     if length > 0:
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE, start, length)

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Final, NamedTuple
 
 from memtile.geometry import round_up
-from memtile.homes.kernel import LARGE_PAGE, fork_safe_lock
+from memtile.homes.kernel import HUGE_PAGE, fork_safe_lock
 
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""
@@ -93,7 +93,7 @@ class Segments:
         """Room for so many bytes: what is held for the holder, the first that is free, or new.
 
         Before, `make_pages` may write to bytes of the file that were never taken, from an offset to
-        another: those of the room, and what lies before it and up to the end of its large page.
+        another: those of the room, and what lies before it and up to the end of its huge page.
         """
         with self._lock:
             self._collect()
@@ -189,7 +189,7 @@ class Segments:
 def _make(extent: Extent, make_pages: Callable[[int, int], None]) -> None:
     segment, stop = extent.segment, extent.start + extent.size
     if stop > segment.made:  # all that was ever taken of it lies before
-        end = round_up(segment.offset + stop, LARGE_PAGE)
+        end = round_up(segment.offset + stop, HUGE_PAGE)
         end = min(end, segment.offset + len(segment.memory))
         make_pages(segment.offset + segment.made, end)
         segment.made = end - segment.offset
