@@ -29,7 +29,8 @@ from memtile.ops.parked import (
 from memtile.ops.parked_layer import parked_layer
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
 from memtile.ops.recomputing import kept_random_states
-from memtile.ops.row_tiles import RowCall, checkpointed_row_tiles, row_tiles
+from memtile.ops.row_calls import RowCall, checkpointed_row_tiles
+from memtile.ops.row_tiles import row_tiles
 
 __all__ = [
     "FusedSpec",

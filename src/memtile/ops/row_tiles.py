@@ -18,56 +18,23 @@ Source: tiles of tokens computed again in backward are in Arctic Long Sequence T
 (arXiv 2506.13996); they are checkpoints of rows (arXiv 1604.06174).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from memtile.errors import RowTilesError
 from memtile.geometry import Span
 from memtile.homes import is_parked
 from memtile.ops.parked import Destination, destination_of, flush_before
-from memtile.ops.products import add_into, is_batched, needs_float32_sum
+from memtile.ops.products import is_batched
 from memtile.ops.recomputing import AutocastState, RandomStates
+from memtile.ops.row_calls import RowCall, Tiles, flattened, packed
+from memtile.ops.shared_gradients import SharedGradients, without_hooks
 from memtile.transfer import ParkedSource, gradients_go_home
-
-
-@dataclass(frozen=True)
-class RowCall:
-    """A function that is called with the rows of each tile.
-
-    Args:
-        function: gives results of as many rows from the inputs of a tile: a tensor, or a tuple,
-            list or dict of them, with None where there is nothing.
-        lead: the leading dimensions of the inputs that are cut.
-        cut: for each input, whether it is cut.
-        spans: the rows of each tile; a tile may be empty.
-        name: of the function, in messages.
-    """
-
-    function: Callable[[Sequence[Tensor]], Any]
-    lead: torch.Size
-    cut: tuple[bool, ...]
-    spans: tuple[Span, ...]
-    name: str
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """(N, …) of (*L, …)."""
-        return tensor.reshape(self.lead.numel(), *tensor.shape[len(self.lead) :])
-
-    def part(self, flat: Tensor, span: Span) -> Tensor:
-        """A tile of (N, …)."""
-        return self.shaped(flat[span.as_slice()])
-
-    def shaped(self, rows: Tensor) -> Tensor:
-        """(1, …, 1, n, …) of (n, …)."""
-        return rows.view(*(1,) * (len(self.lead) - 1), *rows.shape)
 
 
 def row_tiles(call: RowCall, tensors: Sequence[Tensor]) -> Any:
@@ -77,83 +44,15 @@ def row_tiles(call: RowCall, tensors: Sequence[Tensor]) -> Any:
         RowTilesError: the function uses a tensor that was computed before and needs a gradient.
     """
     if not torch.is_grad_enabled():
-        plain = _Tiles(call, tensors)
-        return _packed(plain.results(), plain.form)
+        plain = Tiles(call, tensors)
+        return packed(plain.results(), plain.form)
     token = _Saved.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     tiles = _TrackedTiles(call, tensors, token.grad_fn)
     results = tiles.results()
     if not any(tiles.record.differentiable):
-        return _packed(results, tiles.form)
+        return packed(results, tiles.form)
     made = _RowTiles.apply(token, tiles.record, results, *tensors, *tiles.record.leaves)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return _packed(made, tiles.form)
-
-
-def checkpointed_row_tiles(call: RowCall, tensors: Sequence[Tensor]) -> Any:
-    """The same with an activation checkpoint of each tile: for engines' shards, and compilers.
-
-    Gradients of what tiles share are added up by autograd, in their own dtype.
-    """
-    sizes = [span.size for span in call.spans]
-    split = [
-        call.flat(tensor).split(sizes) if is_cut else (tensor,) * len(sizes)
-        for tensor, is_cut in zip(tensors, call.cut, strict=True)
-    ]
-    found = []
-    for parts in zip(*split, strict=True):
-        given = [call.shaped(x) if cut else x for x, cut in zip(parts, call.cut, strict=True)]
-        if torch.is_grad_enabled():
-            found.append(checkpoint(call.function, given, use_reentrant=False))
-        else:
-            found.append(call.function(given))
-    flat, rank = [_flattened(result) for result in found], len(call.lead)
-    columns = zip(*(results for results, _ in flat), strict=True)
-    whole = [torch.cat([each.flatten(0, rank - 1) for each in column]) for column in columns]
-    return _packed([each.view(*call.lead, *each.shape[1:]) for each in whole], flat[0][1])
-
-
-def _flattened(result: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of a result, and the form in which they are in it."""
-    each, form = tree_flatten(result)
-    return [one for one in each if one is not None], ([one is not None for one in each], form)
-
-
-def _packed(tensors: Sequence[Tensor], form: Any) -> Any:
-    """The reverse."""
-    following, (there, tree) = iter(tensors), form
-    return tree_unflatten([next(following) if yes else None for yes in there], tree)
-
-
-class _Tiles:
-    """The tiles of one call, one after another, whose results are written into whole ones."""
-
-    def __init__(self, call: RowCall, tensors: Sequence[Tensor]) -> None:
-        self.call = call
-        self.flat = [
-            call.flat(tensor) if cut else tensor
-            for tensor, cut in zip(tensors, call.cut, strict=True)
-        ]
-
-    def results(self) -> list[Tensor]:
-        """All results."""
-        call, whole = self.call, list[Tensor]()
-        for span in call.spans:
-            found = self.tile(span)
-            if not whole:
-                rank = len(call.lead)
-                whole = [each.new_empty((*call.lead, *each.shape[rank:])) for each in found]
-            for each, result in zip(whole, found, strict=True):
-                call.part(call.flat(each), span).copy_(result)
-            del found, result  # otherwise they are kept beside the next ones
-        return whole
-
-    def tile(self, span: Span) -> Sequence[Tensor]:
-        """The results of one tile."""
-        pairs = zip(self.flat, self.call.cut, strict=True)
-        return self._called([self.call.part(x, span) if cut else x for x, cut in pairs])
-
-    def _called(self, given: Sequence[Tensor]) -> list[Tensor]:
-        results, self.form = _flattened(self.call.function(given))
-        return results
+    return packed(made, tiles.form)
 
 
 @dataclass(eq=False)
@@ -181,7 +80,7 @@ class _Record:
                 )
 
 
-class _TrackedTiles(_Tiles):
+class _TrackedTiles(Tiles):
     """The same, with gradients on: finds the leaves that the tiles use."""
 
     def __init__(self, call: RowCall, tensors: Sequence[Tensor], saved: Any) -> None:
@@ -210,7 +109,10 @@ class _TrackedTiles(_Tiles):
             (self.call.part(x, span) if cut else x).detach().requires_grad_(needed)
             for x, cut, needed in zip(self.flat, self.call.cut, self._needed, strict=True)
         ]
-        results = self._called(given)
+        # Hooks around the call are not for what a tile saves, which is dropped here: a checkpoint
+        # would wait for it in its recomputation, and offloading would move it.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            results = self.called(given)
         self._note_leaves(results, {id(tensor) for tensor in given})
         tracked = [result.requires_grad for result in results]
         before = self.record.differentiable or tracked
@@ -236,6 +138,10 @@ class _TrackedTiles(_Tiles):
             seen |= further
             nodes += further
         self._found |= {id(leaf): leaf for leaf in leaves if id(leaf) not in given}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_cached_cast(node: Any) -> bool:
@@ -293,73 +199,6 @@ class _RowTiles(torch.autograd.Function):
         return None, None, None, *results
 
 
-@contextmanager
-def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """A context in which leaves have no hooks, or those that are put on them inside."""
-    before = [tensor._backward_hooks for tensor in tensors]
-    for tensor in tensors:
-        tensor._backward_hooks = None
-    try:
-        yield
-    finally:
-        for tensor, hooks in zip(tensors, before, strict=True):
-            tensor._backward_hooks = hooks
-
-
-class _Sums:
-    """Gradients of tensors that several tiles share, added up as soon as a tile has each.
-
-    Those of 16 bits are added up in float32.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], tiles: int) -> None:
-        self._tensors, self._tiles = tensors, tiles
-        self._totals: dict[int, Tensor] = {}
-        self._taken: set[int] = set()  # in this tile
-
-    @contextmanager
-    def taking(self) -> Iterator[None]:
-        """A context in which the tensors have no hooks but ours, which adds their gradients up."""
-        is_open = True
-
-        def take(place: int, grad: Tensor) -> Tensor | None:
-            if not is_open or grad.layout is not torch.strided:
-                return None
-            self._add(place, grad)
-            self._taken.add(place)
-            return grad.new_zeros(()).expand_as(grad)  # nothing large waits for the tile's end
-
-        with _without_hooks(self._tensors):
-            for place, tensor in enumerate(self._tensors):
-                tensor.register_hook(partial(take, place))
-            try:
-                yield
-            finally:
-                is_open = False  # for threads whose backward has come to a tensor meanwhile
-
-    def end_tile(self, found: Sequence[Tensor | None]) -> None:
-        """A tile is over; these are its gradients, as far as they were not taken."""
-        for place, grad in enumerate(found):
-            if grad is not None and place not in self._taken:
-                self._add(place, grad)
-        self._taken.clear()
-
-    def pop(self, place: int) -> Tensor | None:
-        """The gradient of a tensor, in its dtype."""
-        total = self._totals.pop(place, None)
-        return None if total is None else total.to(self._tensors[place].dtype)
-
-    def _add(self, place: int, grad: Tensor) -> None:
-        total = self._totals.get(place)
-        if total is not None and total.layout is torch.strided:
-            add_into(total, grad)
-        elif total is not None:
-            self._totals[place] = total + grad
-        else:
-            wide = needs_float32_sum(grad.dtype, self._tiles)
-            self._totals[place] = grad.to(torch.float32 if wide else grad.dtype, copy=True)
-
-
 class _Backward:
     """The tiles of one call, computed again.
 
@@ -385,9 +224,9 @@ class _Backward:
             if place < len(tensors):
                 tensors[place].requires_grad_()
         everything = [*tensors, *record.leaves]
-        sums = _Sums([everything[place] for place in self._shared], len(call.spans))
+        sums = SharedGradients([everything[place] for place in self._shared], len(call.spans))
         flat = [None if grad is None else call.flat(grad) for grad in grads]
-        tiles, of_rows = _Tiles(call, tensors), dict[int, Tensor]()
+        tiles, of_rows = Tiles(call, tensors), dict[int, Tensor]()
         with self._as_in_forward(), sums.taking(), gradients_go_home(), torch.enable_grad():
             for number, span in enumerate(call.spans):
                 record.random.restore(number)
@@ -407,10 +246,10 @@ class _Backward:
     def _tile(
         self,
         span: Span,
-        tiles: _Tiles,
+        tiles: Tiles,
         everything: list[Tensor],
         grads: Sequence[Tensor | None],
-        sums: _Sums,
+        sums: SharedGradients,
         of_rows: dict[int, Tensor],
     ) -> None:
         call = self.call
@@ -422,7 +261,7 @@ class _Backward:
         wanted += [everything[place] for place in (*self._shared, *self._home)]
         pairs = [
             (result, call.part(grad, span))
-            for result, grad in zip(_flattened(call.function(given))[0], grads, strict=True)
+            for result, grad in zip(flattened(call.function(given))[0], grads, strict=True)
             if grad is not None and result.requires_grad
         ]
         if not pairs or not wanted:
@@ -434,7 +273,7 @@ class _Backward:
         for place, grad in zip(self._rows, found[:rows], strict=True):
             if grad is not None:
                 if place not in of_rows:
-                    of_rows[place] = torch.zeros_like(tiles.flat[place])
+                    of_rows[place] = grad.new_zeros(tiles.flat[place].shape)
                 call.part(of_rows[place], span).copy_(grad)
         sums.end_tile(found[rows:shared])
         for place, grad in zip(self._home, found[shared:], strict=True):
@@ -446,10 +285,10 @@ class _Backward:
         """The same in ordinary operations, which keep the activations of all tiles."""
         call, record = self.call, self.record
         places = [*self._rows, *self._shared, *self._home]
-        with self._as_in_forward(), _without_hooks(record.leaves), torch.enable_grad():
+        with self._as_in_forward(), without_hooks(record.leaves), torch.enable_grad():
             # aliases, so that hooks on the tensors themselves are not called here
             given = [t.view_as(t) if t.requires_grad else t for t in self._tensors]
-            everything, tiles, pairs = [*given, *record.leaves], _Tiles(call, given), []
+            everything, tiles, pairs = [*given, *record.leaves], Tiles(call, given), []
             flat = [None if grad is None else call.flat(grad) for grad in grads]
             for number, span in enumerate(call.spans):
                 record.random.restore(number)
