@@ -194,16 +194,19 @@ class RowTiling:
         compiled = torch.compiler.is_compiling()
         if not bound.lead or (ops.transformed() and not compiled):
             return function(*args, **kwargs)
-        groups = [] if module is None or compiled else groups_of(module.parameters())
-        tensors, buffers = bound.tensors, {} if module is None or compiled else _versions(module)
-        rows = self._rows or self._fitting_rows(bound, module, groups)
-        count = _agreed(-(-bound.lead.numel() // rows) or 1, groups, tensors[0].device)
-        spans = spans_of(partition_uniform(bound.lead.numel(), count))
+        inside = None if compiled else module  # nothing is asked of it while it is traced
+        parameters = [] if inside is None else list(inside.parameters())
+        groups, buffers = groups_of(parameters), _versions(inside)
+        number, rows = bound.lead.numel(), self._rows or self._fitting_rows(bound, inside, groups)
+        count = _agreed(max(1, -(-number // rows)), groups, bound.tensors[0].device)
+        spans = spans_of(partition_uniform(number, count))
         call = ops.RowCall(bound, bound.lead, bound.cut, spans, name)
-        is_hooked = compiled or bool(groups)
-        result = (ops.checkpointed_row_tiles if is_hooked else ops.row_tiles)(call, tensors)
-        if module is not None and buffers:
-            _check_buffers(name, buffers, _versions(module))
+        if compiled or groups:
+            trained = bool(groups) and any(p.requires_grad for p in parameters)
+            result = ops.checkpointed_row_tiles(call, bound.tensors, is_hooked=trained)
+        else:
+            result = ops.row_tiles(call, bound.tensors)
+        _check_buffers(name, buffers, _versions(inside))
         return result
 
     def _fitting_rows(
@@ -211,6 +214,13 @@ class RowTiling:
     ) -> int:
         """As many rows as fit into the budget, measured once for each kind of input."""
         assert self._budget is not None
+        if torch.compiler.is_compiling():
+            if self._fitting:
+                return min(self._fitting.values())
+            raise ArgumentError(
+                f"{bound.name}: budget= measures a tile, which cannot be done while compiling; call "
+                "it once before, or give rows="
+            )
         kind = bound.kind(), torch.is_grad_enabled(), module is not None and module.training
         if kind not in self._fitting:
             if groups:
@@ -319,8 +329,10 @@ def _agreed(count: int, groups: Sequence[Any], device: torch.device) -> int:
     return int(most.item())
 
 
-def _versions(module: nn.Module) -> dict[str, int]:
+def _versions(module: nn.Module | None) -> dict[str, int]:
     """How often each buffer was written to."""
+    if module is None:
+        return {}
     return {name: b._version for name, b in module.named_buffers() if not b.is_inference()}
 
 

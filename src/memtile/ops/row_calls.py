@@ -91,11 +91,18 @@ class Tiles:
         return results
 
 
-def checkpointed_row_tiles(call: RowCall, tensors: Sequence[Tensor]) -> Any:
-    """The same with an activation checkpoint of each tile: for engines' shards, and compilers.
+def checkpointed_row_tiles(
+    call: RowCall, tensors: Sequence[Tensor], *, is_hooked: bool = False
+) -> Any:
+    """The results of all rows, with an activation checkpoint of each tile.
 
-    Gradients of what tiles share are added up by autograd, in their own dtype.
+    For engines' shards, and compilers. Gradients of what tiles share are added up by autograd, in
+    their own dtype. With `is_hooked`, tiles of frozen inputs need a gradient too: engines that hook
+    the gradient of a module's input would not free the module between the tiles.
     """
+    if is_hooked and torch.is_grad_enabled():
+        token = torch.empty(0, requires_grad=True)
+        tensors = [_Hooked.apply(token, x) if x.is_floating_point() else x for x in tensors]  # type: ignore[no-untyped-call]  # torch leaves it untyped
     sizes = [span.size for span in call.spans]
     split = [
         call.flat(tensor).split(sizes) if is_cut else (tensor,) * len(sizes)
@@ -112,6 +119,18 @@ def checkpointed_row_tiles(call: RowCall, tensors: Sequence[Tensor]) -> Any:
     columns = zip(*(results for results, _ in flat), strict=True)
     whole = [torch.cat([each.flatten(0, rank - 1) for each in column]) for column in columns]
     return packed([each.view(*call.lead, *each.shape[1:]) for each in whole], flat[0][1])
+
+
+class _Hooked(torch.autograd.Function):
+    """Gives a tensor as one that needs a gradient, which ends here unless the tensor needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, x: Tensor) -> Tensor:  # torch types no context
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
 
 
 def flattened(result: Any) -> tuple[list[Tensor], Any]:

@@ -134,9 +134,10 @@ class _TrackedTiles(Tiles):
                     f"{node.name()}, and needs a gradient, which row tiles cannot give it; pass "
                     "it as an argument, compute it inside, or detach it"
                 )
-            further = {n for n, _ in node.next_functions if n is not None and n not in seen}
-            seen |= further
-            nodes += further
+            # Lists: hooks come in the order of the leaves, and ZeRO-2 reduces in that of the hooks.
+            further = [n for n, _ in node.next_functions if n is not None and n not in seen]
+            seen.update(further)
+            nodes += dict.fromkeys(further)
         self._found |= {id(leaf): leaf for leaf in leaves if id(leaf) not in given}
 
 
