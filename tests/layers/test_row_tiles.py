@@ -96,6 +96,25 @@ def test_a_parameter_is_never_cut():
     assert_close([memtile.tile_rows(functional.linear, rows=4)(x, weight)], [x @ weight.t()])
 
 
+def test_the_first_tensor_is_cut_whatever_it_is():
+    """A learned input is a parameter, and has its gradient."""
+    plain, x = Mlp(), nn.Parameter(batch(3, 5).detach())
+    tiled = memtile.tile_rows(copy.deepcopy(plain), rows=4)
+
+    assert_close(gradients(tiled(x), x), gradients(plain(x), x))
+
+
+def test_on_the_meta_device_shapes_are_known():
+    """Forward and backward, by rows and by a budget."""
+    for size in ({"rows": 4}, {"budget": "10KiB"}):
+        tiled = memtile.tile_rows(Mlp().to("meta"), **size)
+        y = tiled(batch(3, 5).to("meta"))
+        y.sum().backward()
+
+        assert y.shape == (3, 5, 13)
+        assert tiled.up.weight.grad.shape == (29, 13)
+
+
 def test_results_may_be_nested_and_some_need_no_gradient():
     """Tuples and dicts of tensors, None, whole numbers; one of them may go unused."""
     head, x = nn.Linear(13, 7).double(), batch(3, 5)

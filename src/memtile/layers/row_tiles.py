@@ -18,19 +18,17 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch import nn
 
 from memtile import ops
 from memtile.costmodel.budget import checked_size
 from memtile.costmodel.byte_sizes import format_byte_size
-from memtile.errors import ArgumentError, BudgetError, RowTilesError, check_whole_number
+from memtile.errors import ArgumentError, RowTilesError, check_whole_number
 from memtile.geometry import partition_uniform, spans_of
+from memtile.layers.bound_call import BoundCall
 from memtile.layers.values import groups_of
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_PROBED = 64  # rows of the smaller of two tiles that are measured
 
 
 def tile_rows(
@@ -190,7 +188,7 @@ class RowTiling:
     ) -> Any:
         """What the function gives for these arguments; the module is what it belongs to."""
         name = _name(function if module is None else module)
-        bound = _BoundCall(function, name, args, kwargs)
+        bound = BoundCall(function, name, args, kwargs)
         compiled = torch.compiler.is_compiling()
         if not bound.lead or (ops.transformed() and not compiled):
             return function(*args, **kwargs)
@@ -210,7 +208,7 @@ class RowTiling:
         return result
 
     def _fitting_rows(
-        self, bound: "_BoundCall", module: nn.Module | None, groups: Sequence[Any]
+        self, bound: BoundCall, module: nn.Module | None, groups: Sequence[Any]
     ) -> int:
         """As many rows as fit into the budget, measured once for each kind of input."""
         assert self._budget is not None
@@ -218,8 +216,8 @@ class RowTiling:
             if self._fitting:
                 return min(self._fitting.values())
             raise ArgumentError(
-                f"{bound.name}: budget= measures a tile, which cannot be done while compiling; call "
-                "it once before, or give rows="
+                f"{bound.name}: budget= measures a tile, which compilers cannot do; call it once "
+                "before it is compiled, or give rows="
             )
         kind = bound.kind(), torch.is_grad_enabled(), module is not None and module.training
         if kind not in self._fitting:
@@ -230,93 +228,6 @@ class RowTiling:
                 )
             self._fitting[kind] = bound.rows_within(self._budget)
         return self._fitting[kind]
-
-
-class _BoundCall:
-    """A function with its arguments, called with the tensors among them.
-
-    Attributes:
-        tensors: those among the arguments.
-        lead: the leading dimensions that rows are.
-        cut: whether each tensor is cut.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.name, self._function = name, function
-        self._given, self._form = tree_flatten((args, kwargs))
-        self.tensors = [each for each in self._given if isinstance(each, Tensor)]
-        self.lead = self.tensors[0].shape[:-1] if self.tensors else torch.Size()
-        self.cut = tuple(
-            tensor.shape[: len(self.lead)] == self.lead and not isinstance(tensor, nn.Parameter)
-            for tensor in self.tensors
-        )
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        """Its result for the rows of a tile."""
-        following = iter(tensors)
-        given = [next(following) if isinstance(e, Tensor) else e for e in self._given]
-        args, kwargs = tree_unflatten(given, self._form)
-        result = self._function(*args, **kwargs)
-        lead = tensors[self.cut.index(True)].shape[: len(self.lead)]
-        for each in tree_leaves(result):
-            self._check(each, lead)
-        return result
-
-    def _check(self, result: object, lead: torch.Size) -> None:
-        if (isinstance(result, Tensor) and result.shape[: len(lead)] == lead) or result is None:
-            return
-        what = tuple(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
-        raise RowTilesError(
-            f"{self.name}: it gave {what} for a tile of {lead.numel()} rows; results must be "
-            f"tensors ({', '.join(map(str, lead))}, …), each row of which depends on the same row "
-            "of the inputs only. An argument that is broadcast over rows must be expanded to "
-            "theirs before"
-        )
-
-    def kind(self) -> object:
-        """What tells inputs apart whose tiles take different memory."""
-        lead, device = len(self.lead), self.tensors[0].device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        shapes = (
-            (tensor.shape[lead if cut else 0 :], tensor.dtype, tensor.requires_grad)
-            for tensor, cut in zip(self.tensors, self.cut, strict=True)
-        )
-        return tuple(shapes), device, autocast
-
-    def rows_within(self, budget: int) -> int:
-        """How many rows' activations and their gradients fit; BudgetError for none."""
-        few = min(_PROBED, self.lead.numel() // 2)
-        if not few:  # nothing can be told apart
-            return 1
-        by_row = -(-(self._peak(2 * few) - self._peak(few)) // few)
-        if by_row > budget:
-            raise BudgetError(
-                f"{self.name}: a row takes {format_byte_size(by_row)} of activations and their "
-                f"gradients, and budget= is {format_byte_size(budget)}; give at least as much"
-            )
-        return budget // max(1, by_row)
-
-    def _peak(self, rows: int) -> int:
-        """Bytes that a tile of so many rows makes, at most at once, forward and backward."""
-        (span,) = spans_of((0, rows))
-        call = ops.RowCall(self, self.lead, self.cut, (span,), self.name)
-        with ops.kept_random_states(self.tensors), ops.LiveBytes() as live:
-            given = [
-                call.part(call.flat(tensor), span).detach() if cut else tensor.detach()
-                for tensor, cut in zip(self.tensors, self.cut, strict=True)
-            ]
-            trained = [x.requires_grad_() for x in given if x.is_floating_point()]
-            needed = [r for r in ops.tensors_in(self(given)) if r.requires_grad]
-            if needed and trained and torch.is_grad_enabled():
-                seeds = [torch.ones_like(result) for result in needed]
-                torch.autograd.grad(needed, trained, seeds, allow_unused=True)
-        return sum(live.peak)
 
 
 def _agreed(count: int, groups: Sequence[Any], device: torch.device) -> int:

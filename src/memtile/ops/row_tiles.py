@@ -122,7 +122,8 @@ class _TrackedTiles(Tiles):
     def _note_leaves(self, results: Sequence[Tensor], given: set[int]) -> None:
         leaves = [r for r in results if r.requires_grad and r.grad_fn is None]
         nodes = [r.grad_fn for r in results if r.grad_fn is not None]
-        seen, since = set(nodes), self.record.saved._sequence_nr()
+        nodes, since = list(dict.fromkeys(nodes)), self.record.saved._sequence_nr()
+        seen = set(nodes)
         while nodes:
             node: Any = nodes.pop()
             if hasattr(node, "variable"):
@@ -134,7 +135,7 @@ class _TrackedTiles(Tiles):
                     f"{node.name()}, and needs a gradient, which row tiles cannot give it; pass "
                     "it as an argument, compute it inside, or detach it"
                 )
-            # Lists: hooks come in the order of the leaves, and ZeRO-2 reduces in that of the hooks.
+            # In one order on all ranks: ZeRO-2 reduces gradients in the order of the leaves.
             further = [n for n, _ in node.next_functions if n is not None and n not in seen]
             seen.update(further)
             nodes += dict.fromkeys(further)
