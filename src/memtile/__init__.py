@@ -30,6 +30,7 @@ from memtile.layers import (
     TiledLinear,
     TiledLinearReturnBias,
     linear_cross_entropy,
+    tile_rows,
     token_log_probabilities,
 )
 from memtile.observing import observe
@@ -60,6 +61,7 @@ __all__ = [
     "save_training",
     "split_tensor_along_last_dim",
     "tile",
+    "tile_rows",
     "token_log_probabilities",
     "untile",
 ]

@@ -64,6 +64,10 @@ class TileClassError(MemtileError, TypeError):
     """A `linear_cls` whose tiles do not keep the contract of a linear layer."""
 
 
+class RowTilesError(MemtileError, RuntimeError):
+    """A function that cannot be computed in row tiles, or not again as it was computed before."""
+
+
 class HandleError(MemtileError, RuntimeError):
     """A use of a `.weight` or `.bias` handle that would silently change nothing."""
 

@@ -17,6 +17,7 @@ from memtile.layers import (
     TiledModule,
     TiledStack,
     is_plain,
+    untile_rows,
 )
 from memtile.transfer import unwatch_model
 
@@ -30,7 +31,8 @@ def untile(model: Model) -> Model:
     """Turn every tiled layer of a model back into the dense module that it stands for, in place.
 
     Values are bit-identical; ties, frozen parameters, mode, dtype, device, gradients stay. Each
-    tiled layer is freed before the next dense one is made.
+    tiled layer is freed before the next dense one is made. Modules that run over row tiles
+    (`tile_rows`) run as a whole again.
 
     Raises:
         ArgumentError: the model is no module.
@@ -54,6 +56,8 @@ def untile(model: Model) -> Model:
     ids = _checked_tile_ids(model)
     with replacing(model, "memtile.untile"):
         replaced = _replace_all(model, ids)
+    for module in model.modules():
+        untile_rows(module)
     unwatch_model(model)
     replaced.warn(model, stacklevel=2)
     return model

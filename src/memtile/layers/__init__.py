@@ -11,6 +11,7 @@ from memtile.layers.linear_cross_entropy import (
 )
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
+from memtile.layers.row_tiles import RowTiled, tile_rows, untile_rows
 from memtile.layers.stack_owner import StackOwner
 from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_embedding import TiledEmbedding
@@ -27,6 +28,7 @@ __all__ = [
     "ParkedLinear",
     "ParkedModule",
     "ParkedStackTile",
+    "RowTiled",
     "StackOwner",
     "StackTile",
     "TiledEmbedding",
@@ -42,7 +44,9 @@ __all__ = [
     "is_shard",
     "linear_cross_entropy",
     "register_gatherer",
+    "tile_rows",
     "token_log_probabilities",
+    "untile_rows",
     "watch_tiles",
     "whole_shape",
 ]

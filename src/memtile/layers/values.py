@@ -8,10 +8,10 @@ makes the parameters whole inside the context and, where they were written, keep
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,17 @@ def gathered(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iter
 def is_shard(tensor: Tensor) -> bool:
     """Whether an engine has the tensor: torch's `DTensor`, or an engine's own, gathered or not."""
     return hasattr(tensor, "device_mesh") or _shape_of_engine(tensor) is not None
+
+
+def groups_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """The groups of ranks (`ProcessGroup`s) that the shards among the tensors are spread over."""
+    found: dict[int, Any] = {}
+    for tensor in tensors:
+        mesh = getattr(tensor, "device_mesh", None)
+        alone = getattr(tensor, "ds_process_group", None)
+        groups = [alone] if mesh is None else mesh.get_all_groups()
+        found |= {id(group): group for group in groups if group is not None}
+    return list(found.values())
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from memtile.ops.embedding import (
     place_rows,
 )
 from memtile.ops.fused import FusedSpec, fused_linear
+from memtile.ops.live_bytes import LiveBytes, tensors_in
 from memtile.ops.logit_tiles import LogitBlocks, plain_logit_sums, tile_logit_sums
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
 from memtile.ops.parked import (
@@ -27,15 +28,21 @@ from memtile.ops.parked import (
 )
 from memtile.ops.parked_layer import parked_layer
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
+from memtile.ops.recomputing import kept_random_states
+from memtile.ops.row_calls import RowCall, checkpointed_row_tiles
+from memtile.ops.row_tiles import row_tiles
 
 __all__ = [
     "FusedSpec",
     "Groups",
+    "LiveBytes",
     "LogitBlocks",
     "LogitQuery",
     "LogitSums",
     "ResultShapes",
+    "RowCall",
     "autocast_dtype",
+    "checkpointed_row_tiles",
     "combine_sums",
     "float32_casts",
     "float32_edges",
@@ -46,14 +53,17 @@ __all__ = [
     "grouped_linear",
     "grouped_tile",
     "join_rows",
+    "kept_random_states",
     "needs_float32_sum",
     "parked_embedding",
     "parked_layer",
     "parked_linear",
     "place_rows",
     "plain_logit_sums",
+    "row_tiles",
     "split_tensor_along_last_dim",
     "sum_logits",
+    "tensors_in",
     "tile_logit_sums",
     "transformed",
     "write_results",

@@ -18,6 +18,7 @@ batched gradients.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Final
 
 import torch
@@ -234,25 +235,49 @@ def form_gradient(ctx: Any, node: Any, write: Callable[[Tensor], None]) -> Tenso
     None where nobody needs it, or `.grad` has it. The node is the graph's that accumulates the
     weight's gradients.
     """
-    try:
-        is_accumulated = torch._C._will_engine_execute_node(node)
-        is_returned = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
-    except RuntimeError:  # autograd.grad with respect to the parameter
-        is_accumulated = is_returned = True
-    if not is_accumulated:  # backward(inputs=…) of other tensors must leave .grad untouched
+    to = destination_of(node, ctx.source)
+    if to is Destination.NOWHERE:
         return None
-    if is_returned:
+    if to is Destination.AUTOGRAD:
         returned = torch.empty_like(ctx.weight)
         write(returned)
         return returned
     with ctx.source.gradient() as out:
         write(out)
-    if ctx.source.may_be_storing():
-        _flush_before(node, ctx.source)
+    if ctx.source.may_be_storing() and not ctx.source.goes_home:  # else the node is not run
+        flush_before(node, ctx.source)
     return None
 
 
-def _flush_before(node: Any, source: ParkedSource) -> None:
+class Destination(Enum):
+    """Where a gradient goes that a backward forms."""
+
+    NOWHERE = "nobody needs it"
+    AUTOGRAD = "backward returns it"
+    HOME = "to the home of a parked parameter"
+
+
+def destination_of(node: Any, source: ParkedSource | None) -> Destination:
+    """Where the gradient goes of what this node of the graph accumulates, or computed.
+
+    The node is None for what needs no gradient, the source for what is not parked.
+    """
+    if node is None:
+        return Destination.NOWHERE
+    weight: Any = None if source is None else source.parameter
+    try:
+        # backward(inputs=…) of other tensors must leave .grad untouched
+        is_needed = torch._C._will_engine_execute_node(node)
+        is_returned = weight is None or bool(weight._backward_hooks) or not weight.is_leaf
+    except RuntimeError:  # autograd.grad with respect to a leaf
+        is_needed = True
+        is_returned = source is None or bool(weight._backward_hooks) or not source.goes_home
+    if not is_needed:
+        return Destination.NOWHERE
+    return Destination.AUTOGRAD if is_returned else Destination.HOME
+
+
+def flush_before(node: Any, source: ParkedSource) -> None:
     """Wait for our gradient to be home before autograd adds another one, of an L2 term say.
 
     Autograd adds in place: a write of ours that is still under way would undo it.

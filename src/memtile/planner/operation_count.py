@@ -7,7 +7,6 @@ counts from the operation that makes it until nothing holds it any more.
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Final
@@ -17,9 +16,6 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-# Private by name; it is what PyTorch's own docs and tools build dispatch modes on.
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -28,6 +24,7 @@ from memtile.costmodel import Products
 from memtile.costmodel.model_records import Counted
 from memtile.geometry import partition_uniform
 from memtile.homes import is_parked
+from memtile.ops import LiveBytes, tensors_in
 
 _aten = torch.ops.aten
 _META: Final = torch.device("meta")
@@ -85,28 +82,26 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(LiveBytes):
     """Counts the bytes of the storages that operations made and that are still alive."""
 
     def __init__(self, model: nn.Module, goes_home: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._storages: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
+        super().__init__()
         parked = filter(is_parked, model.parameters()) if goes_home else ()
         self._home = {parameter.untyped_storage()._cdata for parameter in parked}
-        self._live, self._in_backward = [0, 0], False
-        self._peak, self._kept = (0, 0), 0
+        self._kept = 0
         self._flops = self._touched = 0
         self._shapes: dict[tuple[int, int, int], None] = {}  # in order
         self._kinds_16: set[object] = set()
 
     def turn(self) -> None:
         """Forward is over."""
-        self._kept, self._in_backward = sum(self._live), True
+        self._kept, self.phase = sum(self.live), 1
 
     def counted(self) -> Counted:
         """Everything that was counted so far."""
         products = Products(tuple(self._shapes), len(self._kinds_16))
-        return Counted(*self._peak, self._kept, self._flops, self._touched, products)
+        return Counted(*self.peak, self._kept, self._flops, self._touched, products)
 
     def __torch_dispatch__(
         self,
@@ -117,33 +112,17 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:  # whatever the operation gives
         """Run the operation on shapes, and count what it made."""
         kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
+        given = tensors_in((args, kwargs))
         for tensor in given:
-            self._know(tensor, 0)
+            self.know(tensor, 0)
         result = _shaped(func, given, args, kwargs)
         made = 0
         leaves = func is _aten.empty_like.default  # the gradient of a parked tile
         leaves = leaves and given[0].untyped_storage()._cdata in self._home
-        for tensor in _tensors(result):
-            made += self._know(tensor, 0 if leaves else tensor.untyped_storage().nbytes())
+        for tensor in tensors_in(result):
+            made += self.know(tensor, 0 if leaves else tensor.untyped_storage().nbytes())
         self._add_work(func, given, args, kwargs, result, made)
         return result
-
-    def _know(self, tensor: Tensor, nbytes: int) -> int:
-        """Count a storage from now on, unless it is known; gives the bytes that were added."""
-        storage = tensor.untyped_storage()
-        key, phase = storage._cdata, self._in_backward
-        if key in self._storages:
-            return 0
-        self._storages[key] = weakref.ref(storage, lambda _: self._freed(key)), nbytes, phase
-        self._live[phase] += nbytes
-        if sum(self._live) > sum(self._peak):
-            self._peak = self._live[0], self._live[1]
-        return nbytes
-
-    def _freed(self, key: int) -> None:
-        _, nbytes, phase = self._storages.pop(key)
-        self._live[phase] -= nbytes
 
     def _add_work(
         self, func: Any, given: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
@@ -330,14 +309,3 @@ def _as_meta(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META)
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dicts; torch's `tree_leaves` takes twice as long."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, list | tuple):
-        return []
-    return [tensor for branch in tree for tensor in _tensors(branch)]

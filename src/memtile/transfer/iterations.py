@@ -117,6 +117,7 @@ class _Thread(threading.local):
     model: "weakref.ref[nn.Module] | None" = None  # watched, entered and not left
     depth = 0  # of tiled layers
     iteration = 0  # the last one that began in this thread
+    goes_home = False  # see `transfer.parked.gradients_go_home`
 
 
 class IterationState:

@@ -98,6 +98,20 @@ def catch_up(parameters: Iterable[Tensor]) -> None:
         replayer.catch_up(own)
 
 
+@contextmanager
+def gradients_go_home() -> Iterator[None]:
+    """Have parked parameters that are used inside get their gradients at home.
+
+    Also where `autograd.grad` asks for them: their hooks are called later, by an outer backward.
+    """
+    thread = state.thread
+    before, thread.goes_home = thread.goes_home, True
+    try:
+        yield
+    finally:
+        thread.goes_home = before
+
+
 class ParkedSource:
     """The values of one parked parameter for one node of a graph, and a place for its gradient.
 
@@ -106,6 +120,9 @@ class ParkedSource:
         experts: of a tile of experts: all tiles of experts that its layer uses in this forward, in
             order. The next ones are read ahead, in backward those before it, and the most used
             ones are kept in memory where the home has room for that (`Home.kept_bytes`).
+
+    Attributes:
+        goes_home: whether it was made inside `gradients_go_home`.
     """
 
     def __init__(self, parameter: nn.Parameter, experts: Sequence[Tensor] = ()) -> None:
@@ -114,6 +131,7 @@ class ParkedSource:
         self._noted: int | None = None  # the version in forward
         self._iteration: int | None = None  # of the home, in forward
         self._in_backward = False
+        self.goes_home = state.thread.goes_home
 
     def note_use(self) -> None:
         """The node will need the parameter in its backward."""
