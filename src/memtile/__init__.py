@@ -29,7 +29,9 @@ from memtile.layers import (
     TiledEmbedding,
     TiledLinear,
     TiledLinearReturnBias,
+    TiledMLP,
     linear_cross_entropy,
+    tiled_mlp,
     token_log_probabilities,
 )
 from memtile.observing import observe
@@ -47,6 +49,7 @@ __all__ = [
     "TiledEmbedding",
     "TiledLinear",
     "TiledLinearReturnBias",
+    "TiledMLP",
     "__version__",
     "dense_state_dict",
     "empty_model",
@@ -60,6 +63,7 @@ __all__ = [
     "save_training",
     "split_tensor_along_last_dim",
     "tile",
+    "tiled_mlp",
     "token_log_probabilities",
     "untile",
 ]

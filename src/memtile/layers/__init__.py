@@ -15,6 +15,7 @@ from memtile.layers.stack_owner import StackOwner
 from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.tiled_mlp import TiledMLP, tiled_mlp
 from memtile.layers.tiled_module import TiledModule, watch_tiles
 from memtile.layers.tiled_stack import TiledStack
 from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gatherer, whole_shape
@@ -32,6 +33,7 @@ __all__ = [
     "TiledEmbedding",
     "TiledLinear",
     "TiledLinearReturnBias",
+    "TiledMLP",
     "TiledModule",
     "TiledStack",
     "TokenLogProbabilities",
@@ -42,6 +44,7 @@ __all__ = [
     "is_shard",
     "linear_cross_entropy",
     "register_gatherer",
+    "tiled_mlp",
     "token_log_probabilities",
     "watch_tiles",
     "whole_shape",

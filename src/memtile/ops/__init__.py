@@ -19,6 +19,8 @@ from memtile.ops.embedding import (
 from memtile.ops.fused import FusedSpec, fused_linear
 from memtile.ops.logit_tiles import LogitBlocks, plain_logit_sums, tile_logit_sums
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
+from memtile.ops.mlp import MlpSpec, MlpTile, plain_mlp_tile
+from memtile.ops.mlp_chain import mlp_of_tiles
 from memtile.ops.parked import (
     Groups,
     grouped_linear,
@@ -34,6 +36,8 @@ __all__ = [
     "LogitBlocks",
     "LogitQuery",
     "LogitSums",
+    "MlpSpec",
+    "MlpTile",
     "ResultShapes",
     "autocast_dtype",
     "combine_sums",
@@ -46,12 +50,14 @@ __all__ = [
     "grouped_linear",
     "grouped_tile",
     "join_rows",
+    "mlp_of_tiles",
     "needs_float32_sum",
     "parked_embedding",
     "parked_layer",
     "parked_linear",
     "place_rows",
     "plain_logit_sums",
+    "plain_mlp_tile",
     "split_tensor_along_last_dim",
     "sum_logits",
     "tile_logit_sums",

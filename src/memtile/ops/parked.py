@@ -207,7 +207,7 @@ def weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     def write(out: Tensor) -> None:
         _write_gradients(ctx.groups, out, grad, x)
 
-    return form_gradient(ctx, ctx.next_functions[1][0], write)
+    return form_gradient(ctx.next_functions[1][0], ctx.weight, ctx.source, write)
 
 
 def _write_gradients(groups: Groups | None, out: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -228,7 +228,9 @@ def _write_gradients(groups: Groups | None, out: Tensor, grad: Tensor, x: Tensor
             write_products(dw, [(g.t(), rows)], 1, g)
 
 
-def form_gradient(ctx: Any, node: Any, write: Callable[[Tensor], None]) -> Tensor | None:
+def form_gradient(
+    node: Any, weight: Any, source: ParkedSource, write: Callable[[Tensor], None]
+) -> Tensor | None:
     """Have the weight's gradient written to where it is needed; gives what backward returns for it.
 
     None where nobody needs it, or `.grad` has it. The node is the graph's that accumulates the
@@ -236,19 +238,19 @@ def form_gradient(ctx: Any, node: Any, write: Callable[[Tensor], None]) -> Tenso
     """
     try:
         is_accumulated = torch._C._will_engine_execute_node(node)
-        is_returned = bool(ctx.weight._backward_hooks) or not ctx.weight.is_leaf
+        is_returned = bool(weight._backward_hooks) or not weight.is_leaf
     except RuntimeError:  # autograd.grad with respect to the parameter
         is_accumulated = is_returned = True
     if not is_accumulated:  # backward(inputs=…) of other tensors must leave .grad untouched
         return None
     if is_returned:
-        returned = torch.empty_like(ctx.weight)
+        returned = torch.empty_like(weight)
         write(returned)
         return returned
-    with ctx.source.gradient() as out:
+    with source.gradient() as out:
         write(out)
-    if ctx.source.may_be_storing():
-        _flush_before(node, ctx.source)
+    if source.may_be_storing():
+        _flush_before(node, source)
     return None
 
 
