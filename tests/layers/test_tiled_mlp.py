@@ -166,7 +166,7 @@ def test_what_is_frozen_gets_no_gradient(trained: list[str]):
 
 
 def test_frozen_weights_skip_their_products():
-    """Of 11 products 8 are left where only the input is trained, 5 where only `down` is."""
+    """Gate and up are one product: 5 in backward, 3 for the input only, 2 for `down` only."""
     x, layers = (
         batch(dtype=torch.float32, tokens=64, width=32),
         linears(False, torch.float32, (32, 64, 32)),
@@ -181,13 +181,13 @@ def test_frozen_weights_skip_their_products():
             if event.key in ("aten::mm", "aten::addmm")
         )
 
-    assert products() == 11
+    assert products() == 2 + 5
     for name in NAMES:
         layers[name].requires_grad_(False)
-    assert products() == 8
+    assert products() == 2 + 3
     x.requires_grad_(False)
     layers["down"].requires_grad_()
-    assert products() == 6
+    assert products() == 2 + 2
 
 
 def test_leading_dimensions_and_strides():
@@ -438,7 +438,6 @@ def row_tiles(splits: int = 3) -> memtile.TiledLinear:
         ({"block_features": 2.0}, ArgumentError, "block_features=2.0"),
         ({"activation": "silu"}, ArgumentError, "activation='silu'"),
         ({"activation": nn.PReLU()}, ArgumentError, "has parameters"),
-        ({"activation": functional.glu}, (ArgumentError, RuntimeError), ""),
         ({"activation": lambda z: z.sum()}, ArgumentError, "must be element-wise"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

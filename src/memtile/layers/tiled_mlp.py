@@ -273,7 +273,7 @@ def _call(input: Tensor, layers: _Layers, options: _Options) -> Tensor:
         here = is_parked(weight)
         checks.check_dtypes_and_devices(_NAME, [input], weight, same_device=not here)
         parked = parked or here
-    x = rows_of(input.to(ops.autocast_dtype(input) or input.dtype))
+    x = rows_of(input.to(ops.autocast_dtype(input) or input.dtype)).contiguous()
     with layer_call() if parked and not ops.transformed() else nullcontext():
         y = _computed(x, weights, options)
     return y.view(*input.shape[:-1], y.shape[-1])

@@ -16,7 +16,7 @@ products, and what is between two products is float32, in strips that stay in th
 over several blocks of rows, the weights' gradients are summed in float32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final, NamedTuple
@@ -29,7 +29,6 @@ from memtile.errors import ArgumentError
 from memtile.geometry import Span, spans_of_size
 from memtile.ops.parked import no_autocast
 from memtile.ops.products import (
-    SIXTEEN_BITS,
     add_product,
     strips_of,
     sum_of_products,
@@ -167,14 +166,14 @@ class MlpVisit:
         self.names = ("up",) if self.tile.gate is None else ("gate", "up")
         self.rows, self.features = self.spec.blocks(len(self.x), self.tile.span.size)
         size = self.features[0].size * (self.rows[0].size if self.rows else 0)
-        self.buffers = [self.x.new_empty(size) for _ in range(3)]
+        self.inner, self.hidden = self.x.new_empty(len(self.names) * size), self.x.new_empty(size)
 
     def add_output(self, y: Tensor, is_first: bool) -> None:
         """Add h Dᵀ to y (N, M), or write it there."""
         for features in self.features:
             block = _Block(self, features)
             for rows in self.rows:
-                h = block.hidden(rows)
+                h = block.compute_hidden(rows)
                 add_product(y[rows.as_slice()], h, block.down.t(), is_first=is_first)
             is_first = False
 
@@ -183,120 +182,154 @@ class MlpVisit:
 
         To that of "x" they are added, unless it `is_first`.
         """
-        own = {name: out for name, out in found.items() if name != "x"}
+        wants_inner, x = bool(found.keys() - {"down"}), found.get("x")
         for features in self.features:
-            block = _Block(self, features)
-            parts = {name: _part_of(name, out, features) for name, out in own.items()}
-            totals = {name: self._total(part) for name, part in parts.items()}
+            block, sums = _Block(self, features), _Sums(self, features, found)
             for rows in self.rows:
                 some = grad[rows.as_slice()]
-                factors = block.factors(rows, some, bool(found.keys() - {"down"}))
-                if "x" in found:
-                    block.add_input_gradient(found["x"][rows.as_slice()], factors, is_first)
-                self._add(totals, some, rows, factors)
-            for name, part in parts.items():
-                if not self.rows:
-                    part.zero_()
-                elif totals[name] is not part:
-                    part.copy_(totals[name])
+                if wants_inner:
+                    block.compute_factors(rows, some)
+                else:
+                    block.compute_hidden(rows)
+                if x is not None:
+                    add_product(x[rows.as_slice()], block.inner, block.into, is_first=is_first)
+                sums.add(block, rows, some)
+            sums.write()
             is_first = False
-
-    def _total(self, part: Tensor) -> Tensor:
-        """What the products of all blocks of rows are summed in: the gradient itself or another."""
-        if len(self.rows) < 2 or (part.dtype not in SIXTEEN_BITS and part.is_contiguous()):
-            return part
-        return torch.empty(part.shape, dtype=wide_dtype(part.dtype), device=part.device)
-
-    def _add(
-        self, totals: Mapping[str, Tensor], grad: Tensor, rows: Span, factors: Mapping[str, Tensor]
-    ) -> None:
-        """Add a block's part to the gradients of the tile's tensors."""
-        x, is_first = self.x[rows.as_slice()], rows.start == 0
-        for name, total in totals.items():
-            if name == "down":
-                add_product(total, grad.t(), factors["h"], is_first=is_first)
-            elif name in factors:
-                add_product(total, factors[name].t(), x, is_first=is_first)
-            else:
-                part = factors[name.removesuffix("_bias")].sum(0, dtype=wide_dtype(x.dtype))
-                total.copy_(part if is_first else total + part)
 
 
 class _Block:
-    """Some features of a visit; what it gives is in buffers that the next rows overwrite."""
+    """Some features of a visit, in buffers that the next rows overwrite.
+
+    Attributes:
+        into: G over U (2T, H), or U.
+        inner: a beside b (rows, 2T), or b; then their gradients.
+        hidden: h (rows, T).
+    """
 
     def __init__(self, visit: MlpVisit, features: Span) -> None:
         self.visit, self.features, self.spec = visit, features, visit.spec
         tile, dtype, part = visit.tile, visit.x.dtype, features.as_slice()
-        self.down = tile.down[:, part].to(dtype)
-        self.into = {name: getattr(tile, name)[part].to(dtype) for name in visit.names}
-        biases = {name: getattr(tile, f"{name}_bias") for name in visit.names}
-        self.biases = {name: None if b is None else b[part].to(dtype) for name, b in biases.items()}
+        self.down = tile.down[:, part].to(dtype).contiguous()
+        self.into = _joined([getattr(tile, name)[part].to(dtype) for name in visit.names])
+        biases = [getattr(tile, f"{name}_bias") for name in visit.names]
+        self.biases = [None if bias is None else bias[part].to(dtype) for bias in biases]
+        self.inner = self.hidden = visit.hidden
 
-    def hidden(self, rows: Span) -> Tensor:
-        """h."""
-        found, kept = self._products(rows), self._kept(rows)
-        out = found["up"]
-        for part in (strip.as_slice() for strip in strips_of(out)):
-            z = {name: each[part].to(wide_dtype(out.dtype)) for name, each in found.items()}
-            h = self.spec.activate(z[self.visit.names[0]])
-            h = h * z["up"] if "gate" in z else h
-            out[part] = self.spec.drop(h, None if kept is None else kept[part])
-        return out
+    def compute_hidden(self, rows: Span) -> Tensor:
+        """h; what is in `inner` is lost."""
+        kept = self._multiply(rows)
+        for part, (first, *up) in self._strips():
+            h = self.spec.activate(first)
+            h = h * up[0] if up else h
+            self.hidden[part] = self.spec.drop(h, None if kept is None else kept[part])
+        return self.hidden
 
-    def factors(self, rows: Span, grad: Tensor, has_inner: bool) -> dict[str, Tensor]:
-        """h, and da and db, as "gate" and "up", where they are wanted."""
-        if not has_inner:
-            return {"h": self.hidden(rows)}
-        found, kept = self._products(rows), self._kept(rows)
-        dh = found["h"] = self._buffer(2, rows)
-        sum_of_products(dh, [(grad, self.down)], 1)
-        for part in (strip.as_slice() for strip in strips_of(dh)):
-            z = {name: each[part].to(wide_dtype(dh.dtype)) for name, each in found.items()}
-            z = self._differentiate(z, None if kept is None else kept[part])
-            for name, each in z.items():
-                found[name][part] = each
-        return found
+    def compute_factors(self, rows: Span, grad: Tensor) -> None:
+        """h, and in `inner` da and db, from g (rows, M)."""
+        kept = self._multiply(rows)
+        sum_of_products(self.hidden, [(grad, self.down)], 1)
+        width = self.features.size
+        for part, inner in self._strips():
+            dh = self.spec.drop(_widened(self.hidden[part]), None if kept is None else kept[part])
+            h, gradients = self._differentiate(dh, *inner)
+            for out, gradient in zip(self.inner[part].split(width, 1), gradients, strict=True):
+                out.copy_(gradient)
+            # last: it overwrites dh, which the gradient of the identity, say, is
+            self.hidden[part] = self.spec.drop(h, None if kept is None else kept[part])
 
-    def add_input_gradient(self, dx: Tensor, factors: Mapping[str, Tensor], is_first: bool) -> None:
-        """Add da G + db U."""
-        for number, name in enumerate(self.visit.names):
-            add_product(dx, factors[name], self.into[name], is_first=is_first and number == 0)
+    def of(self, name: str) -> Tensor:
+        """da, where the name is "gate", or db."""
+        return self.inner.split(self.features.size, 1)[self.visit.names.index(name)]
 
-    def _differentiate(self, z: dict[str, Tensor], kept: Tensor | None) -> dict[str, Tensor]:
-        """h, da and db of a strip of dh (as "h"), a and b."""
-        first, spec = self.visit.names[0], self.spec
-        leaf, dh = z[first].detach().requires_grad_(), spec.drop(z["h"], kept)
+    def _differentiate(
+        self, dh: Tensor, first: Tensor, *up: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """h without dropout, and da and db, of a strip."""
+        leaf = first.detach().requires_grad_()
         with torch.enable_grad():
-            s = spec.activate(leaf.clone())  # which may work in place
-        h, found = s.detach(), dict[str, Tensor]()
-        if first == "gate":
-            found["up"] = h * dh
-            h, dh = h * z["up"], z["up"] * dh
-        (found[first],) = torch.autograd.grad(s, leaf, dh)
-        found["h"] = spec.drop(h, kept)
-        return found
+            s = self.spec.activate(leaf.clone())  # which may work in place
+        ds = dh * up[0] if up else dh
+        gradients = torch.autograd.grad(s, leaf, ds)
+        h = s.detach()
+        return (h * up[0], (*gradients, h * dh)) if up else (h, gradients)
 
-    def _products(self, rows: Span) -> dict[str, Tensor]:
-        """a and b, as "gate" and "up"."""
-        x, found = self.visit.x[rows.as_slice()], dict[str, Tensor]()
-        for number, (name, matrix) in enumerate(self.into.items()):
-            found[name] = self._buffer(number, rows)
-            sum_of_products(found[name], [(x, matrix.t())], 1, self.biases[name])
-        return found
+    def _strips(self) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Rows of a strip; of them a and b, or b, as what is between products is computed."""
+        columns = self.inner.split(self.features.size, 1)
+        for part in (strip.as_slice() for strip in strips_of(self.hidden)):
+            yield part, [_widened(column[part]) for column in columns]
 
-    def _buffer(self, number: int, rows: Span) -> Tensor:
-        shape = rows.size, self.features.size
-        return self.visit.buffers[number][: shape[0] * shape[1]].view(shape)
-
-    def _kept(self, rows: Span) -> Tensor | None:
+    def _multiply(self, rows: Span) -> Tensor | None:
+        """Compute `inner`; gives what dropout keeps of h."""
+        visit, shape = self.visit, (rows.size, self.features.size)
+        size = shape[0] * shape[1]
+        self.hidden = visit.hidden[:size].view(shape)
+        self.inner = visit.inner[: size * len(visit.names)].view(rows.size, -1)
+        sum_of_products(self.inner, [(visit.x[rows.as_slice()], self.into.t())], 1)
+        for column, bias in zip(self.inner.split(shape[1], 1), self.biases, strict=True):
+            if bias is not None:
+                column.add_(bias)
         if not self.spec.dropout:
             return None
-        start = self.visit.tile.span.start + self.features.start
-        features = Span(start, start + self.features.size)
-        return self.spec.kept(len(self.visit.x), rows, features, self.visit.x.device)
+        start = visit.tile.span.start + self.features.start
+        features = Span(start, start + shape[1])
+        return self.spec.kept(len(visit.x), rows, features, visit.x.device)
 
 
-def _part_of(name: str, tensor: Tensor, features: Span) -> Tensor:
-    """The features of a weight, a bias, or the gradient of one."""
-    return tensor[:, features.as_slice()] if name == "down" else tensor[features.as_slice()]
+class _Sums:
+    """The gradients of a block of features, summed over blocks of rows, in float32 if several.
+
+    Those of G and U are one product, where both are wanted: a 16-bit one of columns of a wider
+    matrix took 6 × the time (torch 2.13, CPU).
+    """
+
+    def __init__(self, visit: MlpVisit, features: Span, found: Mapping[str, Tensor]) -> None:
+        self.visit, part = visit, features.as_slice()
+        self.parts = {n: out[part] for n, out in found.items() if n not in ("x", "down")}
+        if "down" in found:
+            self.parts["down"] = found["down"][:, part]
+        self.inner = [name for name in visit.names if name in found]
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, block: _Block, rows: Span, grad: Tensor) -> None:
+        """Add a block of rows."""
+        x = self.visit.x[rows.as_slice()]
+        if self.inner:
+            whole = len(self.inner) == len(self.visit.names)
+            factor = block.inner if whole else block.of(self.inner[0]).contiguous()
+            self._add("inner", factor.t(), x)
+        if "down" in self.parts:
+            self._add("down", grad.t(), block.hidden)
+        for name in self.parts.keys() & {"gate_bias", "up_bias"}:
+            factor = block.of(name.removesuffix("_bias"))
+            part = factor.sum(0, dtype=wide_dtype(x.dtype))
+            self.totals[name] = part + self.totals[name] if name in self.totals else part
+
+    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
+        total, several = self.totals.get(name), len(self.visit.rows) > 1
+        if total is None:
+            dtype = wide_dtype(b.dtype) if several else b.dtype
+            total = self.totals[name] = b.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+            add_product(total, a, b, is_first=True)
+        else:
+            add_product(total, a, b)
+
+    def write(self) -> None:
+        """Write them to where they belong; zeros, without rows."""
+        if "inner" in self.totals:
+            parts = self.totals.pop("inner").chunk(len(self.inner))
+            self.totals.update(zip(self.inner, parts, strict=True))
+        for name, part in self.parts.items():
+            if name in self.totals:
+                part.copy_(self.totals[name])
+            else:
+                part.zero_()
+
+
+def _joined(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(wide_dtype(tensor.dtype))

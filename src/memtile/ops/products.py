@@ -85,15 +85,18 @@ def add_product(
     The total of 16-bit products is float32, and its `bias` is added in float32.
     """
     same = total.dtype == a.dtype
-    if same and not is_first and min(total.shape) >= NARROW_SIDE and total.is_contiguous():
+    if same and is_first:
+        sum_of_products(total, [(a, b)], 1)
+    elif same and min(total.shape) >= NARROW_SIDE and total.is_contiguous():
         torch.addmm(total, a, b, out=total)
-    elif same or not total.is_cpu:
-        wide = not same and writes_float32(total.device.type, a.dtype)
-        _add_part(total, multiply_to_float32(a, b) if wide else multiply(a, b), is_first)
-    else:  # in parts, of which the 16-bit product stays in the cache
+    elif total.is_cpu and not same and a.is_contiguous():
+        # in parts, of which the 16-bit product stays in the cache
         rows = max(1, 4 * BLOCK_ELEMENTS // max(1, total.shape[1]))
         for some_total, some_a in zip(total.split(rows), a.split(rows), strict=True):
             _add_part(some_total, multiply(some_a, b), is_first)
+    else:
+        wide = not same and writes_float32(total.device.type, a.dtype)
+        _add_part(total, multiply_to_float32(a, b) if wide else multiply(a, b), is_first)
     if bias is not None:
         total.add_(bias)
 
