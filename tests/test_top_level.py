@@ -28,7 +28,7 @@ MOVED = {
 
 
 def test_the_top_level_has_few_names():
-    """22 names, each of them there."""
+    """24 names, each of them there."""
     assert sorted(memtile.__all__) == [
         "DiskHome",
         "HostHome",
@@ -37,6 +37,7 @@ def test_the_top_level_has_few_names():
         "TiledEmbedding",
         "TiledLinear",
         "TiledLinearReturnBias",
+        "TiledMLP",
         "__version__",
         "dense_state_dict",
         "empty_model",
@@ -50,6 +51,7 @@ def test_the_top_level_has_few_names():
         "save_training",
         "split_tensor_along_last_dim",
         "tile",
+        "tiled_mlp",
         "token_log_probabilities",
         "untile",
     ]

@@ -38,6 +38,7 @@ from memtile.ops.products import (
 Activation = Callable[[Tensor], Tensor]
 
 BLOCK: Final = 1 << 20  # elements
+STRIP: Final = 1 << 16  # elements, of which some eight copies are in the cache at once
 FEWEST_FEATURES: Final = 1 << 8  # of a block; products over fewer are slower
 
 
@@ -257,7 +258,7 @@ class _Block:
     def _strips(self) -> Iterator[tuple[slice, list[Tensor]]]:
         """Rows of a strip; of them a and b, or b, as what is between products is computed."""
         columns = self.inner.split(self.features.size, 1)
-        for part in (strip.as_slice() for strip in strips_of(self.hidden)):
+        for part in (strip.as_slice() for strip in strips_of(self.hidden, STRIP)):
             yield part, [_widened(column[part]) for column in columns]
 
     def _multiply(self, rows: Span) -> Tensor | None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtile.homes import allocation_of, is_parked
+from memtile.homes import allocation_of, is_parked, trim_heap
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.mlp import MlpSpec, MlpTile, MlpVisit, plain_mlp_tile
@@ -73,8 +73,10 @@ class _Input(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        ctx.x = ctx.task = None
-        return None if grads[0] is None else grads[0].to(ctx.dtype), None
+        (grad,), ctx.x, ctx.task = grads, None, None
+        if grad is not None and grad.dtype != ctx.dtype and grad.is_cpu:
+            trim_heap()  # of blocks, too small for the copy that is made now
+        return None if grad is None else grad.to(ctx.dtype), None
 
 
 def _saved_input(node: Any) -> Tensor:
