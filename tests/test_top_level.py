@@ -28,7 +28,7 @@ MOVED = {
 
 
 def test_the_top_level_has_few_names():
-    """23 names, each of them there."""
+    """25 names, each of them there."""
     assert sorted(memtile.__all__) == [
         "DiskHome",
         "HostHome",
@@ -37,6 +37,7 @@ def test_the_top_level_has_few_names():
         "TiledEmbedding",
         "TiledLinear",
         "TiledLinearReturnBias",
+        "TiledMLP",
         "__version__",
         "dense_state_dict",
         "empty_model",
@@ -51,6 +52,7 @@ def test_the_top_level_has_few_names():
         "split_tensor_along_last_dim",
         "tile",
         "tile_rows",
+        "tiled_mlp",
         "token_log_probabilities",
         "untile",
     ]

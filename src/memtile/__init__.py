@@ -29,8 +29,10 @@ from memtile.layers import (
     TiledEmbedding,
     TiledLinear,
     TiledLinearReturnBias,
+    TiledMLP,
     linear_cross_entropy,
     tile_rows,
+    tiled_mlp,
     token_log_probabilities,
 )
 from memtile.observing import observe
@@ -48,6 +50,7 @@ __all__ = [
     "TiledEmbedding",
     "TiledLinear",
     "TiledLinearReturnBias",
+    "TiledMLP",
     "__version__",
     "dense_state_dict",
     "empty_model",
@@ -62,6 +65,7 @@ __all__ = [
     "split_tensor_along_last_dim",
     "tile",
     "tile_rows",
+    "tiled_mlp",
     "token_log_probabilities",
     "untile",
 ]

@@ -1,7 +1,10 @@
 """DistributedDataParallel trains tiles as it trains any parameter."""
 
 import torch
-from ddp_worker import IDS, Net, spawn, train
+from ddp_worker import IDS, Mlps, Net, rows, spawn, train
+from torch import Tensor, nn
+
+import memtile
 
 
 def test_two_processes_train_a_tiled_model_as_one_trains_the_dense_one() -> None:
@@ -11,7 +14,22 @@ def test_two_processes_train_a_tiled_model_as_one_trains_the_dense_one() -> None
 
     ranks = spawn()
 
-    expected = dense.state_dict()
+    assert_same_parameters(ranks, dense)
+
+
+def test_two_processes_train_two_stacked_mlps_as_one_trains_them() -> None:
+    """Each weight is ready once, in blocks of few rows too, and ranks agree."""
+    model = Mlps()
+    train(model, rows(0, 1))
+
+    ranks = spawn(of_mlps=True)
+
+    assert_same_parameters(ranks, memtile.untile(model))
+
+
+def assert_same_parameters(ranks: list[dict[str, Tensor]], model: nn.Module) -> None:
+    """Those of each rank are the model's, and bit for bit the other rank's."""
+    expected = model.state_dict()
     for found in ranks:
         assert list(found) == list(expected)
         for name, value in found.items():

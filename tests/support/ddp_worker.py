@@ -43,7 +43,37 @@ def train(model: nn.Module, ids: list[Tensor]) -> None:
         optimizer.step()
 
 
-def run(rank: int, folder: str) -> None:
+class Mlps(nn.Module):
+    """Two MLPs without their intermediate activations, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlps = nn.ModuleList(
+            memtile.TiledMLP(
+                *(memtile.TiledLinear(12, 31, out_splits=4) for _ in range(2)),
+                memtile.TiledLinear(31, 12, in_splits=4),
+                block_rows=2,
+            )
+            for _ in range(2)
+        )
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A mean square."""
+        for mlp in self.mlps:
+            x = x + mlp(x)
+        return x.square().mean()
+
+
+def rows(*ranks: int) -> list[Tensor]:
+    """Batches of three steps, 5 rows for each rank."""
+    generator = torch.Generator().manual_seed(1)
+    steps = [torch.randn(2, 5, 12, generator=generator, dtype=torch.float64) for _ in range(3)]
+    return [each[list(ranks)].flatten(0, 1) for each in steps]
+
+
+def run(rank: int, folder: str, of_mlps: bool) -> None:
     """Train a tiled model on this rank's half of each batch and save what came out."""
     dist.init_process_group(
         "gloo",
@@ -52,15 +82,15 @@ def run(rank: int, folder: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    model = memtile.tile(Net(), out_splits=3, in_splits=2)
-    parallel = DistributedDataParallel(model)
-    train(parallel, [IDS[rank : rank + 1]] * 3)
+    model = Mlps() if of_mlps else memtile.tile(Net(), out_splits=3, in_splits=2)
+    batches = rows(rank) if of_mlps else [IDS[rank : rank + 1]] * 3
+    train(DistributedDataParallel(model), batches)
     torch.save(memtile.untile(model).state_dict(), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def spawn() -> list[dict[str, Tensor]]:
+def spawn(of_mlps: bool = False) -> list[dict[str, Tensor]]:
     """What the two ranks ended with."""
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(run, 2, folder)
+        start_ranks(run, 2, folder, of_mlps)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]

@@ -73,6 +73,12 @@ def spans_of(bounds: Sequence[int]) -> tuple[Span, ...]:
     return tuple(Span(start, stop) for start, stop in pairwise(bounds))
 
 
+def spans_of_size(length: int, size: int) -> list[Span]:
+    """Parts of this size, the last one smaller; one empty part of nothing."""
+    starts = range(0, max(length, 1), size)
+    return [Span(start, min(start + size, length)) for start in starts]
+
+
 @dataclass(frozen=True, slots=True)
 class Rect:
     """A rectangle of a weight of shape (out_features, in_features)."""

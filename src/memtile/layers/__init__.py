@@ -16,6 +16,7 @@ from memtile.layers.stack_owner import StackOwner
 from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.tiled_mlp import TiledMLP, tiled_mlp
 from memtile.layers.tiled_module import TiledModule, watch_tiles
 from memtile.layers.tiled_stack import TiledStack
 from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gatherer, whole_shape
@@ -34,6 +35,7 @@ __all__ = [
     "TiledEmbedding",
     "TiledLinear",
     "TiledLinearReturnBias",
+    "TiledMLP",
     "TiledModule",
     "TiledStack",
     "TokenLogProbabilities",
@@ -45,6 +47,7 @@ __all__ = [
     "linear_cross_entropy",
     "register_gatherer",
     "tile_rows",
+    "tiled_mlp",
     "token_log_probabilities",
     "untile_rows",
     "watch_tiles",

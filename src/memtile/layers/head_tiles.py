@@ -15,20 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtile import ops
-from memtile.errors import ArgumentError, TileClassError, TileShapeError
+from memtile.errors import ArgumentError, TileClassError
 from memtile.geometry import Span
 from memtile.homes import is_parked
 from memtile.layers import checks
-from memtile.layers.handle import DenseHandle
-from memtile.layers.parked import ParkedEmbedding, ParkedLinear
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule
+from memtile.layers.weight_tiles import Layer, weight_tiles
 from memtile.transfer import ParkedSource, layer_call
 
-Head = Tensor | nn.Module
+Head = Layer
 NAME = "linear_cross_entropy"  # in messages
-_PLAIN = (nn.Linear, ParkedLinear, nn.Embedding, ParkedEmbedding)
 
 
 class _Tile(Protocol):
@@ -83,12 +81,6 @@ class _Called:
         return ops.sum_logits(query, _widened(logits))
 
 
-def head_of(given: Head) -> Head:
-    """The tiled layer that a handle of its weight stands for; anything else as it is."""
-    layer = given.layer_of_weight if isinstance(given, DenseHandle) else None
-    return given if layer is None else layer
-
-
 def classes_of(head: Head) -> int:
     """How many classes a head has."""
     if isinstance(head, TiledModule):
@@ -136,38 +128,15 @@ def _sums(
 
 def _weights(head: Head, bias: Tensor | None) -> list[_Weight] | None:
     """The tiles by their weights; None where they must be called."""
-    if isinstance(head, Tensor):
-        if head.dim() != 2:
-            raise TileShapeError(
-                f"{NAME}: the weight is {tuple(head.shape)}; it must be (classes, features): "
-                "losses over further dimensions are not tiled"
-            )
-        return [_Weight(Span(0, head.shape[0]), head, bias)]
-    if isinstance(head, TiledModule):
-        return _weights_of_tiles(head, bias)
-    if not _is_plain(head):
+    tiles = weight_tiles(NAME, head)
+    if tiles is None:
         return None
-    return [_Weight(Span(0, classes_of(head)), head.weight, _one_bias(head, bias))]
-
-
-def _weights_of_tiles(layer: TiledModule, bias: Tensor | None) -> list[_Weight] | None:
-    tiles = [tile for _, tile in layer.tiles()]
-    is_called = type(layer) not in (TiledLinear, TiledEmbedding) or checks.has_hooks(layer)
-    if is_called or layer.grid.in_splits > 1 or not all(map(_is_plain, tiles)):
-        return None
-    whole = layer.whole_bias if bias is None else bias
-    found = []
-    for span, tile in zip(layer.grid.out_spans, tiles, strict=True):
-        own = _one_bias(tile, None if whole is None else whole[span.as_slice()])
-        found.append(_Weight(span, tile.weight, own))
-    return found
-
-
-def _one_bias(module: nn.Module, given: Tensor | None) -> Tensor | None:
-    own: Tensor | None = getattr(module, "bias", None)
-    if own is not None and given is not None:
+    if bias is not None and any(own is not None for _, _, own in tiles):
         raise ArgumentError(f"{NAME}: the head has a bias already; leave linear_bias out")
-    return given if own is None else own
+    return [
+        _Weight(span, weight, own if bias is None else bias[span.as_slice()])
+        for span, weight, own in tiles
+    ]
 
 
 def _called(head: Head, bias: Tensor | None) -> list[_Called]:
@@ -212,7 +181,3 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return any(checks.is_plain(module, cls) for cls in _PLAIN)

@@ -25,8 +25,9 @@ from memtile.errors import (
     ArgumentError,
     TileShapeError,
 )
-from memtile.layers.head_tiles import NAME, Head, classes_of, head_of
+from memtile.layers.head_tiles import NAME, Head, classes_of
 from memtile.layers.loss_options import Blocks, Logits, LossOptions, check_classes, rows_of
+from memtile.layers.weight_tiles import layer_of
 
 # Rows of ignored tokens are left out where copying the others moves less than they would cost.
 _MOST_KEPT = 3 / 4
@@ -104,7 +105,7 @@ def linear_cross_entropy(
         torch.Size([])
     """
     options = LossOptions(weight, reduction, ignore_index, label_smoothing, num_items, z_loss)
-    logits = Logits(head_of(linear_weight), linear_bias, softcap, logit_scale)
+    logits = Logits(layer_of(linear_weight), linear_bias, softcap, logit_scale)
     return _loss(input, logits, target, options, (block_rows, block_classes))
 
 
@@ -134,7 +135,7 @@ def token_log_probabilities(
         >>> memtile.token_log_probabilities(hidden, head, torch.arange(8)).entropy.shape
         torch.Size([8])
     """
-    logits = Logits(head_of(linear_weight), linear_bias, softcap, logit_scale)
+    logits = Logits(layer_of(linear_weight), linear_bias, softcap, logit_scale)
     classes = logits.check(input)
     check_classes(target, input.shape[:-1], classes, ignore_index)
     labels, valid = _labels(target, ignore_index)

@@ -20,6 +20,8 @@ from memtile.ops.fused import FusedSpec, fused_linear
 from memtile.ops.live_bytes import LiveBytes, tensors_in
 from memtile.ops.logit_tiles import LogitBlocks, plain_logit_sums, tile_logit_sums
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
+from memtile.ops.mlp import MlpSpec, MlpTile, plain_mlp_tile
+from memtile.ops.mlp_chain import mlp_of_tiles
 from memtile.ops.parked import (
     Groups,
     grouped_linear,
@@ -39,6 +41,8 @@ __all__ = [
     "LogitBlocks",
     "LogitQuery",
     "LogitSums",
+    "MlpSpec",
+    "MlpTile",
     "ResultShapes",
     "RowCall",
     "autocast_dtype",
@@ -54,12 +58,14 @@ __all__ = [
     "grouped_tile",
     "join_rows",
     "kept_random_states",
+    "mlp_of_tiles",
     "needs_float32_sum",
     "parked_embedding",
     "parked_layer",
     "parked_linear",
     "place_rows",
     "plain_logit_sums",
+    "plain_mlp_tile",
     "row_tiles",
     "split_tensor_along_last_dim",
     "sum_logits",

@@ -148,7 +148,7 @@ class _ParkedEmbedding(torch.autograd.Function):
             flat = grad.reshape(-1, ctx.weight.shape[1])
             out.copy_(formed(flat, ids.reshape(-1), rows, ctx.padding, ctx.by_frequency))
 
-        dw = form_gradient(ctx, ctx.next_functions[-1][0], write)
+        dw = form_gradient(ctx.next_functions[-1][0], ctx.weight, ctx.source, write)
         if begun:
             recording.add(BACKWARD, begun, allocation_of(ctx.source.parameter) or ctx.weight)
         return None, dw, None, None, None

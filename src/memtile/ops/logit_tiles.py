@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from memtile.geometry import Span
+from memtile.geometry import Span, spans_of_size
 from memtile.homes import allocation_of
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
@@ -37,11 +37,11 @@ from memtile.ops.logits import (
 )
 from memtile.ops.parked import form_gradient, no_autocast
 from memtile.ops.products import (
-    BLOCK_ELEMENTS,
-    SIXTEEN_BITS,
     add_product,
     is_batched,
+    strips_of,
     sum_of_products,
+    wide_dtype,
     write_products,
 )
 from memtile.transfer import ParkedSource, catch_up
@@ -90,7 +90,7 @@ def plain_logit_sums(
     with no_autocast(x):
         bias = None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
-    return sum_logits(query, logits.to(_wide(dtype)))
+    return sum_logits(query, logits.to(wide_dtype(dtype)))
 
 
 class _TileLogitSums(torch.autograd.Function):
@@ -153,8 +153,8 @@ class _Visit:
 
     def __post_init__(self) -> None:
         self.dtype = self.blocks.dtype
-        self.rows = _spans(len(self.x), self.blocks.rows)
-        self.classes = _spans(len(self.values), self.blocks.classes)
+        self.rows = spans_of_size(len(self.x), self.blocks.rows)
+        self.classes = spans_of_size(len(self.values), self.blocks.classes)
         size = self.rows[0].size * self.classes[0].size
         self.buffer = self.x.new_empty(size, dtype=self.dtype)
 
@@ -167,7 +167,9 @@ class _Visit:
         for rows in self.rows:
             logits = self.logits(rows, classes, matrix)
             for part, strip in _strips(rows, logits):
-                parts.append(sum_block(self.query.of(part, classes), strip.to(_wide(self.dtype))))
+                parts.append(
+                    sum_block(self.query.of(part, classes), strip.to(wide_dtype(self.dtype)))
+                )
         return join_rows_of_sums(parts)
 
     def matrix(self, classes: Span) -> Tensor:
@@ -199,13 +201,13 @@ class _BackwardVisit(_Visit):
     def gradients(self, ctx: Any) -> tuple[Tensor | None, ...]:
         """Those of x, weight and bias; None for a weight whose gradient went home."""
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        wide, dw = _wide(self.dtype), None
+        wide, dw = wide_dtype(self.dtype), None
         if needs_x:
             self.dx = torch.zeros_like(self.x, dtype=wide, memory_format=torch.contiguous_format)
         if needs_bias and self.bias is not None:
             self.db = torch.zeros_like(self.bias, dtype=wide)
         if needs_weight and ctx.source is not None:
-            dw = form_gradient(ctx, ctx.next_functions[1][0], self.write)
+            dw = form_gradient(ctx.next_functions[1][0], ctx.weight, ctx.source, self.write)
         elif needs_weight:
             dw = torch.empty_like(ctx.weight, memory_format=torch.contiguous_format)
             self.write(dw)
@@ -241,7 +243,7 @@ class _BackwardVisit(_Visit):
     def _differentiate(self, rows: Span, classes: Span, strip: Tensor) -> None:
         query = self.query.of(rows, classes)
         known, grads = _rows_of(self.known, rows), _rows_of(self.grads, rows)
-        found = differentiate_block(query, strip.to(_wide(self.dtype)), known, grads)
+        found = differentiate_block(query, strip.to(wide_dtype(self.dtype)), known, grads)
         if found.dtype != strip.dtype:  # otherwise it has been written in place
             strip.copy_(found)
 
@@ -277,23 +279,11 @@ def _values(
     return nullcontext(weight.detach()) if source is None else source.values(device)
 
 
-def _spans(length: int, size: int) -> list[Span]:
-    """Parts of this size, the last one smaller; one empty part of nothing."""
-    starts = range(0, max(length, 1), size)
-    return [Span(start, min(start + size, length)) for start in starts]
-
-
 def _strips(rows: Span, block: Tensor) -> Iterator[tuple[Span, Tensor]]:
-    """Parts of a block of these rows that stay in a CPU's cache; elsewhere the block itself."""
-    size = max(1, BLOCK_ELEMENTS // block.shape[1]) if block.is_cpu else max(1, rows.size)
-    for part in _spans(rows.size, size):
+    for part in strips_of(block):
         yield Span(rows.start + part.start, rows.start + part.stop), block[part.as_slice()]
 
 
 def _rows_of(sums: LogitSums, rows: Span) -> LogitSums:
     found = (None if each is None else each[rows.as_slice()] for each in sums)
     return LogitSums(*found)  # type: ignore[arg-type]  # the first is never None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in SIXTEEN_BITS else dtype

@@ -208,7 +208,7 @@ def weight_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
     def write(out: Tensor) -> None:
         _write_gradients(ctx.groups, out, grad, x)
 
-    return form_gradient(ctx, ctx.next_functions[1][0], write)
+    return form_gradient(ctx.next_functions[1][0], ctx.weight, ctx.source, write)
 
 
 def _write_gradients(groups: Groups | None, out: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -229,23 +229,25 @@ def _write_gradients(groups: Groups | None, out: Tensor, grad: Tensor, x: Tensor
             write_products(dw, [(g.t(), rows)], 1, g)
 
 
-def form_gradient(ctx: Any, node: Any, write: Callable[[Tensor], None]) -> Tensor | None:
+def form_gradient(
+    node: Any, weight: Any, source: ParkedSource, write: Callable[[Tensor], None]
+) -> Tensor | None:
     """Have the weight's gradient written to where it is needed; gives what backward returns for it.
 
     None where nobody needs it, or `.grad` has it. The node is the graph's that accumulates the
     weight's gradients.
     """
-    to = destination_of(node, ctx.source)
+    to = destination_of(node, source)
     if to is Destination.NOWHERE:
         return None
     if to is Destination.AUTOGRAD:
-        returned = torch.empty_like(ctx.weight)
+        returned = torch.empty_like(weight)
         write(returned)
         return returned
-    with ctx.source.gradient() as out:
+    with source.gradient() as out:
         write(out)
-    if ctx.source.may_be_storing() and not ctx.source.goes_home:  # else the node is not run
-        flush_before(node, ctx.source)
+    if source.may_be_storing() and not source.goes_home:  # else the node is not run
+        flush_before(node, source)
     return None
 
 

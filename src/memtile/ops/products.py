@@ -8,11 +8,13 @@ float32: √2 of the dense error is then the floor, whatever the number of parts
 one product of them, where that is faster.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
+
+from memtile.geometry import Span, spans_of_size
 
 SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 
@@ -23,6 +25,18 @@ BLOCK_ELEMENTS = 1 << 18
 # MKL adds the terms of a product with fewer than 12 rows or columns one by one: 1.6 × the error of
 # a wide product at 515 terms, 4.2 × at 4096 (float32, AVX-512); in blocks of 128 it is below 1.
 NARROW_SIDE, BLOCK_TERMS = 16, 128
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of results of this dtype are kept in."""
+    return torch.float32 if dtype in SIXTEEN_BITS else dtype
+
+
+def strips_of(block: Tensor, elements: int = BLOCK_ELEMENTS) -> Iterator[Span]:
+    """Rows of a block, of so many elements, that stay in a CPU's cache; elsewhere all of them."""
+    rows = max(1, len(block))
+    size = max(1, elements // max(1, block.shape[1])) if block.is_cpu else rows
+    yield from spans_of_size(len(block), size)
 
 
 def needs_float32_sum(dtype: torch.dtype, parts: int) -> bool:
@@ -72,17 +86,27 @@ def add_product(
     The total of 16-bit products is float32, and its `bias` is added in float32.
     """
     same = total.dtype == a.dtype
-    if same and not is_first and min(total.shape) >= NARROW_SIDE and total.is_contiguous():
+    if same and is_first:
+        sum_of_products(total, [(a, b)], 1)
+    elif same and min(total.shape) >= NARROW_SIDE and total.is_contiguous():
         torch.addmm(total, a, b, out=total)
+    elif total.is_cpu and not same and a.is_contiguous():
+        # in parts, of which the 16-bit product stays in the cache
+        rows = max(1, 4 * BLOCK_ELEMENTS // max(1, total.shape[1]))
+        for some_total, some_a in zip(total.split(rows), a.split(rows), strict=True):
+            _add_part(some_total, multiply(some_a, b), is_first)
     else:
         wide = not same and writes_float32(total.device.type, a.dtype)
-        part = multiply_to_float32(a, b) if wide else multiply(a, b)
-        if is_first:
-            total.copy_(part)
-        else:
-            add_into(total, part)
+        _add_part(total, multiply_to_float32(a, b) if wide else multiply(a, b), is_first)
     if bias is not None:
         total.add_(bias)
+
+
+def _add_part(total: Tensor, part: Tensor, is_first: bool) -> None:
+    if is_first:
+        total.copy_(part)
+    else:
+        add_into(total, part)
 
 
 def _sum_in_place(out: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], bias: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from memtile.transfer.parked import (
     is_stepped_in_backward,
     put_off_idle_steps,
     step_in_backward,
+    values_together,
 )
 from memtile.transfer.slab_ring import SlabRing
 from memtile.transfer.slabs import Holder
@@ -37,5 +38,6 @@ __all__ = [
     "rings_of",
     "step_in_backward",
     "unwatch_model",
+    "values_together",
     "watch_model",
 ]

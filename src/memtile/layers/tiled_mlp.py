@@ -1,0 +1,335 @@
+"""`TiledMLP`: a gated or plain MLP tile by tile, whose intermediate activation never exists.
+
+Shapes: input (…, H), gate and up (I, H), down (M, I); I is the intermediate dimension.
+
+- Where all layers are plain linears, weights, or tiled layers of plain tiles, resident or parked,
+  their products are computed in blocks, and again in backward (`ops.mlp`).
+- Tiles that are anything more (hooks, another class, an engine's shards) are called as modules, a
+  gate, an up and a down tile after another; other layers are called whole. What was called is
+  called again in backward.
+- Under compilers and `torch.func`: ordinary operations, a tile after another.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from memtile import ops
+from memtile.errors import ArgumentError, TileShapeError, check_whole_number
+from memtile.homes import is_parked
+from memtile.layers import checks
+from memtile.layers.loss_options import rows_of
+from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.weight_tiles import (
+    Layer,
+    WeightTile,
+    is_called_by_tiles,
+    layer_of,
+    weight_tiles,
+)
+from memtile.transfer import layer_call
+
+Activation = Callable[[Tensor], Tensor]
+Call = Callable[[Tensor], Any]  # Any: modules give anything
+_NAME = "tiled_mlp"  # in messages
+
+
+def tiled_mlp(
+    input: Tensor,
+    gate: Layer | None,
+    up: Layer,
+    down: Layer,
+    *,
+    activation: Activation = functional.silu,
+    dropout: float = 0.0,
+    block_rows: int | None = None,
+    block_features: int | None = None,
+) -> Tensor:
+    """`down(dropout(activation(gate(input)) * up(input)))` without the intermediate activation.
+
+    Blocks of it are computed one after another, and again in backward: 11 products instead of 9,
+    and three blocks of `block_rows × block_features` in memory. Sums over blocks are float32 in
+    every dtype. Parked tiles of gate, up and down are brought in together, once in forward and once
+    in backward.
+
+    Args:
+        input: (…, features).
+        gate: None for `down(dropout(activation(up(input))))`; otherwise as `up`.
+        up: a weight (intermediate, features), its handle, `nn.Linear`, or `TiledLinear` of one
+            column, with the bias that it has.
+        down: the same, (out, intermediate), a `TiledLinear` of one row: its columns are cut as the
+            rows of `gate` and `up` are.
+        activation: element-wise, without parameters; computed in float32 for 16-bit inputs.
+        dropout: the part of the intermediate activation that is zeroed; what it zeroes depends on
+            the seed and the block.
+        block_rows: rows of a block; by default as many as are worked on at once.
+        block_features: intermediate features of a block; by default as many as make 1 Mi elements,
+            256 at least.
+
+    Returns:
+        (…, out), in the dtype of the input, or of autocast.
+
+    Raises:
+        TileShapeError: shapes, or the cuts of the layers, do not fit together.
+        TileDtypeError: the input's dtype is not that of the weights, without autocast.
+        TileDeviceError: the input is on another device than resident weights.
+        ArgumentError: an option outside its range, an activation with parameters, or one that is
+            not element-wise.
+        HomeIOError: a parked tile could not be read or written.
+        ParkedError: a parked tile was written to between forward and backward.
+
+    Examples:
+        >>> up, gate = torch.nn.Linear(64, 256), torch.nn.Linear(64, 256)
+        >>> memtile.tiled_mlp(torch.randn(8, 64), gate, up, torch.nn.Linear(256, 64)).shape
+        torch.Size([8, 64])
+    """
+    layers = _Layers(None if gate is None else layer_of(gate), layer_of(up), layer_of(down))
+    options = _Options(activation, dropout, block_rows, block_features)
+    options.check()
+    layers.check()
+    return _call(input, layers, options)
+
+
+class TiledMLP(nn.Module):
+    """A gated or plain MLP as one module, whose intermediate activation never exists.
+
+    Args:
+        gate: as of `tiled_mlp`, a module or None.
+        up: likewise.
+        down: likewise.
+        activation: element-wise; a function, or a module without parameters.
+        dropout: in training mode only.
+        block_rows: as of `tiled_mlp`.
+        block_features: likewise.
+
+    Raises:
+        ArgumentError: an option outside its range.
+        TileShapeError: shapes, or the cuts of the layers, do not fit together.
+
+    Examples:
+        >>> gate, up = (memtile.TiledLinear(64, 256, out_splits=4) for _ in range(2))
+        >>> mlp = memtile.TiledMLP(gate, up, memtile.TiledLinear(256, 64, in_splits=4))
+        >>> mlp(torch.randn(8, 64)).shape
+        torch.Size([8, 64])
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module | None,
+        up: nn.Module,
+        down: nn.Module,
+        *,
+        activation: Activation = functional.silu,
+        dropout: float = 0.0,
+        block_rows: int | None = None,
+        block_features: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = gate, up, down
+        self.activation, self.dropout = activation, dropout
+        self.block_rows, self.block_features = block_rows, block_features
+        self._options().check()
+        _Layers(gate, up, down).check()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, out) of (…, features); errors of `tiled_mlp`."""
+        return _call(input, _Layers(self.gate, self.up, self.down), self._options())
+
+    def extra_repr(self) -> str:
+        """Activation, where it is a function, and dropout."""
+        named = [] if isinstance(self.activation, nn.Module) else [f"activation={self.activation}"]
+        return ", ".join([*named, f"dropout={self.dropout}"])
+
+    def _options(self) -> "_Options":
+        dropout = self.dropout if self.training else 0.0
+        return _Options(self.activation, dropout, self.block_rows, self.block_features)
+
+
+class _Options(NamedTuple):
+    activation: Activation
+    dropout: float
+    block_rows: int | None
+    block_features: int | None
+
+    def drop(self, h: Tensor) -> Tensor:
+        """h after dropout."""
+        return functional.dropout(h, self.dropout) if self.dropout else h
+
+    def check(self) -> None:
+        """Raise ArgumentError for what is outside its range."""
+        if not 0.0 <= self.dropout <= 1.0:
+            raise ArgumentError(f"dropout={self.dropout!r} must be from 0 to 1")
+        for name in ("block_rows", "block_features"):
+            if getattr(self, name) is not None:
+                check_whole_number(name, getattr(self, name), 1)
+        if not callable(self.activation):
+            raise ArgumentError(
+                f"activation={self.activation!r} must be a function of a tensor, such as "
+                "torch.nn.functional.silu"
+            )
+        if isinstance(self.activation, nn.Module) and any(
+            True for _ in self.activation.parameters()
+        ):
+            raise ArgumentError(
+                f"the activation {type(self.activation).__name__} has parameters, which would get "
+                "no gradient; use one without"
+            )
+
+
+class _Layers(NamedTuple):
+    gate: Layer | None
+    up: Layer
+    down: Layer
+
+    def check(self) -> None:
+        """Raise TileShapeError where shapes or cuts do not fit together."""
+        shapes = {name: _shape(layer) for name, layer in self.named()}
+        up, down, gate = shapes["up"], shapes["down"], shapes.get("gate")
+        if up and ((down and down[1] != up[0]) or (gate and gate != up)):
+            raise TileShapeError(
+                f"{_NAME}: up is {up}, gate {gate}, down {down}, each (out, in): up and gate must "
+                "be (intermediate, features), down (out, intermediate)"
+            )
+        known = ((name, _cut(name, layer)) for name, layer in self.named())
+        cuts = {name: cut for name, cut in known if cut is not None}
+        if len(set(cuts.values())) > 1:
+            raise TileShapeError(
+                f"{_NAME}: the layers cut the intermediate dimension at "
+                + ", ".join(f"{list(cut)} ({name})" for name, cut in cuts.items())
+                + "; the rows of gate and up and the columns of down must be cut alike: "
+                "TiledLinear(…, out_splits=N) for gate and up, in_splits=N for down"
+            )
+
+    def named(self) -> list[tuple[str, Layer]]:
+        """(name, layer) of those that it has."""
+        found = [("gate", self.gate), ("up", self.up), ("down", self.down)]
+        return [(name, layer) for name, layer in found if layer is not None]
+
+    def weights(self) -> dict[str, list[WeightTile]] | None:
+        """The tiles of each layer by their weights; None where one must be called."""
+        found: dict[str, list[WeightTile]] = {}
+        for name, layer in self.named():
+            tiles = weight_tiles(_NAME, layer, name == "down")
+            if tiles is None:
+                return None
+            found[name] = tiles
+        return found
+
+    def calls(self) -> list[list[Call]]:
+        """What is called for each tile: of gate (where there is one), up and down."""
+        layers = [layer for _, layer in self.named()]
+        tiled = [each for each in layers if isinstance(each, TiledLinear)]
+        if len(tiled) == len(layers) and all(map(is_called_by_tiles, tiled)):
+            tiles = range(tiled[0].grid.out_splits)
+            return [
+                [partial(_call_tile, each, n, each is tiled[-1]) for each in tiled] for n in tiles
+            ]
+        return [
+            [
+                partial(functional.linear, weight=each) if isinstance(each, Tensor) else each
+                for each in layers
+            ]
+        ]
+
+
+def _shape(layer: Layer) -> tuple[int, int] | None:
+    """(out, in) of a weight, or of a layer that tells."""
+    if isinstance(layer, Tensor):
+        return (layer.shape[0], layer.shape[1]) if layer.dim() == 2 else None
+    out, into = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    return (out, into) if isinstance(out, int) and isinstance(into, int) else None
+
+
+def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
+    """The bounds of the layer's tiles along the intermediate dimension; None: it is called."""
+    column = name == "down"
+    if not isinstance(layer, TiledLinear):
+        shape = _shape(layer) if isinstance(layer, Tensor | nn.Linear) else None
+        return (0, shape[column]) if shape else None
+    grid = layer.grid
+    if (grid.out_splits if column else grid.in_splits) > 1:
+        raise TileShapeError(
+            f"{_NAME}: {name} is cut into {grid} tiles; gate and up must be cut over rows only "
+            "(out_splits), down over columns only (in_splits)"
+        )
+    return grid.in_parts if column else grid.out_parts
+
+
+def _call(input: Tensor, layers: _Layers, options: _Options) -> Tensor:
+    shape = _shape(layers.up)
+    if shape:
+        checks.split_sizes(_NAME, checks.check_tensor(_NAME, input).shape[-1], 1, [shape[1]])
+    weights = layers.weights()
+    if weights is None or (not ops.transformed() and checks.hooked_globally()):
+        return _called(input, layers.calls(), options)
+    parked = False
+    for (_, weight, _), *_ in weights.values():
+        here = is_parked(weight)
+        checks.check_dtypes_and_devices(_NAME, [input], weight, same_device=not here)
+        parked = parked or here
+    x = rows_of(input.to(ops.autocast_dtype(input) or input.dtype)).contiguous()
+    with layer_call() if parked and not ops.transformed() else nullcontext():
+        y = _computed(x, weights, options)
+    return y.view(*input.shape[:-1], y.shape[-1])
+
+
+def _computed(x: Tensor, weights: dict[str, list[WeightTile]], options: _Options) -> Tensor:
+    """y (N, M) of x (N, H) and weights."""
+    up, down = weights["up"], weights["down"]
+    gates: list[Any] = weights.get("gate") or [WeightTile(span, None, None) for span, _, _ in up]
+    tiles = [
+        ops.MlpTile(u.span, g.weight, u.weight, d.weight, g.bias, u.bias)
+        for g, u, d in zip(gates, up, down, strict=True)
+    ]
+    activation, dropout, *block = options
+    if not ops.transformed():
+        spec = ops.MlpSpec.fitting(activation, dropout, len(x), *block)
+        return ops.mlp_of_tiles(x, tiles, down[-1].bias, spec)
+    edges = ops.float32_casts(x, len(tiles))
+    y = _sum(ops.plain_mlp_tile(next(edges), tile, activation, options.drop) for tile in tiles)
+    bias = down[-1].bias
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _called(input: Tensor, calls: list[list[Call]], options: _Options) -> Tensor:
+    """y (…, M) of modules that are called, and called again in backward."""
+
+    def one(x: Tensor, *modules: Call) -> Tensor:
+        *gate, up, down = modules
+        h = options.activation(gate[0](x)) * up(x) if gate else options.activation(up(x))
+        y: Tensor = down(options.drop(h))
+        return y
+
+    transformed = ops.transformed()
+    edges = (ops.float32_casts if transformed else ops.float32_edges)(input, len(calls))
+    if transformed or not torch.is_grad_enabled():
+        return _sum(one(x, *tile) for x, tile in zip(edges, calls, strict=True))
+    return _sum(
+        checkpoint(one, x, *tile, use_reentrant=False) for x, tile in zip(edges, calls, strict=True)
+    )
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of the tiles' results, float32 where several are of 16 bits."""
+    total: Any = None  # a Tensor, once there is one
+    for part in parts:
+        wide = torch.promote_types(part.dtype, torch.float32)
+        total = part if total is None else total.to(wide) + part
+        dtype = part.dtype
+    found: Tensor = total.to(dtype)
+    return found
+
+
+def _call_tile(layer: TiledLinear, number: int, is_column: bool, x: Tensor) -> Tensor:
+    """What a tile gives, with the part of a bias that the layer keeps whole."""
+    y: Tensor = layer.tile(*((0, number) if is_column else (number, 0)))(x)
+    if layer.whole_bias is None or (is_column and number < layer.grid.in_splits - 1):
+        return y
+    whole = layer.whole_bias
+    return y + (whole if is_column else whole[layer.grid.out_spans[number].as_slice()]).to(y.dtype)

@@ -1,0 +1,74 @@
+"""Tiles of layers by their weights, for operations that use a weight in another way than a call."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from memtile.errors import TileShapeError
+from memtile.geometry import Span
+from memtile.layers import checks
+from memtile.layers.handle import DenseHandle
+from memtile.layers.parked import ParkedEmbedding, ParkedLinear
+from memtile.layers.tiled_embedding import TiledEmbedding
+from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.tiled_module import TiledModule
+
+Layer = Tensor | nn.Module
+_PLAIN = (nn.Linear, ParkedLinear, nn.Embedding, ParkedEmbedding)
+
+
+class WeightTile(NamedTuple):
+    """One tile, cut along one dimension of the weight only."""
+
+    span: Span  # of that dimension
+    weight: Any  # a Tensor; a Parameter where it is parked
+    bias: Tensor | None
+
+
+def layer_of(given: Layer) -> Layer:
+    """The tiled layer that a handle of its weight stands for; anything else as it is."""
+    layer = given.layer_of_weight if isinstance(given, DenseHandle) else None
+    return given if layer is None else layer
+
+
+def weight_tiles(name: str, layer: Layer, dimension: int = 0) -> list[WeightTile] | None:
+    """The tiles of a layer cut along one dimension: 0 is its output, 1 its input.
+
+    None where tiles or layer are anything more than their weights and must be called as modules,
+    or are cut along the other dimension too. Along the input the last tile has the bias.
+    """
+    if isinstance(layer, Tensor):
+        if layer.dim() != 2:
+            raise TileShapeError(
+                f"{name}: a weight is {tuple(layer.shape)}; it must have two dimensions"
+            )
+        return [WeightTile(Span(0, layer.shape[dimension]), layer, None)]
+    if not isinstance(layer, TiledModule):
+        if not is_plain(layer):
+            return None
+        own = getattr(layer, "bias", None)
+        weight: Any = layer.weight  # a Tensor, which mypy does not know
+        return [WeightTile(Span(0, weight.shape[dimension]), weight, own)]
+    tiles, grid = [tile for _, tile in layer.tiles()], layer.grid
+    other = grid.out_splits if dimension else grid.in_splits
+    if other > 1 or not is_called_by_tiles(layer) or not all(map(is_plain, tiles)):
+        return None
+    spans = grid.in_spans if dimension else grid.out_spans
+    biases = [getattr(tile, "bias", None) for tile in tiles]
+    whole = layer.whole_bias
+    if whole is not None and dimension == 0:
+        biases = [whole[span.as_slice()] for span in spans]
+    elif whole is not None:
+        biases[-1] = whole
+    found = zip(spans, tiles, biases, strict=True)
+    return [WeightTile(span, tile.weight, bias) for span, tile, bias in found]
+
+
+def is_called_by_tiles(layer: nn.Module) -> bool:
+    """Whether calling a tiled layer is calling its tiles, and nothing else."""
+    return type(layer) in (TiledLinear, TiledEmbedding) and not checks.has_hooks(layer)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear or an embedding, parked or not, that its weight and bias stand for."""
+    return any(checks.is_plain(module, cls) for cls in _PLAIN)
