@@ -152,7 +152,9 @@ def _weights(head: Head, bias: Tensor | None) -> list[_Weight] | None:
 
 def _weights_of_tiles(layer: TiledModule, bias: Tensor | None) -> list[_Weight] | None:
     tiles = [tile for _, tile in layer.tiles()]
-    is_called = type(layer) not in (TiledLinear, TiledEmbedding) or checks.has_hooks(layer)
+    is_called = checks.class_of(layer) not in (TiledLinear, TiledEmbedding) or checks.has_hooks(
+        layer
+    )
     if is_called or layer.grid.in_splits > 1 or not all(map(_is_plain, tiles)):
         return None
     whole = layer.whole_bias if bias is None else bias
@@ -183,7 +185,8 @@ def _called(head: Head, bias: Tensor | None) -> list[_Called]:
             f"{NAME}: linear_bias cannot be added to a head that is called as a module; make it "
             "the head's own bias"
         )
-    if type(head) is not TiledLinear or checks.has_hooks(head):
+    known = checks.class_of(head) is TiledLinear and not checks.has_hooks(head)
+    if not isinstance(head, TiledLinear) or not known:
         return [_Called(Span(0, classes_of(head)), head)]
     return [_Called(span, _RowOfTiles(head, o)) for o, span in enumerate(head.grid.out_spans)]
 
@@ -215,4 +218,4 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return any(checks.is_plain(module, cls) for cls in _PLAIN)
+    return checks.class_of(module) in _PLAIN and checks.is_plain(module, type(module))

@@ -17,7 +17,12 @@ from memtile.ops.embedding import (
     place_rows,
 )
 from memtile.ops.fused import FusedSpec, fused_linear
-from memtile.ops.logit_tiles import LogitBlocks, plain_logit_sums, tile_logit_sums
+from memtile.ops.logit_tiles import (
+    LOGIT_ELEMENTS,
+    LogitBlocks,
+    plain_logit_sums,
+    tile_logit_sums,
+)
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
 from memtile.ops.parked import (
     Groups,
@@ -29,6 +34,7 @@ from memtile.ops.parked_layer import parked_layer
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
 
 __all__ = [
+    "LOGIT_ELEMENTS",
     "FusedSpec",
     "Groups",
     "LogitBlocks",
