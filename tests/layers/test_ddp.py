@@ -1,15 +1,20 @@
 """DistributedDataParallel trains tiles as it trains any parameter."""
 
+import pytest
 import torch
-from ddp_worker import IDS, Net, spawn, train
+from ddp_worker import IDS, Net, Writer, spawn, train
 
 
-def test_two_processes_train_a_tiled_model_as_one_trains_the_dense_one() -> None:
-    """After three steps both ranks hold the parameters of a single dense process, ties included."""
-    dense = Net()
+@pytest.mark.parametrize("kind", ["plain", "losses", "unused"])
+def test_two_processes_train_a_tiled_model_as_one_trains_the_dense_one(kind: str) -> None:
+    """After three steps both ranks hold the parameters of a single dense process, ties included.
+
+    Also for a mean over uneven numbers of tokens, whose losses compute no logits.
+    """
+    dense = Net() if kind == "plain" else Writer()
     train(dense, [IDS, IDS, IDS])
 
-    ranks = spawn()
+    ranks = spawn(kind)
 
     expected = dense.state_dict()
     for found in ranks:
