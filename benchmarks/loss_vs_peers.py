@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--candidates", nargs="*", help="names; all by default")
     parser.add_argument("--skip", choices=["times", "peaks", "losses"], nargs="*", default=[])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="a list of runs, to which this one is added")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -188,7 +188,8 @@ def show(
             "peak_bytes": peaks,
             "relative_loss_error": losses,
         }
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        runs = json.loads(args.output.read_text()) if args.output.exists() else []
+        args.output.write_text(json.dumps([*runs, result], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from memtile import interrupting  # noqa: F401  # before torch, which takes seco
 
 # isort: split
 from memtile.convert import (
+    defer_logits,
     dense_state_dict,
     empty_model,
     load_checkpoint,
@@ -52,6 +53,7 @@ __all__ = [
     "TiledLinearReturnBias",
     "TiledMLP",
     "__version__",
+    "defer_logits",
     "dense_state_dict",
     "empty_model",
     "linear_cross_entropy",

@@ -92,6 +92,10 @@ class HomeIOError(MemtileError, OSError):
     """A read or a write of a home that failed, or moved fewer bytes than it should."""
 
 
+class DeferredLogitsError(MemtileError, RuntimeError):
+    """A use of deferred logits that would give other values or gradients than computed ones."""
+
+
 class ParkedError(MemtileError, RuntimeError):
     """Something that a parked tile cannot do, or that would leave its home behind."""
 

@@ -1,18 +1,23 @@
 """DistributedDataParallel trains tiles as it trains any parameter."""
 
+import pytest
 import torch
-from ddp_worker import IDS, Mlps, Net, rows, spawn, train
+from ddp_worker import IDS, Mlps, Net, Writer, rows, spawn, train
 from torch import Tensor, nn
 
 import memtile
 
 
-def test_two_processes_train_a_tiled_model_as_one_trains_the_dense_one() -> None:
-    """After three steps both ranks hold the parameters of a single dense process, ties included."""
-    dense = Net()
+@pytest.mark.parametrize("kind", ["plain", "losses", "unused"])
+def test_two_processes_train_a_tiled_model_as_one_trains_the_dense_one(kind: str) -> None:
+    """After three steps both ranks hold the parameters of a single dense process, ties included.
+
+    Also for a mean over uneven numbers of tokens, whose losses compute no logits.
+    """
+    dense = Net() if kind == "plain" else Writer()
     train(dense, [IDS, IDS, IDS])
 
-    ranks = spawn()
+    ranks = spawn(kind)
 
     assert_same_parameters(ranks, dense)
 
@@ -22,7 +27,7 @@ def test_two_processes_train_two_stacked_mlps_as_one_trains_them() -> None:
     model = Mlps()
     train(model, rows(0, 1))
 
-    ranks = spawn(of_mlps=True)
+    ranks = spawn("mlps")
 
     assert_same_parameters(ranks, memtile.untile(model))
 

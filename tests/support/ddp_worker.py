@@ -3,6 +3,7 @@
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import memtile
+from memtile.layers import DeferredLogits, deferred_logits
 
 IDS = torch.tensor([[0, 22, 5, 2], [7, 7, 11, 3]])
 
@@ -32,6 +34,22 @@ class Net(nn.Module):
         x = self.embedding(ids)
         loss: Tensor = self.head(x + self.down(torch.tanh(self.up(x)))).square().mean()
         return loss
+
+
+class Writer(Net):
+    """The same, trained for the next token, of which rank 1 has few."""
+
+    LABELS: Final = torch.tensor([[22, 5, 2, 9], [-100, 11, -100, -100]])
+    share: float = 1.0  # of the ranks' mean
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """This rank's part of the mean over the tokens of all ranks."""
+        x = self.embedding(ids)
+        logits = self.head(x + self.down(torch.tanh(self.up(x))))
+        labels = self.LABELS[(ids[:, :1] == IDS[:, 0]).nonzero()[:, 1]]
+        flat = logits.view(-1, logits.size(-1)), labels.flatten()
+        loss = nn.functional.cross_entropy(*flat, reduction="sum")
+        return loss / (self.LABELS >= 0).sum() / self.share
 
 
 def train(model: nn.Module, ids: list[Tensor]) -> None:
@@ -73,8 +91,11 @@ def rows(*ranks: int) -> list[Tensor]:
     return [each[list(ranks)].flatten(0, 1) for each in steps]
 
 
-def run(rank: int, folder: str, of_mlps: bool) -> None:
-    """Train a tiled model on this rank's half of each batch and save what came out."""
+def run(rank: int, folder: str, kind: str) -> None:
+    """Train a tiled model on this rank's half of each batch and save what came out.
+
+    Losses compute no logits, whatever DDP looks at: "unused" has it search for unused parameters.
+    """
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(str(Path(folder) / "store"), 2),
@@ -82,15 +103,26 @@ def run(rank: int, folder: str, of_mlps: bool) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    model = Mlps() if of_mlps else memtile.tile(Net(), out_splits=3, in_splits=2)
-    batches = rows(rank) if of_mlps else [IDS[rank : rank + 1]] * 3
-    train(DistributedDataParallel(model), batches)
+    model, batches = _of(kind, rank)
+    parallel = DistributedDataParallel(model, find_unused_parameters=kind == "unused")
+    train(parallel, batches)
     torch.save(memtile.untile(model).state_dict(), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def spawn(of_mlps: bool = False) -> list[dict[str, Tensor]]:
+def _of(kind: str, rank: int) -> tuple[nn.Module, list[Tensor]]:
+    if kind == "mlps":
+        return Mlps(), rows(rank)
+    model = memtile.tile(Net() if kind == "plain" else Writer(), out_splits=3, in_splits=2)
+    if isinstance(model, Writer):
+        model.share = 1 / 2
+        deferred_logits.LEAST_LOGITS, DeferredLogits.computed = 0, None
+        memtile.defer_logits(model.head)
+    return model, [IDS[rank : rank + 1]] * 3
+
+
+def spawn(kind: str) -> list[dict[str, Tensor]]:
     """What the two ranks ended with."""
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(run, 2, folder, of_mlps)
+        start_ranks(run, 2, folder, kind)
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]

@@ -1,5 +1,6 @@
 """Tiles whole models in place and back, and saves and loads their checkpoints and runs."""
 
+from memtile.convert.deferring import defer_logits, set_deferring_of
 from memtile.convert.dense import dense_items, dense_state_dict
 from memtile.convert.derived import Latest, Shown, derived
 from memtile.convert.empty import empty_model
@@ -57,6 +58,7 @@ __all__ = [
     "choose",
     "convert_checkpoint",
     "converting_bytes",
+    "defer_logits",
     "dense_items",
     "dense_state_dict",
     "derived",
@@ -80,6 +82,7 @@ __all__ = [
     "save_training",
     "select_linears",
     "set_checkpointing",
+    "set_deferring_of",
     "take_workspace",
     "tile",
     "tileable",

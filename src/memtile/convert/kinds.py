@@ -2,7 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from memtile.convert.naming import Naming
 from memtile.geometry import Grid
 from memtile.homes import Home
-from memtile.layers import StackOwner, TiledEmbedding, TiledLinear, TiledModule, TiledStack
+from memtile.layers import (
+    StackOwner,
+    TiledEmbedding,
+    TiledLinear,
+    TiledModule,
+    TiledStack,
+    class_of,
+)
 
 Work = Callable[[nn.Module], Tensor | None]
 """One step's forward: gives the loss, or None where nothing is trained."""
@@ -86,6 +93,7 @@ class Integration:
         filled: called with a model whose parameters got values from a checkpoint.
         emptied: called with a model that `empty_model` made, to change what the library changes
             when it reads weights.
+        heads: the modules that give a model's logits.
         work: one step's forward, from the model, the tokens, the batch and whether it trains; None
             where the model is not its own.
     """
@@ -103,12 +111,13 @@ class Integration:
     initialise: Callable[[nn.Module, Collection[str]], None] = lambda model, names: None
     filled: Callable[[nn.Module], None] = _nothing
     emptied: Callable[[nn.Module], None] = _nothing
+    heads: Callable[[nn.Module], Iterable[nn.Module]] = lambda model: ()
     work: Callable[[nn.Module, int, int, bool], Work | None] = lambda *given: None
 
 
 LINEAR = Kind(
     name="linear",
-    matches=lambda module: type(module) is nn.Linear,
+    matches=lambda module: class_of(module) is nn.Linear,
     resembles=lambda module: isinstance(module, nn.Linear),
     tiled=TiledLinear,
     shape=lambda module: (module.out_features, module.in_features),

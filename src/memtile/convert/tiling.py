@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from memtile.checkpoints import CheckpointHome, Paths
+from memtile.convert.deferring import set_deferring_of
 from memtile.convert.kinds import kind_of, tileable, tiled_layers
 from memtile.convert.materializing import (
     checked_for_empty,
@@ -43,7 +44,7 @@ from memtile.homes import (
     resolve_home,
     whole_pages,
 )
-from memtile.layers import TiledLinear, TiledModule, is_shard
+from memtile.layers import DeferringHead, TiledLinear, TiledModule, is_shard, set_deferring
 from memtile.transfer import watch_model
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,7 +68,8 @@ def tile(
     Values are bit-identical; ties, frozen parameters, mode, dtype, device and gradients stay. Each
     replaced layer is freed before the next is made, so the peak is the model and one layer.
     Parameters and modules are new: make the optimizer afterwards, and look modules up anew. An
-    older optimizer warns when it steps (`ReplacedParametersWarning`).
+    older optimizer warns when it steps (`ReplacedParametersWarning`). transformers models compute
+    losses without logits (`defer_logits`).
 
     Args:
         model: any module that holds linears.
@@ -139,6 +141,8 @@ def tile(
         _replace_and_fill(model, decisions, home, checkpoint, strict)
     if own is not None:
         share_budget(model, own)
+    if not isinstance(plan, RankPlan):  # which counts logits
+        set_deferring_of(model, True)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, decisions)
     if plan is not None and plan.optimizer is not None:
@@ -316,6 +320,8 @@ def _tile_group(
             assert isinstance(layer, TiledLinear)  # nothing else has a bias
             layer.keep_bias(bias)
         layer.name_in_model = name
+        if isinstance(module, DeferringHead):
+            set_deferring(layer, True)
         first = first or layer
         dense.replace_by(layer, model)
         del dense, module

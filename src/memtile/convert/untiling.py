@@ -4,6 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from memtile.convert.deferring import set_deferring_of
 from memtile.convert.kinds import lost_on_replacing, replace_module, tiled_classes, tiled_layers
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Owners
@@ -16,6 +17,7 @@ from memtile.layers import (
     StackTile,
     TiledModule,
     TiledStack,
+    class_of,
     is_plain,
     untile_rows,
 )
@@ -58,6 +60,7 @@ def untile(model: Model) -> Model:
         replaced = _replace_all(model, ids)
     for module in model.modules():
         untile_rows(module)
+    set_deferring_of(model, False)
     unwatch_model(model)
     replaced.warn(model, stacklevel=2)
     return model
@@ -118,7 +121,7 @@ def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def cannot_be_dense(layer: TiledModule) -> str:
     """What a dense module would not do that this layer's tiles do; "" for nothing."""
-    if type(layer) not in tiled_classes():
+    if class_of(layer) not in tiled_classes():
         return f"{type(layer).__name__} is a class of its own, which no dense module stands for"
     if getattr(layer, "input_is_already_split", False):
         return "it takes an input that is already split, which a dense linear does not"

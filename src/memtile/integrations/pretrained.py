@@ -28,6 +28,14 @@ def pretrained_models(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, cls)]
 
 
+def heads_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that give the logits of `PreTrainedModel`s in a model, PEFT's copies included."""
+    for found in pretrained_models(model):
+        head = found.get_output_embeddings()
+        copies = getattr(head, "modules_to_save", None)  # of PEFT, which trains them
+        yield from copies.values() if isinstance(copies, nn.ModuleDict) else filter(None, [head])
+
+
 def outermost(model: nn.Module) -> Iterator[Any]:
     """The `PreTrainedModel`s in a model that are in no other one."""
     inner: set[int] = set()

@@ -20,6 +20,7 @@ from memtile.integrations.pretrained import (
     check_files,
     code_of,
     dtype_of,
+    heads_of,
     initialise,
     keep_in_float32,
     new_names,
@@ -257,5 +258,6 @@ TRANSFORMERS = Integration(
     check_files=check_files,
     initialise=initialise,
     emptied=keep_in_float32,
+    heads=heads_of,
     work=step_work,
 )

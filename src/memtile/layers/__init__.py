@@ -1,7 +1,8 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
 from memtile.layers.called_experts import agree_on_calls, called_experts
-from memtile.layers.checks import is_plain
+from memtile.layers.checks import class_of, is_plain
+from memtile.layers.deferred_logits import DeferredLogits, DeferringHead, set_deferring
 from memtile.layers.handle import DenseHandle
 from memtile.layers.linear_cross_entropy import (
     LinearCrossEntropy,
@@ -23,6 +24,8 @@ from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gath
 
 __all__ = [
     "DENSE_NAMES",
+    "DeferredLogits",
+    "DeferringHead",
     "DenseHandle",
     "LinearCrossEntropy",
     "ParkedEmbedding",
@@ -41,11 +44,13 @@ __all__ = [
     "TokenLogProbabilities",
     "agree_on_calls",
     "called_experts",
+    "class_of",
     "gathered",
     "is_plain",
     "is_shard",
     "linear_cross_entropy",
     "register_gatherer",
+    "set_deferring",
     "tile_rows",
     "tiled_mlp",
     "token_log_probabilities",

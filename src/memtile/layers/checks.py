@@ -34,6 +34,12 @@ def is_plain(tile: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
     )
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class whose forward gives the module's values: another one where it defers logits."""
+    found: type[nn.Module] = getattr(type(module), "acts_as", type(module))
+    return found
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs hooks, or a forward that was put on the instance."""
     return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)

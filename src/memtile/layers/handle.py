@@ -57,7 +57,7 @@ _READ_GRADIENT, _READ_VERSION = _OF_C_BASE["grad"].__get__, _OF_C_BASE["_version
 _READ_DATA = _OF_C_BASE["data"].__get__
 
 
-_FREE = frozenset(
+FREE = frozenset(
     [getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)]
     + [getattr(Tensor, name) for name in _FREE_METHODS]
 )
@@ -206,7 +206,7 @@ class DenseHandle(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FREE:
+        if func in FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func == _READ_GRADIENT:
@@ -218,7 +218,7 @@ class DenseHandle(Tensor):
         view = _view_without_graph(func, args, kwargs)
         if view is not None:
             return view
-        name, written = _written(func, args, kwargs)
+        name, written = written_by(func, args, kwargs)
         handles = [leaf for leaf in tree_leaves(written) if isinstance(leaf, DenseHandle)]
         if handles:
             return _write(func, name, handles, args, kwargs)
@@ -265,7 +265,7 @@ def _view_without_graph(
     return handle.without_graph(lambda tensor: func(tensor, *args[1:], **kwargs))
 
 
-def _written(
+def written_by(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[str, Any]:
     """The function's name, and the arguments that it writes to or whose memory it exposes."""

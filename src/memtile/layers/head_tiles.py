@@ -152,7 +152,8 @@ def _called(head: Head, bias: Tensor | None) -> list[_Called]:
             f"{NAME}: linear_bias cannot be added to a head that is called as a module; make it "
             "the head's own bias"
         )
-    if type(head) is not TiledLinear or checks.has_hooks(head):
+    known = checks.class_of(head) is TiledLinear and not checks.has_hooks(head)
+    if not isinstance(head, TiledLinear) or not known:
         return [_Called(Span(0, classes_of(head)), head)]
     return [_Called(span, _RowOfTiles(head, o)) for o, span in enumerate(head.grid.out_spans)]
 

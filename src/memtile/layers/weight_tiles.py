@@ -66,9 +66,10 @@ def weight_tiles(name: str, layer: Layer, dimension: int = 0) -> list[WeightTile
 
 def is_called_by_tiles(layer: nn.Module) -> bool:
     """Whether calling a tiled layer is calling its tiles, and nothing else."""
-    return type(layer) in (TiledLinear, TiledEmbedding) and not checks.has_hooks(layer)
+    known = checks.class_of(layer) in (TiledLinear, TiledEmbedding)
+    return known and not checks.has_hooks(layer)
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it is a linear or an embedding, parked or not, that its weight and bias stand for."""
-    return any(checks.is_plain(module, cls) for cls in _PLAIN)
+    return checks.class_of(module) in _PLAIN and checks.is_plain(module, type(module))

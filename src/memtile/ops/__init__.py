@@ -18,7 +18,12 @@ from memtile.ops.embedding import (
 )
 from memtile.ops.fused import FusedSpec, fused_linear
 from memtile.ops.live_bytes import LiveBytes, tensors_in
-from memtile.ops.logit_tiles import LogitBlocks, plain_logit_sums, tile_logit_sums
+from memtile.ops.logit_tiles import (
+    LOGIT_ELEMENTS,
+    LogitBlocks,
+    plain_logit_sums,
+    tile_logit_sums,
+)
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
 from memtile.ops.mlp import MlpSpec, MlpTile, plain_mlp_tile
 from memtile.ops.mlp_chain import mlp_of_tiles
@@ -35,6 +40,7 @@ from memtile.ops.row_calls import RowCall, checkpointed_row_tiles
 from memtile.ops.row_tiles import row_tiles
 
 __all__ = [
+    "LOGIT_ELEMENTS",
     "FusedSpec",
     "Groups",
     "LiveBytes",

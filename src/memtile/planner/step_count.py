@@ -11,6 +11,7 @@ from memtile.convert import (
     TilingDecision,
     replace_chosen,
     set_checkpointing,
+    set_deferring_of,
     tileables,
 )
 from memtile.costmodel import Products
@@ -42,6 +43,7 @@ class StepCount:
                 found.stack.owner.adopt(found.module)
         if any(decision.tiled for decision in decisions):
             _park(meta_copy, decisions)
+        set_deferring_of(meta_copy, True)
         set_checkpointing(meta_copy, checkpointing)
         if self.watch is not None:
             self.watch(meta_copy)

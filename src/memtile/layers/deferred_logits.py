@@ -1,0 +1,323 @@
+"""`DeferredLogits`: a head's logits, computed when something needs them, and never for a loss.
+
+Shapes: N tokens, H features, V classes; the head's input (…, H), logits (…, V).
+
+`torch.nn.functional.cross_entropy` of deferred logits, directly or through `nn.CrossEntropyLoss` or
+a loss of transformers, is `linear_cross_entropy` of the head's input. What models do between head
+and loss is noted and done later: row slices and reshapes on the input, factors, tanh and casts on
+the logits. Anything else computes the logits, once, as the head would have.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map
+
+from memtile import ops
+from memtile.errors import DeferredLogitsError
+from memtile.layers import checks
+from memtile.layers.handle import FREE, written_by
+from memtile.layers.linear_cross_entropy import linear_cross_entropy
+from memtile.layers.tiled_linear import TiledLinear
+
+# Fewer logits are computed at once: a loss without them has as many in memory, and more work.
+LEAST_LOGITS: Final = ops.LOGIT_ELEMENTS
+_RESHAPES: Final = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}
+_CASTS: Final = {"float", "double", "half", "bfloat16", "to"}
+Change = Callable[[Any], Any]  # a function of a tensor, with its other arguments
+Step = tuple[str, Any, Change]  # its name, its number where it has one, and itself
+
+
+class DeferringHead(nn.Module):
+    """A head that gives `DeferredLogits`; what it computes is what `acts_as` does."""
+
+    acts_as: ClassVar[type[nn.Module]]
+    out_features: int
+
+    def forward(self, *given: Any, **named: Any) -> Any:  # the input, under any name it has
+        """Logits (…, V) of hidden states (…, H), deferred where there are many."""
+        input = next(iter((*given, *named.values())), None)
+        if not self._defers(input):
+            return super().forward(*given, **named)
+        return DeferredLogits.of(self, input)
+
+    def now(self, input: Tensor) -> Tensor:
+        """The logits, computed at once."""
+        found: Tensor = super().forward(input)
+        return found
+
+    def _defers(self, input: Any) -> TypeGuard[Tensor]:
+        return (
+            type(input) is Tensor
+            and input.dim() > 1
+            and input[..., 0].numel() * self.out_features > LEAST_LOGITS
+            and not ops.transformed()
+            and not checks.has_hooks(self)
+            and not checks.hooked_globally()
+        )
+
+
+class DeferringLinear(DeferringHead, nn.Linear):
+    """`nn.Linear` as a head that defers its logits."""
+
+    acts_as = nn.Linear
+
+
+class DeferringTiledLinear(DeferringHead, TiledLinear):
+    """`TiledLinear` as a head that defers its logits."""
+
+    acts_as = TiledLinear
+
+
+def set_deferring(head: nn.Module, on: bool) -> bool:
+    """Have a linear, tiled or not, defer its logits, or not any more; False for other classes."""
+    for cls in (DeferringLinear, DeferringTiledLinear):
+        if type(head) in (cls, cls.acts_as):
+            head.__class__ = cls if on else cls.acts_as
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the logits depend on besides their input, when the head is called."""
+
+    head: DeferringHead
+    versions: tuple[int, ...]
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, head: DeferringHead, x: Tensor) -> "_State":
+        return cls(head, _versions(head), ops.autocast_dtype(x))
+
+    @contextmanager
+    def again(self, x: Tensor, records: bool) -> Iterator[None]:
+        """The state as it was; DeferredLogitsError where the head has been written to since."""
+        if self.versions != _versions(self.head):
+            raise DeferredLogitsError(
+                "these logits were left to be computed when they are needed, and the head's weight "
+                "was written to since: read them before the optimizer's step (before backward, "
+                'where mode="in_backward"), or call memtile.defer_logits(model, False)'
+            )
+        autocast: AbstractContextManager[object] = nullcontext()
+        if self.autocast != ops.autocast_dtype(x):
+            enabled = self.autocast is not None
+            autocast = torch.autocast(x.device.type, self.autocast, enabled=enabled)
+        with torch.set_grad_enabled(records), autocast:
+            yield
+
+
+def _versions(head: nn.Module) -> tuple[int, ...]:
+    return tuple(0 if p.is_inference() else p._version for p in head.parameters())
+
+
+class DeferredLogits(Tensor):
+    """Logits (…, V) that are computed when they are used for anything but a loss."""
+
+    _state: _State
+    _x: Tensor  # (…, H)
+    _steps: tuple[Step, ...]  # on the logits, in order
+    _records: bool  # whether gradients were on
+    _logits: Tensor | None
+    _source: "tuple[DeferredLogits, Change] | None"  # which these are made of, and how
+    _made: "list[weakref.ref[DeferredLogits]]"  # of these
+
+    @staticmethod
+    def __new__(
+        cls, state: _State, x: Tensor, dtype: torch.dtype, steps: tuple[Step, ...], records: bool
+    ) -> "DeferredLogits":
+        """The logits of x (…, H), of this dtype after the steps."""
+        shape = (*x.shape[:-1], state.head.out_features)
+        trained = x.requires_grad or any(p.requires_grad for p in state.head.parameters())
+        made: DeferredLogits = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=x.device, requires_grad=records and trained
+        )
+        made._state, made._x, made._steps, made._records = state, x, steps, records
+        made._logits, made._source, made._made = None, None, []
+        if records and trained:
+            with torch._C.DisableTorchFunctionSubclass():
+                made.register_post_accumulate_grad_hook(_refuse_gradient)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return made
+
+    @classmethod
+    def of(cls, head: DeferringHead, x: Tensor) -> "DeferredLogits":
+        """The logits that a head gives its input (…, H)."""
+        state = _State.of(head, x)
+        return cls(state, x, state.autocast or x.dtype, (), torch.is_grad_enabled())
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes
+        return repr(self.computed())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.computed(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.computed().__reduce_ex__(protocol)
+
+    def computed(self) -> Tensor:
+        """The logits, differentiable if they were made where gradients are on."""
+        if self._logits is None:
+            source = None if self._source is None else self._source[0]._logits
+            if self._source is not None and source is not None:
+                with torch.set_grad_enabled(self._records):
+                    self._logits = self._source[1](source)
+            else:
+                with self._state.again(self._x, self._records):
+                    values = self._state.head.now(self._x)
+                    for _, _, step in self._steps:
+                        values = step(values)
+                self._logits = values
+        assert self._logits is not None
+        return self._logits
+
+    def compute_family(self) -> None:
+        """Compute these logits and all that may share memory with them, before one is written."""
+        first = self
+        while first._source is not None:
+            first = first._source[0]
+        first._compute_with_made()
+
+    def _compute_with_made(self) -> None:
+        self.computed()
+        for made in [reference() for reference in self._made]:
+            if made is not None:
+                made._compute_with_made()
+
+    def loss(self, target: Tensor, **options: Any) -> Tensor | None:
+        """`cross_entropy` of them without computing them; None where it takes their values."""
+        form = _scale_and_softcap(self._steps)
+        if form is None or self._logits is not None or self.dim() != 2:
+            return None
+        with self._state.again(self._x, self._records and torch.is_grad_enabled()):
+            loss = linear_cross_entropy(
+                self._x, self._state.head, target, logit_scale=form[0], softcap=form[1], **options
+            )
+        return loss.to(self.dtype)
+
+    def changed(self, name: str, change: Change, others: Sequence[Any]) -> Any:
+        """They after a function of this name, still deferred; None where it takes their values."""
+        if self._logits is not None or any(isinstance(each, Tensor) for each in others):
+            return None
+        if name == "contiguous" and not others:
+            return self
+        if name in _RESHAPES or name == "__getitem__":
+            return self._with_rows(name, change)
+        is_factor = name in ("mul", "div") and [*map(type, others)] in ([int], [float])
+        is_cast = name in _CASTS and all(isinstance(each, torch.dtype) for each in others)
+        if not (is_factor or is_cast or (name == "tanh" and not others)):
+            return None
+        one = change(torch.empty(1, dtype=self.dtype, device="meta"))
+        step = name, others[0] if is_factor else None, change
+        return self._made_by(change, self._x, one.dtype, (*self._steps, step))
+
+    def _with_rows(self, name: str, change: Change) -> "DeferredLogits | None":
+        """They after a function of the leading dimensions, which is done on the head's input."""
+        classes, width = self.shape[-1], self._x.shape[-1]
+        shape = change(torch.empty(1, device="meta").expand(self.shape)).shape
+        if len(shape) < 2 or shape[-1] != classes or classes == width:
+            return None  # of the last dimension, or it cannot be told
+        with torch.set_grad_enabled(self._records and torch.is_grad_enabled()):
+            whole = name == "__getitem__"
+            x = change(self._x) if whole else self._x.reshape(*shape[:-1], width)
+        same = x.shape == (*shape[:-1], width)
+        return self._made_by(change, x, self.dtype, self._steps) if same else None
+
+    def _made_by(
+        self, change: Change, x: Tensor, dtype: torch.dtype, steps: tuple[Step, ...]
+    ) -> "DeferredLogits":
+        records = self._records and torch.is_grad_enabled()
+        made = DeferredLogits(self._state, x, dtype, steps, records)
+        made._source = self, change
+        self._made.append(weakref.ref(made))
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in FREE or func is Tensor.register_hook:  # FSDP2 hooks what a model returns
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        found = None
+        if func is functional.cross_entropy:
+            found = _loss(*args, **kwargs)
+        elif args and isinstance(args[0], DeferredLogits):
+            others = tree_leaves((args[1:], kwargs))
+            name = getattr(func, "__name__", "")
+            found = args[0].changed(name, lambda t: func(t, *args[1:], **kwargs), others)
+        if found is not None:
+            return found
+        for each in tree_leaves(written_by(func, args, kwargs)[1]):
+            if isinstance(each, DeferredLogits):
+                each.compute_family()
+        return func(*tree_map(_computed, tuple(args)), **tree_map(_computed, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks the function argument
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map(_computed, tuple(args)), **tree_map(_computed, kwargs or {}))
+
+
+def _computed(value: Any) -> Any:
+    return value.computed() if isinstance(value, DeferredLogits) else value
+
+
+def _loss(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """The arguments of `cross_entropy`; None where it takes values of logits."""
+    others = isinstance(target, DeferredLogits) or isinstance(weight, DeferredLogits)
+    if not isinstance(input, DeferredLogits) or others or (size_average, reduce) != (None, None):
+        return None
+    return input.loss(
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _scale_and_softcap(steps: Sequence[Step]) -> tuple[float, float | None] | None:
+    """The s and c for which the steps are c·tanh(s·z / c), or s·z (c is None); or None."""
+    before, after, bounded = 1.0, 1.0, False
+    for name, number, _ in steps:
+        if name == "tanh":
+            if bounded:
+                return None
+            bounded = True
+        elif number is not None:
+            factor = number if name == "mul" else 1.0 / number
+            before, after = (before, after * factor) if bounded else (before * factor, after)
+    if not bounded:
+        return before, None
+    return (before * after, after) if after > 0.0 else None
+
+
+def _refuse_gradient(logits: Tensor) -> None:
+    """Only an `autograd.Function` that was given the logits themselves sends a gradient here."""
+    raise DeferredLogitsError(
+        "a gradient came to logits that were left to be computed when they are needed, from an "
+        "autograd.Function, which takes them for computed; give it logits + 0, or call "
+        "memtile.defer_logits(model, False)"
+    )
