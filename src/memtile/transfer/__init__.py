@@ -1,5 +1,6 @@
 """Moves tiles between homes and the code that computes with them: slabs, prefetch, iterations."""
 
+from memtile.transfer.activations import ParkedActivations, park_activations
 from memtile.transfer.iterations import (
     GRADIENT_SLABS,
     SLABS,
@@ -25,12 +26,14 @@ __all__ = [
     "SLABS",
     "Holder",
     "Lease",
+    "ParkedActivations",
     "ParkedSource",
     "SlabRing",
     "catch_up",
     "gradient_lock",
     "is_stepped_in_backward",
     "layer_call",
+    "park_activations",
     "put_off_idle_steps",
     "rings_of",
     "step_in_backward",

@@ -60,10 +60,11 @@ class SlabRings:
         self.weights = SlabRing(self._executor, SLABS)  # of forward and backward
         self.gradients = SlabRing(self._executor, GRADIENT_SLABS)  # on their way home
         self.steps = SlabRing(self._executor, SLABS)  # what an optimizer works on
+        self.activations = SlabRing(self._executor, SLABS)  # what is saved for backward
 
     def all(self) -> tuple[SlabRing, ...]:
         """Each of them."""
-        return self.weights, self.gradients, self.steps
+        return self.weights, self.gradients, self.steps, self.activations
 
     @property
     def works(self) -> bool:

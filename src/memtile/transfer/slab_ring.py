@@ -39,7 +39,7 @@ class SlabRing:
         self._slabs = [Slab() for _ in range(slabs)]
         self._last_use: dict[Slab, int] = dict.fromkeys(self._slabs, 0)
         self._clock = count(1)
-        self._prefetch_order = PrefetchOrder()
+        self._prefetch_order = PrefetchOrder[Key]()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
         self._process = os.getpid()
         self._renew_lock()
