@@ -18,7 +18,7 @@ from memtile.transfer.saved_pieces import SavedPiece, SavedPieces, SavedView
 _SMALLEST: Final = 256 << 10
 _ALIGNED: Final = 64  # bytes, as PyTorch aligns storages: results may depend on it
 
-_Key = tuple[int, int, int]  # the version, and which bytes of the storage
+_Key = tuple[int, int, int, int]  # address and version, and which bytes of the storage
 
 
 def park_activations(
@@ -117,10 +117,11 @@ class ParkedActivations:
         of their own: `unsafe_chunk` gives such ones, and LSTMs write to each.
         """
         known = self._known.get(base) or self._known.setdefault(base, {})
-        key = tensor._version, start, stop
+        key = _address(base), tensor._version, start, stop
         piece = known[key]() if key in known else None
         if piece is None:
-            label = f"activation {tensor.dtype} {tuple(tensor.shape)}"
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            label = f"activation {dtype} {tuple(tensor.shape)}"
             piece = self._pieces.store(_bytes_of(tensor, start, stop), label)
             known[key] = weakref.ref(piece)
         self._pieces.number(piece)

@@ -63,8 +63,8 @@ class SlabRings:
         self.activations = SlabRing(self._executor, SLABS)  # what is saved for backward
 
     def all(self) -> tuple[SlabRing, ...]:
-        """Each of them."""
-        return self.weights, self.gradients, self.steps, self.activations
+        """Those of parameters, which may be written to by others between iterations."""
+        return self.weights, self.gradients, self.steps
 
     @property
     def works(self) -> bool:

@@ -50,15 +50,18 @@ class SavedPieces:
         """
         allocation = self._home.allocate(flat.shape, flat.dtype)
         allocation.label = label
+        piece = SavedPiece(self, allocation, flat.device)
         if self._is_streamed(flat.device):
             self._copies_of(flat.device).store(flat, allocation)
         elif self._home.works_in_place:
             allocation.tensor().copy_(flat)
         else:
-            with rings_of(self._home).activations.acquire(made=(allocation,), ahead=()) as lease:
+            ring = rings_of(self._home).activations
+            weakref.finalize(piece, ring.forget, allocation).atexit = False
+            with ring.acquire(made=(allocation,), ahead=()) as lease:
                 lease.tensors[0].copy_(flat)
                 lease.store()
-        return SavedPiece(self, allocation, flat.device)
+        return piece
 
     def number(self, piece: "SavedPiece") -> None:
         """The piece was saved now, perhaps again."""
