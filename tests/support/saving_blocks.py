@@ -27,7 +27,9 @@ class Block(nn.Module):
         scores = (q @ k.transpose(-1, -2)).masked_fill(~mask, -torch.inf).softmax(-1)
         x = x + self.out((scores @ v).transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.second(x)).chunk(2, -1)
-        return x + self.down(nn.functional.dropout(nn.functional.silu(gate) * up, 0.1, self.training))
+        return x + self.down(
+            nn.functional.dropout(nn.functional.silu(gate) * up, 0.1, self.training)
+        )
 
 
 class Blocks(nn.Module):
@@ -83,7 +85,8 @@ class Keeping(torch.autograd.Function):
         return (gradient * 2, None, *(None for _ in ctx.found))
 
 
-def kept(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A sum to run backward from, and the list that then has what backward found."""
+def kept(*tensors: Tensor, x: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """A sum to run backward from, to `x`, and the list that then has what backward found."""
     found: list[Tensor] = []
-    return Keeping.apply(torch.ones(1, requires_grad=True), found, *tensors).sum(), found
+    x = torch.ones(1, requires_grad=True) if x is None else x
+    return Keeping.apply(x, found, *tensors).sum(), found

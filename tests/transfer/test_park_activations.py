@@ -15,7 +15,6 @@ from memtile.homes import DiskHome, HostHome, tensor_of
 from memtile.transfer import Holder, rings_of
 
 HOMES = ("host", "mapped", "buffered", "direct")
-X_BYTES = BATCH * LENGTH * WIDTH * 4
 
 
 @pytest.fixture
@@ -316,11 +315,14 @@ def test_a_closed_home_is_refused():
         pass
 
 
-def test_the_blocks_of_a_recomputed_model_are_what_is_saved(_buffered):
-    """One piece for each block's input, and nothing that is recomputed."""
-    model = Blocks(reentrant=False)
-    parked = memtile.park_activations("disk", smallest_bytes=SMALL, model=model)
-    step(model, parked, inside=True)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_blocks_of_a_recomputed_model_are_what_is_saved(watched, reentrant):
+    """One piece for each block's input, one for the loss's, and nothing that is recomputed."""
+    model = Blocks(reentrant)
+    with memtile.park_activations(watched.home, smallest_bytes=SMALL, model=model):
+        loss = model(torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True) * 1)
+        labels = written(watched.home)
+        loss.backward()
 
-    pages = -(-X_BYTES // 4096) * 4096
-    assert parked.home.traffic.written_bytes == (BLOCKS + 1) * pages  # and what the loss saves
+    assert labels == [f"activation float32 ({BATCH}, {LENGTH}, {WIDTH})"] * (BLOCKS + 1)
+    assert watched.home.labels("write") == labels
