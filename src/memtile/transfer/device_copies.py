@@ -18,10 +18,11 @@ class DeviceCopies:
     What could go wrong, and what prevents it:
 
     1. A copy out reads before kernels have written: its stream waits for the current one.
-    2. Device memory is used again while it is copied: the allocator is told (`record_stream`).
-    3. Host memory is given back while it is copied: `_under_way` keeps it until the copy's event.
-    4. A copy in reads what a copy out has not written: both are in one stream, in order.
-    5. A kernel reads before a copy in has written: `wait` has the current stream wait for it.
+    2. A later kernel writes in place what is being copied out: a clone is.
+    3. Device memory is used again while it is copied: the allocator is told (`record_stream`).
+    4. Host memory is given back while it is copied: `_under_way` keeps it until the copy's event.
+    5. A copy in reads what a copy out has not written: both are in one stream, in order.
+    6. A kernel reads before a copy in has written: `wait` has the current stream wait for it.
 
     Args:
         device: a CUDA device.
@@ -36,7 +37,8 @@ class DeviceCopies:
 
     def store(self, flat: Tensor, allocation: Allocation) -> None:
         """Start to copy a 1-D tensor's bytes from the device into the allocation."""
-        self._copy(allocation.tensor(), flat, flat, allocation)
+        clone = flat.clone()
+        self._copy(allocation.tensor(), clone, clone, allocation)
 
     def load(self, allocation: Allocation) -> tuple[Tensor, Any]:
         """A device tensor of the allocation's bytes, and the event to `wait` for."""
