@@ -1,9 +1,9 @@
 """Memory and time of a long sequence: activations kept, recomputed, parked on disk, or both.
 
-One forward and backward of SmolLM2-135M (or another folder), its head and loss without logits. Every
-peak is taken in a process of its own (`VmHWM`, above weights and gradients), with the disk read and
-written past the page cache. For times all candidates run in turn, round after round, in one process;
-a comparison is a ratio of medians.
+One forward and backward of SmolLM2-135M (or another folder), its head and loss without logits.
+Every peak is taken in a process of its own (`VmHWM`, above weights and gradients), with the disk
+read and written past the page cache. For times all candidates run in turn, round after round, in
+one process; a comparison is a ratio of medians.
 
     python benchmarks/parked_activations.py FOLDER --tokens 4096 --output parked_activations.json
 """
@@ -119,9 +119,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.one:
-        found = measure_peak(
-            arguments.folder, arguments.dtype, arguments.one, arguments.tokens[0]
-        )
+        found = measure_peak(arguments.folder, arguments.dtype, arguments.one, arguments.tokens[0])
         print(json.dumps(found))
         return
     report: dict[str, Any] = {"machine": machine(dtype=arguments.dtype), "peaks": {}}

@@ -1,4 +1,4 @@
-"""A small transformer whose blocks save all sorts of tensors, and functions that save given ones."""
+"""A small transformer that saves all sorts of tensors, and a function that saves given ones."""
 
 import contextlib
 from collections.abc import Sequence

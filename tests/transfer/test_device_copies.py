@@ -65,7 +65,7 @@ class FakeCuda:
     def __init__(self):
         self.current, self.streams = LateStream(), []
 
-    def Stream(self, device):  # noqa: N802
+    def Stream(self, device):
         self.streams.append(LateStream())
         return self.streams[-1]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rings import wait_until
+from rings import saved_is_written
 from saving_blocks import BATCH, BLOCKS, LENGTH, SMALL, WIDTH, Blocks, equal, kept, step
 from tiny_llama import llama
 from torch import nn
@@ -12,7 +12,6 @@ import memtile
 from memtile.checkpoints import CheckpointHome
 from memtile.errors import ArgumentError, HomeError, ParkedError
 from memtile.homes import DiskHome, HostHome, tensor_of
-from memtile.transfer import Holder, rings_of
 
 HOMES = ("host", "mapped", "buffered", "direct")
 
@@ -29,7 +28,7 @@ def home(request, monkeypatch):
         yield HostHome()
         return
     if request.param == "buffered":
-        request.getfixturevalue("_buffered")
+        request.getfixturevalue("buffered")
     if request.param == "direct":
         monkeypatch.setattr("memtile.homes.disk.page_cache_fit", lambda size: (False, "a test"))
     made = DiskHome()
@@ -41,7 +40,7 @@ def home(request, monkeypatch):
 
 
 @pytest.fixture
-def _buffered(monkeypatch):
+def buffered(monkeypatch):
     monkeypatch.setattr("memtile.homes.filesystems._OVERWRITING", frozenset())
 
 
@@ -57,8 +56,9 @@ def test_gradients_have_the_same_bits(home, reentrant):
         assert equal(step(model, parked, inside=True, seed=seed), expected)
 
 
+@pytest.mark.usefixtures("buffered")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_llama_has_the_same_gradients(_buffered, checkpointing):
+def test_a_llama_has_the_same_gradients(checkpointing):
     """transformers' own model and its checkpointing."""
     model, ids = llama().train(), torch.randint(3, 211, (2, 29))
     if checkpointing:
@@ -79,7 +79,8 @@ def test_a_llama_has_the_same_gradients(_buffered, checkpointing):
     assert equal(found, expected)
 
 
-def test_a_compiled_model_has_the_same_gradients(_buffered):
+@pytest.mark.usefixtures("buffered")
+def test_a_compiled_model_has_the_same_gradients():
     """What a compiled graph saves is parked too."""
     model = nn.Sequential(nn.Linear(WIDTH, 50), nn.Tanh(), nn.Linear(50, 50), nn.Sigmoid())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -91,8 +92,8 @@ def test_a_compiled_model_has_the_same_gradients(_buffered):
         x = torch.randn(31, WIDTH, requires_grad=True)
         with context:
             loss = compiled(x).sum()
-        ring = rings_of(parked.home).activations
-        wait_until(ring, lambda: Holder.WRITERS not in ring.holders)
+        if context is parked:
+            saved_is_written(parked.home)
         loss.backward()
         return [x.grad, *(p.grad for p in model.parameters())]
 
@@ -101,7 +102,8 @@ def test_a_compiled_model_has_the_same_gradients(_buffered):
     assert parked.home.traffic.written_bytes > 0
 
 
-def test_weights_and_activations_may_live_in_one_home(_buffered):
+@pytest.mark.usefixtures("buffered")
+def test_weights_and_activations_may_live_in_one_home():
     """A tiled model with an optimizer in backward trains as it does without parked activations."""
 
     def losses(parks):
@@ -131,8 +133,7 @@ def test_weights_and_activations_may_live_in_one_home(_buffered):
 
 def written(home):
     """What was written, piece by piece, once all of it is."""
-    ring = rings_of(home).activations
-    wait_until(ring, lambda: Holder.WRITERS not in ring.holders)
+    saved_is_written(home)
     return home.labels("write")
 
 

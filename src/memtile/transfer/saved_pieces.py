@@ -57,7 +57,7 @@ class SavedPieces:
             allocation.tensor().copy_(flat)
         else:
             ring = rings_of(self._home).activations
-            weakref.finalize(piece, ring.forget, allocation).atexit = False
+            weakref.finalize(piece, ring.abandon, allocation).atexit = False
             with ring.acquire(made=(allocation,), ahead=()) as lease:
                 lease.tensors[0].copy_(flat)
                 lease.store()

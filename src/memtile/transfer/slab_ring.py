@@ -42,7 +42,7 @@ class SlabRing:
         self._clock = count(1)
         self._prefetch_order = PrefetchOrder[Key]()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
-        self._forgotten: deque[Allocation] = deque()
+        self._abandoned: deque[Allocation] = deque()
         self._process = os.getpid()
         self._renew_lock()
         renew_in_child(self, SlabRing._renew_lock)
@@ -177,7 +177,7 @@ class SlabRing:
         if problems:
             raise problems[0]
 
-    def forget(self, allocation: Allocation) -> None:
+    def abandon(self, allocation: Allocation) -> None:
         """Hold nothing of an allocation, the only one of its group, that nobody needs any more.
 
         It is not written any more. Finalizers may call it: where the ring is being changed, in this
@@ -185,7 +185,7 @@ class SlabRing:
         """
         if os.getpid() != self._process:
             return
-        self._forgotten.append(allocation)
+        self._abandoned.append(allocation)
         if self._changed.acquire(blocking=False):
             try:
                 with self._changing():
@@ -308,10 +308,10 @@ class SlabRing:
             try:
                 yield
             finally:
-                while self._forgotten and self._depth == 1:
-                    forgotten = self._forgotten.popleft()
+                while self._abandoned and self._depth == 1:
+                    abandoned = self._abandoned.popleft()
                     for slab in self._slabs:
-                        slab.forget(forgotten)
+                        slab.abandon(abandoned)
                 self._depth -= 1
 
     def _holding(self, key: Key) -> Slab | None:

@@ -121,7 +121,7 @@ class Slab:
         # An error keeps its traceback, and so the allocation and its home, alive.
         self._reads = [read for read in self._reads if not read.done()]
 
-    def forget(self, allocation: Allocation) -> None:
+    def abandon(self, allocation: Allocation) -> None:
         """Hold nothing of an allocation that nobody needs any more, nor write it.
 
         A writer that is at work ends in room that is not free before.
