@@ -57,6 +57,30 @@ def test_writes_do_not_stop_the_forward(watched):
     assert x.grad is not None
 
 
+def test_a_dropped_graph_frees_its_slabs_at_once(watched):
+    """What it saved is not waited for: the next forward goes on though the disk still writes."""
+    go_on = threading.Event()
+    watched.home.before = lambda act, label: go_on.wait(30)
+    with watched:
+        _, loss = chain(SLABS)
+    ring = rings_of(watched.home).activations
+    assert ring.holders == [Holder.WRITERS] * SLABS
+    del loss
+
+    assert ring.holders == [Holder.NOBODY] * SLABS
+    with watched:
+        x, loss = chain(SLABS)
+    go_on.set()
+    loss.backward()
+    assert torch.equal(x.grad, derivative(SLABS))
+
+
+def derivative(length):
+    x, loss = chain(length)
+    loss.backward()
+    return x.grad
+
+
 def test_bytes_on_their_way_are_bounded(watched):
     """However much is saved, there are only so many slabs, each of the largest piece."""
     with watched:

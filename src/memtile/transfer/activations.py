@@ -81,7 +81,8 @@ class ParkedActivations:
         self.home.check_open()
         if self._model is not None:
             tensors = (*self._model.parameters(), *self._model.buffers())
-            self._staying = frozenset(_address(each) for each in tensors if _has_memory(each))
+            plain = (each for each in tensors if type(each) in (Tensor, nn.Parameter))
+            self._staying = frozenset(_address(each) for each in plain if _has_memory(each))
         self._pieces.begin()
         self._hooks().__enter__()
         return self
