@@ -76,14 +76,16 @@ class SavedPieces:
                 f"process {os.getpid()} runs backward through activations that process "
                 f"{self._process} parked: run forward and backward in one process"
             )
-        if piece.device.type == "cpu" and (self._home.works_in_place or self._home.is_mapped):
+        is_streamed = self._is_streamed(piece.device)
+        in_place = self._home.works_in_place or self._home.is_mapped
+        if in_place and piece.device.type == "cpu" and not is_streamed:
             piece.allocation.populate()
             return piece.allocation.tensor()
         if self._backward is not piece.forward:
             self._backward = piece.forward
             self._prefetch_order.start()
         self._prefetch_order.note(piece.number)
-        if self._is_streamed(piece.device):
+        if is_streamed:
             return self._arrived(piece)
         return self._read(piece) if piece.held is None else self._use(piece, *piece.held)
 
