@@ -40,6 +40,7 @@ from memtile.observing import observe
 from memtile.ops import split_tensor_along_last_dim
 from memtile.optim import TileOptimizer
 from memtile.planner import plan
+from memtile.transfer import park_activations
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "linear_cross_entropy",
     "load_checkpoint",
     "observe",
+    "park_activations",
     "partition_uniform",
     "plan",
     "resume_training",

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from watched_home import PATIENCE_SECONDS
 
-from memtile.homes import Allocation
-from memtile.transfer import Holder, SlabRing
+from memtile.homes import Allocation, Home
+from memtile.transfer import Holder, SlabRing, rings_of
 
 FREE = {Holder.NOBODY, Holder.IDLE}
 MakeRing = Callable[..., SlabRing]
@@ -30,6 +30,12 @@ def wait_until(ring: SlabRing, condition: Callable[[], bool]) -> None:
 def quiet(ring: SlabRing) -> None:
     """Until no read or write is under way."""
     wait_until(ring, lambda: not {Holder.READERS, Holder.WORKERS} & set(ring.holders))
+
+
+def saved_is_written(home: Home) -> None:
+    """Until what was saved for backward is at home."""
+    ring = rings_of(home).activations
+    wait_until(ring, lambda: Holder.WRITERS not in ring.holders)
 
 
 def spoil(

@@ -1,5 +1,6 @@
 """Moves tiles between homes and the code that computes with them: slabs, prefetch, iterations."""
 
+from memtile.transfer.activations import ParkedActivations, park_activations
 from memtile.transfer.iterations import (
     GRADIENT_SLABS,
     SLABS,
@@ -27,6 +28,7 @@ __all__ = [
     "SLABS",
     "Holder",
     "Lease",
+    "ParkedActivations",
     "ParkedSource",
     "SlabRing",
     "catch_up",
@@ -34,6 +36,7 @@ __all__ = [
     "gradients_go_home",
     "is_stepped_in_backward",
     "layer_call",
+    "park_activations",
     "put_off_idle_steps",
     "rings_of",
     "step_in_backward",

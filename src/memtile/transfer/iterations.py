@@ -60,9 +60,10 @@ class SlabRings:
         self.weights = SlabRing(self._executor, SLABS)  # of forward and backward
         self.gradients = SlabRing(self._executor, GRADIENT_SLABS)  # on their way home
         self.steps = SlabRing(self._executor, SLABS)  # what an optimizer works on
+        self.activations = SlabRing(self._executor, SLABS)  # what is saved for backward
 
     def all(self) -> tuple[SlabRing, ...]:
-        """Each of them."""
+        """Those of parameters, which may be written to by others between iterations."""
         return self.weights, self.gradients, self.steps
 
     @property

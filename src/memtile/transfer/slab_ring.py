@@ -7,6 +7,7 @@ moments). `acquire` gives a group in memory and starts reading the groups expect
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -39,8 +40,9 @@ class SlabRing:
         self._slabs = [Slab() for _ in range(slabs)]
         self._last_use: dict[Slab, int] = dict.fromkeys(self._slabs, 0)
         self._clock = count(1)
-        self._prefetch_order = PrefetchOrder()
+        self._prefetch_order = PrefetchOrder[Key]()
         self._delayed: list[Key] = []  # to be read as soon as a slab is idle
+        self._abandoned: deque[Allocation] = deque()
         self._process = os.getpid()
         self._renew_lock()
         renew_in_child(self, SlabRing._renew_lock)
@@ -175,6 +177,22 @@ class SlabRing:
         if problems:
             raise problems[0]
 
+    def abandon(self, allocation: Allocation) -> None:
+        """Hold nothing of an allocation, the only one of its group, that nobody needs any more.
+
+        It is not written any more. Finalizers may call it: where the ring is being changed, in this
+        thread or another, the work is left to the end of that.
+        """
+        if os.getpid() != self._process:
+            return
+        self._abandoned.append(allocation)
+        if self._changed.acquire(blocking=False):
+            try:
+                with self._changing():
+                    self._changed.notify_all()
+            finally:
+                self._changed.release()
+
     def start(self) -> None:
         """Begin an iteration: write what is unwritten, as `flush`, and discard the rest.
 
@@ -290,6 +308,10 @@ class SlabRing:
             try:
                 yield
             finally:
+                while self._abandoned and self._depth == 1:
+                    abandoned = self._abandoned.popleft()
+                    for slab in self._slabs:
+                        slab.abandon(abandoned)
                 self._depth -= 1
 
     def _holding(self, key: Key) -> Slab | None:

@@ -121,6 +121,18 @@ class Slab:
         # An error keeps its traceback, and so the allocation and its home, alive.
         self._reads = [read for read in self._reads if not read.done()]
 
+    def abandon(self, allocation: Allocation) -> None:
+        """Hold nothing of an allocation that nobody needs any more, nor write it.
+
+        A writer that is at work ends in room that is not free before.
+        """
+        if any(each is allocation for each, _ in self._unwritten):
+            writes, self._unwritten, self._writes = self._writes, [], []
+            for write in writes:
+                write.cancel()
+        if self.key == key_of((allocation,)) and not self.users:
+            self.discard()
+
     def wait_until_read(self) -> None:
         """Return once the content is there; HomeIOError where a read failed."""
         for read in self._reads:
