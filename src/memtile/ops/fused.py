@@ -104,9 +104,10 @@ class _FusedLinear(torch.autograd.Function):
         if not rows:
             return (None,) * len(ctx.needs_input_grad)
         traced = torch.is_grad_enabled() or transformed() or is_batched(rows[0][1])
-        dx = None if traced else _joined_gradient(ctx.spec, grads[0], ctx.saved_tensors, needed[0])
+        saved = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
+        dx = None if traced else _joined_gradient(ctx.spec, grads[0], saved, needed[0])
         needed[0] &= dx is None
-        results = _backward(ctx.spec, ctx.lead, ctx.saved_tensors, rows, needed, traced)
+        results = _backward(ctx.spec, ctx.lead, saved, rows, needed, traced)
         return (None, results[0] if dx is None else dx, *results[1:])
 
 
