@@ -28,7 +28,7 @@ from memtile.ops.parked import (
 )
 from memtile.ops.parked_layer import parked_layer
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
-from memtile.ops.recomputing import kept_random_states
+from memtile.ops.recomputing import kept_random_states, saved_for_itself
 from memtile.ops.row_calls import RowCall, checkpointed_row_tiles
 from memtile.ops.row_tiles import row_tiles
 
@@ -61,6 +61,7 @@ __all__ = [
     "place_rows",
     "plain_logit_sums",
     "row_tiles",
+    "saved_for_itself",
     "split_tensor_along_last_dim",
     "sum_logits",
     "tensors_in",
