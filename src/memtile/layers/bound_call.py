@@ -90,7 +90,8 @@ class BoundCall:
         """Bytes that a tile of so many rows makes, at most at once, forward and backward."""
         (span,) = spans_of((0, rows))
         call = ops.RowCall(self, self.lead, self.cut, (span,), self.name)
-        with ops.kept_random_states(self.tensors), ops.LiveBytes() as live:
+        kept, apart = ops.kept_random_states(self.tensors), ops.saved_for_itself()
+        with kept, apart, ops.LiveBytes() as live:
             given = [
                 call.part(call.flat(tensor), span).detach() if cut else tensor.detach()
                 for tensor, cut in zip(self.tensors, self.cut, strict=True)

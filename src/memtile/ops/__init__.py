@@ -35,7 +35,7 @@ from memtile.ops.parked import (
 )
 from memtile.ops.parked_layer import parked_layer
 from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
-from memtile.ops.recomputing import kept_random_states
+from memtile.ops.recomputing import kept_random_states, saved_for_itself
 from memtile.ops.row_calls import RowCall, checkpointed_row_tiles
 from memtile.ops.row_tiles import row_tiles
 
@@ -73,6 +73,7 @@ __all__ = [
     "plain_logit_sums",
     "plain_mlp_tile",
     "row_tiles",
+    "saved_for_itself",
     "split_tensor_along_last_dim",
     "sum_logits",
     "tensors_in",

@@ -1,7 +1,7 @@
 """What a computation is given again when it is done a second time: random numbers and autocast."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -83,3 +83,15 @@ def kept_random_states(tensors: Sequence[Tensor]) -> Iterator[None]:
     states.note()
     with states.kept():
         yield
+
+
+def saved_for_itself() -> AbstractContextManager[None]:
+    """A context for a graph that is dropped at once: hooks around it do not see what it saves.
+
+    A checkpoint would wait for it in its recomputation, and offloading would move it.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

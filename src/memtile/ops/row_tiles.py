@@ -31,7 +31,7 @@ from memtile.geometry import Span
 from memtile.homes import is_parked
 from memtile.ops.parked import Destination, destination_of, flush_before
 from memtile.ops.products import is_batched
-from memtile.ops.recomputing import AutocastState, RandomStates
+from memtile.ops.recomputing import AutocastState, RandomStates, saved_for_itself
 from memtile.ops.row_calls import RowCall, Tiles, flattened, packed
 from memtile.ops.shared_gradients import SharedGradients, without_hooks
 from memtile.transfer import ParkedSource, gradients_go_home
@@ -109,9 +109,7 @@ class _TrackedTiles(Tiles):
             (self.call.part(x, span) if cut else x).detach().requires_grad_(needed)
             for x, cut, needed in zip(self.flat, self.call.cut, self._needed, strict=True)
         ]
-        # Hooks around the call are not for what a tile saves, which is dropped here: a checkpoint
-        # would wait for it in its recomputation, and offloading would move it.
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with saved_for_itself():
             results = self.called(given)
         self._note_leaves(results, {id(tensor) for tensor in given})
         tracked = [result.requires_grad for result in results]
@@ -140,10 +138,6 @@ class _TrackedTiles(Tiles):
             seen.update(further)
             nodes += dict.fromkeys(further)
         self._found |= {id(leaf): leaf for leaf in leaves if id(leaf) not in given}
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _is_cached_cast(node: Any) -> bool:
