@@ -86,7 +86,7 @@ def assert_same_with_gradients(ours: Tensor, truth: Tensor, inputs: Any, *theirs
 
 @in_every_block
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda of: getattr(of, "__name__", str(of)))
 @pytest.mark.parametrize("gated", [True, False])
 def test_output_and_gradients_are_plain_torchs(
     gated: bool, activation: Any, bias: bool, blocks: Any
