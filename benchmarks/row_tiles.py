@@ -1,6 +1,7 @@
 """Peak memory and CPU time of a norm with a gated MLP, forward and backward, over row tiles.
 
-Every peak is taken in a process of its own (`VmHWM`, above weights and input). For times all
+Every peak is taken in a process of its own (`VmHWM`, above weights and input), whose malloc gives
+freed blocks of a MiB and more back to the system, so that it is of what is used. For times all
 candidates run in turn, round after round, in one process; a comparison is a ratio of medians of
 CPU seconds taken in that run.
 
@@ -8,6 +9,7 @@ CPU seconds taken in that run.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -83,7 +85,9 @@ def peak_bytes(args: argparse.Namespace, name: str) -> int:
     command = [sys.executable, __file__, "--peak-of", name, "--dtype", args.dtype]
     for option in ("tokens", "width", "inner"):
         command += [f"--{option}", str(getattr(args, option))]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(ran.stdout)
 
 
 def main() -> None:
