@@ -40,7 +40,8 @@ def weight_tiles(name: str, layer: Layer, dimension: int = 0) -> list[WeightTile
     if isinstance(layer, Tensor):
         if layer.dim() != 2:
             raise TileShapeError(
-                f"{name}: a weight is {tuple(layer.shape)}; it must have two dimensions"
+                f"{name}: a weight is {tuple(layer.shape)}; it must have two dimensions: "
+                "further dimensions are not tiled"
             )
         return [WeightTile(Span(0, layer.shape[dimension]), layer, None)]
     if not isinstance(layer, TiledModule):

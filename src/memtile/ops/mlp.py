@@ -38,7 +38,6 @@ from memtile.ops.products import (
 Activation = Callable[[Tensor], Tensor]
 
 BLOCK: Final = 1 << 20  # elements
-STRIP: Final = 1 << 16  # elements, of which some eight copies are in the cache at once
 FEWEST_FEATURES: Final = 1 << 8  # of a block; products over fewer are slower
 
 
@@ -241,7 +240,8 @@ class _Block:
 
     def of(self, name: str) -> Tensor:
         """da, where the name is "gate", or db."""
-        return self.inner.split(self.features.size, 1)[self.visit.names.index(name)]
+        columns: tuple[Tensor, ...] = self.inner.split(self.features.size, 1)
+        return columns[self.visit.names.index(name)]
 
     def _differentiate(
         self, dh: Tensor, first: Tensor, *up: Tensor
@@ -258,7 +258,7 @@ class _Block:
     def _strips(self) -> Iterator[tuple[slice, list[Tensor]]]:
         """Rows of a strip; of them a and b, or b, as what is between products is computed."""
         columns = self.inner.split(self.features.size, 1)
-        for part in (strip.as_slice() for strip in strips_of(self.hidden, STRIP)):
+        for part in (strip.as_slice() for strip in strips_of(self.hidden)):
             yield part, [_widened(column[part]) for column in columns]
 
     def _multiply(self, rows: Span) -> Tensor | None:

@@ -32,10 +32,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in SIXTEEN_BITS else dtype
 
 
-def strips_of(block: Tensor, elements: int = BLOCK_ELEMENTS) -> Iterator[Span]:
-    """Rows of a block, of so many elements, that stay in a CPU's cache; elsewhere all of them."""
+def strips_of(block: Tensor) -> Iterator[Span]:
+    """Rows of a block that stay in a CPU's cache together; elsewhere all of them."""
     rows = max(1, len(block))
-    size = max(1, elements // max(1, block.shape[1])) if block.is_cpu else rows
+    size = max(1, BLOCK_ELEMENTS // max(1, block.shape[1])) if block.is_cpu else rows
     yield from spans_of_size(len(block), size)
 
 
