@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import memtile
+from memtile.layers import deferred_logits
 
 STEPS = 4
 BATCH = 4
@@ -36,18 +37,21 @@ class Net(nn.Module):
         for name in case.frozen_too:
             self.get_submodule(name).requires_grad_(False)
         self.skips, self.stumbles, self.calls = case.skips, case.stumbles, 0
+        self.writes = case.writes
         self.to(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The mean square of the logits."""
+        """The mean square of the logits, or the loss of the next token."""
         x = self.embedding(ids)
         self.calls += 1
         if self.again:
             x = x + checkpoint(self._between, x, use_reentrant=False)
         elif not (self.skips and self.calls % 2):
             x = x + self._between(x)
-        loss: Tensor = self.head(self.norm(x)).square().mean()
-        return loss
+        logits: Tensor = self.head(self.norm(x))
+        if self.writes:
+            return nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
+        return logits.square().mean()
 
     def _between(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -77,6 +81,7 @@ class Case:
     frozen_too: tuple[str, ...] = ()
     skips: bool = False
     stumbles: bool = False
+    writes: bool = False
 
 
 CASES = {
@@ -93,6 +98,8 @@ CASES = {
     "after evaluation": Case(evaluates=True),
     "recomputed": Case(again=True),
     "recomputed after evaluation": Case(again=True, evaluates=True),
+    "a loss without logits": Case(writes=True),
+    "a loss without logits, not tied": Case(writes=True, tied=False, evaluates=True),
 }
 
 
@@ -132,12 +139,16 @@ def share_of(part: Tensor, rank: int, world: int) -> Tensor:
 def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The net in tiles, all of it or some."""
     chosen = [name for name in ("embedding", "up", "down", "head") if name not in case.whole]
-    return memtile.tile(
+    model = memtile.tile(
         Net(case, dtype),
         modules=chosen if case.whole else None,
         out_splits=case.grid[0],
         in_splits=case.grid[1],
     )
+    if case.writes:
+        deferred_logits.LEAST_LOGITS = 0
+        memtile.defer_logits(model.head)
+    return model
 
 
 def distance(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
