@@ -36,13 +36,13 @@ def test_a_room_is_mapped_once():
 
 
 def test_neighbours_are_dropped_together():
-    """Past the limit the oldest go, down to half of it, and neighbours in one call."""
+    """Past the limit the oldest go, down to three quarters of it, and neighbours in one call."""
     pages, memory = MappedPages(), Memory()
     for start in (4, 0, 8, 12, 16):
         use(pages, memory, start, start + 4)
         pages.release(start * P, 16 * P)
 
-    assert [call for call in memory.told if call[0] == DROP] == [(DROP, 0, 12)]
+    assert [call for call in memory.told if call[0] == DROP] == [(DROP, 0, 8)]
 
 
 def test_a_room_in_use_stays():
@@ -72,7 +72,7 @@ def test_a_room_that_was_given_back_is_mapped_anew():
 def test_dropped_pages_are_mapped_again():
     """After a drop of one room, or of all, the next use maps pages."""
     pages, memory = MappedPages(), Memory()
-    for act in (lambda: pages.drop(0), pages.forget, lambda: None):
+    for act in (lambda: pages.drop(0), pages.clear, lambda: None):
         use(pages, memory, 0, 1)
         pages.release(0, None)
         act()

@@ -91,7 +91,7 @@ def test_a_gradient_is_flushed_by_its_own_backward_only():
     node, source = Shared(), Source()
 
     def ask(grad):
-        parked._flush_before(node, source)
+        parked.flush_before(node, source)
         assert not source.flushes
         node.hook((grad,))
 

@@ -31,7 +31,7 @@ def defer_logits(model: Model, on: bool = True) -> Model:
 
     Examples:
         >>> head = memtile.defer_logits(nn.Linear(64, 100_000))
-        >>> functional.cross_entropy(head(torch.zeros(512, 64)), torch.arange(512))
+        >>> loss = nn.CrossEntropyLoss()(head(torch.zeros(512, 64)), torch.arange(512))
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")

@@ -108,7 +108,7 @@ class DiskHome(Home):
 
     def _unmap_pages(self) -> None:
         self._segments.unmap_pages()
-        self._mapped.forget()
+        self._mapped.clear()
 
     def _is_unwritten(self) -> bool:
         return os.getpid() == self._owner and self._file.is_unwritten()

@@ -26,6 +26,11 @@ class MappedRoom:
     users: int = 0
     is_written: bool = False  # whether its pages were mapped to be written to
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.stop - self.start
+
     def populate(self) -> None:
         """Map its pages, so that a disk's error is an OSError now and no SIGBUS later."""
         try:
@@ -52,56 +57,56 @@ class MappedPages:
 
     def __init__(self) -> None:
         self._rooms: dict[int, MappedRoom] = {}
-        self._nbytes = 0
+        self._idle_bytes = 0  # of rooms that nobody uses
         self._lock = fork_safe_lock()
 
     def use(self, offset: int, memory: mmap.mmap, start: int, stop: int, written: bool) -> None:
         """Map a room's pages until `release`; OSError where the disk cannot be read."""
         with self._lock:
-            room = self._rooms.pop(offset, None)
+            room = self._take(offset)
             if room is None or room.stop != stop or (written and not room.is_written):
-                users = 0 if room is None else self._count(room)
+                users = 0 if room is None else room.users
                 room = MappedRoom(memory, start, stop, users, written)
                 room.populate()
-                self._nbytes += stop - start
             room.users += 1
             self._rooms[offset] = room
 
     def release(self, offset: int, kept_bytes: int | None) -> None:
-        """The end of a use: where more than `kept_bytes` are mapped, drop to half of that."""
+        """The end of a use: where more than `kept_bytes` are idle, drop a quarter of that."""
         with self._lock:
             room = self._rooms.get(offset)
             if room is not None:
                 room.users -= 1
-            if kept_bytes is not None and self._nbytes > kept_bytes:
-                self._drop_oldest(kept_bytes // 2)
+                self._idle_bytes += 0 if room.users else room.nbytes
+            if kept_bytes is not None and self._idle_bytes > kept_bytes:
+                self._drop_oldest(kept_bytes - kept_bytes // 4)
 
     def drop(self, offset: int) -> None:
         """Drop a room's pages at once; without effect where `use` has not mapped them."""
         with self._lock:
-            room = self._rooms.pop(offset, None)
+            room = self._take(offset)
             if room is not None:
-                self._count(room)
                 room.drop()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """All pages were dropped."""
         with self._lock:
             self._rooms.clear()
-            self._nbytes = 0
+            self._idle_bytes = 0
 
-    def _count(self, room: MappedRoom) -> int:
-        """Count a room as mapped no more; how many use it."""
-        self._nbytes -= room.stop - room.start
-        return room.users
+    def _take(self, offset: int) -> MappedRoom | None:
+        room = self._rooms.pop(offset, None)
+        if room is not None and not room.users:
+            self._idle_bytes -= room.nbytes
+        return room
 
     def _drop_oldest(self, left: int) -> None:
         dropped = []
         for offset in [offset for offset, room in self._rooms.items() if not room.users]:
-            if self._nbytes <= left:
+            if self._idle_bytes <= left:
                 break
-            dropped.append(room := self._rooms.pop(offset))
-            self._count(room)
+            dropped.append(self._rooms[offset])
+            self._take(offset)
         for run in _joined(dropped):
             run.drop()
 
