@@ -1,8 +1,9 @@
 """A small model planned, tiled from its checkpoint and run in this process, its peak measured.
 
 What libraries take at the first step depends on the process and on the page cache: inference
-took 84 to 104 MB where 110 were predicted, by that alone, training 262 where 292 were. So it is measured here, and stands in the
-place of the number that the plan has from another process; the budget is checked with all of it.
+took 84 to 104 MB where 110 were predicted, by that alone, training 262 where 292 were. So it is
+measured here, and stands in the place of the number that the plan has from another process; the
+budget is checked with all of it.
 
 python planned_run.py FOLDER BUDGET TOKENS HOME training|inference
 """
