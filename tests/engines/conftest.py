@@ -1,6 +1,18 @@
 """With four ranks on two cores, modules run the cases where the number of ranks matters."""
 
+from collections.abc import Iterator
+
 import pytest
+
+from memtile.layers import deferred_logits
+
+
+@pytest.fixture(autouse=True)
+def restored_threshold() -> Iterator[None]:
+    """`engine_cases.tiled` lowers it, in this process too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deferred_logits, "LEAST_LOGITS", deferred_logits.LEAST_LOGITS)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

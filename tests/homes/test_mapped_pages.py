@@ -2,14 +2,15 @@
 
 import mmap
 
+from memtile.homes.kernel import HUGE_PAGE
 from memtile.homes.mapped_pages import _POPULATE_READ, _POPULATE_WRITE, MappedPages
 
-P = mmap.PAGESIZE
+P = HUGE_PAGE
 DROP = mmap.MADV_DONTNEED
 
 
 class Memory:
-    """A map that notes what the kernel was told of it, in pages."""
+    """A map that notes what the kernel was told of it, in huge pages."""
 
     def __init__(self):
         self.told = []
@@ -43,6 +44,17 @@ def test_neighbours_are_dropped_together():
         pages.release(start * P, 16 * P)
 
     assert [call for call in memory.told if call[0] == DROP] == [(DROP, 0, 8)]
+
+
+def test_a_huge_page_counts_once_and_whole():
+    """Small rooms far apart take a huge page each, neighbours share one."""
+    pages, memory, small = MappedPages(), Memory(), 4096
+    for start in (0, small, 2 * small, 3 * P, 5 * P):
+        pages.use(start, memory, start, start + small, written=False)
+        pages.release(start, 2 * P)
+
+    dropped = sum(call[0] == DROP for call in memory.told)
+    assert dropped == 1 + 1  # the neighbours, and the next
 
 
 def test_a_room_in_use_stays():
