@@ -84,9 +84,29 @@ def test_a_room_that_was_given_back_is_mapped_anew():
 def test_dropped_pages_are_mapped_again():
     """After a drop of one room, or of all, the next use maps pages."""
     pages, memory = MappedPages(), Memory()
-    for act in (lambda: pages.drop(0), pages.clear, lambda: None):
+    for act in (lambda: pages.discard(0), pages.clear, lambda: None):
         use(pages, memory, 0, 1)
         pages.release(0, None)
         act()
 
-    assert [call[0] for call in memory.told] == [_POPULATE_READ, DROP, *[_POPULATE_READ] * 2]
+    assert [call[0] for call in memory.told] == [_POPULATE_READ] * 3
+
+
+def test_a_finalizer_may_discard_rooms_while_others_are_dropped(monkeypatch):
+    """Rooms that go while the oldest are looked for are left out, and the rest is dropped."""
+    pages, memory = MappedPages(), Memory()
+    for start in range(4):
+        use(pages, memory, start, start + 1)
+        pages.release(start * P, None)
+    real = pages._take
+
+    def take(offset):
+        if offset == 0:
+            real(P)  # as a finalizer of this thread would
+        return real(offset)
+
+    monkeypatch.setattr(pages, "_take", take)
+    use(pages, memory, 8, 9)
+    pages.release(8 * P, 0)
+
+    assert [call[1:] for call in memory.told if call[0] == DROP] == [(0, 1), (2, 4), (8, 9)]

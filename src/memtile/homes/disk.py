@@ -202,7 +202,6 @@ class _DiskAllocation(Allocation):
     def __init__(self, home: DiskHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         self._view: memoryview | None = None
-        self._populated: Tensor | None = None  # one for all uses: to make it takes 10 µs
         self.offset = 0
         if self.room:
             extent = home._segments.take(self.room, home._make_pages, home._thread.holder)
@@ -210,22 +209,21 @@ class _DiskAllocation(Allocation):
             self.offset = extent.segment.offset + extent.start
             self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
             home._segments.give_with(self._view, extent)
-        self.address = self.tensor().data_ptr()
+        self._tensor = self.tensor()  # for all uses: to make one takes 10 µs
+        self.address = self._tensor.data_ptr()
 
     def tensor(self) -> Tensor:
         return tensor_over(self._view, self.shape, self.dtype)
 
     def populate(self, written: bool = False) -> Tensor:
         """Maps its pages, so that a disk's error is no SIGBUS later; see `Allocation.populate`."""
-        if self._populated is None:
-            self._populated = self.tensor()
         if self.room:
             start, stop = self._start, self._start + self.room
             try:
                 self.home._mapped.use(self.offset, self._memory, start, stop, written)
             except OSError as error:
                 raise disk_io.failed("read", self.room, self.offset, error) from error
-        return self._populated
+        return self._tensor
 
     def release(self) -> None:
         """Drops pages where more are mapped than the home keeps; see `Allocation.release`."""
@@ -235,7 +233,7 @@ class _DiskAllocation(Allocation):
     def evict(self) -> None:
         """Drops the pages that tensors brought into this process's memory; contents stay."""
         if self.room:
-            self.home._mapped.drop(self.offset)
+            self.home._mapped.discard(self.offset)
             MappedRoom(self._memory, self._start, self._start + self.room).drop()
 
     def is_untouched(self) -> bool:

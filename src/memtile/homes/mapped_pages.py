@@ -80,12 +80,10 @@ class MappedPages:
             if kept_bytes is not None and self._idle_bytes > kept_bytes:
                 self._drop_oldest(kept_bytes - kept_bytes // 4)
 
-    def drop(self, offset: int) -> None:
-        """Drop a room's pages at once; without effect where `use` has not mapped them."""
+    def discard(self, offset: int) -> None:
+        """A room's pages were dropped. Finalizers may call it, also inside the other methods."""
         with self._lock:
-            room = self._take(offset)
-            if room is not None:
-                room.drop()
+            self._take(offset)
 
     def clear(self) -> None:
         """All pages were dropped."""
@@ -108,11 +106,13 @@ class MappedPages:
 
     def _drop_oldest(self, left: int) -> None:
         dropped = []
-        for offset in [offset for offset, room in self._rooms.items() if not room.users]:
+        for offset in list(self._rooms):
             if self._idle_bytes <= left:
                 break
-            dropped.append(self._rooms[offset])
-            self._take(offset)
+            room = self._rooms.get(offset)  # None: a finalizer has discarded it meanwhile
+            if room is not None and not room.users:
+                self._take(offset)
+                dropped.append(room)
         for run in _joined(dropped):
             run.drop()
 
