@@ -78,7 +78,7 @@ class _Called:
                 f"{NAME}: the head returned {kind} for {len(x)} tokens, and must return a tensor "
                 f"({len(x)}, {classes}); give its weight, or a module that returns logits"
             )
-        return ops.sum_logits(query, _widened(logits))
+        return ops.sum_logits(query, ops.widened(logits))
 
 
 def classes_of(head: Head) -> int:
@@ -170,7 +170,7 @@ class _RowOfTiles:
         chunks = x.split([span.size for span in layer.grid.in_spans], dim=-1)
         total: Tensor = layer.tile(self.row, 0)(chunks[0])
         for column, chunk in enumerate(chunks[1:], start=1):
-            total = _widened(total) + layer.tile(self.row, column)(chunk)
+            total = ops.widened(total) + layer.tile(self.row, column)(chunk)
         span, whole = layer.grid.out_spans[self.row], layer.whole_bias
         return total if whole is None else total + whole[span.as_slice()].to(total.dtype)
 
@@ -178,7 +178,3 @@ class _RowOfTiles:
 def _check(x: Tensor, weight: Tensor) -> None:
     checks.split_sizes(NAME, x.shape[-1], 1, [weight.shape[1]])
     checks.check_dtypes_and_devices(NAME, [x], weight, same_device=not is_parked(weight))
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -319,8 +319,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
     """The sum of the tiles' results, float32 where several are of 16 bits."""
     total: Any = None  # a Tensor, once there is one
     for part in parts:
-        wide = torch.promote_types(part.dtype, torch.float32)
-        total = part if total is None else total.to(wide) + part
+        total = part if total is None else ops.widened(total) + part
         dtype = part.dtype
     found: Tensor = total.to(dtype)
     return found

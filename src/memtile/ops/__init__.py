@@ -34,7 +34,7 @@ from memtile.ops.parked import (
     parked_linear,
 )
 from memtile.ops.parked_layer import parked_layer
-from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed
+from memtile.ops.products import autocast_dtype, needs_float32_sum, transformed, widened
 from memtile.ops.recomputing import kept_random_states, saved_for_itself
 from memtile.ops.row_calls import RowCall, checkpointed_row_tiles
 from memtile.ops.row_tiles import row_tiles
@@ -79,6 +79,7 @@ __all__ = [
     "tensors_in",
     "tile_logit_sums",
     "transformed",
+    "widened",
     "write_results",
     "write_rows",
 ]

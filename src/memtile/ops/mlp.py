@@ -33,6 +33,7 @@ from memtile.ops.products import (
     strips_of,
     sum_of_products,
     wide_dtype,
+    widened,
 )
 
 Activation = Callable[[Tensor], Tensor]
@@ -231,7 +232,7 @@ class _Block:
         sum_of_products(self.hidden, [(grad, self.down)], 1)
         width = self.features.size
         for part, inner in self._strips():
-            dh = self.spec.drop(_widened(self.hidden[part]), None if kept is None else kept[part])
+            dh = self.spec.drop(widened(self.hidden[part]), None if kept is None else kept[part])
             h, gradients = self._differentiate(dh, *inner)
             for out, gradient in zip(self.inner[part].split(width, 1), gradients, strict=True):
                 out.copy_(gradient)
@@ -259,7 +260,7 @@ class _Block:
         """Rows of a strip; of them a and b, or b, as what is between products is computed."""
         columns = self.inner.split(self.features.size, 1)
         for part in (strip.as_slice() for strip in strips_of(self.hidden)):
-            yield part, [_widened(column[part]) for column in columns]
+            yield part, [widened(column[part]) for column in columns]
 
     def _multiply(self, rows: Span) -> Tensor | None:
         """Compute `inner`; gives what dropout keeps of h."""
@@ -330,7 +331,3 @@ class _Sums:
 
 def _joined(matrices: list[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(wide_dtype(tensor.dtype))

@@ -150,9 +150,8 @@ class _TileStep:
             for name, weight in self.tile.weights().items():
                 out = found.get(name)
                 if out is not None and is_parked(weight):
-                    write, found[name] = partial(_copy, out), None
                     node, source = nodes[name][0], self.sources[name]
-                    found[name] = form_gradient(node, weight, source, write)
+                    found[name] = form_gradient(node, weight, source, partial(_copy, out))
         if begun:
             recording.add(BACKWARD, begun, allocation_of(self.tile.up) or self.tile.up)
         return found

@@ -32,6 +32,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in SIXTEEN_BITS else dtype
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in that dtype."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
 def strips_of(block: Tensor) -> Iterator[Span]:
     """Rows of a block that stay in a CPU's cache together; elsewhere all of them."""
     rows = max(1, len(block))
