@@ -7,6 +7,7 @@ from given_rates import RATES
 
 from memtile.costmodel.memory_model import Rings, Setting
 from memtile.costmodel.model_records import (
+    Activations,
     Counted,
     ParkedLayout,
     Rest,
@@ -33,7 +34,7 @@ def step_seconds(rates, home, tokens, trains, element_bytes):
         in_place=home == "host",
         in_files=False,
         place="host",
-        rings=Rings(3, 2, 3, 4096, 0),
+        rings=Rings(3, 2, 3, 3, 4096, 0),
         rates=rates,
         imports=False,
     )
@@ -42,9 +43,8 @@ def step_seconds(rates, home, tokens, trains, element_bytes):
     counted = Counted(
         **{**dict.fromkeys(Counted.__dataclass_fields__, 0), "flops": flops},
     )
-    found = floors(
-        setting, layout, counted, moved(setting, layout, False), cached=home == "page cache"
-    )
+    moves = moved(setting, layout, Activations(recomputed=False))
+    found = floors(setting, layout, counted, moves, cached=home == "page cache")
     return max(floor.seconds for floor in found)
 
 

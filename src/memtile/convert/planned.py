@@ -11,8 +11,9 @@ from memtile.convert.kinds import tileable
 from memtile.convert.select import Cut, TilingDecision, choose
 from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
-from memtile.homes import Home, allocation_of, trim_heap
+from memtile.homes import Home, allocation_of, resolve_home, trim_heap
 from memtile.layers import TiledStack
+from memtile.transfer import SavedPieces, park_each_forward
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
@@ -72,7 +73,16 @@ def planned_home(
         return None
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
-    return plan.home if home is None and plan.parked_layers else home
+    parks = plan.parked_layers or plan.parks_activations
+    return plan.home if home is None and parks else home
+
+
+def park_planned_activations(model: nn.Module, home: Home | str | None) -> None:
+    """Park what each call saves for backward: in the home of the tiles, where there are any."""
+    shares = _shares(model.parameters())
+    assert home is not None
+    found = shares[0][0] if shares else resolve_home(home)
+    park_each_forward(model, SavedPieces(found))
 
 
 def share_budget(model: nn.Module, plan: Plan) -> None:

@@ -21,6 +21,7 @@ from memtile.convert.materializing import (
 from memtile.convert.name_matching import Findings
 from memtile.convert.planned import (
     check_alone,
+    park_planned_activations,
     planned_decisions,
     planned_home,
     set_checkpointing,
@@ -140,6 +141,8 @@ def tile(
     if checkpoint is not None or any(decision.tiled for decision in decisions):
         _replace_and_fill(model, decisions, home, checkpoint, strict)
     if own is not None:
+        if own.parks_activations:
+            park_planned_activations(model, home)
         share_budget(model, own)
     if not isinstance(plan, RankPlan):  # which counts logits
         set_deferring_of(model, True)

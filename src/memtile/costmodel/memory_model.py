@@ -22,6 +22,7 @@ class Rings:
     weights: int  # slabs for tiles in forward and backward
     gradients: int  # slabs for gradients on their way home
     steps: int  # slabs for what the optimizer works on
+    activations: int  # slabs for activations on their way
     page: int  # bytes that sizes are rounded up to
     fault_bytes: int  # what the kernel maps around a page that is read through a mapping
 
@@ -63,14 +64,16 @@ class Setting:
 
 def terms(setting: Setting, layout: ParkedLayout, counted: Counted) -> tuple[Term, ...]:
     """The predicted peak, largest terms of each place first, those of 0 bytes left out."""
-    parked = _parked_in_place if setting.in_place else _parked_on_disk
+    parked = _parked_in_place(setting, layout)
+    if not setting.in_place:
+        parked = _parked_on_disk(setting, layout, counted)
     temporary = "temporary tensors and gradients"
     # Weights are loaded before a step's own tensors are there.
     converting = max(0, setting.rest.converting_bytes - counted.peak_bytes)
     return sorted_terms(
         [
             *_resident(setting, layout),
-            *parked(setting, layout),
+            *parked,
             *activation_terms(counted, setting.state, setting.place, temporary),
             Term("conversion of weights while they are loaded", converting, "host"),
             *_process(setting, layout, counted),
@@ -106,7 +109,7 @@ def _parked_in_place(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
     yield Term("optimizer state of parked weights", state, "host")
 
 
-def _parked_on_disk(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
+def _parked_on_disk(setting: Setting, layout: ParkedLayout, counted: Counted) -> Iterator[Term]:
     rings, parked = setting.rings, layout.parked
     trained = [w for w in parked if w.trainable and setting.state is not None]
     sent = [w for w in trained if setting.sends_gradient(w)]
@@ -120,6 +123,8 @@ def _parked_on_disk(setting: Setting, layout: ParkedLayout) -> Iterator[Term]:
     stepped = {w: setting.entries(w) + (w.element_bytes,) * both for w in trained}
     if not setting.in_files:
         yield Term("parked at home", home_bytes(setting, layout), "disk")
+    yield Term("activations at home", counted.parked_bytes, "disk")
+    yield Term("slabs of activations", rings.activations * counted.largest_parked, "host")
     yield Term("slabs of tiles", slabs(rings.weights, parked), "host")
     yield Term("slabs of optimizer steps", _slabs(setting, layout, stepped, rings.steps), "host")
     yield Term("slabs of gradients", slabs(rings.gradients, sent), "host")

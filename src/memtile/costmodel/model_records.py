@@ -2,8 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from memtile.geometry import Grid
+
+
+class Activations(NamedTuple):
+    """What a step does with activations, the tensors that its backward needs."""
+
+    recomputed: bool  # by gradient checkpointing
+    parked: bool = False  # those that are kept live in the home
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Counted:
     touched_bytes: int  # read and written by all other operations
     products: Products
     workspace_bytes: int = 0  # what the library keeps for float32 products
+    parked_bytes: int = 0  # activations that go home, in whole pages
+    largest_parked: int = 0  # the most of them that one tensor has
 
     @property
     def peak_bytes(self) -> int:

@@ -47,6 +47,7 @@ class Plan(JsonRecord):
         home: where parked tiles live: "disk", "disk:FOLDER", "host", "device" or "checkpoint".
         device: what does the work: "cpu".
         checkpointing: whether the model recomputes activations in backward.
+        parks_activations: whether those that it keeps for backward live in the home too.
         budget: what was allowed.
         terms: the predicted peak, term by term.
         read_bytes: read from the home in a step.
@@ -56,7 +57,7 @@ class Plan(JsonRecord):
     """
 
     _json_name: ClassVar[str] = "Plan"
-    _json_version: ClassVar[int] = 2
+    _json_version: ClassVar[int] = 3
 
     model: str
     layers: tuple[PlannedLayer, ...]
@@ -67,6 +68,7 @@ class Plan(JsonRecord):
     home: str
     device: str
     checkpointing: bool
+    parks_activations: bool
     budget: Budget
     terms: tuple[Term, ...]
     read_bytes: int
@@ -140,9 +142,10 @@ class Plan(JsonRecord):
         where = "all in memory"
         if self.parked_layers:
             where = f"{self.tiles} tiles of {len(self.parked_layers)} layers {_at(self.home)}"
-        recomputed = ", gradient checkpointing" if self.checkpointing else ""
+        kept = ", gradient checkpointing" if self.checkpointing else ""
+        kept += f", activations {_at(self.home)}" if self.parks_activations else ""
         return (
-            f"{self.model}, {self.tokens} tokens, {work}: {where}{recomputed}; predicted peak "
+            f"{self.model}, {self.tokens} tokens, {work}: {where}{kept}; predicted peak "
             f"{format_byte_size(self.peak_bytes)}, about {self.seconds:.2g} s a step"
         )
 

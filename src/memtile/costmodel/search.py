@@ -1,4 +1,4 @@
-"""Finds the layout with the fewest tiles that fits, and whether to recompute activations.
+"""Finds the layout with the fewest tiles that fits, and what to do with activations.
 
 Two numbers make a layout: the largest tile that is allowed, and how many weights stay in memory,
 small ones first, since each of those saves a tile. For every size of tile as many weights stay as
@@ -15,7 +15,7 @@ from typing import Final
 from memtile.costmodel.budget import Budget, needed, usable
 from memtile.costmodel.byte_sizes import format_byte_size
 from memtile.costmodel.memory_model import Setting, home_bytes, terms
-from memtile.costmodel.model_records import Counted, ParkedLayout, Products, Weight
+from memtile.costmodel.model_records import Activations, Counted, ParkedLayout, Products, Weight
 from memtile.costmodel.plan_parts import (
     KEPT_EXPERTS,
     KEPT_PAGES,
@@ -34,7 +34,7 @@ from memtile.geometry import Grid
 _SMALLEST_TILE: Final = 64 << 10  # bytes; smaller tiles are mostly overhead
 _TRIES: Final = 8
 
-Count = Callable[[ParkedLayout, bool], Counted]
+Count = Callable[[ParkedLayout, Activations], Counted]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Found:
     """A layout that was counted, with its predicted peak and time."""
 
     layout: ParkedLayout
-    checkpointing: bool  # whether activations are recomputed
+    activations: Activations
     counted: Counted
     terms: tuple[Term, ...]
     moved: Moved  # between home and memory
@@ -75,32 +75,39 @@ class Search:
     budget: Budget
     cached: Callable[[int], bool]  # whether a home of so many bytes is in the page cache
     maps: bool = False  # whether tiles are worked on there
-    _known: dict[tuple[bool, tuple[tuple[str, Grid], ...]], Found] = field(
+    _known: dict[tuple[Activations, tuple[tuple[str, Grid], ...]], Found] = field(
         default_factory=dict, init=False
     )
 
-    def best(self, checkpointing: Sequence[bool]) -> Found:
+    def best(self, choices: Sequence[Activations]) -> Found:
         """The fastest of the layouts with the fewest tiles, one for each of these choices.
+
+        Those that park activations are tried where nothing else fits. Of these the one that
+        recomputes is the first: it writes a tenth, and takes no longer (docs/park-activations.md).
 
         Raises:
             BudgetError: none fits.
         """
-        found = [fit for recomputed in checkpointing if (fit := self._fewest_tiles(recomputed))]
-        if not found:
-            raise self._nothing_fits(checkpointing)
+        in_turn = [[each for each in choices if not each.parked]]
+        in_turn += [[each] for each in sorted(choices, reverse=True) if each.parked]
+        for some in in_turn:
+            if found := [fit for each in some if (fit := self._fewest_tiles(each))]:
+                break
+        else:
+            raise self._nothing_fits(choices)
         fastest = min(found, key=lambda each: (each.seconds, each.layout.tiles))
         if self.setting.in_place:
             return fastest
-        if self.maps and self.cached(home_bytes(self.setting, fastest.layout)):
+        if self.maps and self.cached(self._home_bytes(fastest.layout, fastest.counted)):
             return self._mapped(fastest)
         return self._keeping_experts(fastest)
 
     def _mapped(self, found: Found) -> Found:
         """The same with a tile at a time instead of slabs; those fit too, should they be needed."""
-        rings = replace(self.setting.rings, weights=1, gradients=1, steps=1)
+        rings = replace(self.setting.rings, weights=1, gradients=1, steps=1, activations=1)
         setting = replace(self.setting, rings=rings)
         mapped = replace(found, terms=terms(setting, found.layout, found.counted))
-        parked = home_bytes(self.setting, found.layout)
+        parked = self._home_bytes(found.layout, found.counted)
         return self._keeping(mapped, KEPT_PAGES, min(parked, MAPPED_BYTES))
 
     def _keeping_experts(self, found: Found) -> Found:
@@ -129,19 +136,24 @@ class Search:
             if weight.experts and (weight.trainable or not writes)
         }
 
-    def _fewest_tiles(self, checkpointing: bool) -> Found | None:
+    def fits(self, choices: Sequence[Activations]) -> bool:
+        """Whether one of these choices fits with the smallest tiles."""
+        smallest = (self._evaluate(self._cuts[-1], each) for each in reversed(choices))
+        return any(self._excess(found.terms) <= 0 for found in smallest)
+
+    def _fewest_tiles(self, activations: Activations) -> Found | None:
         best: Found | None = None
-        whole = self._evaluate({}, checkpointing)
+        whole = self._evaluate({}, activations)
         if self._excess(whole.terms) <= 0:
             return whole
-        smallest = self._evaluate(self._cuts[-1], checkpointing)
+        smallest = self._evaluate(self._cuts[-1], activations)
         if self._excess(smallest.terms) > 0:
             return None
         least = smallest.counted
         for tiles, grids in self._least_tiles(least):
             if best is not None and best.layout.tiles <= tiles:
                 break
-            fit = self._most_resident(grids, least, checkpointing)
+            fit = self._most_resident(grids, least, activations)
             if fit is not None and (best is None or fit.layout.tiles < best.layout.tiles):
                 best = fit
         return best or smallest
@@ -173,14 +185,14 @@ class Search:
         return found[: sizes.index(min(sizes)) + 1]
 
     def _most_resident(
-        self, grids: Mapping[str, Grid], guess: Counted, checkpointing: bool
+        self, grids: Mapping[str, Grid], guess: Counted, activations: Activations
     ) -> Found | None:
         """As many weights in memory as fit beside tiles of this size, small ones first."""
         for _ in range(_TRIES):
             parked = self._parked_by(grids, guess)
             if parked is None:
                 return None
-            fit = self._evaluate(parked, checkpointing)
+            fit = self._evaluate(parked, activations)
             if self._excess(fit.terms) <= 0:
                 return fit
             guess = guess.at_least(fit.counted)
@@ -205,18 +217,24 @@ class Search:
                 low = middle + 1
         return {w.names[0]: grids[w.names[0]] for w in order[:low]} if low <= len(order) else None
 
-    def _evaluate(self, grids: Mapping[str, Grid], checkpointing: bool) -> Found:
+    def _evaluate(self, grids: Mapping[str, Grid], activations: Activations) -> Found:
         """A layout, counted, with its peak and its time."""
-        key = checkpointing, tuple(sorted(grids.items(), key=lambda item: item[0]))
+        key = activations, tuple(sorted(grids.items(), key=lambda item: item[0]))
         if key not in self._known:
             layout = self._layout(grids)
-            counted = self.count(layout, checkpointing)
+            counted = self.count(layout, activations)
             found = terms(self.setting, layout, counted)
-            moves = moved(self.setting, layout, checkpointing)
-            cached = self.cached(0 if self.setting.in_place else home_bytes(self.setting, layout))
+            moves = moved(self.setting, layout, activations, counted.parked_bytes)
+            cached = self.cached(self._home_bytes(layout, counted))
             times = floors(self.setting, layout, counted, moves, cached=cached)
-            self._known[key] = Found(layout, checkpointing, counted, found, moves, times)
+            self._known[key] = Found(layout, activations, counted, found, moves, times)
         return self._known[key]
+
+    def _home_bytes(self, layout: ParkedLayout, counted: Counted) -> int:
+        """Bytes of a home that is no memory."""
+        if self.setting.in_place:
+            return 0
+        return home_bytes(self.setting, layout) + counted.parked_bytes
 
     def _layout(self, grids: Mapping[str, Grid]) -> ParkedLayout:
         return ParkedLayout(tuple(self.weights), dict(grids))
@@ -232,11 +250,9 @@ class Search:
             default=0,
         )
 
-    def _nothing_fits(self, checkpointing: Sequence[bool]) -> BudgetError:
+    def _nothing_fits(self, choices: Sequence[Activations]) -> BudgetError:
         ends: tuple[dict[str, Grid], ...] = ({}, self._cuts[-1])
-        tried = [
-            self._evaluate(grids, recomputed) for recomputed in checkpointing for grids in ends
-        ]
+        tried = [self._evaluate(grids, each) for each in choices for grids in ends]
         least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"
@@ -246,15 +262,15 @@ class Search:
         return BudgetError(
             f"budget {self.budget}: {self.setting.tokens} tokens need at least "
             f"{', '.join(lacking)}; the largest parts are {largest_terms(least.terms)}. "
-            f"Give more, or {self._ways_out(least, checkpointing)}"
+            f"Give more, or {self._ways_out(least, choices)}"
         )
 
-    def _ways_out(self, least: Found, checkpointing: Sequence[bool]) -> str:
+    def _ways_out(self, least: Found, choices: Sequence[Activations]) -> str:
         setting = self.setting
         ways = ["fewer tokens"]
         if setting.state is not None and setting.mode == "classic":
             ways.append("mode='in_backward', which keeps no gradients")
-        if setting.state is not None and not any(checkpointing):
+        if setting.state is not None and not any(each.recomputed for each in choices):
             ways.append("a model with gradient checkpointing")
         if setting.in_place:
             ways.append("home='disk:FOLDER', which keeps weights and moments out of memory")

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from memtile.costmodel.machine_profile import MachineProfile
 from memtile.costmodel.memory_model import Setting
-from memtile.costmodel.model_records import Counted, ParkedLayout
+from memtile.costmodel.model_records import Activations, Counted, ParkedLayout
 from memtile.costmodel.plan_parts import Floor
 
 FREE: Final = 1.1
@@ -32,14 +32,17 @@ class Moved:
     visits: int  # of tiles, one for each product or step
 
 
-def moved(setting: Setting, layout: ParkedLayout, checkpointing: bool) -> Moved:
+def moved(
+    setting: Setting, layout: ParkedLayout, activations: Activations, parked_bytes: int = 0
+) -> Moved:
     """What a step moves: each weight once for each iteration over it, and its state both ways.
 
-    Of a stack of experts, only those that tokens are expected to be routed to.
+    Of a stack of experts, only those that tokens are expected to be routed to. Activations at home,
+    of so many bytes, are written once and read once.
     """
-    read = written = visits = 0.0
-    trains = setting.state is not None
-    passes = (3 if checkpointing else 2) if trains else 1
+    read = written = float(parked_bytes)
+    visits, trains = 0.0, setting.state is not None
+    passes = (3 if activations.recomputed else 2) if trains else 1
     for weight in layout.parked:
         share = weight.hit_share(setting.tokens)
         tiles = share * sum(1 for _ in layout.tile_elements(weight))

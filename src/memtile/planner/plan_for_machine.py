@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,9 +14,10 @@ import torch
 from memtile.convert import TilingDecision, Work, converting_bytes
 from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
-from memtile.costmodel.model_records import ParkedLayout, Products, Rest, Weight
+from memtile.costmodel.model_records import Activations, ParkedLayout, Products, Rest, Weight
 from memtile.costmodel.plan import OptimizerMode
-from memtile.costmodel.search import Found, Search
+from memtile.costmodel.search import Search
+from memtile.errors import ArgumentError
 from memtile.home_names import IN_FILES, parse_home
 from memtile.homes import (
     PAGE,
@@ -46,6 +48,7 @@ def plan(
     home: Home | str = "disk",
     mode: OptimizerMode = "in_backward",
     checkpointing: bool | None = None,
+    park_activations: bool | None = None,
     dtype: torch.dtype | None = None,
     work: Work | None = None,
     rates: MachineProfile | str | os.PathLike[str] | None = None,
@@ -71,6 +74,8 @@ def plan(
             "checkpoint": they stay in the files that `tile` gets, and only frozen ones are parked.
         mode: of `TileOptimizer`.
         checkpointing: whether the model recomputes activations in backward; None: what is faster.
+        park_activations: whether what it keeps for backward lives in the home, a disk, as
+            `memtile.park_activations` does; None: where nothing fits otherwise.
         dtype: of a model that a config or a folder describes, if not its own.
         work: a step's forward: called with a copy of the model on the meta device, gives the loss;
             for inference, whatever it makes. Needed where the model is neither of transformers nor
@@ -103,14 +108,15 @@ def plan(
         in_place=folder is None,
         in_files=word == IN_FILES,
         place="host",
-        rings=Rings(SLABS, GRADIENT_SLABS, SLABS, PAGE, _FAULT_BYTES),
+        rings=Rings(SLABS, GRADIENT_SLABS, SLABS, SLABS, PAGE, _FAULT_BYTES),
         rates=given or rates_of(None, folder),
         imports=imports,
     )
     limits = allowed if setting.in_files else _with_disk(allowed, folder)
     with workspaces_of(rates, setting.rates) as workspaces:
         maps = folder is not None and not setting.in_files and overwrites_in_place(folder)
-        found = _found(seen, setting, limits, workspaces, maps)
+        search = _search(seen, setting, limits, workspaces, maps)
+        found = search.best(_choices(seen, setting, park_activations))
     trim_heap()  # the copies' objects lay between others
     return Plan(
         model=type(seen.model).__name__,
@@ -121,7 +127,8 @@ def plan(
         mode=mode,
         home=word,
         device="cpu",
-        checkpointing=found.checkpointing,
+        checkpointing=found.activations.recomputed,
+        parks_activations=found.activations.parked,
         budget=allowed,
         terms=found.terms,
         read_bytes=found.moved.read_bytes,
@@ -139,21 +146,34 @@ def _rest(seen: Survey, source: object) -> Rest:
     return replace(rest, converting_bytes=converting_bytes(seen.model, source))
 
 
-def _found(
+def _choices(seen: Survey, setting: Setting, parks: bool | None) -> list[Activations]:
+    """What may be done with activations: they are parked on disks alone, in training."""
+    check_choice("park_activations", parks, (None, True, False))
+    can = seen.trains and not setting.in_place
+    if parks and not can:
+        raise ArgumentError(
+            "park_activations=True: "
+            + ("home= is memory, where they are already" if seen.trains else "nothing is trained")
+            + "; leave it out"
+        )
+    parked = (False, True) if parks is None and can else (bool(parks),)
+    return [Activations(*each) for each in product(seen.checkpointing, parked)]
+
+
+def _search(
     seen: Survey,
     setting: Setting,
     limits: Budget,
     workspaces: Callable[[Products], int],
     maps: bool,
-) -> Found:
+) -> Search:
     count = StepCount(
         seen,
         drops_gradients=setting.mode == "in_backward",
         goes_home=not setting.in_place,
         workspaces=workspaces,
     )
-    search = Search(setting, seen.weights, count, limits, fits_page_cache, maps)
-    return search.best(seen.checkpointing)
+    return Search(setting, seen.weights, count, limits, fits_page_cache, maps)
 
 
 def _only_read(weight: Weight) -> Weight:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memtile.convert import Cut, TilingDecision, Work, converting_bytes
 from memtile.costmodel import ClusterSpec, LooseModule, PlannedLayer, RankPlan, Sharding, Uses
 from memtile.costmodel.budget import checked_size
-from memtile.costmodel.model_records import Counted, ParkedLayout
+from memtile.costmodel.model_records import Activations, Counted, ParkedLayout
 from memtile.costmodel.rank_memory import Offload, RankSetting
 from memtile.costmodel.rank_search import RankFound, RankSearch
 from memtile.costmodel.rank_traffic import rank_floors, traffic
@@ -136,7 +136,7 @@ class _Count:
         """The step, and the uses of all modules that are counted under a name."""
         begun = itertools.count(1)
         self._uses = {name: _Uses(begun) for name in self._watched}
-        counted = self._step(layout, checkpointing)
+        counted = self._step(layout, Activations(checkpointing))
         return counted, {name: found.counted() for name, found in self._uses.items()}
 
     def _watch(self, meta_copy: nn.Module) -> None:

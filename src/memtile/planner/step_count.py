@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memtile.convert import (
     TilingDecision,
@@ -15,12 +15,13 @@ from memtile.convert import (
     tileables,
 )
 from memtile.costmodel import Products
-from memtile.costmodel.model_records import Counted, ParkedLayout
+from memtile.costmodel.model_records import Activations, Counted, ParkedLayout
 from memtile.errors import CannotTileError, MemtileError
 from memtile.homes import DeviceHome, is_parked, register
 from memtile.layers import ParkedModule
 from memtile.planner.model_survey import Survey
 from memtile.planner.operation_count import count_step
+from memtile.transfer import SavedPiece, SavedPieces, bytes_of, park_each_forward
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class StepCount:
     watch: Callable[[nn.Module], None] | None = None  # is called with each copy before it runs
     workspaces: Callable[[Products], int] | None = None  # what the library keeps for products
 
-    def __call__(self, layout: ParkedLayout, checkpointing: bool) -> Counted:
+    def __call__(self, layout: ParkedLayout, activations: Activations) -> Counted:
         """The step of this layout; CannotTileError where the model's code asks for values."""
         seen = self.seen
         meta_copy, decisions = make_meta_copy(seen.model), _with_grids(seen.decisions, layout)
@@ -44,7 +45,10 @@ class StepCount:
         if any(decision.tiled for decision in decisions):
             _park(meta_copy, decisions)
         set_deferring_of(meta_copy, True)
-        set_checkpointing(meta_copy, checkpointing)
+        set_checkpointing(meta_copy, activations.recomputed)
+        pieces = CountedPieces()
+        if activations.parked:
+            park_each_forward(meta_copy, pieces)
         if self.watch is not None:
             self.watch(meta_copy)
         try:
@@ -59,9 +63,44 @@ class StepCount:
                 f"({type(error).__name__}: {error}); give work=…, a forward that needs no values, "
                 "or tile it without a plan, with memtile.tile(model, max_tile_bytes=…, home=…)"
             ) from error
+        counted = replace(counted, parked_bytes=pieces.nbytes, largest_parked=pieces.largest)
         if self.workspaces is None:
             return counted
         return replace(counted, workspace_bytes=self.workspaces(counted.products))
+
+
+class CountedPieces(SavedPieces):
+    """Pieces of a meta model's activations.
+
+    Attributes:
+        nbytes: of all of them, in whole pages.
+        largest: of the largest one.
+    """
+
+    are_counted = True
+
+    def __init__(self) -> None:
+        super().__init__(DeviceHome("meta"))
+        self.nbytes = self.largest = 0
+
+    def store(self, tensor: Tensor, start: int, stop: int, label: str) -> SavedPiece:
+        """A piece that is nowhere; one of ids, whose values are needed, stays in memory."""
+        with torch._C._DisableTorchDispatch():
+            allocation = self.home.allocate((stop - start,), torch.uint8)
+        self.nbytes += allocation.room
+        self.largest = max(self.largest, allocation.room)
+        piece = SavedPiece(self, allocation, tensor.device)
+        if not tensor.is_meta:
+            piece.held = bytes_of(tensor, start, stop), None
+        return piece
+
+    def values(self, piece: SavedPiece) -> Tensor:
+        """Bytes in memory, as those of a mapped piece are, until no node needs them any more."""
+        if piece.held is None:
+            with torch._C._DisableTorchDispatch():
+                like = piece.allocation.tensor()
+            piece.held = torch.empty_like(like), None
+        return piece.held[0]
 
 
 def make_meta_copy(model: nn.Module) -> nn.Module:

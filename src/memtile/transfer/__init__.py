@@ -1,6 +1,10 @@
 """Moves tiles between homes and the code that computes with them: slabs, prefetch, iterations."""
 
-from memtile.transfer.activations import ParkedActivations, park_activations
+from memtile.transfer.activations import (
+    ParkedActivations,
+    park_activations,
+    park_each_forward,
+)
 from memtile.transfer.iterations import (
     GRADIENT_SLABS,
     SLABS,
@@ -20,6 +24,7 @@ from memtile.transfer.parked import (
     step_in_backward,
     values_together,
 )
+from memtile.transfer.saved_pieces import SavedPiece, SavedPieces, bytes_of
 from memtile.transfer.slab_ring import SlabRing
 from memtile.transfer.slabs import Holder
 
@@ -30,13 +35,17 @@ __all__ = [
     "Lease",
     "ParkedActivations",
     "ParkedSource",
+    "SavedPiece",
+    "SavedPieces",
     "SlabRing",
+    "bytes_of",
     "catch_up",
     "gradient_lock",
     "gradients_go_home",
     "is_stepped_in_backward",
     "layer_call",
     "park_activations",
+    "park_each_forward",
     "put_off_idle_steps",
     "rings_of",
     "step_in_backward",

@@ -4,6 +4,7 @@ Saved tensors are stored as the piece of memory that they lie in, once for all t
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from memtile.errors import ArgumentError, ParkedError, check_whole_number
 from memtile.homes import DeviceHome, Home, TensorTable, is_parked, resolve_home
-from memtile.transfer.iterations import in_backward
+from memtile.transfer.iterations import in_backward, set_parking
 from memtile.transfer.saved_pieces import SavedPiece, SavedPieces, SavedView
 
 _SMALLEST: Final = 256 << 10
@@ -60,7 +61,12 @@ def park_activations(
             f"home={home!r}: activations are parked in memory that is not the device's, and may be "
             "written to: give 'disk', 'disk:FOLDER' or 'host'"
         )
-    return ParkedActivations(found, smallest_bytes, model)
+    return ParkedActivations(SavedPieces(found), smallest_bytes, model)
+
+
+def park_each_forward(model: nn.Module, pieces: SavedPieces) -> None:
+    """Park what each call of the model saves for backward, as the context around it does."""
+    set_parking(model, ParkedActivations(pieces, model=model))
 
 
 class ParkedActivations:
@@ -70,19 +76,27 @@ class ParkedActivations:
         home: where activations are parked.
     """
 
-    def __init__(self, home: Home, smallest_bytes: int, model: nn.Module | None) -> None:
-        self.home = home
-        self._smallest, self._model = smallest_bytes, model
+    def __init__(
+        self,
+        pieces: SavedPieces,
+        smallest_bytes: int = _SMALLEST,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.home = pieces.home
+        self._smallest, self._pieces = smallest_bytes, pieces
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        if model is not None:
+            self._model = weakref.ref(model)
         self._staying = frozenset[int]()  # addresses of the model's storages
-        self._pieces = SavedPieces(home)
         self._known = TensorTable[dict[_Key, "weakref.ref[SavedPiece]"]]()  # by base
 
     def __enter__(self) -> "ParkedActivations":
         self.home.check_open()
-        if self._model is not None:
-            tensors = (*self._model.parameters(), *self._model.buffers())
+        model = self._model()
+        if model is not None:
+            tensors = (*model.parameters(), *model.buffers())
             plain = (each for each in tensors if type(each) in (Tensor, nn.Parameter))
-            self._staying = frozenset(_address(each) for each in plain if _has_memory(each))
+            self._staying = frozenset(_address(each) for each in plain if self._takes(each))
         self._pieces.begin()
         self._hooks().__enter__()
         return self
@@ -95,13 +109,20 @@ class ParkedActivations:
 
     def _pack(self, tensor: Tensor) -> "_Left | SavedView":
         # What is saved inside a backward is recomputed there, and needed at once.
-        if in_backward() or type(tensor) is not Tensor or not _has_memory(tensor):
+        if in_backward() or type(tensor) is not Tensor or not self._takes(tensor):
             return _Left(tensor)
         base = tensor._base if tensor._is_view() else tensor
         start, stop = _span(tensor)
         if base is None or stop - start < self._smallest or self._stays(base):
             return _Left(tensor)
         return SavedView(self._piece(tensor, base, start, stop), tensor, start)
+
+    def _takes(self, tensor: Tensor) -> bool:
+        """Whether it is bytes of a storage and nothing else."""
+        if tensor.is_meta and not self._pieces.are_counted:
+            return False
+        is_other = tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided
+        return not is_other and not tensor.is_conj() and not tensor.is_neg() and tensor.numel() > 0
 
     def _stays(self, base: Tensor) -> bool:
         return (
@@ -123,7 +144,7 @@ class ParkedActivations:
         if piece is None:
             dtype = str(tensor.dtype).removeprefix("torch.")
             label = f"activation {dtype} {tuple(tensor.shape)}"
-            piece = self._pieces.store(_bytes_of(tensor, start, stop), label)
+            piece = self._pieces.store(tensor, start, stop, label)
             known[key] = weakref.ref(piece)
         self._pieces.number(piece)
         return piece
@@ -150,16 +171,9 @@ class _Left:
         return self._tensor
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether it is bytes of a storage and nothing else."""
-    is_other = tensor.is_meta or tensor.is_quantized or tensor.is_nested
-    if is_other or tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
-        return False
-    return tensor.numel() > 0
-
-
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # which a meta tensor has
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -174,8 +188,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     start = int(tensor.storage_offset()) * itemsize
     stop = start + reach * itemsize
     return (0, whole) if 2 * (stop - start) >= whole else (start // _ALIGNED * _ALIGNED, stop)
-
-
-def _bytes_of(tensor: Tensor, start: int, stop: int) -> Tensor:
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return flat.set_(tensor.untyped_storage(), start, (stop - start,), (1,))

@@ -116,6 +116,7 @@ class _Thread(threading.local):
     """The calls that one thread is in."""
 
     model: "weakref.ref[nn.Module] | None" = None  # watched, entered and not left
+    parking: AbstractContextManager[object] | None = None  # entered by this call, and not left
     depth = 0  # of tiled layers
     iteration = 0  # the last one that began in this thread
     goes_home = False  # see `transfer.parked.gradients_go_home`
@@ -133,6 +134,8 @@ class IterationState:
         self.numbers = count(1)  # of iterations
         self.thread = _Thread()
         self.trained = TensorTable[Any]()  # what `transfer.parked` knows of each parameter
+        # what is entered in each call of a model that keeps anything for backward
+        self.parking = weakref.WeakKeyDictionary[nn.Module, AbstractContextManager[object]]()
 
     def begin(self) -> None:
         """Begin an iteration in this thread, at the homes that it will visit."""
@@ -226,8 +229,15 @@ def watch_model(model: nn.Module) -> None:
         model.register_forward_hook(_leave_model, always_call=True)
 
 
+def set_parking(model: nn.Module, parking: AbstractContextManager[object]) -> None:
+    """Enter a context in each call of this model that keeps anything for backward."""
+    watch_model(model)
+    state.parking[model] = parking
+
+
 def unwatch_model(model: nn.Module) -> None:
-    """Take the hooks of `watch_model` away."""
+    """Take away what `watch_model` and `set_parking` did."""
+    state.parking.pop(model, None)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number in [n for n, hook in hooks.items() if hook in (_enter_model, _leave_model)]:
             del hooks[number]
@@ -237,16 +247,29 @@ def unwatch_model(model: nn.Module) -> None:
 def _enter_model(module: nn.Module, arguments: Any) -> None:  # whatever the model takes
     if torch.compiler.is_compiling() or in_backward() or _is_in_model(module):
         return
-    state.thread.model = weakref.ref(module)
+    thread = state.thread
+    thread.model = weakref.ref(module)
     state.begin()
+    _leave_parking()  # a Ctrl-C may have skipped it
+    parking = state.parking.get(module)
+    if parking is not None and torch.is_grad_enabled():
+        parking.__enter__()
+        thread.parking = parking
 
 
 def _leave_model(module: nn.Module, arguments: Any, output: Any) -> None:  # likewise
     if torch.compiler.is_compiling() or in_backward() or not _has_entered(module):
         return
     state.thread.model = None
+    _leave_parking()
     if not torch.is_grad_enabled():
         state.end()
+
+
+def _leave_parking() -> None:
+    parking, state.thread.parking = state.thread.parking, None
+    if parking is not None:
+        parking.__exit__(None, None, None)
 
 
 def _has_entered(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -26,10 +26,17 @@ _AHEAD: Final = 2  # pieces that are on their way to a device
 
 
 class SavedPieces:
-    """The pieces in one home."""
+    """The pieces in one home.
+
+    Attributes:
+        are_counted: whether they are of tensors on the meta device, of which only shapes are known.
+        home: the home.
+    """
+
+    are_counted: ClassVar[bool] = False
 
     def __init__(self, home: Home) -> None:
-        self._home = home
+        self.home = home
         self._forward = _Forward()
         self._backward: _Forward | None = None  # of which a piece was needed last
         self._prefetch_order = PrefetchOrder[int]()  # of numbers
@@ -41,22 +48,23 @@ class SavedPieces:
         """A forward begins: pieces are numbered from 1 on."""
         self._forward = _Forward()
 
-    def store(self, flat: Tensor, label: str) -> "SavedPiece":
-        """A piece with these bytes, 1-D; they may be written to and freed afterwards.
+    def store(self, tensor: Tensor, start: int, stop: int, label: str) -> "SavedPiece":
+        """A piece with these bytes of a storage; they may be written to and freed afterwards.
 
         Raises:
             HomeFullError: the home has no room for it.
             HomeIOError: no slab is free, since what was stored before could not be written.
         """
-        allocation = self._home.allocate(flat.shape, flat.dtype)
+        flat = bytes_of(tensor, start, stop)
+        allocation = self.home.allocate(flat.shape, flat.dtype)
         allocation.label = label
         piece = SavedPiece(self, allocation, flat.device)
         if self._is_streamed(flat.device):
             self._copies_of(flat.device).store(flat, allocation)
-        elif self._home.works_in_place:
+        elif self.home.works_in_place:
             allocation.tensor().copy_(flat)
         else:
-            ring = rings_of(self._home).activations
+            ring = rings_of(self.home).activations
             weakref.finalize(piece, ring.abandon, allocation).atexit = False
             with ring.acquire(made=(allocation,), ahead=()) as lease:
                 lease.tensors[0].copy_(flat)
@@ -77,7 +85,7 @@ class SavedPieces:
                 f"{self._process} parked: run forward and backward in one process"
             )
         is_streamed = self._is_streamed(piece.device)
-        in_place = self._home.works_in_place or self._home.is_mapped
+        in_place = self.home.works_in_place or self.home.is_mapped
         if in_place and piece.device.type == "cpu" and not is_streamed:
             piece.allocation.populate()
             return piece.allocation.tensor()
@@ -93,7 +101,7 @@ class SavedPieces:
         """Through a slab."""
         flat = torch.empty(piece.allocation.shape, dtype=torch.uint8, device=piece.device)
         ahead = ((each.allocation,) for each in self._next(piece) if each.held is None)
-        ring = rings_of(self._home).activations
+        ring = rings_of(self.home).activations
         with ring.acquire((piece.allocation,), ahead=ahead) as lease:
             flat.copy_(lease.tensors[0])
         return self._use(piece, flat, None)
@@ -135,7 +143,7 @@ class SavedPieces:
                 oldest.held = None
 
     def _is_streamed(self, device: torch.device) -> bool:
-        return device.type == "cuda" and isinstance(self._home, HostHome)
+        return device.type == "cuda" and isinstance(self.home, HostHome)
 
     def _copies_of(self, device: torch.device) -> DeviceCopies:
         found = self._copies.get(device)
@@ -202,5 +210,11 @@ class SavedView:
     def unpack(self) -> Tensor:
         """The tensor, as it was saved."""
         flat = self._piece.values()
-        found = torch.empty(0, dtype=self._dtype, device=flat.device)
+        found = flat.new_empty(0, dtype=self._dtype)
         return found.set_(flat.untyped_storage(), self._offset, self._shape, self._stride)
+
+
+def bytes_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some bytes of the storage of a tensor: 1-D uint8, not copied."""
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return flat.set_(tensor.untyped_storage(), start, (stop - start,), (1,))
