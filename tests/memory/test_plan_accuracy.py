@@ -90,6 +90,7 @@ def folders(tmp_path_factory):
         (llama, "320MiB", "disk", "training"),
         pytest.param(llama, "700MiB", "disk", "training", marks=pytest.mark.slow),
         (llama, "700MiB", "host", "training"),
+        (llama, "320MiB", "disk", "parking"),
         (llama, "120MiB", "disk", "inference"),
         pytest.param(moe, "320MiB", "disk", "training", marks=pytest.mark.slow),
         pytest.param(moe, "100MiB", "disk", "inference", marks=pytest.mark.slow),
@@ -106,9 +107,9 @@ def test_the_peak_is_as_predicted_and_within_the_budget(
 
     Pages around looked-up rows are mapped where they are in the page cache: all of them, or none.
     """
-    folder = folders(make)
+    folder, tokens = folders(make), "1024" if work == "parking" else "512"
     done = subprocess.run(
-        [sys.executable, str(RUN), str(folder), budget, "512", home, work],
+        [sys.executable, str(RUN), str(folder), budget, tokens, home, work],
         capture_output=True,
         text=True,
         env=environment,

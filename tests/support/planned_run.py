@@ -5,7 +5,9 @@ took 84 to 104 MB where 110 were predicted, by that alone, training 262 where 29
 measured here, and stands in the place of the number that the plan has from another process; the
 budget is checked with all of it.
 
-python planned_run.py FOLDER BUDGET TOKENS HOME training|inference
+python planned_run.py FOLDER BUDGET TOKENS HOME training|parking|inference
+
+parking: training that parks activations, and recomputes none.
 """
 
 import json
@@ -28,7 +30,7 @@ from memtile.testing import PeakMemory
 def main(folder: str, budget: str, tokens: str, home: str, work: str) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     factory = architecture(config)
-    trains = work == "training"
+    trains, parks = work != "inference", work == "parking"
     memtile.empty_model(lambda: factory._from_config(config))  # imports the model's parts
     before = resident_bytes()
     first_use = use_everything(memtile.HostHome(), trains=trains) - before
@@ -40,6 +42,8 @@ def main(folder: str, budget: str, tokens: str, home: str, work: str) -> None:
             tokens=int(tokens),
             optimizer=torch.optim.AdamW if trains else None,
             home=home,
+            checkpointing=False if parks else None,
+            park_activations=True if parks else None,
         )
         model = memtile.empty_model(lambda: factory._from_config(config))
         step = StepInputs(model, int(tokens), 1)

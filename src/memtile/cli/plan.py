@@ -33,7 +33,12 @@ class PlanArguments:
     budget: Annotated[
         str | None, typer.Option(help="Memory to use above the imports, such as 2GiB.")
     ] = None
-    tokens: Annotated[int, typer.Option(help="Tokens in a step, on each rank.")] = 128
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens in a step, on each rank.", show_default="128")
+    ] = None
+    longest: Annotated[
+        bool, typer.Option("--longest", help="Plan the longest sequences that fit the budget.")
+    ] = False
     batch: Annotated[int, typer.Option(help="Sequences that these tokens are.")] = 1
     optimizer: Annotated[
         str, typer.Option(help="A class of torch.optim, such as AdamW; none: inference.")
@@ -99,6 +104,10 @@ def run_plan(given: PlanArguments) -> int:
 
 def _check_belonging(given: PlanArguments) -> None:
     """Refuses options that do not belong together."""
+    if given.longest and given.tokens is not None:
+        raise CommandError(
+            "--longest finds the number of tokens: leave out --tokens, or --longest."
+        )
     cluster = _first_given(given, _CLUSTER)
     if given.world_size is None:
         if cluster:
@@ -108,11 +117,16 @@ def _check_belonging(given: PlanArguments) -> None:
         return
     if given.engine is None:
         raise CommandError("--world-size needs --engine: give --engine fsdp2 or zero3 with it.")
-    if option := _first_given(given, _PROCESS):
+    option = "--longest" if given.longest else _first_given(given, _PROCESS)
+    if option:
         raise CommandError(
             f"{option} plans one process: leave it out beside --world-size, whose limit is "
             "--device-memory."
         )
+
+
+def _tokens(given: PlanArguments) -> int:
+    return 128 if given.tokens is None else given.tokens
 
 
 def _first_given(given: PlanArguments, names: Sequence[str]) -> str | None:
@@ -135,7 +149,7 @@ def _plan_ranks(given: PlanArguments) -> RankPlan:
             device_memory=memory,
             offload=given.offload or "none",
             speeds=speeds,
-            tokens=given.tokens,
+            tokens=_tokens(given),
             batch=given.batch,
         )
 
@@ -156,7 +170,7 @@ def _plan_process(given: PlanArguments) -> tuple[Plan, str]:
             found = memtile.plan(
                 empty,
                 budget=left,
-                tokens=given.tokens,
+                tokens="longest" if given.longest else _tokens(given),
                 batch=given.batch,
                 optimizer=_optimizer(given.optimizer),
                 options=_options(given.optimizer),

@@ -124,9 +124,13 @@ def _parked_on_disk(setting: Setting, layout: ParkedLayout, counted: Counted) ->
     if not setting.in_files:
         yield Term("parked at home", home_bytes(setting, layout), "disk")
     yield Term("activations at home", counted.parked_bytes, "disk")
-    yield Term("slabs of activations", rings.activations * counted.largest_parked, "host")
+    steps = _slabs(setting, layout, stepped, rings.steps)
+    activations = rings.activations * counted.largest_parked
+    if rings.activations == 1:  # mapped while it is stored, when no tile is stepped
+        activations = max(0, activations - steps)
+    yield Term("slabs of activations", activations, "host")
     yield Term("slabs of tiles", slabs(rings.weights, parked), "host")
-    yield Term("slabs of optimizer steps", _slabs(setting, layout, stepped, rings.steps), "host")
+    yield Term("slabs of optimizer steps", steps, "host")
     yield Term("slabs of gradients", slabs(rings.gradients, sent), "host")
     yield Term("gradient of one tile", slabs(1, trained), "host")
     pages = min(setting.tokens * rings.fault_bytes, slabs(1, looked_up))

@@ -84,7 +84,7 @@ class Floor:
 
 def check_tokens(tokens: object, batch: object) -> None:
     """Check the numbers of tokens and of sequences of a step."""
-    for name, value, example in (("tokens", tokens, 512), ("batch", batch, 1)):
+    for name, value, example in (("batch", batch, 1), ("tokens", tokens, 512)):
         check_whole_number(name, value, 1, f", such as {name}={example}")
     assert isinstance(tokens, int)
     assert isinstance(batch, int)

@@ -89,7 +89,7 @@ class Search:
             BudgetError: none fits.
         """
         in_turn = [[each for each in choices if not each.parked]]
-        in_turn += [[each] for each in sorted(choices, reverse=True) if each.parked]
+        in_turn += [[each] for each in sorted(choices, key=_saves, reverse=True) if each.parked]
         for some in in_turn:
             if found := [fit for each in some if (fit := self._fewest_tiles(each))]:
                 break
@@ -136,10 +136,12 @@ class Search:
             if weight.experts and (weight.trainable or not writes)
         }
 
-    def fits(self, choices: Sequence[Activations]) -> bool:
-        """Whether one of these choices fits with the smallest tiles."""
-        smallest = (self._evaluate(self._cuts[-1], each) for each in reversed(choices))
-        return any(self._excess(found.terms) <= 0 for found in smallest)
+    def least_excess(self, choices: Sequence[Activations]) -> int:
+        """Bytes over the budget of the choice with the smallest tiles that takes least.
+
+        It is the one that parks and recomputes, if that is possible.
+        """
+        return self._excess(self._evaluate(self._cuts[-1], max(choices, key=_saves)).terms)
 
     def _fewest_tiles(self, activations: Activations) -> Found | None:
         best: Found | None = None
@@ -277,6 +279,10 @@ class Search:
         if least.bytes_of("disk") > _limit("disk", self.budget.of_place("disk") or 1 << 62):
             ways.append("another folder, on a disk with more room")
         return ", or ".join(ways)
+
+
+def _saves(activations: Activations) -> tuple[bool, bool]:
+    return activations.parked, activations.recomputed
 
 
 def tile_grids(weights: Iterable[Weight]) -> list[dict[str, Grid]]:

@@ -3,11 +3,12 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -28,6 +29,7 @@ from memtile.homes import (
     usable_folder,
     word_for,
 )
+from memtile.planner.longest_step import longest_step
 from memtile.planner.model_survey import Survey, check_choice, rest_of, survey
 from memtile.planner.saved_rates import rates_of, workspaces_of
 from memtile.planner.step_count import StepCount
@@ -40,7 +42,7 @@ def plan(
     source: Any,  # a model, or whatever config an integration knows
     *,
     budget: "int | str | Budget",
-    tokens: int,
+    tokens: int | Literal["longest"],
     batch: int = 1,
     optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW,
     options: Mapping[str, Any] | None = None,  # what the optimizer's class takes
@@ -65,7 +67,7 @@ def plan(
         budget: bytes above what the process holds when its work begins, or a size such as
             "2GiB", or a `Budget`. Weights count, even those that the model holds already.
         tokens: of one step: the batch's size times its length. For inference, the prompt and
-            what is generated.
+            what is generated. "longest": as many as fit.
         batch: sequences of one step.
         optimizer: the class that `TileOptimizer` will get; None: inference.
         options: what that class takes besides parameters, where it changes what it keeps.
@@ -94,14 +96,23 @@ def plan(
         >>> model = memtile.tile(model, plan)
     """
     check_choice("mode", mode, get_args(OptimizerMode))
-    imports = optimizer is not None and "torch._dynamo" not in sys.modules
+    check_choice("park_activations", park_activations, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
     given = None if rates is None else rates_of(rates, folder)  # errors before the model is made
-    seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
-    if word == IN_FILES:
-        seen = replace(seen, weights=[_only_read(weight) for weight in seen.weights])
+    looks = partial(
+        survey,
+        dtype=dtype,
+        optimizer=optimizer,
+        options=options,
+        masters=masters,
+        batch=batch,
+        work=work,
+        checkpointing=checkpointing,
+    )
+    first = batch if tokens == "longest" else tokens
+    seen = looks(source, tokens=first)
     setting = Setting(
-        tokens=tokens,
+        tokens=first,
         rest=_rest(seen, source),
         state=seen.state,
         mode=mode,
@@ -110,13 +121,18 @@ def plan(
         place="host",
         rings=Rings(SLABS, GRADIENT_SLABS, SLABS, SLABS, PAGE, _FAULT_BYTES),
         rates=given or rates_of(None, folder),
-        imports=imports,
+        imports=optimizer is not None and "torch._dynamo" not in sys.modules,
     )
+    choices = _choices(seen, setting, park_activations)
     limits = allowed if setting.in_files else _with_disk(allowed, folder)
     with workspaces_of(rates, setting.rates) as workspaces:
         maps = folder is not None and not setting.in_files and overwrites_in_place(folder)
-        search = _search(seen, setting, limits, workspaces, maps)
-        found = search.best(_choices(seen, setting, park_activations))
+        search_of = partial(_search, setting, limits=limits, workspaces=workspaces, maps=maps)
+        if tokens == "longest":
+            sizes = partial(_excess, partial(looks, seen.model), search_of, choices)
+            tokens = longest_step(sizes, batch)
+            seen = looks(seen.model, tokens=tokens)
+        found = search_of(seen, tokens).best(choices)
     trim_heap()  # the copies' objects lay between others
     return Plan(
         model=type(seen.model).__name__,
@@ -148,7 +164,6 @@ def _rest(seen: Survey, source: object) -> Rest:
 
 def _choices(seen: Survey, setting: Setting, parks: bool | None) -> list[Activations]:
     """What may be done with activations: they are parked on disks alone, in training."""
-    check_choice("park_activations", parks, (None, True, False))
     can = seen.trains and not setting.in_place
     if parks and not can:
         raise ArgumentError(
@@ -160,20 +175,38 @@ def _choices(seen: Survey, setting: Setting, parks: bool | None) -> list[Activat
     return [Activations(*each) for each in product(seen.checkpointing, parked)]
 
 
+def _excess(
+    looks: Callable[..., Survey],
+    search_of: Callable[[Survey, int], Search],
+    choices: Sequence[Activations],
+    tokens: int,
+) -> int | None:
+    """Bytes over the budget of a step of so many tokens; None where the model reads fewer."""
+    try:
+        seen = looks(tokens=tokens)
+    except ArgumentError:  # of the tokens: with fewer there was none
+        return None
+    return search_of(seen, tokens).least_excess(choices)
+
+
 def _search(
-    seen: Survey,
     setting: Setting,
+    seen: Survey,
+    tokens: int,
+    *,
     limits: Budget,
     workspaces: Callable[[Products], int],
     maps: bool,
 ) -> Search:
+    weights = [_only_read(weight) for weight in seen.weights] if setting.in_files else seen.weights
+    setting = replace(setting, tokens=tokens)
     count = StepCount(
         seen,
         drops_gradients=setting.mode == "in_backward",
         goes_home=not setting.in_place,
         workspaces=workspaces,
     )
-    return Search(setting, seen.weights, count, limits, fits_page_cache, maps)
+    return Search(setting, weights, count, limits, fits_page_cache, maps)
 
 
 def _only_read(weight: Weight) -> Weight:
