@@ -1,6 +1,7 @@
 """`memtile plan`: what a budget is enough for, from a config alone."""
 
 import inspect
+import json
 import shutil
 from contextlib import contextmanager
 
@@ -9,7 +10,6 @@ import pytest
 import memtile
 from memtile.cli import main, models
 from memtile.cli.finetune.command import run_finetune
-from memtile.cli.plan import run_plan
 from memtile.costmodel import Plan, RankPlan
 
 
@@ -38,6 +38,19 @@ def test_json_is_a_plan(config, capsys):
     plan = Plan.from_json(capsys.readouterr().out)
     assert code == 0
     assert (plan.tokens, plan.optimizer, plan.home) == (32, None, "host")
+
+
+def test_the_longest_sequences_are_planned(config, capsys):
+    """`--longest` fills what the model reads at once where the budget is large enough."""
+    code = main(["plan", str(config), "--budget", "400MiB", "--longest", "--batch", "2", "--json"])
+
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert code == 0
+    assert (plan.tokens, plan.batch) == (2 * 64 * (models_limit(config) // 64), 2)
+
+
+def models_limit(folder):
+    return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
 
 
 def test_a_cluster_is_planned(config, capsys):
@@ -77,6 +90,8 @@ def test_json_is_a_plan_for_ranks(config, capsys):
         (["--budget", "1GiB", "--mode", "fast"], "fast"),
         (["--budget", "1GiB", "--rates", "/nowhere.json"], "/nowhere.json"),
         ([], "--budget"),
+        (["--budget", "1GiB", "--longest", "--tokens", "64"], "leave out --tokens, or --longest"),
+        (["--world-size", "2", "--engine", "fsdp2", "--longest"], "--longest plans one process"),
         (["--budget", "1GiB", "--link", "1GB/s"], "--link is of a cluster: give --world-size"),
         (["--engine", "fsdp2"], "--engine is of a cluster"),
         (["--world-size", "2"], "--world-size needs --engine"),
@@ -126,5 +141,4 @@ def test_finetune_carries_out_the_plan_that_is_shown(
     printed = capsys.readouterr().out
     assert plans[0].to_json() == plans[1].to_json()
     assert printed.count("took 1.00 MiB of 400 MiB; the plan is for the other 399 MiB") == 2
-    tokens = [inspect.signature(each).parameters["tokens"] for each in (run_plan, run_finetune)]
-    assert tokens[0].default == tokens[1].default
+    assert inspect.signature(run_finetune).parameters["tokens"].default == models.TOKENS

@@ -1,4 +1,4 @@
-"""Plans that park activations: when they do, what they predict, and that tiling carries them out."""
+"""Plans that park activations: when, what they predict, and that tiling carries them out."""
 
 import copy
 from typing import Any
@@ -174,7 +174,7 @@ def test_an_error_in_a_call_ends_it(stored, error):
 
 
 def test_what_is_recomputed_is_not_parked():
-    """Of a model that can recompute, the inputs of its blocks and what the head needs are parked."""
+    """Of a model that recomputes, inputs of blocks and what the head needs are parked."""
     parked = [
         memtile.plan(
             long_llama(4),

@@ -39,6 +39,9 @@ Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse a folder that holds more than the model has.")
 ]
 
+TOKENS: Final = 128
+"""Of a step, where the command line gives none."""
+
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 _NO_MODEL: Final = "is no causal language model of this transformers"
 _TOKENIZERS: Final = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")

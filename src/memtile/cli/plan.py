@@ -34,7 +34,8 @@ class PlanArguments:
         str | None, typer.Option(help="Memory to use above the imports, such as 2GiB.")
     ] = None
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens in a step, on each rank.", show_default="128")
+        int | None,
+        typer.Option(help="Tokens in a step, on each rank.", show_default=str(models.TOKENS)),
     ] = None
     longest: Annotated[
         bool, typer.Option("--longest", help="Plan the longest sequences that fit the budget.")
@@ -126,7 +127,7 @@ def _check_belonging(given: PlanArguments) -> None:
 
 
 def _tokens(given: PlanArguments) -> int:
-    return 128 if given.tokens is None else given.tokens
+    return models.TOKENS if given.tokens is None else given.tokens
 
 
 def _first_given(given: PlanArguments, names: Sequence[str]) -> str | None:

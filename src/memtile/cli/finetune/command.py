@@ -50,7 +50,7 @@ class FinetuneArguments:
         typer.Option(help="Memory to use above the imports; 2GiB where nothing is given."),
     ] = None
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100
-    tokens: Annotated[int, typer.Option(help="Tokens in a step, one sequence.")] = 128
+    tokens: Annotated[int, typer.Option(help="Tokens in a step, one sequence.")] = models.TOKENS
     no_packing: Annotated[
         bool,
         typer.Option(
