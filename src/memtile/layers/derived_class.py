@@ -17,8 +17,8 @@ class ChangedModule(nn.Module):
     whole_class: type[nn.Module]  # without this change
     change: type["ChangedModule"]
 
-    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The changed forward; `forward` is that of the class without this change."""
+    def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
+        """The changed forward; `forward` is that of the class without this change, with `self`."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -13,7 +13,7 @@ There are three ways to run the tiles:
 """
 
 from collections.abc import Callable, Sequence
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, TypeVar, cast
 
 import torch
@@ -110,7 +110,7 @@ class RowTiled(ChangedModule):
         """As of its own class, and the size of tiles."""
         return ", ".join(filter(None, [super().extra_repr(), str(self.row_tiling)]))
 
-    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
         """The results of all row tiles."""
         return self.row_tiling.run(forward, self, args, kwargs)
 
