@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2}
+MLP = "model.layers.0.mlp"
 TAKEN = {  # how many MLPs
     "GPT-2": 1,
     "GPT-NeoX": 1,
@@ -172,9 +173,9 @@ def test_inference_of_many_rows_is_tiled(calls: list[int], monkeypatch: pytest.M
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_each_tile_is_read_once_in_each_pass(checkpointing: bool):
-    """Forward and backward, and by the optimizer that steps it there; no third forward.
+    """Forward and backward, where the optimizer steps it too; in checkpoints no third forward.
 
-    As often as by the model's own forward. A step is the dense model's.
+    That is as often as by the model's own forward. The steps are the dense model's.
     """
     ours, dense = in_watched_home(checkpointing, tile_mlps=True), llama()
     theirs = in_watched_home(checkpointing, tile_mlps=False)
@@ -185,14 +186,20 @@ def test_each_tile_is_read_once_in_each_pass(checkpointing: bool):
         optimizer.step()
         optimizer.zero_grad()
 
-    times = 4 if checkpointing else 3
-    print(reads)
-    assert len(reads[0]) == 2 * 3 * 5
-    assert max(reads[0].values()) == times
-    assert sum(reads[0].values()) == sum(reads[1].values()) > (times - 1) * len(reads[0])
+    counts = [sorted(each.values()) for each in reads]
+    assert len(counts[0]) == 2 * 3 * 5
+    assert counts[0][: 12 if checkpointing else -3] == [2] * (12 if checkpointing else 27)
+    assert max(counts[0]) <= 3  # those of the turn are still in slabs
+    assert sum(counts[0]) <= sum(counts[1]) + 3
     values = dict(memtile.dense_state_dict(ours))
     for name, parameter in dense.named_parameters():
         torch.testing.assert_close(values[name], parameter, rtol=1e-4, atol=1e-6)
+    for model in (ours, theirs):
+        home_of(model).close()
+
+
+def home_of(model: Any) -> Any:
+    return allocation_of(model.get_parameter(f"{MLP}.gate_proj.linears.0.0.weight")).home
 
 
 def in_watched_home(checkpointing: bool, tile_mlps: bool) -> Any:
@@ -205,7 +212,7 @@ def count_reads(model: Any) -> dict[str, int]:
     """How often each tile of an MLP is read in a step that trains it in backward."""
     optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, mode="in_backward", **ADAMW)
     names = [name for name, _ in model.named_parameters() if ".mlp." in name]
-    home = allocation_of(model.get_parameter(names[0])).home
+    home = home_of(model)
     for name in names:
         allocation_of(model.get_parameter(name)).label = name
     for _ in range(3):  # in the first ones the order is learnt
