@@ -18,6 +18,9 @@ import memtile
 from memtile.convert import select_mlps, set_checkpointing, tiled_layers
 from memtile.homes import allocation_of
 from memtile.layers import mlp_in_tiles
+from memtile.planner.operation_count import count_step
+from memtile.planner.step_count import make_meta_copy
+from memtile.testing import peak_allocated_bytes
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 pytestmark = [
@@ -318,3 +321,31 @@ def test_wrong_inputs():
     model = memtile.tile_mlps(llama())
     with pytest.raises(memtile.errors.TileShapeError, match=r"tiled_mlp: the input is 5 wide"):
         model.model.layers[0].mlp(torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_counts_what_a_step_takes(dtype: torch.dtype):
+    """Its blocks instead of the intermediate activation, and the products that are done again."""
+    model = llama(intermediate_size=4096, num_hidden_layers=1).to(dtype).train()
+    ids = torch.randint(211, (4, 256), generator=torch.Generator().manual_seed(1))
+
+    def work(model: Any) -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        return loss
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    counted = {}
+    for on in (False, True):
+        meta = memtile.tile_mlps(make_meta_copy(memtile.tile_mlps(model)), on)
+        counted[on] = count_step(meta, work, drops_gradients=True, goes_home=True)
+    work(model).backward()
+    model.zero_grad()
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in model.parameters()]
+    peak = peak_allocated_bytes(lambda: work(model).backward())
+
+    assert counted[True].peak_bytes == peak < 0.5 * counted[False].peak_bytes
+    assert counted[True].flops - counted[False].flops == 2 * 2 * ids.numel() * 64 * 4096
+    for hook in hooks:
+        hook.remove()
