@@ -19,6 +19,7 @@ from memtile.convert import (
     save_checkpoint,
     save_training,
     tile,
+    tile_mlps,
     untile,
 )
 from memtile.engines import register_engines
@@ -68,6 +69,7 @@ __all__ = [
     "save_training",
     "split_tensor_along_last_dim",
     "tile",
+    "tile_mlps",
     "tile_rows",
     "tiled_mlp",
     "token_log_probabilities",

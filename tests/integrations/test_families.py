@@ -13,13 +13,12 @@ import families
 import pytest
 import torch
 import transformers
+from family_steps import BATCH, TOKENS, batch_of, loss_and_result
 from given_rates import RATES
 from safetensors.torch import load_file
 from safetensors_files import same_tensors
-from torch import Tensor
 
 import memtile
-from memtile.integrations.step_inputs import StepInputs, is_known
 from memtile.layers import DeferredLogits, TiledModule, deferred_logits
 
 transformers.utils.logging.disable_progress_bar()
@@ -28,7 +27,6 @@ transformers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::memtile.errors.TileSizeWarning")
 PAGE = Path(__file__).parent.parent.parent / "docs" / "families.md"
 LARGEST = 1100  # bytes of a tile: nearly every weight of these models is cut, often raggedly
-TOKENS, BATCH = 24, 2
 # No linear and no embedding of words: convolutions, positions, biases, heads that pool an image,
 # DeepSeek-V4's products in groups and weights of its residual streams.
 STAYS = re.compile(
@@ -67,27 +65,6 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("family")
     dense.save_pretrained(folder)
     return Family(request.param, dense, folder, batch_of(dense))
-
-
-def batch_of(model: Any) -> dict[str, Any]:
-    """What a plan counts a step of, with random values where it has shapes alone."""
-    assert is_known(model)
-    step = StepInputs(model, TOKENS, BATCH)
-    made = step.inputs()
-    generator = torch.Generator().manual_seed(1)
-    random = {
-        name: torch.randn(value.shape, generator=generator)
-        for name, value in made.items()
-        if value.is_floating_point()
-    }
-    return {**made, **step.learning(made), **random}
-
-
-def loss_and_result(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The loss of the head, or of the first output, and the first output that is no loss."""
-    found = model(**batch)
-    tensors = [value for value in found.values() if isinstance(value, Tensor) and value.dim()]
-    return found["loss"] if "loss" in found else tensors[0].square().mean(), tensors[0]
 
 
 def test_is_tiled(family: Family) -> None:

@@ -25,12 +25,14 @@ STEPS = len(ROWS)
 
 
 class Stack(nn.Module):
-    """Two MLPs, each over row tiles, with a linear between them."""
+    """Two MLPs, each over row tiles, and between them one without its intermediate activation."""
 
     def __init__(self, tiled: bool, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.first, self.middle, self.last = Mlp(), nn.Linear(13, 13), Mlp()
+        self.first, self.last = Mlp(), Mlp()
+        self.middle = nn.Sequential(nn.Linear(13, 29), nn.GELU(), nn.Linear(29, 13))
         if tiled:
+            memtile.tile_mlps(self.middle)
             memtile.tile_rows(self.first, rows=2)
             memtile.tile_rows(self.last, rows=2)
         self.to(dtype)

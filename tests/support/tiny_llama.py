@@ -29,7 +29,7 @@ def llama(tied: bool = True, **config: Any) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    made = transformers.LlamaConfig(**sizes, tie_word_embeddings=tied, **config)
+    made = transformers.LlamaConfig(**{**sizes, **config}, tie_word_embeddings=tied)
     return transformers.LlamaForCausalLM(made)
 
 

@@ -178,3 +178,26 @@ def test_what_was_read_for_one_iteration_is_not_used_in_the_next(make_ring):
             tiles[0].tensor().fill_(value)
 
             assert path(ring, tiles)[0] == value
+
+
+def test_a_tile_is_found_in_the_group_that_it_was_read_with(make_ring):
+    """It is not read again; what is written there is what all later requests see."""
+    home = WatchedHome()
+    (first, second, third), ring = home.tiles(3), make_ring()
+    with ring.acquire((first, second, third)):
+        pass
+    home.clear()
+
+    with ring.acquire((second,), written=True, ahead=()) as lease:
+        lease.tensors[0].fill_(7)
+        lease.store()
+    with ring.acquire((second, third)) as lease:
+        found = [float(tensor[0]) for tensor in lease.tensors]
+    ring.flush()
+
+    assert found == [7, 2]
+    assert home.labels() == []
+    assert home.labels("write") == ["1"]
+    assert [float(tile.tensor()[0]) for tile in (first, second, third)] == [0, 7, 2]
+    with ring.acquire((second,)) as lease:
+        assert float(lease.tensors[0][0]) == 7

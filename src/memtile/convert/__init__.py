@@ -32,6 +32,7 @@ from memtile.convert.select import Cut, TilingDecision, choose, select_linears
 from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.streaming import TensorSource
 from memtile.convert.tiling import replace_chosen, tile
+from memtile.convert.tiling_mlps import MlpDecision, select_mlps, tile_mlps
 from memtile.convert.training import has_training, resume_training, save_training
 from memtile.convert.untiling import cannot_be_dense, untile
 
@@ -42,6 +43,7 @@ __all__ = [
     "Integration",
     "Kind",
     "Latest",
+    "MlpDecision",
     "Naming",
     "Outward",
     "Renamed",
@@ -81,10 +83,12 @@ __all__ = [
     "save_checkpoint",
     "save_training",
     "select_linears",
+    "select_mlps",
     "set_checkpointing",
     "set_deferring_of",
     "take_workspace",
     "tile",
+    "tile_mlps",
     "tileable",
     "tileables",
     "tiled_layers",

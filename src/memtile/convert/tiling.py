@@ -30,6 +30,7 @@ from memtile.convert.planned import (
 )
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Cut, TilingDecision, choose
+from memtile.convert.tiling_mlps import cut_for_mlps, put_mlps_in_tiles
 from memtile.costmodel import Plan, RankPlan
 from memtile.errors import (
     ArgumentError,
@@ -63,6 +64,7 @@ def tile(
     checkpoint: Paths | None = None,
     strict: bool = False,
     return_freed_memory: bool | None = None,
+    tile_mlps: bool = False,
 ) -> Model:
     """Cut the linears, embeddings and stacks of experts of a model into tiles, in place.
 
@@ -95,13 +97,16 @@ def tile(
         return_freed_memory: whether the process gives freed memory back to the system at once from
             now on, as a plan's numbers suppose: a setting of glibc's malloc, logged, which costs
             page faults. None: with what `memtile.plan` gave. False: the peak may be more.
+        tile_mlps: compute the MLPs without their intermediate activation (`memtile.tile_mlps`), and
+            cut their layers alike along it.
 
     Returns:
         The same model.
 
     Raises:
         ArgumentError: no size or a wrong one is given, sizes beside a plan, a name is no module of
-            the model, or a checkpoint is given for a model that has values.
+            the model, a checkpoint is given for a model that has values, or MLPs are to be tiled
+            and there are none.
         CannotTileError: an engine has sharded the model, the model is itself a linear, a module in
             `modules` cannot be tiled, out_splits and in_splits fit no module at all, or the plan is
             of another model.
@@ -126,9 +131,11 @@ def tile(
     if plan is None:
         cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
         decisions = _checked_decisions(model, cut, modules)
+        decisions = cut_for_mlps(model, decisions, cut) if tile_mlps else decisions
     else:
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
-        check_alone(plan, {**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules})
+        given = {**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules}
+        check_alone(plan, {**given, "tile_mlps": "True" if tile_mlps else None})
         decisions = planned_decisions(model, plan)
         home = planned_home(model, plan, home)
     if plan is not None or (home is not None and modules is None):
@@ -146,6 +153,8 @@ def tile(
         share_budget(model, own)
     if not isinstance(plan, RankPlan):  # which counts logits
         set_deferring_of(model, True)
+    if tile_mlps:
+        put_mlps_in_tiles(model)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, decisions)
     if plan is not None and plan.optimizer is not None:

@@ -19,6 +19,7 @@ from memtile.layers import (
     TiledStack,
     class_of,
     is_plain,
+    take_out_of_tiles,
     untile_rows,
 )
 from memtile.transfer import unwatch_model
@@ -34,7 +35,8 @@ def untile(model: Model) -> Model:
 
     Values are bit-identical; ties, frozen parameters, mode, dtype, device, gradients stay. Each
     tiled layer is freed before the next dense one is made. Modules that run over row tiles
-    (`tile_rows`) run as a whole again.
+    (`tile_rows`) run as a whole again, and
+    so do MLPs (`tile_mlps`).
 
     Raises:
         ArgumentError: the model is no module.
@@ -60,6 +62,7 @@ def untile(model: Model) -> Model:
         replaced = _replace_all(model, ids)
     for module in model.modules():
         untile_rows(module)
+        take_out_of_tiles(module)
     set_deferring_of(model, False)
     unwatch_model(model)
     replaced.warn(model, stacklevel=2)

@@ -38,6 +38,7 @@ from memtile.layers import TiledEmbedding, TiledLinear, TiledModule
 class TiledConv1D(TiledLinear):
     """The tiled form of transformers' `Conv1D`, a linear that keeps its weight as (in, out)."""
 
+    acts_as: ClassVar[type[nn.Module]] = TiledLinear
     weight_is_transposed: ClassVar[bool] = True
 
     @property
@@ -64,6 +65,8 @@ class TiledConv1D(TiledLinear):
 
 class TiledFalconLinear(TiledLinear):
     """The tiled form of `FalconLinear`, an `nn.Linear` that adds its bias after the product."""
+
+    acts_as: ClassVar[type[nn.Module]] = TiledLinear
 
     def to_dense(self, weight: nn.Parameter | None = None) -> nn.Module:
         """The dense `FalconLinear`, with `weight` where it is tied."""

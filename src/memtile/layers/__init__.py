@@ -10,6 +10,13 @@ from memtile.layers.linear_cross_entropy import (
     linear_cross_entropy,
     token_log_probabilities,
 )
+from memtile.layers.mlp_in_tiles import (
+    MlpInTiles,
+    checked_structure,
+    put_in_tiles,
+    take_out_of_tiles,
+)
+from memtile.layers.mlp_structure import MlpStructure, NoMlpError
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.row_tiles import RowTiled, tile_rows, untile_rows
@@ -17,7 +24,7 @@ from memtile.layers.stack_owner import StackOwner
 from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
-from memtile.layers.tiled_mlp import TiledMLP, tiled_mlp
+from memtile.layers.tiled_mlp import TiledMLP, check_layers, tiled_mlp
 from memtile.layers.tiled_module import TiledModule, watch_tiles
 from memtile.layers.tiled_stack import TiledStack
 from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gatherer, whole_shape
@@ -28,6 +35,9 @@ __all__ = [
     "DeferringHead",
     "DenseHandle",
     "LinearCrossEntropy",
+    "MlpInTiles",
+    "MlpStructure",
+    "NoMlpError",
     "ParkedEmbedding",
     "ParkedLinear",
     "ParkedModule",
@@ -44,13 +54,17 @@ __all__ = [
     "TokenLogProbabilities",
     "agree_on_calls",
     "called_experts",
+    "check_layers",
+    "checked_structure",
     "class_of",
     "gathered",
     "is_plain",
     "is_shard",
     "linear_cross_entropy",
+    "put_in_tiles",
     "register_gatherer",
     "set_deferring",
+    "take_out_of_tiles",
     "tile_rows",
     "tiled_mlp",
     "token_log_probabilities",

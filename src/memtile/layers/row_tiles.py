@@ -13,7 +13,7 @@ There are three ways to run the tiles:
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, update_wrapper, wraps
+from functools import partial, update_wrapper
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +26,7 @@ from memtile.costmodel.byte_sizes import format_byte_size
 from memtile.errors import ArgumentError, RowTilesError, check_whole_number
 from memtile.geometry import partition_uniform, spans_of
 from memtile.layers.bound_call import BoundCall
+from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
 from memtile.layers.values import groups_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,57 +90,29 @@ def tile_rows(
             "script, so that its class cannot say how it is called; call tile_rows before what "
             "put it there"
         )
-    if not isinstance(module, RowTiled):
-        module.__class__ = _row_tiled(type(module))
+    apply_change(module, RowTiled)
     module.__dict__["row_tiling"] = tiling
     return module_or_function
 
 
 def untile_rows(module: nn.Module) -> None:
     """Undo `tile_rows` of a module."""
-    if isinstance(module, RowTiled):
-        module.__class__ = module.whole_class  # type: ignore[assignment]  # no longer a RowTiled
+    if undo_change(module, RowTiled):
         del module.__dict__["row_tiling"]
 
 
-class RowTiled(nn.Module):
+class RowTiled(ChangedModule):
     """A module that runs over row tiles: its class is derived from this and from its own."""
 
     row_tiling: "RowTiling"
-    whole_class: type[nn.Module]
 
     def extra_repr(self) -> str:
         """As of its own class, and the size of tiles."""
         return ", ".join(filter(None, [super().extra_repr(), str(self.row_tiling)]))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        given: Any = super().__reduce_ex__(protocol)  # typed as str | tuple of any length
-        make, arguments, *rest = given
-        known = tuple(self.whole_class if a is type(self) else a for a in arguments)
-        return _remake, (make, *known), *rest
-
-
-def _remake(make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """What pickle and deepcopy make: the classes of `_row_tiled` have no place to import from."""
-    module = make(*arguments)
-    module.__class__ = _row_tiled(type(module))
-    return module
-
-
-_classes: dict[type[nn.Module], type[RowTiled]] = {}
-
-
-def _row_tiled(cls: type[nn.Module]) -> type[RowTiled]:
-    """The class of modules of this class that run over row tiles: always the same one."""
-
-    @wraps(cls.forward)
-    def forward(self: RowTiled, *args: Any, **kwargs: Any) -> Any:
-        return self.row_tiling.run(partial(cls.forward, self), self, args, kwargs)
-
-    if cls not in _classes:
-        body = {"forward": forward, "whole_class": cls, "__module__": cls.__module__}
-        _classes[cls] = type(f"RowTiled{cls.__name__}", (RowTiled, cls), body)
-    return _classes[cls]
+    def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
+        """The results of all row tiles."""
+        return self.row_tiling.run(forward, self, args, kwargs)
 
 
 class _RowTiledFunction:

@@ -96,6 +96,11 @@ def tiled_mlp(
     return _call(input, layers, options)
 
 
+def check_layers(gate: Layer | None, up: Layer, down: Layer) -> None:
+    """Raise TileShapeError where `tiled_mlp` cannot take these layers together."""
+    _Layers(gate, up, down).check()
+
+
 class TiledMLP(nn.Module):
     """A gated or plain MLP as one module, whose intermediate activation never exists.
 

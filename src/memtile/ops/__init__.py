@@ -25,6 +25,7 @@ from memtile.ops.logit_tiles import (
     tile_logit_sums,
 )
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
+from memtile.ops.mlp import BLOCK as MLP_BLOCK
 from memtile.ops.mlp import MlpSpec, MlpTile, plain_mlp_tile
 from memtile.ops.mlp_chain import mlp_of_tiles
 from memtile.ops.parked import (
@@ -41,6 +42,7 @@ from memtile.ops.row_tiles import row_tiles
 
 __all__ = [
     "LOGIT_ELEMENTS",
+    "MLP_BLOCK",
     "FusedSpec",
     "Groups",
     "LiveBytes",

@@ -38,9 +38,12 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def strips_of(block: Tensor) -> Iterator[Span]:
-    """Rows of a block that stay in a CPU's cache together; elsewhere all of them."""
-    rows = max(1, len(block))
-    size = max(1, BLOCK_ELEMENTS // max(1, block.shape[1])) if block.is_cpu else rows
+    """Rows of a block that stay in a CPU's cache together; elsewhere all of them.
+
+    On the meta device as on the CPU, of which the planner counts a step there.
+    """
+    rows, on_cpu = max(1, len(block)), block.is_cpu or block.is_meta
+    size = max(1, BLOCK_ELEMENTS // max(1, block.shape[1])) if on_cpu else rows
     yield from spans_of_size(len(block), size)
 
 
@@ -95,7 +98,7 @@ def add_product(
         sum_of_products(total, [(a, b)], 1)
     elif same and min(total.shape) >= NARROW_SIDE and total.is_contiguous():
         torch.addmm(total, a, b, out=total)
-    elif total.is_cpu and not same and a.is_contiguous():
+    elif (total.is_cpu or total.is_meta) and not same and a.is_contiguous():
         # in parts, of which the 16-bit product stays in the cache
         rows = max(1, 4 * BLOCK_ELEMENTS // max(1, total.shape[1]))
         for some_total, some_a in zip(total.split(rows), a.split(rows), strict=True):

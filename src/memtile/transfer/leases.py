@@ -33,9 +33,9 @@ class SlabLease(Lease):
     ) -> None:
         self._write_home, self._slabs = write_home, slabs
         self._places = [
-            (slab, number, allocation)
+            (slab, slab.number_of(allocation), allocation)
             for slab, group in zip(slabs, groups, strict=True)
-            for number, allocation in enumerate(group)
+            for allocation in group
         ]
         self.tensors = [slab.tensors[number] for slab, number, _ in self._places]
 

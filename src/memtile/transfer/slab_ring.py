@@ -315,8 +315,9 @@ class SlabRing:
                 self._depth -= 1
 
     def _holding(self, key: Key) -> Slab | None:
+        """The slab that holds the group, alone or among others that were read with it."""
         for slab in self._slabs:
-            if slab.key == key and not slab.is_stale and not slab.failed_to_read:
+            if slab.holds(key) and not slab.is_stale and not slab.failed_to_read:
                 return slab
         return None
 

@@ -66,6 +66,15 @@ class Slab:
             return Holder.READERS
         return Holder.NOBODY if self.key is None else Holder.IDLE
 
+    def holds(self, key: Key) -> bool:
+        """Whether all of a group are in it, perhaps among others."""
+        return self.key is not None and (self.key == key or set(key) <= set(self.key))
+
+    def number_of(self, allocation: Allocation) -> int:
+        """Which of its tensors is that of an allocation that it holds."""
+        assert self.key is not None
+        return self.key.index(weakref.ref(allocation))
+
     @property
     def is_unwritten(self) -> bool:
         """Whether it holds what its home does not have yet."""

@@ -1,0 +1,226 @@
+"""`tile_mlps`: the MLPs of a model are computed without their intermediate activation, in place."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from memtile.convert.kinds import kind_of, tileable
+from memtile.convert.select import Cut, TilingDecision
+from memtile.errors import ArgumentError, TileShapeError
+from memtile.geometry import Grid
+from memtile.layers import (
+    MlpInTiles,
+    MlpStructure,
+    NoMlpError,
+    TiledLinear,
+    TiledModule,
+    check_layers,
+    checked_structure,
+    put_in_tiles,
+    take_out_of_tiles,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MlpDecision:
+    """Whether one module is an MLP that `tile_mlps` takes.
+
+    Args:
+        name: the module's name in the model.
+        taken: whether it is.
+        reason: what it is, or why it is not taken.
+    """
+
+    name: str
+    taken: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'yes' if self.taken else 'no ':3} {self.name}: {self.reason}"
+
+
+def tile_mlps(model: Model, on: bool = True) -> Model:
+    """Compute the MLPs of a model without their intermediate activation from now on (`tiled_mlp`).
+
+    An MLP is told by what its forward does, and not by its name: gate and up, or up alone, of its
+    one input, an element-wise activation, a product, dropout, down. Names, parameters, state dicts
+    and classes are as they were, adapters (LoRA) may be around its linears, before or after. Where
+    a call cannot be tiled (hooks on its linears, `torch.compile`), the module's own forward runs;
+    so it does in inference where the intermediate activation is small, at most 1 Mi elements.
+
+    Linears in tiles must be cut along the intermediate dimension: `tile(model, …, tile_mlps=True)`
+    cuts them so. `memtile.convert.select_mlps` lists which are taken, and why not the others.
+
+    Args:
+        model: or an MLP itself.
+        on: False: each module's own forward again, as `untile` does too.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ArgumentError: it has no MLP that can be taken.
+
+    Examples:
+        >>> mlp = memtile.tile_mlps(
+        ...     nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        ... )
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    if not on:
+        for module in model.modules():
+            take_out_of_tiles(module)
+    elif not put_mlps_in_tiles(model):
+        raise ArgumentError(why_no_mlp(model))
+    return model
+
+
+def select_mlps(model: nn.Module) -> list[MlpDecision]:
+    """What `tile_mlps` would do to each module that has linears of its own, with the reasons."""
+    return [each.decision for each in _candidates(model)]
+
+
+def put_mlps_in_tiles(model: nn.Module) -> bool:
+    """Compute those that can be by `tiled_mlp`; whether there are any."""
+    taken = [each for each in _candidates(model) if each.decision.taken]
+    for each in taken:
+        put_in_tiles(each.module, each.sizes)
+    return bool(taken)
+
+
+def why_no_mlp(model: nn.Module) -> str:
+    """What to say where no MLP can be taken."""
+    refused = select_mlps(model)
+    first = f" ({refused[0].name}: {refused[0].reason})" if refused else ""
+    return (
+        f"{type(model).__name__} has no MLP that can be computed by tiles{first}; "
+        "memtile.convert.select_mlps(model) gives the reason for each module"
+    )
+
+
+def cut_for_mlps(
+    model: nn.Module, decisions: Sequence[TilingDecision], cut: Cut
+) -> list[TilingDecision]:
+    """The same decisions, the layers of each MLP cut alike along its intermediate dimension.
+
+    Raises:
+        ArgumentError: the model has no MLP, or all linears are to be cut over columns.
+    """
+    if cut.in_splits > 1:
+        raise ArgumentError(
+            f"tile_mlps=True with in_splits={cut.in_splits}: layers of an MLP are cut along its "
+            "intermediate dimension only; give out_splits=… or max_tile_bytes=…"
+        )
+    mlps = [each for each in _candidates(model) if each.structure is not None]
+    if not mlps:
+        raise ArgumentError(why_no_mlp(model))
+    found = {decision.name: decision for decision in decisions}
+    for each in mlps:
+        assert each.structure is not None
+        *inner, down = (each.path(name) for name in each.structure[:3] if name)
+        own = [found[name] for name in (*inner, down) if name in found]
+        if len(own) <= len(inner) or not all(d.tiled and d.grid and not d.ties for d in own):
+            continue  # one of them stays whole, or is cut as others are
+        splits = _splits(own, cut, tileable(model, down).weight.element_size())
+        for name in inner if splits else ():
+            grid = Grid.uniform(*found[name].shape, splits, 1)
+            found[name] = replace(found[name], grid=grid)
+        if splits:
+            found[down] = replace(found[down], grid=Grid.uniform(*found[down].shape, 1, splits))
+    return list(found.values())
+
+
+def _splits(layers: Sequence[TilingDecision], cut: Cut, element_bytes: int) -> int:
+    """Into how many parts the intermediate dimension is cut; 0: a feature of it is too long."""
+    if cut.max_tile_bytes is None:
+        return cut.out_splits or 1
+    inner, width = layers[0].shape
+    features = cut.max_tile_bytes // (element_bytes * max(width, layers[-1].shape[0]))
+    return -(-inner // features) if features else 0
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A module with linears of its own, and what is known of it."""
+
+    module: nn.Module
+    sizes: dict[str, int]  # the features that each of its linears gives, by its name
+    structure: MlpStructure | None
+    decision: MlpDecision
+
+    def path(self, name: str) -> str:
+        """The name in the model of one of its linears, inside adapters."""
+        base = "".join(".base_layer" for _ in _wrappers(self.module._modules[name]))
+        prefix = f"{self.decision.name}." if self.decision.name else ""
+        return f"{prefix}{name}{base}"
+
+
+def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        shapes = {own: s for own, child in module._modules.items() if (s := _shape(child))}
+        if isinstance(module, TiledModule) or _shape(module):
+            inside = (*inside, f"{name}." if name else "")
+        elif shapes and type(module).forward is not nn.Module.forward:
+            yield _candidate(name, module, shapes)
+
+
+def _candidate(name: str, module: nn.Module, shapes: dict[str, tuple[int, int]]) -> _Candidate:
+    sizes = {own: out for own, (out, _) in shapes.items()}
+    structure = None
+    try:
+        structure = _structure(module, shapes, sizes)
+        check_layers(*(own and module._modules[own] for own in structure[:3]))  # type: ignore[arg-type]  # modules or None
+    except (NoMlpError, TileShapeError) as error:
+        return _Candidate(module, sizes, structure, MlpDecision(name, False, str(error)))
+    kind = "a plain MLP" if structure.gate is None else "a gated MLP"
+    return _Candidate(module, sizes, structure, MlpDecision(name, True, kind))
+
+
+def _structure(
+    module: nn.Module, shapes: dict[str, tuple[int, int]], sizes: dict[str, int]
+) -> MlpStructure:
+    if len(shapes) not in (2, 3):
+        raise NoMlpError(f"an MLP has two or three linears of its own, and it has {len(shapes)}")
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        raise NoMlpError("it has a forward of its own on the instance, or is a script")
+    for own, child in module.named_children():
+        if own not in sizes and any(True for _ in child.parameters()):
+            raise NoMlpError(f"it has {own!r} with parameters besides its linears")
+    cls: type[nn.Module] = module.whole_class if isinstance(module, MlpInTiles) else type(module)
+    try:
+        inspect.signature(cls.forward).bind(module, None)
+    except TypeError as error:
+        raise NoMlpError(f"its forward does not take one input: {error}") from error
+    dtype = next(each.dtype for each in module.parameters())
+    x = torch.empty(1, 1, next(iter(shapes.values()))[1], dtype=dtype, device="meta")
+    return checked_structure(module, cls.forward, sizes, x)
+
+
+def _shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """(out, in) of a linear, tiled or with adapters around it; None for others."""
+    for inner in _wrappers(module):
+        module = inner
+    if module is None or isinstance(module, TiledLinear):
+        return None if module is None else (module.out_features, module.in_features)
+    kind = kind_of(module)
+    is_linear = kind is not None and issubclass(kind.tiled, TiledLinear) and kind.matches(module)
+    return kind.shape(module) if kind is not None and is_linear else None
+
+
+def _wrappers(module: nn.Module | None) -> Iterator[nn.Module]:
+    """What adapters (PEFT) have as their base, from the outermost inwards."""
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        yield base
+        module = base

@@ -1,0 +1,101 @@
+"""MLPs of a model that `tiled_mlp` computes: changed in place, their layers stay where they are.
+
+At each call the module's own forward is run on shapes (`mlp_structure`), so what the module is now
+is what is computed: another activation or dropout, evaluation mode, adapters around its linears.
+Where it is no MLP any more, its own forward runs.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from memtile import ops
+from memtile.errors import TileShapeError
+from memtile.layers import checks
+from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
+from memtile.layers.mlp_structure import (
+    MlpStructure,
+    NoMlpError,
+    Steps,
+    check_elementwise,
+    structure_of,
+)
+from memtile.layers.tiled_mlp import check_layers, tiled_mlp
+from memtile.layers.values import is_shard
+
+# A block: in inference, so large an intermediate activation is computed whole.
+FEWEST_ELEMENTS: Final = ops.MLP_BLOCK
+_elementwise: Final = deque[Steps](maxlen=16)  # the last that were checked
+
+
+class MlpInTiles(ChangedModule):
+    """An MLP in a model, whose intermediate activation does not exist."""
+
+    mlp_sizes: dict[str, int]  # the features that each of its linears gives, by its name
+
+    def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
+        """By `tiled_mlp`, or by the module's own forward where that does anything else."""
+        x, *others = (*args, *kwargs.values()) or (None,)
+        structure = None if others else self._structure(forward, x)
+        if structure is None:
+            return forward(*args, **kwargs)
+        y = tiled_mlp(
+            x,
+            *self._layers(structure),
+            activation=structure.activation,
+            dropout=structure.dropout,
+        )
+        return structure.after(y)
+
+    def _structure(self, forward: partial[Any], x: Any) -> MlpStructure | None:
+        """That of this call; None where its own forward is called."""
+        if not self._takes(x):
+            return None
+        try:
+            found = checked_structure(self, forward.func, self.mlp_sizes, x)
+            check_layers(*self._layers(found))
+        except (NoMlpError, TileShapeError):  # the second: untiled since, or cut otherwise
+            return None
+        return found
+
+    def _takes(self, x: Any) -> bool:
+        if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():
+            return False
+        elements = x[..., 0].numel() * max(self.mlp_sizes.values())
+        if elements <= FEWEST_ELEMENTS and not torch.is_grad_enabled():
+            return False
+        hooked = checks.hooked_globally() or any(map(checks.has_hooks, self.children()))
+        return not hooked and not any(map(is_shard, self.parameters()))
+
+    def _layers(self, structure: MlpStructure) -> tuple[Any, Any, Any]:
+        gate, up, down = (name and self._modules[name] for name in structure[:3])
+        return gate, up, down
+
+
+def checked_structure(
+    module: nn.Module, forward: Any, sizes: Mapping[str, int], x: Tensor
+) -> MlpStructure:
+    """`structure_of`; NoMlpError also where the activation is not element-wise."""
+    found = structure_of(module, forward, sizes, x)
+    if found.activation not in _elementwise:
+        check_elementwise(found.activation)
+        _elementwise.append(found.activation)
+    return found
+
+
+def put_in_tiles(module: nn.Module, sizes: Mapping[str, int]) -> None:
+    """Have `tiled_mlp` compute the module."""
+    apply_change(module, MlpInTiles)
+    module.__dict__["mlp_sizes"] = dict(sizes)
+
+
+def take_out_of_tiles(module: nn.Module) -> bool:
+    """Have the module's own forward compute it again; False where it did already."""
+    undone = undo_change(module, MlpInTiles)
+    if undone:
+        del module.__dict__["mlp_sizes"]
+    return undone
