@@ -11,7 +11,7 @@ from small_experts import EXPERTS, experts_model, tokens
 import memtile
 from memtile.convert import Cut, choose
 from memtile.costmodel.model_records import Weight
-from memtile.costmodel.search import tile_grid
+from memtile.costmodel.tile_grids import tile_grid
 from memtile.errors import TileSizeWarning
 from memtile.planner.operation_count import count_step, live_peak
 from memtile.planner.step_count import _park, make_meta_copy

@@ -32,7 +32,14 @@ from memtile.convert.select import Cut, TilingDecision, choose, select_linears
 from memtile.convert.sharded import ShardedCheckpoints, register_sharded
 from memtile.convert.streaming import TensorSource
 from memtile.convert.tiling import replace_chosen, tile
-from memtile.convert.tiling_mlps import MlpDecision, select_mlps, tile_mlps
+from memtile.convert.tiling_mlps import (
+    MlpDecision,
+    mlp_layers,
+    put_mlps_in_tiles,
+    select_mlps,
+    tile_mlps,
+    why_no_mlp,
+)
 from memtile.convert.training import has_training, resume_training, save_training
 from memtile.convert.untiling import cannot_be_dense, untile
 
@@ -71,9 +78,11 @@ __all__ = [
     "integrations",
     "kind_of",
     "load_checkpoint",
+    "mlp_layers",
     "multiply",
     "naming_of",
     "persistent_buffers",
+    "put_mlps_in_tiles",
     "register_integration",
     "register_sharded",
     "replace_chosen",
@@ -93,4 +102,5 @@ __all__ = [
     "tileables",
     "tiled_layers",
     "untile",
+    "why_no_mlp",
 ]

@@ -153,7 +153,7 @@ def tile(
         share_budget(model, own)
     if not isinstance(plan, RankPlan):  # which counts logits
         set_deferring_of(model, True)
-    if tile_mlps:
+    if tile_mlps or (own is not None and own.tiles_mlps):
         put_mlps_in_tiles(model)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, decisions)

@@ -10,6 +10,7 @@ from torch import nn
 
 from memtile.convert.kinds import kind_of, tileable
 from memtile.convert.select import Cut, TilingDecision
+from memtile.costmodel.model_records import Mlp
 from memtile.errors import ArgumentError, TileShapeError
 from memtile.geometry import Grid
 from memtile.layers import (
@@ -118,13 +119,11 @@ def cut_for_mlps(
             f"tile_mlps=True with in_splits={cut.in_splits}: layers of an MLP are cut along its "
             "intermediate dimension only; give out_splits=… or max_tile_bytes=…"
         )
-    mlps = [each for each in _candidates(model) if each.structure is not None]
+    mlps = mlp_layers(model)
     if not mlps:
         raise ArgumentError(why_no_mlp(model))
     found = {decision.name: decision for decision in decisions}
-    for each in mlps:
-        assert each.structure is not None
-        *inner, down = (each.path(name) for name in each.structure[:3] if name)
+    for inner, down in mlps:
         own = [found[name] for name in (*inner, down) if name in found]
         if len(own) <= len(inner) or not all(d.tiled and d.grid and not d.ties for d in own):
             continue  # one of them stays whole, or is cut as others are
@@ -137,13 +136,23 @@ def cut_for_mlps(
     return list(found.values())
 
 
+def mlp_layers(model: nn.Module) -> list[Mlp]:
+    """The linears of each MLP that is known, however they are cut."""
+    found = []
+    for each in _candidates(model):
+        if each.structure is not None:
+            *inner, down = (each.path(name) for name in each.structure[:3] if name)
+            found.append(Mlp(tuple(inner), down))
+    return found
+
+
 def _splits(layers: Sequence[TilingDecision], cut: Cut, element_bytes: int) -> int:
     """Into how many parts the intermediate dimension is cut; 0: a feature of it is too long."""
     if cut.max_tile_bytes is None:
         return cut.out_splits or 1
     inner, width = layers[0].shape
-    features = cut.max_tile_bytes // (element_bytes * max(width, layers[-1].shape[0]))
-    return -(-inner // features) if features else 0
+    width, elements = max(width, layers[-1].shape[0]), cut.max_tile_bytes // element_bytes
+    return 0 if elements < width else Grid.splits_of_mlp(inner, width, elements)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,14 @@ class Activations(NamedTuple):
 
     recomputed: bool  # by gradient checkpointing
     parked: bool = False  # those that are kept live in the home
+    mlps_in_tiles: bool = False  # those inside of MLPs are never whole (`memtile.tile_mlps`)
+
+
+class Mlp(NamedTuple):
+    """The names of the linears of an MLP, which are cut alike along its intermediate dimension."""
+
+    inner: tuple[str, ...]  # gate and up, or up
+    down: str
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Plan(JsonRecord):
         device: what does the work: "cpu".
         checkpointing: whether the model recomputes activations in backward.
         parks_activations: whether those that it keeps for backward live in the home too.
+        tiles_mlps: whether MLPs are computed without their intermediate activation.
         budget: what was allowed.
         terms: the predicted peak, term by term.
         read_bytes: read from the home in a step.
@@ -69,6 +70,7 @@ class Plan(JsonRecord):
     device: str
     checkpointing: bool
     parks_activations: bool
+    tiles_mlps: bool
     budget: Budget
     terms: tuple[Term, ...]
     read_bytes: int
@@ -143,6 +145,7 @@ class Plan(JsonRecord):
         if self.parked_layers:
             where = f"{self.tiles} tiles of {len(self.parked_layers)} layers {_at(self.home)}"
         kept = ", gradient checkpointing" if self.checkpointing else ""
+        kept += ", MLPs in tiles" if self.tiles_mlps else ""
         kept += f", activations {_at(self.home)}" if self.parks_activations else ""
         return (
             f"{self.model}, {self.tokens} tokens, {work}: {where}{kept}; predicted peak "

@@ -21,8 +21,8 @@ from memtile.costmodel.rank_memory import (
     moments,
     peak_moment,
 )
-from memtile.costmodel.search import tile_grid, tile_grids
 from memtile.costmodel.shards import LooseModule, ShardedLayer, Sharding, Uses
+from memtile.costmodel.tile_grids import tile_grid, tile_grids
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
 

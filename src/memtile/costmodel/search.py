@@ -10,12 +10,20 @@ nothing does.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Final
 
 from memtile.costmodel.budget import Budget, needed, usable
 from memtile.costmodel.byte_sizes import format_byte_size
 from memtile.costmodel.memory_model import Setting, home_bytes, terms
-from memtile.costmodel.model_records import Activations, Counted, ParkedLayout, Products, Weight
+from memtile.costmodel.model_records import (
+    Activations,
+    Counted,
+    Mlp,
+    ParkedLayout,
+    Products,
+    Weight,
+)
 from memtile.costmodel.plan_parts import (
     KEPT_EXPERTS,
     KEPT_PAGES,
@@ -27,11 +35,11 @@ from memtile.costmodel.plan_parts import (
     largest_terms,
     sorted_terms,
 )
+from memtile.costmodel.tile_grids import tile_grids
 from memtile.costmodel.time_model import Moved, floors, moved
 from memtile.errors import BudgetError
 from memtile.geometry import Grid
 
-_SMALLEST_TILE: Final = 64 << 10  # bytes; smaller tiles are mostly overhead
 _TRIES: Final = 8
 
 Count = Callable[[ParkedLayout, Activations], Counted]
@@ -75,6 +83,10 @@ class Search:
     budget: Budget
     cached: Callable[[int], bool]  # whether a home of so many bytes is in the page cache
     maps: bool = False  # whether tiles are worked on there
+    mlps: Sequence[Mlp] = ()  # those that tiles can compute
+    _known_cuts: dict[tuple[Mlp, ...], list[dict[str, Grid]]] = field(
+        default_factory=dict, init=False
+    )
     _known: dict[tuple[Activations, tuple[tuple[str, Grid], ...]], Found] = field(
         default_factory=dict, init=False
     )
@@ -82,14 +94,18 @@ class Search:
     def best(self, choices: Sequence[Activations]) -> Found:
         """The fastest of the layouts with the fewest tiles, one for each of these choices.
 
-        Those that park activations are tried where nothing else fits. Of these the one that
-        recomputes is the first: it writes a tenth, and takes no longer (docs/park-activations.md).
+        Those with MLPs in tiles, and those that park activations, are tried in turn where nothing
+        else fits, with recomputation if there is one: their times are less certain, and alone they
+        take as long and save less (SmolLM2, 1024 tokens: recomputed 1.23 of the time, MLPs in tiles
+        1.22, both 1.34; parked 1.31).
 
         Raises:
             BudgetError: none fits.
         """
-        in_turn = [[each for each in choices if not each.parked]]
-        in_turn += [[each] for each in sorted(choices, key=_saves, reverse=True) if each.parked]
+        in_turn = [[each for each in choices if not (each.parked or each.mlps_in_tiles)]]
+        recomputed = max((each.recomputed for each in choices), default=False)
+        others = [each for each in choices if each not in in_turn[0]]
+        in_turn += [[each] for each in sorted(others, key=_saves) if each.recomputed == recomputed]
         for some in in_turn:
             if found := [fit for each in some if (fit := self._fewest_tiles(each))]:
                 break
@@ -139,20 +155,22 @@ class Search:
     def least_excess(self, choices: Sequence[Activations]) -> int:
         """Bytes over the budget of the choice with the smallest tiles that takes least.
 
-        It is the one that parks and recomputes, if that is possible.
+        It is the one that does all that is possible.
         """
-        return self._excess(self._evaluate(self._cuts[-1], max(choices, key=_saves)).terms)
+        most = max(choices, key=_saves)
+        return self._excess(self._evaluate(self._cuts(most)[-1], most).terms)
 
     def _fewest_tiles(self, activations: Activations) -> Found | None:
         best: Found | None = None
         whole = self._evaluate({}, activations)
         if self._excess(whole.terms) <= 0:
             return whole
-        smallest = self._evaluate(self._cuts[-1], activations)
+        cuts = self._cuts(activations)
+        smallest = self._evaluate(cuts[-1], activations)
         if self._excess(smallest.terms) > 0:
             return None
         least = smallest.counted
-        for tiles, grids in self._least_tiles(least):
+        for tiles, grids in self._least_tiles(cuts, least):
             if best is not None and best.layout.tiles <= tiles:
                 break
             fit = self._most_resident(grids, least, activations)
@@ -160,31 +178,44 @@ class Search:
                 best = fit
         return best or smallest
 
-    def _least_tiles(self, guess: Counted) -> list[tuple[int, dict[str, Grid]]]:
+    def _least_tiles(
+        self, cuts: Sequence[dict[str, Grid]], guess: Counted
+    ) -> list[tuple[int, dict[str, Grid]]]:
         """Each size of tile with the tiles that it would take if a step held the least: ascending.
 
         No layout with tiles of this size has fewer, so most sizes need no counting.
         """
         found = (
             (self._layout(parked).tiles, grids)
-            for grids in self._cuts
+            for grids in cuts
             if (parked := self._parked_by(grids, guess)) is not None
         )
         return sorted(found, key=lambda each: each[0])
 
-    @cached_property
-    def _cuts(self) -> list[dict[str, Grid]]:
+    def _cuts(self, activations: Activations) -> list[dict[str, Grid]]:
         """Grids of all weights that can be parked, for ever smaller tiles, while that saves memory.
 
         Beyond some size the objects of more tiles take more than smaller slabs save.
         """
-        found = tile_grids(self.weights)
+        mlps = self._whole_mlps if activations.mlps_in_tiles else ()
+        if mlps not in self._known_cuts:
+            self._known_cuts[mlps] = self._made_cuts(mlps)
+        return self._known_cuts[mlps]
+
+    def _made_cuts(self, mlps: Sequence[Mlp]) -> list[dict[str, Grid]]:
+        found = tile_grids(self.weights, mlps)
         nothing = Counted(0, 0, 0, 0, 0, Products((), 0))
         sizes = []
         for grids in found:
             some = terms(self.setting, self._layout(grids), nothing)
             sizes.append(sum(term.nbytes for term in some if term.place != "disk"))
         return found[: sizes.index(min(sizes)) + 1]
+
+    @cached_property
+    def _whole_mlps(self) -> tuple[Mlp, ...]:
+        """Those whose layers can all be parked, and are tied to nothing."""
+        alone = {w.names[0] for w in self.weights if not (w.obstacle or w.is_tied or w.rows_only)}
+        return tuple(each for each in self.mlps if alone.issuperset((*each.inner, each.down)))
 
     def _most_resident(
         self, grids: Mapping[str, Grid], guess: Counted, activations: Activations
@@ -205,19 +236,32 @@ class Search:
         setting = self.setting  # without training, the most used experts, better than whole stacks
         keeps = setting.in_files or (setting.state is None and not setting.in_place)
         order = sorted(
-            (w for w in self.weights if w.names[0] in grids),
-            key=lambda w: (keeps and not w.experts, -w.nbytes),
+            self._units(grids),
+            key=lambda u: (keeps and not u[0].experts, -max(w.nbytes for w in u)),
         )
-        low = max(1, sum(1 for weight in order if keeps and weight.experts))
+        low = max(1, sum(1 for unit in order if keeps and unit[0].experts))
         high = len(order) + 1
         while low < high:  # the first number of parked weights that fits
             middle = (low + high) // 2
-            parked = {w.names[0]: grids[w.names[0]] for w in order[:middle]}
+            parked = {w.names[0]: grids[w.names[0]] for w in chain(*order[:middle])}
             if self._excess(terms(self.setting, self._layout(parked), guess)) <= 0:
                 high = middle
             else:
                 low = middle + 1
-        return {w.names[0]: grids[w.names[0]] for w in order[:low]} if low <= len(order) else None
+        if low > len(order):
+            return None
+        return {w.names[0]: grids[w.names[0]] for w in chain(*order[:low])}
+
+    def _units(self, grids: Mapping[str, Grid]) -> list[tuple[Weight, ...]]:
+        """The weights that are parked together: those of an MLP in tiles, others one by one."""
+        weights = {w.names[0]: w for w in self.weights if w.names[0] in grids}
+        units: list[tuple[Weight, ...]] = []
+        for mlp in self._whole_mlps:
+            names = (*mlp.inner, mlp.down)
+            bounds = {grids[name].out_parts for name in mlp.inner} | {grids[mlp.down].in_parts}
+            if len(bounds) == 1 and all(name in weights for name in names):
+                units.append(tuple(weights.pop(name) for name in names))
+        return [*units, *((weight,) for weight in weights.values())]
 
     def _evaluate(self, grids: Mapping[str, Grid], activations: Activations) -> Found:
         """A layout, counted, with its peak and its time."""
@@ -253,8 +297,9 @@ class Search:
         )
 
     def _nothing_fits(self, choices: Sequence[Activations]) -> BudgetError:
-        ends: tuple[dict[str, Grid], ...] = ({}, self._cuts[-1])
-        tried = [self._evaluate(grids, each) for each in choices for grids in ends]
+        most: Iterable[Activations] = [max(choices, key=_saves)]
+        most = (*most, *(each for each in choices if not (each.parked or each.mlps_in_tiles)))
+        tried = [self._evaluate(g, each) for each in most for g in ({}, self._cuts(each)[-1])]
         least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"
@@ -281,37 +326,8 @@ class Search:
         return ", or ".join(ways)
 
 
-def _saves(activations: Activations) -> tuple[bool, bool]:
-    return activations.parked, activations.recomputed
-
-
-def tile_grids(weights: Iterable[Weight]) -> list[dict[str, Grid]]:
-    """Grids of all weights that can be tiled, for ever smaller tiles, whole ones first."""
-    tileable = [weight for weight in weights if not weight.obstacle]
-    largest = max((weight.nbytes for weight in tileable), default=0)
-    found: list[dict[str, Grid]] = []
-    while True:
-        grids = {weight.names[0]: tile_grid(weight, largest) for weight in tileable}
-        if not found or grids != found[-1]:
-            found.append(grids)
-        if largest <= _SMALLEST_TILE:
-            return found
-        largest = max(_SMALLEST_TILE, largest // 2)
-
-
-def tile_grid(weight: Weight, tile_bytes: int) -> Grid:
-    """The fewest tiles of a weight that have so many bytes or fewer, where rows can be cut so.
-
-    A tile of a stack holds one expert at most: more would be read for a token of one of them.
-    """
-    rows, columns = weight.shape
-    elements = max(1, tile_bytes // weight.element_bytes)
-    if weight.rows_only:
-        elements = max(elements, columns)
-    if weight.experts:
-        rows //= weight.experts
-        return Grid.of_stack(weight.experts, rows, columns, min(elements, rows * columns))
-    return Grid.fewest(rows, columns, elements)
+def _saves(activations: Activations) -> tuple[bool, bool, bool]:
+    return activations.parked, activations.mlps_in_tiles, activations.recomputed
 
 
 def _limit(place: str, size: int) -> int:

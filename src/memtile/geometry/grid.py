@@ -113,6 +113,15 @@ class Grid:
     out_parts: tuple[int, ...]  # bounds of the out-spans, from 0 to out_features
     in_parts: tuple[int, ...]  # bounds of the in-spans, from 0 to in_features
 
+    @staticmethod
+    def splits_of_mlp(inner: int, width: int, elements: int) -> int:
+        """Into how many parts the intermediate dimension of an MLP is cut, one feature at least.
+
+        A part of each layer, features by the `width` of the widest one's other side, has at most
+        so many elements.
+        """
+        return -(-inner // max(1, elements // width))
+
     @classmethod
     def uniform(
         cls,

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from memtile.convert import TilingDecision, Work, converting_bytes
+from memtile.convert import TilingDecision, Work, converting_bytes, mlp_layers, why_no_mlp
 from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
-from memtile.costmodel.model_records import Activations, ParkedLayout, Products, Rest, Weight
+from memtile.costmodel.model_records import Activations, Mlp, ParkedLayout, Products, Rest, Weight
 from memtile.costmodel.plan import OptimizerMode
 from memtile.costmodel.search import Search
 from memtile.errors import ArgumentError
@@ -51,6 +51,7 @@ def plan(
     mode: OptimizerMode = "in_backward",
     checkpointing: bool | None = None,
     park_activations: bool | None = None,
+    tile_mlps: bool | None = None,
     dtype: torch.dtype | None = None,
     work: Work | None = None,
     rates: MachineProfile | str | os.PathLike[str] | None = None,
@@ -78,6 +79,8 @@ def plan(
         checkpointing: whether the model recomputes activations in backward; None: what is faster.
         park_activations: whether what it keeps for backward lives in the home, a disk, as
             `memtile.park_activations` does; None: where nothing fits otherwise.
+        tile_mlps: whether MLPs are computed without their intermediate activation, as by
+            `memtile.tile_mlps`; None: in training, where nothing fits otherwise.
         dtype: of a model that a config or a folder describes, if not its own.
         work: a step's forward: called with a copy of the model on the meta device, gives the loss;
             for inference, whatever it makes. Needed where the model is neither of transformers nor
@@ -96,7 +99,8 @@ def plan(
         >>> model = memtile.tile(model, plan)
     """
     check_choice("mode", mode, get_args(OptimizerMode))
-    check_choice("park_activations", park_activations, (None, True, False))
+    for name, value in (("park_activations", park_activations), ("tile_mlps", tile_mlps)):
+        check_choice(name, value, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
     given = None if rates is None else rates_of(rates, folder)  # errors before the model is made
     looks = partial(
@@ -123,11 +127,16 @@ def plan(
         rates=given or rates_of(None, folder),
         imports=optimizer is not None and "torch._dynamo" not in sys.modules,
     )
-    choices = _choices(seen, setting, park_activations)
+    mlps = [] if tile_mlps is False or not (tile_mlps or seen.trains) else mlp_layers(seen.model)
+    if tile_mlps and not mlps:
+        raise ArgumentError(f"tile_mlps=True: {why_no_mlp(seen.model)}")
+    choices = _choices(seen, setting, park_activations, tile_mlps if mlps else False)
     limits = allowed if setting.in_files else _with_disk(allowed, folder)
     with workspaces_of(rates, setting.rates) as workspaces:
         maps = folder is not None and not setting.in_files and overwrites_in_place(folder)
-        search_of = partial(_search, setting, limits=limits, workspaces=workspaces, maps=maps)
+        search_of = partial(
+            _search, setting, limits=limits, workspaces=workspaces, maps=maps, mlps=mlps
+        )
         if tokens == "longest":
             sizes = partial(_excess, partial(looks, seen.model), search_of, choices)
             tokens = longest_step(sizes, batch)
@@ -145,6 +154,7 @@ def plan(
         device="cpu",
         checkpointing=found.activations.recomputed,
         parks_activations=found.activations.parked,
+        tiles_mlps=found.activations.mlps_in_tiles,
         budget=allowed,
         terms=found.terms,
         read_bytes=found.moved.read_bytes,
@@ -162,7 +172,9 @@ def _rest(seen: Survey, source: object) -> Rest:
     return replace(rest, converting_bytes=converting_bytes(seen.model, source))
 
 
-def _choices(seen: Survey, setting: Setting, parks: bool | None) -> list[Activations]:
+def _choices(
+    seen: Survey, setting: Setting, parks: bool | None, tiles_mlps: bool | None
+) -> list[Activations]:
     """What may be done with activations: they are parked on disks alone, in training."""
     can = seen.trains and not setting.in_place
     if parks and not can:
@@ -172,7 +184,8 @@ def _choices(seen: Survey, setting: Setting, parks: bool | None) -> list[Activat
             + "; leave it out"
         )
     parked = (False, True) if parks is None and can else (bool(parks),)
-    return [Activations(*each) for each in product(seen.checkpointing, parked)]
+    mlps = (False, True) if tiles_mlps is None else (tiles_mlps,)
+    return [Activations(*each) for each in product(seen.checkpointing, parked, mlps)]
 
 
 def _excess(
@@ -197,6 +210,7 @@ def _search(
     limits: Budget,
     workspaces: Callable[[Products], int],
     maps: bool,
+    mlps: Sequence[Mlp],
 ) -> Search:
     weights = [_only_read(weight) for weight in seen.weights] if setting.in_files else seen.weights
     setting = replace(setting, tokens=tokens)
@@ -206,7 +220,7 @@ def _search(
         goes_home=not setting.in_place,
         workspaces=workspaces,
     )
-    return Search(setting, weights, count, limits, fits_page_cache, maps)
+    return Search(setting, weights, count, limits, fits_page_cache, maps, mlps)
 
 
 def _only_read(weight: Weight) -> Weight:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memtile.convert import (
     TilingDecision,
+    put_mlps_in_tiles,
     replace_chosen,
     set_checkpointing,
     set_deferring_of,
@@ -46,6 +47,8 @@ class StepCount:
             _park(meta_copy, decisions)
         set_deferring_of(meta_copy, True)
         set_checkpointing(meta_copy, activations.recomputed)
+        if activations.mlps_in_tiles:
+            put_mlps_in_tiles(meta_copy)
         pieces = CountedPieces()
         if activations.parked:
             park_each_forward(meta_copy, pieces)
