@@ -14,6 +14,7 @@ from memtile.costmodel import Plan
 from memtile.errors import ArgumentError, BudgetError
 from memtile.homes import DiskHome
 from memtile.planner.longest_step import longest_step
+from memtile.testing import assert_as_accurate
 from memtile.transfer import SavedPieces
 
 MIB = 1 << 20
@@ -259,3 +260,70 @@ def test_the_search_asks_for_few_sizes(curve, limit, longest):
 
     assert best * 63 / 64 - 64 <= found <= best
     assert len(asked) <= 25
+
+
+# MLPs in tiles
+
+
+class Gated(nn.Module):
+    """A gated MLP, 32 times as wide inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(32, 1024, bias=False) for _ in range(2))
+        self.down = nn.Linear(1024, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def gated() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), *(Gated() for _ in range(3)))
+
+
+def test_mlps_are_in_tiles_where_nothing_else_fits():
+    """A step is as accurate as the dense one."""
+    dense, model = gated(), gated()
+    options = {"tokens": 4096, "rates": RATES, "optimizer": torch.optim.SGD}
+    plan = memtile.plan(model, budget="40MiB", park_activations=False, **options)
+    x = torch.randn(4096, 32)
+
+    memtile.tile(model, plan)
+
+    assert plan.tiles_mlps
+    assert "MLPs in tiles" in plan.summary
+    with pytest.raises(BudgetError):
+        memtile.plan(gated(), budget="40MiB", tile_mlps=False, park_activations=False, **options)
+    truth = copy.deepcopy(dense).double()
+    for each in (model, dense, truth):
+        each(x.to(each[0].weight.dtype)).square().mean().backward()
+    grads = [each[1].gate.weight.grad for each in (model, dense, truth)]
+    assert_as_accurate(*grads, factor=1.5)
+
+
+def test_layers_of_an_mlp_are_cut_alike():
+    """Bounds of gate, up and down are the same, and all three are parked or none is."""
+    options = {"tokens": 64, "rates": RATES, "tile_mlps": True, "park_activations": False}
+    splits = set()
+    for kib in range(3000, 8000, 1000):
+        plan = memtile.plan(gated(), budget=kib << 10, **options)
+        grids = {layer.name: layer.grid for layer in plan.layers}
+        for number in (1, 2, 3):
+            gate, up, down = (grids[f"{number}.{name}"] for name in ("gate", "up", "down"))
+            assert (gate is None) == (up is None) == (down is None)
+            if gate is not None:
+                assert gate.out_parts == up.out_parts == down.in_parts
+                assert gate.in_splits == down.out_splits == 1
+            splits.add(gate and gate.out_splits)
+
+    assert splits == {None, 1, 2}
+
+
+def test_mlps_are_not_asked_for_where_there_are_none():
+    """The error says why; a plan of inference leaves them alone unless it is asked for."""
+    with pytest.raises(ArgumentError, match=r"tile_mlps=True: Sequential has no MLP"):
+        planned("1GiB", nn.Sequential(nn.Linear(32, 32)), tile_mlps=True)
+    assert not memtile.plan(
+        gated(), budget="64MiB", tokens=64, rates=RATES, optimizer=None
+    ).tiles_mlps
