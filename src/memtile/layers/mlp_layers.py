@@ -50,7 +50,8 @@ class MlpLayers(NamedTuple):
 
     def weights(self) -> dict[str, list[WeightTile]] | None:
         """The tiles of each layer by their weights; None where one must be called."""
-        found, lows = dict[str, list[WeightTile]](), self.low_ranks()
+        found: dict[str, list[WeightTile]] = {}
+        lows = self.low_ranks()
         if "down" in lows and lows["down"].drops:
             return None  # it would drop parts of the intermediate activation
         for name, layer in self.named():
