@@ -232,7 +232,10 @@ def count_reads(model: Any) -> dict[str, int]:
 def test_adapters_train_like_on_the_dense_model(
     parked: bool, adapters_first: bool, calls: list[int]
 ):
-    """LoRA on gate, up and down, put there before and after (PEFT adapts no tiles)."""
+    """LoRA on gate, up and down, put there before and after (PEFT adapts no tiles).
+
+    They are computed with the products; adapters of other kinds are called with their linears.
+    """
 
     def adapted(model: Any) -> Any:
         torch.manual_seed(5)

@@ -15,11 +15,11 @@ from memtile.errors import ArgumentError, TileShapeError
 from memtile.geometry import Grid
 from memtile.layers import (
     MlpInTiles,
+    MlpLayers,
     MlpStructure,
     NoMlpError,
     TiledLinear,
     TiledModule,
-    check_layers,
     checked_structure,
     put_in_tiles,
     take_out_of_tiles,
@@ -190,7 +190,7 @@ def _candidate(name: str, module: nn.Module, shapes: dict[str, tuple[int, int]])
     structure = None
     try:
         structure = _structure(module, shapes, sizes)
-        check_layers(*(own and module._modules[own] for own in structure[:3]))  # type: ignore[arg-type]  # modules or None
+        MlpLayers(*(own and module._modules[own] for own in structure[:3])).check()  # type: ignore[arg-type]  # modules or None
     except (NoMlpError, TileShapeError) as error:
         return _Candidate(module, sizes, structure, MlpDecision(name, False, str(error)))
     kind = "a plain MLP" if structure.gate is None else "a gated MLP"

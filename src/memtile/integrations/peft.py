@@ -16,6 +16,7 @@ from memtile.convert import (
     tiled_layers,
 )
 from memtile.integrations.saving import loaded_class, with_tiles
+from memtile.layers import LowRank, has_hooks, is_plain
 
 _MERGING = "_unload_and_optionally_merge"
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -47,6 +48,22 @@ def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield from ((name, _ADAPTER) for name, _ in module.named_children() if name != "base_layer")
     if isinstance(module, loaded_class("peft.utils.other", "ModulesToSaveWrapper")):
         yield "modules_to_save", _COPY
+
+
+def low_rank(module: nn.Module) -> LowRank | None:
+    """The base and the one active adapter of a LoRA linear; None for all other forms."""
+    if type(module) is not loaded_class("peft.tuners.lora.layer", "Linear"):
+        return None
+    lora: Any = module  # which is not imported here
+    active = [name for name in lora.active_adapters if name in lora.lora_A]
+    if lora.disable_adapters or lora.merged or len(active) != 1 or active[0] in lora.lora_variant:
+        return None
+    (name,) = active
+    a, b = lora.lora_A[name], lora.lora_B[name]
+    plain = all(is_plain(each) and each.bias is None for each in (a, b))
+    if not plain or lora.fan_in_fan_out or has_hooks(module):
+        return None
+    return LowRank(lora.base_layer, a, b, lora.scaling[name], lora.lora_dropout[name])
 
 
 def patch_peft() -> None:

@@ -1,7 +1,7 @@
 """The tiled layers: modules with the contract of the linear and the embedding that they replace."""
 
 from memtile.layers.called_experts import agree_on_calls, called_experts
-from memtile.layers.checks import class_of, is_plain
+from memtile.layers.checks import class_of, has_hooks, is_plain
 from memtile.layers.deferred_logits import DeferredLogits, DeferringHead, set_deferring
 from memtile.layers.handle import DenseHandle
 from memtile.layers.linear_cross_entropy import (
@@ -10,12 +10,14 @@ from memtile.layers.linear_cross_entropy import (
     linear_cross_entropy,
     token_log_probabilities,
 )
+from memtile.layers.low_rank import LowRank, register_low_rank
 from memtile.layers.mlp_in_tiles import (
     MlpInTiles,
     checked_structure,
     put_in_tiles,
     take_out_of_tiles,
 )
+from memtile.layers.mlp_layers import MlpLayers
 from memtile.layers.mlp_structure import MlpStructure, NoMlpError
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
@@ -24,7 +26,7 @@ from memtile.layers.stack_owner import StackOwner
 from memtile.layers.stack_tiles import ParkedStackTile, StackTile
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
-from memtile.layers.tiled_mlp import TiledMLP, check_layers, tiled_mlp
+from memtile.layers.tiled_mlp import TiledMLP, tiled_mlp
 from memtile.layers.tiled_module import TiledModule, watch_tiles
 from memtile.layers.tiled_stack import TiledStack
 from memtile.layers.values import DENSE_NAMES, gathered, is_shard, register_gatherer, whole_shape
@@ -35,7 +37,9 @@ __all__ = [
     "DeferringHead",
     "DenseHandle",
     "LinearCrossEntropy",
+    "LowRank",
     "MlpInTiles",
+    "MlpLayers",
     "MlpStructure",
     "NoMlpError",
     "ParkedEmbedding",
@@ -54,15 +58,16 @@ __all__ = [
     "TokenLogProbabilities",
     "agree_on_calls",
     "called_experts",
-    "check_layers",
     "checked_structure",
     "class_of",
     "gathered",
+    "has_hooks",
     "is_plain",
     "is_shard",
     "linear_cross_entropy",
     "put_in_tiles",
     "register_gatherer",
+    "register_low_rank",
     "set_deferring",
     "take_out_of_tiles",
     "tile_rows",

@@ -17,6 +17,7 @@ from memtile import ops
 from memtile.errors import TileShapeError
 from memtile.layers import checks
 from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
+from memtile.layers.mlp_layers import MlpLayers
 from memtile.layers.mlp_structure import (
     MlpStructure,
     NoMlpError,
@@ -24,7 +25,7 @@ from memtile.layers.mlp_structure import (
     check_elementwise,
     structure_of,
 )
-from memtile.layers.tiled_mlp import check_layers, tiled_mlp
+from memtile.layers.tiled_mlp import tiled_mlp
 from memtile.layers.values import is_shard
 
 # A block: in inference, so large an intermediate activation is computed whole.
@@ -57,7 +58,7 @@ class MlpInTiles(ChangedModule):
             return None
         try:
             found = checked_structure(self, forward.func, self.mlp_sizes, x)
-            check_layers(*self._layers(found))
+            MlpLayers(*self._layers(found)).check()
         except (NoMlpError, TileShapeError):  # the second: untiled since, or cut otherwise
             return None
         return found

@@ -6,13 +6,12 @@ Shapes: input (…, H), gate and up (I, H), down (M, I); I is the intermediate d
   their products are computed in blocks, and again in backward (`ops.mlp`).
 - Tiles that are anything more (hooks, another class, an engine's shards) are called as modules, a
   gate, an up and a down tile after another; other layers are called whole. What was called is
-  called again in backward.
+  called again in backward. Low-rank adapters of plain linears are computed with the products.
 - Under compilers and `torch.func`: ordinary operations, a tile after another.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,23 +20,25 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from memtile import ops
-from memtile.errors import ArgumentError, TileShapeError, check_whole_number
+from memtile.errors import ArgumentError, check_whole_number
 from memtile.homes import is_parked
 from memtile.layers import checks
 from memtile.layers.loss_options import rows_of
-from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.low_rank import (
+    LowRanks,
+    low_parts,
+    narrowed_output,
+    widened_input,
+)
+from memtile.layers.mlp_layers import NAME, Call, MlpLayers, shape_of
 from memtile.layers.weight_tiles import (
     Layer,
     WeightTile,
-    is_called_by_tiles,
     layer_of,
-    weight_tiles,
 )
 from memtile.transfer import layer_call
 
 Activation = Callable[[Tensor], Tensor]
-Call = Callable[[Tensor], Any]  # Any: modules give anything
-_NAME = "tiled_mlp"  # in messages
 
 
 def tiled_mlp(
@@ -89,16 +90,11 @@ def tiled_mlp(
         >>> memtile.tiled_mlp(torch.randn(8, 64), gate, up, torch.nn.Linear(256, 64)).shape
         torch.Size([8, 64])
     """
-    layers = _Layers(None if gate is None else layer_of(gate), layer_of(up), layer_of(down))
+    layers = MlpLayers(None if gate is None else layer_of(gate), layer_of(up), layer_of(down))
     options = _Options(activation, dropout, block_rows, block_features)
     options.check()
     layers.check()
     return _call(input, layers, options)
-
-
-def check_layers(gate: Layer | None, up: Layer, down: Layer) -> None:
-    """Raise TileShapeError where `tiled_mlp` cannot take these layers together."""
-    _Layers(gate, up, down).check()
 
 
 class TiledMLP(nn.Module):
@@ -140,11 +136,11 @@ class TiledMLP(nn.Module):
         self.activation, self.dropout = activation, dropout
         self.block_rows, self.block_features = block_rows, block_features
         self._options().check()
-        _Layers(gate, up, down).check()
+        MlpLayers(gate, up, down).check()
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, out) of (…, features); errors of `tiled_mlp`."""
-        return _call(input, _Layers(self.gate, self.up, self.down), self._options())
+        return _call(input, MlpLayers(self.gate, self.up, self.down), self._options())
 
     def extra_repr(self) -> str:
         """Activation, where it is a function, and dropout."""
@@ -187,115 +183,41 @@ class _Options(NamedTuple):
             )
 
 
-class _Layers(NamedTuple):
-    gate: Layer | None
-    up: Layer
-    down: Layer
-
-    def check(self) -> None:
-        """Raise TileShapeError where shapes or cuts do not fit together."""
-        shapes = {name: _shape(layer) for name, layer in self.named()}
-        up, down, gate = shapes["up"], shapes["down"], shapes.get("gate")
-        if up and ((down and down[1] != up[0]) or (gate and gate != up)):
-            raise TileShapeError(
-                f"{_NAME}: up is {up}, gate {gate}, down {down}, each (out, in): up and gate must "
-                "be (intermediate, features), down (out, intermediate)"
-            )
-        known = ((name, _cut(name, layer)) for name, layer in self.named())
-        cuts = {name: cut for name, cut in known if cut is not None}
-        if len(set(cuts.values())) > 1:
-            raise TileShapeError(
-                f"{_NAME}: the layers cut the intermediate dimension at "
-                + ", ".join(f"{list(cut)} ({name})" for name, cut in cuts.items())
-                + "; the rows of gate and up and the columns of down must be cut alike: "
-                "TiledLinear(…, out_splits=N) for gate and up, in_splits=N for down"
-            )
-
-    def named(self) -> list[tuple[str, Layer]]:
-        """(name, layer) of those that it has."""
-        found = [("gate", self.gate), ("up", self.up), ("down", self.down)]
-        return [(name, layer) for name, layer in found if layer is not None]
-
-    def weights(self) -> dict[str, list[WeightTile]] | None:
-        """The tiles of each layer by their weights; None where one must be called."""
-        found: dict[str, list[WeightTile]] = {}
-        for name, layer in self.named():
-            tiles = weight_tiles(_NAME, layer, name == "down")
-            if tiles is None:
-                return None
-            found[name] = tiles
-        return found
-
-    def calls(self) -> list[list[Call]]:
-        """What is called for each tile: of gate (where there is one), up and down."""
-        layers = [layer for _, layer in self.named()]
-        tiled = [each for each in layers if isinstance(each, TiledLinear)]
-        if len(tiled) == len(layers) and all(map(is_called_by_tiles, tiled)):
-            tiles = range(tiled[0].grid.out_splits)
-            return [
-                [partial(_call_tile, each, n, each is tiled[-1]) for each in tiled] for n in tiles
-            ]
-        return [
-            [
-                partial(functional.linear, weight=each) if isinstance(each, Tensor) else each
-                for each in layers
-            ]
-        ]
-
-
-def _shape(layer: Layer) -> tuple[int, int] | None:
-    """(out, in) of a weight, or of a layer that tells."""
-    if isinstance(layer, Tensor):
-        return (layer.shape[0], layer.shape[1]) if layer.dim() == 2 else None
-    out, into = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    return (out, into) if isinstance(out, int) and isinstance(into, int) else None
-
-
-def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
-    """The bounds of the layer's tiles along the intermediate dimension; None: it is called."""
-    column = name == "down"
-    if not isinstance(layer, TiledLinear):
-        shape = _shape(layer) if isinstance(layer, Tensor | nn.Linear) else None
-        return (0, shape[column]) if shape else None
-    grid = layer.grid
-    if (grid.out_splits if column else grid.in_splits) > 1:
-        raise TileShapeError(
-            f"{_NAME}: {name} is cut into {grid} tiles; gate and up must be cut over rows only "
-            "(out_splits), down over columns only (in_splits)"
-        )
-    return grid.in_parts if column else grid.out_parts
-
-
-def _call(input: Tensor, layers: _Layers, options: _Options) -> Tensor:
-    shape = _shape(layers.up)
+def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
+    shape = shape_of(layers.up)
     if shape:
-        checks.split_sizes(_NAME, checks.check_tensor(_NAME, input).shape[-1], 1, [shape[1]])
+        checks.split_sizes(NAME, checks.check_tensor(NAME, input).shape[-1], 1, [shape[1]])
     weights = layers.weights()
     if weights is None or (not ops.transformed() and checks.hooked_globally()):
         return _called(input, layers.calls(), options)
     parked = False
     for (_, weight, _), *_ in weights.values():
         here = is_parked(weight)
-        checks.check_dtypes_and_devices(_NAME, [input], weight, same_device=not here)
+        checks.check_dtypes_and_devices(NAME, [input], weight, same_device=not here)
         parked = parked or here
     x = rows_of(input.to(ops.autocast_dtype(input) or input.dtype)).contiguous()
     with layer_call() if parked and not ops.transformed() else nullcontext():
-        y = _computed(x, weights, options)
+        y = _computed(x, weights, layers.low_ranks(), options)
     return y.view(*input.shape[:-1], y.shape[-1])
 
 
-def _computed(x: Tensor, weights: dict[str, list[WeightTile]], options: _Options) -> Tensor:
-    """y (N, M) of x (N, H) and weights."""
+def _computed(
+    x: Tensor, weights: dict[str, list[WeightTile]], lows: LowRanks, options: _Options
+) -> Tensor:
+    """y (N, M) of x (N, H), weights and adapters."""
     up, down = weights["up"], weights["down"]
     gates: list[Any] = weights.get("gate") or [WeightTile(span, None, None) for span, _, _ in up]
+    parts = low_parts(lows, [tile.span.size for tile in up])
     tiles = [
-        ops.MlpTile(u.span, g.weight, u.weight, d.weight, g.bias, u.bias)
-        for g, u, d in zip(gates, up, down, strict=True)
+        ops.MlpTile(u.span, g.weight, u.weight, d.weight, g.bias, u.bias, **own)
+        for g, u, d, own in zip(gates, up, down, parts, strict=True)
     ]
     activation, dropout, *block = options
     if not ops.transformed():
         spec = ops.MlpSpec.fitting(activation, dropout, len(x), *block)
-        return ops.mlp_of_tiles(x, tiles, down[-1].bias, spec)
+        low, bias = lows.get("down"), down[-1].bias
+        y = ops.mlp_of_tiles(widened_input(x, lows), tiles, None if low else bias, spec)
+        return narrowed_output(y, low, bias)
     edges = ops.float32_casts(x, len(tiles))
     y = _sum(ops.plain_mlp_tile(next(edges), tile, activation, options.drop) for tile in tiles)
     bias = down[-1].bias
@@ -328,12 +250,3 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
         dtype = part.dtype
     found: Tensor = total.to(dtype)
     return found
-
-
-def _call_tile(layer: TiledLinear, number: int, is_column: bool, x: Tensor) -> Tensor:
-    """What a tile gives, with the part of a bias that the layer keeps whole."""
-    y: Tensor = layer.tile(*((0, number) if is_column else (number, 0)))(x)
-    if layer.whole_bias is None or (is_column and number < layer.grid.in_splits - 1):
-        return y
-    whole = layer.whole_bias
-    return y + (whole if is_column else whole[layer.grid.out_spans[number].as_slice()]).to(y.dtype)

@@ -26,8 +26,9 @@ from memtile.ops.logit_tiles import (
 )
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
 from memtile.ops.mlp import BLOCK as MLP_BLOCK
-from memtile.ops.mlp import MlpSpec, MlpTile, plain_mlp_tile
+from memtile.ops.mlp import MlpSpec
 from memtile.ops.mlp_chain import mlp_of_tiles
+from memtile.ops.mlp_tile import MlpTile, plain_mlp_tile
 from memtile.ops.parked import (
     Groups,
     grouped_linear,

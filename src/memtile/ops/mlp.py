@@ -16,18 +16,17 @@ products, and what is between two products is float32, in strips that stay in th
 over several blocks of rows, the weights' gradients are summed in float32.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from memtile.errors import ArgumentError
 from memtile.geometry import Span, spans_of_size
-from memtile.ops.parked import no_autocast
+from memtile.ops.mlp_tile import Activation, MlpTile, joined
 from memtile.ops.products import (
     add_product,
     strips_of,
@@ -35,8 +34,6 @@ from memtile.ops.products import (
     wide_dtype,
     widened,
 )
-
-Activation = Callable[[Tensor], Tensor]
 
 BLOCK: Final = 1 << 20  # elements
 FEWEST_FEATURES: Final = 1 << 8  # of a block; products over fewer are slower
@@ -116,42 +113,6 @@ class MlpSpec:
         )
 
 
-class MlpTile(NamedTuple):
-    """The features of a tile, its weights and biases."""
-
-    span: Span
-    gate: Any  # a Tensor or None; a Parameter where it is parked
-    up: Any
-    down: Any
-    gate_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-
-    def weights(self) -> dict[str, Any]:
-        """Those that it has, by their names."""
-        found = {"gate": self.gate, "up": self.up, "down": self.down}
-        return {name: weight for name, weight in found.items() if weight is not None}
-
-    def tensors(self) -> dict[str, Any]:
-        """Weights and biases that it has, by their names."""
-        biases = {"gate_bias": self.gate_bias, "up_bias": self.up_bias}
-        return {
-            **self.weights(),
-            **{name: bias for name, bias in biases.items() if bias is not None},
-        }
-
-
-def plain_mlp_tile(x: Tensor, tile: MlpTile, activation: Activation, factors: Any) -> Tensor:
-    """h Dᵀ (N, M) of x (…, H) in ordinary operations, which keep h; `factors` gives k h of h."""
-    with no_autocast(x):
-        cast = {name: tensor.to(x.dtype) for name, tensor in tile.tensors().items()}
-        h = functional.linear(x, cast["up"], cast.get("up_bias"))
-        if tile.gate is None:
-            h = activation(h)
-        else:
-            h = activation(functional.linear(x, cast["gate"], cast.get("gate_bias"))) * h
-        return functional.linear(factors(h), cast["down"])
-
-
 @dataclass(eq=False)
 class MlpVisit:
     """One pass over the blocks of a tile, whose weights are in memory meanwhile.
@@ -183,7 +144,7 @@ class MlpVisit:
 
         To that of "x" they are added, unless it `is_first`.
         """
-        wants_inner, x = bool(found.keys() - {"down"}), found.get("x")
+        wants_inner, x = bool(found.keys() - {"down", "down_low"}), found.get("x")
         for features in self.features:
             block, sums = _Block(self, features), _Sums(self, features, found)
             for rows in self.rows:
@@ -211,11 +172,25 @@ class _Block:
     def __init__(self, visit: MlpVisit, features: Span) -> None:
         self.visit, self.features, self.spec = visit, features, visit.spec
         tile, dtype, part = visit.tile, visit.x.dtype, features.as_slice()
-        self.down = tile.down[:, part].to(dtype).contiguous()
-        self.into = _joined([getattr(tile, name)[part].to(dtype) for name in visit.names])
+        own = [tile.down] if tile.down_low is None else [tile.down, tile.down_low]
+        self.down = joined([each[:, part].to(dtype) for each in own]).contiguous()
+        self.into = joined([self._widened(name, part) for name in visit.names])
         biases = [getattr(tile, f"{name}_bias") for name in visit.names]
         self.biases = [None if bias is None else bias[part].to(dtype) for bias in biases]
         self.inner = self.hidden = visit.hidden
+
+    def _widened(self, name: str, part: slice) -> Tensor:
+        """G or U for all columns of x."""
+        tile, x = self.visit.tile, self.visit.x
+        weight: Tensor = getattr(tile, name)[part].to(x.dtype)
+        if weight.shape[1] == x.shape[1]:
+            return weight
+        made = weight.new_zeros((len(weight), x.shape[1]))
+        tile.factor(name, made).copy_(weight)
+        low = getattr(tile, f"{name}_low")
+        if low is not None:
+            tile.factor(f"{name}_low", made).copy_(low[part])
+        return made
 
     def compute_hidden(self, rows: Span) -> Tensor:
         """h; what is in `inner` is lost."""
@@ -288,21 +263,25 @@ class _Sums:
 
     def __init__(self, visit: MlpVisit, features: Span, found: Mapping[str, Tensor]) -> None:
         self.visit, part = visit, features.as_slice()
-        self.parts = {n: out[part] for n, out in found.items() if n not in ("x", "down")}
-        if "down" in found:
-            self.parts["down"] = found["down"][:, part]
+        self.parts = {
+            name: out[:, part] if name.startswith("down") else out[part]
+            for name, out in found.items()
+            if name != "x"
+        }
         self.inner = [name for name in visit.names if name in found]
         self.totals: dict[str, Tensor] = {}
 
     def add(self, block: _Block, rows: Span, grad: Tensor) -> None:
         """Add a block of rows."""
-        x = self.visit.x[rows.as_slice()]
+        x, tile = self.visit.x[rows.as_slice()], self.visit.tile
         if self.inner:
             whole = len(self.inner) == len(self.visit.names)
             factor = block.inner if whole else block.of(self.inner[0]).contiguous()
-            self._add("inner", factor.t(), x)
-        if "down" in self.parts:
-            self._add("down", grad.t(), block.hidden)
+            self._add("inner", factor.t(), tile.factor("up", x))
+        for name in self.parts.keys() & {"gate_low", "up_low"}:
+            self._add(name, block.of(name.removesuffix("_low")).t(), tile.factor(name, x))
+        for name in self.parts.keys() & {"down", "down_low"}:
+            self._add(name, tile.factor(name, grad).t(), block.hidden)
         for name in self.parts.keys() & {"gate_bias", "up_bias"}:
             factor = block.of(name.removesuffix("_bias"))
             part = factor.sum(0, dtype=wide_dtype(x.dtype))
@@ -327,7 +306,3 @@ class _Sums:
                 part.copy_(self.totals[name])
             else:
                 part.zero_()
-
-
-def _joined(matrices: list[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)

@@ -24,7 +24,8 @@ from torch import Tensor
 from memtile.homes import allocation_of, is_parked, trim_heap
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
-from memtile.ops.mlp import MlpSpec, MlpTile, MlpVisit, plain_mlp_tile
+from memtile.ops.mlp import MlpSpec, MlpVisit
+from memtile.ops.mlp_tile import MlpTile, plain_mlp_tile
 from memtile.ops.parked import form_gradient, no_autocast
 from memtile.ops.products import SIXTEEN_BITS, is_batched, wide_dtype
 from memtile.transfer import ParkedSource, catch_up, values_together
@@ -34,7 +35,8 @@ Gradients = dict[str, Tensor | None]
 
 def mlp_of_tiles(x: Tensor, tiles: Sequence[MlpTile], bias: Tensor | None, spec: MlpSpec) -> Tensor:
     """y (N, M) of x (N, H), to which `bias` (M,) is added; in the dtype of x."""
-    out = x.new_empty((len(x), tiles[0].down.shape[0]))
+    low = tiles[0].down_low
+    out = x.new_empty((len(x), tiles[0].down.shape[0] + (0 if low is None else len(low))))
     total = torch.empty_like(out, dtype=torch.float32) if out.dtype in SIXTEEN_BITS else None
     tensors = [x, *([] if bias is None else [bias])]
     tensors += [tensor for tile in tiles for tensor in tile.tensors().values()]

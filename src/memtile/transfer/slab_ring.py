@@ -316,10 +316,8 @@ class SlabRing:
 
     def _holding(self, key: Key) -> Slab | None:
         """The slab that holds the group, alone or among others that were read with it."""
-        for slab in self._slabs:
-            if slab.holds(key) and not slab.is_stale and not slab.failed_to_read:
-                return slab
-        return None
+        good = (s for s in self._slabs if s.holds(key) and not s.is_stale and not s.failed_to_read)
+        return next(good, None)
 
     def _idle(self, protected: set[Key], taken: Sequence[Slab] = ()) -> Slab | None:
         """A slab that may be overwritten: an empty one, one not needed soon, the oldest."""

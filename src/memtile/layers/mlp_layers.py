@@ -1,0 +1,120 @@
+"""The layers of an MLP: whether they fit together, and what is done with each of their tiles."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from memtile import ops
+from memtile.errors import TileShapeError
+from memtile.layers.low_rank import LowRanks, low_rank_of
+from memtile.layers.tiled_linear import TiledLinear
+from memtile.layers.weight_tiles import Layer, WeightTile, is_called_by_tiles, weight_tiles
+
+Call = Callable[[Tensor], Any]  # Any: modules give anything
+NAME: Final = "tiled_mlp"  # in messages
+
+
+class MlpLayers(NamedTuple):
+    """Gate, where there is one, up and down."""
+
+    gate: Layer | None
+    up: Layer
+    down: Layer
+
+    def check(self) -> None:
+        """Raise TileShapeError where shapes or cuts do not fit together."""
+        shapes = {name: shape_of(layer) for name, layer in self.named()}
+        up, down, gate = shapes["up"], shapes["down"], shapes.get("gate")
+        if up and ((down and down[1] != up[0]) or (gate and gate != up)):
+            raise TileShapeError(
+                f"{NAME}: up is {up}, gate {gate}, down {down}, each (out, in): up and gate must "
+                "be (intermediate, features), down (out, intermediate)"
+            )
+        known = ((name, _cut(name, layer)) for name, layer in self.named())
+        cuts = {name: cut for name, cut in known if cut is not None}
+        if len(set(cuts.values())) > 1:
+            raise TileShapeError(
+                f"{NAME}: the layers cut the intermediate dimension at "
+                + ", ".join(f"{list(cut)} ({name})" for name, cut in cuts.items())
+                + "; the rows of gate and up and the columns of down must be cut alike: "
+                "TiledLinear(…, out_splits=N) for gate and up, in_splits=N for down"
+            )
+
+    def named(self) -> list[tuple[str, Layer]]:
+        """(name, layer) of those that it has."""
+        found = [("gate", self.gate), ("up", self.up), ("down", self.down)]
+        return [(name, layer) for name, layer in found if layer is not None]
+
+    def weights(self) -> dict[str, list[WeightTile]] | None:
+        """The tiles of each layer by their weights; None where one must be called."""
+        found: dict[str, list[WeightTile]] = {}
+        lows = self.low_ranks()
+        if "down" in lows and lows["down"].drops:
+            return None  # it would drop parts of the intermediate activation
+        for name, layer in self.named():
+            base = lows[name].base if name in lows else layer
+            tiles = weight_tiles(NAME, base, name == "down")
+            if tiles is None:
+                return None
+            found[name] = tiles
+        return found
+
+    def low_ranks(self) -> LowRanks:
+        """The low-rank adapters, by the names of their layers."""
+        if ops.transformed():
+            return {}
+        found = ((name, low_rank_of(layer)) for name, layer in self.named())
+        return {name: low for name, low in found if low is not None}
+
+    def calls(self) -> list[list[Call]]:
+        """What is called for each tile: of gate (where there is one), up and down."""
+        layers = [layer for _, layer in self.named()]
+        tiled = [each for each in layers if isinstance(each, TiledLinear)]
+        if len(tiled) == len(layers) and all(map(is_called_by_tiles, tiled)):
+            tiles = range(tiled[0].grid.out_splits)
+            return [
+                [partial(_call_tile, each, n, each is tiled[-1]) for each in tiled] for n in tiles
+            ]
+        return [
+            [
+                partial(functional.linear, weight=each) if isinstance(each, Tensor) else each
+                for each in layers
+            ]
+        ]
+
+
+def shape_of(layer: Layer) -> tuple[int, int] | None:
+    """(out, in) of a weight, or of a layer that tells."""
+    if isinstance(layer, Tensor):
+        return (layer.shape[0], layer.shape[1]) if layer.dim() == 2 else None
+    out, into = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    return (out, into) if isinstance(out, int) and isinstance(into, int) else None
+
+
+def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
+    """The bounds of the layer's tiles along the intermediate dimension; None: it is called."""
+    column = name == "down"
+    low = low_rank_of(layer)
+    layer = layer if low is None else low.base
+    if not isinstance(layer, TiledLinear):
+        shape = shape_of(layer) if isinstance(layer, Tensor | nn.Linear) else None
+        return (0, shape[column]) if shape else None
+    grid = layer.grid
+    if (grid.out_splits if column else grid.in_splits) > 1:
+        raise TileShapeError(
+            f"{NAME}: {name} is cut into {grid} tiles; gate and up must be cut over rows only "
+            "(out_splits), down over columns only (in_splits)"
+        )
+    return grid.in_parts if column else grid.out_parts
+
+
+def _call_tile(layer: TiledLinear, number: int, is_column: bool, x: Tensor) -> Tensor:
+    """What a tile gives, with the part of a bias that the layer keeps whole."""
+    y: Tensor = layer.tile(*((0, number) if is_column else (number, 0)))(x)
+    if layer.whole_bias is None or (is_column and number < layer.grid.in_splits - 1):
+        return y
+    whole = layer.whole_bias
+    return y + (whole if is_column else whole[layer.grid.out_spans[number].as_slice()]).to(y.dtype)
