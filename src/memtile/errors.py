@@ -47,8 +47,7 @@ def check_whole_number(name: str, value: object, least: int, example: str = "") 
 
 def check_number(name: str, value: object, rule: str, is_right: Callable[[float], bool]) -> None:
     """ArgumentError for what is no number, or not right; `rule` says which numbers are."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not is_right(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_right(value):
         raise ArgumentError(f"{name}={value!r} must be {rule}")
 
 

@@ -209,9 +209,9 @@ class RowTiling:
             return function(*args, **kwargs)
         inside = None if compiled else module  # nothing is asked of it while it is traced
         parameters = [] if inside is None else list(inside.parameters())
-        if inside is not None:
-            bound.keep_to(inside, parameters)
         groups, buffers = groups_of(parameters), _versions(inside)
+        if inside is not None and not groups:  # engines replace parameters by gathered ones
+            bound.keep_to(inside, parameters)
         number, rows = bound.lead.numel(), self._rows or self._fitting_rows(bound, inside, groups)
         count = _agreed(max(1, -(-number // rows)), groups, bound.tensors[0].device)
         spans = spans_of(partition_uniform(number, count))

@@ -10,7 +10,7 @@ Shapes: input (…, H), gate and up (I, H), down (M, I); I is the intermediate d
 - Under compilers and `torch.func`: ordinary operations, a tile after another.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from memtile import ops
-from memtile.errors import ArgumentError, TileShapeError, check_whole_number
+from memtile.errors import ArgumentError, TileShapeError, check_fraction, check_whole_number
+from memtile.geometry import Grid
 from memtile.homes import is_parked
 from memtile.layers import checks
 from memtile.layers.loss_options import rows_of
@@ -135,7 +136,7 @@ class TiledMLP(nn.Module):
         self.activation, self.dropout = activation, dropout
         self.block_rows, self.block_features = block_rows, block_features
         self._options().check()
-        _Layers(gate, up, down).check()
+        _Layers(gate, up, down).check(nn.Parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, out) of (…, features); errors of `tiled_mlp`."""
@@ -163,8 +164,7 @@ class _Options(NamedTuple):
 
     def check(self) -> None:
         """Raise ArgumentError for what is outside its range."""
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ArgumentError(f"dropout={self.dropout!r} must be from 0 to 1")
+        check_fraction("dropout", self.dropout)
         for name in ("block_rows", "block_features"):
             if getattr(self, name) is not None:
                 check_whole_number(name, getattr(self, name), 1)
@@ -180,6 +180,8 @@ class _Options(NamedTuple):
                 f"the activation {type(self.activation).__name__} has parameters, which would get "
                 "no gradient; use one without"
             )
+        if not ops.transformed():
+            ops.check_element_wise(self.activation)
 
 
 class _Layers(NamedTuple):
@@ -187,8 +189,14 @@ class _Layers(NamedTuple):
     up: Layer
     down: Layer
 
-    def check(self) -> None:
-        """Raise TileShapeError where shapes or cuts do not fit together."""
+    def check(self, weight: type[Tensor] = Tensor) -> None:
+        """Raise ArgumentError for no layer or `weight`, TileShapeError where they do not fit."""
+        for name, given in zip(self._fields, self, strict=True):
+            if not isinstance(given, weight | nn.Module) and (name != "gate" or given is not None):
+                raise ArgumentError(
+                    f"{_NAME}: {name} is a {type(given).__name__}; it must be a linear layer, or "
+                    f"its weight as a {weight.__name__}"
+                )
         shapes = {name: _shape(layer) for name, layer in self.named()}
         up, down, gate = shapes["up"], shapes["down"], shapes.get("gate")
         if up and ((down and down[1] != up[0]) or (gate and gate != up)):
@@ -212,30 +220,30 @@ class _Layers(NamedTuple):
         return [(name, layer) for name, layer in found if layer is not None]
 
     def weights(self) -> dict[str, list[WeightTile]] | None:
-        """The tiles of each layer by their weights; None where one must be called."""
+        """The tiles of each layer by their weights; None where they must be called."""
         found: dict[str, list[WeightTile]] = {}
         for name, layer in self.named():
             tiles = weight_tiles(_NAME, layer, name == "down")
             if tiles is None:
                 return None
             found[name] = tiles
-        return found
+        # not alike where `memtile.tile` has cut them since
+        spans = {tuple(tile.span for tile in tiles) for tiles in found.values()}
+        return found if len(spans) == 1 else None
 
     def calls(self) -> list[list[Call]]:
         """What is called for each tile: of gate (where there is one), up and down."""
         layers = [layer for _, layer in self.named()]
-        tiled = [each for each in layers if isinstance(each, TiledLinear)]
-        if len(tiled) == len(layers) and all(map(is_called_by_tiles, tiled)):
+        tiled = [e for e in layers if isinstance(e, TiledLinear) and is_called_by_tiles(e)]
+        if len(tiled) == len(layers) and _are_cut_alike([each.grid for each in tiled]):
             tiles = range(tiled[0].grid.out_splits)
             return [
                 [partial(_call_tile, each, n, each is tiled[-1]) for each in tiled] for n in tiles
             ]
-        return [
-            [
-                partial(functional.linear, weight=each) if isinstance(each, Tensor) else each
-                for each in layers
-            ]
+        whole: list[Call] = [
+            partial(functional.linear, weight=e) if isinstance(e, Tensor) else e for e in layers
         ]
+        return [whole]
 
 
 def _shape(layer: Layer) -> tuple[int, int] | None:
@@ -259,6 +267,13 @@ def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
             "(out_splits), down over columns only (in_splits)"
         )
     return grid.in_parts if column else grid.out_parts
+
+
+def _are_cut_alike(grids: Sequence[Grid]) -> bool:
+    """Whether up and gate are cut over rows only, down over columns only, at the same bounds."""
+    *inner, down = grids
+    found = {(grid.out_parts, grid.in_splits) for grid in inner}
+    return found == {(down.in_parts, 1)} and down.out_splits == 1
 
 
 def _call(input: Tensor, layers: _Layers, options: _Options) -> Tensor:

@@ -16,7 +16,7 @@ products, and what is between two products is float32, in strips that stay in th
 over several blocks of rows, the weights' gradients are summed in float32.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final, NamedTuple
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memtile.errors import ArgumentError
 from memtile.geometry import Span, spans_of_size
+from memtile.ops.activations import Activation, activated
 from memtile.ops.parked import no_autocast
 from memtile.ops.products import (
     add_product,
@@ -35,8 +35,6 @@ from memtile.ops.products import (
     wide_dtype,
     widened,
 )
-
-Activation = Callable[[Tensor], Tensor]
 
 BLOCK: Final = 1 << 20  # elements
 FEWEST_FEATURES: Final = 1 << 8  # of a block; products over fewer are slower
@@ -106,14 +104,8 @@ class MlpSpec:
         return tensor if self.dropout == 1.0 else tensor.div_(1.0 - self.dropout)
 
     def activate(self, z: Tensor) -> Tensor:
-        """s(z); ArgumentError where it has another shape or dtype."""
-        found = self.activation(z)
-        if found.shape == z.shape and found.dtype == z.dtype:
-            return found
-        raise ArgumentError(
-            f"the activation gives {tuple(found.shape)} in {found.dtype} for {tuple(z.shape)} in "
-            f"{z.dtype}: it must be element-wise; a gated one is an activation and a gate"
-        )
+        """s(z); ArgumentError where it has another shape or dtype, or is no tensor."""
+        return activated(self.activation, z)
 
 
 class MlpTile(NamedTuple):
@@ -252,7 +244,10 @@ class _Block:
         with torch.enable_grad():
             s = self.spec.activate(leaf.clone())  # which may work in place
         ds = dh * up[0] if up else dh
-        gradients = torch.autograd.grad(s, leaf, ds)
+        # a step function, say, has no derivative that torch knows: it is zero
+        gradients = (
+            torch.autograd.grad(s, leaf, ds) if s.requires_grad else (ds.new_zeros(ds.shape),)
+        )
         h = s.detach()
         return (h * up[0], (*gradients, h * dh)) if up else (h, gradients)
 
