@@ -4,6 +4,7 @@ A message says what was given, the rule, and the way out.
 """
 
 import errno
+from collections.abc import Callable
 from typing import Final
 
 _WAYS_OUT: Final = {
@@ -42,6 +43,17 @@ def check_whole_number(name: str, value: object, least: int, example: str = "") 
     """ArgumentError for what is no int, or less; `example` ends the message."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ArgumentError(f"{name}={value!r} must be a whole number of at least {least}{example}")
+
+
+def check_number(name: str, value: object, rule: str, is_right: Callable[[float], bool]) -> None:
+    """ArgumentError for what is no number, or not right; `rule` says which numbers are."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_right(value):
+        raise ArgumentError(f"{name}={value!r} must be {rule}")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """ArgumentError for what is no number from 0 to 1."""
+    check_number(name, value, "a number from 0 to 1", lambda number: 0.0 <= number <= 1.0)
 
 
 class TileShapeError(MemtileError, ValueError, RuntimeError):

@@ -248,6 +248,20 @@ def test_a_head_that_was_written_to_is_refused(head: Any):
         functional.cross_entropy(late.flatten(0, 1), target.flatten())
 
 
+def test_a_head_whose_weight_was_replaced_is_refused():
+    """As `torch.func.functional_call` does for a call: as often written to, but another one."""
+    deferring, (x, target) = memtile.defer_logits(dense_head()), batch()
+    own = dict(deferring.named_parameters())
+    others = {name: each.detach().clone() for name, each in own.items()}
+    for name, each in others.items():
+        while each._version < own[name]._version:
+            each.add_(1)
+    late = torch.func.functional_call(deferring, others, (x,))
+
+    with pytest.raises(DeferredLogitsError, match="replaced or written to since"):
+        functional.cross_entropy(late.flatten(0, -2), target.flatten())
+
+
 class Function(torch.autograd.Function):
     """The sum, by a function that no subclass of tensors hears of."""
 

@@ -1,5 +1,6 @@
 """Layers of an MLP without its intermediate activation: tiled, parked, called as modules, ranks."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -147,6 +148,18 @@ def test_any_module_may_be_a_layer():
     expected = torch.autograd.grad(dense(x).sum(), [x, *dense.parameters()])
     for a, b in zip((y, *found), (dense(x), *expected), strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("home", PLACES)
+@pytest.mark.parametrize("size", [{"max_tile_bytes": 400}, {"in_splits": 2}, {"out_splits": 3}])
+def test_layers_that_are_cut_later_and_not_alike(size: Any, home: Any):
+    """By `memtile.tile`, which cuts each as it likes: each is called."""
+    dense = Dense()
+    mlp = memtile.TiledMLP(*copy.deepcopy(dense).children())
+    where = None if home is None else resolve_home(home_called(home), "cpu")
+
+    memtile.tile(nn.ModuleList([mlp]), **size, home=where)
+    assert_trains_like(mlp, dense)
 
 
 def test_homes_agree_bit_for_bit():

@@ -262,6 +262,18 @@ def test_sizes_are_checked(options, told):
         memtile.tile_rows(Mlp(), **options)
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_call_that_cannot_be_measured_says_nothing_of_the_next_one(rows):
+    """The next calls are not left with tiles of one row."""
+    tiled = memtile.tile_rows(Mlp(), budget="100KiB")
+    tiled(batch(rows))
+    calls = []
+    tiled.up.register_forward_hook(lambda *_: calls.append(1))
+    tiled(batch(3, 5))
+
+    assert len(calls) <= 3  # two are to measure
+
+
 def test_a_budget_below_a_row_says_what_a_row_takes():
     """Instead of a tile of no rows."""
     with pytest.raises(BudgetError, match=r"Mlp: a row takes \d.*budget= is 100 B"):
@@ -273,6 +285,12 @@ def test_only_modules_and_functions_are_taken(given):
     """No classes."""
     with pytest.raises(ArgumentError, match="neither a module nor a function"):
         memtile.tile_rows(given, rows=1)
+
+
+def test_a_list_of_modules_is_refused():
+    """It has no forward; its modules are what is called."""
+    with pytest.raises(ArgumentError, match="ModuleList has no forward; call tile_rows for each"):
+        memtile.tile_rows(nn.ModuleList([Mlp()]), rows=1)
 
 
 def test_a_forward_on_the_instance_is_refused():
@@ -290,6 +308,7 @@ def test_a_forward_on_the_instance_is_refused():
         (lambda x: x.mean(-2), r"it gave \(1, 13\)"),
         (lambda x: x + torch.zeros(3, 1, 13), r"it gave \(3, 4, 13\)"),
         (lambda x: (x, 3), "it gave a int"),
+        (lambda x: (x,) * x.shape[-2], "alike for all rows"),
         (lambda x: x[..., : int(x[0, 0, 0] * 0) + x.shape[-2]], "alike for all rows"),
     ],
 )
@@ -318,6 +337,50 @@ def test_a_tensor_that_was_computed_before_is_refused_unless_it_is_an_argument()
 
     y = memtile.tile_rows(functional.linear, rows=4)(x, weight)
     assert_close(gradients(y, raw), gradients(functional.linear(x, raw.tanh()), raw))
+
+
+def test_a_slice_of_a_sequence_runs_as_a_whole():
+    """`nn.Sequential` makes slices by calling its own class."""
+    tiled = memtile.tile_rows(nn.Sequential(Mlp(), nn.Tanh()), rows=4)
+    plain, x = copy.deepcopy(tiled[0]), batch(3, 5)
+
+    assert type(tiled[:1]) is nn.Sequential
+    assert_close([tiled[:1](x)], [plain(x)])
+
+
+def test_a_method_may_be_tiled_in_the_body_of_its_class():
+    """It is called with its instance, whose parameters are trained."""
+
+    class Tiled(Mlp):
+        forward = memtile.tile_rows(Mlp.forward, rows=4)
+
+    plain, x = Mlp(), batch(3, 5)
+    tiled = Tiled()
+    tiled.load_state_dict(plain.state_dict())
+
+    of = ((tiled(x), *tiled.parameters()), (plain(x), *plain.parameters()))
+    assert_close(*(gradients(y, x, *parameters) for y, *parameters in of))
+
+
+def test_a_tiled_layer_that_runs_over_row_tiles_is_untiled():
+    """Both changes of it are undone."""
+    layer = memtile.TiledLinear(13, 7, out_splits=2, dtype=torch.float64)
+    model, x = nn.Sequential(memtile.tile_rows(layer, rows=4)), batch(3, 5)
+    y = model(x)
+
+    memtile.untile(model)
+    assert type(model[0]) is nn.Linear
+    assert_close([model(x)], [y])
+
+
+def test_parameters_that_are_replaced_before_backward_are_found():
+    """Those of forward would get no gradient, silently."""
+    tiled = memtile.tile_rows(Mlp(), rows=4)
+    others = {name: each.detach().requires_grad_() for name, each in tiled.named_parameters()}
+    y = torch.func.functional_call(tiled, others, batch(3, 5))
+
+    with pytest.raises(RowTilesError, match="its parameters were replaced between its forward"):
+        y.sum().backward()
 
 
 def test_weights_that_change_before_backward_are_found():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memtile
 from memtile.errors import ArgumentError, TileDtypeError, TileShapeError
+from memtile.ops import check_element_wise
 from memtile.testing import error_ratio, peak_allocated_bytes
 
 BLOCKS = [(None, None), (2, 4), (1, 1), (100, 5)]  # rows and features
@@ -350,6 +351,8 @@ def test_inside_an_outer_checkpoint(reentrant: bool, times: int):
     def block(x: Tensor) -> Tensor:
         return x[:, :OUT] + tiled(x.tanh(), layers, (None, 4), activation=activation, dropout=0.5)
 
+    check_element_wise(activation)  # as the first call does
+    calls.clear()
     torch.manual_seed(5)
     y = checkpoint(block, x, use_reentrant=reentrant)
     y.sum().backward()
@@ -421,6 +424,26 @@ def row_tiles(splits: int = 3) -> memtile.TiledLinear:
     return memtile.TiledLinear(WIDTH, INNER, out_splits=splits)
 
 
+def test_the_module_takes_no_tensors_that_it_would_not_train():
+    """Parameters are its own."""
+    gate, up, down = (nn.Parameter(torch.ones(s)) for s in ((23, 5), (23, 5), (5, 23)))
+
+    assert len(list(memtile.TiledMLP(gate, up, down).parameters())) == 3
+    with pytest.raises(ArgumentError, match=r"up is a Tensor.* its weight as a Parameter"):
+        memtile.TiledMLP(gate, up.detach(), down)
+
+
+def test_an_activation_without_a_derivative():
+    """A step function: the layers before it get zeros."""
+    up, down = nn.Linear(5, 23), nn.Linear(23, 5)
+    x = torch.ones(2, 5, requires_grad=True)
+    y = memtile.tiled_mlp(x, None, up, down, activation=lambda z: (z > 0).to(z.dtype))
+    y.sum().backward()
+
+    assert not x.grad.any()
+    torch.testing.assert_close(down.weight.grad[0], (up(x) > 0).sum(0).float())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -439,6 +462,12 @@ def row_tiles(splits: int = 3) -> memtile.TiledLinear:
         ({"activation": "silu"}, ArgumentError, "activation='silu'"),
         ({"activation": nn.PReLU()}, ArgumentError, "has parameters"),
         ({"activation": lambda z: z.sum()}, ArgumentError, "must be element-wise"),
+        ({"activation": lambda z: z.softmax(-1)}, ArgumentError, "is not element-wise"),
+        ({"activation": nn.Dropout(0.1)}, ArgumentError, "dropout is an option"),
+        ({"activation": nn.Softplus}, ArgumentError, "gives a Softplus for"),
+        ({"dropout": None}, ArgumentError, "dropout=None"),
+        ({"up": None}, ArgumentError, "up is a NoneType; it must be a linear layer"),
+        ({"gate": "gate"}, ArgumentError, "gate is a str"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

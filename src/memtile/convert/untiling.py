@@ -124,7 +124,7 @@ def _checked_tile_ids(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def cannot_be_dense(layer: TiledModule) -> str:
     """What a dense module would not do that this layer's tiles do; "" for nothing."""
-    if class_of(layer) not in tiled_classes():
+    if getattr(layer, "whole_class", class_of(layer)) not in tiled_classes():
         return f"{type(layer).__name__} is a class of its own, which no dense module stands for"
     if getattr(layer, "input_is_already_split", False):
         return "it takes an input that is already split, which a dense linear does not"

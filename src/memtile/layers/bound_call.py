@@ -32,6 +32,7 @@ class BoundCall:
         kwargs: dict[str, Any],
     ) -> None:
         self.name, self._function = name, function
+        self._module: nn.Module | None = None
         self._given, self._form = tree_flatten((args, kwargs))
         self.tensors = [each for each in self._given if isinstance(each, Tensor)]
         self.lead = self.tensors[0].shape[:-1] if self.tensors else torch.Size()
@@ -41,8 +42,14 @@ class BoundCall:
             for number, tensor in enumerate(self.tensors)
         )
 
+    def keep_to(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Refuse calls where the module has other parameters than these."""
+        self._module, self._parameters = module, parameters
+
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         """Its result for the rows of a tile."""
+        if self._module is not None:
+            self._check_parameters(self._module)
         following = iter(tensors)
         given = [next(following) if isinstance(e, Tensor) else e for e in self._given]
         args, kwargs = tree_unflatten(given, self._form)
@@ -51,6 +58,14 @@ class BoundCall:
         for each in tree_leaves(result):
             self._check(each, lead)
         return result
+
+    def _check_parameters(self, module: nn.Module) -> None:
+        if [*map(id, module.parameters())] != [*map(id, self._parameters)]:
+            raise RowTilesError(
+                f"{self.name}: its parameters were replaced between its forward and its backward, "
+                "as torch.func.functional_call does: row tiles would be computed again with "
+                "others; use torch.func.grad, or memtile.untile(module)"
+            )
 
     def _check(self, result: object, lead: torch.Size) -> None:
         if (isinstance(result, Tensor) and result.shape[: len(lead)] == lead) or result is None:
@@ -74,10 +89,11 @@ class BoundCall:
         return tuple(shapes), device, autocast
 
     def rows_within(self, budget: int) -> int:
-        """How many rows' activations and their gradients fit; BudgetError for none."""
+        """How many rows' activations and their gradients fit; BudgetError for none.
+
+        The call must have two rows at least.
+        """
         few = min(_PROBED, self.lead.numel() // 2)
-        if not few:  # nothing can be told apart
-            return 1
         by_row = -(-(self._peak(2 * few) - self._peak(few)) // few)
         if by_row > budget:
             raise BudgetError(

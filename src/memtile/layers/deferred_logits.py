@@ -90,7 +90,7 @@ class _State:
     """What the logits depend on besides their input, when the head is called."""
 
     head: DeferringHead
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, int], ...]
     autocast: torch.dtype | None
 
     @classmethod
@@ -103,8 +103,8 @@ class _State:
         if self.versions != _versions(self.head):
             raise DeferredLogitsError(
                 "these logits were left to be computed when they are needed, and the head's weight "
-                "was written to since: read them before the optimizer's step (before backward, "
-                'where mode="in_backward"), or call memtile.defer_logits(model, False)'
+                "was replaced or written to since: read them before the optimizer's step (before "
+                'backward, where mode="in_backward"), or call memtile.defer_logits(model, False)'
             )
         autocast: AbstractContextManager[object] = nullcontext()
         if self.autocast != ops.autocast_dtype(x):
@@ -114,8 +114,9 @@ class _State:
             yield
 
 
-def _versions(head: nn.Module) -> tuple[int, ...]:
-    return tuple(0 if p.is_inference() else p._version for p in head.parameters())
+def _versions(head: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Which parameters it has, and how often each was written to."""
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in head.parameters())
 
 
 class DeferredLogits(Tensor):

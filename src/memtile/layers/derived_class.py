@@ -17,6 +17,10 @@ class ChangedModule(nn.Module):
     whole_class: type[nn.Module]  # without this change
     change: type["ChangedModule"]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A module of its own class: `nn.Sequential` makes its slices by calling its class."""
+        return cls.whole_class(*args, **kwargs)
+
     def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
         """The changed forward; `forward` is that of the class without this change, with `self`."""
         raise NotImplementedError

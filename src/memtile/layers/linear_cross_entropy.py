@@ -136,7 +136,7 @@ def token_log_probabilities(
         torch.Size([8])
     """
     logits = Logits(layer_of(linear_weight), linear_bias, softcap, logit_scale)
-    classes = logits.check(input)
+    classes = logits.check(input, target)
     check_classes(target, input.shape[:-1], classes, ignore_index)
     labels, valid = _labels(target, ignore_index)
     sums = logits.sums(input, ops.LogitQuery(labels, wants_mean=True), (block_rows, block_classes))
@@ -212,7 +212,7 @@ class LinearCrossEntropy(nn.Module):
 def _loss(
     input: Tensor, logits: Logits, target: Tensor, options: LossOptions, blocks: Blocks
 ) -> Tensor:
-    classes = logits.check(input)
+    classes = logits.check(input, target)
     options.check(classes)
     if target.is_floating_point():
         return _loss_of_probabilities(input, logits, target, options, blocks)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from memtile.errors import (
     TileDtypeError,
     TileIndexError,
     TileShapeError,
+    check_fraction,
+    check_number,
     check_whole_number,
 )
+from memtile.layers import checks
 from memtile.layers.head_tiles import NAME, Head, classes_of, head_sums
+from memtile.layers.weight_tiles import check_matrix
 
 Blocks = tuple[int | None, int | None]  # rows and classes
 
@@ -34,13 +39,15 @@ class LossOptions:
         """Raise where one is outside its range."""
         if self.reduction not in ("mean", "sum", "none"):
             raise ArgumentError(f'reduction={self.reduction!r} must be "mean", "sum" or "none"')
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ArgumentError(f"label_smoothing={self.label_smoothing} must be from 0 to 1")
-        if self.weight is not None and self.weight.shape != (classes,):
-            raise TileShapeError(
-                f"{NAME}: weight is {tuple(self.weight.shape)}, one factor for each class: "
-                f"({classes},)"
+        check_fraction("label_smoothing", self.label_smoothing)
+        check_number("z_loss", self.z_loss, "a number", isfinite)
+        if not isinstance(self.ignore_index, int):
+            raise ArgumentError(
+                f"ignore_index={self.ignore_index!r} must be a whole number: the class of tokens "
+                "that count for nothing, or one that no token has, such as -100"
             )
+        if self.weight is not None:
+            _check_size("weight", self.weight, classes)
         if self.num_items is not None and self.reduction != "mean":
             raise ArgumentError(
                 f"num_items={self.num_items} is what the mean divides by, and "
@@ -59,19 +66,26 @@ class Logits:
 
     def check_options(self) -> None:
         """Raise where one is outside its range."""
-        if self.softcap is not None and not self.softcap > 0.0:
-            raise ArgumentError(f"softcap={self.softcap} must be above 0; None: logits as they are")
+        if self.softcap is not None:
+            rule = "a number above 0; None: logits as they are"
+            check_number("softcap", self.softcap, rule, lambda number: number > 0.0)
+        rule = "a number; for a learnt one multiply the input by it, which gives it a gradient"
+        check_number("logit_scale", self.scale, rule, isfinite)
 
-    def check(self, input: Tensor) -> int:
-        """How many classes there are; raises where an option or the bias does not fit."""
+    def check(self, input: Tensor, target: Tensor) -> int:
+        """How many classes there are; raises where an option or a tensor does not fit."""
         self.check_options()
-        classes = classes_of(self.head)
+        for name, given in (("input", input), ("target", target)):
+            if not isinstance(given, Tensor):
+                raise TileDtypeError(f"{NAME}: the {name} is a {type(given).__name__}, no tensor")
         if input.dim() == 0:
             raise TileShapeError(f"{NAME}: the input has no dimensions; it must be (…, features)")
-        if self.bias is not None and self.bias.shape != (classes,):
-            raise TileShapeError(
-                f"{NAME}: linear_bias is {tuple(self.bias.shape)}; it must be ({classes},)"
-            )
+        if isinstance(self.head, Tensor):
+            check_matrix(NAME, self.head)
+            checks.split_sizes(NAME, input.shape[-1], 1, [self.head.shape[1]])
+        classes = classes_of(self.head)
+        if self.bias is not None:
+            _check_size("linear_bias", self.bias, classes)
         return classes
 
     def sums(self, input: Tensor, query: ops.LogitQuery, blocks: Blocks) -> ops.LogitSums:
@@ -81,6 +95,14 @@ class Logits:
                 check_whole_number(name, size, 1)
         asked = query.through(self.scale, self.softcap)
         return head_sums(self.head, self.bias, rows_of(input), asked, *blocks)
+
+
+def _check_size(name: str, given: object, classes: int) -> None:
+    if not isinstance(given, Tensor) or given.shape != (classes,):
+        kind = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise TileShapeError(
+            f"{NAME}: {name} is {kind}; it must be ({classes},), one for each class"
+        )
 
 
 def rows_of(input: Tensor) -> Tensor:

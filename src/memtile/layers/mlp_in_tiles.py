@@ -5,7 +5,6 @@ is what is computed: another activation or dropout, evaluation mode, adapters ar
 Where it is no MLP any more, its own forward runs.
 """
 
-from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
@@ -14,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from memtile import ops
-from memtile.errors import TileShapeError
+from memtile.errors import ArgumentError, TileShapeError
 from memtile.layers import checks
 from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
 from memtile.layers.mlp_layers import MlpLayers
 from memtile.layers.mlp_structure import (
     MlpStructure,
     NoMlpError,
-    Steps,
-    check_elementwise,
     structure_of,
 )
 from memtile.layers.tiled_mlp import tiled_mlp
@@ -30,7 +27,6 @@ from memtile.layers.values import is_shard
 
 # A block: in inference, so large an intermediate activation is computed whole.
 FEWEST_ELEMENTS: Final = ops.MLP_BLOCK
-_elementwise: Final = deque[Steps](maxlen=16)  # the last that were checked
 
 
 class MlpInTiles(ChangedModule):
@@ -82,9 +78,10 @@ def checked_structure(
 ) -> MlpStructure:
     """`structure_of`; NoMlpError also where the activation is not element-wise."""
     found = structure_of(module, forward, sizes, x)
-    if found.activation not in _elementwise:
-        check_elementwise(found.activation)
-        _elementwise.append(found.activation)
+    try:
+        ops.check_element_wise(found.activation)
+    except ArgumentError as error:
+        raise NoMlpError("its activation is not element-wise") from error
     return found
 
 

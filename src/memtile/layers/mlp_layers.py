@@ -1,6 +1,6 @@
 """The layers of an MLP: whether they fit together, and what is done with each of their tiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memtile import ops
-from memtile.errors import TileShapeError
+from memtile.errors import ArgumentError, TileShapeError
+from memtile.geometry import Grid
 from memtile.layers.low_rank import LowRanks, low_rank_of
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.weight_tiles import Layer, WeightTile, is_called_by_tiles, weight_tiles
@@ -24,8 +25,14 @@ class MlpLayers(NamedTuple):
     up: Layer
     down: Layer
 
-    def check(self) -> None:
-        """Raise TileShapeError where shapes or cuts do not fit together."""
+    def check(self, weight: type[Tensor] = Tensor) -> None:
+        """Raise ArgumentError for no layer or `weight`, TileShapeError where they do not fit."""
+        for name, given in zip(self._fields, self, strict=True):
+            if not isinstance(given, weight | nn.Module) and (name != "gate" or given is not None):
+                raise ArgumentError(
+                    f"{NAME}: {name} is a {type(given).__name__}; it must be a linear layer, or "
+                    f"its weight as a {weight.__name__}"
+                )
         shapes = {name: shape_of(layer) for name, layer in self.named()}
         up, down, gate = shapes["up"], shapes["down"], shapes.get("gate")
         if up and ((down and down[1] != up[0]) or (gate and gate != up)):
@@ -60,7 +67,9 @@ class MlpLayers(NamedTuple):
             if tiles is None:
                 return None
             found[name] = tiles
-        return found
+        # not alike where `memtile.tile` has cut them since
+        spans = {tuple(tile.span for tile in tiles) for tiles in found.values()}
+        return found if len(spans) == 1 else None
 
     def low_ranks(self) -> LowRanks:
         """The low-rank adapters, by the names of their layers."""
@@ -72,8 +81,8 @@ class MlpLayers(NamedTuple):
     def calls(self) -> list[list[Call]]:
         """What is called for each tile: of gate (where there is one), up and down."""
         layers = [layer for _, layer in self.named()]
-        tiled = [each for each in layers if isinstance(each, TiledLinear)]
-        if len(tiled) == len(layers) and all(map(is_called_by_tiles, tiled)):
+        tiled = [e for e in layers if isinstance(e, TiledLinear) and is_called_by_tiles(e)]
+        if len(tiled) == len(layers) and _are_cut_alike([each.grid for each in tiled]):
             tiles = range(tiled[0].grid.out_splits)
             return [
                 [partial(_call_tile, each, n, each is tiled[-1]) for each in tiled] for n in tiles
@@ -109,6 +118,13 @@ def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
             "(out_splits), down over columns only (in_splits)"
         )
     return grid.in_parts if column else grid.out_parts
+
+
+def _are_cut_alike(grids: Sequence[Grid]) -> bool:
+    """Whether up and gate are cut over rows only, down over columns only, at the same bounds."""
+    *inner, down = grids
+    found = {(grid.out_parts, grid.in_splits) for grid in inner}
+    return found == {(down.in_parts, 1)} and down.out_splits == 1
 
 
 def _call_tile(layer: TiledLinear, number: int, is_column: bool, x: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from memtile import ops
-
 Sizes = Mapping[str, int]  # of what each linear gives, by its name
 
 
@@ -257,20 +255,3 @@ def _between(steps: Mapping[_Slot, _Step], start: _Slot, end: _Slot, where: str)
         found[slot] = step
         ahead += step.given
     return Steps(tuple(found[slot] for slot in steps if slot in found), start, end)
-
-
-def check_elementwise(activation: Steps) -> None:
-    """NoMlpError where each element of what the activation gives is not of one that it is given.
-
-    Told from a matrix and a column of the same numbers.
-    """
-    numbers = torch.linspace(-9.0, 11.0, 35, dtype=torch.float64)
-    with torch.no_grad(), ops.kept_random_states([]):
-        try:
-            whole = activation(numbers.view(5, 7).clone())
-            single = activation(numbers.view(35, 1).clone())
-        except Exception as error:
-            raise NoMlpError(f"its activation fails for a matrix: {error}") from error
-    same = whole.shape == (5, 7) and single.shape == (35, 1) and whole.dtype == numbers.dtype
-    if not same or not torch.allclose(whole.flatten(), single.flatten(), 1e-9, 1e-12):
-        raise NoMlpError("its activation is not element-wise")

@@ -14,6 +14,7 @@ There are three ways to run the tiles:
 
 from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
+from types import MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -62,8 +63,8 @@ def tile_rows(
         The module itself, or a function.
 
     Raises:
-        ArgumentError: it cannot be called, has a forward of its own on the instance, or there is
-            not one of `rows` and `budget`.
+        ArgumentError: it cannot be called, has no forward or one of its own on the instance, or
+            there is not one of `rows` and `budget`.
 
     The call raises RowTilesError where results do not have the rows of the tile, a buffer changes
     (batch norm in training), or a tensor is used that was computed before and needs a gradient
@@ -89,6 +90,10 @@ def tile_rows(
             f"this {type(module).__name__} has a forward of its own on the instance, or is a "
             "script, so that its class cannot say how it is called; call tile_rows before what "
             "put it there"
+        )
+    if type(module).forward is nn.Module.forward:
+        raise ArgumentError(
+            f"a {type(module).__name__} has no forward; call tile_rows for each module in it"
         )
     apply_change(module, RowTiled)
     module.__dict__["row_tiling"] = tiling
@@ -121,6 +126,12 @@ class _RowTiledFunction:
     def __init__(self, function: Callable[..., Any], tiling: "RowTiling") -> None:
         update_wrapper(self, function)
         self._function, self.row_tiling = function, tiling
+
+    def __get__(self, instance: object, owner: type | None = None) -> "_RowTiledFunction":
+        """The method of an instance, where it is written in the body of a class."""
+        if instance is None:
+            return self
+        return _RowTiledFunction(MethodType(self._function, instance), self.row_tiling)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(self._function, "__self__", None)
@@ -168,6 +179,8 @@ class RowTiling:
         inside = None if compiled else module  # nothing is asked of it while it is traced
         parameters = [] if inside is None else list(inside.parameters())
         groups, buffers = groups_of(parameters), _versions(inside)
+        if inside is not None and not groups:  # engines replace parameters by gathered ones
+            bound.keep_to(inside, parameters)
         number, rows = bound.lead.numel(), self._rows or self._fitting_rows(bound, inside, groups)
         count = _agreed(max(1, -(-number // rows)), groups, bound.tensors[0].device)
         spans = spans_of(partition_uniform(number, count))
@@ -199,6 +212,8 @@ class RowTiling:
                     f"{bound.name}: budget= measures a tile by itself, which the shards of an "
                     "engine cannot be used for; give rows="
                 )
+            if bound.lead.numel() < 2:  # nothing can be told apart, nor is it for the next call
+                return 1
             self._fitting[kind] = bound.rows_within(self._budget)
         return self._fitting[kind]
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from memtile import ops
-from memtile.errors import ArgumentError, check_whole_number
+from memtile.errors import ArgumentError, check_fraction, check_whole_number
 from memtile.homes import is_parked
 from memtile.layers import checks
 from memtile.layers.loss_options import rows_of
@@ -136,7 +136,7 @@ class TiledMLP(nn.Module):
         self.activation, self.dropout = activation, dropout
         self.block_rows, self.block_features = block_rows, block_features
         self._options().check()
-        MlpLayers(gate, up, down).check()
+        MlpLayers(gate, up, down).check(nn.Parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, out) of (…, features); errors of `tiled_mlp`."""
@@ -164,8 +164,7 @@ class _Options(NamedTuple):
 
     def check(self) -> None:
         """Raise ArgumentError for what is outside its range."""
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ArgumentError(f"dropout={self.dropout!r} must be from 0 to 1")
+        check_fraction("dropout", self.dropout)
         for name in ("block_rows", "block_features"):
             if getattr(self, name) is not None:
                 check_whole_number(name, getattr(self, name), 1)
@@ -181,6 +180,8 @@ class _Options(NamedTuple):
                 f"the activation {type(self.activation).__name__} has parameters, which would get "
                 "no gradient; use one without"
             )
+        if not ops.transformed():
+            ops.check_element_wise(self.activation)
 
 
 def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:

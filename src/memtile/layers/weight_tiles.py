@@ -38,11 +38,7 @@ def weight_tiles(name: str, layer: Layer, dimension: int = 0) -> list[WeightTile
     or are cut along the other dimension too. Along the input the last tile has the bias.
     """
     if isinstance(layer, Tensor):
-        if layer.dim() != 2:
-            raise TileShapeError(
-                f"{name}: a weight is {tuple(layer.shape)}; it must have two dimensions: "
-                "further dimensions are not tiled"
-            )
+        check_matrix(name, layer)
         return [WeightTile(Span(0, layer.shape[dimension]), layer, None)]
     if not isinstance(layer, TiledModule):
         if not is_plain(layer):
@@ -63,6 +59,15 @@ def weight_tiles(name: str, layer: Layer, dimension: int = 0) -> list[WeightTile
         biases[-1] = whole
     found = zip(spans, tiles, biases, strict=True)
     return [WeightTile(span, tile.weight, bias) for span, tile, bias in found]
+
+
+def check_matrix(name: str, weight: Tensor) -> None:
+    """TileShapeError where a weight has not two dimensions."""
+    if weight.dim() != 2:
+        raise TileShapeError(
+            f"{name}: a weight is {tuple(weight.shape)}; it must have two dimensions: "
+            "further dimensions are not tiled"
+        )
 
 
 def is_called_by_tiles(layer: nn.Module) -> bool:

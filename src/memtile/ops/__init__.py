@@ -1,5 +1,6 @@
 """Mathematics and autograd of tiled products and lookups."""
 
+from memtile.ops.activations import check_element_wise
 from memtile.ops.composed import (
     ResultShapes,
     float32_casts,
@@ -55,6 +56,7 @@ __all__ = [
     "ResultShapes",
     "RowCall",
     "autocast_dtype",
+    "check_element_wise",
     "checkpointed_row_tiles",
     "combine_sums",
     "float32_casts",

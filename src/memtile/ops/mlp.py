@@ -24,9 +24,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from memtile.errors import ArgumentError
 from memtile.geometry import Span, spans_of_size
-from memtile.ops.mlp_tile import Activation, MlpTile, joined
+from memtile.ops.activations import Activation, activated
+from memtile.ops.mlp_tile import MlpTile, joined
 from memtile.ops.products import (
     add_product,
     strips_of,
@@ -103,14 +103,8 @@ class MlpSpec:
         return tensor if self.dropout == 1.0 else tensor.div_(1.0 - self.dropout)
 
     def activate(self, z: Tensor) -> Tensor:
-        """s(z); ArgumentError where it has another shape or dtype."""
-        found = self.activation(z)
-        if found.shape == z.shape and found.dtype == z.dtype:
-            return found
-        raise ArgumentError(
-            f"the activation gives {tuple(found.shape)} in {found.dtype} for {tuple(z.shape)} in "
-            f"{z.dtype}: it must be element-wise; a gated one is an activation and a gate"
-        )
+        """s(z); ArgumentError where it has another shape or dtype, or is no tensor."""
+        return activated(self.activation, z)
 
 
 @dataclass(eq=False)
@@ -227,7 +221,10 @@ class _Block:
         with torch.enable_grad():
             s = self.spec.activate(leaf.clone())  # which may work in place
         ds = dh * up[0] if up else dh
-        gradients = torch.autograd.grad(s, leaf, ds)
+        # a step function, say, has no derivative that torch knows: it is zero
+        gradients = (
+            torch.autograd.grad(s, leaf, ds) if s.requires_grad else (ds.new_zeros(ds.shape),)
+        )
         h = s.detach()
         return (h * up[0], (*gradients, h * dh)) if up else (h, gradients)
 

@@ -5,7 +5,6 @@ A x after its own, and G the columns B; with down's, D has the rows A, and y as 
 are for B.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from memtile.geometry import Span
+from memtile.ops.activations import Activation
 from memtile.ops.parked import no_autocast
-
-Activation = Callable[[Tensor], Tensor]
 
 
 class MlpTile(NamedTuple):

@@ -114,7 +114,8 @@ class _TrackedTiles(Tiles):
         self._note_leaves(results, {id(tensor) for tensor in given})
         tracked = [result.requires_grad for result in results]
         before = self.record.differentiable or tracked
-        self.record.differentiable = [a or b for a, b in zip(before, tracked, strict=True)]
+        # results of another number are refused where they are written
+        self.record.differentiable = [a or b for a, b in zip(before, tracked, strict=False)]
         return [result.detach() for result in results]
 
     def _note_leaves(self, results: Sequence[Tensor], given: set[int]) -> None:
