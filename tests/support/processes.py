@@ -4,6 +4,8 @@ A process that imports them itself takes seconds before its first line. The serv
 operation, so it has no threads that a fork would lose; it is started with the first process.
 """
 
+import functools
+import gc
 import multiprocessing
 import os
 import socket
@@ -43,14 +45,22 @@ def start_ranks(run: Callable[..., None], world: int, *arguments: object) -> Non
 
 
 def _rank(rank: int, run: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    _without_compiling()
+    _begin()
     run(rank, *arguments)
 
 
-def _without_compiling() -> None:
-    """Spare DeepSpeed's sums in shared memory: they are for inference, and compile in a minute."""
+def _begin() -> None:
+    """Spare the process what no test is about, and what takes half of its time.
+
+    The search for garbage among all that the server imported, of which every page is copied then:
+    DeepSpeed collects for each optimizer. A process that it starts for each gradient it reduces, to
+    ask for the cores of this machine. And its sums in shared memory: a minute to compile.
+    """
+    gc.freeze()
     if torch_of_deepspeed := sys.modules.get("deepspeed.comm.torch"):
         torch_of_deepspeed.build_shm_op = lambda: None  # type: ignore[attr-defined]
+        numa = sys.modules["deepspeed.utils.numa"]
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)  # type: ignore[attr-defined]
 
 
 def launched(words: Sequence[object], world: int) -> "list[Command]":
@@ -91,7 +101,7 @@ class Command:
 
 def _command(output: Connection, words: list[str], environment: dict[str, str]) -> None:
     os.environ |= environment
-    _without_compiling()
+    _begin()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     sys.exit(main(words))
