@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import torch
 
@@ -45,8 +46,19 @@ def start_ranks(run: Callable[..., None], world: int, *arguments: object) -> Non
 
 
 def _rank(rank: int, run: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    _begun(run, rank, *arguments)
+
+
+def started(run: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process that calls `run` with the arguments."""
+    process = context.Process(target=_begun, args=(run, *arguments))
+    process.start()
+    return process
+
+
+def _begun(run: Callable[..., None], *arguments: object) -> None:
     _begin()
-    run(rank, *arguments)
+    run(*arguments)
 
 
 def _begin() -> None:
@@ -86,8 +98,7 @@ class Command:
     ) -> None:
         ours, theirs = context.Pipe(duplex=False)
         given = theirs, [str(w) for w in words], dict(environment or {})
-        self.process = context.Process(target=_command, args=given)
-        self.process.start()
+        self.process = started(_command, *given)
         theirs.close()
         self.output = os.fdopen(os.dup(ours.fileno()), encoding="utf-8")
 
@@ -101,7 +112,6 @@ class Command:
 
 def _command(output: Connection, words: list[str], environment: dict[str, str]) -> None:
     os.environ |= environment
-    _begin()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     sys.exit(main(words))
@@ -113,8 +123,7 @@ def killed(write: Callable[..., None], *arguments: object, after: int, seconds: 
     Calls `write` with the connection to send them through, and the arguments.
     """
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=write, args=(theirs, *arguments))
-    process.start()
+    process = started(write, theirs, *arguments)
     theirs.close()
     sent = [ours.recv() for _ in range(after)]
     time.sleep(seconds)
