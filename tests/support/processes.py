@@ -77,28 +77,35 @@ def _begin() -> None:
 
 def launched(words: Sequence[object], world: int) -> "list[Command]":
     """`memtile WORDS…` in so many processes, with the environment that torchrun gives its ranks."""
+    return [Command(words, rank) for rank in torchrun_environments(world)]
+
+
+def torchrun_environments(world: int) -> list[dict[str, str]]:
+    """The variables that torchrun gives each of so many ranks on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
-    return [Command(words, {**address, **sizes, **rank}) for rank in ranks]
+    return [{**address, **sizes, **rank} for rank in ranks]
 
 
-class Command:
-    """`memtile WORDS…` in a process of its own, with further variables of the environment.
+class Program:
+    """A function in a process of its own, with further variables of the environment.
 
     Attributes:
-        process: the process; its `exitcode` is the command's once it has ended.
+        process: the process; its `exitcode` is the function's once it has ended.
         output: what it prints to both streams, as a file of lines.
     """
 
     def __init__(
-        self, words: Sequence[object], environment: Mapping[str, str] | None = None
+        self,
+        run: Callable[..., object],
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         ours, theirs = context.Pipe(duplex=False)
-        given = theirs, [str(w) for w in words], dict(environment or {})
-        self.process = started(_command, *given)
+        self.process = started(_printing_to, theirs, dict(environment or {}), run, *arguments)
         theirs.close()
         self.output = os.fdopen(os.dup(ours.fileno()), encoding="utf-8")
 
@@ -110,10 +117,25 @@ class Command:
         return rest
 
 
-def _command(output: Connection, words: list[str], environment: dict[str, str]) -> None:
+class Command(Program):
+    """`memtile WORDS…` as such a process."""
+
+    def __init__(
+        self, words: Sequence[object], environment: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(_command, [str(word) for word in words], environment=environment)
+
+
+def _printing_to(
+    output: Connection, environment: dict[str, str], run: Callable[..., object], *arguments: object
+) -> None:
     os.environ |= environment
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
+    run(*arguments)
+
+
+def _command(words: list[str]) -> None:
     sys.exit(main(words))
 
 
