@@ -10,7 +10,7 @@ import time
 
 import torch
 from killed_run import KEEP, begin, go_on
-from processes import context
+from processes import started
 from resumable import all_of, differences
 
 from memtile.checkpoints import steps
@@ -23,9 +23,7 @@ FOREVER = 1000  # steps: more than it lives, and an end if the test does not com
 
 def start(folder, until):
     """Begins a process in the middle of the run, which trains up to a step."""
-    process = context.Process(target=go_on, args=(folder, until))
-    process.start()
-    return process
+    return started(go_on, folder, until)
 
 
 def exit_code(process):

@@ -1,18 +1,14 @@
 """Tiles as shards of ZeRO-3: processes over gloo, compared with the dense model in one process."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from cases import chosen, with_slow
-from compiled_ops import WITHOUT_SUMS
 from engine_cases import CASES, Case, Net, ParallelNet, distance, parallel_losses, plain_step, train
+from processes import Program, torchrun_environments
 from small_experts import ExpertsLoss
 from zero3_worker import EXPERTS, spawn
 
@@ -143,18 +139,8 @@ def test_the_code_of_the_documentation_runs():
     """In a process of its own, because DeepSpeed replaces functions of torch."""
     page = Path(__file__).parents[2] / "docs" / "engines.md"
     (code,) = re.findall(r"```python\n(# not run[^`]*)```", page.read_text(encoding="utf-8"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    ran = subprocess.run(
-        [sys.executable, "-c", WITHOUT_SUMS + code],
-        env={**os.environ, **ranks, **address},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = Program(exec, code, {}, environment=torchrun_environments(1)[0])
+    printed = ran.wait()
 
-    assert ran.returncode == 0, ran.stderr
-    assert "stage3_max_reuse_distance is 1000000000" in ran.stdout
+    assert ran.process.exitcode == 0, printed
+    assert "stage3_max_reuse_distance is 1000000000" in printed

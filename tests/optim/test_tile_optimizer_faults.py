@@ -1,6 +1,7 @@
 """Full disks, failing disks and failing code: a clear error, and training can go on."""
 
 import errno
+import itertools
 import math
 import os
 
@@ -25,6 +26,12 @@ from memtile.errors import HomeFullError, HomeIOError, NotFiniteError, ParkedErr
 from memtile.homes import allocation_of
 
 OVERRIDE_HOOKS = (1, 20)  # which read or write of a step fails first
+# (path, act, point, steps before): half of the product, in which any three of the four meet.
+ENDED = [
+    case
+    for case in itertools.product(("buffered", "direct"), ("read", "write"), OVERRIDE_HOOKS, (0, 1))
+    if ((case[0] == "direct") + (case[1] == "write") + (case[2] > 1) + case[3]) % 2
+]
 
 
 @pytest.fixture(params=["buffered", "direct"])
@@ -145,9 +152,7 @@ def test_what_was_reserved_is_enough(mode, dtype, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("steps", [0, 1])
-@pytest.mark.parametrize("point", OVERRIDE_HOOKS)
-@pytest.mark.parametrize("act", ["read", "write"])
+@pytest.mark.parametrize(("path", "act", "point", "steps"), ENDED, indirect=["path"])
 def test_a_step_that_the_disk_ended_goes_on(path, disk, act, point, steps):
     """After a HomeIOError `step()` goes on, and all bits equal those of an undisturbed run."""
     (model, optimizer), (reference, reference_optimizer) = (

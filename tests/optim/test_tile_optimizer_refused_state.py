@@ -1,6 +1,7 @@
 """State that does not fit is refused, and leaves everything as it was."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ def _state_of(model: nn.Module, **options: Any) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
+@functools.cache
 def _wrong_states() -> dict[str, Any]:
     """By what is wrong, the state dict and the words that say it."""
     right = _state_of(small(), lr=0.3)
@@ -66,7 +68,10 @@ def _tiles_state() -> dict[str, Any]:
     return optim.AdamW(model.parameters()).state_dict()
 
 
-@pytest.mark.parametrize("wrong", list(_wrong_states()))
+@pytest.mark.parametrize(
+    ("home", "wrong"),
+    [*(("disk", wrong) for wrong in _wrong_states()), *((home, "a shape") for home in HOMES[:-1])],
+)
 def test_what_does_not_fit_is_refused(home, wrong):
     """The error names what does not fit; weights, state and options stay, and training goes on."""
     state, words = _wrong_states()[wrong]

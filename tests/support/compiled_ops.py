@@ -5,12 +5,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-WITHOUT_SUMS = """
-import sys, deepspeed.comm
-sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # deepspeed.comm.torch is torch
-"""
-"""A script's first lines, with which DeepSpeed does not compile sums in shared memory: a minute."""
-
 _SECONDS = 600
 _STATE = """
 from pathlib import Path

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import context, start_ranks
+from processes import start_ranks, started
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -284,12 +284,7 @@ def spawn(world: int, folder: Path) -> Outcome:
 
 def spawn_killed(world: int, doomed: int, folder: Path) -> list[str]:
     """What the others are told when one of the ranks is killed while it saves."""
-    processes = [
-        context.Process(target=run_killed, args=(rank, world, str(folder), doomed))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    processes = [started(run_killed, rank, world, str(folder), doomed) for rank in range(world)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes].count(-signal.SIGKILL) == 1

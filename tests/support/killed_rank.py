@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engine_cases import Case, Net, batches, tiled
-from processes import context
+from processes import started
 from torch import Tensor, nn
 
 import memtile
@@ -40,13 +40,13 @@ def fsdp2(rank: int, folder: str) -> tuple[nn.Module, Step]:
 def zero3(rank: int, folder: str) -> tuple[nn.Module, Step]:
     """A model under ZeRO-3, and a step of it."""
     from zero3_group import join
-    from zero3_worker import started
+    from zero3_worker import started as engine_of
 
     from memtile.engines.deepspeed_zero3 import attach, config
 
     join(rank, 2, folder, TIMEOUT_SECONDS)
     model = tiled(Case(), torch.float32)
-    engine = attach(started(model, config(model)))
+    engine = attach(engine_of(model, config(model)))
 
     def step(ids: Tensor) -> None:
         engine.backward(engine(ids))
@@ -78,9 +78,7 @@ def _die(*_: object) -> None:
 def killed(engine: str) -> tuple[list[int | None], str]:
     """How both ranks ended, and what the one that was left was told."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=run, args=(rank, folder, engine)) for rank in range(2)]
-        for rank in ranks:
-            rank.start()
+        ranks = [started(run, rank, folder, engine) for rank in range(2)]
         for rank in ranks:
             rank.join(3 * TIMEOUT_SECONDS)
         return [rank.exitcode for rank in ranks], (Path(folder) / "error0").read_text()

@@ -289,11 +289,11 @@ def forward(model: nn.Module) -> Tensor:
     return loss
 
 
-def run_case(case: Case, world: int) -> Measured:
+def run_case(case: Case, plan: RankPlan) -> Measured:
     """Train some steps as planned, and count the last."""
     offload = CPUOffloadPolicy(pin_memory=False) if case.offload else None
     model = shard(
-        memtile.tile(Net(case), planned(case, world)),
+        memtile.tile(Net(case), plan),
         unit_bytes=case.unit_bytes,
         prefetch=case.prefetch,
         offload_policy=offload,
@@ -327,21 +327,22 @@ def _shard_bytes(tensor: Any) -> int:  # a DTensor
     return int(tensor.to_local().nbytes)
 
 
-def run(rank: int, world: int, folder: str, names: list[str]) -> None:
+def run(rank: int, world: int, folder: str, plans: dict[str, RankPlan]) -> None:
     """These cases, one after the other."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
-    found = {name: asdict(run_case(CASES[name], world)) for name in names}
+    found = {name: asdict(run_case(CASES[name], plan)) for name, plan in plans.items()}
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def spawn(world: int, names: list[str]) -> list[dict[str, Measured]]:
     """What each rank measured of each of these cases, with so many processes."""
+    plans = {name: planned(CASES[name], world) for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(run, world, world, folder, names)
+        start_ranks(run, world, world, folder, plans)
         texts = [(Path(folder) / f"rank{rank}.json").read_text() for rank in range(world)]
     return [{n: Measured(**m) for n, m in json.loads(text).items()} for text in texts]

@@ -196,11 +196,11 @@ def reduced_at_most(plan: RankPlan) -> int:
     return sum(term.nbytes for term in backward.terms if term.name in names)
 
 
-def run_case(case: Case, world: int) -> Measured:
+def run_case(case: Case, plan: RankPlan) -> Measured:
     """Train some steps as planned, and count the last."""
     import deepspeed
 
-    model = memtile.tile(Net(case), planned(case, world))
+    model = memtile.tile(Net(case), plan)
     place = "cpu" if case.offload else None
     given = config(model, prefetch=case.prefetch, offload_param=place, offload_optimizer=place)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -239,17 +239,18 @@ def kept(model: nn.Module, optimizer: Any) -> dict[str, int]:
     }
 
 
-def run(rank: int, world: int, folder: str, names: list[str]) -> None:
+def run(rank: int, world: int, folder: str, plans: dict[str, RankPlan]) -> None:
     """These cases, one after the other."""
     join(rank, world, folder, seconds=180)
-    found = {name: asdict(run_case(CASES[name], world)) for name in names}
+    found = {name: asdict(run_case(CASES[name], plan)) for name, plan in plans.items()}
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def spawn(world: int, names: list[str]) -> list[dict[str, Measured]]:
     """What each rank measured of each of these cases, with so many processes."""
+    plans = {name: planned(CASES[name], world) for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        start_ranks(run, world, world, folder, names)
+        start_ranks(run, world, world, folder, plans)
         texts = [(Path(folder) / f"rank{rank}.json").read_text() for rank in range(world)]
     return [{n: Measured(**m) for n, m in json.loads(text).items()} for text in texts]

@@ -28,7 +28,10 @@ import memtile
 from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.engines.zero3_values import whole_numel
 
-EXPERTS: dict[str, dict[str, Any]] = {"qwen3": {"num_experts": 8}, "gpt-oss": {}}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_experts": 8, "num_hidden_layers": 1},
+    "gpt-oss": {"num_hidden_layers": 1},
+}
 
 
 def run_case(case: Case, rank: int, world: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
