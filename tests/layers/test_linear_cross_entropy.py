@@ -391,6 +391,23 @@ def test_the_module_is_the_function():
     assert [name for name, _ in module.named_buffers()] == ["weight"]
 
 
+@pytest.mark.parametrize("splits", [None, 3])
+def test_replaced_parameters_get_their_gradients(splits: int | None):
+    """Those of `torch.func.functional_call`, which are gone in backward."""
+    x, weight, _, target = leaves()
+    head: Any = torch.nn.Linear(WIDTH, CLASSES, bias=False, dtype=torch.float64)
+    if splits:
+        head = memtile.TiledLinear.from_linear(head, out_splits=splits)
+    module = memtile.LinearCrossEntropy(head)
+    names = [name for name, _ in module.named_parameters()]
+    others = dict(
+        zip(names, weight.chunk(1) if splits is None else weight.tensor_split(3), strict=True)
+    )
+    ours = torch.func.functional_call(module, others, (x, target))
+
+    assert_same_with_gradients(ours, dense_loss(x, weight, None, target), [x, weight])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

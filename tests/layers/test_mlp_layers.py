@@ -162,6 +162,22 @@ def test_layers_that_are_cut_later_and_not_alike(size: Any, home: Any):
     assert_trains_like(mlp, dense)
 
 
+@pytest.mark.parametrize("home", PLACES)
+def test_replaced_parameters_get_their_gradients(home: Any):
+    """Those of `torch.func.functional_call`, which are gone in backward."""
+    dense = Dense()
+    mlp, x = tiled(dense, 3, home), batch()
+    others = {n: (1.5 * p.detach()).requires_grad_() for n, p in mlp.named_parameters()}
+    torch.func.functional_call(mlp, others, (x,)).square().sum().backward()
+
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.mul_(1.5)
+    mlp(x.detach()).square().sum().backward()
+    for name, parameter in mlp.named_parameters():
+        assert_same(others[name].grad, parameter.grad)
+
+
 def test_homes_agree_bit_for_bit():
     """In 16 bits too."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -40,6 +40,12 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return found
 
 
+def has_replaced_parameters(module: nn.Module) -> bool:
+    """Whether `torch.func.functional_call` calls it: it has other parameters after the call."""
+    found = (p for each in module.modules() for p in each._parameters.values())
+    return any(p is not None and not isinstance(p, nn.Parameter) for p in found)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs hooks, or a forward that was put on the instance."""
     return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)

@@ -65,7 +65,9 @@ class _Called:
 
     def sums(self, x: Tensor, query: ops.LogitQuery, blocks: ops.LogitBlocks) -> ops.LogitSums:
         """The logits of the tile exist meanwhile; they are computed again in backward."""
-        if ops.transformed() or not torch.is_grad_enabled():
+        owner = getattr(self.call, "layer", self.call)
+        replaced = isinstance(owner, nn.Module) and checks.has_replaced_parameters(owner)
+        if ops.transformed() or not torch.is_grad_enabled() or replaced:
             return self._sums(x, query)
         found: ops.LogitSums = checkpoint(self._sums, x, query, use_reentrant=False)
         return found

@@ -190,7 +190,7 @@ def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
         checks.split_sizes(NAME, checks.check_tensor(NAME, input).shape[-1], 1, [shape[1]])
     weights = layers.weights()
     if weights is None or (not ops.transformed() and checks.hooked_globally()):
-        return _called(input, layers.calls(), options)
+        return _called(input, layers, options)
     parked = False
     for (_, weight, _), *_ in weights.values():
         here = is_parked(weight)
@@ -225,7 +225,7 @@ def _computed(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _called(input: Tensor, calls: list[list[Call]], options: _Options) -> Tensor:
+def _called(input: Tensor, layers: _Layers, options: _Options) -> Tensor:
     """y (…, M) of modules that are called, and called again in backward."""
 
     def one(x: Tensor, *modules: Call) -> Tensor:
@@ -234,7 +234,8 @@ def _called(input: Tensor, calls: list[list[Call]], options: _Options) -> Tensor
         y: Tensor = down(options.drop(h))
         return y
 
-    transformed = ops.transformed()
+    calls, modules = layers.calls(), (e for e in layers if isinstance(e, nn.Module))
+    transformed = ops.transformed() or any(map(checks.has_replaced_parameters, modules))
     edges = (ops.float32_casts if transformed else ops.float32_edges)(input, len(calls))
     if transformed or not torch.is_grad_enabled():
         return _sum(one(x, *tile) for x, tile in zip(edges, calls, strict=True))
