@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from leftovers import check_nothing_is_left
+from tiny_llama import batch_of_sentences, llama
 from torch import Tensor, nn
 from torch.nn import functional
 from watched_home import WatchedHome
@@ -17,6 +18,7 @@ from memtile.layers import mlp_in_tiles
 from memtile.testing import error_ratio
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
+pytestmark = pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
 WIDTH, INNER, OUT = 13, 29, 11
 RANKS = {"gate": 2, "up": 3, "down": 5}
 BLOCKS = {"block_rows": 3, "block_features": 4}
@@ -233,3 +235,44 @@ def test_a_parked_base_is_read_once_in_forward_and_once_in_backward():
 
     assert 3 * 7 * 2 - 3 * 3 <= len(home.labels()) <= 3 * 7 * 2
     home.close()
+
+
+@pytest.mark.parametrize(
+    ("parked", "adapters_first"), [(True, True), (False, True), (False, False)]
+)
+def test_adapters_train_like_on_the_dense_model(
+    parked: bool, adapters_first: bool, called: list[int]
+):
+    """LoRA on gate, up and down, put there before and after (PEFT adapts no tiles).
+
+    They are computed with the products; adapters of other kinds are called with their linears.
+    """
+
+    def with_adapters(model: Any) -> Any:
+        torch.manual_seed(5)
+        linears = ["gate_proj", "up_proj", "down_proj", "q_proj"]
+        config = peft.LoraConfig(r=3, target_modules=linears, lora_dropout=0.0)
+        wrapped = peft.get_peft_model(model, config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        return wrapped
+
+    def in_tiles(model: Any) -> Any:
+        if not parked:
+            return memtile.tile_mlps(model)
+        return memtile.tile(model, max_tile_bytes=18000, home="host", tile_mlps=True)
+
+    dense = with_adapters(llama().double())
+    ours = llama().double()
+    ours = in_tiles(with_adapters(ours)) if adapters_first else with_adapters(in_tiles(ours))
+    for model in (ours, dense):
+        model(**batch_of_sentences()).loss.backward()
+
+    assert called == []
+    trained = {name: p for name, p in dense.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 4
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == (name not in trained), name
+        if name in trained:
+            torch.testing.assert_close(parameter.grad, trained[name].grad, rtol=1e-6, atol=1e-9)

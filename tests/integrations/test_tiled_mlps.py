@@ -5,12 +5,11 @@ import pickle
 from typing import Any
 
 import families
-import peft
 import pytest
 import torch
 from family_steps import batch_of, loss_and_result
 from leftovers import check_nothing_is_left
-from tiny_llama import Sentences, llama
+from tiny_llama import batch_of_sentences, llama
 from torch import Tensor, nn
 from watched_home import WatchedHome
 
@@ -133,12 +132,6 @@ def test_what_is_no_mlp_is_left_alone_with_the_reason(family: str):
         assert each.reason.startswith(reason)
 
 
-def batch_of_sentences(count: int = 3) -> dict[str, Tensor]:
-    sentences = Sentences(count, seed=4)
-    ids = torch.stack([sentences[number]["input_ids"] for number in range(count)])
-    return {"input_ids": ids, "labels": ids}
-
-
 @pytest.mark.parametrize("parked", [True, False])
 def test_inference_gives_the_same_bits(parked: bool, calls: list[int]):
     """Where the intermediate activation is small, the model's own forward is called."""
@@ -224,47 +217,6 @@ def count_reads(model: Any) -> dict[str, int]:
         optimizer.step()
     read = home.labels()
     return {name: read.count(name) for name in names}
-
-
-@pytest.mark.parametrize(
-    ("parked", "adapters_first"), [(True, True), (False, True), (False, False)]
-)
-def test_adapters_train_like_on_the_dense_model(
-    parked: bool, adapters_first: bool, calls: list[int]
-):
-    """LoRA on gate, up and down, put there before and after (PEFT adapts no tiles).
-
-    They are computed with the products; adapters of other kinds are called with their linears.
-    """
-
-    def adapted(model: Any) -> Any:
-        torch.manual_seed(5)
-        linears = ["gate_proj", "up_proj", "down_proj", "q_proj"]
-        config = peft.LoraConfig(r=3, target_modules=linears, lora_dropout=0.0)
-        wrapped = peft.get_peft_model(model, config)
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.1)
-        return wrapped
-
-    def in_tiles(model: Any) -> Any:
-        if not parked:
-            return memtile.tile_mlps(model)
-        return memtile.tile(model, max_tile_bytes=18000, home="host", tile_mlps=True)
-
-    dense = adapted(llama().double())
-    ours = llama().double()
-    ours = in_tiles(adapted(ours)) if adapters_first else adapted(in_tiles(ours))
-    for model in (ours, dense):
-        model(**batch_of_sentences()).loss.backward()
-
-    assert len(calls) == 2
-    trained = {name: p for name, p in dense.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 2 * 4
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad is None) == (name not in trained), name
-        if name in trained:
-            torch.testing.assert_close(parameter.grad, trained[name].grad, rtol=1e-6, atol=1e-9)
 
 
 def test_copies_and_undoing():

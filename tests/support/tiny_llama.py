@@ -73,6 +73,13 @@ class Sentences(Dataset[dict[str, Tensor]]):
         return {"input_ids": self._ids[number], "labels": self._ids[number]}
 
 
+def batch_of_sentences(count: int = 3) -> dict[str, Tensor]:
+    """Seeded sentences as one batch."""
+    sentences = Sentences(count, seed=4)
+    ids = torch.stack([sentences[number]["input_ids"] for number in range(count)])
+    return {"input_ids": ids, "labels": ids}
+
+
 def dense_values(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all values under dense names."""
     return {name: value.clone() for name, value in memtile.dense_state_dict(model)}
