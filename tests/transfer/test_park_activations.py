@@ -299,6 +299,8 @@ def test_homes_where_nothing_can_be_parked_are_refused():
     for home in ("device", CheckpointHome(), "nowhere"):
         with pytest.raises(ArgumentError):
             memtile.park_activations(home)
+    with pytest.raises(ArgumentError, match=r"model='llama' must be an nn\.Module"):
+        memtile.park_activations("disk", model="llama")
     with pytest.raises(ArgumentError, match="smallest_bytes=-1"):
         memtile.park_activations("host", smallest_bytes=-1)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import memtile
 from memtile.cli import models
-from memtile.cli.errors import CommandError
+from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson, with_options
 from memtile.costmodel import ClusterSpec, Plan, RankPlan, parse_byte_size, parse_speed
 from memtile.planner import plan_ranks
@@ -109,6 +109,8 @@ def _check_belonging(given: PlanArguments) -> None:
         raise CommandError(
             "--longest finds the number of tokens: leave out --tokens, or --longest."
         )
+    check_at_least("--tokens", _tokens(given), 1)
+    check_at_least("--batch", given.batch, 1)
     cluster = _first_given(given, _CLUSTER)
     if given.world_size is None:
         if cluster:

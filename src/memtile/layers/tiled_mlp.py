@@ -225,7 +225,7 @@ def _computed(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _called(input: Tensor, layers: _Layers, options: _Options) -> Tensor:
+def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
     """y (…, M) of modules that are called, and called again in backward."""
 
     def one(x: Tensor, *modules: Call) -> Tensor:

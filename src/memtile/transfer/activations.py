@@ -55,6 +55,8 @@ def park_activations(
         >>> loss.backward()
     """
     check_whole_number("smallest_bytes", smallest_bytes, least=0)
+    if not isinstance(model, nn.Module | None):
+        raise ArgumentError(f"model={model!r} must be an nn.Module, whose buffers are left")
     found = resolve_home(home)
     if found.is_read_only or isinstance(found, DeviceHome):
         raise ArgumentError(
