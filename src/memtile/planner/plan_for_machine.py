@@ -17,7 +17,7 @@ from memtile.costmodel import Budget, MachineProfile, Plan, PlannedLayer
 from memtile.costmodel.memory_model import Rings, Setting
 from memtile.costmodel.model_records import Activations, Mlp, ParkedLayout, Products, Rest, Weight
 from memtile.costmodel.plan import OptimizerMode
-from memtile.costmodel.search import Search
+from memtile.costmodel.search import Found, Search
 from memtile.errors import ArgumentError
 from memtile.home_names import IN_FILES, parse_home
 from memtile.homes import (
@@ -102,7 +102,7 @@ def plan(
     for name, value in (("park_activations", park_activations), ("tile_mlps", tile_mlps)):
         check_choice(name, value, (None, True, False))
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
-    given = None if rates is None else rates_of(rates, folder)  # errors before the model is made
+    known = None if rates is None else rates_of(rates, folder)  # errors before the model is made
     looks = partial(
         survey,
         dtype=dtype,
@@ -124,7 +124,7 @@ def plan(
         in_files=word == IN_FILES,
         place="host",
         rings=Rings(SLABS, GRADIENT_SLABS, SLABS, SLABS, PAGE, _FAULT_BYTES),
-        rates=given or rates_of(None, folder),
+        rates=known or rates_of(None, folder),
         imports=optimizer is not None and "torch._dynamo" not in sys.modules,
     )
     mlps = [] if tile_mlps is False or not (tile_mlps or seen.trains) else mlp_layers(seen.model)
@@ -143,24 +143,31 @@ def plan(
             seen = looks(seen.model, tokens=tokens)
         found = search_of(seen, tokens).best(choices)
     trim_heap()  # the copies' objects lay between others
+    name = None if optimizer is None else optimizer.__name__
+    return _as_plan(
+        seen, found, tokens, batch, optimizer=name, mode=mode, home=word, budget=allowed
+    )
+
+
+def _as_plan(
+    seen: Survey, found: Found, tokens: int, batch: int, *, budget: Budget, **given: Any
+) -> Plan:
     return Plan(
         model=type(seen.model).__name__,
         layers=tuple(_layer(seen, decision, found.layout) for decision in seen.decisions),
         tokens=tokens,
         batch=batch,
-        optimizer=None if optimizer is None else optimizer.__name__,
-        mode=mode,
-        home=word,
         device="cpu",
         checkpointing=found.activations.recomputed,
         parks_activations=found.activations.parked,
         tiles_mlps=found.activations.mlps_in_tiles,
-        budget=allowed,
+        budget=budget,
         terms=found.terms,
         read_bytes=found.moved.read_bytes,
         written_bytes=found.moved.written_bytes,
         floors=found.floors,
         products=found.counted.products,
+        **given,
     )
 
 
