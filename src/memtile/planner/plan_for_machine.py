@@ -143,10 +143,8 @@ def plan(
             seen = looks(seen.model, tokens=tokens)
         found = search_of(seen, tokens).best(choices)
     trim_heap()  # the copies' objects lay between others
-    name = None if optimizer is None else optimizer.__name__
-    return _as_plan(
-        seen, found, tokens, batch, optimizer=name, mode=mode, home=word, budget=allowed
-    )
+    given = {"optimizer": optimizer and optimizer.__name__, "mode": mode, "home": word}
+    return _as_plan(seen, found, tokens, batch, budget=allowed, **given)
 
 
 def _as_plan(
