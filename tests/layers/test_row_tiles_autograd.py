@@ -274,6 +274,15 @@ def test_it_compiles_into_one_graph(module):
     assert_close([y, *gradients(y, *ours)], [z, *gradients(z, *theirs)])
 
 
+def test_it_compiles_for_any_number_of_rows():
+    """After the second size compilers take the number of rows as any."""
+    plain, tiled = pair()
+    compiled = torch.compile(tiled, fullgraph=True, backend="aot_eager", dynamic=None)
+    for size in (3, 4, 7, 11):
+        x = batch(size, 5)
+        assert_close([compiled(x)], [plain(x)])
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_transforms_and_export():
     """`vmap`, `grad`, forward-mode and `export` give what the module gives."""

@@ -59,7 +59,7 @@ def partition_uniform(num_items: int, num_parts: int) -> list[int]:
             f"partition_uniform(num_items={num_items}, num_parts={num_parts}): there must be at "
             "least one part and no fewer than 0 items; pass num_parts >= 1 and num_items >= 0"
         )
-    size, longer = divmod(num_items, num_parts)
+    size, longer = num_items // num_parts, num_items % num_parts  # divmod: no size of compilers
     return [part * size + min(part, longer) for part in range(num_parts + 1)]
 
 

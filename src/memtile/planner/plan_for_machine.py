@@ -104,7 +104,8 @@ def plan(
     allowed, (word, folder) = Budget.of(budget).on_cpu(), _home(home)
     known = None if rates is None else rates_of(rates, folder)  # errors before the model is made
     looks = partial(
-        survey,
+        _look,
+        word == IN_FILES,
         dtype=dtype,
         optimizer=optimizer,
         options=options,
@@ -145,6 +146,13 @@ def plan(
     trim_heap()  # the copies' objects lay between others
     given = {"optimizer": optimizer and optimizer.__name__, "mode": mode, "home": word}
     return _as_plan(seen, found, tokens, batch, budget=allowed, **given)
+
+
+def _look(in_files: bool, source: object, **given: Any) -> Survey:
+    seen = survey(source, **given)
+    if in_files:
+        seen = replace(seen, weights=[_only_read(weight) for weight in seen.weights])
+    return seen
 
 
 def _as_plan(
@@ -217,7 +225,6 @@ def _search(
     maps: bool,
     mlps: Sequence[Mlp],
 ) -> Search:
-    weights = [_only_read(weight) for weight in seen.weights] if setting.in_files else seen.weights
     setting = replace(setting, tokens=tokens)
     count = StepCount(
         seen,
@@ -225,7 +232,7 @@ def _search(
         goes_home=not setting.in_place,
         workspaces=workspaces,
     )
-    return Search(setting, weights, count, limits, fits_page_cache, maps, mlps)
+    return Search(setting, seen.weights, count, limits, fits_page_cache, maps, mlps)
 
 
 def _only_read(weight: Weight) -> Weight:
