@@ -278,8 +278,8 @@ def test_it_compiles_for_any_number_of_rows():
     """After the second size compilers take the number of rows as any."""
     plain, tiled = pair()
     compiled = torch.compile(tiled, fullgraph=True, backend="aot_eager", dynamic=None)
-    for size in (3, 4, 7, 11):
-        x = batch(size, 5)
+    for size in (5, 6):
+        x = batch(size).detach()
         assert_close([compiled(x)], [plain(x)])
 
 
