@@ -4,7 +4,7 @@ A step of AdamW (fused) on one sequence, of SmolLM2-135M or another folder: as t
 with its checkpointing, with DeepSpeed's tiles for MLPs and loss in place besides, and as memtile
 does it by the plan of a budget. Each in a process of its own: the peak (`VmHWM`, above the imports)
 and the seconds of a step after a short first one. The positions of the config are set to what is
-asked for, and `memtile plan --longest` says what the budget would allow.
+asked for, and --longest says what the budget would allow.
 
     python benchmarks/longest_sequence.py FOLDER --tokens 4096 16384 --output longest_sequence.json
 """
@@ -157,15 +157,14 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--budget", default="2GiB")
     parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--longest", action="store_true", help="search it: minutes")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.one:
         print(json.dumps(run(given.folder, given.one, given.tokens[0], given.budget, given.steps)))
         return
-    found: dict[str, Any] = machine(
-        budget=given.budget, longest=longest(given.folder, given.budget)
-    )
+    found: dict[str, Any] = machine(budget=given.budget)
     table = Table("way", "tokens", "peak MiB", "ms a token", "loss")
     found["runs"] = []
     for tokens in given.tokens:
@@ -176,7 +175,8 @@ def main() -> None:
             if given.output:
                 given.output.write_text(json.dumps(found, indent=1) + "\n")
     Console(width=120).print(table)
-    print(f"longest within {given.budget}: {found['longest']} tokens")
+    if given.longest:
+        print(f"longest within {given.budget}: {longest(given.folder, given.budget)} tokens")
 
 
 if __name__ == "__main__":
