@@ -77,11 +77,12 @@ def planned_home(
     return plan.home if home is None and parks else home
 
 
-def park_planned_activations(model: nn.Module, home: Home | str | None) -> None:
+def park_planned_activations(model: nn.Module, plan: Plan, home: Home | str | None) -> None:
     """Park what each call saves for backward: in the home of the tiles, where there are any."""
     shares = _shares(model.parameters())
     assert home is not None
     found = shares[0][0] if shares else resolve_home(home)
+    found.mapped_bytes = plan.mapped_bytes
     park_each_forward(model, SavedPieces(found))
 
 

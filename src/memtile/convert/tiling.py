@@ -149,7 +149,7 @@ def tile(
         _replace_and_fill(model, decisions, home, checkpoint, strict)
     if own is not None:
         if own.parks_activations:
-            park_planned_activations(model, home)
+            park_planned_activations(model, own, home)
         share_budget(model, own)
     if not isinstance(plan, RankPlan):  # which counts logits
         set_deferring_of(model, True)
