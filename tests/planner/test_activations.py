@@ -176,16 +176,9 @@ def test_an_error_in_a_call_ends_it(stored, error):
 
 def test_what_is_recomputed_is_not_parked():
     """Of a model that recomputes, inputs of blocks and what the head needs are parked."""
+    options = {"tokens": 4096, "batch": 8, "park_activations": True}
     parked = [
-        memtile.plan(
-            long_llama(4),
-            budget="1GiB",
-            tokens=4096,
-            batch=8,
-            rates=RATES,
-            park_activations=True,
-            checkpointing=checkpointing,
-        )
+        planned("1GiB", long_llama(4), checkpointing=checkpointing, **options)
         for checkpointing in (None, False)
     ]
     inputs, everything = (term(plan, "activations at home") for plan in parked)
@@ -197,15 +190,8 @@ def test_what_is_recomputed_is_not_parked():
 def test_counts_are_those_of_a_run(stored):
     """What the plan counts for the home is what a step of the model stores there."""
     model = long_llama(2)
-    plan = memtile.plan(
-        model,
-        budget="1GiB",
-        tokens=4096,
-        batch=8,
-        rates=RATES,
-        checkpointing=False,
-        park_activations=True,
-    )
+    options = {"tokens": 4096, "batch": 8, "park_activations": True}
+    plan = planned("1GiB", model, checkpointing=False, **options)
     memtile.tile(model, plan)
     ids = torch.randint(0, model.config.vocab_size, (8, 512))
     stored.clear()
@@ -226,6 +212,16 @@ def test_the_longest_step_is_the_last_that_fits():
     assert planned("30MiB", tokens=plan.tokens, batch=4).peak_bytes == plan.peak_bytes
     with pytest.raises(BudgetError):
         planned("30MiB", tokens=plan.tokens + max(256, plan.tokens // 32), batch=4)
+
+
+def test_the_longest_step_is_that_of_the_best_choice():
+    """Parking is no loss: of few layers it takes more than it saves, and is left out then."""
+    longest = [
+        planned("30MiB", deep()[:3], tokens="longest", park_activations=parks).tokens
+        for parks in (None, False, True)
+    ]
+
+    assert longest[0] == longest[1] > longest[2]
 
 
 def test_a_model_that_reads_no_more_gives_the_limit():

@@ -43,7 +43,7 @@ def step_seconds(rates, home, tokens, trains, element_bytes):
     counted = Counted(
         **{**dict.fromkeys(Counted.__dataclass_fields__, 0), "flops": flops},
     )
-    moves = moved(setting, layout, Activations(recomputed=False))
+    moves = moved(setting, layout, Activations())
     found = floors(setting, layout, counted, moves, cached=home == "page cache")
     return max(floor.seconds for floor in found)
 

@@ -128,7 +128,7 @@ def check_alone(plan: object, given: dict[str, object]) -> None:
             f"the plan is a {type(plan).__name__}; give what memtile.plan(model, …) gave "
             "(Plan.from_json reads its text), or a size as out_splits=… or max_tile_bytes=…"
         )
-    others = [name for name, value in given.items() if value not in (None, 1)]
+    others = [name for name, value in given.items() if value is True or value not in (None, 1)]
     if others:
         raise ArgumentError(
             f"tile(model, plan, {others[0]}=…): a plan says how each layer is cut; give the plan "

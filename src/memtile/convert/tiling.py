@@ -135,7 +135,7 @@ def tile(
     else:
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         given = {**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules}
-        check_alone(plan, {**given, "tile_mlps": "True" if tile_mlps else None})
+        check_alone(plan, {**given, "tile_mlps": tile_mlps or None})
         decisions = planned_decisions(model, plan)
         home = planned_home(model, plan, home)
     if plan is not None or (home is not None and modules is None):

@@ -8,11 +8,14 @@ from memtile.geometry import Grid
 
 
 class Activations(NamedTuple):
-    """What a step does with activations, the tensors that its backward needs."""
+    """What a step does with activations, the tensors that its backward needs.
 
-    recomputed: bool  # by gradient checkpointing
+    In the order of tuples the largest does most to save memory.
+    """
+
     parked: bool = False  # those that are kept live in the home
     mlps_in_tiles: bool = False  # those inside of MLPs are never whole (`memtile.tile_mlps`)
+    recomputed: bool = False  # by gradient checkpointing
 
 
 class Mlp(NamedTuple):

@@ -7,7 +7,7 @@ so more budget never means more tiles. The smallest tiles take least memory: whe
 nothing does.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -105,7 +105,7 @@ class Search:
         in_turn = [[each for each in choices if not (each.parked or each.mlps_in_tiles)]]
         recomputed = max((each.recomputed for each in choices), default=False)
         others = [each for each in choices if each not in in_turn[0]]
-        in_turn += [[each] for each in sorted(others, key=_saves) if each.recomputed == recomputed]
+        in_turn += [[each] for each in sorted(others) if each.recomputed == recomputed]
         for some in in_turn:
             if found := [fit for each in some if (fit := self._fewest_tiles(each))]:
                 break
@@ -155,10 +155,12 @@ class Search:
     def least_excess(self, choices: Sequence[Activations]) -> int:
         """Bytes over the budget of the choice with the smallest tiles that takes least.
 
-        It is the one that does all that is possible.
+        Once one fits, no other is counted.
         """
-        most = max(choices, key=_saves)
-        return self._excess(self._evaluate(self._cuts(most)[-1], most).terms)
+        smallest = ((self._cuts(each)[-1], each) for each in _thriftiest(choices))
+        found = (self._excess(self._evaluate(*layout).terms) for layout in smallest)
+        first = next(found)
+        return first if first <= 0 else min([first, *found])
 
     def _fewest_tiles(self, activations: Activations) -> Found | None:
         best: Found | None = None
@@ -297,9 +299,12 @@ class Search:
         )
 
     def _nothing_fits(self, choices: Sequence[Activations]) -> BudgetError:
-        most: Iterable[Activations] = [max(choices, key=_saves)]
-        most = (*most, *(each for each in choices if not (each.parked or each.mlps_in_tiles)))
-        tried = [self._evaluate(g, each) for each in most for g in ({}, self._cuts(each)[-1])]
+        plain = [each for each in choices if not (each.parked or each.mlps_in_tiles)]
+        tried = [
+            self._evaluate(grids, each)
+            for each in dict.fromkeys([*_thriftiest(choices), *plain])
+            for grids in ({}, self._cuts(each)[-1])
+        ]
         least = min(tried, key=lambda found: self._excess(found.terms))
         lacking = [
             f"{place} {format_byte_size(_asked(place, least.bytes_of(place)))}"
@@ -326,8 +331,13 @@ class Search:
         return ", or ".join(ways)
 
 
-def _saves(activations: Activations) -> tuple[bool, bool, bool]:
-    return activations.parked, activations.mlps_in_tiles, activations.recomputed
+def _thriftiest(choices: Sequence[Activations]) -> list[Activations]:
+    """What may take least: all that is possible, and the same without parking.
+
+    Of few layers, what is parked takes less than the slabs and pages that it goes through.
+    """
+    most = max(choices)
+    return [each for each in (most, most._replace(parked=False)) if each in choices]
 
 
 def _limit(place: str, size: int) -> int:

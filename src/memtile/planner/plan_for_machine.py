@@ -198,7 +198,7 @@ def _choices(
         )
     parked = (False, True) if parks is None and can else (bool(parks),)
     mlps = (False, True) if tiles_mlps is None else (tiles_mlps,)
-    return [Activations(*each) for each in product(seen.checkpointing, parked, mlps)]
+    return [Activations(*each) for each in product(parked, mlps, seen.checkpointing)]
 
 
 def _excess(

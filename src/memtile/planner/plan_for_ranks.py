@@ -136,7 +136,7 @@ class _Count:
         """The step, and the uses of all modules that are counted under a name."""
         begun = itertools.count(1)
         self._uses = {name: _Uses(begun) for name in self._watched}
-        counted = self._step(layout, Activations(checkpointing))
+        counted = self._step(layout, Activations(recomputed=checkpointing))
         return counted, {name: found.counted() for name, found in self._uses.items()}
 
     def _watch(self, meta_copy: nn.Module) -> None:
