@@ -1,112 +1,165 @@
-"""Which pages of a file stay mapped: those in use, and at most so many bytes of others."""
+"""Which huge pages of a file stay mapped: those in use, and at most so many bytes of others."""
 
+import gc
 import mmap
 
-from memtile.homes.kernel import HUGE_PAGE
+import pytest
+
+from memtile.geometry import HUGE_PAGE
 from memtile.homes.mapped_pages import _POPULATE_READ, _POPULATE_WRITE, MappedPages
+from memtile.homes.segments import FreeRoom, Segment
 
 P = HUGE_PAGE
 DROP = mmap.MADV_DONTNEED
+OFFSET = 4096  # of the segment in its file: its first huge page is shorter by it
 
 
 class Memory:
-    """A map that notes what the kernel was told of it, in huge pages."""
+    """A map of 32 huge pages that notes what the kernel was told of it, in huge pages."""
 
     def __init__(self):
-        self.told = []
+        self.told, self.refuses = [], ()
+
+    def __len__(self):
+        return 32 * P - OFFSET
 
     def madvise(self, advice, start, length):
-        self.told.append((advice, start // P, (start + length) // P))
+        whole = [(at + OFFSET * bool(at)) // P for at in (start, start + length)]
+        if advice != DROP and whole[0] in self.refuses:
+            raise OSError(5, "Input/output error")
+        self.told.append((advice, *whole))
+
+    @property
+    def dropped(self):
+        return [call[1:] for call in self.told if call[0] == DROP]
 
 
-def use(pages, memory, start, stop, written=False):
-    pages.use(start * P, memory, start * P, stop * P, written)
+def make():
+    memory = Memory()
+    segment = Segment(OFFSET, memory, FreeRoom(len(memory)))
+    pages = MappedPages()
+    return (
+        pages,
+        memory,
+        lambda start, stop: pages.windows(segment, max(0, start * P - OFFSET), stop * P - OFFSET),
+    )
 
 
-def test_a_room_is_mapped_once():
+def visit(pages, windows, kept=None, written=False):
+    pages.use(windows, written)
+    pages.release(windows, kept)
+
+
+def test_huge_pages_are_mapped_once():
     """A second use needs no call, one that writes maps the pages to be written to."""
-    pages, memory = MappedPages(), Memory()
-    for _ in range(2):
-        use(pages, memory, 0, 4)
-        pages.release(0, None)
-    for written in (True, True, False):
-        use(pages, memory, 0, 4, written=written)
-        pages.release(0, None)
+    pages, memory, windows = make()
+    for written in (False, False, True, True, False):
+        visit(pages, windows(0, 1), written=written)
 
-    assert memory.told == [(_POPULATE_READ, 0, 4), (_POPULATE_WRITE, 0, 4)]
+    assert memory.told == [(_POPULATE_READ, 0, 1), (_POPULATE_WRITE, 0, 1)]
+
+
+def test_rooms_of_one_huge_page_share_it():
+    """Small rooms that are neighbours map it once, and it goes once both are unused."""
+    pages, memory, _ = make()
+    segment = Segment(OFFSET, memory, FreeRoom(len(memory)))
+    first, second = pages.windows(segment, 0, 100), pages.windows(segment, 100, 9000)
+    assert first == second
+    pages.use(first, written=False)
+    visit(pages, second, kept=0)
+    assert memory.told == [(_POPULATE_READ, 0, 1)]
+
+    pages.release(first, 0)
+
+    assert memory.told[1:] == [(DROP, 0, 1)]
 
 
 def test_neighbours_are_dropped_together():
-    """Past the limit the oldest go, down to three quarters of it, and neighbours in one call."""
-    pages, memory = MappedPages(), Memory()
-    for start in (4, 0, 8, 12, 16):
-        use(pages, memory, start, start + 4)
-        pages.release(start * P, 16 * P)
+    """Past the limit the oldest go, down to a quarter of it, those with nothing between at once."""
+    pages, memory, windows = make()
+    for start in (4, 0, 8, 20, 16):
+        visit(pages, windows(start, start + 4), kept=16 * P)
 
-    assert [call for call in memory.told if call[0] == DROP] == [(DROP, 0, 8)]
-
-
-def test_a_huge_page_counts_once_and_whole():
-    """Small rooms far apart take a huge page each, neighbours share one."""
-    pages, memory, small = MappedPages(), Memory(), 4096
-    for start in (0, small, 2 * small, 3 * P, 5 * P):
-        pages.use(start, memory, start, start + small, written=False)
-        pages.release(start, 2 * P)
-
-    dropped = sum(call[0] == DROP for call in memory.told)
-    assert dropped == 1 + 1  # the neighbours, and the next
+    assert memory.dropped == [(0, 12), (20, 24)]  # 12 to 16 was not mapped, 16 to 20 is the newest
 
 
-def test_a_room_in_use_stays():
-    """Rooms in use are not dropped, however many bytes they have."""
-    pages, memory = MappedPages(), Memory()
-    use(pages, memory, 0, 8)
-    use(pages, memory, 8, 12)
-    pages.release(8 * P, 0)
-    assert [call for call in memory.told if call[0] == DROP] == [(DROP, 8, 12)]
+def test_what_is_in_use_stays():
+    """It is not dropped, however much it is, and neither is it between two that are."""
+    pages, memory, windows = make()
+    used = windows(1, 3)
+    pages.use(used, written=False)
+    for start in (0, 3):
+        visit(pages, windows(start, start + 1))
+    visit(pages, windows(4, 5), kept=2 * P)
+    assert memory.dropped == [(0, 1), (3, 5)]
 
-    pages.release(0, 0)
+    pages.release(used, 0)
 
-    assert [call for call in memory.told if call[0] == DROP] == [(DROP, 8, 12), (DROP, 0, 8)]
-
-
-def test_a_room_that_was_given_back_is_mapped_anew():
-    """Another room at the same offset, of another size, is not taken for the first."""
-    pages, memory = MappedPages(), Memory()
-    use(pages, memory, 0, 2)
-    pages.release(0, None)
-    use(pages, memory, 0, 4)
-    pages.release(0, 0)
-
-    assert memory.told == [(_POPULATE_READ, 0, 2), (_POPULATE_READ, 0, 4), (DROP, 0, 4)]
+    assert memory.dropped[2:] == [(1, 3)]
 
 
 def test_dropped_pages_are_mapped_again():
-    """After a drop of one room, or of all, the next use maps pages."""
-    pages, memory = MappedPages(), Memory()
-    for act in (lambda: pages.discard(0), pages.clear, lambda: None):
-        use(pages, memory, 0, 1)
-        pages.release(0, None)
+    """After one huge page was evicted, or all were dropped, the next use maps it."""
+    pages, memory, windows = make()
+    found = windows(0, 1)
+    for act in (lambda: pages.evict(found), pages.clear, lambda: None):
+        visit(pages, found)
         act()
 
-    assert [call[0] for call in memory.told] == [_POPULATE_READ] * 3
+    assert [call[0] for call in memory.told if call[0] != DROP] == [_POPULATE_READ] * 3
 
 
-def test_a_finalizer_may_discard_rooms_while_others_are_dropped(monkeypatch):
-    """Rooms that go while the oldest are looked for are left out, and the rest is dropped."""
-    pages, memory = MappedPages(), Memory()
-    for start in range(4):
-        use(pages, memory, start, start + 1)
-        pages.release(start * P, None)
-    real = pages._take
+def test_what_is_in_use_is_not_evicted():
+    """Only the huge pages of a room that nobody uses are dropped."""
+    pages, memory, windows = make()
+    pages.use(windows(0, 1), written=False)
+    found = windows(0, 2)
+    visit(pages, found)
+    pages.evict(found)
 
-    def take(offset):
-        if offset == 0:
-            real(P)  # as a finalizer of this thread would
-        return real(offset)
+    assert memory.dropped == [(1, 2)]
 
-    monkeypatch.setattr(pages, "_take", take)
-    use(pages, memory, 8, 9)
-    pages.release(8 * P, 0)
 
-    assert [call[1:] for call in memory.told if call[0] == DROP] == [(0, 1), (2, 4), (8, 9)]
+def test_an_error_leaves_nothing_in_use():
+    """Where one of several cannot be mapped, the others are idle and are dropped in their turn."""
+    pages, memory, windows = make()
+    memory.refuses = (2,)
+    with pytest.raises(OSError, match="Input"):
+        pages.use(windows(0, 4), written=False)
+    visit(pages, windows(8, 9), kept=0)
+
+    assert memory.dropped == [(2, 3), (0, 9)]
+
+
+def test_a_finalizer_may_evict_while_others_are_dropped(monkeypatch):
+    """What goes while the oldest are looked for does no harm, and the rest is dropped."""
+    pages, memory, windows = make()
+    found = [windows(start, start + 1) for start in range(4)]
+    for each in found:
+        visit(pages, each)
+    real, done = pages._drop_oldest, []
+
+    def drop(left):
+        pages.evict(found[1])  # as a finalizer of this thread would
+        done.append(left)
+        real(left)
+
+    monkeypatch.setattr(pages, "_drop_oldest", drop)
+    visit(pages, windows(8, 9), kept=0)
+
+    assert done == [0]
+    assert memory.dropped == [(1, 2), (0, 9)]
+
+
+def test_windows_go_with_those_that_use_them():
+    """What is not mapped is kept by nobody else; what is idle stays until it is dropped."""
+    pages, _, windows = make()
+    visit(pages, windows(0, 2))
+    windows(4, 6)
+    gc.collect()
+    assert len(pages._windows) == 2
+
+    pages.clear()
+    gc.collect()
+
+    assert not pages._windows

@@ -12,9 +12,9 @@ from torch import nn
 
 import memtile
 from memtile.errors import HomeError, HomeIOError
+from memtile.geometry import HUGE_PAGE
 from memtile.homes import PAGE, DiskHome, allocate_copy, allocation_of, disk_io
-from memtile.homes.kernel import HUGE_PAGE
-from memtile.homes.mapped_pages import _POPULATE_READ, _POPULATE_WRITE, MappedRoom
+from memtile.homes.mapped_pages import _POPULATE_READ, _POPULATE_WRITE, MappedWindow
 from memtile.transfer import rings_of
 from memtile.transfer.leases import MappedLease
 
@@ -34,14 +34,14 @@ def _mapped_bytes():
 
 
 def _refuse_to_populate(patch, number):
-    real = MappedRoom._advise
+    real = MappedWindow._advise
 
     def advise(room, advice):
         if advice in (_POPULATE_READ, _POPULATE_WRITE):
             raise OSError(number, os.strerror(number))
         real(room, advice)
 
-    patch.setattr(MappedRoom, "_advise", advise)
+    patch.setattr(MappedWindow, "_advise", advise)
 
 
 @pytest.mark.parametrize("mode", ["classic", "in_backward"])
@@ -84,12 +84,12 @@ def test_pages_are_dropped_behind(tmp_path, monkeypatch, kept):
 
 
 def test_pages_stay_where_no_budget_asks_for_them(tmp_path, monkeypatch):
-    """Without a plan the kernel is called once for each tile and moment, in the first step."""
+    """Without a plan the kernel is called for each huge page in the first step, and never again."""
     home, model, optimizer = _of_32_tiles(tmp_path)
     advised, x = [], torch.randn(2, 4096)
-    real = MappedRoom._advise
+    real = MappedWindow._advise
     monkeypatch.setattr(
-        MappedRoom, "_advise", lambda room, advice: (advised.append(advice), real(room, advice))
+        MappedWindow, "_advise", lambda room, advice: (advised.append(advice), real(room, advice))
     )
     counts = []
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_pages_stay_where_no_budget_asks_for_them(tmp_path, monkeypatch):
         advised.clear()
 
     assert home.is_mapped
-    assert counts[0] >= 3 * 32
+    assert counts[0] >= 3 * 64 * MIB // HUGE_PAGE
     assert counts[1] == 0
 
 

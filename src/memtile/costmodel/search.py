@@ -38,7 +38,7 @@ from memtile.costmodel.plan_parts import (
 from memtile.costmodel.tile_grids import tile_grids
 from memtile.costmodel.time_model import Moved, floors, moved
 from memtile.errors import BudgetError
-from memtile.geometry import Grid
+from memtile.geometry import HUGE_PAGE, Grid, round_up
 
 _TRIES: Final = 8
 
@@ -124,18 +124,22 @@ class Search:
         setting = replace(self.setting, rings=rings)
         mapped = replace(found, terms=terms(setting, found.layout, found.counted))
         parked = self._home_bytes(found.layout, found.counted)
-        return self._keeping(mapped, KEPT_PAGES, min(parked, MAPPED_BYTES))
+        most = min(round_up(parked, HUGE_PAGE), MAPPED_BYTES)
+        return self._keeping(mapped, KEPT_PAGES, most, HUGE_PAGE)
 
     def _keeping_experts(self, found: Found) -> Found:
         """The same, with what is left of the budget for the most used experts."""
         parked = home_bytes(self.setting, self._layout(self._kept_grids(found.layout)))
         return self._keeping(found, KEPT_EXPERTS, parked)
 
-    def _keeping(self, found: Found, name: str, most: int) -> Found:
-        """The same with one term more: at most so many bytes, and what the budget leaves."""
+    def _keeping(self, found: Found, name: str, most: int, unit: int = 1) -> Found:
+        """The same with one term more: at most so many bytes, and what the budget leaves.
+
+        It is a multiple of `unit`.
+        """
         limit = self.budget.of_place("host")
         left = most if limit is None else usable(limit) - found.bytes_of("host")
-        kept = Term(name, min(most, max(0, left)), "host")
+        kept = Term(name, min(most, max(0, left)) // unit * unit, "host")
         return replace(found, terms=sorted_terms([*found.terms, kept]))
 
     def _kept_grids(self, layout: ParkedLayout) -> dict[str, Grid]:

@@ -1,6 +1,7 @@
 """Spans and grids: where the tiles of a weight begin and end. Imports no torch."""
 
 from memtile.geometry.grid import (
+    HUGE_PAGE,
     Grid,
     Rect,
     Span,
@@ -11,6 +12,7 @@ from memtile.geometry.grid import (
 )
 
 __all__ = [
+    "HUGE_PAGE",
     "Grid",
     "Rect",
     "Span",

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise, product
 from operator import index
-from typing import SupportsIndex
+from typing import Final, SupportsIndex
 
 from memtile.errors import SplitsError, TileShapeError
+
+HUGE_PAGE: Final = 2 << 20
+"""Bytes of a huge page on most machines; on others what is done for them is in vain."""
 
 
 @dataclass(frozen=True, slots=True)

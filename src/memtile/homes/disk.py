@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from memtile.errors import HomeError, UnsupportedPlatformError
+from memtile.geometry import HUGE_PAGE
 from memtile.homes import disk_io
 from memtile.homes.filesystems import overwrites_in_place, usable_folder
 from memtile.homes.home import Allocation, Home, Reservation
-from memtile.homes.kernel import HUGE_PAGE, tensor_over
+from memtile.homes.kernel import tensor_over
 from memtile.homes.limits import page_cache_fit
 from memtile.homes.live_file import LiveFile
-from memtile.homes.mapped_pages import MappedPages, MappedRoom
+from memtile.homes.mapped_pages import MappedPages, Windows
 from memtile.homes.segments import NOBODY, Segments
 
 _log = logging.getLogger("memtile.homes")
@@ -162,6 +163,7 @@ class DiskHome(Home):
 
     def _release(self) -> None:
         self._cleanup()
+        self._mapped.clear()  # it keeps maps
 
     @property
     def _fd(self) -> int:
@@ -202,12 +204,14 @@ class _DiskAllocation(Allocation):
     def __init__(self, home: DiskHome, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(home, shape, dtype)
         self._view: memoryview | None = None
+        self._windows: Windows = ()
         self.offset = 0
         if self.room:
             extent = home._segments.take(self.room, home._make_pages, home._thread.holder)
-            self._memory, self._start = extent.segment.memory, extent.start
-            self.offset = extent.segment.offset + extent.start
-            self._view = memoryview(self._memory)[extent.start : extent.start + self.room]
+            start, stop = extent.start, extent.start + self.room
+            self.offset = extent.segment.offset + start
+            self._windows = home._mapped.windows(extent.segment, start, stop)
+            self._view = memoryview(extent.segment.memory)[start:stop]
             home._segments.give_with(self._view, extent)
         self._tensor = self.tensor()  # for all uses: to make one takes 10 µs
         self.address = self._tensor.data_ptr()
@@ -217,24 +221,22 @@ class _DiskAllocation(Allocation):
 
     def populate(self, written: bool = False) -> Tensor:
         """Maps its pages, so that a disk's error is no SIGBUS later; see `Allocation.populate`."""
-        if self.room:
-            start, stop = self._start, self._start + self.room
-            try:
-                self.home._mapped.use(self.offset, self._memory, start, stop, written)
-            except OSError as error:
-                raise disk_io.failed("read", self.room, self.offset, error) from error
+        try:
+            self.home._mapped.use(self._windows, written)
+        except OSError as error:
+            raise disk_io.failed("read", self.room, self.offset, error) from error
         return self._tensor
 
     def release(self) -> None:
         """Drops pages where more are mapped than the home keeps; see `Allocation.release`."""
-        if self.room:
-            self.home._mapped.release(self.offset, self.home.mapped_bytes)
+        self.home._mapped.release(self._windows, self.home.mapped_bytes)
 
     def evict(self) -> None:
-        """Drops the pages that tensors brought into this process's memory; contents stay."""
-        if self.room:
-            self.home._mapped.discard(self.offset)
-            MappedRoom(self._memory, self._start, self._start + self.room).drop()
+        """Drops the pages that tensors brought into this process's memory; contents stay.
+
+        Those of its huge pages that are in use stay mapped.
+        """
+        self.home._mapped.evict(self._windows)
 
     def is_untouched(self) -> bool:
         """Whether nothing was written to the whole file since the last `watch_writes`."""

@@ -23,16 +23,13 @@ import torch
 from torch import Tensor
 
 from memtile.errors import HomeFullError
-from memtile.geometry import round_up
+from memtile.geometry import HUGE_PAGE, round_up
 from memtile.homes.limits import lines_of
 
 _log = logging.getLogger("memtile.homes")
 
 PAGE: Final = 4096
 """Bytes of a page: rooms, and the pieces that `read` and `write` move, are multiples of it."""
-
-HUGE_PAGE: Final = 2 << 20
-"""Bytes of a huge page on most machines; on others what is done for them is in vain."""
 
 PIECE: Final = 4 << 20
 """Bytes of the largest piece in which whole tiles are streamed."""

@@ -1,136 +1,143 @@
-"""The rooms of a home's file whose pages are mapped: those in use, and what was used before.
+"""The pages of a home's file that are mapped: those in use, and what was used before.
 
-To drop pages interrupts each core that may know them: 70 to 100 µs, however few they are. So rooms
-stay mapped after their use, and what is too much is dropped together.
+They are mapped and dropped by huge pages of the file, since each counts as memory whole: of tiles
+of experts, 1.4 MB here and there, 16 MB took 26. To drop pages interrupts each core that may know
+them: 70 to 100 µs, however few they are. So they stay mapped after their use, and what is too much
+is dropped together.
 """
 
 import errno
 import mmap
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from memtile.homes.kernel import HUGE_PAGE, fork_safe_lock
+from memtile.geometry import HUGE_PAGE
+from memtile.homes.kernel import fork_safe_lock
+from memtile.homes.segments import Segment
 
 _POPULATE_READ: Final = 22  # madvise(2); mmap has no names for them
 _POPULATE_WRITE: Final = 23
 
 
 @dataclass(eq=False)
-class MappedRoom:
-    """Bytes `start` to `stop` of a map, and how many use them."""
+class MappedWindow:
+    """Bytes `start` to `stop` of a map, in one huge page of the file, and how many use them."""
 
     memory: mmap.mmap
     start: int
     stop: int
     users: int = 0
-    is_written: bool = False  # whether its pages were mapped to be written to
+    is_mapped: bool = False
+    is_written: bool = False  # whether they were mapped to be written to
 
-    def populate(self) -> None:
+    def populate(self, written: bool) -> None:
         """Map its pages, so that a disk's error is an OSError now and no SIGBUS later."""
         try:
-            self._advise(_POPULATE_WRITE if self.is_written else _POPULATE_READ)
+            self._advise(_POPULATE_WRITE if written else _POPULATE_READ)
         except OSError as error:
             if error.errno != errno.EINVAL:  # Linux before 5.14: pages come when they are used
                 self.drop()
                 raise
+        self.is_mapped, self.is_written = True, written
 
     def drop(self) -> None:
         """Drop its pages; contents stay."""
         self._advise(mmap.MADV_DONTNEED)
+        self.is_mapped = self.is_written = False
 
     def _advise(self, advice: int) -> None:
-        first = self.start // mmap.PAGESIZE * mmap.PAGESIZE  # may be larger than PAGE
-        self.memory.madvise(advice, first, self.stop - first)
+        self.memory.madvise(advice, self.start, self.stop - self.start)
+
+
+Windows = Sequence[MappedWindow]
 
 
 class MappedPages:
-    """The mapped rooms of one file by their offsets in it, the one that was used last at the end.
-
-    A room may have been given back meanwhile, and another taken there.
-    """
+    """The mapped windows of one file."""
 
     def __init__(self) -> None:
-        self._rooms: dict[int, MappedRoom] = {}
-        # Rooms that nobody uses, of each huge page: it counts as memory whole, and once. Of tiles
-        # of experts, 1.4 MB here and there, 16 MB took 26.
-        self._idle = Counter[int]()
+        # By offset of the segment, and number of the huge page. Allocations keep them, and `_idle`.
+        self._windows = weakref.WeakValueDictionary[tuple[int, int], MappedWindow]()
+        self._idle: dict[MappedWindow, None] = {}  # mapped, and used by nobody; the oldest first
+        self._used = set[MappedWindow]()
         self._lock = fork_safe_lock()
 
-    def use(self, offset: int, memory: mmap.mmap, start: int, stop: int, written: bool) -> None:
-        """Map a room's pages until `release`; OSError where the disk cannot be read."""
+    def windows(self, segment: Segment, start: int, stop: int) -> Windows:
+        """Those that bytes `start` to `stop` of a segment lie in."""
+        offset, size = segment.offset, len(segment.memory)
+        numbers = range((offset + start) // HUGE_PAGE, -(-(offset + stop) // HUGE_PAGE))
         with self._lock:
-            room = self._take(offset)
-            if room is None or room.stop != stop or (written and not room.is_written):
-                users = 0 if room is None else room.users
-                room = MappedRoom(memory, start, stop, users, written)
-                room.populate()
-            room.users += 1
-            self._rooms[offset] = room
+            found = []
+            for number in numbers:
+                first = max(0, number * HUGE_PAGE - offset)
+                last = min(size, (number + 1) * HUGE_PAGE - offset)
+                window = MappedWindow(segment.memory, first, last)
+                found.append(self._windows.setdefault((offset, number), window))
+            return found
 
-    def release(self, offset: int, kept_bytes: int | None) -> None:
-        """The end of a use: where more than `kept_bytes` are idle, drop a quarter of that."""
+    def use(self, windows: Windows, written: bool) -> None:
+        """Map these until `release`; OSError where the disk cannot be read."""
         with self._lock:
-            room = self._rooms.get(offset)
-            if room is not None:
-                room.users -= 1
-                if not room.users:
-                    self._idle.update(_huge_pages(offset, room))
-            if kept_bytes is not None and self._idle_bytes > kept_bytes:
-                self._drop_oldest(kept_bytes - kept_bytes // 4)
+            for window in windows:
+                if not window.is_mapped or (written and not window.is_written):
+                    window.populate(written)
+                    if not window.users:  # unless the next one cannot be mapped
+                        self._idle[window] = None
+            for window in windows:
+                window.users += 1
+                self._used.add(window)
+                self._idle.pop(window, None)
 
-    def discard(self, offset: int) -> None:
-        """A room's pages were dropped. Finalizers may call it, also inside the other methods."""
+    def release(self, windows: Windows, kept_bytes: int | None) -> None:
+        """The end of a use: where more than `kept_bytes` are idle, drop three quarters of that."""
         with self._lock:
-            self._take(offset)
+            for window in windows:
+                window.users -= 1
+                if not window.users:
+                    self._used.discard(window)
+                    if window.is_mapped:
+                        self._idle[window] = None
+            if kept_bytes is not None and len(self._idle) * HUGE_PAGE > kept_bytes:
+                self._drop_oldest(kept_bytes // 2 // HUGE_PAGE)
+
+    def evict(self, windows: Windows) -> None:
+        """Drop those that nobody uses. Finalizers may call it, also inside the other methods."""
+        with self._lock:
+            for window in windows:
+                if not window.users:
+                    self._idle.pop(window, None)
+                    window.drop()
 
     def clear(self) -> None:
         """All pages were dropped."""
         with self._lock:
-            self._rooms.clear()
+            for window in self._windows.values():
+                window.is_mapped = window.is_written = False
             self._idle.clear()
 
-    @property
-    def _idle_bytes(self) -> int:
-        return len(self._idle) * HUGE_PAGE
-
-    def _take(self, offset: int) -> MappedRoom | None:
-        room = self._rooms.pop(offset, None)
-        if room is not None and not room.users:
-            for page in _huge_pages(offset, room):
-                self._idle[page] -= 1
-                if not self._idle[page]:
-                    del self._idle[page]
-        return room
-
     def _drop_oldest(self, left: int) -> None:
-        dropped = []
-        for offset in list(self._rooms):
-            if self._idle_bytes <= left:
-                break
-            room = self._rooms.get(offset)  # None: a finalizer has discarded it meanwhile
-            if room is not None and not room.users:
-                self._take(offset)
-                dropped.append(room)
-        for run in _joined(dropped):
+        oldest = list(self._idle)[: len(self._idle) - left]
+        for window in oldest:
+            self._idle.pop(window, None)  # a finalizer may have dropped it meanwhile
+            window.is_mapped = window.is_written = False
+        for run in _runs(oldest, {*self._idle, *self._used}):
             run.drop()
 
 
-def _huge_pages(offset: int, room: MappedRoom) -> range:
-    """The numbers of those of the file that a room at this offset lies in."""
-    return range(offset // HUGE_PAGE, -(-(offset + room.stop - room.start) // HUGE_PAGE))
-
-
-def _joined(rooms: Iterable[MappedRoom]) -> Iterator[MappedRoom]:
-    """Neighbours as one."""
-    run: MappedRoom | None = None
-    for room in sorted(rooms, key=lambda room: (id(room.memory), room.start)):
-        if run is not None and run.memory is room.memory and run.stop == room.start:
-            run.stop = room.stop
-            continue
-        if run is not None:
-            yield run
-        run = room
-    if run is not None:
-        yield run
+def _runs(
+    dropped: Sequence[MappedWindow], mapped: Iterable[MappedWindow]
+) -> Iterator[MappedWindow]:
+    """What is to be dropped, as one where nothing else is mapped in between."""
+    runs: list[MappedWindow] = []
+    gone, last = set(dropped), None
+    for window in sorted({*dropped, *mapped}, key=lambda each: (id(each.memory), each.start)):
+        if window not in gone:
+            last = None
+        elif last is not None and last.memory is window.memory:
+            last.stop = window.stop
+        else:
+            last = MappedWindow(window.memory, window.start, window.stop)
+            runs.append(last)
+    yield from runs

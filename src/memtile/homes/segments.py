@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple
 
-from memtile.geometry import round_up
-from memtile.homes.kernel import HUGE_PAGE, fork_safe_lock
+from memtile.geometry import HUGE_PAGE, round_up
+from memtile.homes.kernel import fork_safe_lock
 
 NOBODY: Final = 0
 """The number of no holder: rooms that are free for all."""

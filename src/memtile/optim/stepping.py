@@ -103,14 +103,14 @@ class Stepper:
         in part. Steps with a gradient of zeros come before, as `idle` says.
         """
         begun = clock() if recording.active else 0
-        gradient, parked = parameter.grad, streamed_allocation(parameter) is not None
-        if gradient is not None and in_backward and not parked:  # others: see check_in_memory
+        gradient, parked = parameter.grad, streamed_allocation(parameter)
+        if gradient is not None and in_backward and parked is None:  # others: see check_in_memory
             check_finite(self.model, parameter, gradient)
         if (
-            parked
-            or idle
+            idle
             or gradient is None
-            or not self._step_directly(parameter, group, parameter.data, gradient)
+            or (parked is not None and not parked.home.is_mapped)
+            or not self._step_in_place(parameter, parked, group, gradient)
         ):
             self._step_brought_in(parameter, [*idle, (group, 1)], ahead, in_backward)
         torch.autograd.graph.increment_version(parameter)
@@ -145,6 +145,19 @@ class Stepper:
         brought_in = self._brought_in(parameter, idle, None, ahead, in_forward)
         with torch.inference_mode(False), torch.no_grad(), brought_in as work:
             self._apply(parameter, work, idle)
+
+    def _step_in_place(
+        self, parameter: nn.Parameter, parked: Allocation | None, group: Options, gradient: Tensor
+    ) -> bool:
+        """Step what lies in memory, or in mapped pages of a home; see `_step_directly`."""
+        if parked is None:
+            return self._step_directly(parameter, group, parameter.data, gradient)
+        if not self.layout.state[parameter]:
+            return False
+        mapped = tuple(self._allocations_by_key(parameter, parked, gradient).values())
+        with rings_of(parked.home).steps.acquire(mapped, written=True):
+            check_finite(self.model, parameter, gradient)
+            return self._step_directly(parameter, group, parameter.data, gradient)
 
     def _step_directly(
         self,

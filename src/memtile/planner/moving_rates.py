@@ -68,6 +68,7 @@ class MeasuredDisk:
 
         def map_and_drop() -> None:
             self._allocation.populate(written=True)
+            self._allocation.release()
             self._allocation.evict()
 
         return _DISK_BYTES / least_seconds(map_and_drop)

@@ -8,7 +8,7 @@ room is free again once no node of a graph needs it.
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, ClassVar, Final
 
@@ -87,7 +87,9 @@ class SavedPieces:
         is_streamed = self._is_streamed(piece.device)
         in_place = self.home.works_in_place or self.home.is_mapped
         if in_place and piece.device.type == "cpu" and not is_streamed:
-            piece.allocation.populate()
+            if not piece.is_populated:
+                piece.allocation.populate()
+                piece.is_populated.append(True)
             return piece.allocation.tensor()
         if self._backward is not piece.forward:
             self._backward = piece.forward
@@ -181,6 +183,7 @@ class SavedPiece:
         forward: which saved it.
         number: when it was saved there, the last time.
         held: its bytes on its device, and the event of a copy under way.
+        is_populated: has an item where its pages are in use, until it is gone.
     """
 
     forward: _Forward
@@ -190,12 +193,19 @@ class SavedPiece:
         self._owner, self.allocation, self.device = owner, allocation, device
         self.views = weakref.WeakSet[SavedView]()
         self.held: tuple[Tensor, Any] | None = None  # Any: an event of a backend
-        # Tensors over a mapping bring pages into memory, which would outlive the room's use.
-        weakref.finalize(self, allocation.evict).atexit = False
+        self.is_populated = list[bool]()
+        weakref.finalize(self, _end_use, allocation, self.is_populated).atexit = False
 
     def values(self) -> Tensor:
         """Its bytes on its device: 1-D uint8."""
         return self._owner.values(self)
+
+
+def _end_use(allocation: Allocation, is_populated: Sequence[bool]) -> None:
+    """Tensors over a mapping bring pages into memory, which would outlive the room's use."""
+    if is_populated:
+        allocation.release()
+    allocation.evict()
 
 
 class SavedView:

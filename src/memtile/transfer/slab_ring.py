@@ -83,7 +83,8 @@ class SlabRing:
             HomeIOError: it could not be read, or no slab is free since none could be written.
             HomeError: the process was forked inside the block.
         """
-        if any(each.home.is_mapped for each in chain(group[:1], made[:1])):
+        first = (group or made)[:1]
+        if first and first[0].home.is_mapped:
             return MappedLease(group, made, written)
         return self._in_slabs(group, made, ahead, experts)
 

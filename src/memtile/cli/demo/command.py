@@ -35,7 +35,7 @@ class DemoArguments:
 
     steps: Annotated[int, typer.Option(help="Optimizer steps, 2 or more.")] = 20
     tokens: Annotated[int, typer.Option(help="Tokens in a batch, 2 or more.")] = 128
-    max_tile: Annotated[str, typer.Option(help="The largest tile, such as 1MiB.")] = "1MiB"
+    max_tile: Annotated[str, typer.Option(help="The largest tile, such as 1MiB.")] = "2MiB"
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4
     home: Annotated[
         str, typer.Option(help="Where tiles live: disk, disk:FOLDER, host or none.")
