@@ -75,12 +75,21 @@ def test_rooms_of_one_huge_page_share_it():
 
 
 def test_neighbours_are_dropped_together():
-    """Past the limit the oldest go, down to a quarter of it, those with nothing between at once."""
+    """Past the limit the oldest go, down to half of it, those with nothing between at once."""
     pages, memory, windows = make()
     for start in (4, 0, 8, 20, 16):
-        visit(pages, windows(start, start + 4), kept=16 * P)
+        visit(pages, windows(start, start + 4), kept=19 * P)
 
-    assert memory.dropped == [(0, 12), (20, 24)]  # 12 to 16 was not mapped, 16 to 20 is the newest
+    assert memory.dropped == [(0, 11)]  # 11 and 20 to 24 are newer
+
+
+def test_what_lies_between_unmapped_is_dropped_with_it():
+    """One call for two that have nothing mapped in between."""
+    pages, memory, windows = make()
+    for start in (0, 4, 8):
+        visit(pages, windows(start, start + 1), kept=2 * P)
+
+    assert memory.dropped == [(0, 5)]
 
 
 def test_what_is_in_use_stays():
@@ -90,7 +99,7 @@ def test_what_is_in_use_stays():
     pages.use(used, written=False)
     for start in (0, 3):
         visit(pages, windows(start, start + 1))
-    visit(pages, windows(4, 5), kept=2 * P)
+    visit(pages, windows(4, 5), kept=1 * P)
     assert memory.dropped == [(0, 1), (3, 5)]
 
     pages.release(used, 0)

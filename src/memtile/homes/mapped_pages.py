@@ -91,7 +91,7 @@ class MappedPages:
                 self._idle.pop(window, None)
 
     def release(self, windows: Windows, kept_bytes: int | None) -> None:
-        """The end of a use: where more than `kept_bytes` are idle, drop three quarters of that."""
+        """The end of a use: where more than `kept_bytes` are idle, drop half of that."""
         with self._lock:
             for window in windows:
                 window.users -= 1
