@@ -3,14 +3,16 @@
 A step of AdamW (fused) on one sequence, of SmolLM2-135M or another folder: as transformers does it,
 with its checkpointing, with DeepSpeed's tiles for MLPs and loss in place besides, and as memtile
 does it by the plan of a budget. Each in a process of its own: the peak (`VmHWM`, above the imports)
-and the seconds of a step after a short first one. The positions of the config are set to what is
-asked for, and --longest says what the budget would allow.
+and the median seconds of steps after a short first one. The positions of the config are set to what
+is asked for, and --longest says what the budget would allow. What --output has already of other
+runs stays, and --picture draws it.
 
     python benchmarks/longest_sequence.py FOLDER --tokens 4096 16384 --output longest_sequence.json
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -108,7 +110,7 @@ def run(folder: str, way: str, tokens: int, budget: str, steps: int) -> dict[str
         else:
             model, optimizer = dense_model(folder, tokens, way)
         ids = torch.randint(3, 40_000, (1, tokens), generator=torch.Generator().manual_seed(0))
-        losses, seconds = [], 0.0
+        losses, seconds = [], list[float]()
         for number in range(1 + steps):
             begun, part = time.perf_counter(), ids if number else ids[:, :SHORT]
             optimizer.zero_grad()
@@ -118,12 +120,12 @@ def run(folder: str, way: str, tokens: int, budget: str, steps: int) -> dict[str
                 loss = model(input_ids=part, labels=part, use_cache=False).loss
             loss.backward()
             optimizer.step()
-            seconds += (time.perf_counter() - begun) if number else 0.0
+            seconds += [time.perf_counter() - begun] * (number > 0)
             losses.append(loss.item())
     found = {"way": way, "tokens": tokens, "peak_bytes": peak.nbytes, "losses": losses}
     if plan is not None:
         found |= {"plan": plan.summary, "predicted_bytes": plan.peak_bytes}
-    return {**found, "seconds": seconds / steps}
+    return {**found, "seconds": statistics.median(seconds), "all_seconds": seconds}
 
 
 def longest(folder: str, budget: str) -> int:
@@ -150,6 +152,39 @@ def row(found: dict[str, Any]) -> list[str]:
     return [found["way"], str(found["tokens"]), *words]
 
 
+def draw(found: dict[str, Any], file: Path) -> None:
+    """Peak and time a token of each way, by the number of tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    memory, time_ = figure.subplots(1, 2)
+    for way in WAYS:
+        runs = [each for each in found["runs"] if each["way"] == way and "error" not in each]
+        runs.sort(key=lambda each: each["tokens"])
+        tokens = [each["tokens"] for each in runs]
+        memory.plot(tokens, [each["peak_bytes"] / 2**30 for each in runs], "o-", label=way)
+        time_.plot(tokens, [1e3 * each["seconds"] / each["tokens"] for each in runs], "o-")
+    memory.set(ylabel="peak above the imports, GiB", yscale="log", yticks=(1, 2, 4, 8))
+    memory.yaxis.set_major_formatter("{x:g}")
+    memory.yaxis.set_minor_formatter("")
+    time_.set(ylabel="ms a token", ylim=(0, None))
+    for axes in (memory, time_):
+        axes.set(xlabel="tokens", xscale="log", xticks=sorted({r["tokens"] for r in found["runs"]}))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+    memory.legend(frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+def stored_runs(file: Path | None, new: set[tuple[str, int]]) -> list[dict[str, Any]]:
+    """What the file has already of others than these ways and tokens."""
+    if file is None or not file.exists():
+        return []
+    runs = json.loads(file.read_text())["runs"]
+    return [each for each in runs if (each["way"], each["tokens"]) not in new]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
@@ -159,14 +194,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--longest", action="store_true", help="search it: minutes")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--picture", type=Path, help="PNG file; needs matplotlib")
     given = parser.parse_args()
     if given.one:
         print(json.dumps(run(given.folder, given.one, given.tokens[0], given.budget, given.steps)))
         return
     found: dict[str, Any] = machine(budget=given.budget)
     table = Table("way", "tokens", "peak MiB", "ms a token", "loss")
-    found["runs"] = []
+    new = {(way, tokens) for way in given.ways for tokens in given.tokens}
+    found["runs"] = stored_runs(given.output, new)
     for tokens in given.tokens:
         for way in given.ways:
             found["runs"].append(in_own_process(given, way, tokens))
@@ -175,6 +212,8 @@ def main() -> None:
             if given.output:
                 given.output.write_text(json.dumps(found, indent=1) + "\n")
     Console(width=120).print(table)
+    if given.picture:
+        draw(found, given.picture)
     if given.longest:
         print(f"longest within {given.budget}: {longest(given.folder, given.budget)} tokens")
 

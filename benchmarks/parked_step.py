@@ -1,15 +1,16 @@
 """A step of parked models over the same step in memory: what parking costs beside moving bytes.
 
-SmolLM2-135M and a stack of large linears, each dense in memory and tiled at every home and size of
-tile: host memory, where nothing is moved; disk through the page cache; disk with direct I/O. Both
+SmolLM2-135M and a stack of large linears, each dense in memory and tiled at one home, in two sizes
+of tile: host memory, where nothing is moved; disk through the page cache; disk with direct I/O. All
 sides use `AdamW(fused=True)`, the tiled one in backward. The floor of direct I/O is the larger of
-the dense time and that of the step's bytes on the raw disk. All sides run in turn, round after
-round; ratios are of medians of one run.
+the dense time and that of the step's bytes on the raw disk. The sides of a home run in turn, round
+after round, with no other home there; ratios are of medians of these.
 
     python benchmarks/parked_step.py --output benchmarks/results/parked_step.json
 """
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ import memtile
 SMOLLM2 = Path("~/.cache/memtile/SmolLM2-135M-Instruct-Q4_1-float32").expanduser()  # make model
 HOMES = ("host", "page cache", "direct")
 SIZES = {"1 MiB": 1 << 20, "16 MiB": 16 << 20}
+MIXES = {"inference": INFERENCE_MIX, "training": TRAINING_MIX}
 Act = Callable[[], object]
 
 
@@ -76,50 +78,45 @@ class Side:
             loss_of(self.model, tokens)
 
 
-def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(name: str, home: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every pass of one model at every number of tokens: the seconds of all rounds."""
     make = {"smollm2": smollm2, "linears": linears}[name]
-    keys = [f"{home}, {size}" for home, size in product(HOMES, SIZES)]
     sides = {"memory": Side(make)}
-    sides |= {key: Side(make, *_split(key)) for key in keys}
-    raw = RawDisk(Path("/var/tmp"), sum(p.nbytes for p in sides["memory"].model.parameters()))
+    sides |= {size: Side(make, home, nbytes) for size, nbytes in SIZES.items()}
+    weights = sum(p.nbytes for p in sides["memory"].model.parameters())
+    raw = RawDisk(Path("/var/tmp"), weights) if home == "direct" else None
     for tokens, act in product(args.tokens, ("inference", "training")):
         acts: dict[str, Act] = {k: partial(getattr(s, act), tokens) for k, s in sides.items()}
-        mix = INFERENCE_MIX if act == "inference" else TRAINING_MIX
-        times: dict[str, list[float]] = {key: [] for key in acts} | {"raw disk": []}
+        if raw is not None:
+            acts["raw disk"] = partial(raw.seconds, MIXES[act])
+        times: dict[str, list[float]] = {key: [] for key in acts}
         for number in range(args.rounds + 1):
-            taken = {key: seconds(one) for key, one in acts.items()}
-            taken["raw disk"] = raw.seconds(mix)
-            for key in taken if number else ():  # the first round is for learning the order
-                times[key].append(taken[key])
-        yield {"model": name, "tokens": tokens, "pass": act, "seconds": times}
-    raw.close()
-
-
-def _split(key: str) -> tuple[str, int]:
-    home, size = key.split(", ")
-    return home, SIZES[size]
+            for key, one in acts.items():
+                taken = seconds(one)
+                times[key] += [taken] * (number > 0)  # the first round is for learning the order
+        yield {"model": name, "home": home, "tokens": tokens, "pass": act, "seconds": times}
+    if raw is not None:
+        raw.close()
 
 
 def ratios(case: dict[str, Any]) -> dict[str, float]:
     """Each side over its floor: the dense time, for direct I/O at least the raw disk's."""
     medians = {key: statistics.median(values) for key, values in case["seconds"].items()}
-    dense, disk = medians.pop("memory"), medians.pop("raw disk")
-    floors = {key: max(dense, disk) if "direct" in key else dense for key in medians}
-    return {key: value / floors[key] for key, value in medians.items()}
+    floor = max(medians.pop("memory"), medians.pop("raw disk", 0.0))
+    return {key: value / floor for key, value in medians.items()}
 
 
 def table(cases: list[dict[str, Any]]) -> Table:
-    sides = list(ratios(cases[0]))
-    result = Table("model", "pass", "tokens", "dense s", "raw disk s", *sides)
+    result = Table("model", "home", "pass", "tokens", "dense s", "raw disk s", *SIZES)
     for column in result.columns:
         column.justify = "right"
     for case in cases:
-        times = (statistics.median(case["seconds"][key]) for key in ("memory", "raw disk"))
+        times = (case["seconds"].get(key) for key in ("memory", "raw disk"))
+        shown = (f"{statistics.median(each):.2f}" if each else "" for each in times)
         found = ratios(case)
-        cells = (f"{found[key]:.2f} ±{spread(case['seconds'][key]):.0%}" for key in sides)
-        start = (case["model"], case["pass"], str(case["tokens"]))
-        result.add_row(*start, *(f"{time:.2f}" for time in times), *cells)
+        cells = (f"{found[size]:.2f} ±{spread(case['seconds'][size]):.0%}" for size in SIZES)
+        start = (case["model"], case["home"], case["pass"], str(case["tokens"]))
+        result.add_row(*start, *shown, *cells)
     return result
 
 
@@ -127,16 +124,18 @@ def main() -> None:
     """Measure every case, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["linears", "smollm2"])
+    parser.add_argument("--homes", nargs="+", choices=HOMES, default=HOMES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 512])
     parser.add_argument("--rounds", type=int, default=7, help="at least 5")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     cases = []
-    for name in args.models:
-        for case in measure(name, args):
+    for name, home in product(args.models, args.homes):
+        for case in measure(name, home, args):
             cases.append(case)
             shown = {key: round(value, 2) for key, value in ratios(case).items()}
-            print(name, case["pass"], case["tokens"], shown, flush=True)
+            print(name, home, case["pass"], case["tokens"], shown, flush=True)
+        gc.collect()  # the home, before the next one is made
     Console(width=150).print(table(cases))
     if args.output:
         settings = {"tokens": args.tokens, "rounds": args.rounds}

@@ -15,6 +15,8 @@ from pathlib import Path
 import capped_training as capped
 import pytest
 
+from memtile.transfer.iterations import SLABS
+
 SCRIPT = Path(capped.__file__)
 FOLDER = Path("/var/tmp")
 LARGE = pytest.param("in_backward", "large", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
@@ -57,9 +59,26 @@ def test_training_on_disk_stays_within_a_hard_cap(dense_losses, mode, size):
     In a memory cgroup, which counts cached pages of the home too, where one can be made; else with
     RLIMIT_DATA, and private memory sampled.
     """
-    expected, limits = dense_losses(size), capped.SIZES[size]
-    capped_run = run(mode, "cgroup" if capped.can_make_a_cgroup() else "rlimit", size)
+    found = within_the_cap(dense_losses(size), mode, size)
 
-    assert capped_run["losses"] == pytest.approx(expected, rel=1e-5)
-    assert capped_run["private_bytes"] <= limits.cap_bytes
-    assert capped_run["largest_bytes"] <= limits.tile_bytes, capped_run["largest_op"]
+    assert found["largest_bytes"] <= capped.SIZES[size].tile_bytes, found["largest_op"]
+
+
+def within_the_cap(expected, mode, size):
+    """What a run prints that had the dense run's losses and took no more than its cap."""
+    found = run(mode, "cgroup" if capped.can_make_a_cgroup() else "rlimit", size)
+    assert found["losses"] == pytest.approx(expected, rel=1e-5)
+    assert found["private_bytes"] <= capped.SIZES[size].cap_bytes
+    return found
+
+
+@pytest.mark.slow
+def test_an_mlp_of_ten_times_the_cap_reads_each_tile_twice_a_step(dense_losses):
+    """Once in forward and once in backward, where its step finds it; the turn keeps a few."""
+    size = capped.SIZES["mlp"]
+    assert size.state_bytes == 10 * size.cap_bytes
+    reads = within_the_cap(dense_losses("mlp"), "in_backward", "mlp")["reads"]
+
+    assert len(reads) == size.state_bytes // size.tile_bytes
+    assert max(reads) == 2 * size.steps
+    assert sum(times < 2 * size.steps for times in reads) <= 3 * SLABS  # each holds three tiles

@@ -1,7 +1,9 @@
-"""A process that trains a large model, dense in memory or on disk under a hard memory limit.
+"""A process that trains a large model, in memory or on disk under a hard memory limit.
 
 Run as a script: `capped_training.py SIDE CAP FOLDER SIZE`, SIDE "dense" or a mode of TileOptimizer,
 CAP "cgroup", "rlimit" or "none". Prints one JSON object. The limit is set after the imports.
+
+"mlp" is one gated MLP, whose tiles are read and written past the page cache, stepped with SGD.
 """
 
 import contextlib
@@ -10,9 +12,11 @@ import os
 import resource
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo  # torch's optimizers import it when they first step
@@ -20,6 +24,7 @@ from forked import child_says
 from torch import nn
 
 import memtile
+from memtile.homes import Allocation
 from memtile.testing import LargestAllocation
 
 LAYERS, ROWS = 5, 16
@@ -33,16 +38,18 @@ class Size:
     steps: int
     tile_bytes: int
     cap_bytes: int
+    inner: int = 0  # of an MLP
 
     @property
     def state_bytes(self) -> int:
-        """Of weights, gradients and moments in float32."""
-        return LAYERS * self.features**2 * 16
+        """Of weights, gradients and moments in float32; of an MLP of its weights."""
+        return 12 * self.features * self.inner or LAYERS * self.features**2 * 16
 
 
 SIZES = {
     "small": Size(features=2592, steps=2, tile_bytes=1 << 20, cap_bytes=96 << 20),
     "large": Size(features=8192, steps=2, tile_bytes=16 << 20, cap_bytes=512 << 20),
+    "mlp": Size(features=2048, inner=40960, steps=2, tile_bytes=1 << 20, cap_bytes=96 << 20),
 }
 
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
@@ -119,6 +126,8 @@ def build(side: str, folder: str, size: Size) -> nn.Module:
     """The same model for each side: row tiles draw what a dense layer draws."""
     torch.manual_seed(0)
     features = size.features
+    if size.inner:
+        return build_mlp(None if side == "dense" else memtile.DiskHome(folder), size)
     if side == "dense":
         return nn.Sequential(*(nn.Linear(features, features) for _ in range(LAYERS)))
     home = memtile.DiskHome(folder)
@@ -129,6 +138,42 @@ def build(side: str, folder: str, size: Size) -> nn.Module:
             for _ in range(LAYERS)
         )
     )
+
+
+def build_mlp(home: memtile.DiskHome | None, size: Size) -> nn.Module:
+    """In tiles on both sides, since tiles of columns draw other values than a dense layer."""
+    if home is not None:
+        home.path = "direct"  # or it would be mapped where the machine has the memory
+    splits = 4 * size.features * size.inner // size.tile_bytes
+    shared: dict[str, Any] = {"bias": False, "home": home}
+    gate, up = (
+        memtile.TiledLinear(size.features, size.inner, out_splits=splits, **shared)
+        for _ in range(2)
+    )
+    down = memtile.TiledLinear(size.inner, size.features, in_splits=splits, **shared)
+    return memtile.TiledMLP(gate, up, down, activation=nn.functional.silu)
+
+
+class ReadsOfTiles:
+    """How often each parked tensor was read whole, over all steps."""
+
+    def __init__(self) -> None:
+        self._bytes, self._read = Counter[Allocation](), Allocation.read
+
+    def __enter__(self) -> "ReadsOfTiles":
+        def read(allocation: Allocation, into: torch.Tensor, start: int = 0) -> None:
+            self._bytes[allocation] += into.numel()
+            self._read(allocation, into, start)
+
+        Allocation.read = read  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        Allocation.read = self._read  # type: ignore[method-assign]
+
+    def each_time(self) -> list[float]:
+        """Of each that was read."""
+        return [nbytes / allocation.room for allocation, nbytes in self._bytes.items()]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, size: Size) -> list[float]:
@@ -149,20 +194,21 @@ def main(side: str, cap: str, folder: str, name: str) -> None:
     """Train one side and print what was seen."""
     caps, size = {"cgroup": memory_cgroup, "rlimit": data_limit}, SIZES[name]
     limit = caps[cap](size.cap_bytes) if cap in caps else contextlib.nullcontext()
-    adamw = torch.optim.AdamW
+    kind = torch.optim.SGD if size.inner else torch.optim.AdamW
     nn.Linear(8, 8)(torch.ones(8, 8)).sum().backward()  # threads and libraries of a first product
-    with limit, Sampled() as sampled, LargestAllocation() as largest:
+    with limit, Sampled() as sampled, LargestAllocation() as largest, ReadsOfTiles() as reads:
         model = build(side, folder, size)
         if side == "dense":
-            optimizer = adamw(model.parameters(), lr=1e-4)
+            optimizer = kind(model.parameters(), lr=1e-4)
         else:
-            optimizer = memtile.TileOptimizer(model, adamw, mode=side, lr=1e-4)
+            optimizer = memtile.TileOptimizer(model, kind, mode=side, lr=1e-4)
         losses = train(model, optimizer, size)
     result = {
         "losses": losses,
         "private_bytes": sampled.most - sampled.before,
         "largest_bytes": largest.nbytes,
         "largest_op": largest.op,
+        "reads": sorted(reads.each_time()),
     }
     print(json.dumps(result))
 
