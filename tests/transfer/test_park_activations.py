@@ -56,6 +56,20 @@ def test_gradients_have_the_same_bits(home, reentrant):
         assert equal(step(model, parked, inside=True, seed=seed), expected)
 
 
+@pytest.mark.parametrize("home", ["mapped"], indirect=True)
+def test_pages_are_dropped_once_no_node_needs_them(home, monkeypatch):
+    """After backward none is mapped, although each piece was in use there."""
+    pages, uses = home._mapped, []
+    real = pages.use
+    monkeypatch.setattr(pages, "use", lambda *given: (uses.append(given), real(*given)))
+    step(Blocks(reentrant=None), memtile.park_activations(home, smallest_bytes=SMALL))
+
+    assert uses
+    uses.clear()
+    assert not pages._used
+    assert not pages._idle
+
+
 @pytest.mark.usefixtures("buffered")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_llama_has_the_same_gradients(checkpointing):

@@ -9,7 +9,7 @@ is dropped together.
 import errno
 import mmap
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,6 +45,10 @@ class MappedWindow:
     def drop(self) -> None:
         """Drop its pages; contents stay."""
         self._advise(mmap.MADV_DONTNEED)
+        self.forget()
+
+    def forget(self) -> None:
+        """Its pages were dropped."""
         self.is_mapped = self.is_written = False
 
     def _advise(self, advice: int) -> None:
@@ -114,30 +118,27 @@ class MappedPages:
         """All pages were dropped."""
         with self._lock:
             for window in self._windows.values():
-                window.is_mapped = window.is_written = False
+                window.forget()
             self._idle.clear()
 
     def _drop_oldest(self, left: int) -> None:
         oldest = list(self._idle)[: len(self._idle) - left]
         for window in oldest:
             self._idle.pop(window, None)  # a finalizer may have dropped it meanwhile
-            window.is_mapped = window.is_written = False
+            window.forget()
         for run in _runs(oldest, {*self._idle, *self._used}):
             run.drop()
 
 
-def _runs(
-    dropped: Sequence[MappedWindow], mapped: Iterable[MappedWindow]
-) -> Iterator[MappedWindow]:
+def _runs(dropped: Windows, mapped: Set[MappedWindow]) -> list[MappedWindow]:
     """What is to be dropped, as one where nothing else is mapped in between."""
-    runs: list[MappedWindow] = []
-    gone, last = set(dropped), None
+    runs, last = list[MappedWindow](), None
     for window in sorted({*dropped, *mapped}, key=lambda each: (id(each.memory), each.start)):
-        if window not in gone:
+        if window in mapped:
             last = None
         elif last is not None and last.memory is window.memory:
             last.stop = window.stop
         else:
             last = MappedWindow(window.memory, window.start, window.stop)
             runs.append(last)
-    yield from runs
+    return runs

@@ -106,12 +106,7 @@ class Stepper:
         gradient, parked = parameter.grad, streamed_allocation(parameter)
         if gradient is not None and in_backward and parked is None:  # others: see check_in_memory
             check_finite(self.model, parameter, gradient)
-        if (
-            idle
-            or gradient is None
-            or (parked is not None and not parked.home.is_mapped)
-            or not self._step_in_place(parameter, parked, group, gradient)
-        ):
+        if idle or gradient is None or not self._step_in_place(parameter, parked, group, gradient):
             self._step_brought_in(parameter, [*idle, (group, 1)], ahead, in_backward)
         torch.autograd.graph.increment_version(parameter)
         if begun:
@@ -149,10 +144,10 @@ class Stepper:
     def _step_in_place(
         self, parameter: nn.Parameter, parked: Allocation | None, group: Options, gradient: Tensor
     ) -> bool:
-        """Step what lies in memory, or in mapped pages of a home; see `_step_directly`."""
+        """Step what lies in memory, or in mapped pages of a home, as `_step_directly` does."""
         if parked is None:
             return self._step_directly(parameter, group, parameter.data, gradient)
-        if not self.layout.state[parameter]:
+        if not parked.home.is_mapped:
             return False
         mapped = tuple(self._allocations_by_key(parameter, parked, gradient).values())
         with rings_of(parked.home).steps.acquire(mapped, written=True):

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Protocol  # Any: what `with` tells of an error, which is passed on
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ class ParkedSource:
             return nullcontext(parameter.detach().to(device))
         if self._experts:
             return _expert(*visited, self._following(), device)
-        return _Weights(*visited, device)
+        return _weights(*visited, device)
 
     def _following(self) -> Sequence[Tensor]:
         """The experts that are needed after this one."""
@@ -254,17 +254,11 @@ class _GradientInMemory:
             _add(self._parameter, self._out, home=None)
 
 
-class _Weights(AbstractContextManager[Tensor]):
+@contextmanager
+def _weights(allocation: Allocation, rings: SlabRings, device: torch.device) -> Iterator[Tensor]:
     """The values of a tile, read, while what follows is being read."""
-
-    def __init__(self, allocation: Allocation, rings: SlabRings, device: torch.device) -> None:
-        self._lease, self._device = rings.weights.acquire((allocation,)), device
-
-    def __enter__(self) -> Tensor:
-        return self._lease.__enter__().tensors[0].to(self._device)
-
-    def __exit__(self, *raised: Any) -> None:
-        self._lease.__exit__(*raised)
+    with rings.weights.acquire((allocation,)) as lease:
+        yield lease.tensors[0].to(device)
 
 
 @contextmanager

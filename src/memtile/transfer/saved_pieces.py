@@ -8,7 +8,7 @@ room is free again once no node of a graph needs it.
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, ClassVar, Final
 
@@ -87,10 +87,9 @@ class SavedPieces:
         is_streamed = self._is_streamed(piece.device)
         in_place = self.home.works_in_place or self.home.is_mapped
         if in_place and piece.device.type == "cpu" and not is_streamed:
-            if not piece.is_populated:
-                piece.allocation.populate()
-                piece.is_populated.append(True)
-            return piece.allocation.tensor()
+            tensor = piece.allocation.populate()
+            weakref.finalize(piece, piece.allocation.release).atexit = False
+            return tensor
         if self._backward is not piece.forward:
             self._backward = piece.forward
             self._prefetch_order.start()
@@ -183,7 +182,6 @@ class SavedPiece:
         forward: which saved it.
         number: when it was saved there, the last time.
         held: its bytes on its device, and the event of a copy under way.
-        is_populated: has an item where its pages are in use, until it is gone.
     """
 
     forward: _Forward
@@ -193,19 +191,13 @@ class SavedPiece:
         self._owner, self.allocation, self.device = owner, allocation, device
         self.views = weakref.WeakSet[SavedView]()
         self.held: tuple[Tensor, Any] | None = None  # Any: an event of a backend
-        self.is_populated = list[bool]()
-        weakref.finalize(self, _end_use, allocation, self.is_populated).atexit = False
+        # Tensors over a mapping bring pages into memory, which would outlive the room's use. It is
+        # called after those of later uses: weak references call the newest one first.
+        weakref.finalize(self, allocation.evict).atexit = False
 
     def values(self) -> Tensor:
         """Its bytes on its device: 1-D uint8."""
         return self._owner.values(self)
-
-
-def _end_use(allocation: Allocation, is_populated: Sequence[bool]) -> None:
-    """Tensors over a mapping bring pages into memory, which would outlive the room's use."""
-    if is_populated:
-        allocation.release()
-    allocation.evict()
 
 
 class SavedView:
