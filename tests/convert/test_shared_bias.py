@@ -91,6 +91,8 @@ def test_checkpoints_have_both_names(tmp_path: Path) -> None:
     memtile.load_checkpoint(other, tmp_path)
 
     assert other.head.bias is other.bias
+    found, expected = dict(memtile.dense_state_dict(other)), dense.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     torch.testing.assert_close(other(IDS), dense(IDS), rtol=1e-12, atol=1e-12)
     filled = memtile.empty_model(Bert)
     memtile.tile(filled, out_splits=2, checkpoint=tmp_path)

@@ -154,26 +154,16 @@ def build_mlp(home: memtile.DiskHome | None, size: Size) -> nn.Module:
     return memtile.TiledMLP(gate, up, down, activation=nn.functional.silu)
 
 
-class ReadsOfTiles:
-    """How often each parked tensor was read whole, over all steps."""
+def count_reads() -> Counter[Allocation]:
+    """From now on, the bytes that are read of each parked tensor."""
+    found, real = Counter[Allocation](), Allocation.read
 
-    def __init__(self) -> None:
-        self._bytes, self._read = Counter[Allocation](), Allocation.read
+    def read(allocation: Allocation, into: torch.Tensor, start: int = 0) -> None:
+        found[allocation] += into.numel()
+        real(allocation, into, start)
 
-    def __enter__(self) -> "ReadsOfTiles":
-        def read(allocation: Allocation, into: torch.Tensor, start: int = 0) -> None:
-            self._bytes[allocation] += into.numel()
-            self._read(allocation, into, start)
-
-        Allocation.read = read  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        Allocation.read = self._read  # type: ignore[method-assign]
-
-    def each_time(self) -> list[float]:
-        """Of each that was read."""
-        return [nbytes / allocation.room for allocation, nbytes in self._bytes.items()]
+    Allocation.read = read  # type: ignore[method-assign]
+    return found
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, size: Size) -> list[float]:
@@ -196,7 +186,8 @@ def main(side: str, cap: str, folder: str, name: str) -> None:
     limit = caps[cap](size.cap_bytes) if cap in caps else contextlib.nullcontext()
     kind = torch.optim.SGD if size.inner else torch.optim.AdamW
     nn.Linear(8, 8)(torch.ones(8, 8)).sum().backward()  # threads and libraries of a first product
-    with limit, Sampled() as sampled, LargestAllocation() as largest, ReadsOfTiles() as reads:
+    read_bytes = count_reads()
+    with limit, Sampled() as sampled, LargestAllocation() as largest:
         model = build(side, folder, size)
         if side == "dense":
             optimizer = kind(model.parameters(), lr=1e-4)
@@ -208,7 +199,7 @@ def main(side: str, cap: str, folder: str, name: str) -> None:
         "private_bytes": sampled.most - sampled.before,
         "largest_bytes": largest.nbytes,
         "largest_op": largest.op,
-        "reads": sorted(reads.each_time()),
+        "reads": [nbytes / each.room for each, nbytes in read_bytes.items()],
     }
     print(json.dumps(result))
 

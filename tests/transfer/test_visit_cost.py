@@ -16,7 +16,7 @@ FEW, MANY = 24, 56  # tiles
 SLACK = 1.25  # reads that have ended already, or not yet, change the calls of a disk's visit
 
 # calls a tile: reading it forward; backward with its step; the step by itself, in classic mode
-BUDGETS = {"host": (85, 115, 60), "page cache": (130, 400, 285), "disk": (300, 885, 680)}
+BUDGETS = {"host": (85, 115, 60), "page cache": (120, 265, 160), "disk": (300, 885, 680)}
 
 
 def _calls(act):
