@@ -45,9 +45,9 @@ class MappedWindow:
     def drop(self) -> None:
         """Drop its pages; contents stay."""
         self._advise(mmap.MADV_DONTNEED)
-        self.forget()
+        self.mark_dropped()
 
-    def forget(self) -> None:
+    def mark_dropped(self) -> None:
         """Its pages were dropped."""
         self.is_mapped = self.is_written = False
 
@@ -118,14 +118,14 @@ class MappedPages:
         """All pages were dropped."""
         with self._lock:
             for window in self._windows.values():
-                window.forget()
+                window.mark_dropped()
             self._idle.clear()
 
     def _drop_oldest(self, left: int) -> None:
         oldest = list(self._idle)[: len(self._idle) - left]
         for window in oldest:
             self._idle.pop(window, None)  # a finalizer may have dropped it meanwhile
-            window.forget()
+            window.mark_dropped()
         for run in _runs(oldest, {*self._idle, *self._used}):
             run.drop()
 
