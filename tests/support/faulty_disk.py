@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from memtile.homes import disk_io
+from memtile.homes import disk_io, kernel_aio
 from memtile.transfer import Holder, rings_of
 
 
@@ -30,6 +30,7 @@ class FaultyDisk:
         for act in self.count:
             real = getattr(disk_io, f"{act}_at")
             monkeypatch.setattr(disk_io, f"{act}_at", self._failing(act, real))
+        redo_kernel_moves(monkeypatch)
 
     def _failing(self, act: str, real: Callable[..., int]) -> Callable[..., int]:
         def move(fd: int, buffer: memoryview, offset: int) -> int:
@@ -51,6 +52,14 @@ class FaultyDisk:
     def mend(self) -> None:
         """Fail nothing any more."""
         self.fails = lambda act, number: False
+
+
+def redo_kernel_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what the kernel moves by itself moved again by `disk_io`, where a test can see it."""
+    end = kernel_aio._UnderWay.end
+    monkeypatch.setattr(
+        kernel_aio._UnderWay, "end", lambda self, number, moved: end(self, number, 0)
+    )
 
 
 class Watched(torch.optim.AdamW):

@@ -4,6 +4,7 @@ import gc
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def check_nothing_is_left() -> Iterator[None]:
     for _ in range(10):
         if _threads() <= threads and _descriptors() <= descriptors:
             break
-        gc.collect()  # again: a reader that is still at work keeps its home
+        gc.collect()  # again: what is being read still keeps its home
+        time.sleep(0.02)
         for thread in _threads() - threads:
             thread.join(0.2)
 

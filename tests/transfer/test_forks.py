@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from faulty_disk import redo_kernel_moves
 from forked import child_says
 from torch import nn
 
@@ -96,6 +97,7 @@ def test_a_child_that_comes_during_a_forward(monkeypatch):
         return real(fd, buffer, offset)
 
     monkeypatch.setattr(disk_io, "read_at", slow)
+    redo_kernel_moves(monkeypatch)
 
     def in_child():
         good = torch.equal(model(_X), expected)

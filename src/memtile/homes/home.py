@@ -9,6 +9,7 @@ are gone.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Final, TypeVar
@@ -34,6 +35,10 @@ class Traffic:
 
     read_bytes: int = 0
     written_bytes: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        read = self.read_bytes + other.read_bytes
+        return Traffic(read, self.written_bytes + other.written_bytes)
 
 
 class Home(ABC):
@@ -150,24 +155,43 @@ class Home(ABC):
     @contextmanager
     def transferring(self, read_bytes: int = 0, written_bytes: int = 0) -> Iterator[None]:
         """Keeps the home open inside; unless an error comes out, the bytes count as moved."""
+        self._begin_transfer()
+        try:
+            yield
+        except BaseException:
+            self._end_transfer(Traffic())
+            raise
+        self._end_transfer(Traffic(read_bytes, written_bytes))
+
+    def _begin_transfer(self) -> None:
+        """Keeps the home open until `_end_transfer`."""
         with self._change:
             self.check_open()
             self._transfers += 1
             if self._transfers == 1:
                 self._moving_since = clock()
-        try:
-            yield
-            with self._change:
-                self.traffic = Traffic(
-                    self.traffic.read_bytes + read_bytes,
-                    self.traffic.written_bytes + written_bytes,
-                )
-        finally:
-            with self._change:
-                self._transfers -= 1
-                if not self._transfers:
-                    recording.totals.moving_ns += clock() - self._moving_since
-                self._change.notify_all()
+
+    def _end_transfer(self, moved: Traffic) -> None:
+        with self._change:
+            self.traffic += moved
+            self._transfers -= 1
+            if not self._transfers:
+                recording.totals.moving_ns += clock() - self._moving_since
+            self._change.notify_all()
+
+    def start_moves(self, rooms: "Rooms", writes: bool, future: "Future[None]") -> bool:
+        """Starts reads or writes of whole rooms that need no thread of the caller's, if it can.
+
+        Args:
+            rooms: this home's allocations, and memory for each as `Allocation.read` takes it.
+            writes: the memory is written to the rooms; else it is filled from them.
+            future: is given the result once all have ended, HomeIOError say. It keeps the memory
+                and the allocations until then.
+
+        Returns:
+            Whether they were started. A home that says no is read and written in threads.
+        """
+        return False
 
     @property
     def part_bytes(self) -> int:
@@ -310,3 +334,7 @@ class Allocation(ABC):
     def __repr__(self) -> str:
         name = f" {self.label!r}" if self.label is not None else ""
         return f"<allocation{name} {tuple(self.shape)} {self.dtype} of {self.home!r}>"
+
+
+Rooms = Sequence[tuple[Allocation, Tensor]]
+"""Allocations, and as much memory as the room of each: what is moved to or from it."""

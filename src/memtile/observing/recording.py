@@ -56,7 +56,7 @@ class Event(NamedTuple):
         kind: FORWARD, say.
         begun_ns: on the clock of `time.perf_counter_ns`.
         ended_ns: on the same clock.
-        thread: its `threading.get_ident()`.
+        thread: its `threading.get_ident()`; of moves that the kernel makes by itself, -1 and less.
         name: of the tile; dtype and shape where the tensor has no name.
         amount: bytes that were moved; of SLABS, how many.
     """
@@ -87,7 +87,8 @@ class Recorder:
             return
         kind, begun, ended, thread, name, amount = event
         if thread not in self.threads:
-            self.threads[thread] = threading.current_thread().name
+            by_kernel = f"kernel {-thread}"
+            self.threads[thread] = by_kernel if thread < 0 else threading.current_thread().name
         name = self._names.setdefault(name, name)
         self.events.append((kind, max(begun, self.begun_ns), ended, thread, name, amount))
 
@@ -112,9 +113,10 @@ def stop(recorder: Recorder) -> None:
         recorder.ended_ns = clock()
 
 
-def add(kind: str, begun_ns: int, of: Any, amount: int = 0) -> None:
+def add(kind: str, begun_ns: int, of: Any, amount: int = 0, thread: int | None = None) -> None:
     """Report what ends now; `of` is an allocation or a tensor, which is not kept."""
     name = getattr(of, "label", None) or f"{of.dtype} {tuple(of.shape)}".removeprefix("torch.")
-    event = Event(kind, begun_ns, clock(), threading.get_ident(), name, amount)
+    thread = threading.get_ident() if thread is None else thread
+    event = Event(kind, begun_ns, clock(), thread, name, amount)
     for recorder in active:
         recorder.take(event)

@@ -1,8 +1,8 @@
-"""Slabs: a fixed number of buffers for tiles, filled and written by reader threads."""
+"""Slabs: a fixed number of buffers for tiles, filled and written while others are worked on."""
 
 import enum
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_for
 
@@ -102,9 +102,8 @@ class Slab:
         """Take a group in; its readers start now."""
         self.claim(group)
         try:
-            for allocation, room in zip(group, self._rooms, strict=True):
-                for read in _start(executor, notify, allocation, allocation.read, room):
-                    self._reads.append(read)
+            rooms = list(zip(group, self._rooms, strict=True))
+            _start(executor, notify, rooms, writes=False, started=self._reads)
         except BaseException:
             self.key = None  # otherwise it would count as read
             raise
@@ -155,12 +154,9 @@ class Slab:
     ) -> None:
         """Start writing home those of its tensors that are named by number."""
         unwritten = [(allocation, self._rooms[number]) for number, allocation in allocations]
-        self._writes = [
-            write
-            for allocation, room in unwritten
-            for write in _start(executor, notify, allocation, allocation.write, room)
-        ]
-        self._unwritten = unwritten
+        writes = list[Future[None]]()
+        _start(executor, notify, unwritten, writes=True, started=writes)
+        self._writes, self._unwritten = writes, unwritten
 
     def wait_until_written(self) -> None:
         """Return once its writers have ended, well or not."""
@@ -188,13 +184,28 @@ def _succeeded(future: "Future[None]") -> bool:
 def _start(
     executor: Executor,
     notify: Callable[[], None],
-    allocation: Allocation,
-    move: Callable[[Tensor, int], None],
-    room: Tensor,
-) -> Iterator["Future[None]"]:
-    """Move the room's bytes in pieces, each in a thread, and call `notify` after each."""
-    part = allocation.home.part_bytes
-    for start in range(0, room.numel(), part):
-        future = executor.submit(move, room[start : start + part], start)
-        future.add_done_callback(lambda _: notify())
-        yield future
+    rooms: Sequence[tuple[Allocation, Tensor]],
+    *,
+    writes: bool,
+    started: "list[Future[None]]",
+) -> None:
+    """Start moving the rooms' bytes, and call `notify` after each part.
+
+    The home moves them by itself, or they are moved in pieces, each in a thread. Each future is in
+    `started` before its bytes are.
+    """
+    rooms = [(allocation, room) for allocation, room in rooms if room.numel()]
+    if not rooms:
+        return
+    home, future = rooms[0][0].home, Future[None]()
+    future.add_done_callback(lambda _: notify())
+    started.append(future)
+    if home.start_moves(rooms, writes, future):
+        return
+    started.pop()
+    for allocation, room in rooms:
+        move = allocation.write if writes else allocation.read
+        for start in range(0, room.numel(), home.part_bytes):
+            part = executor.submit(move, room[start : start + home.part_bytes], start)
+            part.add_done_callback(lambda _: notify())
+            started.append(part)
