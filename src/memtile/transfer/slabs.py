@@ -51,6 +51,7 @@ class Slab:
         self.users = 0
         self.is_stale = False  # what it holds must not be used again
         self._rooms: list[Tensor] = []  # the bytes of each tensor, whole pages
+        self._kinds: tuple[tuple[int, torch.dtype, torch.Size], ...] = ()  # of the tensors
         self._reads: list[Future[None]] = []
         self._writes: list[Future[None]] = []
         self._unwritten: list[tuple[Allocation, Tensor]] = []
@@ -111,16 +112,21 @@ class Slab:
     def claim(self, group: Group) -> None:
         """Take a group in whose content is still to be computed; no reader is at work."""
         self.key, self.is_stale = None, False
-        self.tensors, self._rooms, self._reads = [], [], []
+        self._reads = []
         needed = sum(allocation.room for allocation in group)
         if self.memory.numel() < needed:
+            self.tensors, self._rooms, self._kinds = [], [], ()
             self.memory = torch.empty(0, dtype=torch.uint8)  # free the old before the new is made
             self.memory = aligned_buffer(needed)
-        self._rooms = list(self.memory[:needed].split([allocation.room for allocation in group]))
-        self.tensors = [
-            room[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
-            for room, allocation in zip(self._rooms, group, strict=True)
-        ]
+        kinds = tuple((each.room, each.dtype, each.shape) for each in group)
+        if kinds != self._kinds:  # to make tensors takes longer than to start a read
+            with torch.inference_mode(False):  # a step may write to them later
+                rooms = list(self.memory[:needed].split([room for room, _, _ in kinds]))
+                self.tensors = [
+                    room[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
+                    for room, allocation in zip(rooms, group, strict=True)
+                ]
+            self._rooms, self._kinds = rooms, kinds
         self.key = key_of(group)
 
     def discard(self) -> None:
