@@ -11,6 +11,7 @@ import memtile
 from memtile.errors import HomeIOError
 from memtile.homes import PAGE, DiskHome, aligned_buffer, disk_io, kernel_aio
 from memtile.homes.disk import DIRECT
+from memtile.transfer import Holder, rings_of
 
 SUBMIT = kernel_aio._SUBMIT
 
@@ -133,6 +134,24 @@ def test_after_a_ctrl_c_every_move_ends(home, monkeypatch, taken):
 
     future.result(10)
     moved(home, allocations, memory, writes=False).result(10)
+
+
+def test_a_slab_is_free_after_a_read_that_did_not_start(home, monkeypatch):
+    """A Ctrl-C before the kernel was asked leaves nothing that is waited for."""
+    (allocation, *_), memory = parked(home)
+    ring = rings_of(home).weights
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "start_moves", interrupted)
+        with pytest.raises(KeyboardInterrupt), ring.acquire((allocation,)):
+            pass
+
+    assert set(ring.holders) == {Holder.NOBODY}
+    with ring.acquire((allocation,)) as lease:
+        assert torch.equal(lease.tensors[0], memory[0])
 
 
 def test_a_home_that_is_closed_waits_for_its_moves(home):

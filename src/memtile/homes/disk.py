@@ -168,8 +168,10 @@ class DiskHome(Home):
 
     def start_moves(self, rooms: Rooms, writes: bool, future: "Future[None]") -> bool:
         """By the kernel, where they go past the page cache; see `Home.start_moves`."""
+        if self.path != DIRECT or os.getpid() != self._owner:
+            return False
         direct, queue = self._file.direct_fd, kernel_queue()
-        if self.path != DIRECT or direct is None or queue is None or os.getpid() != self._owner:
+        if direct is None or queue is None:
             return False
         own = [(each, memory) for each, memory in rooms if isinstance(each, _DiskAllocation)]
         _KernelMoves(self, own, writes, future).start(queue, direct)

@@ -206,8 +206,12 @@ def _start(
     home, future = rooms[0][0].home, Future[None]()
     future.add_done_callback(lambda _: notify())
     started.append(future)
-    if home.start_moves(rooms, writes, future):
-        return
+    try:
+        if home.start_moves(rooms, writes, future):
+            return
+    except BaseException:
+        future.cancel()  # unless they are under way
+        raise
     started.pop()
     for allocation, room in rooms:
         move = allocation.write if writes else allocation.read
