@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from concurrent.futures import Future
 
 import pytest
@@ -60,7 +61,7 @@ def test_what_is_written_is_read(home):
 
 def refuse(which, *arguments):
     """A kernel that has no room for a move."""
-    raise BlockingIOError(errno.EAGAIN, "no room")
+    return -errno.EAGAIN
 
 
 def take_one(real):
@@ -115,8 +116,9 @@ def test_an_error_is_of_the_future(home, monkeypatch, act):
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_after_a_ctrl_c_every_move_ends(home, monkeypatch, taken):
-    """Whether the kernel had taken them before it came or not."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_after_an_error_of_a_signals_handler_every_move_ends(home, monkeypatch, taken, error):
+    """Whether the kernel had taken them before it came or not; none is under way twice."""
     allocations, memory = parked(home)
     real, future = kernel_aio._call, Future()
 
@@ -125,15 +127,58 @@ def test_after_a_ctrl_c_every_move_ends(home, monkeypatch, taken):
             return real(which, *arguments)
         if taken:
             real(which, *arguments)
-        raise KeyboardInterrupt
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(kernel_aio, "_call", interrupted)
+        with pytest.raises(error):
+            home.start_moves(list(zip(allocations, memory, strict=True)), False, future)
+
+    future.result(10)
+    moved(home, allocations, memory, writes=False).result(10)
+
+
+def test_an_error_before_the_kernel_is_asked_ends_every_move(home, monkeypatch):
+    """Also of moves that have no request yet."""
+    allocations, memory = parked(home)
+    add, future, calls = kernel_aio._UnderWay.add, Future(), iter(range(9))
+
+    def interrupted(*given):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return add(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_aio._UnderWay, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             home.start_moves(list(zip(allocations, memory, strict=True)), False, future)
 
     future.result(10)
     moved(home, allocations, memory, writes=False).result(10)
+
+
+def test_a_slab_that_is_being_written_is_kept_from_others(home, monkeypatch):
+    """After a Ctrl-C between the start of a write and the next line."""
+    (allocation, *_), _ = parked(home)
+    ring, real, waiting = rings_of(home).weights, home.start_moves, kernel_aio.kernel_queue()
+    written = threading.Event()
+
+    def interrupted(*given):
+        real(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "start_moves", interrupted)
+        patch.setattr(kernel_aio._UnderWay, "end", lambda *given: written.set())  # nobody is told
+        with ring.acquire(made=(allocation,)) as lease, pytest.raises(KeyboardInterrupt):
+            lease.store()
+        assert written.wait(10)
+
+    assert Holder.WRITERS in ring.holders
+    (number,) = waiting._under_way._moves
+    waiting._under_way.end(number, 0)
+    ring.flush()
+    assert Holder.WRITERS not in ring.holders
 
 
 def test_a_slab_is_free_after_a_read_that_did_not_start(home, monkeypatch):
@@ -160,7 +205,8 @@ def test_a_home_that_is_closed_waits_for_its_moves(home):
     futures = [moved(home, allocations, memory, writes=True) for _ in range(20)]
     home.close()
 
-    assert all(future.done() for future in futures)
+    assert not home._transfers
+    assert [future.result(10) for future in futures] == [None] * 20
 
 
 def test_a_processor_without_known_numbers_has_no_queue(monkeypatch):

@@ -25,7 +25,7 @@ from memtile.homes import disk_io
 from memtile.homes.filesystems import overwrites_in_place, usable_folder
 from memtile.homes.home import Allocation, Home, Reservation, Rooms, Traffic
 from memtile.homes.kernel import tensor_over
-from memtile.homes.kernel_aio import KernelMove, KernelQueue, kernel_queue
+from memtile.homes.kernel_aio import LARGEST_MOVE, KernelMove, KernelQueue, kernel_queue
 from memtile.homes.limits import page_cache_fit
 from memtile.homes.live_file import LiveFile
 from memtile.homes.mapped_pages import MappedPages, Windows
@@ -174,6 +174,8 @@ class DiskHome(Home):
         if direct is None or queue is None:
             return False
         own = [(each, memory) for each, memory in rooms if isinstance(each, _DiskAllocation)]
+        if len(own) < len(rooms) or any(memory.numel() > LARGEST_MOVE for _, memory in own):
+            return False
         _KernelMoves(self, own, writes, future).start(queue, direct)
         return True
 
@@ -200,20 +202,21 @@ class _KernelMoves:
         writes: bool,
         future: "Future[None]",
     ) -> None:
-        self._home, self._rooms, self._writes, self._future = home, rooms, writes, future
+        self._home, self._writes, self._future = home, writes, future
+        self._nbytes = sum(memory.numel() for _, memory in rooms)
         self._left, self._lock = len(rooms), threading.Lock()
         self._error: BaseException | None = None
         self._begun = clock() if recording.active else 0
+        self._moves = [
+            KernelMove(memory, allocation.offset, partial(self._end, allocation, memory))
+            for allocation, memory in rooms
+        ]
 
     def start(self, queue: KernelQueue, descriptor: int) -> None:
         """Start all of them; from now on the future cannot be cancelled."""
         self._home._begin_transfer()
         self._future.set_running_or_notify_cancel()
-        moves = [
-            KernelMove(memory, allocation.offset, partial(self._end, allocation, memory))
-            for allocation, memory in self._rooms
-        ]
-        queue.start(descriptor, self._writes, moves)
+        queue.start(descriptor, self._writes, self._moves)
 
     def _end(self, allocation: "_DiskAllocation", memory: Tensor, moved: int, number: int) -> None:
         try:
@@ -231,12 +234,12 @@ class _KernelMoves:
             self._finish()
 
     def _finish(self) -> None:
-        nbytes = sum(memory.numel() for _, memory in self._rooms)
         if self._error is not None:
             self._home._end_transfer(Traffic())
             self._future.set_exception(self._error)
             return
-        self._home._end_transfer(Traffic(0, nbytes) if self._writes else Traffic(nbytes, 0))
+        moved = Traffic(0, self._nbytes) if self._writes else Traffic(self._nbytes, 0)
+        self._home._end_transfer(moved)
         self._future.set_result(None)
 
 

@@ -122,11 +122,11 @@ class Slab:
         if kinds != self._kinds:  # to make tensors takes longer than to start a read
             with torch.inference_mode(False):  # a step may write to them later
                 rooms = list(self.memory[:needed].split([room for room, _, _ in kinds]))
-                self.tensors = [
+                tensors = [
                     room[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
                     for room, allocation in zip(rooms, group, strict=True)
                 ]
-            self._rooms, self._kinds = rooms, kinds
+            self.tensors, self._rooms, self._kinds = tensors, rooms, kinds
         self.key = key_of(group)
 
     def discard(self) -> None:
@@ -161,8 +161,11 @@ class Slab:
         """Start writing home those of its tensors that are named by number."""
         unwritten = [(allocation, self._rooms[number]) for number, allocation in allocations]
         writes = list[Future[None]]()
-        _start(executor, notify, unwritten, writes=True, started=writes)
-        self._writes, self._unwritten = writes, unwritten
+        try:
+            _start(executor, notify, unwritten, writes=True, started=writes)
+        finally:  # a Ctrl-C does not end what is under way
+            if not all(write.cancelled() for write in writes):
+                self._writes, self._unwritten = writes, unwritten
 
     def wait_until_written(self) -> None:
         """Return once its writers have ended, well or not."""
