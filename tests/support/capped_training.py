@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from forked import child_says
 from torch import nn
 
 import memtile
-from memtile.homes import Allocation
+from memtile.homes import Allocation, DiskHome
+from memtile.homes.home import Rooms
 from memtile.testing import LargestAllocation
 
 LAYERS, ROWS = 5, 16
@@ -156,13 +158,20 @@ def build_mlp(home: memtile.DiskHome | None, size: Size) -> nn.Module:
 
 def count_reads() -> Counter[Allocation]:
     """From now on, the bytes that are read of each parked tensor."""
-    found, real = Counter[Allocation](), Allocation.read
+    found, real, by_kernel = Counter[Allocation](), Allocation.read, DiskHome.start_moves
 
     def read(allocation: Allocation, into: torch.Tensor, start: int = 0) -> None:
         found[allocation] += into.numel()
         real(allocation, into, start)
 
+    def start_moves(home: DiskHome, rooms: Rooms, writes: bool, future: Future[None]) -> bool:
+        started = by_kernel(home, rooms, writes, future)
+        for allocation, into in rooms if started and not writes else ():
+            found[allocation] += into.numel()
+        return started
+
     Allocation.read = read  # type: ignore[method-assign]
+    DiskHome.start_moves = start_moves  # type: ignore[method-assign]
     return found
 
 
