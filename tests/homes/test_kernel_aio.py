@@ -1,8 +1,11 @@
 """Direct reads and writes by the kernel: right, whole, and told of, whatever the kernel says."""
 
 import errno
+import gc
 import os
 import threading
+import time
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -197,6 +200,22 @@ def test_a_slab_is_free_after_a_read_that_did_not_start(home, monkeypatch):
     assert set(ring.holders) == {Holder.NOBODY}
     with ring.acquire((allocation,)) as lease:
         assert torch.equal(lease.tensors[0], memory[0])
+
+
+def test_what_has_ended_keeps_no_memory(home):
+    """Nor its home, also before the garbage collector comes: a slab that grows frees the old."""
+    allocations, memory = parked(home)
+    kept = [weakref.ref(each) for each in (*allocations, *memory)]
+    gc.disable()
+    try:
+        moved(home, allocations, memory, writes=False).result(10)
+        del allocations, memory
+        until = time.monotonic() + 5  # the queue's thread may be in its last lines
+        while any(each() is not None for each in kept) and time.monotonic() < until:
+            time.sleep(0.001)
+        assert [each() for each in kept] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_a_home_that_is_closed_waits_for_its_moves(home):

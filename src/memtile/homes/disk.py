@@ -202,21 +202,20 @@ class _KernelMoves:
         writes: bool,
         future: "Future[None]",
     ) -> None:
-        self._home, self._writes, self._future = home, writes, future
-        self._nbytes = sum(memory.numel() for _, memory in rooms)
+        self._home, self._rooms, self._writes, self._future = home, rooms, writes, future
         self._left, self._lock = len(rooms), threading.Lock()
         self._error: BaseException | None = None
         self._begun = clock() if recording.active else 0
-        self._moves = [
-            KernelMove(memory, allocation.offset, partial(self._end, allocation, memory))
-            for allocation, memory in rooms
-        ]
 
     def start(self, queue: KernelQueue, descriptor: int) -> None:
         """Start all of them; from now on the future cannot be cancelled."""
+        moves = [  # not kept: they keep this, and so the memory, until they have ended
+            KernelMove(memory, allocation.offset, partial(self._end, allocation, memory))
+            for allocation, memory in self._rooms
+        ]
         self._home._begin_transfer()
         self._future.set_running_or_notify_cancel()
-        queue.start(descriptor, self._writes, self._moves)
+        queue.start(descriptor, self._writes, moves)
 
     def _end(self, allocation: "_DiskAllocation", memory: Tensor, moved: int, number: int) -> None:
         try:
@@ -238,8 +237,8 @@ class _KernelMoves:
             self._home._end_transfer(Traffic())
             self._future.set_exception(self._error)
             return
-        moved = Traffic(0, self._nbytes) if self._writes else Traffic(self._nbytes, 0)
-        self._home._end_transfer(moved)
+        nbytes = sum(memory.numel() for _, memory in self._rooms)
+        self._home._end_transfer(Traffic(0, nbytes) if self._writes else Traffic(nbytes, 0))
         self._future.set_result(None)
 
 
