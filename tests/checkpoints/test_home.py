@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
 from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.errors import CheckpointError, HomeError
-from memtile.homes import Allocation, aligned_buffer, disk_io
+from memtile.homes import Allocation, aligned_buffer, disk_io, kernel_aio
+from memtile.transfer import rings_of
 
 
 def allocations_over(folder, tensors):
@@ -201,6 +203,73 @@ def test_reads_go_past_the_page_cache_where_tiles_do_not_fit_there(tmp_path, mon
         assert torch.equal(piece.view(torch.float32), torch.arange(1024.0))
 
 
+@pytest.fixture
+def by_the_kernel(tmp_path, monkeypatch):
+    """Tiles of all kinds that are read by the kernel's queue, their values, and a ring for them."""
+    monkeypatch.setattr("memtile.homes.limits.free_bytes", lambda: 0)
+    if kernel_aio.kernel_queue() is None:
+        pytest.skip("no io_submit here")
+    torch.manual_seed(0)
+    sizes = (1, 5, 1024, 1023, 5000, 300_000, 1024, 0, 7)  # the last one ends with the file
+    tensors = [torch.rand(size) for size in sizes]
+    allocations = allocations_over(tmp_path, tensors)
+    return allocations, tensors, rings_of(allocations[0].home).weights
+
+
+def read_by_the_kernel(allocation):
+    """The values of one of its tiles, which no thread has read."""
+    memory, future = aligned_buffer(allocation.room), Future()
+    assert allocation.home.start_moves([(allocation, memory)], False, future)
+    future.result(10)
+    return memory[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
+
+
+def test_the_kernel_reads_any_bytes_of_a_file(by_the_kernel, monkeypatch):
+    """From any byte to the file's last one; their values lie at a page's beginning."""
+    allocations, tensors, _ = by_the_kernel
+    monkeypatch.setattr("memtile.checkpoints.home._fill", None)  # what threads would use
+
+    for allocation, tensor in zip(allocations, tensors, strict=True):
+        if tensor.numel():
+            assert torch.equal(read_by_the_kernel(allocation), tensor)
+
+
+def test_a_part_that_the_kernel_did_not_read_is_read_again(by_the_kernel, monkeypatch):
+    """As threads read it, also where the part ends inside the tile."""
+    allocations, tensors, _ = by_the_kernel
+    end = kernel_aio._UnderWay.end
+    monkeypatch.setattr(
+        kernel_aio._UnderWay, "end", lambda self, number, found: end(self, number, found // 2)
+    )
+
+    for number in (2, 5, 6):
+        assert torch.equal(read_by_the_kernel(allocations[number]), tensors[number])
+
+
+def test_a_tile_that_was_written_to_is_not_read_by_the_kernel(by_the_kernel):
+    """Its copied pages are in this process alone; the ring gives what was written."""
+    allocations, tensors, ring = by_the_kernel
+    allocations[5].tensor()[70_000] = 7
+
+    assert not allocations[5].home.start_moves(
+        [(allocations[5], aligned_buffer(allocations[5].room))], False, Future()
+    )
+    tensors[5][70_000] = 7
+    for allocation, tensor in zip(allocations, tensors, strict=True):
+        with ring.acquire((allocation,)) as lease:
+            assert torch.equal(lease.tensors[0], tensor)
+
+
+def test_a_file_that_changed_is_an_error_where_its_tile_is_waited_for(by_the_kernel, tmp_path):
+    """As where threads read it."""
+    allocations, _, ring = by_the_kernel
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+
+    changed = pytest.raises(CheckpointError, match="was written to while it was in use")
+    with changed, ring.acquire((allocations[2],)):
+        pass
+
+
 def test_a_file_that_changes_is_noticed_at_the_next_read(tmp_path):
     """Reading and evicting both raise for a file that was rewritten in place."""
     (allocation,) = allocations_over(tmp_path, [torch.arange(5000.0)])
@@ -303,6 +372,6 @@ def test_a_file_that_cannot_be_mapped_is_refused(tmp_path, monkeypatch):
     def refusing(*_, **__):
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr("memtile.checkpoints.home._mapped", refusing)
+    monkeypatch.setattr("memtile.checkpoints.home.private_map", refusing)
     with pytest.raises(HomeError, match=r"No such device.*copy the checkpoint to a local disk, or"):
         home.rows_of(stored, 0, stored.shape)

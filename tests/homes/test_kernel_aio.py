@@ -252,7 +252,7 @@ def trained(home):
 def test_training_gives_the_same_bits(home, monkeypatch, tmp_path, by):
     """One home after another, with and without io_submit."""
     if by == "threads":
-        monkeypatch.setattr("memtile.homes.disk.kernel_queue", lambda: None)
+        monkeypatch.setattr("memtile.homes.kernel_moves.kernel_queue", lambda: None)
     expected = trained(memtile.HostHome())
     for _ in range(10):
         with DiskHome(tmp_path) as other:

@@ -45,7 +45,7 @@ def spoil(
     stores: bool = False,
 ) -> None:
     """Acquire the tile, fill it with fives, and raise the error."""
-    with ring.acquire((allocation,)) as lease:
+    with ring.acquire((allocation,), written=True) as lease:
         lease.tensors[0].fill_(5)
         if stores:
             lease.store()

@@ -5,8 +5,7 @@ from itertools import islice
 from watched_home import WatchedHome
 
 from memtile.homes import Allocation
-from memtile.transfer.prefetch_order import PrefetchOrder
-from memtile.transfer.slabs import group_of, key_of
+from memtile.transfer.prefetch_order import PrefetchOrder, group_of, key_of
 
 
 def path(prefetch_order: PrefetchOrder, order: list[Allocation]) -> None:

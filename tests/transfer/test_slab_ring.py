@@ -1,11 +1,16 @@
 """The ring of slabs: reading ahead, fixed capacity, and no slab lost whatever goes wrong."""
 
+import random
+
 import pytest
 import torch
-from rings import FREE, path, quiet
+from rings import FREE, path, quiet, spoil
 from watched_home import WatchedHome
 
 from memtile.homes import PAGE
+from memtile.transfer import Holder
+
+OTHER_ACTS = ["new iteration", "half change", "new tile"]
 
 # Reading ahead
 
@@ -136,6 +141,61 @@ def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ring):
                 assert bool((lease.tensors[0] == n).all())
 
     assert ring.slab_bytes == 5 * PAGE
+
+
+def test_small_tiles_share_slabs_and_are_read_far_ahead(make_ring):
+    """Beside a tile of 8 pages, as many of a page are on their way as two slabs hold."""
+    home = WatchedHome()
+    large = home.tile("large", 9, 8 * PAGE // 4)
+    tiles, ring = home.tiles(30), make_ring(3)
+    for _ in range(2):
+        path(ring, [large, *tiles])
+    quiet(ring)
+    home.clear()
+    ring.start()
+
+    with ring.acquire((large,)):
+        for tile in tiles[:16]:
+            home.begins("read", tile.label)
+        quiet_ahead = sorted(home.labels())
+        assert ring.holders.count(Holder.WORKERS) == 1
+    assert quiet_ahead == sorted(["large", *(str(n) for n in range(16))])
+    assert path(ring, [large, *tiles]) == [9, *range(30)]
+    assert ring.slab_bytes == 3 * 8 * PAGE
+
+
+@pytest.mark.parametrize("slabs", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_done_each_tile_has_its_own_newest_values(make_ring, slabs, seed):
+    """Ragged tiles are read, stored, half changed, written to at home, and abandoned."""
+    home, ring, draw = WatchedHome(), make_ring(slabs), random.Random(seed)
+    values = dict(enumerate([0.0] * 12))
+    tiles = [home.tile(str(n), 0, draw.choice([1, 700, 2 * PAGE // 4, PAGE])) for n in values]
+    for count in range(400):
+        number, act = draw.randrange(12), draw.choice(["read"] * 5 + ["store"] * 3 + OTHER_ACTS)
+        tile = tiles[number]
+        if act == "new iteration":
+            ring.flush()
+            tile.tensor().fill_(count)
+            values[number] = count
+            ring.start()
+        elif act == "half change":
+            with pytest.raises(ZeroDivisionError):
+                spoil(ring, tile, ZeroDivisionError)
+        elif act == "new tile":
+            tiles[number] = home.tile(str(number), count, draw.choice([3, PAGE]))
+            values[number] = count
+            ring.abandon(tile)
+        else:
+            with ring.acquire((tile,)) as lease:
+                assert bool((lease.tensors[0] == values[number]).all()), (count, number)
+                if act == "store":
+                    values[number] = count
+                    lease.tensors[0].fill_(count)
+                    lease.store()
+    ring.flush()
+
+    assert [float(tile.tensor()[-1]) for tile in tiles] == list(values.values())
 
 
 def test_a_group_of_several_tensors_is_one_slab(make_ring):

@@ -223,7 +223,7 @@ def test_what_was_written_does_not_keep_the_home_alive():
     (tile,), ring, alive = home.tiles(1), rings_of(home).gradients, weakref.ref(home)
     with ring.acquire((tile,)) as lease:
         lease.store()
-    wait_until(ring, lambda: not ring._slabs[0]._unwritten + ring._slabs[1]._unwritten)
+    wait_until(ring, lambda: not any(part._unwritten for part in ring._slabs.parts()))
 
     del home, tile, lease
 

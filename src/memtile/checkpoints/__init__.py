@@ -1,6 +1,7 @@
 """Checkpoints as safetensors files, read and written a few MiB at a time."""
 
-from memtile.checkpoints.home import CheckpointHome, StoredPiece
+from memtile.checkpoints.file_maps import StoredPiece
+from memtile.checkpoints.home import CheckpointHome
 from memtile.checkpoints.opening import Checkpoint, OnePath, Paths
 from memtile.checkpoints.publishing import replace_file, sole_writer
 from memtile.checkpoints.steps import training_folder

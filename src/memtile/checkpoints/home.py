@@ -13,47 +13,44 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, ClassVar, Final, NoReturn
+from concurrent.futures import Future
+from typing import ClassVar, Final, NoReturn
 
 import torch
 from torch import Tensor
 
 from memtile.checkpoints.copied_pages import CopiedPages
+from memtile.checkpoints.file_maps import (
+    FileRun,
+    StoredPiece,
+    c_library,
+    file_runs,
+    joined_map,
+    private_map,
+)
 from memtile.checkpoints.stored import OpenFile, StoredFile, StoredTensor
-from memtile.errors import HomeError
-from memtile.geometry import round_up
-from memtile.homes import Allocation, Home, Reservation, cannot_map, disk_io, page_cache_fit
+from memtile.errors import CheckpointError, HomeError
+from memtile.homes import (
+    PAGE,
+    Allocation,
+    Home,
+    Reservation,
+    cannot_map,
+    disk_io,
+    page_cache_fit,
+    whole_pages,
+)
 from memtile.homes.disk import BUFFERED, DIRECT
+from memtile.homes.home import Rooms
 from memtile.homes.kernel import tensor_over
+from memtile.homes.kernel_moves import RoomMove, start_kernel_moves
 
 _log = logging.getLogger("memtile.checkpoints")
 
-_NORESERVE: Final = 0x4000  # MAP_NORESERVE on Linux: mmap has no name for it before 3.13
-_FIXED: Final = 0x10  # MAP_FIXED
 # Parts of 1 MiB read 1.63 GB/s, for the Python between them, these 1.83 (2 cores; raw 1.88).
 _PART_BYTES: Final = 4 << 20
 _LEAST_PIECE: Final = 8 * mmap.PAGESIZE  # bytes: each further piece costs a page of memory
 _MOST_PIECES: Final = 24_000  # the kernel maps 65 530 stretches by default, and a seam is one too
-_FAILED: Final = ctypes.c_void_p(-1).value  # MAP_FAILED
-
-
-StoredPiece = tuple[StoredTensor, int, int]
-"""A stored tensor, the first of its elements that are meant, and how many they are."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Bytes of an allocation, from `start` on, that follow one another in a file.
-
-    `file` is None for a copy of bytes that share their page with those of another run.
-    """
-
-    start: int
-    nbytes: int
-    file: StoredFile | None
-    offset: int
 
 
 class CheckpointHome(Home):
@@ -99,7 +96,7 @@ class CheckpointHome(Home):
         """The allocation over elements of stored tensors of one dtype, or why there is none."""
         self.check_open()
         dtype = pieces[0][0].dtype
-        runs = _runs(pieces, dtype.itemsize)
+        runs = file_runs(pieces, dtype.itemsize)
         for run in runs:
             if run.offset % dtype.itemsize:
                 return f"its file keeps it at byte {run.offset}, which is not aligned for {dtype}"
@@ -112,6 +109,21 @@ class CheckpointHome(Home):
             self._pieces += len(runs)
         self._nbytes += sum(run.nbytes for run in runs)
         return _CheckpointAllocation(self, runs, shape, dtype)
+
+    def start_moves(self, rooms: Rooms, writes: bool, future: "Future[None]") -> bool:
+        """By the kernel, where reads go past the page cache; see `Home.start_moves`."""
+        self.choose_path()
+        if self.path != DIRECT or writes:
+            return False
+        moves = list[RoomMove]()
+        for allocation, memory in rooms:
+            if not isinstance(allocation, _CheckpointAllocation):
+                return False
+            move = allocation.direct_read(memory)
+            if move is None:
+                return False
+            moves.append(move)
+        return start_kernel_moves(self, moves, writes, future)
 
     @property
     def part_bytes(self) -> int:
@@ -131,7 +143,7 @@ class CheckpointHome(Home):
         view = self._maps.get(file)
         if view is None:
             try:
-                view = self._maps[file] = _mapped(file)
+                view = self._maps[file] = private_map(file)
             except OSError as error:
                 raise cannot_map(
                     str(file.path),
@@ -163,7 +175,7 @@ class _CheckpointAllocation(Allocation):
     def __init__(
         self,
         home: CheckpointHome,
-        runs: Sequence[_Run],
+        runs: Sequence[FileRun],
         shape: Sequence[int],
         dtype: torch.dtype,
     ) -> None:
@@ -171,10 +183,12 @@ class _CheckpointAllocation(Allocation):
         (first, *others), files = runs, {run.file for run in runs if run.file is not None}
         self._files = tuple(files)
         if others:
-            self._view, self._runs = _joined(runs)
+            self._view, self._runs = joined_map(runs)
         elif first.file is not None:
             self._view = home.map_of(first.file)[first.offset : first.offset + self.nbytes]
             self._runs = [first]
+            if self.nbytes:  # with what a direct read of whole pages has before it
+                self.room = whole_pages(first.offset % PAGE + self.nbytes)
         self.address = self.tensor().data_ptr()
         self._seams = self._seams_now()
 
@@ -188,7 +202,7 @@ class _CheckpointAllocation(Allocation):
         pages = self.home.pages
         if not self.nbytes or not pages.works or self.home.closed:
             return
-        library = _c_library()
+        library = c_library()
         for run in self._runs:
             found = pages.uncopied(self.address + run.start, run.nbytes) if run.file else ()
             for address, length in found:
@@ -219,6 +233,23 @@ class _CheckpointAllocation(Allocation):
                 found.update(self._view[run.start : run.start + run.nbytes])
         return found.digest()
 
+    def direct_read(self, memory: Tensor) -> RoomMove | None:
+        """The read of all of it by the kernel; None where threads are to read it."""
+        (run, *others), pages = self._runs, self.home.pages
+        if others or run.file is None or not pages.works:
+            return None
+        try:
+            run.file.check_unchanged()
+            opened = run.file.try_open()
+        except CheckpointError:
+            return None  # a thread raises it where the tile is waited for
+        if opened is None or opened.direct_fd is None:
+            return None
+        if pages.any_copied(self.address, self.nbytes):
+            return None
+        skipped = run.offset % PAGE
+        return RoomMove(self, memory, opened.direct_fd, run.offset - skipped, skipped)
+
     def _read_into(self, into: Tensor, start: int) -> None:
         self.home.choose_path()
         for file in self._files:
@@ -229,7 +260,7 @@ class _CheckpointAllocation(Allocation):
             if first < last:
                 self._read_run(run, into[first - start : last - start], first)
 
-    def _read_run(self, run: _Run, into: Tensor, start: int) -> None:
+    def _read_run(self, run: FileRun, into: Tensor, start: int) -> None:
         pages, address = self.home.pages, self.address + start
         # None: a page of several files; or replaced, and only the map has the old bytes
         opened = None if run.file is None else run.file.try_open()
@@ -249,86 +280,3 @@ def _fill(opened: OpenFile, into: Tensor, offset: int, path: str) -> None:
         # The kernel would read up to 8 MiB more (`read_ahead_kb`), of experts that are not hit.
         os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_RANDOM)
         disk_io.fill(opened.fd, disk_io.bytes_of(into), offset)
-
-
-def _runs(pieces: Sequence[StoredPiece], element_bytes: int) -> list[_Run]:
-    """Where the pieces lie in their files; neighbours in a file are one run."""
-    runs, start = list[_Run](), 0
-    for stored, first, count in pieces:
-        run = _Run(
-            start, count * element_bytes, stored.file, stored.entry.offset + first * element_bytes
-        )
-        start += run.nbytes
-        before = runs[-1] if runs else None
-        if before and before.file is run.file and before.offset + before.nbytes == run.offset:
-            runs[-1] = replace(before, nbytes=before.nbytes + run.nbytes)
-        else:
-            runs.append(run)
-    return runs
-
-
-def _joined(runs: Sequence[_Run]) -> tuple[memoryview, list[_Run]]:
-    """A private map of runs side by side, and its runs: whole pages of files, and copied seams."""
-    shift = runs[0].offset % mmap.PAGESIZE
-    nbytes = runs[-1].start + runs[-1].nbytes
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-    memory = _map(shift + nbytes, flags, -1)
-    view = memoryview(memory).cast("B")[shift : shift + nbytes]
-    parts = list[_Run]()
-    for run in runs:
-        begin, end = shift + run.start, shift + run.start + run.nbytes
-        own = begin if run is runs[0] else min(round_up(begin, mmap.PAGESIZE), end)
-        rest = end if run is runs[-1] else max(own, end // mmap.PAGESIZE * mmap.PAGESIZE)
-        for first, last, file in ((begin, own, None), (own, rest, run.file), (rest, end, None)):
-            if first < last:
-                part = _Run(first - shift, last - first, file, run.offset + first - begin)
-                parts.append(part)
-                _put(part, run.file, memory, shift)
-    return view, parts
-
-
-def _put(part: _Run, file: StoredFile | None, memory: Any, shift: int) -> None:  # ctypes' array
-    """Map a run's pages over the memory, or copy its bytes there."""
-    assert file is not None
-    start, descriptor = shift + part.start, file.open().fd
-    if part.file is None:
-        raw = memoryview(memory).cast("B")[start : start + part.nbytes]
-        disk_io.fill(descriptor, raw, part.offset)
-        return
-    before = start % mmap.PAGESIZE  # bytes of the first page that are not meant
-    flags = mmap.MAP_PRIVATE | _NORESERVE | _FIXED
-    address = ctypes.addressof(memory) + start - before
-    _map_at(address, part.nbytes + before, flags, descriptor, part.offset - before)
-
-
-def _mapped(file: StoredFile) -> memoryview:
-    """A private map of a file; Python's `mmap` would keep a descriptor of it open."""
-    opened = file.open()
-    # Without NORESERVE a file larger than the memory could not be mapped.
-    flags = mmap.MAP_PRIVATE | _NORESERVE
-    return memoryview(_map(os.fstat(opened.fd).st_size, flags, opened.fd)).cast("B")
-
-
-def _map(nbytes: int, flags: int, fd: int) -> Any:
-    """A map as ctypes' array, given back with it."""
-    found = _map_at(0, nbytes, flags, fd, 0)
-    memory = (ctypes.c_ubyte * nbytes).from_address(found)
-    unmap = _c_library().munmap
-    weakref.finalize(memory, unmap, ctypes.c_void_p(found), ctypes.c_size_t(nbytes)).atexit = False
-    return memory
-
-
-def _map_at(address: int, nbytes: int, flags: int, fd: int, offset: int) -> int:
-    access = mmap.PROT_READ | mmap.PROT_WRITE
-    sizes = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
-    found = _c_library().mmap(*sizes, access, flags, fd, ctypes.c_long(offset))
-    if found in (None, _FAILED):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(found)
-
-
-@lru_cache
-def _c_library() -> Any:  # ctypes knows no types of what it loads
-    library = ctypes.CDLL(None, use_errno=True)
-    library.mmap.restype = ctypes.c_void_p
-    return library

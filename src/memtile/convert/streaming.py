@@ -250,7 +250,7 @@ def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
         flat = tensor.detach().contiguous().view(-1)
         yield from (piece.cpu() for piece in flat.split(PIECE_BYTES // tensor.element_size()))
         return
-    for start, piece in pieces(allocation.room):
+    for start, piece in pieces(allocation.nbytes):
         allocation.read(piece, start)
         used = min(piece.numel(), allocation.nbytes - start)
         yield piece[:used].view(tensor.dtype)
@@ -260,7 +260,7 @@ def _write_flat(tensor: Tensor, source: TensorSource, first: int) -> None:
     allocation = streamed_allocation(tensor)
     size = tensor.element_size()
     if allocation is not None:
-        for start, piece in pieces(allocation.room):
+        for start, piece in pieces(allocation.nbytes):
             used = min(piece.numel(), allocation.nbytes - start)
             values = source.elements(first + start // size, first + (start + used) // size)
             piece[:used].view(tensor.dtype).copy_(values)

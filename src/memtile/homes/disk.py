@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from typing import ClassVar, Final
 
 import torch
@@ -23,15 +22,13 @@ from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.geometry import HUGE_PAGE
 from memtile.homes import disk_io
 from memtile.homes.filesystems import overwrites_in_place, usable_folder
-from memtile.homes.home import Allocation, Home, Reservation, Rooms, Traffic
+from memtile.homes.home import Allocation, Home, Reservation, Rooms
 from memtile.homes.kernel import tensor_over
-from memtile.homes.kernel_aio import LARGEST_MOVE, KernelMove, KernelQueue, kernel_queue
+from memtile.homes.kernel_moves import RoomMove, start_kernel_moves
 from memtile.homes.limits import page_cache_fit
 from memtile.homes.live_file import LiveFile
 from memtile.homes.mapped_pages import MappedPages, Windows
 from memtile.homes.segments import NOBODY, Segments
-from memtile.observing import recording
-from memtile.observing.recording import READ, WRITE, clock
 
 _log = logging.getLogger("memtile.homes")
 
@@ -170,14 +167,12 @@ class DiskHome(Home):
         """By the kernel, where they go past the page cache; see `Home.start_moves`."""
         if self.path != DIRECT or os.getpid() != self._owner:
             return False
-        direct, queue = self._file.direct_fd, kernel_queue()
-        if direct is None or queue is None:
-            return False
-        own = [(each, memory) for each, memory in rooms if isinstance(each, _DiskAllocation)]
-        if len(own) < len(rooms) or any(memory.numel() > LARGEST_MOVE for _, memory in own):
-            return False
-        _KernelMoves(self, own, writes, future).start(queue, direct)
-        return True
+        direct, moves = self._file.direct_fd, list[RoomMove]()
+        for allocation, memory in rooms:
+            if direct is None or not isinstance(allocation, _DiskAllocation):
+                return False
+            moves.append(RoomMove(allocation, memory, direct, allocation.offset))
+        return start_kernel_moves(self, moves, writes, future)
 
     def _release(self) -> None:
         self._cleanup()
@@ -190,56 +185,6 @@ class DiskHome(Home):
 
     def __repr__(self) -> str:
         return f"DiskHome({str(self.folder)!r})"
-
-
-class _KernelMoves:
-    """Reads or writes of rooms by the kernel; a future is told once all of them have ended."""
-
-    def __init__(
-        self,
-        home: DiskHome,
-        rooms: "Sequence[tuple[_DiskAllocation, Tensor]]",
-        writes: bool,
-        future: "Future[None]",
-    ) -> None:
-        self._home, self._rooms, self._writes, self._future = home, rooms, writes, future
-        self._left, self._lock = len(rooms), threading.Lock()
-        self._error: BaseException | None = None
-        self._begun = clock() if recording.active else 0
-
-    def start(self, queue: KernelQueue, descriptor: int) -> None:
-        """Start all of them; from now on the future cannot be cancelled."""
-        moves = [  # not kept: they keep this, and so the memory, until they have ended
-            KernelMove(memory, allocation.offset, partial(self._end, allocation, memory))
-            for allocation, memory in self._rooms
-        ]
-        self._home._begin_transfer()
-        self._future.set_running_or_notify_cancel()
-        queue.start(descriptor, self._writes, moves)
-
-    def _end(self, allocation: "_DiskAllocation", memory: Tensor, moved: int, number: int) -> None:
-        try:
-            if moved != memory.numel():  # again, as a thread does it, which raises its errors
-                (allocation._write_from if self._writes else allocation._read_into)(memory, 0)
-        except BaseException as error:  # it is raised where the future is waited for
-            self._error = error
-        if self._begun:
-            kind = WRITE if self._writes else READ
-            recording.add(kind, self._begun, allocation, memory.numel(), thread=-1 - number)
-        with self._lock:
-            self._left -= 1
-            is_last = not self._left
-        if is_last:
-            self._finish()
-
-    def _finish(self) -> None:
-        if self._error is not None:
-            self._home._end_transfer(Traffic())
-            self._future.set_exception(self._error)
-            return
-        nbytes = sum(memory.numel() for _, memory in self._rooms)
-        self._home._end_transfer(Traffic(0, nbytes) if self._writes else Traffic(nbytes, 0))
-        self._future.set_result(None)
 
 
 class _ThreadHolder(threading.local):

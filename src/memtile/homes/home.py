@@ -237,7 +237,7 @@ class Allocation(ABC):
         shape: of the tensor.
         dtype: of the tensor.
         nbytes: bytes of the tensor.
-        room: `nbytes`, rounded up to pages; the bytes from `nbytes` on have no meaning.
+        room: whole pages, at least `nbytes`; the bytes from `nbytes` on have no meaning.
         label: the tensor's name, for messages; None: it has none.
     """
 

@@ -71,8 +71,9 @@ def aligned_buffer(nbytes: int) -> Tensor:
     return tensor_over(view, torch.Size([room]), torch.uint8)
 
 
-def pieces(room: int) -> Iterator[tuple[int, Tensor]]:
-    """The room in pieces of at most `PIECE`: where each starts, and one buffer for each in turn."""
+def pieces(nbytes: int) -> Iterator[tuple[int, Tensor]]:
+    """The pages of a tensor by at most `PIECE`: where each starts, one buffer for each in turn."""
+    room = whole_pages(nbytes)
     buffer = aligned_buffer(min(room, PIECE))
     for start in range(0, room, PIECE):
         yield start, buffer[: min(PIECE, room - start)]

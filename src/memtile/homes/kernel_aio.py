@@ -73,6 +73,7 @@ class KernelMove:
     """One read or write of whole pages.
 
     Args:
+        descriptor: of a file that was opened with O_DIRECT.
         memory: 1-D uint8, page-aligned; it is kept until the move has ended.
         offset: in the file, a multiple of a page.
         ended: is called once, in the queue's thread or the one that starts the move: how many bytes
@@ -80,6 +81,7 @@ class KernelMove:
             under way.
     """
 
+    descriptor: int
     memory: Tensor
     offset: int
     ended: Callable[[int, int], None]
@@ -118,8 +120,8 @@ class KernelQueue:
         threading.Thread(target=self._take_events, name="kernel moves", daemon=True).start()
         atexit.register(self._wait_at_exit, os.getpid())
 
-    def start(self, descriptor: int, writes: bool, moves: Sequence[KernelMove]) -> None:
-        """Start moves to or from a file that was opened with O_DIRECT.
+    def start(self, writes: bool, moves: Sequence[KernelMove]) -> None:
+        """Start moves to or from files.
 
         Those that the kernel does not take, it has no room for more say, end at once, with
         ECANCELED; also after an error, a Ctrl-C say.
@@ -127,7 +129,7 @@ class KernelQueue:
         requests = list[_Request]()
         try:
             for move in moves:  # no comprehension: after an error those before it are known
-                requests.append(self._under_way.add(descriptor, writes, move))
+                requests.append(self._under_way.add(writes, move))
             addresses = [ctypes.addressof(request) for request in requests]
             array = (ctypes.c_void_p * len(addresses))(*addresses)
             taken = _call(_SUBMIT, self._context, ctypes.c_long(len(addresses)), array)
@@ -178,12 +180,12 @@ class _UnderWay:
         """Whether there are moves."""
         return bool(self._moves)
 
-    def add(self, descriptor: int, writes: bool, move: KernelMove) -> _Request:
+    def add(self, writes: bool, move: KernelMove) -> _Request:
         """The request for a move, under the least number that is free."""
         request = _Request(
             key=_NOT_TAKEN,
             opcode=_WRITE if writes else _READ,
-            descriptor=descriptor,
+            descriptor=move.descriptor,
             address=move.memory.data_ptr(),
             nbytes=move.memory.numel(),
             offset=move.offset,

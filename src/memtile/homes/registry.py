@@ -169,7 +169,7 @@ def write_values(allocation: Allocation, values: Tensor) -> None:
     """Write a tensor of the allocation's shape and dtype there, in pieces."""
     if values.numel():
         flat = values.contiguous().view(-1).view(torch.uint8)
-        for start, piece in pieces(allocation.room):
+        for start, piece in pieces(allocation.nbytes):
             used = min(piece.numel(), allocation.nbytes - start)
             piece[:used].copy_(flat[start : start + used])
             allocation.write(piece, start)
@@ -179,7 +179,7 @@ def read_values(allocation: Allocation, into: Tensor) -> None:
     """Read what is there into a contiguous tensor of its shape and dtype, in pieces."""
     if into.numel():
         flat = into.view(-1).view(torch.uint8)
-        for start, piece in pieces(allocation.room):
+        for start, piece in pieces(allocation.nbytes):
             used = min(piece.numel(), allocation.nbytes - start)
             allocation.read(piece, start)
             flat[start : start + used].copy_(piece[:used])

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from memtile.homes import Allocation
-from memtile.transfer.slabs import Group, Slab
+from memtile.transfer.prefetch_order import Group
+from memtile.transfer.slabs import SlabPart
 
-WriteHome = Callable[[Slab, Sequence[tuple[int, Allocation]]], None]
+WriteHome = Callable[[SlabPart, Sequence[tuple[int, Allocation]]], None]
 
 
 class Lease(ABC):
@@ -29,23 +30,23 @@ class SlabLease(Lease):
     """Groups in slabs."""
 
     def __init__(
-        self, write_home: WriteHome, slabs: Sequence[Slab], groups: Sequence[Group]
+        self, write_home: WriteHome, parts: Sequence[SlabPart], groups: Sequence[Group]
     ) -> None:
-        self._write_home, self._slabs = write_home, slabs
+        self._write_home, self._parts = write_home, parts
         self._places = [
-            (slab, slab.number_of(allocation), allocation)
-            for slab, group in zip(slabs, groups, strict=True)
+            (part, part.number_of(allocation), allocation)
+            for part, group in zip(parts, groups, strict=True)
             for allocation in group
         ]
-        self.tensors = [slab.tensors[number] for slab, number, _ in self._places]
+        self.tensors = [part.tensors[number] for part, number, _ in self._places]
 
     def store(self, *numbers: int) -> None:
         """Start writing the tensors home: all of them, or those with these numbers."""
         chosen = [self._places[number] for number in numbers] or self._places
-        for slab in self._slabs:
-            own = [(number, allocation) for holder, number, allocation in chosen if holder is slab]
+        for part in self._parts:
+            own = [(number, allocation) for holder, number, allocation in chosen if holder is part]
             if own:
-                self._write_home(slab, own)
+                self._write_home(part, own)
 
 
 class MappedLease(Lease, AbstractContextManager[Lease]):

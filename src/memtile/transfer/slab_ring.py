@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count
 
 from memtile.errors import HomeError
 from memtile.homes import Allocation, renew_in_child
@@ -25,23 +25,24 @@ from memtile.observing.recording import (
     clock,
 )
 from memtile.transfer.leases import Lease, MappedLease, SlabLease
-from memtile.transfer.prefetch_order import PrefetchOrder
-from memtile.transfer.slabs import Group, Holder, Key, Slab, group_of, key_of
+from memtile.transfer.prefetch_order import Group, Key, PrefetchOrder, group_of, key_of, next_keys
+from memtile.transfer.slabs import Holder, Slab, SlabPart, Slabs
 
 
 class SlabRing:
-    """A fixed number of slabs, each as large as the largest group that it ever held.
+    """A fixed number of slabs, each as large as the largest group so far.
 
     The executor runs reads and writes; the rings of one home share it.
     """
 
     def __init__(self, executor: Executor, slabs: int) -> None:
         self._executor = executor
-        self._slabs = [Slab() for _ in range(slabs)]
-        self._last_use: dict[Slab, int] = dict.fromkeys(self._slabs, 0)
+        self._slabs = Slabs(slabs)
+        self._last: Slab | None = None  # that was used
         self._clock = count(1)
         self._prefetch_order = PrefetchOrder[Key]()
-        self._delayed: list[Key] = []  # to be read as soon as a slab is idle
+        self._delayed: list[Key] = []  # to be read as soon as a slab is free
+        self._needed: set[Slab] = set()  # that hold some of these
         self._abandoned: deque[Allocation] = deque()
         self._process = os.getpid()
         self._renew_lock()
@@ -86,40 +87,44 @@ class SlabRing:
         first = (group or made)[:1]
         if first and first[0].home.is_mapped:
             return MappedLease(group, made, written)
-        return self._in_slabs(group, made, ahead, experts)
+        return self._in_slabs(group, made, written, ahead, experts)
 
     @contextmanager
     def _in_slabs(
         self,
         group: Group,
         made: Group,
+        written: bool,
         ahead: Iterable[Group] | None,
         experts: Iterable[Group] | None,
     ) -> Iterator[Lease]:
-        groups, slabs = [part for part in (group, made) if part], list[Slab]()
+        groups, parts = [part for part in (group, made) if part], list[SlabPart]()
         try:
-            self._acquire(groups, slabs, made, learn=ahead is None, is_expert=experts is not None)
+            before = self._last
+            self._acquire(groups, parts, made, learn=ahead is None, is_expert=experts is not None)
             learnt = self._prefetch_order.ahead() if ahead is None else map(key_of, ahead)
             keys = chain(map(key_of, experts or ()), learnt)
             # No memory for a slab, say: reported when that group itself is asked for.
             with self._changing(), suppress(OSError, MemoryError):
-                self._fetch(islice(keys, len(self._slabs) - 1), {key_of(part) for part in groups})
+                self._fetch_ahead(keys, before)
             begun = clock()
-            for slab in slabs:
-                slab.wait_until_read()
+            for part in parts:
+                part.wait_until_read()
+                if written:  # otherwise what is half changed when an error comes would go home
+                    part.wait_until_written()
             waited = clock() - begun
             recording.totals.waited_ns += waited
             if recording.active and waited > SHORTEST_WAIT_NS:
                 recording.add(WAIT_FOR_READ, begun, groups[0][0])
-            yield SlabLease(self.write_home, slabs, groups)
+            yield SlabLease(self.write_home, parts, groups)
             self._check_process()
         except BaseException:
-            self._release(slabs, half_changed=True)
+            self._release(parts, half_changed=True)
             raise
         else:
-            self._release(slabs)
+            self._release(parts)
             if recording.active and groups:
-                recording.add(SLABS, begun, groups[0][0], len(slabs))
+                recording.add(SLABS, begun, groups[0][0], len(parts))
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -138,28 +143,30 @@ class SlabRing:
         # Futures keep it: a bound method would keep the ring alive.
         self._notify = partial(_notify, weakref.ref(self), self._changed)
 
-    def write_home(self, slab: Slab, allocations: Sequence[tuple[int, Allocation]]) -> None:
-        """Start writing these tensors of an acquired slab home."""
+    def write_home(self, part: SlabPart, allocations: Sequence[tuple[int, Allocation]]) -> None:
+        """Start writing these tensors of what was acquired home."""
         self._check_process()
-        slab.wait_until_written()
+        part.wait_until_written()
         changed, reference = self._changed, weakref.ref(self)
 
         def wrote() -> None:
             with changed:
-                slab.discard_written()
+                part.discard_written()
                 _notify(reference, changed)
 
         with self._changing():
-            slab.store(allocations, self._executor, wrote)
-            # Newest values; other slabs that hold these tensors are stale.
-            slab.is_stale = False
-            for other in self._slabs:
-                if other is not slab and not set(other.key or ()).isdisjoint(slab.key or ()):
-                    if other.users:
-                        other.is_stale = True
-                    elif not other.is_unwritten:
-                        other.discard()
-            slab.discard_written()  # where the writers were faster than `store`
+            part.store(allocations, self._executor, wrote)
+            # Newest values; others that hold these tensors are stale.
+            part.is_stale = False
+            own = set(part.key or ())
+            for other in self._slabs.parts():
+                if other is part or other.key is None or own.isdisjoint(other.key):
+                    continue
+                if other.users:
+                    other.is_stale = True
+                elif not other.is_unwritten:
+                    other.discard()
+            part.discard_written()  # where the writers were faster than `store`
 
     def flush(self) -> None:
         """Return once everything that was stored is at home.
@@ -167,12 +174,12 @@ class SlabRing:
         What could not be written stays in its slab, is tried again, and raises HomeIOError.
         """
         problems = []
-        for slab in self._slabs:
-            slab.wait_until_written()
+        for part in self._slabs.parts():
+            part.wait_until_written()
             with self._changing():
                 try:
-                    if slab.failed_to_write and not slab.users:
-                        slab.write_again()
+                    if part.failed_to_write and not part.users:
+                        part.write_again()
                 except OSError as error:
                     problems.append(error)
         if problems:
@@ -208,21 +215,21 @@ class SlabRing:
         """Discard everything that was read; what is still to be written stays."""
         with self._changing():
             self._delayed = []
-            for slab in self._slabs:
-                if slab.users:  # emptied when it is released, unless it was stored
-                    slab.is_stale = not slab.is_unwritten
-                elif not slab.is_unwritten:
-                    slab.discard()
+            for part in self._slabs.parts():
+                if part.users:  # emptied when it is released, unless it was stored
+                    part.is_stale = not part.is_unwritten
+                elif not part.is_unwritten:
+                    part.discard()
 
     def _acquire(
         self,
         groups: Sequence[Group],
-        slabs: list[Slab],
+        parts: list[SlabPart],
         made: Group,
         learn: bool,
         is_expert: bool,
     ) -> None:
-        """Put a slab for each group into the list, all at once.
+        """Put a part of a slab for each group into the list, all at once.
 
         Two threads that each hold one and wait for another would wait for ever.
         """
@@ -234,36 +241,27 @@ class SlabRing:
                 self._prefetch_order.note(key)
             if not learn:
                 self._prefetch_order.interrupt()
-            while (chosen := self._choose(keys)) is None:
+            while (places := self._slabs.places(groups, keys)) is None:
                 self._wait_for_a_slab(groups[0])
-            for slab, key, group in zip(chosen, keys, groups, strict=True):
-                if self._holding(key) is slab:
+            for (_, part), group in zip(places, groups, strict=True):
+                if part.key is not None:
                     continue
                 if group is made:
-                    slab.claim(group)
+                    part.claim(group)
                 else:
-                    slab.load(group, self._executor, self._notify)
-            for slab in chosen:
-                slab.users += 1
-                slabs.append(slab)  # at once: a Ctrl-C in between would lose the slab
-                self._last_use[slab] = next(self._clock)
-
-    def _choose(self, keys: Sequence[Key]) -> list[Slab] | None:
-        """For each key the slab that holds it, or one that may be overwritten; None: too few."""
-        chosen: list[Slab] = []
-        for key in keys:  # no slab holds what is made now, and it comes last
-            slab = self._holding(key) or self._idle(set(keys), chosen)
-            if slab is None:
-                return None
-            chosen.append(slab)
-        return chosen
+                    part.load(group, self._executor, self._notify)
+            for slab, part in places:
+                part.users += 1
+                parts.append(part)  # at once: a Ctrl-C in between would lose the slab
+                slab.last_use = next(self._clock)
+                self._last = slab
 
     def _wait_for_a_slab(self, group: Group) -> None:
         """For this group: wait until a user, a reader or a writer has ended.
 
         A slab that could not be written is written again: HomeIOError where that fails too.
         """
-        failed = [slab for slab in self._slabs if slab.failed_to_write and not slab.users]
+        failed = [part for part in self._slabs.parts() if part.failed_to_write and not part.users]
         if failed:
             failed[0].write_again()
         else:
@@ -277,19 +275,39 @@ class SlabRing:
             if recording.active:
                 recording.add(WAIT_FOR_SLAB, begun, group[0])
 
-    def _fetch(self, keys: Iterable[Key], protected: set[Key]) -> None:
-        """Start reading these, as far as slabs are idle that hold none of them."""
-        wanted, self._delayed = list(keys), []
-        protected = protected.union(wanted)
-        for key in wanted:
+    def _fetch_ahead(self, keys: Iterator[Key], before: Slab | None) -> None:
+        """Start reading what comes next, as much as the slabs hold that are not in use.
+
+        Nothing becomes free before all parts of a slab were used: in between is nothing to do.
+        """
+        first = next(keys, None)
+        if first is None:
+            self._delayed = []
+            return
+        if self._last is before and (found := self._slabs.find(first)) and found[0] is before:
+            return
+        window = next_keys(chain((first,), keys), len(self._slabs) - 1, self._slabs.largest)
+        self._fetch(window, set() if self._last is None else {self._last})
+
+    def _fetch(self, window: list[Key], needed: set[Slab]) -> None:
+        """Start reading these, in slabs that hold none of them and are not needed."""
+        self._delayed, missing = [], list[Key]()
+        for key in window:
+            place = self._slabs.find(key)
+            if place is None:
+                missing.append(key)
+            else:
+                needed.add(place[0])
+        for key in missing:
             group = group_of(key)
-            if group is None or self._holding(key) is not None:
+            if group is None:
                 continue
-            slab = self._idle(protected)
-            if slab is None or slab.key in protected:
-                self._delayed = wanted
+            place = self._slabs.room_for(group, needed)
+            if place is None:
+                self._delayed, self._needed = window, needed
                 return
-            slab.load(group, self._executor, self._notify)
+            needed.add(place[0])
+            place[1].load(group, self._executor, self._notify)
 
     def fetch_delayed(self) -> None:
         """Start reading what there was no slab for.
@@ -299,7 +317,10 @@ class SlabRing:
         """
         with self._changing():
             if self._delayed and self._depth == 1:
-                self._fetch(self._delayed, set())
+                for slab in self._slabs:
+                    if slab not in self._needed and slab.is_free:
+                        self._fetch(self._delayed, set())
+                        break
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -311,33 +332,18 @@ class SlabRing:
             finally:
                 while self._abandoned and self._depth == 1:
                     abandoned = self._abandoned.popleft()
-                    for slab in self._slabs:
-                        slab.abandon(abandoned)
+                    for part in self._slabs.parts():
+                        part.abandon(abandoned)
                 self._depth -= 1
 
-    def _holding(self, key: Key) -> Slab | None:
-        """The slab that holds the group, alone or among others that were read with it."""
-        good = (s for s in self._slabs if s.holds(key) and not s.is_stale and not s.failed_to_read)
-        return next(good, None)
-
-    def _idle(self, protected: set[Key], taken: Sequence[Slab] = ()) -> Slab | None:
-        """A slab that may be overwritten: an empty one, one not needed soon, the oldest."""
-        idle = (Holder.NOBODY, Holder.IDLE)
-        free = [slab for slab in self._slabs if slab not in taken and slab.holder in idle]
-
-        def cost(slab: Slab) -> tuple[bool, bool, int]:
-            return slab.key is not None, slab.key in protected, self._last_use[slab]
-
-        return min(free, key=cost, default=None)
-
-    def _release(self, slabs: Sequence[Slab], half_changed: bool = False) -> None:
+    def _release(self, parts: Sequence[SlabPart], half_changed: bool = False) -> None:
         with self._changing():
-            for slab in slabs:
-                slab.users -= 1
+            for part in parts:
+                part.users -= 1
                 if half_changed:
-                    slab.is_stale = not slab.is_unwritten
-                if slab.is_stale and not slab.users and not slab.is_unwritten:
-                    slab.discard()
+                    part.is_stale = not part.is_unwritten
+                if part.is_stale and not part.users and not part.is_unwritten:
+                    part.discard()
             self._changed.notify_all()
 
 

@@ -1,10 +1,15 @@
-"""Slabs: a fixed number of buffers for tiles, filled and written while others are worked on."""
+"""Slabs: a fixed number of buffers for tiles, filled and written while others are worked on.
+
+A slab is as large as the largest group of its ring. Smaller groups that follow one another share
+one: of three slabs with a small group each the disk would have little to read ahead.
+"""
 
 import enum
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_for
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,46 +17,142 @@ from torch import Tensor
 from memtile.homes import Allocation, aligned_buffer
 from memtile.observing import recording
 from memtile.observing.recording import SHORTEST_WAIT_NS, WAIT_FOR_WRITE, clock
+from memtile.transfer.prefetch_order import Group, Key, key_of, nbytes_of
 
-Group = Sequence[Allocation]
-Key = tuple["weakref.ref[Allocation]", ...]
+Kinds = tuple[tuple[int, torch.dtype, torch.Size], ...]  # of a group's tensors, with their rooms
 
-
-def key_of(group: Group) -> Key:
-    """What tells a group from others without keeping it alive."""
-    key = tuple(weakref.ref(allocation) for allocation in group)
-    hash(key)  # the references keep it: they cannot compute it once the allocations are gone
-    return key
+_KNOWN: Final = 64  # layouts of groups for which a slab keeps its tensors
 
 
-def group_of(key: Key) -> tuple[Allocation, ...] | None:
-    """The allocations of a key; None once one of them is gone."""
-    allocations = [reference() for reference in key]
-    found = tuple(allocation for allocation in allocations if allocation is not None)
-    return found if len(found) == len(allocations) else None
+class Holder(enum.IntEnum):
+    """Who holds the memory of a slab: of its parts, the one that comes last here."""
 
-
-class Holder(enum.Enum):
-    """Who holds the memory of a slab."""
-
-    NOBODY = "it may be filled with anything"
-    READERS = "it is being filled"
-    IDLE = "it holds tiles that are not in use"
-    WORKERS = "its tiles are in use"
-    WRITERS = "it is being written home, or could not be: until then it has the only newest values"
+    NOBODY = 0  # it may be filled with anything
+    IDLE = 1  # it holds tiles that are not in use
+    READERS = 2  # it is being filled
+    WRITERS = 3  # it is being written home, or could not be: it has the only newest values
+    WORKERS = 4  # its tiles are in use
 
 
 class Slab:
-    """One buffer, and what it holds. Its ring's lock guards every change of `key` and `users`."""
+    """One buffer, filled with groups from its beginning on. Its ring's lock guards every change."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
+        self.parts: list[SlabPart] = []
+        self.last_use = 0
+        self._end = 0  # of the last part, in bytes
+        self._known: dict[tuple[int, Kinds], tuple[list[Tensor], list[Tensor]]] = {}
+
+    @property
+    def holder(self) -> Holder:
+        """Who holds its memory now."""
+        return max((part.holder for part in self.parts), default=Holder.NOBODY)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it may be filled anew."""
+        return all(part.holder <= Holder.IDLE for part in self.parts)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a group of this size fits behind the others."""
+        return self._end + nbytes <= self.memory.numel()
+
+    def empty(self, nbytes: int) -> None:
+        """Hold nothing, in memory of at least this size; nobody uses it."""
+        self.parts, self._end = [], 0
+        if self.memory.numel() < nbytes:
+            self._known = {}
+            self.memory = torch.empty(0, dtype=torch.uint8)  # free the old before the new is made
+            self.memory = aligned_buffer(nbytes)
+
+    def add(self, group: Group) -> "SlabPart":
+        """A part with room for a group, which it does not hold yet."""
+        kinds = tuple((each.room, each.dtype, each.shape) for each in group)
+        found = self._known.get((self._end, kinds))
+        if found is None:  # to make tensors takes longer than to start a read
+            found = self._made(group, kinds)
+        part = SlabPart(*found)
+        self.parts.append(part)
+        self._end += nbytes_of(group)
+        return part
+
+    def take_back(self, part: "SlabPart", group: Group) -> None:
+        """Undo the last `add`."""
+        self.parts.remove(part)
+        self._end -= nbytes_of(group)
+
+    def _made(self, group: Group, kinds: "Kinds") -> tuple[list[Tensor], list[Tensor]]:
+        rest = self.memory[self._end : self._end + nbytes_of(group)]
+        with torch.inference_mode(False):  # a step may write to them later
+            rooms = list(rest.split([room for room, _, _ in kinds]))
+            tensors = [
+                room[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
+                for room, allocation in zip(rooms, group, strict=True)
+            ]
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        self._known[self._end, kinds] = rooms, tensors
+        return rooms, tensors
+
+
+class Slabs(list["Slab"]):
+    """The slabs of a ring. Its lock guards every change."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(Slab() for _ in range(number))
+        self.largest = 0  # bytes of a group
+        self._filling = self[0]
+
+    def parts(self) -> "list[SlabPart]":
+        """All of them."""
+        return [part for slab in self for part in slab.parts]
+
+    def find(self, key: Key) -> "Place | None":
+        """The part that holds the group, alone or among others that were read with it."""
+        for slab in self:
+            for part in slab.parts:
+                if part.holds(key) and not part.is_stale and not part.failed_to_read:
+                    return slab, part
+        return None
+
+    def places(self, groups: Sequence[Group], keys: Sequence[Key]) -> "list[Place] | None":
+        """For each group the part that holds it, or a new one; None: there is no room for all."""
+        places: list[Place] = []
+        for group, key in zip(groups, keys, strict=True):
+            place = self.find(key) or self.room_for(group, {slab for slab, _ in places})
+            if place is None:
+                for (slab, part), taken in zip(places, groups, strict=False):
+                    if part.key is None:
+                        slab.take_back(part, taken)
+                return None
+            places.append(place)
+        return places
+
+    def room_for(self, group: Group, needed: "set[Slab]") -> "Place | None":
+        """A new part: behind the one before, or in a slab that is free and not needed."""
+        nbytes = nbytes_of(group)
+        slab = self._filling
+        if not slab.has_room(nbytes) or slab.holder is Holder.NOBODY:
+            free = [each for each in self if each not in needed and each.is_free]
+            if not free:
+                return None
+            slab = min(free, key=lambda each: (each.holder is not Holder.NOBODY, each.last_use))
+            self.largest = max(self.largest, nbytes)
+            slab.empty(self.largest)
+            self._filling = slab
+        return slab, slab.add(group)
+
+
+class SlabPart:
+    """A part of a slab, and the group that it holds. Its ring's lock guards `key` and `users`."""
+
+    def __init__(self, rooms: list[Tensor], tensors: list[Tensor]) -> None:
+        self.tensors = tensors
         self.key: Key | None = None
-        self.tensors: list[Tensor] = []
         self.users = 0
         self.is_stale = False  # what it holds must not be used again
-        self._rooms: list[Tensor] = []  # the bytes of each tensor, whole pages
-        self._kinds: tuple[tuple[int, torch.dtype, torch.Size], ...] = ()  # of the tensors
+        self._rooms = rooms  # the bytes of each tensor, whole pages
         self._reads: list[Future[None]] = []
         self._writes: list[Future[None]] = []
         self._unwritten: list[tuple[Allocation, Tensor]] = []
@@ -61,15 +162,16 @@ class Slab:
         """Who holds its memory now."""
         if self.users:
             return Holder.WORKERS
-        if self.is_unwritten:
+        if self._unwritten and self.is_unwritten:
             return Holder.WRITERS
-        if not all(read.done() for read in self._reads):
+        if self._reads and not all(read.done() for read in self._reads):
             return Holder.READERS
         return Holder.NOBODY if self.key is None else Holder.IDLE
 
     def holds(self, key: Key) -> bool:
         """Whether all of a group are in it, perhaps among others."""
-        return self.key is not None and (self.key == key or set(key) <= set(self.key))
+        own = self.key
+        return own == key or (own is not None and len(own) > len(key) and set(key) <= set(own))
 
     def number_of(self, allocation: Allocation) -> int:
         """Which of its tensors is that of an allocation that it holds."""
@@ -90,6 +192,8 @@ class Slab:
     @property
     def failed_to_read(self) -> bool:
         """Whether a read of its content ended with an error."""
+        if not self._reads:
+            return False
         # To ask a future takes three locks: those that have succeeded are not asked again.
         self._reads = [read for read in self._reads if not _succeeded(read)]
         return any(read.done() and not _succeeded(read) for read in self._reads)
@@ -101,32 +205,12 @@ class Slab:
 
     def load(self, group: Group, executor: Executor, notify: Callable[[], None]) -> None:
         """Take a group in; its readers start now."""
-        self.claim(group)
-        try:
-            rooms = list(zip(group, self._rooms, strict=True))
-            _start(executor, notify, rooms, writes=False, started=self._reads)
-        except BaseException:
-            self.key = None  # otherwise it would count as read
-            raise
+        rooms = list(zip(group, self._rooms, strict=True))
+        _start(executor, notify, rooms, writes=False, started=self._reads)
+        self.claim(group)  # not before: it would count as read
 
     def claim(self, group: Group) -> None:
-        """Take a group in whose content is still to be computed; no reader is at work."""
-        self.key, self.is_stale = None, False
-        self._reads = []
-        needed = sum(allocation.room for allocation in group)
-        if self.memory.numel() < needed:
-            self.tensors, self._rooms, self._kinds = [], [], ()
-            self.memory = torch.empty(0, dtype=torch.uint8)  # free the old before the new is made
-            self.memory = aligned_buffer(needed)
-        kinds = tuple((each.room, each.dtype, each.shape) for each in group)
-        if kinds != self._kinds:  # to make tensors takes longer than to start a read
-            with torch.inference_mode(False):  # a step may write to them later
-                rooms = list(self.memory[:needed].split([room for room, _, _ in kinds]))
-                tensors = [
-                    room[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
-                    for room, allocation in zip(rooms, group, strict=True)
-                ]
-            self.tensors, self._rooms, self._kinds = tensors, rooms, kinds
+        """Take a group in, whose content may still be to be computed."""
         self.key = key_of(group)
 
     def discard(self) -> None:
@@ -169,12 +253,14 @@ class Slab:
 
     def wait_until_written(self) -> None:
         """Return once its writers have ended, well or not."""
+        if not self._writes:
+            return
         ended: list[Future[None]] = []
         begun, waited_for = clock(), self._unwritten
         while self._writes and ended is not self._writes:  # others may have stored again meanwhile
             ended = self._writes
             wait_for(ended)
-        waited = clock() - begun if ended else 0
+        waited = clock() - begun
         recording.totals.waited_ns += waited
         if recording.active and waited_for and waited > SHORTEST_WAIT_NS:
             recording.add(WAIT_FOR_WRITE, begun, waited_for[0][0])
@@ -184,6 +270,9 @@ class Slab:
         for allocation, room in self._unwritten:
             allocation.write(room)
         self._unwritten, self._writes = [], []
+
+
+Place = tuple[Slab, SlabPart]
 
 
 def _succeeded(future: "Future[None]") -> bool:
