@@ -160,6 +160,31 @@ def test_an_error_before_the_kernel_is_asked_ends_every_move(home, monkeypatch):
     moved(home, allocations, memory, writes=False).result(10)
 
 
+@pytest.mark.parametrize("act", ["read", "write"])
+def test_a_ctrl_c_in_what_the_kernel_refused_comes_at_once(home, monkeypatch, act):
+    """Nobody may ever wait for what was read ahead; every move has ended nevertheless."""
+    allocations, memory = parked(home)
+    real, future, calls = kernel_aio._call, Future(), []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return len(given[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            kernel_aio, "_call", lambda which, *a: refuse(which) if which == SUBMIT else real(*a)
+        )
+        patch.setattr(disk_io, f"{act}_at", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            home.start_moves(list(zip(allocations, memory, strict=True)), act == "write", future)
+
+    assert len(calls) == len(allocations)
+    assert future.done()
+    moved(home, allocations, memory, writes=False).result(10)
+
+
 def test_a_slab_that_is_being_written_is_kept_from_others(home, monkeypatch):
     """After a Ctrl-C between the start of a write and the next line."""
     (allocation, *_), _ = parked(home)

@@ -15,7 +15,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -134,15 +135,19 @@ class KernelQueue:
             array = (ctypes.c_void_p * len(addresses))(*addresses)
             taken = _call(_SUBMIT, self._context, ctypes.c_long(len(addresses)), array)
         except BaseException:
-            self._cancel(request for request in requests if request.key == _NOT_TAKEN)
-            for move in moves[len(requests) :]:
-                move.ended(-errno.ECANCELED, 0)
+            left = [request for request in requests if request.key == _NOT_TAKEN]
+            self._cancel(left, moves[len(requests) :])
             raise
-        self._cancel(requests[max(0, taken) :])
+        if taken < len(requests):
+            self._cancel(requests[max(0, taken) :])
 
-    def _cancel(self, requests: Iterable[_Request]) -> None:
-        for request in requests:
-            self._under_way.end(request.data, -errno.ECANCELED)
+    def _cancel(self, requests: Sequence[_Request], others: Sequence[KernelMove] = ()) -> None:
+        """End all of these, the others have no request yet; then raise what came meanwhile."""
+        with ExitStack() as stack:  # which calls all, also after one has raised
+            for request in requests:
+                stack.callback(self._under_way.end, request.data, -errno.ECANCELED)
+            for move in others:
+                stack.callback(move.ended, -errno.ECANCELED, 0)
 
     def _take_events(self) -> None:
         """What the queue's thread does."""
@@ -174,7 +179,7 @@ class _UnderWay:
         self._moves: dict[int, tuple[KernelMove, _Request]] = {}
         self._fresh = count()
         self._free: list[int] = []  # a heap of the numbers that were used before
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer that runs inside may start another move
 
     def any(self) -> bool:
         """Whether there are moves."""
@@ -191,7 +196,7 @@ class _UnderWay:
             offset=move.offset,
         )
         entry = move, request
-        with self._lock:  # nothing is made inside: a finalizer could start another move
+        with self._lock:
             request.data = heapq.heappop(self._free) if self._free else next(self._fresh)
             self._moves[request.data] = entry
         return request

@@ -79,6 +79,12 @@ class _Group:
                 ctypes.memmove(first, first + skipped, allocation.nbytes)
         except BaseException as error:  # it is raised where the future is waited for
             self._error = error
+            if not isinstance(error, Exception):  # a Ctrl-C: now, nobody may ever wait
+                raise
+        finally:
+            self._note_end(allocation, memory, number)
+
+    def _note_end(self, allocation: Allocation, memory: Tensor, number: int) -> None:
         if self._begun:
             kind = WRITE if self._writes else READ
             recording.add(kind, self._begun, allocation, memory.numel(), thread=-1 - number)
