@@ -112,7 +112,10 @@ class Slabs(list["Slab"]):
         """The part that holds the group, alone or among others that were read with it."""
         for slab in self:
             for part in slab.parts:
-                if part.holds(key) and not part.is_stale and not part.failed_to_read:
+                own, found = part.key, part.key == key
+                if not found and own is not None and len(own) > len(key):
+                    found = set(key) <= set(own)
+                if found and not part.is_stale and not part.failed_to_read:
                     return slab, part
         return None
 
@@ -167,11 +170,6 @@ class SlabPart:
         if self._reads and not all(read.done() for read in self._reads):
             return Holder.READERS
         return Holder.NOBODY if self.key is None else Holder.IDLE
-
-    def holds(self, key: Key) -> bool:
-        """Whether all of a group are in it, perhaps among others."""
-        own = self.key
-        return own == key or (own is not None and len(own) > len(key) and set(key) <= set(own))
 
     def number_of(self, allocation: Allocation) -> int:
         """Which of its tensors is that of an allocation that it holds."""
