@@ -3,7 +3,6 @@
 import errno
 import mmap
 import os
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from memtile.checkpoints import Checkpoint, CheckpointHome, write_checkpoint
 from memtile.checkpoints.copied_pages import CopiedPages
 from memtile.errors import CheckpointError, HomeError
-from memtile.homes import Allocation, aligned_buffer, disk_io, kernel_aio
+from memtile.homes import Allocation, Ending, aligned_buffer, disk_io, kernel_aio
 from memtile.transfer import rings_of
 
 
@@ -218,9 +217,9 @@ def by_the_kernel(tmp_path, monkeypatch):
 
 def read_by_the_kernel(allocation):
     """The values of one of its tiles, which no thread has read."""
-    memory, future = aligned_buffer(allocation.room), Future()
-    assert allocation.home.start_moves([(allocation, memory)], False, future)
-    future.result(10)
+    memory, ending = aligned_buffer(allocation.room), Ending()
+    assert allocation.home.start_moves([(allocation, memory)], False, ending)
+    ending.result()
     return memory[: allocation.nbytes].view(allocation.dtype).view(allocation.shape)
 
 
@@ -252,7 +251,7 @@ def test_a_tile_that_was_written_to_is_not_read_by_the_kernel(by_the_kernel):
     allocations[5].tensor()[70_000] = 7
 
     assert not allocations[5].home.start_moves(
-        [(allocations[5], aligned_buffer(allocations[5].room))], False, Future()
+        [(allocations[5], aligned_buffer(allocations[5].room))], False, Ending()
     )
     tensors[5][70_000] = 7
     for allocation, tensor in zip(allocations, tensors, strict=True):
@@ -265,8 +264,10 @@ def test_a_file_that_changed_is_an_error_where_its_tile_is_waited_for(by_the_ker
     allocations, _, ring = by_the_kernel
     os.utime(tmp_path / "model.safetensors", (1, 1))
 
-    changed = pytest.raises(CheckpointError, match="was written to while it was in use")
-    with changed, ring.acquire((allocations[2],)):
+    with (
+        pytest.raises(CheckpointError, match="was written to while it was in use"),
+        ring.acquire((allocations[2],)),
+    ):
         pass
 
 

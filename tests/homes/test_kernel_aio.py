@@ -6,14 +6,13 @@ import os
 import threading
 import time
 import weakref
-from concurrent.futures import Future
 
 import pytest
 import torch
 
 import memtile
 from memtile.errors import HomeIOError
-from memtile.homes import PAGE, DiskHome, aligned_buffer, disk_io, kernel_aio
+from memtile.homes import PAGE, DiskHome, Ending, aligned_buffer, disk_io, kernel_aio
 from memtile.homes.disk import DIRECT
 from memtile.transfer import Holder, rings_of
 
@@ -31,17 +30,17 @@ def home(monkeypatch, tmp_path):
 
 
 def moved(home, allocations, memory, *, writes):
-    """The future of a move of these rooms, which was started."""
-    future: Future[None] = Future()
-    assert home.start_moves(list(zip(allocations, memory, strict=True)), writes, future)
-    return future
+    """The ending of a move of these rooms, which was started."""
+    ending = Ending()
+    assert home.start_moves(list(zip(allocations, memory, strict=True)), writes, ending)
+    return ending
 
 
 def parked(home, count=3):
     """Allocations of a few pages, and memory with their bytes, written."""
     allocations = [home.allocate([PAGE * (n + 1)], torch.uint8) for n in range(count)]
     memory = [aligned_buffer(each.room).random_() for each in allocations]
-    moved(home, allocations, memory, writes=True).result(10)
+    moved(home, allocations, memory, writes=True).result()
     return allocations, memory
 
 
@@ -49,7 +48,7 @@ def check_contents(home):
     """Whether what is written is what is read, by the kernel's moves."""
     allocations, memory = parked(home)
     read = [aligned_buffer(each.numel()) for each in memory]
-    moved(home, allocations, read, writes=False).result(10)
+    moved(home, allocations, read, writes=False).result()
     for each, written, allocation in zip(read, memory, allocations, strict=True):
         assert torch.equal(each, written)
         assert torch.equal(allocation.tensor(), written)
@@ -97,7 +96,7 @@ def test_what_the_kernel_does_not_move_is_moved_all_the_same(home, monkeypatch, 
 
 
 @pytest.mark.parametrize("act", ["read", "write"])
-def test_an_error_is_of_the_future(home, monkeypatch, act):
+def test_an_error_is_of_the_ending(home, monkeypatch, act):
     """Of the disk, as it is when a thread reads and writes; the home goes on."""
     allocations, memory = parked(home)
     real = kernel_aio._call
@@ -113,9 +112,9 @@ def test_an_error_is_of_the_future(home, monkeypatch, act):
         patch.setattr(disk_io, f"{act}_at", failing)
         failed = moved(home, allocations, memory, writes=act == "write")
         with pytest.raises(HomeIOError, match=f"{act} of"):
-            failed.result(10)
+            failed.result()
 
-    moved(home, allocations, memory, writes=False).result(10)
+    moved(home, allocations, memory, writes=False).result()
 
 
 @pytest.mark.parametrize("taken", [True, False])
@@ -123,7 +122,7 @@ def test_an_error_is_of_the_future(home, monkeypatch, act):
 def test_after_an_error_of_a_signals_handler_every_move_ends(home, monkeypatch, taken, error):
     """Whether the kernel had taken them before it came or not; none is under way twice."""
     allocations, memory = parked(home)
-    real, future = kernel_aio._call, Future()
+    real, ending = kernel_aio._call, Ending()
 
     def interrupted(which, *arguments):
         if which != SUBMIT:
@@ -135,16 +134,16 @@ def test_after_an_error_of_a_signals_handler_every_move_ends(home, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(kernel_aio, "_call", interrupted)
         with pytest.raises(error):
-            home.start_moves(list(zip(allocations, memory, strict=True)), False, future)
+            home.start_moves(list(zip(allocations, memory, strict=True)), False, ending)
 
-    future.result(10)
-    moved(home, allocations, memory, writes=False).result(10)
+    ending.result()
+    moved(home, allocations, memory, writes=False).result()
 
 
 def test_an_error_before_the_kernel_is_asked_ends_every_move(home, monkeypatch):
     """Also of moves that have no request yet."""
     allocations, memory = parked(home)
-    add, future, calls = kernel_aio._UnderWay.add, Future(), iter(range(9))
+    add, ending, calls = kernel_aio._UnderWay.add, Ending(), iter(range(9))
 
     def interrupted(*given):
         if next(calls) == 1:
@@ -154,17 +153,17 @@ def test_an_error_before_the_kernel_is_asked_ends_every_move(home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(kernel_aio._UnderWay, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            home.start_moves(list(zip(allocations, memory, strict=True)), False, future)
+            home.start_moves(list(zip(allocations, memory, strict=True)), False, ending)
 
-    future.result(10)
-    moved(home, allocations, memory, writes=False).result(10)
+    ending.result()
+    moved(home, allocations, memory, writes=False).result()
 
 
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_ctrl_c_in_what_the_kernel_refused_comes_at_once(home, monkeypatch, act):
     """Nobody may ever wait for what was read ahead; every move has ended nevertheless."""
     allocations, memory = parked(home)
-    real, future, calls = kernel_aio._call, Future(), []
+    real, ending, calls = kernel_aio._call, Ending(), []
 
     def interrupted(*given):
         calls.append(given)
@@ -178,11 +177,11 @@ def test_a_ctrl_c_in_what_the_kernel_refused_comes_at_once(home, monkeypatch, ac
         )
         patch.setattr(disk_io, f"{act}_at", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            home.start_moves(list(zip(allocations, memory, strict=True)), act == "write", future)
+            home.start_moves(list(zip(allocations, memory, strict=True)), act == "write", ending)
 
     assert len(calls) == len(allocations)
-    assert future.done()
-    moved(home, allocations, memory, writes=False).result(10)
+    assert ending.is_done
+    moved(home, allocations, memory, writes=False).result()
 
 
 def test_a_slab_that_is_being_written_is_kept_from_others(home, monkeypatch):
@@ -233,7 +232,7 @@ def test_what_has_ended_keeps_no_memory(home):
     kept = [weakref.ref(each) for each in (*allocations, *memory)]
     gc.disable()
     try:
-        moved(home, allocations, memory, writes=False).result(10)
+        moved(home, allocations, memory, writes=False).result()
         del allocations, memory
         until = time.monotonic() + 5  # the queue's thread may be in its last lines
         while any(each() is not None for each in kept) and time.monotonic() < until:
@@ -246,11 +245,11 @@ def test_what_has_ended_keeps_no_memory(home):
 def test_a_home_that_is_closed_waits_for_its_moves(home):
     """And no later one is told of its events."""
     allocations, memory = parked(home)
-    futures = [moved(home, allocations, memory, writes=True) for _ in range(20)]
+    endings = [moved(home, allocations, memory, writes=True) for _ in range(20)]
     home.close()
 
     assert not home._transfers
-    assert [future.result(10) for future in futures] == [None] * 20
+    assert [ending.result() for ending in endings] == [None] * 20
 
 
 def test_a_processor_without_known_numbers_has_no_queue(monkeypatch):
@@ -290,7 +289,7 @@ def test_moves_that_overlap_are_in_lanes_of_their_own(home, tmp_path):
     """So that a trace's viewer shows each of them."""
     allocations, memory = parked(home)
     with memtile.observe() as observation:
-        moved(home, allocations, memory, writes=False).result(10)
+        moved(home, allocations, memory, writes=False).result()
 
     lanes = [event.thread for event in observation.events]
     assert sorted(lanes) == [-3, -2, -1]

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from forked import child_says
 from torch import nn
 
 import memtile
-from memtile.homes import Allocation, DiskHome
+from memtile.homes import Allocation, DiskHome, Ending
 from memtile.homes.home import Rooms
 from memtile.testing import LargestAllocation
 
@@ -164,8 +163,8 @@ def count_reads() -> Counter[Allocation]:
         found[allocation] += into.numel()
         real(allocation, into, start)
 
-    def start_moves(home: DiskHome, rooms: Rooms, writes: bool, future: Future[None]) -> bool:
-        started = by_kernel(home, rooms, writes, future)
+    def start_moves(home: DiskHome, rooms: Rooms, writes: bool, ending: Ending) -> bool:
+        started = by_kernel(home, rooms, writes, ending)
         for allocation, into in rooms if started and not writes else ():
             found[allocation] += into.numel()
         return started

@@ -1,12 +1,12 @@
 """What every test of the transfers runs under."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from leftovers import check_nothing_is_left
 from rings import MakeRing
 
+from memtile.homes import WorkerThreads
 from memtile.transfer import SlabRing
 
 
@@ -21,5 +21,6 @@ nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 @pytest.fixture
 def make_ring() -> Iterator[MakeRing]:
     """Makes rings that share four threads."""
-    with ThreadPoolExecutor(4, thread_name_prefix="memtile-test") as executor:
-        yield lambda slabs=3, **options: SlabRing(executor, slabs, **options)
+    workers = WorkerThreads(4, "memtile-test")
+    yield lambda slabs=3, **options: SlabRing(workers, slabs, **options)
+    workers.join()

@@ -55,13 +55,13 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
 
     def hold_all():
         with ExitStack() as stack:
-            conditions = [ring._changed for ring in rings.all()]
+            of_rings = [ring._lock for ring in rings.all()]
             locks = [
                 iterations.state.lock,
                 gradient_lock(_weight(model)),
                 home._change,
                 home._segments._lock,
-                *conditions,
+                *of_rings,
             ]
             for lock in locks:
                 stack.enter_context(lock)

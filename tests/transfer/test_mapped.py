@@ -16,7 +16,7 @@ from memtile.geometry import HUGE_PAGE
 from memtile.homes import PAGE, DiskHome, allocate_copy, allocation_of, disk_io
 from memtile.homes.mapped_pages import _POPULATE_READ, _POPULATE_WRITE, MappedWindow
 from memtile.transfer import rings_of
-from memtile.transfer.leases import MappedLease
+from memtile.transfer.slab_ring import _MappedLease
 
 MIB = 1 << 20
 
@@ -66,14 +66,14 @@ def test_pages_are_dropped_behind(tmp_path, monkeypatch, kept):
     """Of 64 MiB of tiles that train, few are in memory beside what the home keeps of them."""
     home, model, optimizer = _of_32_tiles(tmp_path)
     home.mapped_bytes = kept
-    most, x, real = 0, torch.randn(2, 4096), MappedLease.__exit__
+    most, x, real = 0, torch.randn(2, 4096), _MappedLease.__exit__
 
     def note(lease, *raised):
         nonlocal most
         most = max(most, _mapped_bytes())
         real(lease, *raised)
 
-    monkeypatch.setattr(MappedLease, "__exit__", note)
+    monkeypatch.setattr(_MappedLease, "__exit__", note)
     for _ in range(2):
         before = _mapped_bytes()
         model(x).sum().backward()

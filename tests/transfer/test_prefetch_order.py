@@ -5,7 +5,8 @@ from itertools import islice
 from watched_home import WatchedHome
 
 from memtile.homes import Allocation
-from memtile.transfer.prefetch_order import PrefetchOrder, group_of, key_of
+from memtile.transfer.groups import group_of, key_of
+from memtile.transfer.prefetch_order import PrefetchOrder
 
 
 def path(prefetch_order: PrefetchOrder, order: list[Allocation]) -> None:

@@ -4,7 +4,6 @@ import gc
 import threading
 import time
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from rings import FREE, path, quiet, spoil, wait_until
 from watched_home import PATIENCE_SECONDS, WatchedHome
 
 from memtile.errors import HomeError, HomeIOError
-from memtile.homes import PAGE, DiskHome, disk_io
+from memtile.homes import PAGE, DiskHome, Ending, WorkerThreads, disk_io
 from memtile.transfer import Holder, SlabRing, rings_of
 
 
@@ -119,7 +118,7 @@ def test_ctrl_c_while_a_tile_is_read_leaves_the_slab_to_its_readers(make_ring, m
     def interrupted(self: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Future, "result", interrupted)
+    monkeypatch.setattr(Ending, "result", interrupted)
     with pytest.raises(KeyboardInterrupt), ring.acquire((tiles[0],)):
         pass
     monkeypatch.undo()
@@ -136,11 +135,15 @@ def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ring, monkeypatch):
     home = WatchedHome()
     tiles, ring = home.tiles(2), make_ring(1)
 
-    def interrupted(timeout: float | None = None) -> bool:
-        raise KeyboardInterrupt
+    class Interrupting:
+        def __enter__(self) -> None:
+            raise KeyboardInterrupt
+
+        def __exit__(self, *raised: object) -> None:
+            pass
 
     with ring.acquire((tiles[0],)):
-        monkeypatch.setattr(ring._changed, "wait", interrupted)
+        monkeypatch.setattr(ring._gates, "close_one", Interrupting)
         with pytest.raises(KeyboardInterrupt), ring.acquire((tiles[1],)):
             pass
         monkeypatch.undo()
@@ -150,12 +153,12 @@ def test_ctrl_c_while_waiting_for_a_slab_takes_none(make_ring, monkeypatch):
 
 def test_reads_that_cannot_be_started_leave_nothing_that_passes_for_read():
     """Without threads every request raises, the second one too, and gives no wrong values."""
-    home, executor = WatchedHome(), ThreadPoolExecutor(1)
-    (tile,), ring = home.tiles(1), SlabRing(executor, 2)
-    executor.shutdown()
+    home, workers = WatchedHome(), WorkerThreads(1, "memtile-test")
+    (tile,), ring = home.tiles(1), SlabRing(workers, 2)
+    workers.close()
 
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="shutdown"), ring.acquire((tile,)):
+        with pytest.raises(RuntimeError, match="closed"), ring.acquire((tile,)):
             pass
 
     assert ring.holders == [Holder.NOBODY] * 2

@@ -13,7 +13,6 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import ClassVar, Final, NoReturn
 
 import torch
@@ -41,6 +40,7 @@ from memtile.homes import (
     whole_pages,
 )
 from memtile.homes.disk import BUFFERED, DIRECT
+from memtile.homes.endings import Ending
 from memtile.homes.home import Rooms
 from memtile.homes.kernel import tensor_over
 from memtile.homes.kernel_moves import RoomMove, start_kernel_moves
@@ -110,7 +110,7 @@ class CheckpointHome(Home):
         self._nbytes += sum(run.nbytes for run in runs)
         return _CheckpointAllocation(self, runs, shape, dtype)
 
-    def start_moves(self, rooms: Rooms, writes: bool, future: "Future[None]") -> bool:
+    def start_moves(self, rooms: Rooms, writes: bool, ending: Ending) -> bool:
         """By the kernel, where reads go past the page cache; see `Home.start_moves`."""
         self.choose_path()
         if self.path != DIRECT or writes:
@@ -123,7 +123,7 @@ class CheckpointHome(Home):
             if move is None:
                 return False
             moves.append(move)
-        return start_kernel_moves(self, moves, writes, future)
+        return start_kernel_moves(self, moves, writes, ending)
 
     @property
     def part_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Homes: where tiles live while they are not used, in memory or on disk."""
 
 from memtile.homes.disk import DiskHome
+from memtile.homes.endings import Ending, Gates, WorkerThreads
 from memtile.homes.filesystems import (
     filesystem_name,
     overwrites_in_place,
@@ -52,12 +53,15 @@ __all__ = [
     "Allocation",
     "DeviceHome",
     "DiskHome",
+    "Ending",
+    "Gates",
     "Home",
     "HostHome",
     "LiveFile",
     "Reservation",
     "TensorTable",
     "Traffic",
+    "WorkerThreads",
     "aligned_buffer",
     "allocate_copy",
     "allocation_of",

@@ -11,7 +11,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from memtile.errors import HomeError, UnsupportedPlatformError
 from memtile.geometry import HUGE_PAGE
 from memtile.homes import disk_io
+from memtile.homes.endings import Ending
 from memtile.homes.filesystems import overwrites_in_place, usable_folder
 from memtile.homes.home import Allocation, Home, Reservation, Rooms
 from memtile.homes.kernel import tensor_over
@@ -163,7 +163,7 @@ class DiskHome(Home):
                 "home of its own"
             )
 
-    def start_moves(self, rooms: Rooms, writes: bool, future: "Future[None]") -> bool:
+    def start_moves(self, rooms: Rooms, writes: bool, ending: Ending) -> bool:
         """By the kernel, where they go past the page cache; see `Home.start_moves`."""
         if self.path != DIRECT or os.getpid() != self._owner:
             return False
@@ -172,7 +172,7 @@ class DiskHome(Home):
             if direct is None or not isinstance(allocation, _DiskAllocation):
                 return False
             moves.append(RoomMove(allocation, memory, direct, allocation.offset))
-        return start_kernel_moves(self, moves, writes, future)
+        return start_kernel_moves(self, moves, writes, ending)
 
     def _release(self) -> None:
         self._cleanup()

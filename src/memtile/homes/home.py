@@ -7,9 +7,9 @@ are gone.
 """
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Final, TypeVar
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
+from memtile.homes.endings import Ending, Gates
 from memtile.homes.kernel import PAGE, renew_in_child, whole_pages
 from memtile.observing import recording
 from memtile.observing.recording import READ, WRITE, clock
@@ -39,6 +40,13 @@ class Traffic:
     def __add__(self, other: "Traffic") -> "Traffic":
         read = self.read_bytes + other.read_bytes
         return Traffic(read, self.written_bytes + other.written_bytes)
+
+
+class Transfer:
+    """A read or a write that is under way. It is over, at the latest, when nothing refers to it.
+
+    A count would never be 0 again after a Ctrl-C at the first line of the function that ends one.
+    """
 
 
 class Home(ABC):
@@ -75,8 +83,8 @@ class Home(ABC):
 
     def _renew(self) -> None:
         """Called in the child of a fork too, where none of the parent's moves goes on."""
-        self._change = threading.Condition()
-        self._transfers = 0
+        self._change, self._gates = threading.RLock(), Gates()
+        self._transfers: dict[int, weakref.ref[Transfer]] = {}
         self._moving_since = 0
 
     @property
@@ -119,14 +127,22 @@ class Home(ABC):
         """
         for act in list(self._before_close):
             act()
-        with self._change:
-            self._change.wait_for(lambda: not self._transfers)
-            if not self.closed:
-                self._release()
-                self.closed = True
+        while (gate := self._close_unless_moving()) is not None:
+            with gate:
+                pass
         self._before_close.clear()
         while self._after_close:
             self._after_close.pop()()
+
+    def _close_unless_moving(self) -> "threading.Lock | None":
+        """Close it; or else what opens once nothing is read or written."""
+        with self._change:
+            if any(reference() is not None for reference in self._transfers.values()):
+                return self._gates.close_one()
+            if not self.closed:
+                self._release()
+                self.closed = True
+            return None
 
     def when_closed(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Calls `before` ahead of closing, which it stops by raising, and `after` when it is done.
@@ -155,38 +171,40 @@ class Home(ABC):
     @contextmanager
     def transferring(self, read_bytes: int = 0, written_bytes: int = 0) -> Iterator[None]:
         """Keeps the home open inside; unless an error comes out, the bytes count as moved."""
-        self._begin_transfer()
+        transfer, moved = Transfer(), Traffic()
         try:
+            self._begin_transfer(transfer)
             yield
-        except BaseException:
-            self._end_transfer(Traffic())
-            raise
-        self._end_transfer(Traffic(read_bytes, written_bytes))
+            moved = Traffic(read_bytes, written_bytes)
+        finally:
+            self._end_transfer(transfer, moved)
 
-    def _begin_transfer(self) -> None:
-        """Keeps the home open until `_end_transfer`."""
+    def _begin_transfer(self, transfer: "Transfer") -> None:
+        """Keeps the home open until `_end_transfer`, or until nothing refers to the transfer."""
         with self._change:
             self.check_open()
-            self._transfers += 1
-            if self._transfers == 1:
+            if not self._transfers:
                 self._moving_since = clock()
+            gates = self._gates
+            self._transfers[id(transfer)] = weakref.ref(transfer, lambda _: gates.open_all())
 
-    def _end_transfer(self, moved: Traffic) -> None:
+    def _end_transfer(self, transfer: "Transfer", moved: Traffic) -> None:
         with self._change:
+            if self._transfers.pop(id(transfer), None) is None:
+                return
             self.traffic += moved
-            self._transfers -= 1
             if not self._transfers:
                 recording.totals.moving_ns += clock() - self._moving_since
-            self._change.notify_all()
+                self._gates.open_all()
 
-    def start_moves(self, rooms: "Rooms", writes: bool, future: "Future[None]") -> bool:
+    def start_moves(self, rooms: "Rooms", writes: bool, ending: Ending) -> bool:
         """Starts reads or writes of whole rooms that need no thread of the caller's, if it can.
 
         Args:
-            rooms: this home's allocations, and memory for each as `Allocation.read` takes it.
+            rooms: this home's allocations, and memory for each as `Allocation.read` takes it; they
+                are kept until all have ended.
             writes: the memory is written to the rooms; else it is filled from them.
-            future: is given the result once all have ended, HomeIOError say. It keeps the memory
-                and the allocations until then.
+            ending: is told once all have ended, with an error, HomeIOError say.
 
         Returns:
             Whether they were started. A home that says no is read and written in threads.

@@ -16,7 +16,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -125,29 +124,18 @@ class KernelQueue:
         """Start moves to or from files.
 
         Those that the kernel does not take, it has no room for more say, end at once, with
-        ECANCELED; also after an error, a Ctrl-C say.
+        ECANCELED. After an error, a Ctrl-C say, some may be under way: see `take_back`.
         """
-        requests = list[_Request]()
-        try:
-            for move in moves:  # no comprehension: after an error those before it are known
-                requests.append(self._under_way.add(writes, move))
-            addresses = [ctypes.addressof(request) for request in requests]
-            array = (ctypes.c_void_p * len(addresses))(*addresses)
-            taken = _call(_SUBMIT, self._context, ctypes.c_long(len(addresses)), array)
-        except BaseException:
-            left = [request for request in requests if request.key == _NOT_TAKEN]
-            self._cancel(left, moves[len(requests) :])
-            raise
-        if taken < len(requests):
-            self._cancel(requests[max(0, taken) :])
+        requests = [self._under_way.add(writes, move) for move in moves]
+        addresses = [ctypes.addressof(request) for request in requests]
+        array = (ctypes.c_void_p * len(addresses))(*addresses)
+        taken = _call(_SUBMIT, self._context, ctypes.c_long(len(addresses)), array)
+        for request in requests[max(0, taken) :]:
+            self._under_way.end(request.data, -errno.ECANCELED)
 
-    def _cancel(self, requests: Sequence[_Request], others: Sequence[KernelMove] = ()) -> None:
-        """End all of these, the others have no request yet; then raise what came meanwhile."""
-        with ExitStack() as stack:  # which calls all, also after one has raised
-            for request in requests:
-                stack.callback(self._under_way.end, request.data, -errno.ECANCELED)
-            for move in others:
-                stack.callback(move.ended, -errno.ECANCELED, 0)
+    def take_back(self, move: KernelMove) -> bool:
+        """Whether the kernel does not have it, now and later, or has ended it."""
+        return self._under_way.take_back(move)
 
     def _take_events(self) -> None:
         """What the queue's thread does."""
@@ -200,6 +188,17 @@ class _UnderWay:
             request.data = heapq.heappop(self._free) if self._free else next(self._fresh)
             self._moves[request.data] = entry
         return request
+
+    def take_back(self, move: KernelMove) -> bool:
+        """Whether the kernel does not have it, after which it is none of them."""
+        with self._lock:
+            for number, (each, request) in list(self._moves.items()):
+                if each is move:
+                    if request.key != _NOT_TAKEN:
+                        return False
+                    del self._moves[number]
+                    heapq.heappush(self._free, number)
+            return True
 
     def end(self, number: int, result: int) -> None:
         """Tell of the end of a move, whose number is free from now on."""

@@ -1,21 +1,23 @@
-"""Reads and writes of rooms that the kernel makes, as one future for the caller."""
+"""Reads and writes of rooms that the kernel makes, with one end for the caller."""
 
 import ctypes
+import errno
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from memtile.homes.home import Allocation, Home, Traffic
+from memtile.homes.endings import Ending, error_of
+from memtile.homes.home import Allocation, Home, Traffic, Transfer
 from memtile.homes.kernel_aio import LARGEST_MOVE, KernelMove, kernel_queue
 from memtile.observing import recording
 from memtile.observing.recording import READ, WRITE, clock
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RoomMove:
     """A move of the whole room of an allocation.
 
@@ -34,71 +36,72 @@ class RoomMove:
     skipped: int = 0
 
 
-def start_kernel_moves(
-    home: Home, moves: Sequence[RoomMove], writes: bool, future: "Future[None]"
-) -> bool:
+def start_kernel_moves(home: Home, moves: Sequence[RoomMove], writes: bool, ending: Ending) -> bool:
     """Start these moves, as `Home.start_moves` says, where the kernel has a queue for them."""
     queue = kernel_queue()
     if queue is None or any(move.memory.numel() > LARGEST_MOVE for move in moves):
         return False
-    group = _Group(home, [(move.allocation, move.memory) for move in moves], writes, future)
+    group = _Group(home, moves, writes, ending)
     parts = [  # not kept: they keep the group, and so the memory, until they have ended
         KernelMove(move.descriptor, move.memory, move.offset, partial(group.end, move))
         for move in moves
     ]
-    home._begin_transfer()
-    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
-    queue.start(writes, parts)
+    try:
+        home._begin_transfer(group.transfer)
+        ending.was_begun = True
+        queue.start(writes, parts)
+    except BaseException:  # a signal handler's
+        with ExitStack() as stack:  # which calls all, also after one has raised
+            for move, part in zip(moves, parts, strict=True):
+                if queue.take_back(part):
+                    stack.callback(group.end, move, -errno.ECANCELED, 0)
+        raise
     return True
 
 
 class _Group:
-    """Moves that are under way; a future is told once all of them have ended."""
+    """Moves that are under way; `ending` is told once all of them have ended."""
 
-    def __init__(
-        self,
-        home: Home,
-        rooms: Sequence[tuple[Allocation, Tensor]],
-        writes: bool,
-        future: "Future[None]",
-    ) -> None:
-        self._home, self._rooms, self._writes, self._future = home, rooms, writes, future
-        self._left, self._lock = len(rooms), threading.Lock()
+    def __init__(self, home: Home, moves: Sequence[RoomMove], writes: bool, ending: Ending) -> None:
+        self._home, self._writes, self._ending = home, writes, ending
+        self._left, self._lock = set(moves), threading.RLock()
+        self._nbytes = sum(move.memory.numel() for move in moves)
         self._error: BaseException | None = None
-        self._begun = clock() if recording.active else 0
+        self._since = clock() if recording.active else 0
+        self.transfer = Transfer()
 
     def end(self, move: RoomMove, moved: int, number: int) -> None:
-        """One of them has ended: with so many bytes, or an error; see `KernelMove.ended`."""
-        allocation, memory, skipped = move.allocation, move.memory, move.skipped
-        try:
-            if moved != memory.numel() and (self._writes or moved < skipped + allocation.nbytes):
-                # again, as a thread does it, which raises its errors
-                (allocation._write_from if self._writes else allocation._read_into)(memory, 0)
-            elif skipped:
-                first = memory.data_ptr()
-                ctypes.memmove(first, first + skipped, allocation.nbytes)
-        except BaseException as error:  # it is raised where the future is waited for
-            self._error = error
-            if not isinstance(error, Exception):  # a Ctrl-C: now, nobody may ever wait
-                raise
-        finally:
-            self._note_end(allocation, memory, number)
+        """One of them has ended, with so many bytes or an error; a second time nothing happens."""
+        if move not in self._left:
+            return
+        error = error_of(partial(_complete, move, self._writes, moved))
+        self._error = self._error or error
+        self._note_end(move, number)
+        if error is not None and not isinstance(error, Exception):
+            raise error  # a Ctrl-C: nobody may ever wait for the end
 
-    def _note_end(self, allocation: Allocation, memory: Tensor, number: int) -> None:
-        if self._begun:
-            kind = WRITE if self._writes else READ
-            recording.add(kind, self._begun, allocation, memory.numel(), thread=-1 - number)
+    def _note_end(self, move: RoomMove, number: int) -> None:
+        if self._since:
+            kind, nbytes = WRITE if self._writes else READ, move.memory.numel()
+            recording.add(kind, self._since, move.allocation, nbytes, thread=-1 - number)
         with self._lock:
-            self._left -= 1
-            is_last = not self._left
+            is_last = self._left == {move}
+            self._left.discard(move)
         if is_last:
             self._finish()
 
     def _finish(self) -> None:
-        if self._error is not None:
-            self._home._end_transfer(Traffic())
-            self._future.set_exception(self._error)
-            return
-        nbytes = sum(memory.numel() for _, memory in self._rooms)
-        self._home._end_transfer(Traffic(0, nbytes) if self._writes else Traffic(nbytes, 0))
-        self._future.set_result(None)
+        nbytes = 0 if self._error is not None else self._nbytes
+        moved = Traffic(0, nbytes) if self._writes else Traffic(nbytes, 0)
+        self._home._end_transfer(self.transfer, moved)
+        self._ending.finish(self._error)
+
+
+def _complete(move: RoomMove, writes: bool, moved: int) -> None:
+    """What is left to do where the kernel moved so many bytes; or as a thread, with its errors."""
+    allocation, memory = move.allocation, move.memory
+    if moved != memory.numel() and (writes or moved < move.skipped + allocation.nbytes):
+        (allocation._write_from if writes else allocation._read_into)(memory, 0)
+    elif move.skipped:
+        first = memory.data_ptr()
+        ctypes.memmove(first, first + move.skipped, allocation.nbytes)

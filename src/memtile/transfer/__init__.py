@@ -13,7 +13,6 @@ from memtile.transfer.iterations import (
     unwatch_model,
     watch_model,
 )
-from memtile.transfer.leases import Lease
 from memtile.transfer.parked import (
     ParkedSource,
     catch_up,
@@ -25,7 +24,7 @@ from memtile.transfer.parked import (
     values_together,
 )
 from memtile.transfer.saved_pieces import SavedPiece, SavedPieces, bytes_of
-from memtile.transfer.slab_ring import SlabRing
+from memtile.transfer.slab_ring import Lease, SlabRing
 from memtile.transfer.slabs import Holder
 
 __all__ = [

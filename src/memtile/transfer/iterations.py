@@ -16,7 +16,6 @@ import os
 import sys
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import count
 from types import FrameType
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from memtile.homes import Home, TensorTable, fork_safe_lock, trim_heap
+from memtile.homes import Home, TensorTable, WorkerThreads, fork_safe_lock, trim_heap
 from memtile.transfer.kept import KeptTiles
 from memtile.transfer.slab_ring import SlabRing
 
@@ -51,16 +50,16 @@ class SlabRings:
         self.kept = KeptTiles(kept_bytes)
         self.iteration = 0
         self.backwards: dict[int, int] = {}
-        self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="memtile")
+        self._workers = WorkerThreads(READERS, "memtile")
         self._process, self._is_closed = os.getpid(), False
         self._make()
 
     def _make(self) -> None:
         """New rings: their slabs have no memory before they are used."""
-        self.weights = SlabRing(self._executor, SLABS)  # of forward and backward
-        self.gradients = SlabRing(self._executor, GRADIENT_SLABS)  # on their way home
-        self.steps = SlabRing(self._executor, SLABS)  # what an optimizer works on
-        self.activations = SlabRing(self._executor, SLABS)  # what is saved for backward
+        self.weights = SlabRing(self._workers, SLABS)  # of forward and backward
+        self.gradients = SlabRing(self._workers, GRADIENT_SLABS)  # on their way home
+        self.steps = SlabRing(self._workers, SLABS)  # what an optimizer works on
+        self.activations = SlabRing(self._workers, SLABS)  # what is saved for backward
 
     def all(self) -> tuple[SlabRing, ...]:
         """Those of parameters, which may be written to by others between iterations."""
@@ -107,7 +106,7 @@ class SlabRings:
         """End the reader threads, without waiting for them, and free the slabs."""
         self._is_closed = True
         if self._process == os.getpid():  # a child has none, and their locks are as they were
-            self._executor.shutdown(wait=False)
+            self._workers.close()
         self._make()
         self.kept = KeptTiles(0)
 

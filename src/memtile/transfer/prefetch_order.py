@@ -1,58 +1,9 @@
-"""Groups of tensors that are moved together, and which is needed after which."""
+"""Which group of tiles is needed after which, learnt while running."""
 
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
 from typing import Final, Generic, TypeVar
 
-from memtile.homes import Allocation
-
-Group = Sequence[Allocation]
-Key = tuple["weakref.ref[Allocation]", ...]
-
-_MOST: Final = 64  # groups that are looked for ahead, however small
-
-
-def key_of(group: Group) -> Key:
-    """What tells a group from others without keeping it alive."""
-    key = tuple(weakref.ref(allocation) for allocation in group)
-    hash(key)  # the references keep it: they cannot compute it once the allocations are gone
-    return key
-
-
-def group_of(key: Key) -> tuple[Allocation, ...] | None:
-    """The allocations of a key; None once one of them is gone."""
-    found = []
-    for reference in key:
-        allocation = reference()
-        if allocation is None:
-            return None
-        found.append(allocation)
-    return tuple(found)
-
-
-def nbytes_of(group: Group) -> int:
-    """Bytes of a slab that it takes."""
-    nbytes = 0
-    for allocation in group:
-        nbytes += allocation.room
-    return nbytes
-
-
-def next_keys(keys: Iterable[Key], slabs: int, slab_bytes: int) -> list[Key]:
-    """The first of these that so many slabs hold; a slab is as large as the largest group."""
-    found, size = list[Key](), 0
-    for key in islice(keys, _MOST):
-        group = group_of(key)
-        if group is None or key in found:
-            continue
-        nbytes = nbytes_of(group)
-        size, slab_bytes = size + nbytes, max(slab_bytes, nbytes)
-        if size > slab_bytes * slabs:
-            break
-        found.append(key)
-    return found
-
+from memtile.transfer.groups import Key
 
 _K = TypeVar("_K", Key, int)
 

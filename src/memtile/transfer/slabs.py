@@ -6,19 +6,19 @@ one: of three slabs with a small group each the disk would have little to read a
 
 import enum
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from concurrent.futures import wait as wait_for
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from memtile.homes import Allocation, aligned_buffer
+from memtile.homes import Allocation, Ending, WorkerThreads, aligned_buffer
 from memtile.observing import recording
 from memtile.observing.recording import SHORTEST_WAIT_NS, WAIT_FOR_WRITE, clock
-from memtile.transfer.prefetch_order import Group, Key, key_of, nbytes_of
+from memtile.transfer.groups import Group, Key, key_of, nbytes_of
 
+User = weakref.ref[Any]
 Kinds = tuple[tuple[int, torch.dtype, torch.Size], ...]  # of a group's tensors, with their rooms
 
 _KNOWN: Final = 64  # layouts of groups for which a slab keeps its tensors
@@ -108,6 +108,13 @@ class Slabs(list["Slab"]):
         """All of them."""
         return [part for slab in self for part in slab.parts]
 
+    def release_lost(self) -> bool:
+        """Take parts from users that are gone; whether there were any."""
+        found = [(part, user) for part in self.parts() for user in part.users if user() is None]
+        for part, user in found:
+            part.release(user, half_changed=True)
+        return bool(found)
+
     def find(self, key: Key) -> "Place | None":
         """The part that holds the group, alone or among others that were read with it."""
         for slab in self:
@@ -148,16 +155,20 @@ class Slabs(list["Slab"]):
 
 
 class SlabPart:
-    """A part of a slab, and the group that it holds. Its ring's lock guards `key` and `users`."""
+    """A part of a slab, and the group that it holds. Its ring's lock guards `key` and `users`.
+
+    Attributes:
+        users: their leases. One that is gone was lost: a Ctrl-C came before it could be given back.
+    """
 
     def __init__(self, rooms: list[Tensor], tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self.key: Key | None = None
-        self.users = 0
+        self.users: list[User] = []
         self.is_stale = False  # what it holds must not be used again
         self._rooms = rooms  # the bytes of each tensor, whole pages
-        self._reads: list[Future[None]] = []
-        self._writes: list[Future[None]] = []
+        self._reads: Ending | None = None
+        self._writes: Ending | None = None
         self._unwritten: list[tuple[Allocation, Tensor]] = []
 
     @property
@@ -167,7 +178,7 @@ class SlabPart:
             return Holder.WORKERS
         if self._unwritten and self.is_unwritten:
             return Holder.WRITERS
-        if self._reads and not all(read.done() for read in self._reads):
+        if self._reads is not None and not self._reads.is_done:
             return Holder.READERS
         return Holder.NOBODY if self.key is None else Holder.IDLE
 
@@ -184,27 +195,30 @@ class SlabPart:
 
     def discard_written(self) -> None:
         """Drop the references to allocations, and so to their home, where all of it is written."""
-        if self._unwritten and all(_succeeded(write) for write in self._writes):
-            self._unwritten, self._writes = [], []
+        writes = self._writes
+        if writes is not None and writes.is_done and not writes.error:
+            self._unwritten, self._writes = [], None
 
     @property
     def failed_to_read(self) -> bool:
         """Whether a read of its content ended with an error."""
-        if not self._reads:
-            return False
-        # To ask a future takes three locks: those that have succeeded are not asked again.
-        self._reads = [read for read in self._reads if not _succeeded(read)]
-        return any(read.done() and not _succeeded(read) for read in self._reads)
+        return self._reads is not None and self._reads.has_failed
 
     @property
     def failed_to_write(self) -> bool:
         """Whether its writers have ended and it holds what its home does not have."""
-        return self.is_unwritten and all(write.done() for write in self._writes)
+        return self._writes is not None and self._writes.has_failed
 
-    def load(self, group: Group, executor: Executor, notify: Callable[[], None]) -> None:
+    def load(self, group: Group, workers: WorkerThreads, notify: Callable[[], None]) -> None:
         """Take a group in; its readers start now."""
-        rooms = list(zip(group, self._rooms, strict=True))
-        _start(executor, notify, rooms, writes=False, started=self._reads)
+        rooms = [pair for pair in zip(group, self._rooms, strict=True) if pair[0].room]
+        if rooms:
+            self._reads = reads = Ending(notify)  # before there are any
+            try:
+                _start(reads, rooms, workers, writes=False)
+            except BaseException:
+                reads.cancel()
+                raise
         self.claim(group)  # not before: it would count as read
 
     def claim(self, group: Group) -> None:
@@ -215,7 +229,17 @@ class SlabPart:
         """Hold nothing; the memory stays with readers that are at work until they have ended."""
         self.key = None
         # An error keeps its traceback, and so the allocation and its home, alive.
-        self._reads = [read for read in self._reads if not read.done()]
+        if self._reads is not None and self._reads.is_done:
+            self._reads = None
+
+    def release(self, user: User, half_changed: bool = False) -> None:
+        """A user works on it no longer; what it has half changed must not be used."""
+        if user in self.users:
+            self.users.remove(user)
+        if half_changed:
+            self.is_stale = not self.is_unwritten
+        if self.is_stale and not self.users and not self.is_unwritten:
+            self.discard()
 
     def abandon(self, allocation: Allocation) -> None:
         """Hold nothing of an allocation that nobody needs any more, nor write it.
@@ -223,41 +247,46 @@ class SlabPart:
         A writer that is at work ends in room that is not free before.
         """
         if any(each is allocation for each, _ in self._unwritten):
-            writes, self._unwritten, self._writes = self._writes, [], []
-            for write in writes:
-                write.cancel()
+            writes, self._unwritten, self._writes = self._writes, [], None
+            if writes is not None:
+                writes.cancel()
         if self.key == key_of((allocation,)) and not self.users:
             self.discard()
 
     def wait_until_read(self) -> None:
         """Return once the content is there; HomeIOError where a read failed."""
-        for read in self._reads:
-            read.result()
+        if self._reads is not None:
+            self._reads.result()
 
     def store(
         self,
         allocations: Sequence[tuple[int, Allocation]],
-        executor: Executor,
+        workers: WorkerThreads,
         notify: Callable[[], None],
     ) -> None:
         """Start writing home those of its tensors that are named by number."""
-        unwritten = [(allocation, self._rooms[number]) for number, allocation in allocations]
-        writes = list[Future[None]]()
+        rooms = [(each, self._rooms[number]) for number, each in allocations if each.room]
+        if not rooms:
+            return
+        before, writes = (self._writes, self._unwritten), Ending(notify)
+        self._writes, self._unwritten = writes, rooms
         try:
-            _start(executor, notify, unwritten, writes=True, started=writes)
-        finally:  # a Ctrl-C does not end what is under way
-            if not all(write.cancelled() for write in writes):
-                self._writes, self._unwritten = writes, unwritten
+            _start(writes, rooms, workers, writes=True)
+        except BaseException:
+            writes.cancel()
+            if not writes.was_begun:  # a Ctrl-C does not end what is under way
+                self._writes, self._unwritten = before
+            raise
 
     def wait_until_written(self) -> None:
         """Return once its writers have ended, well or not."""
-        if not self._writes:
+        writes = self._writes
+        if writes is None:
             return
-        ended: list[Future[None]] = []
         begun, waited_for = clock(), self._unwritten
-        while self._writes and ended is not self._writes:  # others may have stored again meanwhile
-            ended = self._writes
-            wait_for(ended)
+        while not writes.is_done:
+            writes.wait()
+            writes = self._writes or writes  # others may have stored again meanwhile
         waited = clock() - begun
         recording.totals.waited_ns += waited
         if recording.active and waited_for and waited > SHORTEST_WAIT_NS:
@@ -267,45 +296,32 @@ class SlabPart:
         """Write what writers failed to write, in a slab that nobody uses, or raise HomeIOError."""
         for allocation, room in self._unwritten:
             allocation.write(room)
-        self._unwritten, self._writes = [], []
+        self._unwritten, self._writes = [], None
 
 
 Place = tuple[Slab, SlabPart]
 
 
-def _succeeded(future: "Future[None]") -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
-
-
 def _start(
-    executor: Executor,
-    notify: Callable[[], None],
+    ending: Ending,
     rooms: Sequence[tuple[Allocation, Tensor]],
+    workers: WorkerThreads,
     *,
     writes: bool,
-    started: "list[Future[None]]",
 ) -> None:
-    """Start moving the rooms' bytes, and call `notify` after each part.
-
-    The home moves them by itself, or they are moved in pieces, each in a thread. Each future is in
-    `started` before its bytes are.
-    """
-    rooms = [(allocation, room) for allocation, room in rooms if room.numel()]
-    if not rooms:
+    """Start moving the rooms' bytes: by the home itself, or in pieces, each by a thread."""
+    home = rooms[0][0].home
+    if home.start_moves(rooms, writes, ending):
         return
-    home, future = rooms[0][0].home, Future[None]()
-    future.add_done_callback(lambda _: notify())
-    started.append(future)
-    try:
-        if home.start_moves(rooms, writes, future):
-            return
-    except BaseException:
-        future.cancel()  # unless they are under way
-        raise
-    started.pop()
-    for allocation, room in rooms:
-        move = allocation.write if writes else allocation.read
-        for start in range(0, room.numel(), home.part_bytes):
-            part = executor.submit(move, room[start : start + home.part_bytes], start)
-            part.add_done_callback(lambda _: notify())
-            started.append(part)
+    acts = [
+        partial(allocation.write if writes else allocation.read, piece, start)
+        for allocation, room in rooms
+        for start, piece in _pieces(room, home.part_bytes)
+    ]
+    ending.add_acts(acts)
+    workers.start(ending, len(acts))
+
+
+def _pieces(room: Tensor, nbytes: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, room.numel(), nbytes):
+        yield start, room[start : start + nbytes]

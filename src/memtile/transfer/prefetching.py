@@ -1,0 +1,112 @@
+"""What a ring reads before it is asked for: as much as its slabs hold that are not in use."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import Final
+
+from memtile.transfer.groups import Group, Key, group_of, key_of, nbytes_of
+from memtile.transfer.prefetch_order import PrefetchOrder
+from memtile.transfer.slabs import Slab, SlabPart, Slabs
+
+_MOST: Final = 64  # groups that are looked for ahead, however small
+
+
+Load = Callable[[SlabPart, Group], None]
+"""Starts reading a group into a part of a slab."""
+
+
+class Prefetching:
+    """Starts reading what comes next, into these slabs. Their ring's lock guards every call."""
+
+    def __init__(self, slabs: Slabs) -> None:
+        self._slabs = slabs
+        self._order = PrefetchOrder[Key]()
+        self._delayed: list[Key] = []  # to be read as soon as a slab is free
+        self._needed: set[Slab] = set()  # that hold some of these
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether there is something to be read as soon as a slab is free."""
+        return bool(self._delayed)
+
+    def start(self) -> None:
+        """An iteration begins, and another order with it."""
+        self._order.start()
+
+    def clear(self) -> None:
+        """Read nothing of what was delayed."""
+        self._delayed = []
+
+    def note(self, keys: Sequence[Key], *, learn: bool, are_experts: bool) -> None:
+        """These groups were asked for now; not to `learn`: they are no part of an order."""
+        if are_experts:
+            self._order.note_experts()
+        for key in keys if learn and not are_experts else ():
+            self._order.note(key)
+        if not learn:
+            self._order.interrupt()
+
+    def begin(
+        self,
+        ahead: Iterable[Group] | None,
+        experts: Iterable[Group] | None,
+        before: Slab | None,
+        last: Slab | None,
+        load: Load,
+    ) -> None:
+        """Start reading what comes next: the experts, and then what is `ahead`, or was learnt.
+
+        Nothing becomes free until all parts of a slab were used, that is, until another one than
+        `before` was used `last`, or is to be used next.
+        """
+        learnt = self._order.ahead() if ahead is None else map(key_of, ahead)
+        keys = chain(map(key_of, experts or ()), learnt)
+        first = next(keys, None)
+        if first is None:
+            self._delayed = []
+            return
+        if last is before and (found := self._slabs.find(first)) and found[0] is before:
+            return
+        window = self._window(chain((first,), keys))
+        self._fetch(window, set() if last is None else {last}, load)
+
+    def resume(self, load: Load) -> None:
+        """A slab may have become free for what was delayed."""
+        for slab in self._slabs:
+            if slab not in self._needed and slab.is_free:
+                self._fetch(self._delayed, set(), load)
+                break
+
+    def _window(self, keys: Iterable[Key]) -> list[Key]:
+        """The first of these that all slabs but one hold."""
+        found, size, largest = list[Key](), 0, self._slabs.largest
+        for key in islice(keys, _MOST):
+            group = group_of(key)
+            if group is None or key in found:
+                continue
+            nbytes = nbytes_of(group)
+            size, largest = size + nbytes, max(largest, nbytes)
+            if size > largest * (len(self._slabs) - 1):
+                break
+            found.append(key)
+        return found
+
+    def _fetch(self, window: list[Key], needed: set[Slab], load: Load) -> None:
+        """Start reading these, in slabs that hold none of them and are not needed."""
+        self._delayed, missing = [], list[Key]()
+        for key in window:
+            place = self._slabs.find(key)
+            if place is None:
+                missing.append(key)
+            else:
+                needed.add(place[0])
+        for key in missing:
+            group = group_of(key)
+            if group is None:
+                continue
+            place = self._slabs.room_for(group, needed)
+            if place is None:
+                self._delayed, self._needed = window, needed
+                return
+            needed.add(place[0])
+            load(place[1], group)
