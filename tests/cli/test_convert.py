@@ -10,6 +10,7 @@ from torch import nn
 import memtile
 from memtile.checkpoints import Checkpoint
 from memtile.cli import main
+from memtile.errors import CheckpointError
 
 
 def model():
@@ -144,6 +145,33 @@ def test_a_mistake_is_one_sentence(dense, tmp_path, capsys, options, sentence):
     assert sentence in printed.err
     assert len(printed.err.splitlines()) == 1
     assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "up.weight", "down.weight"])
+@pytest.mark.parametrize("options", [[], ["--modules=up", "--out-splits=3"]])
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys, name, options):
+    """A flipped bit in any tensor gets load_checkpoint's refusal; nothing is written."""
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    memtile.save_checkpoint(model(), damaged)
+    flip_last_bit(Checkpoint.open(damaged)[name])
+
+    code = main(["convert", str(damaged), str(out), *options])
+
+    with pytest.raises(CheckpointError) as refused:
+        memtile.load_checkpoint(model(), damaged)
+    assert code == 2
+    assert str(refused.value) in " ".join(capsys.readouterr().err.split())
+    assert f"the bytes of {name!r}" in str(refused.value)
+    assert not out.exists()
+
+
+def flip_last_bit(stored):
+    """Change the last bit of a tensor's file range."""
+    with stored.file.path.open("r+b") as file:
+        file.seek(stored.entry.offset + stored.nbytes - 1)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_tiles_that_make_no_linear_are_refused(dense, tmp_path, capsys):
