@@ -1,5 +1,8 @@
 """`memtile convert`: dense names to tile names and back, bit for bit."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -221,3 +224,35 @@ def test_a_target_that_is_a_file_is_one_sentence(dense, tmp_path, capsys):
     assert "give another folder" in printed
     assert "make room" not in printed
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_folder_that_holds_something_is_refused(dense, tmp_path, capsys):
+    """A checkpoint that is in the target stays, byte for byte; a target that is empty is used."""
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    memtile.save_checkpoint(nn.Linear(3, 2), out)
+    empty.mkdir()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    code = main(["convert", str(dense), str(out)])
+
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.endswith("is not empty: give a new folder.\n")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main(["convert", str(dense), str(empty)]) == 0
+
+
+def test_a_conversion_that_fails_leaves_no_folder(dense, tmp_path, capsys, monkeypatch):
+    """On a full disk the folders that it made are gone; those that were there stay."""
+    (tmp_path / "mine").mkdir()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    for out in ("new/deep", "mine"):
+        assert main(["convert", str(dense), str(tmp_path / out)]) == 2
+        assert "make room" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "mine").iterdir()) == []

@@ -81,8 +81,8 @@ def convert_checkpoint(
 
     Tiles of any grid are joined; then, with a `cut`, the named linears are cut into tiles under the
     names of DeepSpeed's tiled linear. Files beside the tensors (config, tokenizer) are copied, and
-    so are the bytes of a tensor that is neither joined nor cut, whatever its dtype. Known checksums are
-    verified before anything is written, which reads the checkpoint once more.
+    so are the bytes of a tensor that is neither joined nor cut, whatever its dtype. Known
+    checksums are verified before anything is written, which reads the checkpoint once more.
 
     Args:
         source: a folder, a `.safetensors` file or an index.
