@@ -237,6 +237,23 @@ def test_gradscaler_drives_it(overflows):
     assert same(values(model), before if overflows else values(expected))
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+def test_gradscaler_is_refused_in_backward(unscales):
+    """Its `step` raises an error of ours, the first time; a disabled scaler changes nothing."""
+    model, (ids,) = in_home(small(), "disk"), batches(1)
+    optimizer = optimizer_for(model, mode="in_backward")
+    disabled, scaler = (torch.amp.GradScaler("cpu", enabled=each) for each in (False, True))
+    disabled.scale(loss_of(model, ids)).backward()
+    disabled.step(optimizer)
+
+    scaler.scale(loss_of(model, ids)).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+
+    with pytest.raises(OptimizerError, match="stepped in it, by the scaled ones.*mode='classic'"):
+        scaler.step(optimizer)
+
+
 @pytest.mark.parametrize("name", ["Muon", "LBFGS", "Adafactor"])
 def test_optimizers_that_are_not_element_wise_are_refused(name):
     """They are refused by name before the model is changed."""

@@ -2,7 +2,7 @@
 
 import cmath
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,15 @@ def check_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> No
             "another TileOptimizer steps parameters of this model in its backward; drop that "
             "one first (del optimizer)"
         )
+
+
+def refuse_scaler() -> NoReturn:
+    """Raise OptimizerError for a GradScaler whose scaled gradients were stepped in backward."""
+    raise OptimizerError(
+        "a GradScaler divides gradients by its scale after backward, and in mode='in_backward' "
+        "parameters were stepped in it, by the scaled ones: load the weights from before that, and "
+        "train in bfloat16 or float32 without a scaler, or use mode='classic'"
+    )
 
 
 def check_still_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

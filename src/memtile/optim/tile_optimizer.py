@@ -21,6 +21,7 @@ from memtile.optim.checks import (
     check_in_memory,
     check_parameters,
     check_still_of,
+    refuse_scaler,
 )
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import (
@@ -53,7 +54,8 @@ class TileOptimizer(Optimizer):
 
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
     gradient is dropped, so gradients take no memory. Call `step()` once after each backward; a
-    second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
+    second backward before it is refused, and so are clipping, by `torch.nn.utils` too, and a
+    `torch.amp.GradScaler`, at its first `step`, which its scaled gradients precede. An exception
     in such a backward, `NotFiniteError` included, leaves some parameters stepped.
 
     Tiles of experts that saw no token have no gradient. With idle="replay" they end up as in the
@@ -129,6 +131,13 @@ class TileOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler's `step` reads first; False: the scaler unscales gradients itself."""
+        if self.mode == "in_backward":
+            refuse_scaler()
+        return False
 
     def _take_in(self, groups: Sequence[ParamGroup]) -> None:
         parameters = [parameter for parameter, _ in with_groups(groups)]
