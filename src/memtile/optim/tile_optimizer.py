@@ -4,7 +4,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class TileOptimizer(Optimizer):
     dense model, where their gradient is zero and AdamW still moves them: parked ones stay at home,
     and the steps that they miss are applied when they are next brought in, or read or saved by
     memtile. Call `catch_up()` before other code reads or writes their memory or state.
+
+    Copying and pickling are refused: `state_dict()` and `memtile.save_training` keep its state.
 
     Args:
         model: whose parameters are optimized.
@@ -270,6 +272,14 @@ class TileOptimizer(Optimizer):
             HomeIOError: a tile could not be read or written; call it again to go on.
         """
         self._idle.catch_up(list(self._all()))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # of copy and pickle; torch's type
+        """Refused with OptimizerError: torch's copy would be without what steps the tiles."""
+        raise OptimizerError(
+            "a TileOptimizer cannot be copied or pickled: its state lives in the homes of its "
+            "model's tiles; make another one for the copy of the model and give it the state, "
+            "load_state_dict(optimizer.state_dict()), or save the run by memtile.save_training"
+        )
 
     def __del__(self) -> None:
         is_whole = getattr(self, "_id", None) == id(self)  # its constructor did not fail
