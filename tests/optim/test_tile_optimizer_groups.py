@@ -250,7 +250,7 @@ def test_gradscaler_is_refused_in_backward(unscales):
     if unscales:
         scaler.unscale_(optimizer)
 
-    with pytest.raises(OptimizerError, match="stepped in it, by the scaled ones.*mode='classic'"):
+    with pytest.raises(OptimizerError, match=r"stepped in it, by the scaled ones.*mode='classic'"):
         scaler.step(optimizer)
 
 

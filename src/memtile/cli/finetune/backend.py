@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import memtile
@@ -201,6 +201,21 @@ def _padded_step(tokens: int) -> Callable[[Any], Tensor]:
         return loss
 
     return forward
+
+
+def check_rank(model: Any, rank: int) -> None:  # of transformers
+    """Refuses a rank of adapters that no linear but the head, which gets none, can use."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linears = (each for each in model.modules() if isinstance(each, nn.Linear | Conv1D))
+    most = max((min(each.weight.shape) for each in linears if each is not head), default=rank)
+    if rank > most:
+        raise CommandError(
+            f"--lora {rank} is more than any linear here can use: a change of one has at most the "
+            f"rank of its smaller side, {most} for the largest of them; give {most} or less, such "
+            "as 8."
+        )
 
 
 def _with_adapters(model: "PreTrainedModel", rank: int) -> Any:  # a PeftModel, not imported here
