@@ -21,7 +21,9 @@ from memtile.optim.checks import (
     check_in_memory,
     check_parameters,
     check_still_of,
+    refuse_copy,
     refuse_scaler,
+    refusing_parameters,
 )
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import (
@@ -106,7 +108,9 @@ class TileOptimizer(Optimizer):
         self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[Hooked] = []
-        super().__init__(model.parameters() if params is None else params, self._inner.defaults)
+        given = model.parameters() if params is None else params
+        with refusing_parameters():
+            super().__init__(given, self._inner.defaults)
         check_parameters(model, list(self._all()))
         self._layout = StateLayout(self._inner, self.state, masters)
         self._stepper = Stepper(self._layout, model)
@@ -122,13 +126,16 @@ class TileOptimizer(Optimizer):
         """Add parameters with options of their own, as torch optimizers do.
 
         Raises:
-            HomeFullError: a home has no room for what they need; nothing was added.
+            OptimizerError: they are not of the model, have no values, or are in another group.
+            HomeFullError: a home has no room for what they need. Nothing was added then.
         """
-        super().add_param_group(param_group)
+        with refusing_parameters():
+            super().add_param_group(param_group)
         if not hasattr(self, "_stepper"):  # the constructor reserves for all groups at once
             return
         added = self.param_groups[-1]
         try:
+            check_parameters(self._model, added["params"])
             self._take_in([added])
         except BaseException:
             self.param_groups.pop()
@@ -275,11 +282,7 @@ class TileOptimizer(Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:  # of copy and pickle; torch's type
         """Refused with OptimizerError: torch's copy would be without what steps the tiles."""
-        raise OptimizerError(
-            "a TileOptimizer cannot be copied or pickled: its state lives in the homes of its "
-            "model's tiles; make another one for the copy of the model and give it the state, "
-            "load_state_dict(optimizer.state_dict()), or save the run by memtile.save_training"
-        )
+        refuse_copy()
 
     def __del__(self) -> None:
         is_whole = getattr(self, "_id", None) == id(self)  # its constructor did not fail
@@ -299,6 +302,7 @@ class TileOptimizer(Optimizer):
             The norm before, a scalar.
 
         Raises:
+            ArgumentError: `max_norm` or `norm_type` is no such number.
             OptimizerError: in backward mode, where there are no gradients to clip.
             OptimizerError: with `error_if_nonfinite`, the norm is not finite; nothing was scaled.
         """
