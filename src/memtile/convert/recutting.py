@@ -21,7 +21,7 @@ from memtile.checkpoints import (
     StoredTensor,
     write_checkpoint,
 )
-from memtile.checkpoints.opening import files_beside
+from memtile.checkpoints.opening import as_path, files_beside
 from memtile.convert.kinds import integrations
 from memtile.convert.name_matching import tiles_by_layer
 from memtile.convert.streaming import TensorSource, TiledSource, spans, written
@@ -94,7 +94,7 @@ def convert_checkpoint(
         The names of the linears that were cut, or of the layers whose tiles were joined.
 
     Raises:
-        ArgumentError: source and target are the same, or `cut` is not a `TilingSpec`.
+        ArgumentError: source and target are no paths, or the same, or `cut` is not a `TilingSpec`.
         CheckpointError: there is no checkpoint, it is damaged, tiles of it make no linear or no
             stack of experts of the config's model, or no linear of it has one of the names.
         SplitsError: a linear cannot be cut so.
@@ -105,7 +105,7 @@ def convert_checkpoint(
             f"the cut is a {type(cut).__name__}; give memtile.convert.TilingSpec(['*.mlp.*'], "
             "out_splits=4), or None for a dense checkpoint"
         )
-    place, out = Path(source), Path(target)
+    place, out = as_path("source", source), as_path("target", target)
     if out.resolve() in (place.resolve(), place.resolve().parent if place.is_file() else None):
         raise ArgumentError(f"{out} is where the checkpoint is; give another folder")
     checkpoint = Checkpoint.open(place)
