@@ -25,14 +25,14 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Folders that it made are removed where the block raises and left nothing in them.
     """
     missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
-    try:
-        with _locked(folder):
+    with _locked(folder):
+        try:
             yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # not empty
-            for each in missing:
-                each.rmdir()
-        raise
+        except BaseException:
+            with contextlib.suppress(OSError):  # not empty
+                for each in missing:
+                    each.rmdir()
+            raise
 
 
 @contextmanager
