@@ -90,6 +90,16 @@ def test_the_readme_shows_code_that_runs():
     assert len(blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))) >= 2
 
 
+def test_no_snippet_saves_into_the_folder_of_a_run():
+    """Whoever follows all pages in one folder keeps what `memtile finetune --out` made there."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    runs = set(re.findall(r"--out[ =]([\w-]+)", text))
+    saved = set(re.findall(r"save_\w+\((?:\w+, )?\"([\w-]+)\"", text))
+
+    assert {"tuned", "trained"} <= runs | saved
+    assert runs & saved == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_inside_the_repository_lead_somewhere(page):
     """Every relative link of a page names a file that is there."""

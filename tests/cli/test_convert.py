@@ -1,5 +1,8 @@
 """`memtile convert`: dense names to tile names and back, bit for bit."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +13,7 @@ from torch import nn
 import memtile
 from memtile.checkpoints import Checkpoint
 from memtile.cli import main
+from memtile.errors import CheckpointError
 
 
 def model():
@@ -146,6 +150,33 @@ def test_a_mistake_is_one_sentence(dense, tmp_path, capsys, options, sentence):
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize("name", ["embed.weight", "up.weight", "down.weight"])
+@pytest.mark.parametrize("options", [[], ["--modules=up", "--out-splits=3"]])
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys, name, options):
+    """A flipped bit in any tensor gets load_checkpoint's refusal; nothing is written."""
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    memtile.save_checkpoint(model(), damaged)
+    flip_last_bit(Checkpoint.open(damaged)[name])
+
+    code = main(["convert", str(damaged), str(out), *options])
+
+    with pytest.raises(CheckpointError) as refused:
+        memtile.load_checkpoint(model(), damaged)
+    assert code == 2
+    assert str(refused.value) in " ".join(capsys.readouterr().err.split())
+    assert f"the bytes of {name!r}" in str(refused.value)
+    assert not out.exists()
+
+
+def flip_last_bit(stored):
+    """Change the last bit of a tensor's file range."""
+    with stored.file.path.open("r+b") as file:
+        file.seek(stored.entry.offset + stored.nbytes - 1)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
 def test_tiles_that_make_no_linear_are_refused(dense, tmp_path, capsys):
     """A missing tile is named, and so is a checkpoint onto itself."""
     state = memtile.TiledLinear(5, 7, out_splits=3).state_dict()
@@ -193,3 +224,35 @@ def test_a_target_that_is_a_file_is_one_sentence(dense, tmp_path, capsys):
     assert "give another folder" in printed
     assert "make room" not in printed
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_folder_that_holds_something_is_refused(dense, tmp_path, capsys):
+    """A checkpoint that is in the target stays, byte for byte; a target that is empty is used."""
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    memtile.save_checkpoint(nn.Linear(3, 2), out)
+    empty.mkdir()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    code = main(["convert", str(dense), str(out)])
+
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.endswith("is not empty: give a new folder.\n")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main(["convert", str(dense), str(empty)]) == 0
+
+
+def test_a_conversion_that_fails_leaves_no_folder(dense, tmp_path, capsys, monkeypatch):
+    """On a full disk the folders that it made are gone; those that were there stay."""
+    (tmp_path / "mine").mkdir()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    for out in ("new/deep", "mine"):
+        assert main(["convert", str(dense), str(tmp_path / out)]) == 2
+        assert "make room" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "mine").iterdir()) == []

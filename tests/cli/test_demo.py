@@ -5,10 +5,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from trace_events import read_trace
 
 from memtile.cli import main
@@ -579,12 +581,26 @@ def test_the_model_is_written_whole_and_found_again(monkeypatch, tmp_path):
     assert list(cache.iterdir()) == [folder]
 
 
-def test_an_unpacking_that_fails_leaves_nothing(monkeypatch, tmp_path):
+def test_a_cache_on_a_full_disk_is_refused_at_once(monkeypatch, tmp_path, capsys):
+    """The room is checked before anything is unpacked: one sentence, and no folder is made."""
+    disk = SimpleNamespace(free=500_000_000, total=10**12)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: disk)
+    monkeypatch.setattr(command, "find_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(command, "run_worker", lambda *_: pytest.fail("a worker was started"))
+
+    assert main(["demo", "--cache", str(tmp_path / "deep" / "cache")]) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "477 MiB are free there): give --cache a folder with 600 MB of free space." in printed
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_an_unpacking_that_fails_leaves_nothing(monkeypatch, tmp_path, kind):
     """A failure half-way leaves no folder that a later run could take for the model."""
 
     def fail(gguf, folder):
         write_model(folder)
-        raise OSError(28, "No space left on device")
+        raise kind(28, "No space left on device")
 
     monkeypatch.setattr(smollm2, "_unpack", fail)
 

@@ -17,6 +17,7 @@ from memtile.cli.finetune.backend import schedule_of
 from memtile.cli.finetune.data_files import find_data
 from memtile.cli.finetune.sequences import read_sequences
 from memtile.cli.finetune.settings import TrainingSettings
+from memtile.costmodel import format_byte_size
 
 STEPS, TOKENS, LR = 6, 16, 1e-2
 TEMPLATE = (
@@ -287,3 +288,37 @@ def test_a_schedule_of_earlier_runs_stays(tmp_path):
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([(1 + math.cos(math.pi * n / 8)) / 2 for n in range(8)])
+
+
+def saved_tensors(out):
+    """The bytes of a run's last checkpoint and of its model."""
+    (step,) = (out / "training").iterdir()
+    (weights,) = (
+        path for path in step.glob("*.safetensors") if path.stem in ("model", "trainable")
+    )
+    files = (weights, step / "optimizer.safetensors", *out.glob("*.safetensors"))
+    *checkpoint, model = (sum(t.nbytes for t in load_file(file).values()) for file in files)
+    return sum(checkpoint), model
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", 3], ["--save-every", 2]])
+def test_a_disk_without_room_is_refused_before_training(
+    tiny_model, tiny_text, tmp_path, capsys, monkeypatch, more
+):
+    """Checkpoints, two while one replaces the other, and the model must fit beside the home."""
+    assert main(arguments(tiny_model, tiny_text, tmp_path / "out", *more)) == 0
+    checkpoint, model = saved_tensors(tmp_path / "out")
+    needed = checkpoint + (checkpoint if "--save-every" in more else model)
+    words = arguments(tiny_model, tiny_text, tmp_path / "new" / "out", *more)
+    monkeypatch.setattr("memtile.cli.finetune.backend.free_bytes", lambda folder: needed - 1)
+    monkeypatch.setattr("memtile.cli.finetune.run.train", lambda *_: pytest.fail("it trained"))
+
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"checkpoints and model take {format_byte_size(needed)}, and" in said
+    assert "make room, or give another folder" in said
+    assert not (tmp_path / "new").exists()
+
+    monkeypatch.undo()
+    monkeypatch.setattr("memtile.cli.finetune.backend.free_bytes", lambda folder: needed)
+    assert main(words) == 0

@@ -88,7 +88,12 @@ def test_json_is_a_plan_for_ranks(config, capsys):
         (["--budget", "1GiB", "--optimizer", "Adafactor"], "Adafactor"),
         (["--budget", "1GiB", "--home", "cloud"], "no home"),
         (["--budget", "1GiB", "--mode", "fast"], "fast"),
-        (["--budget", "1GiB", "--rates", "/nowhere.json"], "/nowhere.json"),
+        (
+            ["--budget", "1GiB", "--rates", "/nowhere.json"],
+            "--rates '/nowhere.json' cannot be read (No such file or directory): give a file",
+        ),
+        (["--budget", "1GiB", "--rates", "/"], "--rates '/' cannot be read (Is a directory): give"),
+        (["--budget", "1GiB", "--rates", __file__], "(this is no MachineProfile as JSON ("),
         ([], "--budget"),
         (["--budget", "1GiB", "--longest", "--tokens", "64"], "leave out --tokens, or --longest"),
         (["--world-size", "2", "--engine", "fsdp2", "--longest"], "--longest plans one process"),
@@ -99,6 +104,7 @@ def test_json_is_a_plan_for_ranks(config, capsys):
         (["--world-size", "2", "--engine", "fsdp2", "--home", "host"], "--home plans one process"),
         (["--world-size", "0", "--engine", "fsdp2"], "world_size=0"),
         (["--world-size", "2", "--engine", "fsdp2", "--link", "quick"], "no speed"),
+        (["--world-size", "2", "--engine", "fsdp2", "--link", "5GB"], "'5GB' is no speed: write"),
         (["--world-size", "2", "--engine", "fsdp2", "--flops", "5GiBs"], "no speed"),
         (["--world-size", "2", "--engine", "fsdp2", "--offload", "nvme"], "zero3"),
         (
@@ -114,6 +120,15 @@ def test_a_mistake_is_one_sentence(config, capsys, options, sentence):
     printed = capsys.readouterr()
     assert sentence in printed.err
     assert len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--budget", "1GiB"]])
+def test_a_model_that_is_none_is_said_first(tmp_path, monkeypatch, capsys, options):
+    """An empty argument is the working directory, which is named, with or without a limit."""
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["plan", "", *options]) == 2
+    assert "MODEL . holds no config.json: give a folder" in capsys.readouterr().err
 
 
 def test_finetune_carries_out_the_plan_that_is_shown(

@@ -2,10 +2,12 @@
 
 import weakref
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import memtile
+from memtile.errors import ArgumentError
 
 
 def net() -> nn.Module:
@@ -39,6 +41,12 @@ def test_dense_state_dict_never_holds_more_than_one_tensor() -> None:
         assert previous is None or previous() is None or previous() is tensor
         previous = weakref.ref(tensor)
         del tensor
+
+
+def test_what_is_no_module_is_refused() -> None:
+    """The class that was given is named, before anything is iterated over."""
+    with pytest.raises(ArgumentError, match=r"a NoneType; it must be an nn.Module"):
+        memtile.dense_state_dict(None)
 
 
 def test_dense_state_dict_of_one_layer() -> None:

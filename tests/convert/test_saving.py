@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 import pytest
 import torch
@@ -25,6 +26,30 @@ transformers.utils.logging.disable_progress_bar()
 def parked(model, folder):
     """The same model with its tiles on disk, columns too."""
     return memtile.tile(model, out_splits=3, in_splits=2, home=memtile.DiskHome(folder))
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "", b"out", ["out"]])
+def test_what_is_no_path_is_refused(wrong, tmp_path, monkeypatch):
+    """Saving and loading refuse it by its name; the working directory, which "" is, stays empty."""
+    monkeypatch.chdir(tmp_path)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    for use in (
+        lambda: memtile.save_checkpoint(model, wrong),
+        lambda: memtile.save_training(wrong, model, optimizer, step=1),
+        lambda: memtile.resume_training(wrong, model, optimizer),
+        lambda: memtile.convert.has_training(wrong),
+        lambda: memtile.convert.convert_checkpoint("in", wrong),
+        lambda: memtile.checkpoints.training_folder(wrong).__enter__(),
+        lambda: memtile.load_checkpoint(model, [wrong]),
+    ):
+        with pytest.raises(ArgumentError, match=rf"={re.escape(repr(wrong))} is no path; give"):
+            use()
+    if wrong != ["out"]:
+        with pytest.raises(ArgumentError, match="is no path; give that of a folder or a"):
+            memtile.load_checkpoint(model, wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", WRITERS)

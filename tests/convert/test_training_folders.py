@@ -38,6 +38,23 @@ def test_the_newest_stay(tmp_path):
     assert run.resume(tmp_path).step == 100_000_001
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_an_interrupted_run_leaves_no_empty_folder(tmp_path, writes):
+    """The folders that it made are gone again, unless something was written into them."""
+    folder = tmp_path / "out" / "training"
+
+    def run():
+        with training_folder(folder):
+            if writes:
+                (folder.parent / "log").write_text("step 1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert (tmp_path / "out").exists() == writes
+    assert not folder.exists()
+
+
 def test_a_step_may_be_saved_again(tmp_path):
     """A step that is saved again is replaced, once the new one is complete."""
     run = a_run()

@@ -220,6 +220,20 @@ def test_a_block_can_be_read_from_inside(training):
     assert 0 < early < len(seen.events)
 
 
+def test_before_the_block_nothing_is_observed(tmp_path):
+    """Table and length say so, where the table had the age of the machine; saving is refused."""
+    seen = memtile.observe()
+
+    assert seen.seconds == 0
+    assert "0.000" in str(seen)
+    assert "nothing was observed yet: with memtile.observe() as seen" in str(seen)
+    assert repr(seen) == "<Observation of 0 events in 0.000 s>"
+    for name in ("step.json", "step.png"):
+        with pytest.raises(ArgumentError, match="nothing was observed yet"):
+            seen.save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_than_the_limit_is_counted_and_not_kept(training):
     """The first events are kept, the table says how many are missing."""
     with memtile.observe(max_events=7) as seen:

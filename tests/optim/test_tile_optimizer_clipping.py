@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from memtile import DiskHome, TiledLinear
-from memtile.errors import OptimizerError
+from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import Allocation, allocation_of
 from memtile.optim.clipping import _cells
 
@@ -48,6 +48,26 @@ def _joined(model):
     found = {f"{name}.weight": getattr(model, name).weight.grad for name in names}
     found |= {f"{name}.bias": getattr(model, name).bias.grad for name in names[1:]}
     return {**found, "norm.weight": model.norm.weight.grad, "norm.bias": model.norm.bias.grad}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rule"),
+    [
+        *(({"max_norm": value}, "of at least 0") for value in ("a", None, math.nan, -1, True)),
+        *(({"max_norm": 1.0, "norm_type": value}, "2.0 or inf") for value in ("a", None, math.nan)),
+    ],
+)
+def test_what_is_no_norm_is_refused(wrong, rule):
+    """No gradient is scaled, where a NaN or a negative limit would spoil all of them."""
+    model, optimizer = _with_gradients("disk")
+    before = _gradients(model)
+
+    with pytest.raises(ArgumentError, match=f"must be a number .*{rule}"):
+        optimizer.clip_grad_norm_(**wrong)
+
+    assert same(_gradients(model), before)
+    optimizer.clip_grad_norm_(torch.tensor(0.1))
+    assert not same(_gradients(model), before)
 
 
 def test_gradients_written_after_their_norm_was_asked_for_are_seen():

@@ -237,6 +237,23 @@ def test_gradscaler_drives_it(overflows):
     assert same(values(model), before if overflows else values(expected))
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+def test_gradscaler_is_refused_in_backward(unscales):
+    """Its `step` raises an error of ours, the first time; a disabled scaler changes nothing."""
+    model, (ids,) = in_home(small(), "disk"), batches(1)
+    optimizer = optimizer_for(model, mode="in_backward")
+    disabled, scaler = (torch.amp.GradScaler("cpu", enabled=each) for each in (False, True))
+    disabled.scale(loss_of(model, ids)).backward()
+    disabled.step(optimizer)
+
+    scaler.scale(loss_of(model, ids)).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+
+    with pytest.raises(OptimizerError, match=r"stepped in it, by the scaled ones.*mode='classic'"):
+        scaler.step(optimizer)
+
+
 @pytest.mark.parametrize("name", ["Muon", "LBFGS", "Adafactor"])
 def test_optimizers_that_are_not_element_wise_are_refused(name):
     """They are refused by name before the model is changed."""
@@ -274,10 +291,38 @@ def test_options_that_the_class_does_not_take_are_refused(options, reason):
         TileOptimizer(small(), optim.AdamW, **options)
 
 
-def test_an_empty_list_of_parameters_is_refused():
-    """params=[] is refused as torch refuses it."""
-    with pytest.raises(ValueError, match="empty parameter list"):
-        TileOptimizer(small(), optim.AdamW, params=[])
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (lambda own: [], "empty parameter list"),
+        (lambda own: [{"params": own}, {"params": own[:1]}], "in more than one parameter group"),
+        (lambda own: 5, "not iterable"),
+        (lambda own: [own[0] * 2], "non-leaf"),
+    ],
+)
+def test_what_torch_takes_for_no_parameters_is_refused(params, reason):
+    """torch's reason comes in an error of ours, with what to give."""
+    model = small()
+
+    with pytest.raises(OptimizerError, match=f"{reason}.*give parameters of the model, or groups"):
+        TileOptimizer(model, optim.AdamW, params=params(list(model.parameters())))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_group_of_other_parameters_is_refused_when_it_is_added(mode):
+    """The error comes at once and names the cause; nothing was added, and training goes on."""
+    model, expected, (ids,) = in_home(small(), "disk"), in_home(small(), "disk"), batches(1)
+    optimizer = optimizer_for(model, mode=mode)
+
+    with pytest.raises(OptimizerError, match="not of this"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(OptimizerError, match="in more than one parameter group"):
+        optimizer.add_param_group({"params": [next(model.parameters())]})
+
+    assert len(optimizer.param_groups) == 1
+    train(model, optimizer, [ids])
+    train(expected, optimizer_for(expected, mode=mode), [ids])
+    assert same(values(model), values(expected))
 
 
 def _two_linears():

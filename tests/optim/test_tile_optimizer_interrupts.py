@@ -8,6 +8,7 @@ import pytest
 import torch
 from faulty_disk import Watched, at_step, nobody_works, slabs_are_free
 from small_training import (
+    HOMES,
     batches,
     disk_of,
     in_home,
@@ -20,6 +21,7 @@ from small_training import (
 )
 from torch import nn
 
+from memtile import TileOptimizer
 from memtile.transfer import rings_of
 
 OVERRIDE_HOOKS = (0, 14)  # which parameter is being stepped when Ctrl-C comes
@@ -348,3 +350,29 @@ def test_ignored_signals_stay_ignored(watched):
         signal.signal(signal.SIGINT, before)
 
     assert after == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_an_exception_after_a_tile_steps_no_other_one_twice(home, monkeypatch):
+    """As from another signal's handler, before the tile is counted: it is stepped once more."""
+    model = in_home(small(), home)
+    optimizer = TileOptimizer(model, torch.optim.SGD, lr=1.0)
+    parameters = list(model.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+
+    def fail(parameter):
+        if parameter is parameters[5]:
+            raise InterruptedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer._kept, "note", fail)
+        with pytest.raises(InterruptedError):
+            optimizer.step()
+    optimizer.step()
+
+    moved = [old - new.detach() for old, new in zip(before, parameters, strict=True)]
+    assert [round(each.mean().item()) for each in moved] == [
+        2 if number == 5 else 1 for number in range(len(parameters))
+    ]

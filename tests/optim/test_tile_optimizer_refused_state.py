@@ -2,12 +2,14 @@
 
 import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from small_training import (
     HOMES,
+    MODES,
     batches,
     in_home,
     loss_of,
@@ -137,3 +139,17 @@ def test_weights_of_which_some_tiles_were_never_stepped(home):
 
     with pytest.raises(OptimizerError, match=r"up\.weight: 3 of its 4 tiles have been stepped"):
         optimizer.state_dict()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused(mode, make_copy):
+    """Copying and pickling raise with the way out, and training goes on."""
+    model, (ids,) = in_home(small(), "disk"), batches(1)
+    optimizer = optimizer_for(model, mode=mode)
+
+    with pytest.raises(OptimizerError, match=r"cannot be copied or pickled.*optimizer.state_dict"):
+        make_copy(optimizer)
+
+    train(model, optimizer, [ids])
+    assert optimizer.state_dict()["state"]

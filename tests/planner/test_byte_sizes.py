@@ -74,13 +74,17 @@ def test_sizes_are_shown_with_three_digits(nbytes, text):
     [
         ("50GB/s", "B", 50e9),
         ("50 gb / s", "B", 50e9),
-        ("7GiB", "B", 7 * 2**30),
+        ("7GiB/S", "B", 7 * 2**30),
         ("400TFLOP/s", "FLOP", 400e12),
         ("1.5 Tflops", "FLOP", 1.5e12),
         ("312T", "B", None),
         ("GB/s", "B", None),
         ("0GB/s", "B", None),
         ("5TB/s", "FLOP", None),
+        ("5TB", "FLOP", None),
+        ("2TFLOPs/s", "FLOP", 2e12),
+        ("2TFLOP", "FLOP", None),
+        ("50GB", "B", None),
     ],
 )
 def test_speeds_are_sizes_in_a_second(text, unit, speed):

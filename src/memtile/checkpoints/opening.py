@@ -9,7 +9,7 @@ from typing import Final
 
 from memtile.checkpoints.header import NO_GGUF, NO_PICKLES, parse_json
 from memtile.checkpoints.stored import StoredFile, StoredTensor
-from memtile.errors import CheckpointError
+from memtile.errors import ArgumentError, CheckpointError
 
 OnePath = str | os.PathLike[str]
 Paths = OnePath | Sequence[OnePath]
@@ -18,6 +18,7 @@ Paths = OnePath | Sequence[OnePath]
 SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 PARTIAL: Final = ".partial-"
+_A_SOURCE: Final = "a folder or a .safetensors file, or a list of them"
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SHARD: Final = re.compile(r".*-\d{5,}-of-\d{5,}" + re.escape(SUFFIX))
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -44,8 +45,9 @@ class Checkpoint(dict[str, StoredTensor]):
     @classmethod
     def of(cls, paths: Paths) -> "Checkpoint":
         """All tensors of one checkpoint, or of several together; no name may be in two of them."""
-        given = [paths] if isinstance(paths, str | os.PathLike) else paths
-        opened = [cls.open(path) for path in given]
+        if isinstance(paths, str | bytes) or not isinstance(paths, Sequence):
+            paths = [paths]
+        opened = [cls.open(as_path("checkpoint", path, _A_SOURCE)) for path in paths]
         if not opened:
             raise CheckpointError("checkpoint=[] names no source: give a folder or a file")
         holders: dict[str, Path] = {}
@@ -90,6 +92,13 @@ class Checkpoint(dict[str, StoredTensor]):
     def check_sums(self) -> int:
         """Verify every tensor that has a checksum, or raise; gives how many these are."""
         return sum(tensor.check_sum() for tensor in self.values())
+
+
+def as_path(name: str, given: object, what: str = "a folder, such as 'out'") -> Path:
+    """The path that was given; ArgumentError for what is none, and for "", Path's "."."""
+    if not isinstance(given, str | os.PathLike) or given == "":
+        raise ArgumentError(f"{name}={given!r} is no path; give that of {what}")
+    return Path(given)
 
 
 def files_beside(folder: Path) -> dict[str, Path]:

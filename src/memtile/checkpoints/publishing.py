@@ -20,7 +20,23 @@ _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Lock a folder, made where it is missing; CheckpointWriteError where another run holds it."""
+    """Lock a folder, made where it is missing; CheckpointWriteError where another run holds it.
+
+    Folders that it made are removed where the block raises and left nothing in them.
+    """
+    missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    with _locked(folder):
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # not empty
+                for each in missing:
+                    each.rmdir()
+            raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

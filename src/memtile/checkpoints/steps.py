@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from memtile.checkpoints.opening import PARTIAL
+from memtile.checkpoints.opening import PARTIAL, as_path
 from memtile.checkpoints.publishing import cannot_write, rename, sole_writer, sync_folder
 from memtile.errors import CheckpointWriteError
 
@@ -65,9 +65,10 @@ def training_folder(folder: "str | os.PathLike[str]") -> Iterator[Path]:
     this, each `save_training` locks the folder only while it writes.
 
     Raises:
+        ArgumentError: the folder is no path.
         CheckpointWriteError: another run holds the folder, or it cannot be used.
     """
-    place = Path(folder)
+    place = as_path("folder", folder)
     with sole_writer(place):
         key = _key(place)
         _held.add(key)

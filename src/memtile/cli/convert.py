@@ -34,6 +34,7 @@ def run_convert(
         raise CommandError(
             "--modules is missing: name the linears to cut, such as --modules '*.mlp.*'."
         )
+    _check_target(source, target)
     recut = TilingSpec(modules, out_splits, in_splits, tile_bytes) if modules else None
     changed = convert_checkpoint(
         source, target, recut, max_shard_bytes=parse_byte_size(max_shard, "--max-shard")
@@ -42,3 +43,9 @@ def run_convert(
     act = "linears cut into tiles" if modules else "layers joined from tiles"
     print(f"{len(changed)} {act}; {format_byte_size(size)} in {target}")
     return 0
+
+
+def _check_target(source: Path, target: Path) -> None:
+    is_other = target.resolve() != source.resolve()  # which has a sentence of its own
+    if is_other and target.is_dir() and any(target.iterdir()):
+        raise CommandError(f"OUT {target} is not empty: give a new folder.")

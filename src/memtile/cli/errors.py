@@ -34,6 +34,13 @@ def check_at_least(option: str, value: int, least: int, why: str = "") -> None:
         raise CommandError(f"{option} {value} is too few: give {least} or more{why}.")
 
 
+def check_seed(seed: int) -> None:
+    """Refuses what torch's generator does not take, and what is negative."""
+    check_at_least("--seed", seed, 0)
+    if seed >= 1 << 63:
+        raise CommandError(f"--seed {seed} is too large: give one below 2^63.")
+
+
 def check_learning_rate(lr: float) -> None:
     """Refuses what is no learning rate."""
     if not (math.isfinite(lr) and lr > 0):

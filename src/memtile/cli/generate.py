@@ -14,7 +14,7 @@ from rich.console import Console
 
 import memtile
 from memtile.cli import models
-from memtile.cli.errors import CommandError, check_at_least
+from memtile.cli.errors import CommandError, check_at_least, check_seed
 from memtile.cli.terminal import AsJson, Trace, saved_trace, with_options
 from memtile.costmodel import format_byte_size, parse_byte_size
 from memtile.homes import allocation_of
@@ -96,6 +96,7 @@ def run_generate(request: Request) -> int:
 
 def _check(request: Request) -> None:
     check_at_least("--tokens", request.tokens, 1)
+    check_seed(request.seed)
     temperature = request.temperature
     if not (math.isfinite(temperature) and temperature >= 0):
         raise CommandError(f"--temperature {temperature} is no temperature: give 0 or more.")

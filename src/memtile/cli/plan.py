@@ -16,6 +16,7 @@ from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson, with_options
 from memtile.costmodel import ClusterSpec, Plan, RankPlan, parse_byte_size, parse_speed
 from memtile.planner import plan_ranks
+from memtile.planner.saved_rates import rates_of
 from memtile.testing import PeakMemory
 
 _OTHERS: Final = "the tokenizer"
@@ -94,6 +95,7 @@ class PlanArguments:
 def run_plan(given: PlanArguments) -> int:
     """Show which layers are tiled for a budget, or for many ranks, and what a step will take."""
     _check_belonging(given)
+    models.check_folder(given.model, needs_weights=False)
     if given.world_size is not None:
         ranks = _plan_ranks(given)
         print(ranks.to_json() if given.as_json else ranks)
@@ -165,6 +167,7 @@ def _plan_process(given: PlanArguments) -> tuple[Plan, str]:
     home = models.check_home(given.home or "disk", "checkpoint")
     if home == "checkpoint" and given.optimizer != "none":
         raise CommandError("--home checkpoint is read only: give --optimizer none with it.")
+    rates = None if given.rates is None else rates_of(given.rates, None, "--rates ")
     with _counting(given.model), PeakMemory() as peak:  # as `finetune` and `generate` plan
         if models.has_tokenizer(given.model):
             models.tokenizer_of(given.model, given.trust_remote_code)
@@ -179,7 +182,7 @@ def _plan_process(given: PlanArguments) -> tuple[Plan, str]:
                 options=_options(given.optimizer),
                 home=home,
                 mode=given.mode or "in_backward",
-                rates=given.rates,
+                rates=rates,
             )
     return found, models.budget_note(allowed, allowed - left, _OTHERS)
 
@@ -198,8 +201,7 @@ def _speeds(given: PlanArguments) -> ClusterSpec:
 
 @contextmanager
 def _counting(folder: Path) -> Iterator[None]:
-    """Checks the folder, loads transformers, and shows what is going on."""
-    models.check_folder(folder, needs_weights=False)
+    """Loads transformers, and shows what is going on."""
     models.load_transformers(folder)
     with Console(stderr=True).status("counting a step, measuring the machine once"):
         yield

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memtile.convert.kinds import tiled_layers
-from memtile.errors import CannotTileError
+from memtile.errors import ArgumentError, CannotTileError
 from memtile.layers import TiledModule, gathered
 
 
@@ -23,10 +23,15 @@ def dense_state_dict(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Args:
         model: a model with tiled layers, or a tiled layer.
 
+    Raises:
+        ArgumentError: the model is none.
+
     Examples:
         >>> [name for name, _ in memtile.dense_state_dict(memtile.TiledLinear(6, 9, out_splits=4))]
         ['weight', 'bias']
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     return dense_items(model, model.state_dict(keep_vars=True))
 
 

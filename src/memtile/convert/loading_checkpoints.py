@@ -65,8 +65,8 @@ def load_checkpoint(
         What was missing and what was not expected: nothing where it is strict.
 
     Raises:
-        ArgumentError: the model is none, or a device or a process group is given for a model that
-            is not sharded.
+        ArgumentError: the model or the path is none, or a device or a process group is given for a
+            model that is not sharded.
         CannotTileError: a tile computes its weight.
         CheckpointError: there is no checkpoint, it is damaged, quantized, or not of this model; or
             something would stay without values. The model is unchanged: names, shapes and known

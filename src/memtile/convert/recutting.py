@@ -21,7 +21,7 @@ from memtile.checkpoints import (
     StoredTensor,
     write_checkpoint,
 )
-from memtile.checkpoints.opening import files_beside
+from memtile.checkpoints.opening import as_path, files_beside
 from memtile.convert.kinds import integrations
 from memtile.convert.name_matching import tiles_by_layer
 from memtile.convert.streaming import TensorSource, TiledSource, spans, written
@@ -81,7 +81,8 @@ def convert_checkpoint(
 
     Tiles of any grid are joined; then, with a `cut`, the named linears are cut into tiles under the
     names of DeepSpeed's tiled linear. Files beside the tensors (config, tokenizer) are copied, and
-    so are the bytes of a tensor that is neither joined nor cut, whatever its dtype.
+    so are the bytes of a tensor that is neither joined nor cut, whatever its dtype. Known
+    checksums are verified before anything is written, which reads the checkpoint once more.
 
     Args:
         source: a folder, a `.safetensors` file or an index.
@@ -93,9 +94,9 @@ def convert_checkpoint(
         The names of the linears that were cut, or of the layers whose tiles were joined.
 
     Raises:
-        ArgumentError: source and target are the same, or `cut` is not a `TilingSpec`.
-        CheckpointError: there is no checkpoint, tiles of it make no linear or no stack of experts
-            of the config's model, or no linear of it has one of the names.
+        ArgumentError: source and target are no paths, or the same, or `cut` is not a `TilingSpec`.
+        CheckpointError: there is no checkpoint, it is damaged, tiles of it make no linear or no
+            stack of experts of the config's model, or no linear of it has one of the names.
         SplitsError: a linear cannot be cut so.
         CheckpointWriteError: it could not be written; what was there is unchanged.
     """
@@ -104,7 +105,7 @@ def convert_checkpoint(
             f"the cut is a {type(cut).__name__}; give memtile.convert.TilingSpec(['*.mlp.*'], "
             "out_splits=4), or None for a dense checkpoint"
         )
-    place, out = Path(source), Path(target)
+    place, out = as_path("source", source), as_path("target", target)
     if out.resolve() in (place.resolve(), place.resolve().parent if place.is_file() else None):
         raise ArgumentError(f"{out} is where the checkpoint is; give another folder")
     checkpoint = Checkpoint.open(place)
@@ -112,6 +113,7 @@ def convert_checkpoint(
     weights = {} if cut is None else _to_cut(dense, cut, place)
     tensors = [each for name, found in dense.items() for each in _outgoing(name, found, weights)]
     beside = files_beside(place) if place.is_dir() else {}
+    checkpoint.check_sums()  # or damaged bytes would get valid checksums
     write_checkpoint(out, tensors, max_shard_bytes=max_shard_bytes, beside=beside)
     return joined if cut is None else list(weights)
 

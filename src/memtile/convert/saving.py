@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from memtile.checkpoints import SHARD_BYTES, Outgoing, write_checkpoint
+from memtile.checkpoints.opening import as_path
 from memtile.convert.dense import check_stored
 from memtile.convert.kinds import configs_beside, naming_of
 from memtile.convert.model_tensors import (
@@ -58,8 +59,8 @@ def save_checkpoint(
         process_group: of a sharded model; None: all ranks.
 
     Raises:
-        ArgumentError: `model` is not a module, `max_shard_bytes` is no size, or a process group is
-            given for a model that is not sharded.
+        ArgumentError: `model` is not a module, `folder` no path, or `max_shard_bytes` no size; or a
+            process group is given for a model that is not sharded.
         CannotTileError: a tile computes its weight, or a tensor has no values or no dense form.
         CheckpointError: safetensors has no name for a dtype, or tiles make no dense tensor.
         CheckpointWriteError: it could not be written, or somebody else is writing there.
@@ -73,11 +74,12 @@ def save_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    place = as_path("folder", folder)
     sharded = for_sharded(model, process_group=process_group)
     if sharded is not None:
         sharded.save_checkpoint(
             model,
-            folder,
+            place,
             max_shard_bytes=max_shard_bytes,
             dtype=dtype,
             process_group=process_group,
@@ -89,7 +91,7 @@ def save_checkpoint(
     beside = configs_beside(model, dtype)
     wait_for_writes(model)
     write_checkpoint(
-        folder,
+        place,
         tensors,
         max_shard_bytes=max_shard_bytes,
         beside=beside,

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from memtile.checkpoints import Checkpoint, Outgoing, write_checkpoint
 from memtile.checkpoints.exact_json import from_json
+from memtile.checkpoints.opening import as_path
 from memtile.checkpoints.record import RandomState, read_record, write_record
 from memtile.checkpoints.steps import SavedStep, leftovers, new_step, saved_steps
 from memtile.convert.kinds import configs_beside
@@ -82,8 +83,8 @@ def save_training(
         The checkpoint's folder, `step-00000010` say.
 
     Raises:
-        ArgumentError: `step` or `keep` is no such number; `trainable_only` is given for a sharded
-            model, or a process group for another.
+        ArgumentError: `folder` is no path, `step` or `keep` is no such number; `trainable_only` is
+            given for a sharded model, or a process group for another.
         OptimizerError: a step is under way, or the optimizer is not of this model.
         CannotTileError: there is no dense form of a weight.
         NotFiniteError: with `check_finite`, a value is not finite.
@@ -96,12 +97,13 @@ def save_training(
         >>> folder = memtile.save_training("run", model, optimizer, step=100, position=100)
     """
     check_numbers(step, keep)
+    place = as_path("folder", folder)
     given = {"step": step, "position": position, "extra": extra}
     sharded = for_sharded(model, process_group=process_group)
     if sharded is not None:
         _refuse_trainable_only(trainable_only)
         options = {"keep": keep, "check_finite": check_finite, "process_group": process_group}
-        saved: Path = sharded.save_training(folder, model, optimizer, scheduler, **given, **options)
+        saved: Path = sharded.save_training(place, model, optimizer, scheduler, **given, **options)
         return saved
     state, tensors = optimizer_record(model, optimizer)
     tensors = [finite(tensor) for tensor in tensors] if check_finite else tensors
@@ -117,7 +119,7 @@ def save_training(
         check_saveable(model)
     weights = _weights(model, trainable_only, check_finite)
     wait_for_writes(model)
-    with new_step(Path(folder), step, keep) as (partial, target):
+    with new_step(place, step, keep) as (partial, target):
         stem, configs = (_TRAINABLE, {}) if trainable_only else (_WHOLE, configs_beside(model))
         write_checkpoint(partial, weights, stem=stem, beside=configs)
         trim_heap()
@@ -129,7 +131,7 @@ def save_training(
 
 def has_training(folder: str | os.PathLike[str]) -> bool:
     """Whether there is a checkpoint that `resume_training` would take; it is not opened."""
-    return bool(saved_steps(Path(folder)))
+    return bool(saved_steps(as_path("folder", folder)))
 
 
 @torch.no_grad()
@@ -163,7 +165,7 @@ def resume_training(
         The step, and what was saved with it.
 
     Raises:
-        ArgumentError: `model` is not a module, or `optimizer` not an optimizer.
+        ArgumentError: `folder` is no path, `model` no module, or `optimizer` no optimizer.
         CheckpointError: there is none, it is damaged, or it is of another model, optimizer or
             scheduler. Nothing was changed, unless the second reading failed.
         HomeFullError: a home has no room for the optimizer's state; nothing was changed.
@@ -175,14 +177,15 @@ def resume_training(
         >>> memtile.resume_training("run", model, optimizer).step
         100
     """
-    sharded = for_sharded(model, process_group=process_group) or for_distributed(Path(folder))
+    place = as_path("folder", folder)
+    sharded = for_sharded(model, process_group=process_group) or for_distributed(place)
     if sharded is not None:
         found: Resumed = sharded.resume_training(
-            folder, model, optimizer, scheduler, process_group=process_group
+            place, model, optimizer, scheduler, process_group=process_group
         )
         return found
     _check_made(model, optimizer)
-    saved = newest_step(Path(folder))
+    saved = newest_step(place)
     record, weights, tensors, random = _opened(saved)
     held = _held_tensors(model, record["trainable_only"])
     _check_weights(weights, held, model)

@@ -52,18 +52,18 @@ def parse_speed(text: str, option: str, unit: str = "B") -> float:
     """What is done in a second, such as "50GB/s" in bytes or "400TFLOP/s" in operations.
 
     Args:
-        text: A number and a unit, with "/s" behind it or not.
+        text: A number and a unit with "/s" behind it; of operations "flops" will do.
         option: The name of the option it was given to, for the message.
         unit: "B", or "FLOP" where operations are meant.
 
     Raises:
-        ArgumentError: If it is not a size, or 0 in a second.
+        ArgumentError: If it is not a size in a second, or 0.
     """
-    size = re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE)
-    if unit != "B":
-        size = re.sub(r"b\s*$", "?", size, flags=re.IGNORECASE)  # bytes are no operations
-        size = re.sub(rf"{unit}s?\s*$", "B", size, flags=re.IGNORECASE)
+    end = r"\s*/\s*s\s*$" if unit == "B" else rf"{unit}(s|s?\s*/\s*s)\s*$"
+    size, found = re.subn(end, "" if unit == "B" else "B", text, flags=re.IGNORECASE)
     try:
+        if not found:
+            raise ArgumentError(f"{option} {text[:40]!r} says no time")
         return float(parse_byte_size(size, option))
     except ArgumentError as error:
         raise ArgumentError(

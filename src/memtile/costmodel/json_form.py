@@ -37,7 +37,7 @@ class JsonRecord:
             document = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
             raise ArgumentError(
-                f"this is no {name} as JSON ({error}); give the text that to_json() wrote"
+                f"this is no {cls.__name__} as JSON ({error}); give the text that to_json() wrote"
             ) from error
         if not isinstance(document, dict) or document.pop("memtile", None) != name:
             raise ArgumentError(

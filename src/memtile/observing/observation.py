@@ -17,6 +17,7 @@ _WRITERS: Final[dict[str, Callable[["Observation", Path], None]]] = {
     ".json": lambda seen, path: chrome.write(path, seen.events, seen.threads, seen.begun_ns),
     ".png": lambda seen, path: picture.draw(path, seen.events, seen.begun_ns, seen.seconds),
 }
+_NOT_BEGUN: Final = "nothing was observed yet: with memtile.observe() as seen: …"
 
 
 def observe(max_events: int = 100_000) -> "Observation":
@@ -81,7 +82,9 @@ class Observation:
 
     @property
     def seconds(self) -> float:
-        """How long the block took; inside it, until now."""
+        """How long the block took; inside it, until now; 0 before it."""
+        if not self.begun_ns:
+            return 0.0
         return ((self._recorder.ended_ns or clock()) - self.begun_ns) / 1e9
 
     @property
@@ -106,6 +109,8 @@ class Observation:
         return summary.rows_of(self.events, self.seconds)
 
     def _notes(self) -> list[str]:
+        if not self.begun_ns:
+            return [_NOT_BEGUN]
         return summary.notes_on(self.events, self.seconds, self.dropped)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -114,10 +119,13 @@ class Observation:
         A file that is there is replaced once the new one is whole.
 
         Raises:
-            ArgumentError: another ending, no such folder, or a picture without matplotlib.
+            ArgumentError: another ending, no such folder, or a picture without matplotlib; or the
+                block has not begun.
             OSError: it could not be written.
         """
         path = check_trace_path(path)
+        if not self.begun_ns:
+            raise ArgumentError(_NOT_BEGUN)
         partial = path.with_name(f"{path.name}.partial")
         try:
             _WRITERS[path.suffix.lower()](self, partial)

@@ -1,13 +1,14 @@
 """Checks of what a `TileOptimizer` is given, of the model that it steps, and of gradients."""
 
 import cmath
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
 
-from memtile.errors import ArgumentError, NotFiniteError, OptimizerError
+from memtile.errors import ArgumentError, MemtileError, NotFiniteError, OptimizerError
 from memtile.homes import streamed_allocation
 from memtile.transfer import is_stepped_in_backward
 
@@ -53,6 +54,38 @@ def check_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> No
             "another TileOptimizer steps parameters of this model in its backward; drop that "
             "one first (del optimizer)"
         )
+
+
+@contextmanager
+def refusing_parameters() -> Iterator[None]:
+    """Raise what torch refuses of parameters and groups as OptimizerError."""
+    try:
+        yield
+    except MemtileError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise OptimizerError(
+            f"these parameters cannot be stepped: {error}; give parameters of the model, or groups "
+            "of them, each in one group"
+        ) from error
+
+
+def refuse_copy() -> NoReturn:
+    """Raise OptimizerError for a copy, which would be without what steps the tiles."""
+    raise OptimizerError(
+        "a TileOptimizer cannot be copied or pickled: its state lives in the homes of its model's "
+        "tiles; make another one for the copy of the model and give it the state, "
+        "load_state_dict(optimizer.state_dict()), or save the run by memtile.save_training"
+    )
+
+
+def refuse_scaler() -> NoReturn:
+    """Raise OptimizerError for a GradScaler whose scaled gradients were stepped in backward."""
+    raise OptimizerError(
+        "a GradScaler divides gradients by its scale after backward, and in mode='in_backward' "
+        "parameters were stepped in it, by the scaled ones: load the weights from before that, and "
+        "train in bfloat16 or float32 without a scaler, or use mode='classic'"
+    )
 
 
 def check_still_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

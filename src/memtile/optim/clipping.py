@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce, wraps
+from numbers import Real
 from types import CellType, GeneratorType
 from typing import Any, Final  # torch's own functions take what they take
 
 import torch
 from torch import Tensor, nn
 
-from memtile.errors import OptimizerError
+from memtile.errors import ArgumentError, OptimizerError
 from memtile.homes import fork_safe_lock, streamed_allocation
 from memtile.transfer import Lease, is_stepped_in_backward, rings_of
 
@@ -27,6 +28,8 @@ def clip_gradients(
 
     Source: the formula, with its 1e-6, is that of `torch.nn.utils.clip_grad_norm_`.
     """
+    _check_number("max_norm", max_norm, "of at least 0, such as 1.0", lambda limit: limit >= 0)
+    _check_number("norm_type", norm_type, "such as 2.0 or inf", lambda kind: not math.isnan(kind))
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
@@ -53,6 +56,12 @@ def clip_gradients(
             rings_of(home).steps.flush()
             rings_of(home).steps.clear()
     return total
+
+
+def _check_number(name: str, given: object, rule: str, is_right: Callable[[float], bool]) -> None:
+    value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if isinstance(value, bool) or not isinstance(value, Real) or not is_right(float(value)):
+        raise ArgumentError(f"{name}={given!r} must be a number {rule}")
 
 
 def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:

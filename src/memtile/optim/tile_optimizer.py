@@ -4,7 +4,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from memtile.optim.checks import (
     check_in_memory,
     check_parameters,
     check_still_of,
+    refuse_copy,
+    refuse_scaler,
+    refusing_parameters,
 )
 from memtile.optim.clipping import clip_gradients, torch_clipping_check
 from memtile.optim.dense_state import (
@@ -53,13 +56,16 @@ class TileOptimizer(Optimizer):
 
     In "in_backward" mode every parameter is stepped as soon as its gradient is complete, and the
     gradient is dropped, so gradients take no memory. Call `step()` once after each backward; a
-    second backward before it is refused, and so is clipping, by `torch.nn.utils` too. An exception
+    second backward before it is refused, and so are clipping, by `torch.nn.utils` too, and a
+    `torch.amp.GradScaler`, at its first `step`, which its scaled gradients precede. An exception
     in such a backward, `NotFiniteError` included, leaves some parameters stepped.
 
     Tiles of experts that saw no token have no gradient. With idle="replay" they end up as in the
     dense model, where their gradient is zero and AdamW still moves them: parked ones stay at home,
     and the steps that they miss are applied when they are next brought in, or read or saved by
     memtile. Call `catch_up()` before other code reads or writes their memory or state.
+
+    Copying and pickling are refused: `state_dict()` and `memtile.save_training` keep its state.
 
     Args:
         model: whose parameters are optimized.
@@ -102,7 +108,9 @@ class TileOptimizer(Optimizer):
         self._unfinished: list[tuple[nn.Parameter, ParamGroup]] | None = None
         self._group_of: dict[nn.Parameter, ParamGroup] = {}
         self._hooks: list[Hooked] = []
-        super().__init__(model.parameters() if params is None else params, self._inner.defaults)
+        given = model.parameters() if params is None else params
+        with refusing_parameters():
+            super().__init__(given, self._inner.defaults)
         check_parameters(model, list(self._all()))
         self._layout = StateLayout(self._inner, self.state, masters)
         self._stepper = Stepper(self._layout, model)
@@ -118,17 +126,27 @@ class TileOptimizer(Optimizer):
         """Add parameters with options of their own, as torch optimizers do.
 
         Raises:
-            HomeFullError: a home has no room for what they need; nothing was added.
+            OptimizerError: they are not of the model, have no values, or are in another group.
+            HomeFullError: a home has no room for what they need. Nothing was added then.
         """
-        super().add_param_group(param_group)
+        with refusing_parameters():
+            super().add_param_group(param_group)
         if not hasattr(self, "_stepper"):  # the constructor reserves for all groups at once
             return
         added = self.param_groups[-1]
         try:
+            check_parameters(self._model, added["params"])
             self._take_in([added])
         except BaseException:
             self.param_groups.pop()
             raise
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler's `step` reads first; False: the scaler unscales gradients itself."""
+        if self.mode == "in_backward":
+            refuse_scaler()
+        return False
 
     def _take_in(self, groups: Sequence[ParamGroup]) -> None:
         parameters = [parameter for parameter, _ in with_groups(groups)]
@@ -262,6 +280,10 @@ class TileOptimizer(Optimizer):
         """
         self._idle.catch_up(list(self._all()))
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # of copy and pickle; torch's type
+        """Refused with OptimizerError: torch's copy would be without what steps the tiles."""
+        refuse_copy()
+
     def __del__(self) -> None:
         is_whole = getattr(self, "_id", None) == id(self)  # its constructor did not fail
         if is_whole and not sys.is_finalizing():
@@ -280,6 +302,7 @@ class TileOptimizer(Optimizer):
             The norm before, a scalar.
 
         Raises:
+            ArgumentError: `max_norm` or `norm_type` is no such number.
             OptimizerError: in backward mode, where there are no gradients to clip.
             OptimizerError: with `error_if_nonfinite`, the norm is not finite; nothing was scaled.
         """

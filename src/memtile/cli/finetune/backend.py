@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import memtile
 from memtile.cli import models
 from memtile.cli.errors import CommandError
 from memtile.cli.finetune.settings import Options, TrainingSettings
+from memtile.cli.room import free_bytes
 from memtile.convert import Resumed
 from memtile.costmodel import Plan, format_byte_size
 from memtile.engines.ranks import Ranks, of_all_ranks
@@ -142,6 +143,7 @@ def load(
         model, torch.optim.AdamW, mode=settings.mode, lr=settings.lr, fused=True
     )
     has_adapters, schedule = settings.lora is not None, schedule_of(adamw, settings)
+    check_room(options, settings.steps, *saved_bytes(model, has_adapters))
     return Backend(model, adamw, schedule, has_adapters=has_adapters, clip=settings.clip)
 
 
@@ -174,6 +176,37 @@ def _plan(
     return plan
 
 
+def saved_bytes(model: nn.Module, has_adapters: bool) -> tuple[int, int]:
+    """The bytes of a checkpoint of the run, and of the model at its end.
+
+    AdamW keeps two moments, and a float32 master of 16 bits, of what is trained.
+    """
+    model_bytes = state_bytes = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad or not has_adapters:
+            model_bytes += parameter.nbytes
+        if parameter.requires_grad:
+            state_bytes += (2 if parameter.itemsize >= 4 else 3) * 4 * parameter.numel()
+    return model_bytes + state_bytes, model_bytes
+
+
+def check_room(options: Options, steps: int, checkpoint_bytes: int, model_bytes: int) -> None:
+    """Refuses an --out on a disk that the run's checkpoints and its model do not fit on.
+
+    A new checkpoint is written beside the last, and the model beside the last one of the run.
+    """
+    is_replaced = options.resume or steps > options.save_every
+    needed = checkpoint_bytes + max(checkpoint_bytes if is_replaced else 0, model_bytes)
+    if options.resume:  # the last one is there
+        needed -= checkpoint_bytes
+    free = free_bytes(options.out)
+    if free < needed:
+        raise CommandError(
+            f"--out {options.out}: checkpoints and model take {format_byte_size(needed)}, and "
+            f"{format_byte_size(free)} are free there: make room, or give another folder."
+        )
+
+
 def schedule_of(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> LRScheduler:
     """The learning rate of each step, as transformers' Trainer has it."""
     from transformers import get_scheduler
@@ -201,6 +234,21 @@ def _padded_step(tokens: int) -> Callable[[Any], Tensor]:
         return loss
 
     return forward
+
+
+def check_rank(model: Any, rank: int) -> None:  # of transformers
+    """Refuses a rank of adapters that no linear but the head, which gets none, can use."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linears = (each for each in model.modules() if isinstance(each, nn.Linear | Conv1D))
+    most = max((min(each.weight.shape) for each in linears if each is not head), default=rank)
+    if rank > most:
+        raise CommandError(
+            f"--lora {rank} is more than any linear here can use: a change of one has at most the "
+            f"rank of its smaller side, {most} for the largest of them; give {most} or less, such "
+            "as 8."
+        )
 
 
 def _with_adapters(model: "PreTrainedModel", rank: int) -> Any:  # a PeftModel, not imported here

@@ -11,7 +11,7 @@ from torch import nn
 
 from memtile.cli import models
 from memtile.cli.errors import CommandError
-from memtile.cli.finetune.backend import Backend, load
+from memtile.cli.finetune.backend import Backend, check_rank, load
 from memtile.cli.finetune.data_files import Data
 from memtile.cli.finetune.display import Display
 from memtile.cli.finetune.sequences import Sequences, read_sequences
@@ -44,6 +44,8 @@ def prepare(
         _check_dtype(model)
     tokenizer = models.tokenizer_of(path, options.trusts_code)
     models.check_length(model, settings.tokens, f"--tokens {settings.tokens}")
+    if settings.lora is not None:
+        check_rank(model, settings.lora)
     said: list[str] = []  # of the data, to be shown once the plan is there too
     sequences, *others = _sequences(
         settings, data, tokenizer, options.cache, display.reading, said.append

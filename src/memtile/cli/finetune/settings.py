@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from memtile.checkpoints import Checkpoint, replace_file
-from memtile.cli.errors import CommandError, check_at_least, check_learning_rate
+from memtile.cli.errors import CommandError, check_at_least, check_learning_rate, check_seed
 
 _NAME: Final = "finetune.json"
 _PIECE: Final = 4 << 20
@@ -58,12 +58,11 @@ class TrainingSettings:
     schedule: str = "cosine"  # of the learning rate after that, one of SCHEDULES
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("tokens", 2), ("seed", 0), ("lora", 1), ("warmup", 0)):
+        for name, least in (("steps", 1), ("tokens", 2), ("lora", 1), ("warmup", 0)):
             value = getattr(self, name)
             if value is not None:
                 check_at_least(f"--{name}", value, least)
-        if self.seed >= 1 << 63:
-            raise CommandError(f"--seed {self.seed} is too large: give one below 2^63.")
+        check_seed(self.seed)
         check_learning_rate(self.lr)
         if self.warmup >= self.steps and self.warmup:
             raise CommandError(
