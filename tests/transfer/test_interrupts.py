@@ -77,6 +77,8 @@ def home(request, monkeypatch, tmp_path) -> Iterator[DiskHome]:
         pytest.skip("no io_submit here")
     with DiskHome(tmp_path) as home:
         yield home
+    queue = kernel_aio.kernel_queue()
+    assert queue is None or not queue._under_way.any()  # the end of the process waits for these
 
 
 def test_a_tile_can_be_worked_on_again_whenever_a_handler_raises(home):
