@@ -9,7 +9,6 @@ with them, and 1.4 without, in 0.79 of the processor time (2 cores).
 import atexit
 import ctypes
 import errno
-import heapq
 import logging
 import os
 import platform
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import Any, Final
 
 from torch import Tensor
@@ -158,15 +156,10 @@ class KernelQueue:
 
 
 class _UnderWay:
-    """The moves that the kernel has, by number, and what it was asked for.
-
-    A Ctrl-C may lose a number, which is not used again then.
-    """
+    """The moves that the kernel has, by number, and what it was asked for."""
 
     def __init__(self) -> None:
         self._moves: dict[int, tuple[KernelMove, _Request]] = {}
-        self._fresh = count()
-        self._free: list[int] = []  # a heap of the numbers that were used before
         self._lock = threading.RLock()  # a finalizer that runs inside may start another move
 
     def any(self) -> bool:
@@ -185,8 +178,11 @@ class _UnderWay:
         )
         entry = move, request
         with self._lock:
-            request.data = heapq.heappop(self._free) if self._free else next(self._fresh)
-            self._moves[request.data] = entry
+            number = 0
+            while number in self._moves:
+                number += 1
+            request.data = number
+            self._moves[number] = entry
         return request
 
     def take_back(self, move: KernelMove) -> bool:
@@ -197,14 +193,12 @@ class _UnderWay:
                     if request.key != _NOT_TAKEN:
                         return False
                     del self._moves[number]
-                    heapq.heappush(self._free, number)
             return True
 
     def end(self, number: int, result: int) -> None:
         """Tell of the end of a move, whose number is free from now on."""
         with self._lock:
             move, _ = self._moves.pop(number)
-            heapq.heappush(self._free, number)
         move.ended(result, number)
 
 
