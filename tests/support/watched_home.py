@@ -29,6 +29,7 @@ class WatchedHome(Home):
         self.events: list[tuple[str, str]] = []
         self.broken: set[str] = set()
         self.tells = False
+        self.slab_bytes = 0  # small tiles would all stay in a larger one
         self.before: Callable[[str, str], None] = lambda act, label: None
         self._inner = HostHome()
         self._began: dict[tuple[str, str], threading.Event] = defaultdict(threading.Event)

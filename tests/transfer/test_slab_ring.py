@@ -164,6 +164,20 @@ def test_small_tiles_share_slabs_and_are_read_far_ahead(make_ring):
     assert ring.slab_bytes == 3 * 8 * PAGE
 
 
+def test_what_is_read_and_what_is_made_share_no_memory(make_ring):
+    """Though both have room in a slab that nobody has used."""
+    home, ring = WatchedHome(), make_ring(3, least_bytes=8 * PAGE)
+    (read, made) = home.tiles(2)
+
+    with ring.acquire((read,), made=(made,)) as lease:
+        lease.tensors[1].fill_(5)
+        assert lease.tensors[0].tolist() == [0, 0, 0]
+        lease.store()
+    ring.flush()
+
+    assert [tile.tensor().tolist() for tile in (read, made)] == [[0] * 3, [5] * 3]
+
+
 @pytest.mark.parametrize("slabs", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_done_each_tile_has_its_own_newest_values(make_ring, slabs, seed):

@@ -87,9 +87,10 @@ def park_planned_activations(model: nn.Module, plan: Plan, home: Home | str | No
 
 
 def share_budget(model: nn.Module, plan: Plan) -> None:
-    """Give the homes of a model what the plan keeps of them in memory, each by its share."""
+    """Give the homes of a model what the plan has for them in memory, each by its share."""
     for home, share in _shares(model.parameters()):
         home.mapped_bytes = int(plan.mapped_bytes * share)
+        home.slab_bytes = 0  # as planned: as large as the largest tile
     stacks = [module for module in model.modules() if isinstance(module, TiledStack)]
     for home, share in _shares({p for stack in stacks for p in stack.parameters()}):
         home.kept_bytes = int(plan.kept_bytes * share)

@@ -27,6 +27,10 @@ from memtile.observing.recording import READ, WRITE, clock
 # products keep all cores busy: 0.46 against 0.65 s for 512 MiB in 16 MiB tiles (2 cores).
 PART_BYTES: Final = 1 << 20
 
+# Of slabs for tiles of 1 MiB: three such hold too little to be read ahead. A step of SmolLM2 took
+# 2.76 s with 1 MiB, 2.07 with 4, 2.03 with 8 (2 cores).
+SLAB_BYTES: Final = 4 << 20
+
 _H = TypeVar("_H", bound="Home")
 
 
@@ -66,6 +70,8 @@ class Home(ABC):
         mapped_bytes: where tiles are worked on in a file's pages (`is_mapped`), how much of them
             may stay in this process's memory after its use; None: all. The page cache holds them
             all either way, for as long as nobody else needs the memory.
+        slab_bytes: of a slab that tiles, or what a step works on, come into, at least; set before
+            tiles are used. A plan sets 0: a slab is as large as the largest tile then.
     """
 
     works_in_place: ClassVar[bool] = False
@@ -76,6 +82,7 @@ class Home(ABC):
         self.traffic = Traffic()
         self.kept_bytes = 0
         self.mapped_bytes: int | None = None
+        self.slab_bytes = SLAB_BYTES
         self._before_close: list[Callable[[], None]] = []
         self._after_close: list[Callable[[], None]] = []
         self._renew()

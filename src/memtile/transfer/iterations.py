@@ -46,19 +46,21 @@ class SlabRings:
         backwards: those that have visited the home: autograd's graph tasks, and their threads.
     """
 
-    def __init__(self, kept_bytes: int = 0) -> None:
+    def __init__(self, kept_bytes: int = 0, slab_bytes: int = 0) -> None:
         self.kept = KeptTiles(kept_bytes)
         self.iteration = 0
         self.backwards: dict[int, int] = {}
         self._workers = WorkerThreads(READERS, "memtile")
         self._process, self._is_closed = os.getpid(), False
+        self._slab_bytes = slab_bytes
         self._make()
 
     def _make(self) -> None:
         """New rings: their slabs have no memory before they are used."""
-        self.weights = SlabRing(self._workers, SLABS)  # of forward and backward
+        least = self._slab_bytes
+        self.weights = SlabRing(self._workers, SLABS, least)  # of forward and backward
         self.gradients = SlabRing(self._workers, GRADIENT_SLABS)  # on their way home
-        self.steps = SlabRing(self._workers, SLABS)  # what an optimizer works on
+        self.steps = SlabRing(self._workers, SLABS, least)  # what an optimizer works on
         self.activations = SlabRing(self._workers, SLABS)  # what is saved for backward
 
     def all(self) -> tuple[SlabRing, ...]:
@@ -163,7 +165,7 @@ def rings_of(home: Home) -> SlabRings:
             home.check_open()
             if home.kept_bytes:
                 home.watch_writes()  # before the first read
-            found = state.rings[home] = SlabRings(home.kept_bytes)
+            found = state.rings[home] = SlabRings(home.kept_bytes, home.slab_bytes)
             home.when_closed(found.flush, found.close)
         return found
 

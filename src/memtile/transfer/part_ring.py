@@ -46,9 +46,9 @@ class PartRing:
     The threads read and write; the rings of one home share them.
     """
 
-    def __init__(self, workers: WorkerThreads, slabs: int) -> None:
+    def __init__(self, workers: WorkerThreads, slabs: int, least_bytes: int = 0) -> None:
         self._workers = workers
-        self._slabs = Slabs(slabs)
+        self._slabs = Slabs(slabs, least_bytes)
         self.last: Slab | None = None  # that was used
         self._clock = count(1)
         self._prefetching = Prefetching(self._slabs)
@@ -126,6 +126,8 @@ class PartRing:
         """
         problems = []
         for part in self._slabs.parts():
+            if part.writes is None:
+                continue
             part.wait_until_written()
             with self._lock:
                 try:

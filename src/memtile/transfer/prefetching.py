@@ -74,12 +74,14 @@ class Prefetching:
         """A slab may have become free for what was delayed."""
         for slab in self._slabs:
             if slab not in self._needed and slab.is_free:
-                self._fetch(self._delayed, set(), load)
+                groups = ((key, group_of(key)) for key in self._delayed)
+                found = {key: group for key, group in groups if group is not None}
+                self._fetch(found, set(), load)
                 break
 
-    def _window(self, keys: Iterable[Key]) -> list[Key]:
+    def _window(self, keys: Iterable[Key]) -> dict[Key, Group]:
         """The first of these that all slabs but one hold."""
-        found, size, largest = list[Key](), 0, self._slabs.largest
+        found, size, largest = dict[Key, Group](), 0, self._slabs.nbytes
         for key in islice(keys, _MOST):
             group = group_of(key)
             if group is None or key in found:
@@ -88,25 +90,22 @@ class Prefetching:
             size, largest = size + nbytes, max(largest, nbytes)
             if size > largest * (len(self._slabs) - 1):
                 break
-            found.append(key)
+            found[key] = group
         return found
 
-    def _fetch(self, window: list[Key], needed: set[Slab], load: Load) -> None:
+    def _fetch(self, window: dict[Key, Group], needed: set[Slab], load: Load) -> None:
         """Start reading these, in slabs that hold none of them and are not needed."""
-        self._delayed, missing = [], list[Key]()
-        for key in window:
+        self._delayed, missing = [], list[Group]()
+        for key, group in window.items():
             place = self._slabs.find(key)
             if place is None:
-                missing.append(key)
+                missing.append(group)
             else:
                 needed.add(place[0])
-        for key in missing:
-            group = group_of(key)
-            if group is None:
-                continue
+        for group in missing:
             place = self._slabs.room_for(group, needed)
             if place is None:
-                self._delayed, self._needed = window, needed
+                self._delayed, self._needed = list(window), needed
                 return
             needed.add(place[0])
             load(place[1], group)

@@ -1,7 +1,7 @@
 """Slabs: a fixed number of buffers for tiles, filled and written while others are worked on.
 
-A slab is as large as the largest group of its ring. Smaller groups that follow one another share
-one: of three slabs with a small group each the disk would have little to read ahead.
+A slab is as large as the largest group of its ring, or larger. Smaller groups that follow one
+another share one: with a small group in each of three slabs the disk has little to read ahead.
 """
 
 import enum
@@ -54,6 +54,13 @@ class Slab:
         """Whether it may be filled anew."""
         return all(part.holder <= Holder.IDLE for part in self.parts)
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether nobody holds any of it."""
+        if self.parts and self.parts[0].key is not None:  # most often
+            return False
+        return all(part.holder is Holder.NOBODY for part in self.parts)
+
     def has_room(self, nbytes: int) -> bool:
         """Whether a group of this size fits behind the others."""
         return self._end + nbytes <= self.memory.numel()
@@ -99,9 +106,9 @@ class Slab:
 class Slabs(list["Slab"]):
     """The slabs of a ring. Its lock guards every change."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, least_bytes: int) -> None:
         super().__init__(Slab() for _ in range(number))
-        self.largest = 0  # bytes of a group
+        self.nbytes = least_bytes  # of a slab that is filled from now on
         self._filling = self[0]
 
     def parts(self) -> "list[SlabPart]":
@@ -143,21 +150,27 @@ class Slabs(list["Slab"]):
         """A new part: behind the one before, or in a slab that is free and not needed."""
         nbytes = nbytes_of(group)
         slab = self._filling
-        if not slab.has_room(nbytes) or slab.holder is Holder.NOBODY:
+        if slab.is_unused and slab not in needed:
+            self._empty(slab, nbytes)
+        elif not slab.has_room(nbytes):
             free = [each for each in self if each not in needed and each.is_free]
             if not free:
                 return None
-            slab = min(free, key=lambda each: (each.holder is not Holder.NOBODY, each.last_use))
-            self.largest = max(self.largest, nbytes)
-            slab.empty(self.largest)
-            self._filling = slab
+            slab = min(free, key=lambda each: (not each.is_unused, each.last_use))
+            self._empty(slab, nbytes)
         return slab, slab.add(group)
+
+    def _empty(self, slab: Slab, nbytes: int) -> None:
+        self.nbytes = max(self.nbytes, nbytes)
+        slab.empty(self.nbytes)
+        self._filling = slab
 
 
 class SlabPart:
     """A part of a slab, and the group that it holds. Its ring's lock guards `key` and `users`.
 
     Attributes:
+        writes: their end; None: there are none, or all have succeeded.
         users: their leases. One that is gone was lost: a Ctrl-C came before it could be given back.
     """
 
@@ -168,7 +181,7 @@ class SlabPart:
         self.is_stale = False  # what it holds must not be used again
         self._rooms = rooms  # the bytes of each tensor, whole pages
         self._reads: Ending | None = None
-        self._writes: Ending | None = None
+        self.writes: Ending | None = None
         self._unwritten: list[tuple[Allocation, Tensor]] = []
 
     @property
@@ -190,14 +203,16 @@ class SlabPart:
     @property
     def is_unwritten(self) -> bool:
         """Whether it holds what its home does not have yet."""
+        if self.writes is None:
+            return False
         self.discard_written()
         return bool(self._unwritten)
 
     def discard_written(self) -> None:
         """Drop the references to allocations, and so to their home, where all of it is written."""
-        writes = self._writes
+        writes = self.writes
         if writes is not None and writes.is_done and not writes.error:
-            self._unwritten, self._writes = [], None
+            self._unwritten, self.writes = [], None
 
     @property
     def failed_to_read(self) -> bool:
@@ -207,7 +222,7 @@ class SlabPart:
     @property
     def failed_to_write(self) -> bool:
         """Whether its writers have ended and it holds what its home does not have."""
-        return self._writes is not None and self._writes.has_failed
+        return self.writes is not None and self.writes.has_failed
 
     def load(self, group: Group, workers: WorkerThreads, notify: Callable[[], None]) -> None:
         """Take a group in; its readers start now."""
@@ -247,7 +262,7 @@ class SlabPart:
         A writer that is at work ends in room that is not free before.
         """
         if any(each is allocation for each, _ in self._unwritten):
-            writes, self._unwritten, self._writes = self._writes, [], None
+            writes, self._unwritten, self.writes = self.writes, [], None
             if writes is not None:
                 writes.cancel()
         if self.key == key_of((allocation,)) and not self.users:
@@ -268,25 +283,25 @@ class SlabPart:
         rooms = [(each, self._rooms[number]) for number, each in allocations if each.room]
         if not rooms:
             return
-        before, writes = (self._writes, self._unwritten), Ending(notify)
-        self._writes, self._unwritten = writes, rooms
+        before, writes = (self.writes, self._unwritten), Ending(notify)
+        self.writes, self._unwritten = writes, rooms
         try:
             _start(writes, rooms, workers, writes=True)
         except BaseException:
             writes.cancel()
             if not writes.was_begun:  # a Ctrl-C does not end what is under way
-                self._writes, self._unwritten = before
+                self.writes, self._unwritten = before
             raise
 
     def wait_until_written(self) -> None:
         """Return once its writers have ended, well or not."""
-        writes = self._writes
+        writes = self.writes
         if writes is None:
             return
         begun, waited_for = clock(), self._unwritten
         while not writes.is_done:
             writes.wait()
-            writes = self._writes or writes  # others may have stored again meanwhile
+            writes = self.writes or writes  # others may have stored again meanwhile
         waited = clock() - begun
         recording.totals.waited_ns += waited
         if recording.active and waited_for and waited > SHORTEST_WAIT_NS:
@@ -296,7 +311,7 @@ class SlabPart:
         """Write what writers failed to write, in a slab that nobody uses, or raise HomeIOError."""
         for allocation, room in self._unwritten:
             allocation.write(room)
-        self._unwritten, self._writes = [], None
+        self._unwritten, self.writes = [], None
 
 
 Place = tuple[Slab, SlabPart]
