@@ -75,7 +75,7 @@ class Prefetching:
         for slab in self._slabs:
             if slab not in self._needed and slab.is_free:
                 groups = ((key, group_of(key)) for key in self._delayed)
-                found = {key: group for key, group in groups if group is not None}
+                found: dict[Key, Group] = {key: group for key, group in groups if group is not None}
                 self._fetch(found, set(), load)
                 break
 
