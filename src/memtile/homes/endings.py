@@ -7,6 +7,7 @@ no handler is called between the lock and the block.
 """
 
 import atexit
+import logging
 import threading
 import weakref
 from collections import deque
@@ -15,6 +16,8 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Final
+
+_log = logging.getLogger("memtile.homes")
 
 _SECONDS_AT_EXIT: Final = 10
 
@@ -138,7 +141,7 @@ class WorkerThreads:
     def __init__(self, number: int, name: str) -> None:
         self._jobs = SimpleQueue[Ending | None]()
         self._number = number
-        self._names = [f"{name}_{number}" for number in range(number)]
+        self._names = [f"{name}_{each}" for each in range(number)]
         self._threads: list[threading.Thread] = []
         self._is_closed = False
         self._stop = weakref.finalize(self, _stop, self._jobs, number)
@@ -191,7 +194,10 @@ def _join_all() -> None:
 
 def _work(jobs: "SimpleQueue[Ending | None]") -> None:
     while (job := jobs.get()) is not None:
-        job.work()
+        try:
+            job.work()
+        except Exception:  # of what is called at the end; the thread has other jobs
+            _log.exception("the end of a read or write")
         del job
 
 
