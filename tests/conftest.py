@@ -30,8 +30,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has tiles of disk homes worked on in slabs, as those too large for the page cache are."""
+    """Has tiles of disk homes worked on in slabs, as those too large for the page cache are.
+
+    They are as large as the largest tile, as with a plan: a small model would stay in one of 4 MiB.
+    """
     monkeypatch.setattr("memtile.homes.filesystems._OVERWRITING", frozenset())
+    monkeypatch.setattr("memtile.homes.home.SLAB_BYTES", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -164,6 +164,21 @@ def test_small_tiles_share_slabs_and_are_read_far_ahead(make_ring):
     assert ring.slab_bytes == 3 * 8 * PAGE
 
 
+def test_a_part_of_a_group_that_comes_before_it_is_not_read_twice(make_ring):
+    """An MLP's tile is used together, and its weights one by one: all of that is known ahead."""
+    home, ring = WatchedHome(), make_ring(3, least_bytes=8 * PAGE)
+    tiles = home.tiles(6)
+    first, second = tuple(tiles[:3]), tuple(tiles[3:])
+    for _ in range(2):
+        ring.start()
+        home.clear()
+        for group in (first, *((each,) for each in first), second, *((each,) for each in second)):
+            with ring.acquire(group):
+                pass
+
+    assert sorted(home.labels()) == ["0", "1", "2", "3", "4", "5"]
+
+
 def test_what_is_read_and_what_is_made_share_no_memory(make_ring):
     """Though both have room in a slab that nobody has used."""
     home, ring = WatchedHome(), make_ring(3, least_bytes=8 * PAGE)

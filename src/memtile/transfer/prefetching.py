@@ -82,10 +82,12 @@ class Prefetching:
     def _window(self, keys: Iterable[Key]) -> dict[Key, Group]:
         """The first of these that all slabs but one hold."""
         found, size, largest = dict[Key, Group](), 0, self._slabs.nbytes
+        seen = set[object]()  # the parts of a group come with it
         for key in islice(keys, _MOST):
             group = group_of(key)
-            if group is None or key in found:
+            if group is None or seen.issuperset(key):
                 continue
+            seen.update(key)
             nbytes = nbytes_of(group)
             size, largest = size + nbytes, max(largest, nbytes)
             if size > largest * (len(self._slabs) - 1):
