@@ -85,14 +85,15 @@ class Prefetching:
         seen = set[object]()  # the parts of a group come with it
         for key in islice(keys, _MOST):
             group = group_of(key)
-            if group is None or seen.issuperset(key):
+            if group is None or key in found:
                 continue
-            seen.update(key)
             nbytes = nbytes_of(group)
             size, largest = size + nbytes, max(largest, nbytes)
             if size > largest * (len(self._slabs) - 1):
                 break
-            found[key] = group
+            if not seen.issuperset(key):
+                found[key] = group
+                seen.update(key)
         return found
 
     def _fetch(self, window: dict[Key, Group], needed: set[Slab], load: Load) -> None:
