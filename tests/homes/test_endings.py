@@ -5,7 +5,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from memtile.homes import Ending, Gates, WorkerThreads
+from memtile.homes import Ending, Gates, HostHome, Traffic, WorkerThreads
+from memtile.homes.transfers import Transfer
 
 
 @pytest.fixture
@@ -26,9 +27,7 @@ def test_it_comes_once_all_acts_are_done(workers, parts):
     """And `then` is called once."""
     done, told = [], []
     ending = Ending(lambda: told.append(len(done)))
-    ending.add_acts([lambda: done.append(1)] * parts)
-
-    workers.start(ending, parts)
+    workers.start(ending, [lambda: done.append(1)] * parts)
     ending.result()
 
     assert told == [parts]
@@ -40,9 +39,7 @@ def test_the_first_error_is_raised_and_the_other_acts_are_done(workers):
     """To everyone who waits, as often as they wait."""
     done = []
     ending = Ending()
-    ending.add_acts([failing, lambda: done.append(1), failing])
-
-    workers.start(ending, 3)
+    workers.start(ending, [failing, lambda: done.append(1), failing])
 
     for _ in range(2):
         with pytest.raises(ValueError, match="the test wants it"):
@@ -54,7 +51,7 @@ def test_what_was_cancelled_before_it_began_has_ended_at_once():
     """Also where no thread has ever heard of it; acts are not done later."""
     told = []
     ending = Ending(lambda: told.append(1))
-    ending.add_acts([failing])
+    ending.add([failing])
 
     ending.cancel()
     ending.work()
@@ -74,9 +71,9 @@ def test_what_was_begun_goes_on_when_the_rest_is_cancelled(workers):
         done.append(1)
 
     ending = Ending()
-    ending.add_acts([first, failing])
-    workers.start(ending, 1)
+    workers.start(ending, [first])
     began.wait(30)
+    ending.add([failing])
 
     ending.cancel()
 
@@ -92,8 +89,7 @@ def test_a_thread_goes_on_after_an_error_in_what_is_called_at_the_end(caplog):
     workers, last = WorkerThreads(1, "memtile-test"), Ending()
     first = Ending(failing)
     for ending in (first, last):
-        ending.add_acts([lambda: None])
-        workers.start(ending, 1)
+        workers.start(ending, [lambda: None])
 
     last.result()
     workers.join()
@@ -105,13 +101,12 @@ def test_a_thread_goes_on_after_an_error_in_what_is_called_at_the_end(caplog):
 def test_closed_threads_refuse_what_is_started_later(workers):
     """And do what was started before."""
     ending = Ending()
-    ending.add_acts([lambda: None])
-    workers.start(ending, 1)
+    workers.start(ending, [lambda: None])
     workers.close()
 
     ending.result()
     with pytest.raises(RuntimeError, match="closed"):
-        workers.start(Ending(), 1)
+        workers.start(Ending(), [failing])
 
 
 def test_all_who_wait_at_a_gate_are_woken():
@@ -125,3 +120,21 @@ def test_all_who_wait_at_a_gate_are_woken():
     assert not first.locked()
     assert not second.locked()
     assert third.locked()
+
+
+def test_a_home_is_closed_once_its_last_read_ends_though_another_was_lost():
+    """A Ctrl-C may lose the end of one: it is over when nothing refers to it."""
+    home, lost, last = HostHome(), Transfer(), Transfer()
+    for transfer in (lost, last):
+        home.begin_transfer(transfer)
+    del transfer, lost
+
+    closing = threading.Thread(target=home.close, daemon=True)
+    closing.start()
+    closing.join(0.1)
+    assert not home.closed
+    home.transfers.end(last, Traffic(1, 0))
+    closing.join(30)
+
+    assert home.closed
+    assert home.traffic == Traffic(1, 0)

@@ -248,7 +248,7 @@ def test_a_home_that_is_closed_waits_for_its_moves(home):
     endings = [moved(home, allocations, memory, writes=True) for _ in range(20)]
     home.close()
 
-    assert not home._transfers
+    assert home.transfers.gate() is None
     assert [ending.result() for ending in endings] == [None] * 20
 
 

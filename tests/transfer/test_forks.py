@@ -59,7 +59,7 @@ def test_locks_that_other_threads_hold_are_free_in_the_child():
             locks = [
                 iterations.state.lock,
                 gradient_lock(_weight(model)),
-                home._change,
+                home.transfers.lock,
                 home._segments._lock,
                 *of_rings,
             ]

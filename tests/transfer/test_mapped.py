@@ -56,7 +56,7 @@ def test_nothing_is_read_or_written(mode):
     optimizer.step()
 
     assert home.traffic == before
-    assert all(ring.slab_bytes == 0 for ring in rings_of(home).all())
+    assert all(ring.held_bytes == 0 for ring in rings_of(home).all())
     state = optimizer.state[model.up.tile(0, 0).weight]
     assert {allocation_of(state[key]).home for key in ("exp_avg", "exp_avg_sq")} == {home}
 

@@ -87,7 +87,7 @@ def test_bytes_on_their_way_are_bounded(watched):
         _, loss = chain(12)
     loss.backward()
 
-    assert rings_of(watched.home).activations.slab_bytes == SLABS * 64 * KIB
+    assert rings_of(watched.home).activations.held_bytes == SLABS * 64 * KIB
 
 
 def test_backward_reads_each_piece_once_and_ahead(watched):
@@ -207,7 +207,7 @@ def test_peak_memory_is_that_of_slabs_and_one_layer():
     assert plain >= layers * nbytes
     # x, its gradient, a product, its sine, what a gradient is made of; a piece from the home.
     assert ours <= 7 * nbytes
-    assert rings_of(parked.home).activations.slab_bytes == SLABS * nbytes
+    assert rings_of(parked.home).activations.held_bytes == SLABS * nbytes
 
 
 def test_observe_shows_what_is_moved():

@@ -124,7 +124,7 @@ def test_capacity_does_not_grow_with_the_number_of_tiles(make_ring, slabs):
     for _ in range(2):
         path(ring, tiles + tiles[::-1])
 
-    assert ring.slab_bytes == slabs * 2 * PAGE
+    assert ring.held_bytes == slabs * 2 * PAGE
 
 
 def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ring):
@@ -140,7 +140,7 @@ def test_a_slab_grows_for_a_larger_tile_and_serves_smaller_ones(make_ring):
                 assert lease.tensors[0].shape == allocation.shape
                 assert bool((lease.tensors[0] == n).all())
 
-    assert ring.slab_bytes == 5 * PAGE
+    assert ring.held_bytes == 5 * PAGE
 
 
 def test_small_tiles_share_slabs_and_are_read_far_ahead(make_ring):
@@ -161,7 +161,7 @@ def test_small_tiles_share_slabs_and_are_read_far_ahead(make_ring):
         assert ring.holders.count(Holder.WORKERS) == 1
     assert quiet_ahead == sorted(["large", *(str(n) for n in range(16))])
     assert path(ring, [large, *tiles]) == [9, *range(30)]
-    assert ring.slab_bytes == 3 * 8 * PAGE
+    assert ring.held_bytes == 3 * 8 * PAGE
 
 
 def test_a_part_of_a_group_that_comes_before_it_is_not_read_twice(make_ring):

@@ -8,7 +8,7 @@ from memtile.homes.filesystems import (
     usable_folder,
     why_unusable,
 )
-from memtile.homes.home import Allocation, Home, Reservation, Traffic
+from memtile.homes.home import Allocation, Home, Reservation
 from memtile.homes.kernel import (
     PAGE,
     aligned_buffer,
@@ -47,6 +47,7 @@ from memtile.homes.registry import (
     word_for,
     write_values,
 )
+from memtile.homes.transfers import Traffic
 
 __all__ = [
     "PAGE",

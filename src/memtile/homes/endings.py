@@ -11,9 +11,10 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Final
 
@@ -80,7 +81,7 @@ class Ending:
         if is_first:
             self._then()
 
-    def add_acts(self, acts: Iterable[Callable[[], None]]) -> None:
+    def add(self, acts: Iterable[Callable[[], None]]) -> None:
         """What `work` is to do, and after which it has come."""
         with self._lock:
             self._acts.extend(acts)
@@ -136,7 +137,7 @@ class Ending:
 
 
 class WorkerThreads:
-    """Some threads that do the parts of `Ending`s, in turn; they are made when first needed."""
+    """Some threads that do the acts of `Ending`s, in turn; they are made when first needed."""
 
     def __init__(self, number: int, name: str) -> None:
         self._jobs = SimpleQueue[Ending | None]()
@@ -149,15 +150,16 @@ class WorkerThreads:
         _alive.add(self)
         _watch_exit()
 
-    def start(self, job: Ending, parts: int) -> None:
-        """Have as many threads work on the job as it has parts, or all.
+    def start(self, job: Ending, acts: Sequence[Callable[[], None]]) -> None:
+        """Have threads do the acts, after which the job has ended.
 
         Raises:
             RuntimeError: they are closed, or no thread can be started.
         """
         if self._is_closed:
             raise RuntimeError("these threads are closed: nothing can be read or written")
-        for _ in range(min(parts, self._number)):
+        job.add(acts)
+        for _ in range(min(len(acts), self._number)):
             if self._names:
                 thread = threading.Thread(
                     target=_work, args=(self._jobs,), name=self._names.pop(), daemon=True
@@ -181,9 +183,9 @@ class WorkerThreads:
 _alive: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
 
 
+@lru_cache
 def _watch_exit() -> None:
     """Have no thread fill memory that is freed while the interpreter ends."""
-    atexit.unregister(_join_all)
     atexit.register(_join_all)
 
 

@@ -7,19 +7,18 @@ are gone.
 """
 
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ClassVar, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from memtile.errors import ArgumentError, HomeError
-from memtile.homes.endings import Ending, Gates
-from memtile.homes.kernel import PAGE, renew_in_child, whole_pages
+from memtile.homes.endings import Ending
+from memtile.homes.kernel import PAGE, whole_pages
+from memtile.homes.transfers import Traffic, Transfer, Transfers
 from memtile.observing import recording
 from memtile.observing.recording import READ, WRITE, clock
 
@@ -34,25 +33,6 @@ SLAB_BYTES: Final = 4 << 20
 _H = TypeVar("_H", bound="Home")
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that `Allocation.read` and `Allocation.write` have moved so far, in whole pages."""
-
-    read_bytes: int = 0
-    written_bytes: int = 0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        read = self.read_bytes + other.read_bytes
-        return Traffic(read, self.written_bytes + other.written_bytes)
-
-
-class Transfer:
-    """A read or a write that is under way. It is over, at the latest, when nothing refers to it.
-
-    A count would never be 0 again after a Ctrl-C at the first line of the function that ends one.
-    """
-
-
 class Home(ABC):
     """Memory in which tensors are parked; a context manager that closes it.
 
@@ -63,7 +43,7 @@ class Home(ABC):
         works_in_place: whether tensors may be worked on where they lie, without a slab.
         is_read_only: whether nothing can be parked or written there.
         closed: whether the home was closed.
-        traffic: what `read` and `write` have moved; tensors' own reads and writes do not count.
+        transfers: its reads and writes that are under way, not those of its tensors.
         kept_bytes: memory for its most used experts; set before tiles are used. It is for copies,
             where the home can tell that nothing has written to them (`watch_writes`,
             `Allocation.is_untouched`); a `TileOptimizer` takes it for experts that it trains.
@@ -79,20 +59,17 @@ class Home(ABC):
 
     def __init__(self) -> None:
         self.closed = False
-        self.traffic = Traffic()
+        self.transfers = Transfers()
         self.kept_bytes = 0
         self.mapped_bytes: int | None = None
         self.slab_bytes = SLAB_BYTES
         self._before_close: list[Callable[[], None]] = []
         self._after_close: list[Callable[[], None]] = []
-        self._renew()
-        renew_in_child(self, type(self)._renew)
 
-    def _renew(self) -> None:
-        """Called in the child of a fork too, where none of the parent's moves goes on."""
-        self._change, self._gates = threading.RLock(), Gates()
-        self._transfers: dict[int, weakref.ref[Transfer]] = {}
-        self._moving_since = 0
+    @property
+    def traffic(self) -> Traffic:
+        """What `read` and `write` have moved; tensors' own reads and writes do not count."""
+        return self.transfers.traffic
 
     @property
     def is_mapped(self) -> bool:
@@ -143,13 +120,12 @@ class Home(ABC):
 
     def _close_unless_moving(self) -> "threading.Lock | None":
         """Close it; or else what opens once nothing is read or written."""
-        with self._change:
-            if any(reference() is not None for reference in self._transfers.values()):
-                return self._gates.close_one()
-            if not self.closed:
+        with self.transfers.lock:
+            gate = self.transfers.gate()
+            if gate is None and not self.closed:
                 self._release()
                 self.closed = True
-            return None
+            return gate
 
     def when_closed(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Calls `before` ahead of closing, which it stops by raising, and `after` when it is done.
@@ -180,29 +156,17 @@ class Home(ABC):
         """Keeps the home open inside; unless an error comes out, the bytes count as moved."""
         transfer, moved = Transfer(), Traffic()
         try:
-            self._begin_transfer(transfer)
+            self.begin_transfer(transfer)
             yield
             moved = Traffic(read_bytes, written_bytes)
         finally:
-            self._end_transfer(transfer, moved)
+            self.transfers.end(transfer, moved)
 
-    def _begin_transfer(self, transfer: "Transfer") -> None:
-        """Keeps the home open until `_end_transfer`, or until nothing refers to the transfer."""
-        with self._change:
+    def begin_transfer(self, transfer: Transfer) -> None:
+        """Keeps the home open until `transfers.end`, or until nothing refers to the transfer."""
+        with self.transfers.lock:
             self.check_open()
-            if not self._transfers:
-                self._moving_since = clock()
-            gates = self._gates
-            self._transfers[id(transfer)] = weakref.ref(transfer, lambda _: gates.open_all())
-
-    def _end_transfer(self, transfer: "Transfer", moved: Traffic) -> None:
-        with self._change:
-            if self._transfers.pop(id(transfer), None) is None:
-                return
-            self.traffic += moved
-            if not self._transfers:
-                recording.totals.moving_ns += clock() - self._moving_since
-                self._gates.open_all()
+            self.transfers.begin(transfer)
 
     def start_moves(self, rooms: "Rooms", writes: bool, ending: Ending) -> bool:
         """Starts reads or writes of whole rooms that need no thread of the caller's, if it can.

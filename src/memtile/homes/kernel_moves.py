@@ -11,8 +11,9 @@ from functools import partial
 from torch import Tensor
 
 from memtile.homes.endings import Ending, error_of
-from memtile.homes.home import Allocation, Home, Traffic, Transfer
+from memtile.homes.home import Allocation, Home
 from memtile.homes.kernel_aio import LARGEST_MOVE, KernelMove, kernel_queue
+from memtile.homes.transfers import Traffic, Transfer
 from memtile.observing import recording
 from memtile.observing.recording import READ, WRITE, clock
 
@@ -47,7 +48,7 @@ def start_kernel_moves(home: Home, moves: Sequence[RoomMove], writes: bool, endi
         for move in moves
     ]
     try:
-        home._begin_transfer(group.transfer)
+        home.begin_transfer(group.transfer)
         ending.was_begun = True
         queue.start(writes, parts)
     except BaseException:  # a signal handler's
@@ -93,7 +94,7 @@ class _Group:
     def _finish(self) -> None:
         nbytes = 0 if self._error is not None else self._nbytes
         moved = Traffic(0, nbytes) if self._writes else Traffic(nbytes, 0)
-        self._home._end_transfer(self.transfer, moved)
+        self._home.transfers.end(self.transfer, moved)
         self._ending.finish(self._error)
 
 

@@ -58,7 +58,7 @@ class PartRing:
         renew_in_child(self, PartRing._renew_lock)
 
     @property
-    def slab_bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes of memory that the slabs hold now."""
         return sum(slab.memory.numel() for slab in self._slabs)
 

@@ -89,7 +89,7 @@ class Slab:
         self.parts.remove(part)
         self._end -= nbytes_of(group)
 
-    def _made(self, group: Group, kinds: "Kinds") -> tuple[list[Tensor], list[Tensor]]:
+    def _made(self, group: Group, kinds: Kinds) -> tuple[list[Tensor], list[Tensor]]:
         rest = self.memory[self._end : self._end + nbytes_of(group)]
         with torch.inference_mode(False):  # a step may write to them later
             rooms = list(rest.split([room for room, _, _ in kinds]))
@@ -103,7 +103,7 @@ class Slab:
         return rooms, tensors
 
 
-class Slabs(list["Slab"]):
+class Slabs(list[Slab]):
     """The slabs of a ring. Its lock guards every change."""
 
     def __init__(self, number: int, least_bytes: int) -> None:
@@ -189,7 +189,7 @@ class SlabPart:
         """Who holds its memory now."""
         if self.users:
             return Holder.WORKERS
-        if self._unwritten and self.is_unwritten:
+        if self.writes is not None and self.is_unwritten:
             return Holder.WRITERS
         if self._reads is not None and not self._reads.is_done:
             return Holder.READERS
@@ -203,10 +203,8 @@ class SlabPart:
     @property
     def is_unwritten(self) -> bool:
         """Whether it holds what its home does not have yet."""
-        if self.writes is None:
-            return False
         self.discard_written()
-        return bool(self._unwritten)
+        return self.writes is not None
 
     def discard_written(self) -> None:
         """Drop the references to allocations, and so to their home, where all of it is written."""
@@ -263,8 +261,8 @@ class SlabPart:
         """
         if any(each is allocation for each, _ in self._unwritten):
             writes, self._unwritten, self.writes = self.writes, [], None
-            if writes is not None:
-                writes.cancel()
+            assert writes is not None
+            writes.cancel()
         if self.key == key_of((allocation,)) and not self.users:
             self.discard()
 
@@ -333,8 +331,7 @@ def _start(
         for allocation, room in rooms
         for start, piece in _pieces(room, home.part_bytes)
     ]
-    ending.add_acts(acts)
-    workers.start(ending, len(acts))
+    workers.start(ending, acts)
 
 
 def _pieces(room: Tensor, nbytes: int) -> Iterator[tuple[int, Tensor]]:
