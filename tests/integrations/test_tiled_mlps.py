@@ -154,7 +154,7 @@ def test_inference_gives_the_same_bits(parked: bool, calls: list[int]):
 
 def test_inference_of_many_rows_is_tiled(calls: list[int], monkeypatch: pytest.MonkeyPatch):
     """Under `no_grad` and in inference mode too."""
-    monkeypatch.setattr(mlp_in_tiles, "FEWEST_ELEMENTS", 50 * 150)
+    monkeypatch.setattr(mlp_in_tiles, "FEWEST_BYTES", 50 * 150 * 4)
     model = llama()
     batch = batch_of_sentences()
     with torch.no_grad():

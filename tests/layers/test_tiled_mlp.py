@@ -321,8 +321,8 @@ def test_the_peak_is_that_of_the_formula(dtype: torch.dtype):
     rows = tokens * width
     weights = 3 * width * inner * dtype.itemsize
     blocks = 3 * tokens * features * dtype.itemsize
-    sums = rows * (4 + 2 * dtype.itemsize) + width * features * 4  # dx twice, y; a product
-    strips = 8 * 4 * (1 << 18)
+    sums = rows * (4 + dtype.itemsize) + 3 * width * features * 4  # dx, y; up, down, a product
+    strips = 11 * 4 * (1 << 16)
 
     def step() -> None:
         tiled(x, layers, (None, features)).backward(upstream)

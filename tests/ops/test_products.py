@@ -1,12 +1,20 @@
 """Sums of products: written in place, and accumulated in float32."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from memtile.ops import products
-from memtile.ops.products import add_into, multiply, needs_float32_sum, sum_of_products
+from memtile.ops.products import (
+    add_into,
+    multiply,
+    narrow_in_place,
+    needs_float32_sum,
+    sum_of_products,
+)
 from memtile.testing import assert_as_accurate
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -155,6 +163,37 @@ def test_adding_in_blocks_gives_the_bits_of_adding_at_once(monkeypatch, dtype, s
     add_into(total, part)
 
     assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (0, 7), (3, 2048)], ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+def test_narrowing_in_place_gives_the_bits_of_a_copy_in_half_the_memory(monkeypatch, dtype, shape):
+    """Strip by strip, of which the first overwrites itself."""
+    torch.manual_seed(0)
+    wide = torch.randn(shape)
+    expected, memory = wide.to(dtype), wide.untyped_storage().data_ptr()
+    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 3)
+
+    narrow = narrow_in_place(wide, dtype)
+
+    assert torch.equal(narrow, expected)
+    assert narrow.is_contiguous()
+    assert narrow.untyped_storage().data_ptr() == memory
+
+
+def test_narrowing_in_place_gives_half_of_the_memory_back():
+    """16 MiB of sums leave 8 in memory, though their tensor has 16."""
+    wide = torch.ones(4 << 20)
+    before = resident_bytes()
+
+    narrow = narrow_in_place(wide, torch.bfloat16)
+
+    assert before - resident_bytes() > 7 << 20
+    assert torch.equal(narrow, torch.ones(4 << 20, dtype=torch.bfloat16))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 @pytest.mark.parametrize(

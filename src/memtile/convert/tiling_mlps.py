@@ -53,7 +53,7 @@ def tile_mlps(model: Model, on: bool = True) -> Model:
     one input, an element-wise activation, a product, dropout, down. Names, parameters, state dicts
     and classes are as they were, adapters (LoRA) may be around its linears, before or after. Where
     a call cannot be tiled (hooks on its linears, `torch.compile`), the module's own forward runs;
-    so it does in inference where the intermediate activation is small, at most 1 Mi elements.
+    so it does in inference where the intermediate activation is small, at most 2 MiB.
 
     Linears in tiles must be cut along the intermediate dimension: `tile(model, …, tile_mlps=True)`
     cuts them so. `memtile.convert.select_mlps` lists which are taken, and why not the others.

@@ -12,6 +12,7 @@ from memtile.homes.home import Allocation, Home, Reservation
 from memtile.homes.kernel import (
     PAGE,
     aligned_buffer,
+    discard_pages,
     fork_safe_lock,
     keep_freed_memory_out,
     page_out,
@@ -67,6 +68,7 @@ __all__ = [
     "allocate_copy",
     "allocation_of",
     "cannot_map",
+    "discard_pages",
     "evict",
     "filesystem_name",
     "fits_page_cache",

@@ -201,6 +201,17 @@ def page_out(tensor: Tensor) -> None:
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGEOUT)
 
 
+def discard_pages(tensor: Tensor) -> None:
+    """Give the whole pages of a CPU tensor's memory back to the kernel; its values are lost."""
+    library = _library()
+    if library is None or not tensor.is_cpu or not tensor.is_contiguous():
+        return
+    start = whole_pages(tensor.data_ptr())
+    length = (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
+    if length > 0:
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
 def trim_heap() -> None:
     """Give free memory inside the heap back to the kernel.
 

@@ -26,7 +26,7 @@ from memtile.layers.tiled_mlp import tiled_mlp
 from memtile.layers.values import is_shard
 
 # A block: in inference, so large an intermediate activation is computed whole.
-FEWEST_ELEMENTS: Final = ops.MLP_BLOCK
+FEWEST_BYTES: Final = ops.MLP_BLOCK_BYTES
 
 
 class MlpInTiles(ChangedModule):
@@ -62,8 +62,8 @@ class MlpInTiles(ChangedModule):
     def _takes(self, x: Any) -> bool:
         if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():
             return False
-        elements = x[..., 0].numel() * max(self.mlp_sizes.values())
-        if elements <= FEWEST_ELEMENTS and not torch.is_grad_enabled():
+        nbytes = x[..., 0].nbytes * max(self.mlp_sizes.values())
+        if nbytes <= FEWEST_BYTES and not torch.is_grad_enabled():
             return False
         hooked = checks.hooked_globally() or any(map(checks.has_hooks, self.children()))
         return not hooked and not any(map(is_shard, self.parameters()))

@@ -70,8 +70,8 @@ def tiled_mlp(
         dropout: the part of the intermediate activation that is zeroed; what it zeroes depends on
             the seed and the block.
         block_rows: rows of a block; by default as many as are worked on at once.
-        block_features: intermediate features of a block; by default as many as make 1 Mi elements,
-            256 at least.
+        block_features: intermediate features of a block; by default as many as make 2 MiB, 256 at
+            least.
 
     Returns:
         (…, out), in the dtype of the input, or of autocast.
@@ -215,7 +215,7 @@ def _computed(
     ]
     activation, dropout, *block = options
     if not ops.transformed():
-        spec = ops.MlpSpec.fitting(activation, dropout, len(x), *block)
+        spec = ops.MlpSpec.fitting(activation, dropout, x, *block)
         low, bias = lows.get("down"), down[-1].bias
         y = ops.mlp_of_tiles(widened_input(x, lows), tiles, None if low else bias, spec)
         return narrowed_output(y, low, bias)

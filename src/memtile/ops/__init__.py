@@ -26,7 +26,7 @@ from memtile.ops.logit_tiles import (
     tile_logit_sums,
 )
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
-from memtile.ops.mlp import BLOCK as MLP_BLOCK
+from memtile.ops.mlp import BLOCK_BYTES as MLP_BLOCK_BYTES
 from memtile.ops.mlp import MlpSpec
 from memtile.ops.mlp_chain import mlp_of_tiles
 from memtile.ops.mlp_tile import MlpTile, plain_mlp_tile
@@ -44,7 +44,7 @@ from memtile.ops.row_tiles import row_tiles
 
 __all__ = [
     "LOGIT_ELEMENTS",
-    "MLP_BLOCK",
+    "MLP_BLOCK_BYTES",
     "FusedSpec",
     "Groups",
     "LiveBytes",

@@ -35,7 +35,7 @@ from memtile.ops.products import (
     widened,
 )
 
-BLOCK: Final = 1 << 20  # elements
+BLOCK_BYTES: Final = 2 << 20
 FEWEST_FEATURES: Final = 1 << 8  # of a block; products over fewer are slower
 
 
@@ -62,13 +62,14 @@ class MlpSpec:
         cls,
         activation: Activation,
         dropout: float,
-        tokens: int,
+        x: Tensor,
         rows: int | None,
         features: int | None,
     ) -> "MlpSpec":
-        """With the given block, and what is left out of it chosen for as many tokens."""
-        features = features or max(FEWEST_FEATURES, BLOCK // max(1, rows or tokens))
-        rows = rows or max(1, BLOCK // min(features, FEWEST_FEATURES))
+        """With the given block, and what is left out of it chosen for x (N, H)."""
+        elements = BLOCK_BYTES // x.element_size()
+        features = features or max(FEWEST_FEATURES, elements // max(1, rows or len(x)))
+        rows = rows or max(1, elements // min(features, FEWEST_FEATURES))
         # the CPU's generator: checkpoints restore it, and no device is waited for
         seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout else 0
         return cls(activation, dropout, seed, rows, features)

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtile.homes import allocation_of, is_parked, trim_heap
+from memtile.homes import allocation_of, is_parked
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.mlp import MlpSpec, MlpVisit
 from memtile.ops.mlp_tile import MlpTile, plain_mlp_tile
 from memtile.ops.parked import form_gradient, no_autocast
-from memtile.ops.products import SIXTEEN_BITS, is_batched, wide_dtype
+from memtile.ops.products import SIXTEEN_BITS, is_batched, narrow_in_place, wide_dtype
 from memtile.transfer import ParkedSource, catch_up, values_together
 
 Gradients = dict[str, Tensor | None]
@@ -76,9 +76,11 @@ class _Input(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         (grad,), ctx.x, ctx.task = grads, None, None
-        if grad is not None and grad.dtype != ctx.dtype and grad.is_cpu:
-            trim_heap()  # of blocks, too small for the copy that is made now
-        return None if grad is None else grad.to(ctx.dtype), None
+        if grad is None or grad.dtype == ctx.dtype:
+            return grad, None
+        if torch.is_grad_enabled() or is_batched(grad) or not grad.is_contiguous():
+            return grad.to(ctx.dtype), None
+        return narrow_in_place(grad, ctx.dtype), None  # no other node has it
 
 
 def _saved_input(node: Any) -> Tensor:

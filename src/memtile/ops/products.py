@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from memtile.geometry import Span, spans_of_size
+from memtile.homes import discard_pages
 
 SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 
 # A mixed add makes a float32 copy of the 16-bit operand; in blocks of about 1 MiB the copy stays
 # in the cache (512×16384 bf16 on 2 cores: 32 ms at once, 11 ms in blocks).
 BLOCK_ELEMENTS = 1 << 18
+
+# Of a strip, of which several float32 tensors are in memory at once.
+STRIP_ELEMENTS = 1 << 16
 
 # MKL adds the terms of a product with fewer than 12 rows or columns one by one: 1.6 × the error of
 # a wide product at 515 terms, 4.2 × at 4096 (float32, AVX-512); in blocks of 128 it is below 1.
@@ -37,13 +41,26 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor.dtype))
 
 
+def narrow_in_place(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of a contiguous float32 tensor in 16 bits, in the first half of its memory.
+
+    The other half goes back to the kernel. A copy would be made while all the sums are in memory.
+    """
+    flat = wide.view(-1)
+    narrow = flat.view(dtype)
+    for span in spans_of_size(flat.numel(), BLOCK_ELEMENTS) if flat.numel() else ():
+        narrow[span.as_slice()] = flat[span.as_slice()].to(dtype)  # a copy: they may overlap
+    discard_pages(narrow[flat.numel() :])
+    return narrow[: flat.numel()].view(wide.shape)
+
+
 def strips_of(block: Tensor) -> Iterator[Span]:
     """Rows of a block that stay in a CPU's cache together; elsewhere all of them.
 
     On the meta device as on the CPU, of which the planner counts a step there.
     """
     rows, on_cpu = max(1, len(block)), block.is_cpu or block.is_meta
-    size = max(1, BLOCK_ELEMENTS // max(1, block.shape[1])) if on_cpu else rows
+    size = max(1, STRIP_ELEMENTS // max(1, block.shape[1])) if on_cpu else rows
     yield from spans_of_size(len(block), size)
 
 
