@@ -25,6 +25,7 @@ WIDE: Final = {**TEXT, "num_key_value_heads": 4}  # as many heads of keys as of 
 EXPERTS: Final = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 JET: Final = {k: v for k, v in TEXT.items() if k not in ("num_attention_heads", "head_dim")}
 LOCAL: Final = {"num_local_experts": 5, "num_experts_per_tok": 2}
+SPECIAL: Final = {"cls_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}
 BART: Final = {
     **TOKENS,
     "d_model": 24,
@@ -225,6 +226,7 @@ SOURCES: Final[Mapping[str, tuple[str, Any]]] = {
         {**BART, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64},
     ),
     "BERT": ("BertForSequenceClassification", BERT),
+    "ModernBERT": ("ModernBertForSequenceClassification", {**BERT, "mlp_bias": True, **SPECIAL}),
     "RoBERTa": ("RobertaForMaskedLM", {**BERT, "max_position_embeddings": 66}),
     "ALBERT": ("AlbertForTokenClassification", {**BERT, "embedding_size": 20}),
     "DistilBERT": (

@@ -15,12 +15,12 @@ from memtile.errors import ArgumentError, TileShapeError
 from memtile.geometry import Grid
 from memtile.layers import (
     MlpInTiles,
-    MlpLayers,
     MlpStructure,
     NoMlpError,
     TiledLinear,
     TiledModule,
     checked_structure,
+    layers_of,
     put_in_tiles,
     take_out_of_tiles,
 )
@@ -49,11 +49,12 @@ class MlpDecision:
 def tile_mlps(model: Model, on: bool = True) -> Model:
     """Compute the MLPs of a model without their intermediate activation from now on (`tiled_mlp`).
 
-    An MLP is told by what its forward does, and not by its name: gate and up, or up alone, of its
-    one input, an element-wise activation, a product, dropout, down. Names, parameters, state dicts
-    and classes are as they were, adapters (LoRA) may be around its linears, before or after. Where
-    a call cannot be tiled (hooks on its linears, `torch.compile`), the module's own forward runs;
-    so it does in inference where the intermediate activation is small, at most 2 MiB.
+    An MLP is told by what its forward does, and not by its name: gate and up of its one input, or
+    one linear that is both, or up alone; an element-wise activation, a product, dropout, down.
+    Names, parameters, state dicts and classes are as they were, adapters (LoRA) may be around its
+    linears, before or after. Where a call cannot be tiled (hooks on its linears, `torch.compile`,
+    adapters of one that is gate and up), the module's own forward runs; so it does in inference
+    where the intermediate activation is small, at most 2 MiB.
 
     Linears in tiles must be cut along the intermediate dimension: `tile(model, …, tile_mlps=True)`
     cuts them so. `memtile.convert.select_mlps` lists which are taken, and why not the others.
@@ -98,8 +99,8 @@ def put_mlps_in_tiles(model: nn.Module) -> bool:
 
 def why_no_mlp(model: nn.Module) -> str:
     """What to say where no MLP can be taken."""
-    refused = select_mlps(model)
-    first = f" ({refused[0].name}: {refused[0].reason})" if refused else ""
+    refused = sorted(_candidates(model), key=lambda each: each.structure is None)  # MLPs first
+    first = f" ({refused[0].decision.name}: {refused[0].decision.reason})" if refused else ""
     return (
         f"{type(model).__name__} has no MLP that can be computed by tiles{first}; "
         "memtile.convert.select_mlps(model) gives the reason for each module"
@@ -128,11 +129,12 @@ def cut_for_mlps(
         if len(own) <= len(inner) or not all(d.tiled and d.grid and not d.ties for d in own):
             continue  # one of them stays whole, or is cut as others are
         splits = _splits(own, cut, tileable(model, down).weight.element_size())
+        width, features = found[down].shape
         for name in inner if splits else ():
-            grid = Grid.uniform(*found[name].shape, splits, 1)
+            grid = Grid.of_mlp(*found[name].shape, features, splits)
             found[name] = replace(found[name], grid=grid)
         if splits:
-            found[down] = replace(found[down], grid=Grid.uniform(*found[down].shape, 1, splits))
+            found[down] = replace(found[down], grid=Grid.uniform(width, features, 1, splits))
     return list(found.values())
 
 
@@ -141,7 +143,7 @@ def mlp_layers(model: nn.Module) -> list[Mlp]:
     found = []
     for each in _candidates(model):
         if each.structure is not None:
-            *inner, down = (each.path(name) for name in each.structure[:3] if name)
+            *inner, down = (each.path(name) for name in dict.fromkeys(each.structure[:3]) if name)
             found.append(Mlp(tuple(inner), down))
     return found
 
@@ -150,8 +152,8 @@ def _splits(layers: Sequence[TilingDecision], cut: Cut, element_bytes: int) -> i
     """Into how many parts the intermediate dimension is cut; 0: a feature of it is too long."""
     if cut.max_tile_bytes is None:
         return cut.out_splits or 1
-    inner, width = layers[0].shape
-    width, elements = max(width, layers[-1].shape[0]), cut.max_tile_bytes // element_bytes
+    out, inner = layers[-1].shape
+    width, elements = max(layers[0].shape[1], out), cut.max_tile_bytes // element_bytes
     return 0 if elements < width else Grid.splits_of_mlp(inner, width, elements)
 
 
@@ -190,7 +192,7 @@ def _candidate(name: str, module: nn.Module, shapes: dict[str, tuple[int, int]])
     structure = None
     try:
         structure = _structure(module, shapes, sizes)
-        MlpLayers(*(own and module._modules[own] for own in structure[:3])).check()  # type: ignore[arg-type]  # modules or None
+        layers_of(module, structure).check()
     except (NoMlpError, TileShapeError) as error:
         return _Candidate(module, sizes, structure, MlpDecision(name, False, str(error)))
     kind = "a plain MLP" if structure.gate is None else "a gated MLP"

@@ -21,7 +21,7 @@ class Activations(NamedTuple):
 class Mlp(NamedTuple):
     """The names of the linears of an MLP, which are cut alike along its intermediate dimension."""
 
-    inner: tuple[str, ...]  # gate and up, or up
+    inner: tuple[str, ...]  # gate and up, or up, or one that is both
     down: str
 
 

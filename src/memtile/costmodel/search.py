@@ -264,8 +264,9 @@ class Search:
         units: list[tuple[Weight, ...]] = []
         for mlp in self._whole_mlps:
             names = (*mlp.inner, mlp.down)
-            bounds = {grids[name].out_parts for name in mlp.inner} | {grids[mlp.down].in_parts}
-            if len(bounds) == 1 and all(name in weights for name in names):
+            cut = grids[mlp.down].in_parts  # one linear that is gate and up is cut so twice
+            alike = all(grids[name].out_parts[: len(cut)] == cut for name in mlp.inner)
+            if alike and all(name in weights for name in names):
                 units.append(tuple(weights.pop(name) for name in names))
         return [*units, *((weight,) for weight in weights.values())]
 

@@ -33,8 +33,9 @@ def _mlp_grids(mlp: Mlp, weights: Mapping[str, Weight], tile_bytes: int) -> dict
     down = weights[mlp.down]
     own = [weights[name] for name in mlp.inner]
     width = max(down.shape[0], *(weight.shape[1] for weight in own))
-    splits = Grid.splits_of_mlp(down.shape[1], width, tile_bytes // down.element_bytes)
-    found = {weight.names[0]: Grid.uniform(*weight.shape, splits, 1) for weight in own}
+    inner = down.shape[1]
+    splits = Grid.splits_of_mlp(inner, width, tile_bytes // down.element_bytes)
+    found = {weight.names[0]: Grid.of_mlp(*weight.shape, inner, splits) for weight in own}
     return {**found, mlp.down: Grid.uniform(*down.shape, 1, splits)}
 
 

@@ -126,6 +126,11 @@ class Grid:
         return -(-inner // max(1, elements // width))
 
     @classmethod
+    def of_mlp(cls, rows: int, columns: int, inner: int, splits: int) -> "Grid":
+        """The grid of gate, or up, or both one below the other: `inner` rows each in such parts."""
+        return cls.split_stack(rows // inner, inner, columns, rows // inner * splits)
+
+    @classmethod
     def uniform(
         cls,
         out_features: SupportsIndex,

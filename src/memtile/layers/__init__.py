@@ -14,6 +14,7 @@ from memtile.layers.low_rank import LowRank, register_low_rank
 from memtile.layers.mlp_in_tiles import (
     MlpInTiles,
     checked_structure,
+    layers_of,
     put_in_tiles,
     take_out_of_tiles,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "has_hooks",
     "is_plain",
     "is_shard",
+    "layers_of",
     "linear_cross_entropy",
     "put_in_tiles",
     "register_gatherer",

@@ -16,7 +16,7 @@ from memtile import ops
 from memtile.errors import ArgumentError, TileShapeError
 from memtile.layers import checks
 from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
-from memtile.layers.mlp_layers import MlpLayers
+from memtile.layers.mlp_layers import Half, MlpLayers
 from memtile.layers.mlp_structure import (
     MlpStructure,
     NoMlpError,
@@ -42,7 +42,7 @@ class MlpInTiles(ChangedModule):
             return forward(*args, **kwargs)
         y = tiled_mlp(
             x,
-            *self._layers(structure),
+            *layers_of(self, structure),
             activation=structure.activation,
             dropout=structure.dropout,
         )
@@ -54,10 +54,12 @@ class MlpInTiles(ChangedModule):
             return None
         try:
             found = checked_structure(self, forward.func, self.mlp_sizes, x)
-            MlpLayers(*self._layers(found)).check()
+            layers = layers_of(self, found)
+            layers.check()
         except (NoMlpError, TileShapeError):  # the second: untiled since, or cut otherwise
             return None
-        return found
+        # one that is gate and up would be called twice
+        return None if found.gate_half is not None and layers.weights() is None else found
 
     def _takes(self, x: Any) -> bool:
         if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():
@@ -68,9 +70,16 @@ class MlpInTiles(ChangedModule):
         hooked = checks.hooked_globally() or any(map(checks.has_hooks, self.children()))
         return not hooked and not any(map(is_shard, self.parameters()))
 
-    def _layers(self, structure: MlpStructure) -> tuple[Any, Any, Any]:
-        gate, up, down = (name and self._modules[name] for name in structure[:3])
-        return gate, up, down
+
+def layers_of(module: nn.Module, structure: MlpStructure) -> MlpLayers:
+    """The layers of a module that is an MLP."""
+    children: Mapping[str, Any] = module._modules
+    up, down, half = children[structure.up], children[structure.down], structure.gate_half
+    if half is None:
+        gate = None if structure.gate is None else children[structure.gate]
+        return MlpLayers(gate, up, down)
+    halves = Half.both(up)
+    return MlpLayers(halves[half], halves[1 - half], down)
 
 
 def checked_structure(

@@ -1,7 +1,7 @@
 """The layers of an MLP: whether they fit together, and what is done with each of their tiles."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -9,13 +9,80 @@ from torch.nn import functional
 
 from memtile import ops
 from memtile.errors import ArgumentError, TileShapeError
-from memtile.geometry import Grid
+from memtile.geometry import Grid, Span
+from memtile.layers import checks
 from memtile.layers.low_rank import LowRanks, low_rank_of
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.weight_tiles import Layer, WeightTile, is_called_by_tiles, weight_tiles
 
 Call = Callable[[Tensor], Any]  # Any: modules give anything
 NAME: Final = "tiled_mlp"  # in messages
+
+
+class Half(nn.Module):
+    """One half of the features that a linear gives, as a layer: of one that is gate and up."""
+
+    def __init__(self, whole: "_Whole", number: int) -> None:
+        super().__init__()
+        self._whole, self._number = whole, number  # no child: it is one of the model's
+        self.out_features, self.in_features = whole.layer.out_features // 2, whole.layer.in_features
+
+    @classmethod
+    def both(cls, layer: nn.Module) -> "tuple[Half, Half]":
+        """Both halves of a linear, for one call."""
+        whole = _Whole(layer)
+        return cls(whole, 0), cls(whole, 1)
+
+    def cut(self) -> tuple[int, ...]:
+        """The bounds of its tiles; TileShapeError where the other half is cut in another way."""
+        layer = self._whole.layer
+        if checks.class_of(layer) is nn.Linear:
+            return (0, self.out_features)
+        if not isinstance(layer, TiledLinear):
+            raise TileShapeError(
+                f"{NAME}: gate and up are one layer, a {type(layer).__name__}; it must be an "
+                "nn.Linear or a TiledLinear"
+            )
+        parts, middle = layer.grid.out_parts, self.out_features
+        cut = tuple(bound for bound in parts if bound <= middle)
+        if layer.grid.in_splits > 1 or (*cut, *(middle + b for b in cut[1:])) != parts:
+            raise TileShapeError(
+                f"{NAME}: gate and up are one linear, cut at {list(parts)}; both halves of its "
+                "rows must be cut alike, as memtile.tile(…, tile_mlps=True) does"
+            )
+        return cut
+
+    def tiles(self) -> list[WeightTile] | None:
+        """As `weight_tiles` of a layer."""
+        halves = self._whole.halves
+        return None if halves is None else halves[self._number]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, out) of (…, in); the other half is computed too."""
+        y: Tensor = self._whole.layer(x)
+        return y.chunk(2, -1)[self._number]
+
+
+class _Whole:
+    """What two halves are of."""
+
+    def __init__(self, layer: Any) -> None:  # a linear, plain or in tiles
+        self.layer = layer
+
+    @cached_property
+    def halves(self) -> list[list[WeightTile]] | None:
+        """The tiles of both, made once, so that the gradient of a weight is one tensor."""
+        tiles = weight_tiles(NAME, self.layer)
+        if tiles is None:
+            return None
+        middle = tiles[-1].span.stop // 2
+        if len(tiles) > 1:
+            first, second = tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :]
+            return [first, [tile._replace(span=tile.span.since(middle)) for tile in second]]
+        _, weight, bias = tiles[0]
+        biases = (None, None) if bias is None else bias.split(middle)
+        pairs = zip(ops.halves(weight), biases, strict=True)
+        return [[WeightTile(Span(0, middle), *pair)] for pair in pairs]
 
 
 class MlpLayers(NamedTuple):
@@ -63,7 +130,10 @@ class MlpLayers(NamedTuple):
             return None  # it would drop parts of the intermediate activation
         for name, layer in self.named():
             base = lows[name].base if name in lows else layer
-            tiles = weight_tiles(NAME, base, name == "down")
+            if isinstance(base, Half):
+                tiles = base.tiles()
+            else:
+                tiles = weight_tiles(NAME, base, name == "down")
             if tiles is None:
                 return None
             found[name] = tiles
@@ -105,6 +175,8 @@ def shape_of(layer: Layer) -> tuple[int, int] | None:
 
 def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
     """The bounds of the layer's tiles along the intermediate dimension; None: it is called."""
+    if isinstance(layer, Half):
+        return layer.cut()
     column = name == "down"
     low = low_rank_of(layer)
     layer = layer if low is None else low.base

@@ -2,8 +2,9 @@
 
 The forward runs on the meta device with one row, its linears replaced by what gives the right shape
 and notes the call; every other function that it calls is noted too (`TorchFunctionMode`). It is an
-MLP where the input goes to gate and up (or up alone), what they give through an element-wise
-function of gate, a product and dropout to down, and what that gives to the result.
+MLP where the input goes to gate and up (or up alone, or one linear whose two halves are both), what
+they give through an element-wise function of gate, a product and dropout to down, and what that
+gives to the result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,7 @@ class MlpStructure(NamedTuple):
     activation: Steps
     dropout: float
     after: Steps  # of what down gives
+    gate_half: int | None = None  # of the rows of a linear that is gate and up: which are gate's
 
 
 def structure_of(
@@ -130,6 +132,26 @@ class _Linear:
         return made
 
 
+@dataclass(frozen=True)
+class _Half:
+    """The step that made one of the halves of a tensor's last dimension."""
+
+    number: int
+
+
+def _are_halves(found: Sequence[Any], given: Sequence[Tensor]) -> bool:
+    """Whether a function cut its one tensor in the middle, into views, as `chunk(2, -1)` does."""
+    if len(found) != 2 or len(given) != 1 or not all(isinstance(each, Tensor) for each in found):
+        return False
+    shape = torch.Size((*given[0].shape[:-1], given[0].shape[-1] // 2))
+    starts = [each.storage_offset() for each in found]
+    return (
+        shape.numel() * 2 == given[0].numel()
+        and all(each.shape == shape and each._is_view() for each in found)
+        and starts == [0, shape[-1]]
+    )
+
+
 class _Recording(TorchFunctionMode):
     """The calls of functions that take and give what was made of an input, in order."""
 
@@ -178,7 +200,10 @@ class _Recording(TorchFunctionMode):
                     raise NoMlpError(f"its forward changes the dtype to {result.dtype}")
                 self.add(func, own_args, own_kwargs, given, result)
         elif isinstance(result, tuple | list):
-            raise NoMlpError(f"its forward calls {func.__name__}, which gives several tensors")
+            if not _are_halves(result, tensors):
+                raise NoMlpError(f"its forward calls {func.__name__}, which gives several tensors")
+            for number, half in enumerate(result):
+                self.add(_Half(number), own_args, own_kwargs, given, half)
         if any(tensor._version != version for tensor, version in self._tensors.values()):
             raise NoMlpError(f"its forward writes to a tensor by {func.__name__}")
         return result
@@ -199,22 +224,22 @@ def _structure(recording: _Recording, result: _Slot, count: int) -> MlpStructure
     down = outer[0]
     after = _between(steps, down.made, result, "what down gives and the result")
     h, dropout = _without_dropout(steps, down.given[0])
-    product = steps.get(h)
-    if len(inner) == 1:
-        (up,), gate, end = inner, None, h
+    halves = [step for step in recording.steps if isinstance(step.function, _Half)]
+    is_both = len(inner) == 1 and [step.given for step in halves] == [(inner[0].made,)] * 2
+    gate: _Step | None = None
+    if len(inner) == 1 and not is_both:
+        (up,), end = inner, h
     else:
-        gate, up, end = _factors(product, inner)
+        gate, up, end = _factors(steps.get(h), halves if is_both else inner)
     activation = _between(steps, (gate or up).made, end, "its linears")
     if not activation.steps:
         raise NoMlpError("its forward has no activation between its linears")
-    return MlpStructure(
-        None if gate is None else gate.function,
-        up.function,
-        down.function,
-        activation,
-        dropout,
-        after,
-    )
+    rest = activation, dropout, after
+    if gate is not None and is_both:
+        name = inner[0].function
+        return MlpStructure(name, name, down.function, *rest, gate.function.number)
+    gate_name = None if gate is None else gate.function
+    return MlpStructure(gate_name, up.function, down.function, *rest)
 
 
 def _without_dropout(steps: Mapping[_Slot, _Step], h: _Slot) -> tuple[_Slot, float]:
@@ -250,7 +275,7 @@ def _between(steps: Mapping[_Slot, _Step], start: _Slot, end: _Slot, where: str)
         if slot == start or slot in found:
             continue
         step = steps.get(slot)
-        if step is None or isinstance(step.function, str):
+        if step is None or isinstance(step.function, str | _Half):
             raise NoMlpError(f"between {where} its forward uses something else")
         found[slot] = step
         ahead += step.given

@@ -79,10 +79,12 @@ class TiledLinear(LinearPaths):
     ) -> None:
         super().__init__()
         linear_cls, kwargs = _with_home(linear_cls, kwargs)
-        self.grid = Grid.uniform(out_features, in_features, out_splits, in_splits)
-        self.in_features, self.out_features = self.grid.in_features, self.grid.out_features
-        self.in_splits, self.out_splits = self.grid.in_splits, self.grid.out_splits
-        self.in_parts, self.out_parts = list(self.grid.in_parts), list(self.grid.out_parts)
+        uniform = Grid.uniform(out_features, in_features, out_splits, in_splits)
+        grid: Grid = kwargs.pop("_grid", uniform)  # of from_dense
+        self.grid = grid
+        self.in_features, self.out_features = grid.in_features, grid.out_features
+        self.in_splits, self.out_splits = grid.in_splits, grid.out_splits
+        self.in_parts, self.out_parts = list(grid.in_parts), list(grid.out_parts)
         self.use_bias = bool(bias)
         self.input_is_already_split = input_is_already_split
         self.combine_out_splits = combine_out_splits
@@ -237,6 +239,7 @@ class TiledLinear(LinearPaths):
             out_splits=grid.out_splits,
             device="meta",
             home=home,
+            _grid=grid,
             **options,  # type: ignore[arg-type]  # only the two flags of from_linear
         )
         layer.take_over(dense, tied_to)

@@ -29,7 +29,7 @@ from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
 from memtile.ops.mlp import BLOCK_BYTES as MLP_BLOCK_BYTES
 from memtile.ops.mlp import MlpSpec
 from memtile.ops.mlp_chain import mlp_of_tiles
-from memtile.ops.mlp_tile import MlpTile, plain_mlp_tile
+from memtile.ops.mlp_tile import MlpTile, halves, plain_mlp_tile
 from memtile.ops.parked import (
     Groups,
     grouped_linear,
@@ -67,6 +67,7 @@ __all__ = [
     "gather_some_rows",
     "grouped_linear",
     "grouped_tile",
+    "halves",
     "join_rows",
     "kept_random_states",
     "mlp_of_tiles",

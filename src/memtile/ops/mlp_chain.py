@@ -25,7 +25,7 @@ from memtile.homes import allocation_of, is_parked
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.mlp import MlpSpec, MlpVisit
-from memtile.ops.mlp_tile import MlpTile, plain_mlp_tile
+from memtile.ops.mlp_tile import MlpTile, follows, plain_mlp_tile
 from memtile.ops.parked import form_gradient, no_autocast
 from memtile.ops.products import SIXTEEN_BITS, is_batched, narrow_in_place, wide_dtype
 from memtile.transfer import ParkedSource, catch_up, values_together
@@ -134,10 +134,7 @@ class _TileStep:
         """
         x, tensors = _saved_input(self.node), self.tensors()
         begun, is_first = clock() if recording.active else 0, dx is None
-        found: Gradients = {
-            name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device=x.device)
-            for name in self._needed(ctx)
-        }
+        found: Gradients = {**_made({name: tensors[name] for name in self._needed(ctx)}, x.device)}
         own = {name: out for name, out in found.items() if out is not None and name != "bias"}
         if self.needs_x:
             found["edge"] = own["x"] = (
@@ -231,6 +228,21 @@ class _MlpTile(torch.autograd.Function):
             form = step.differentiably if in_operations else step.gradients
             found = {**form(ctx, grad, dx), "out": grad}
         return None, None, None, *(found.get(name) for name in step.names)
+
+
+def _made(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What their gradients are written to; those of two halves of a matrix are halves of one."""
+    made: dict[str, Tensor] = {}
+    for names in (("gate", "up"), ("up", "gate")):
+        first, second = map(tensors.get, names)
+        if first is None or second is None or is_parked(first) or not follows(first, second):
+            continue
+        whole = torch.empty((2 * len(first), first.shape[1]), dtype=first.dtype, device=device)
+        made.update(zip(names, whole.chunk(2), strict=True))
+    for name, tensor in tensors.items():
+        if name not in made:
+            made[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return made
 
 
 def _copy(values: Tensor, out: Tensor) -> None:

@@ -67,6 +67,47 @@ def plain_mlp_tile(x: Tensor, tile: MlpTile, activation: Activation, factors: An
         return functional.linear(factors(h), joined([cast["down"], *low]))
 
 
+def halves(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower half of a matrix, whose gradient is one tensor.
+
+    Without a copy where those of the halves lie one behind the other in memory (`follows`).
+    """
+    found: tuple[Tensor, Tensor] = _Halves.apply(whole)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return found
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return whole.detach().chunk(2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        first, second = grads
+        if first is None or second is None:
+            one = first if second is None else second
+            if one is None:
+                return None
+            none = torch.zeros_like(one)
+            return torch.cat([none if each is None else each for each in grads])
+        if torch.is_grad_enabled() or not follows(first, second):
+            return torch.cat([first, second])
+        shape = (2 * first.shape[0], first.shape[1])
+        return first.as_strided(shape, first.stride())
+
+
+def follows(first: Tensor, second: Tensor) -> bool:
+    """Whether two contiguous matrices lie one behind the other in one memory."""
+    return (
+        first.is_contiguous()
+        and second.is_contiguous()
+        and first.shape == second.shape
+        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and first.storage_offset() + first.numel() == second.storage_offset()
+    )
+
+
 def joined(matrices: list[Tensor]) -> Tensor:
     """Matrices one below the other; one alone as it is."""
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
