@@ -18,7 +18,7 @@ from memtile.ops.embedding import (
     place_rows,
 )
 from memtile.ops.fused import FusedSpec, fused_linear
-from memtile.ops.live_bytes import LiveBytes, tensors_in
+from memtile.ops.live_bytes import LiveBytes, repeats, tensors_in
 from memtile.ops.logit_tiles import (
     LOGIT_ELEMENTS,
     LogitBlocks,
@@ -78,6 +78,7 @@ __all__ = [
     "place_rows",
     "plain_logit_sums",
     "plain_mlp_tile",
+    "repeats",
     "row_tiles",
     "saved_for_itself",
     "split_tensor_along_last_dim",

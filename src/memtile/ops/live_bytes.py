@@ -1,12 +1,47 @@
 """Counts the bytes of the tensors that operations make, while they are held."""
 
+import threading
 import weakref
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 # Private by name; it is what PyTorch's own docs and tools build dispatch modes on.
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Part = TypeVar("Part")
+
+
+class _Repeats(threading.local):
+    number = 1
+
+
+_repeats = _Repeats()
+
+
+def repeats() -> int:
+    """For how many alike each operation stands that this thread does now."""
+    return _repeats.number
+
+
+def counted_parts(parts: Sequence[Part], like: Tensor) -> Iterator[Part]:
+    """All parts; on the meta device, where work is done to be counted, three of many alike.
+
+    They are the first, the second for all others, and the last, which may be smaller. Memory is the
+    most from the second on, when results of the one before are still there.
+    """
+    if len(parts) < 4 or not like.is_meta:
+        yield from parts
+        return
+    yield parts[0]
+    before = _repeats.number
+    _repeats.number *= len(parts) - 2
+    try:
+        yield parts[1]
+    finally:
+        _repeats.number = before
+    yield parts[-1]
 
 
 class LiveBytes(TorchDispatchMode):

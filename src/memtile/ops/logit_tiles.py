@@ -26,6 +26,7 @@ from memtile.geometry import Span, spans_of_size
 from memtile.homes import allocation_of
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
+from memtile.ops.live_bytes import counted_parts
 from memtile.ops.logits import (
     LogitQuery,
     LogitSums,
@@ -160,17 +161,18 @@ class _Visit:
 
     def sums(self) -> LogitSums:
         """The sums of all tokens over all classes of the tile."""
-        return combine_sums([self._sums_of(classes) for classes in self.classes])
+        parts = counted_parts(self.classes, self.x)
+        return combine_sums([self._sums_of(classes) for classes in parts])
 
     def _sums_of(self, classes: Span) -> LogitSums:
         matrix, parts = self.matrix(classes), list[LogitSums]()
-        for rows in self.rows:
+        for rows in counted_parts(self.rows, self.x):
             logits = self.logits(rows, classes, matrix)
             for part, strip in _strips(rows, logits):
                 parts.append(
                     sum_block(self.query.of(part, classes), strip.to(wide_dtype(self.dtype)))
                 )
-        return join_rows_of_sums(parts)
+        return join_rows_of_sums(parts, len(self.x))
 
     def matrix(self, classes: Span) -> Tensor:
         """These rows of the weight, in the products' dtype."""
@@ -218,7 +220,7 @@ class _BackwardVisit(_Visit):
 
     def write(self, dw: Tensor | None) -> None:
         """Write the weight's gradient, and add up the others."""
-        for classes in self.classes:
+        for classes in counted_parts(self.classes, self.x):
             pairs = self._factors(classes)
             if dw is None:
                 for _ in pairs:
@@ -230,7 +232,7 @@ class _BackwardVisit(_Visit):
     def _factors(self, classes: Span) -> Iterator[tuple[Tensor, Tensor]]:
         """The factors duᵀ and x of the weight's gradient, block after block of rows."""
         matrix = self.matrix(classes)
-        for rows in self.rows:
+        for rows in counted_parts(self.rows, self.x):
             gradient = self.logits(rows, classes, matrix)
             for part, strip in _strips(rows, gradient):
                 self._differentiate(part, classes, strip)

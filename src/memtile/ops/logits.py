@@ -167,10 +167,13 @@ def combine_sums(parts: Sequence[LogitSums]) -> LogitSums:
     return LogitSums(log_sum_exp, picked, weighted, mass, mean)
 
 
-def join_rows_of_sums(parts: Sequence[LogitSums]) -> LogitSums:
-    """The sums of all tokens from those of some tokens each."""
-    if len(parts) == 1:
-        return parts[0]
+def join_rows_of_sums(parts: Sequence[LogitSums], tokens: int) -> LogitSums:
+    """The sums of all tokens from those of parts; on the meta device of a few (`counted_parts`)."""
+    first = parts[0]
+    if len(parts) == 1 and len(first.log_sum_exp) == tokens:
+        return first
+    if first.log_sum_exp.is_meta:
+        return LogitSums(*(None if part is None else part.new_empty(tokens) for part in first))  # type: ignore[arg-type]  # the first is never None
     columns = ([t for t in column if t is not None] for column in zip(*parts, strict=True))
     return LogitSums(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]  # the first is never empty
 

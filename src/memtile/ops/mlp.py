@@ -26,6 +26,7 @@ from torch import Tensor
 
 from memtile.geometry import Span, spans_of_size
 from memtile.ops.activations import Activation, activated
+from memtile.ops.live_bytes import counted_parts
 from memtile.ops.mlp_tile import MlpTile, joined
 from memtile.ops.products import (
     add_product,
@@ -127,9 +128,9 @@ class MlpVisit:
 
     def add_output(self, y: Tensor, is_first: bool) -> None:
         """Add h Dᵀ to y (N, M), or write it there."""
-        for features in self.features:
+        for features in counted_parts(self.features, self.x):
             block = _Block(self, features)
-            for rows in self.rows:
+            for rows in counted_parts(self.rows, self.x):
                 h = block.compute_hidden(rows)
                 add_product(y[rows.as_slice()], h, block.down.t(), is_first=is_first)
             is_first = False
@@ -140,9 +141,9 @@ class MlpVisit:
         To that of "x" they are added, unless it `is_first`.
         """
         wants_inner, x = bool(found.keys() - {"down", "down_low"}), found.get("x")
-        for features in self.features:
+        for features in counted_parts(self.features, self.x):
             block, sums = _Block(self, features), _Sums(self, features, found)
-            for rows in self.rows:
+            for rows in counted_parts(self.rows, self.x):
                 some = grad[rows.as_slice()]
                 if wants_inner:
                     block.compute_factors(rows, some)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memtile.geometry import Span, spans_of_size
 from memtile.homes import discard_pages
+from memtile.ops.live_bytes import counted_parts
 
 SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 
@@ -57,11 +58,11 @@ def narrow_in_place(wide: Tensor, dtype: torch.dtype) -> Tensor:
 def strips_of(block: Tensor) -> Iterator[Span]:
     """Rows of a block that stay in a CPU's cache together; elsewhere all of them.
 
-    On the meta device as on the CPU, of which the planner counts a step there.
+    On the meta device as on the CPU, of which the planner counts a step there: `counted_parts`.
     """
     rows, on_cpu = max(1, len(block)), block.is_cpu or block.is_meta
     size = max(1, STRIP_ELEMENTS // max(1, block.shape[1])) if on_cpu else rows
-    yield from spans_of_size(len(block), size)
+    yield from counted_parts(spans_of_size(len(block), size), block)
 
 
 def needs_float32_sum(dtype: torch.dtype, parts: int) -> bool:

@@ -24,7 +24,7 @@ from memtile.costmodel import Products
 from memtile.costmodel.model_records import Counted
 from memtile.geometry import partition_uniform
 from memtile.homes import is_parked
-from memtile.ops import LiveBytes, tensors_in
+from memtile.ops import LiveBytes, repeats, tensors_in
 
 _aten = torch.ops.aten
 _META: Final = torch.device("meta")
@@ -127,15 +127,18 @@ class _LiveBytes(LiveBytes):
     def _add_work(
         self, func: Any, given: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
     ) -> None:
+        flops = touched = 0
         if func._overloadpacket in flop_registry:
-            self._flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
             self._see_product(func, given, args, result)
         elif func._overloadpacket in (_flash, _flash_backward):
-            self._flops += _attention_flops(func, given)
+            flops = _attention_flops(func, given, args, kwargs)
         elif func._overloadpacket is _grouped:
-            self._flops += 2 * given[0].numel() * given[1].shape[-1]
+            flops = 2 * given[0].numel() * given[1].shape[-1]
         elif made:  # views touch nothing
-            self._touched += made + sum(tensor.nbytes for tensor in given)
+            touched = made + sum(tensor.nbytes for tensor in given)
+        self._flops += flops * repeats()
+        self._touched += touched * repeats()
 
     def _see_product(self, func: Any, given: list[Tensor], args: Any, result: Any) -> None:
         if not isinstance(result, Tensor) or result.dim() < 2:
@@ -244,12 +247,18 @@ def _unwritten(tensor: Tensor) -> Tensor:
     return made.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else made
 
 
-def _attention_flops(func: Any, given: list[Tensor]) -> int:
-    """Two products of each query with each key in forward, five in backward."""
-    first = 0 if func._overloadpacket is _flash else 1  # the gradient comes before the query
+def _attention_flops(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> int:
+    """Two products of each query with each of its keys in forward, five in backward.
+
+    A causal query has the keys up to its own; the kernel skips blocks of others.
+    """
+    forward = func._overloadpacket is _flash
+    first, place = (0, 4) if forward else (1, 7)  # the gradient comes before the query
     (batch, heads, queries, width), keys = given[first].shape, given[first + 1].shape[2]
-    products = 2 if first == 0 else 5
-    return products * 2 * batch * heads * queries * keys * width
+    causal = args[place] if len(args) > place else kwargs.get("is_causal", False)
+    early = min(queries, keys) if causal else 0
+    pairs = early * (early + 1) // 2 + (queries - early) * keys
+    return (2 if forward else 5) * 2 * batch * heads * pairs * width
 
 
 def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:

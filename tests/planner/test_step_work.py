@@ -1,0 +1,60 @@
+"""The work of a step, counted on shapes."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import llama
+from torch import Tensor, nn
+from torch.nn import functional
+
+import memtile
+from memtile.ops import logit_tiles, mlp, products
+from memtile.planner.operation_count import count_step
+from memtile.planner.step_count import make_meta_copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alike_parts_are_counted_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    """Work and memory of a step in blocks and strips are those of a count of each of them."""
+    model = llama(intermediate_size=5000, num_hidden_layers=1, vocab_size=5003).to(dtype).train()
+    ids = torch.randint(5003, (3, 431), generator=torch.Generator().manual_seed(1))
+
+    def work(model: Any) -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        return loss
+
+    def count() -> Any:
+        meta = memtile.defer_logits(memtile.tile_mlps(make_meta_copy(model)))
+        return count_step(meta, work, drops_gradients=True, goes_home=True)
+
+    def every(parts: Iterable[Any], like: Tensor) -> Iterator[Any]:
+        seen.append(len([*parts]))
+        yield from parts
+
+    few, seen = count(), list[int]()
+    for module in (logit_tiles, mlp, products):
+        monkeypatch.setattr(module, "counted_parts", every)
+    each = count()
+
+    assert max(seen) > 3
+    assert few.peak_bytes == pytest.approx(each.peak_bytes, rel=2e-3)
+    assert few.flops == each.flops
+    assert few.touched_bytes == pytest.approx(each.touched_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(64, 64), (7, 64), (64, 7)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_causal_attention_is_less_work(queries: int, keys: int, causal: bool):
+    """Forward and backward, by the keys that each query has."""
+    linear = nn.Linear(4, 4, device="meta")
+
+    def work(model: nn.Module) -> Tensor:
+        q, k = torch.zeros(1, 2, queries, 8), torch.zeros(1, 2, keys, 8)
+        q, k = (each.to("meta").requires_grad_() for each in (q, k))
+        return functional.scaled_dot_product_attention(q, k, k, is_causal=causal).sum()
+
+    counted = count_step(linear, work, drops_gradients=False, goes_home=False)
+    pairs = sum(min(query + 1, keys) if causal else keys for query in range(queries))
+    assert counted.flops == (2 + 5) * 2 * 2 * pairs * 8
