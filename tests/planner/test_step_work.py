@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import memtile
+from memtile.homes import DeviceHome, register
 from memtile.ops import logit_tiles, mlp, products
 from memtile.planner.operation_count import count_step
 from memtile.planner.step_count import make_meta_copy
@@ -58,3 +59,34 @@ def test_causal_attention_is_less_work(queries: int, keys: int, causal: bool):
     counted = count_step(linear, work, drops_gradients=False, goes_home=False)
     pairs = sum(min(query + 1, keys) if causal else keys for query in range(queries))
     assert counted.flops == (2 + 5) * 2 * 2 * pairs * 8
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too, and a wide layer between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(50, 8, device="meta"))
+        self.wide, self.back = nn.Linear(8, 640, device="meta"), nn.Linear(640, 8, device="meta")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.back(torch.tanh(self.wide(functional.embedding(ids, self.table))))
+        return functional.linear(h, self.table).logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize(("parked", "early"), [("table", False), ("back.weight", True)])
+def test_what_is_held_when_a_parked_tile_is_stepped(parked: str, early: bool):
+    """The table at the end of backward, when nothing is kept any more; others before."""
+    model, home = Tied(), DeviceHome("meta")
+    weight = model.get_parameter(parked)
+    register(weight, home.allocate(weight.shape, weight.dtype))
+    ids = torch.arange(50).repeat(4)
+
+    counted = count_step(model, lambda m: m(ids), drops_gradients=True, goes_home=True)
+    unknown = count_step(model, lambda m: m(ids), drops_gradients=False, goes_home=True)
+
+    kept = 4 * 640 * len(ids)  # of tanh
+    assert counted.peak_bytes > kept
+    assert (counted.stepping_bytes > kept) is early
+    assert counted.stepping_bytes <= counted.peak_bytes
+    assert unknown.stepping_bytes == unknown.peak_bytes

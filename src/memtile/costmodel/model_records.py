@@ -53,6 +53,7 @@ class Counted:
     flops: int  # of all matrix products
     touched_bytes: int  # read and written by all other operations
     products: Products
+    stepping_bytes: int = 0  # held, at most, when an optimizer in backward steps a parked tile
     workspace_bytes: int = 0  # what the library keeps for float32 products
     parked_bytes: int = 0  # activations that go home, in whole pages
     largest_parked: int = 0  # the most of them that one tensor has

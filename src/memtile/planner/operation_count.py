@@ -45,7 +45,7 @@ def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home
     """
     counter = _LiveBytes(model, goes_home)
     hooks = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        parameter.register_post_accumulate_grad_hook(counter.drop_gradient)
         for parameter in model.parameters()
         if drops_gradients and parameter.requires_grad
     ]
@@ -78,17 +78,16 @@ def _run_backward(loss: Tensor) -> None:
     Variable._execution_engine.run_backward((loss,), seed, False, False, (), **options)
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
 class _LiveBytes(LiveBytes):
     """Counts the bytes of the storages that operations made and that are still alive."""
 
     def __init__(self, model: nn.Module, goes_home: bool) -> None:
         super().__init__()
-        parked = filter(is_parked, model.parameters()) if goes_home else ()
-        self._home = {parameter.untyped_storage()._cdata for parameter in parked}
+        parked = [each for each in model.parameters() if is_parked(each)]
+        home = parked if goes_home else []
+        self._home = {parameter.untyped_storage()._cdata for parameter in home}
+        self._to_step = {id(parameter) for parameter in parked if parameter.requires_grad}
+        self._stepping = 0
         self._kept = 0
         self._flops = self._touched = 0
         self._shapes: dict[tuple[int, int, int], None] = {}  # in order
@@ -98,10 +97,18 @@ class _LiveBytes(LiveBytes):
         """Forward is over."""
         self._kept, self.phase = sum(self.live), 1
 
+    def drop_gradient(self, parameter: Tensor) -> None:
+        """Its gradient is complete: an optimizer in backward steps it now."""
+        if id(parameter) in self._to_step:
+            self._to_step.discard(id(parameter))
+            self._stepping = max(self._stepping, sum(self.live))
+        parameter.grad = None
+
     def counted(self) -> Counted:
         """Everything that was counted so far."""
         products = Products(tuple(self._shapes), len(self._kinds_16))
-        return Counted(*self.peak, self._kept, self._flops, self._touched, products)
+        stepping = sum(self.peak) if self._to_step else self._stepping  # of some it is not known
+        return Counted(*self.peak, self._kept, self._flops, self._touched, products, stepping)
 
     def __torch_dispatch__(
         self,
