@@ -87,6 +87,8 @@ def test_what_is_held_when_a_parked_tile_is_stepped(parked: str, early: bool):
 
     kept = 4 * 640 * len(ids)  # of tanh
     assert counted.peak_bytes > kept
-    assert (counted.stepping_bytes > kept) is early
-    assert counted.stepping_bytes <= counted.peak_bytes
-    assert unknown.stepping_bytes == unknown.peak_bytes
+    ((elements, held),) = counted.held_at_steps
+    assert elements == weight.numel()
+    assert (held > kept) is early
+    assert held <= counted.peak_bytes
+    assert unknown.held_at_steps == ((elements, unknown.peak_bytes),)

@@ -128,9 +128,10 @@ def _parked_on_disk(setting: Setting, layout: ParkedLayout, counted: Counted) ->
     activations = rings.activations * counted.largest_parked
     if rings.activations == 1:  # mapped while it is stored, when no tile is stepped
         activations = max(0, activations - steps)
-    if rings.steps == 1:  # likewise: what is not kept any more then makes room
-        peak = counted.peak_bytes
-        steps = max(0, min(counted.stepping_bytes, peak) + steps - peak)
+    if rings.steps == 1 and counted.held_at_steps:  # likewise, beside what is still held then
+        entry = max(sum(some) for some in stepped.values()) if stepped else 0
+        most = max(held + elements * entry for elements, held in counted.held_at_steps)
+        steps = min(steps, max(0, most - counted.peak_bytes))
     yield Term("slabs of activations", activations, "host")
     yield Term("slabs of tiles", slabs(rings.weights, parked), "host")
     yield Term("slabs of optimizer steps", steps, "host")

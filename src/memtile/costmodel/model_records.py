@@ -53,7 +53,7 @@ class Counted:
     flops: int  # of all matrix products
     touched_bytes: int  # read and written by all other operations
     products: Products
-    stepping_bytes: int = 0  # held, at most, when an optimizer in backward steps a parked tile
+    held_at_steps: tuple[tuple[int, int], ...] = ()  # (elements of parked tiles, bytes held then)
     workspace_bytes: int = 0  # what the library keeps for float32 products
     parked_bytes: int = 0  # activations that go home, in whole pages
     largest_parked: int = 0  # the most of them that one tensor has
@@ -68,9 +68,11 @@ class Counted:
         larger = {
             field.name: max(getattr(self, field.name), getattr(other, field.name))
             for field in fields(self)
-            if field.name != "products"
+            if field.name not in ("products", "held_at_steps")
         }
-        return Counted(products=self.products.at_least(other.products), **larger)
+        steps = tuple({*self.held_at_steps, *other.held_at_steps})
+        products = self.products.at_least(other.products)
+        return Counted(products=products, held_at_steps=steps, **larger)
 
 
 @dataclass(frozen=True)

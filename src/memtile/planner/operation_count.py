@@ -86,8 +86,8 @@ class _LiveBytes(LiveBytes):
         parked = [each for each in model.parameters() if is_parked(each)]
         home = parked if goes_home else []
         self._home = {parameter.untyped_storage()._cdata for parameter in home}
-        self._to_step = {id(parameter) for parameter in parked if parameter.requires_grad}
-        self._stepping = 0
+        self._to_step = {id(each): each.numel() for each in parked if each.requires_grad}
+        self._held: dict[int, int] = {}  # when tiles of so many elements are stepped, at most
         self._kept = 0
         self._flops = self._touched = 0
         self._shapes: dict[tuple[int, int, int], None] = {}  # in order
@@ -99,16 +99,17 @@ class _LiveBytes(LiveBytes):
 
     def drop_gradient(self, parameter: Tensor) -> None:
         """Its gradient is complete: an optimizer in backward steps it now."""
-        if id(parameter) in self._to_step:
-            self._to_step.discard(id(parameter))
-            self._stepping = max(self._stepping, sum(self.live))
+        elements = self._to_step.pop(id(parameter), 0)
+        if elements:
+            self._held[elements] = max(self._held.get(elements, 0), sum(self.live))
         parameter.grad = None
 
     def counted(self) -> Counted:
         """Everything that was counted so far."""
         products = Products(tuple(self._shapes), len(self._kinds_16))
-        stepping = sum(self.peak) if self._to_step else self._stepping  # of some it is not known
-        return Counted(*self.peak, self._kept, self._flops, self._touched, products, stepping)
+        unknown = dict.fromkeys(self._to_step.values(), sum(self.peak))
+        held = tuple((self._held | unknown).items())
+        return Counted(*self.peak, self._kept, self._flops, self._touched, products, held)
 
     def __torch_dispatch__(
         self,
