@@ -41,6 +41,10 @@ def in_sections(h: Tensor) -> Tensor:
     return up * torch.relu(gate).square()
 
 
+def gate_with_rows(gate: Tensor, up: Tensor) -> Tensor:
+    return up * (gate.tanh() * gate.shape[0])
+
+
 TAKEN = [gate_first, up_first, in_sections]
 NOT_TAKEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "three parts": (lambda h: torch.cat(h.chunk(3, -1), -1)[..., :32].relu(), "gives several"),
@@ -49,6 +53,14 @@ NOT_TAKEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "one half": (lambda h: functional.silu(h.chunk(2, -1)[0]), "something else"),
     "the halves of halves": (lambda h: gate_first(torch.cat(gate_first(h).chunk(2, -1), -1)), ""),
     "no activation": (lambda h: torch.mul(*h.chunk(2, -1)), "no activation"),
+    "sums of columns": (lambda h: up_first(h).cumsum(-1), "something else"),
+    "sums before the product": (
+        lambda h: h.chunk(2, -1)[1] * h.chunk(2, -1)[0].cumsum(-1),
+        "",
+    ),
+    "by columns": (lambda h: h[..., :32].relu() * h[..., 32:], "not element-wise"),
+    "by rows": (lambda h: h.chunk(2, -1)[1] * (h.chunk(2, -1)[0].tanh() * h.shape[0]), ""),
+    "with rows": (lambda h: gate_with_rows(*h.chunk(2, -1)), "depends on the number of rows"),
     "gate twice": (lambda h: functional.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[0], ""),
 }
 
@@ -130,6 +142,13 @@ def test_others_are_left_alone(name: str):
 
     assert not decision.taken
     assert reason in decision.reason
+
+
+def test_a_model_whose_mlps_cannot_be_cut_is_told():
+    """Tiles that were made before are not cut again."""
+    model = memtile.tile(families.build("Phi-3"), max_tile_bytes=2200)
+    with pytest.warns(memtile.errors.TileSizeWarning, match="has no MLP that can be computed"):
+        memtile.tile(model, max_tile_bytes=2200, tile_mlps=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

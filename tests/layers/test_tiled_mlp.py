@@ -351,7 +351,7 @@ def test_inside_an_outer_checkpoint(reentrant: bool, times: int):
     def block(x: Tensor) -> Tensor:
         return x[:, :OUT] + tiled(x.tanh(), layers, (None, 4), activation=activation, dropout=0.5)
 
-    check_element_wise(activation)  # as the first call does
+    check_element_wise(activation, INNER)  # as the first call does
     calls.clear()
     torch.manual_seed(5)
     y = checkpoint(block, x, use_reentrant=reentrant)
@@ -444,6 +444,11 @@ def test_an_activation_without_a_derivative():
     torch.testing.assert_close(down.weight.grad[0], (up(x) > 0).sum(0).float())
 
 
+def _norm(z: Tensor) -> Tensor:
+    """Of a width that it knows."""
+    return functional.layer_norm(z, (INNER,))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -463,6 +468,12 @@ def test_an_activation_without_a_derivative():
         ({"activation": nn.PReLU()}, ArgumentError, "has parameters"),
         ({"activation": lambda z: z.sum()}, ArgumentError, "must be element-wise"),
         ({"activation": lambda z: z.softmax(-1)}, ArgumentError, "is not element-wise"),
+        ({"activation": lambda z: z.cumsum(-1)}, ArgumentError, "is not element-wise"),
+        ({"activation": lambda z: z.cumsum(0)}, ArgumentError, "is not element-wise"),
+        ({"activation": lambda z: z - z[:1]}, ArgumentError, "is not element-wise"),
+        ({"activation": lambda z: z - z[..., :1]}, ArgumentError, "is not element-wise"),
+        ({"activation": lambda z: z * z.shape[0]}, ArgumentError, "is not element-wise"),
+        ({"activation": _norm}, ArgumentError, "is not element-wise"),
         ({"activation": nn.Dropout(0.1)}, ArgumentError, "dropout is an option"),
         ({"activation": nn.Softplus}, ArgumentError, "gives a Softplus for"),
         ({"dropout": None}, ArgumentError, "dropout=None"),

@@ -30,7 +30,7 @@ from memtile.convert.planned import (
 )
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Cut, TilingDecision, choose
-from memtile.convert.tiling_mlps import cut_for_mlps, put_mlps_in_tiles
+from memtile.convert.tiling_mlps import cut_for_mlps, put_mlps_in_tiles, why_no_mlp
 from memtile.costmodel import Plan, RankPlan
 from memtile.errors import (
     ArgumentError,
@@ -153,8 +153,8 @@ def tile(
         share_budget(model, own)
     if not isinstance(plan, RankPlan):  # which counts logits
         set_deferring_of(model, True)
-    if tile_mlps or (own is not None and own.tiles_mlps):
-        put_mlps_in_tiles(model)
+    if (tile_mlps or (own is not None and own.tiles_mlps)) and not put_mlps_in_tiles(model):
+        warnings.warn(why_no_mlp(model), TileSizeWarning, stacklevel=2)
     if plan is None and modules is None:
         _warn_of_larger(model, cut, decisions)
     if plan is not None and plan.optimizer is not None:

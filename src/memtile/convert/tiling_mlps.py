@@ -22,6 +22,7 @@ from memtile.layers import (
     checked_structure,
     layers_of,
     put_in_tiles,
+    structure_of,
     take_out_of_tiles,
 )
 
@@ -216,7 +217,10 @@ def _structure(
         raise NoMlpError(f"its forward does not take one input: {error}") from error
     dtype = next(each.dtype for each in module.parameters())
     x = torch.empty(1, 1, next(iter(shapes.values()))[1], dtype=dtype, device="meta")
-    return checked_structure(module, cls.forward, sizes, x)
+    found = checked_structure(module, cls.forward, sizes, x)
+    if structure_of(module, cls.forward, sizes, x, rows=2) != found:
+        raise NoMlpError("its forward depends on the number of rows")
+    return found
 
 
 def _shape(module: nn.Module | None) -> tuple[int, int] | None:

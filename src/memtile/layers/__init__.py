@@ -19,7 +19,7 @@ from memtile.layers.mlp_in_tiles import (
     take_out_of_tiles,
 )
 from memtile.layers.mlp_layers import MlpLayers
-from memtile.layers.mlp_structure import MlpStructure, NoMlpError
+from memtile.layers.mlp_structure import MlpStructure, NoMlpError, structure_of
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
 from memtile.layers.row_tiles import RowTiled, tile_rows, untile_rows
@@ -71,6 +71,7 @@ __all__ = [
     "register_gatherer",
     "register_low_rank",
     "set_deferring",
+    "structure_of",
     "take_out_of_tiles",
     "tile_rows",
     "tiled_mlp",

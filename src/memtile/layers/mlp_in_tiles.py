@@ -88,7 +88,8 @@ def checked_structure(
     """`structure_of`; NoMlpError also where the activation is not element-wise."""
     found = structure_of(module, forward, sizes, x)
     try:
-        ops.check_element_wise(found.activation)
+        inner = sizes[found.up] // (1 if found.gate_half is None else 2)
+        ops.check_element_wise(found.activation, inner)
     except ArgumentError as error:
         raise NoMlpError("its activation is not element-wise") from error
     return found

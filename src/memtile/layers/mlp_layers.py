@@ -40,8 +40,8 @@ class Half(nn.Module):
             return (0, self.out_features)
         if not isinstance(layer, TiledLinear):
             raise TileShapeError(
-                f"{NAME}: gate and up are one layer, a {type(layer).__name__}; it must be an "
-                "nn.Linear or a TiledLinear"
+                f"{NAME}: gate and up are one layer, a {type(layer).__module__}."
+                f"{type(layer).__name__}; it must be an nn.Linear or TiledLinear without adapters"
             )
         parts, middle = layer.grid.out_parts, self.out_features
         cut = tuple(bound for bound in parts if bound <= middle)

@@ -77,7 +77,7 @@ class MlpStructure(NamedTuple):
 
 
 def structure_of(
-    module: nn.Module, forward: Callable[..., Any], sizes: Sizes, x: Tensor
+    module: nn.Module, forward: Callable[..., Any], sizes: Sizes, x: Tensor, rows: int = 1
 ) -> MlpStructure:
     """The structure of an MLP, whose linears give as many features as `sizes` says.
 
@@ -85,15 +85,17 @@ def structure_of(
         module: what has the linears among its children.
         forward: of its class, without `self` bound.
         sizes: the names of the linears.
-        x: an input, of which shape and dtype are read.
+        x: an input, of which width and dtype are read.
+        rows: of the input that it is run with, in each of its dimensions.
 
     Raises:
         NoMlpError: the forward does anything else.
     """
     recording = _Recording()
     with torch.inference_mode(False):  # or it would count no writes
-        row = torch.empty(*[1] * (x.dim() - 1), x.shape[-1], dtype=x.dtype, device="meta")
-        recording.know(row)
+        lead = [rows] * (x.dim() - 1)
+        given = torch.empty(*lead, x.shape[-1], dtype=x.dtype, device="meta")
+        recording.know(given)
     children = {
         name: _Linear(child, sizes[name], name, recording) if name in sizes else child
         for name, child in module._modules.items()
@@ -102,7 +104,7 @@ def structure_of(
     copy.__dict__ = {**module.__dict__, "_modules": children}
     try:
         with torch.inference_mode(False), torch.no_grad(), recording:
-            result = forward(copy, row)
+            result = forward(copy, given)
     except NoMlpError:
         raise
     except Exception as error:  # the module's own code, which may do anything

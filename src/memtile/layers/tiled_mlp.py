@@ -92,7 +92,7 @@ def tiled_mlp(
     """
     layers = MlpLayers(None if gate is None else layer_of(gate), layer_of(up), layer_of(down))
     options = _Options(activation, dropout, block_rows, block_features)
-    options.check()
+    options.check(layers.up)
     layers.check()
     return _call(input, layers, options)
 
@@ -135,7 +135,7 @@ class TiledMLP(nn.Module):
         self.gate, self.up, self.down = gate, up, down
         self.activation, self.dropout = activation, dropout
         self.block_rows, self.block_features = block_rows, block_features
-        self._options().check()
+        self._options().check(up)
         MlpLayers(gate, up, down).check(nn.Parameter)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class _Options(NamedTuple):
         """h after dropout."""
         return functional.dropout(h, self.dropout) if self.dropout else h
 
-    def check(self) -> None:
+    def check(self, up: Layer) -> None:
         """Raise ArgumentError for what is outside its range."""
         check_fraction("dropout", self.dropout)
         for name in ("block_rows", "block_features"):
@@ -181,7 +181,8 @@ class _Options(NamedTuple):
                 "no gradient; use one without"
             )
         if not ops.transformed():
-            ops.check_element_wise(self.activation)
+            shape = shape_of(up)
+            ops.check_element_wise(self.activation, None if shape is None else shape[0])
 
 
 def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
