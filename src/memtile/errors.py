@@ -145,7 +145,7 @@ class ParkedCopyWarning(UserWarning):
 
 
 class TileSizeWarning(UserWarning):
-    """Parameters that stay larger than the tile that was asked for."""
+    """Parameters that stay larger than the tile that was asked for, or MLPs that stay whole."""
 
 
 class ReplacedParametersWarning(UserWarning):

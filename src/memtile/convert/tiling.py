@@ -117,7 +117,8 @@ def tile(
     Warns:
         TileSizeWarning: parameters stay above `max_tile_bytes`, or with a home alone in memory and
             larger than the largest weight that is parked: experts of an unknown class, rows of an
-            embedding that are longer, layers that are tiled already.
+            embedding that are longer, layers that are tiled already. Or no MLP could be cut for
+            `tile_mlps`, since a tile is smaller than a feature, say.
         CheckpointWarning: the checkpoint holds more than the model has, or adapters have no values
             yet. NewWeightsWarning: the model made what it lacks.
         ReplacedModuleWarning: a module still uses one that was replaced, or the memory of its
