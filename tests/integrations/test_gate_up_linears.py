@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from family_steps import batch_of
+from given_rates import RATES
 from leftovers import check_nothing_is_left
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +17,8 @@ from watched_home import WatchedHome
 
 import memtile
 from memtile.convert import select_mlps
+from memtile.costmodel import model_records
+from memtile.costmodel.tile_grids import tile_grids
 from memtile.layers import mlp_in_tiles
 from memtile.testing import peak_allocated_bytes
 
@@ -192,17 +195,15 @@ def test_each_tile_is_read_once_in_each_pass():
     home.close()
 
 
-def test_a_plan_cuts_and_computes_them():
-    """Alike in both halves; the losses are the dense model's."""
+def test_a_plan_computes_them():
+    """The losses are the dense model's."""
     dense = families.build("Phi-3").train()
-    ours = copy.deepcopy(dense)
-    batch = batch_of(dense)
-    tokens = batch["input_ids"].numel()
+    ours, batch = copy.deepcopy(dense), batch_of(dense)
+    rows, length = batch["input_ids"].shape
     plan = memtile.plan(
-        ours, budget="64MiB", tokens=tokens, batch=len(batch["input_ids"]), tile_mlps=True
+        ours, budget="1GiB", tokens=rows * length, batch=rows, tile_mlps=True, rates=RATES
     )
-    assert plan.tiles_mlps
-    memtile.tile(ours, max_tile_bytes=2200, home="host", tile_mlps=True)
+    memtile.tile(ours, plan)
     for model in (ours, dense):
         optimizer = memtile.TileOptimizer(model, torch.optim.AdamW, **ADAMW)
         for _ in range(2):
@@ -210,7 +211,24 @@ def test_a_plan_cuts_and_computes_them():
             optimizer.step()
             optimizer.zero_grad()
 
+    assert plan.tiles_mlps
+    assert sum(each.taken for each in select_mlps(ours)) == 1
     torch.testing.assert_close(ours(**batch).loss, dense(**batch).loss, rtol=1e-5, atol=0)
+
+
+def test_plans_cut_both_halves_alike():
+    """At the bounds of down, also where those do not divide the features."""
+    options: dict[str, Any] = {"dtype": "float32", "element_bytes": 4, "trainable": True}
+    options |= {"rows_only": False, "obstacle": ""}
+    both = model_records.Weight(("gate_up",), (2 * 700, 512), **options)
+    down = model_records.Weight(("down",), (512, 700), **options)
+    found = tile_grids([both, down], [model_records.Mlp(("gate_up",), "down")])
+
+    assert len(found) > 2
+    for grids in found:
+        cut = grids["down"].in_parts
+        assert grids["gate_up"].out_parts == (*cut, *(700 + bound for bound in cut[1:]))
+        assert grids["gate_up"].in_parts == (0, 512)
 
 
 def test_with_adapters_its_own_forward_runs(calls: list[int]):
