@@ -5,11 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+from given_rates import RATES
 from tiny_llama import llama
 from torch import Tensor, nn
 from torch.nn import functional
 
 import memtile
+from memtile.costmodel.memory_model import Rings, Setting, terms
+from memtile.costmodel.model_records import (
+    Counted,
+    ParkedLayout,
+    Products,
+    Rest,
+    StateSizes,
+    Weight,
+)
+from memtile.geometry import Grid
 from memtile.homes import DeviceHome, register
 from memtile.ops import logit_tiles, mlp, products
 from memtile.planner.operation_count import count_step
@@ -92,3 +103,32 @@ def test_what_is_held_when_a_parked_tile_is_stepped(parked: str, early: bool):
     assert (held > kept) is early
     assert held <= counted.peak_bytes
     assert unknown.held_at_steps == ((elements, unknown.peak_bytes),)
+
+
+@pytest.mark.parametrize("held", [0, 1 << 24])
+@pytest.mark.parametrize("stored", [1 << 20, 20 << 20])
+def test_pages_of_steps_and_of_stored_activations_take_turns(held: int, stored: int):
+    """In the page cache: the larger of both, and of a step what is more than the peak then."""
+    setting = Setting(
+        tokens=8,
+        rest=Rest(0, (), 0, 0),
+        state=StateSizes(((4, (4, 4)),), 0),
+        mode="in_backward",
+        in_place=False,
+        in_files=False,
+        place="host",
+        rings=Rings(1, 1, 1, 1, 4096, 0),
+        rates=RATES,
+        imports=False,
+    )
+    weight = Weight(("0",), (512, 512), "float32", 4, True, False, "")
+    layout = ParkedLayout((weight,), {"0": Grid((0, 512), (0, 512))})
+    peak = 1 << 24
+    counted = Counted(
+        peak, 0, 0, 0, 0, Products((), 0), ((weight.elements, held),), largest_parked=stored
+    )
+    found = {term.name: term.nbytes for term in terms(setting, layout, counted)}
+    steps = 8 * weight.elements if held == peak else 0
+
+    assert found.get("slabs of optimizer steps", 0) == steps
+    assert found.get("slabs of activations", 0) == max(0, stored - steps)

@@ -126,12 +126,12 @@ def _parked_on_disk(setting: Setting, layout: ParkedLayout, counted: Counted) ->
     yield Term("activations at home", counted.parked_bytes, "disk")
     steps = _slabs(setting, layout, stepped, rings.steps)
     activations = rings.activations * counted.largest_parked
-    if rings.activations == 1:  # mapped while it is stored, when no tile is stepped
-        activations = max(0, activations - steps)
-    if rings.steps == 1 and counted.held_at_steps:  # likewise, beside what is still held then
-        entry = max(sum(some) for some in stepped.values()) if stepped else 0
+    if rings.steps == 1 and counted.held_at_steps:  # mapped beside what is still held then
+        entry = max((sum(some) for some in stepped.values()), default=0)
         most = max(held + elements * entry for elements, held in counted.held_at_steps)
         steps = min(steps, max(0, most - counted.peak_bytes))
+    if rings.activations == 1:  # mapped while it is stored, when no tile is stepped
+        activations = max(0, activations - steps)
     yield Term("slabs of activations", activations, "host")
     yield Term("slabs of tiles", slabs(rings.weights, parked), "host")
     yield Term("slabs of optimizer steps", steps, "host")
