@@ -193,23 +193,25 @@ def page_out(tensor: Tensor) -> None:
     from the file again when it is needed, and one that was written to is kept.
     """
     library = _library()
-    if library is None or not tensor.is_cpu or not tensor.is_contiguous():
-        return
-    start = whole_pages(tensor.data_ptr())
-    length = (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
-    if length > 0 and _is_mapped_file(start):
+    start, length = _pages_in(tensor)
+    if library is not None and length > 0 and _is_mapped_file(start):
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGEOUT)
 
 
 def discard_pages(tensor: Tensor) -> None:
     """Give the whole pages of a CPU tensor's memory back to the kernel; its values are lost."""
     library = _library()
-    if library is None or not tensor.is_cpu or not tensor.is_contiguous():
-        return
-    start = whole_pages(tensor.data_ptr())
-    length = (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
-    if length > 0:
+    start, length = _pages_in(tensor)
+    if library is not None and length > 0:
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def _pages_in(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of the whole pages in a CPU tensor; none where it has gaps."""
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        return 0, 0
+    start = whole_pages(tensor.data_ptr())
+    return start, (tensor.data_ptr() + tensor.nbytes - start) // PAGE * PAGE
 
 
 def trim_heap() -> None:

@@ -37,19 +37,15 @@ class MlpInTiles(ChangedModule):
     def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
         """By `tiled_mlp`, or by the module's own forward where that does anything else."""
         x, *others = (*args, *kwargs.values()) or (None,)
-        structure = None if others else self._structure(forward, x)
-        if structure is None:
+        found = None if others else self._structure(forward, x)
+        if found is None:
             return forward(*args, **kwargs)
-        y = tiled_mlp(
-            x,
-            *layers_of(self, structure),
-            activation=structure.activation,
-            dropout=structure.dropout,
-        )
+        structure, layers = found
+        y = tiled_mlp(x, *layers, activation=structure.activation, dropout=structure.dropout)
         return structure.after(y)
 
-    def _structure(self, forward: partial[Any], x: Any) -> MlpStructure | None:
-        """That of this call; None where its own forward is called."""
+    def _structure(self, forward: partial[Any], x: Any) -> tuple[MlpStructure, MlpLayers] | None:
+        """That of this call, and its layers; None where its own forward is called."""
         if not self._takes(x):
             return None
         try:
@@ -59,7 +55,8 @@ class MlpInTiles(ChangedModule):
         except (NoMlpError, TileShapeError):  # the second: untiled since, or cut otherwise
             return None
         # one that is gate and up would be called twice
-        return None if found.gate_half is not None and layers.weights() is None else found
+        is_called = found.gate_half is not None and layers.weights() is None
+        return None if is_called else (found, layers)
 
     def _takes(self, x: Any) -> bool:
         if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():

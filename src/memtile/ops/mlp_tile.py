@@ -79,18 +79,11 @@ def halves(whole: Tensor) -> tuple[Tensor, Tensor]:
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
         return whole.detach().chunk(2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         first, second = grads
-        if first is None or second is None:
-            one = first if second is None else second
-            if one is None:
-                return None
-            none = torch.zeros_like(one)
-            return torch.cat([none if each is None else each for each in grads])
         if torch.is_grad_enabled() or not follows(first, second):
             return torch.cat([first, second])
         shape = (2 * first.shape[0], first.shape[1])
