@@ -8,22 +8,18 @@ and loss is noted and done later: row slices and reshapes on the input, factors,
 the logits. Anything else computes the logits, once, as the head would have.
 """
 
-import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from memtile import ops
-from memtile.errors import DeferredLogitsError
 from memtile.layers import checks
-from memtile.layers.handle import FREE, written_by
+from memtile.layers.deferred import Deferred, LayerState
 from memtile.layers.linear_cross_entropy import linear_cross_entropy
 from memtile.layers.tiled_linear import TiledLinear
 
@@ -85,44 +81,21 @@ def set_deferring(head: nn.Module, on: bool) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _State:
-    """What the logits depend on besides their input, when the head is called."""
-
-    head: DeferringHead
-    versions: tuple[tuple[int, int], ...]
-    autocast: torch.dtype | None
-
-    @classmethod
-    def of(cls, head: DeferringHead, x: Tensor) -> "_State":
-        return cls(head, _versions(head), ops.autocast_dtype(x))
-
-    @contextmanager
-    def again(self, x: Tensor, records: bool) -> Iterator[None]:
-        """The state as it was; DeferredLogitsError where the head has been written to since."""
-        if self.versions != _versions(self.head):
-            raise DeferredLogitsError(
-                "these logits were left to be computed when they are needed, and the head's weight "
-                "was replaced or written to since: read them before the optimizer's step (before "
-                'backward, where mode="in_backward"), or call memtile.defer_logits(model, False)'
-            )
-        autocast: AbstractContextManager[object] = nullcontext()
-        if self.autocast != ops.autocast_dtype(x):
-            enabled = self.autocast is not None
-            autocast = torch.autocast(x.device.type, self.autocast, enabled=enabled)
-        with torch.set_grad_enabled(records), autocast:
-            yield
-
-
-def _versions(head: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Which parameters it has, and how often each was written to."""
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in head.parameters())
-
-
-class DeferredLogits(Tensor):
+class DeferredLogits(Deferred):
     """Logits (…, V) that are computed when they are used for anything but a loss."""
 
-    _state: _State
+    stale = (
+        "these logits were left to be computed when they are needed, and the head's weight "
+        "was replaced or written to since: read them before the optimizer's step (before "
+        'backward, where mode="in_backward"), or call memtile.defer_logits(model, False)'
+    )
+    refused = (
+        "a gradient came to logits that were left to be computed when they are needed, from an "
+        "autograd.Function, which takes them for computed; give it logits + 0, or call "
+        "memtile.defer_logits(model, False)"
+    )
+    _head: DeferringHead
+    _state: LayerState
     _x: Tensor  # (…, H)
     _steps: tuple[Step, ...]  # on the logits, in order
     _records: bool  # whether gradients were on
@@ -132,35 +105,28 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def __new__(
-        cls, state: _State, x: Tensor, dtype: torch.dtype, steps: tuple[Step, ...], records: bool
+        cls,
+        head: DeferringHead,
+        state: LayerState,
+        x: Tensor,
+        dtype: torch.dtype,
+        steps: tuple[Step, ...],
+        records: bool,
     ) -> "DeferredLogits":
         """The logits of x (…, H), of this dtype after the steps."""
-        shape = (*x.shape[:-1], state.head.out_features)
-        trained = x.requires_grad or any(p.requires_grad for p in state.head.parameters())
-        made: DeferredLogits = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=x.device, requires_grad=records and trained
-        )
-        made._state, made._x, made._steps, made._records = state, x, steps, records
+        shape = (*x.shape[:-1], head.out_features)
+        trained = x.requires_grad or any(p.requires_grad for p in head.parameters())
+        made: DeferredLogits = cls.empty(shape, dtype, x.device, records and trained)
+        made._head, made._state, made._x = head, state, x
+        made._steps, made._records = steps, records
         made._logits, made._source, made._made = None, None, []
-        if records and trained:
-            with torch._C.DisableTorchFunctionSubclass():
-                made.register_post_accumulate_grad_hook(_refuse_gradient)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return made
 
     @classmethod
     def of(cls, head: DeferringHead, x: Tensor) -> "DeferredLogits":
         """The logits that a head gives its input (…, H)."""
-        state = _State.of(head, x)
-        return cls(state, x, state.autocast or x.dtype, (), torch.is_grad_enabled())
-
-    def __repr__(self) -> str:  # type: ignore[override]  # torch adds a keyword that nothing passes
-        return repr(self.computed())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.computed(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.computed().__reduce_ex__(protocol)
+        state = LayerState.of(head, x)
+        return cls(head, state, x, state.autocast or x.dtype, (), torch.is_grad_enabled())
 
     def computed(self) -> Tensor:
         """The logits, differentiable if they were made where gradients are on."""
@@ -170,8 +136,8 @@ class DeferredLogits(Tensor):
                 with torch.set_grad_enabled(self._records):
                     self._logits = self._source[1](source)
             else:
-                with self._state.again(self._x, self._records):
-                    values = self._state.head.now(self._x)
+                with self._state.again(self._x, self._records, self.stale):
+                    values = self._head.now(self._x)
                     for _, _, step in self._steps:
                         values = step(values)
                 self._logits = values
@@ -196,9 +162,10 @@ class DeferredLogits(Tensor):
         form = _scale_and_softcap(self._steps)
         if form is None or self._logits is not None or self.dim() != 2:
             return None
-        with self._state.again(self._x, self._records and torch.is_grad_enabled()):
+        records = self._records and torch.is_grad_enabled()
+        with self._state.again(self._x, records, self.stale):
             loss = linear_cross_entropy(
-                self._x, self._state.head, target, logit_scale=form[0], softcap=form[1], **options
+                self._x, self._head, target, logit_scale=form[0], softcap=form[1], **options
             )
         return loss.to(self.dtype)
 
@@ -234,46 +201,21 @@ class DeferredLogits(Tensor):
         self, change: Change, x: Tensor, dtype: torch.dtype, steps: tuple[Step, ...]
     ) -> "DeferredLogits":
         records = self._records and torch.is_grad_enabled()
-        made = DeferredLogits(self._state, x, dtype, steps, records)
+        made = DeferredLogits(self._head, self._state, x, dtype, steps, records)
         made._source = self, change
         self._made.append(weakref.ref(made))
         return made
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in FREE or func is Tensor.register_hook:  # FSDP2 hooks what a model returns
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        found = None
+    def kept(cls, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Loss, or logits that are still deferred."""
         if func is functional.cross_entropy:
-            found = _loss(*args, **kwargs)
-        elif args and isinstance(args[0], DeferredLogits):
-            others = tree_leaves((args[1:], kwargs))
-            name = getattr(func, "__name__", "")
-            found = args[0].changed(name, lambda t: func(t, *args[1:], **kwargs), others)
-        if found is not None:
-            return found
-        for each in tree_leaves(written_by(func, args, kwargs)[1]):
-            if isinstance(each, DeferredLogits):
-                each.compute_family()
-        return func(*tree_map(_computed, tuple(args)), **tree_map(_computed, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks the function argument
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*tree_map(_computed, tuple(args)), **tree_map(_computed, kwargs or {}))
-
-
-def _computed(value: Any) -> Any:
-    return value.computed() if isinstance(value, DeferredLogits) else value
+            return _loss(*args, **kwargs)
+        if not args or not isinstance(args[0], DeferredLogits):
+            return None
+        others = tree_leaves((args[1:], kwargs))
+        name = getattr(func, "__name__", "")
+        return args[0].changed(name, lambda t: func(t, *args[1:], **kwargs), others)
 
 
 def _loss(
@@ -313,12 +255,3 @@ def _scale_and_softcap(steps: Sequence[Step]) -> tuple[float, float | None] | No
     if not bounded:
         return before, None
     return (before * after, after) if after > 0.0 else None
-
-
-def _refuse_gradient(logits: Tensor) -> None:
-    """Only an `autograd.Function` that was given the logits themselves sends a gradient here."""
-    raise DeferredLogitsError(
-        "a gradient came to logits that were left to be computed when they are needed, from an "
-        "autograd.Function, which takes them for computed; give it logits + 0, or call "
-        "memtile.defer_logits(model, False)"
-    )
