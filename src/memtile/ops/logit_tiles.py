@@ -42,6 +42,7 @@ from memtile.ops.products import (
     is_batched,
     strips_of,
     sum_of_products,
+    sum_of_rows,
     wide_dtype,
     write_products,
 )
@@ -239,7 +240,7 @@ class _BackwardVisit(_Visit):
             if self.dx is not None:
                 add_product(self.dx[rows.as_slice()], gradient, matrix)
             if self.db is not None:
-                self.db[classes.as_slice()] += gradient.sum(0, dtype=self.db.dtype)
+                self.db[classes.as_slice()] += sum_of_rows(gradient)
             yield gradient.t(), self.inputs(rows)
 
     def _differentiate(self, rows: Span, classes: Span, strip: Tensor) -> None:

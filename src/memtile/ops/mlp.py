@@ -32,6 +32,7 @@ from memtile.ops.products import (
     add_product,
     strips_of,
     sum_of_products,
+    sum_of_rows,
     wide_dtype,
     widened,
 )
@@ -283,7 +284,7 @@ class _Sums:
             self._add(name, tile.factor(name, grad).t(), block.hidden)
         for name in self.parts.keys() & {"gate_bias", "up_bias"}:
             factor = block.of(name.removesuffix("_bias"))
-            part = factor.sum(0, dtype=wide_dtype(x.dtype))
+            part = sum_of_rows(factor)
             self.totals[name] = part + self.totals[name] if name in self.totals else part
 
     def _add(self, name: str, a: Tensor, b: Tensor) -> None:

@@ -27,7 +27,7 @@ from memtile.observing.recording import BACKWARD, FORWARD, clock
 from memtile.ops.mlp import MlpSpec, MlpVisit
 from memtile.ops.mlp_tile import MlpTile, follows, plain_mlp_tile
 from memtile.ops.parked import form_gradient, no_autocast
-from memtile.ops.products import SIXTEEN_BITS, is_batched, narrow_in_place, wide_dtype
+from memtile.ops.products import SIXTEEN_BITS, is_batched, narrow_in_place, sum_of_rows, wide_dtype
 from memtile.transfer import ParkedSource, catch_up, values_together
 
 Gradients = dict[str, Tensor | None]
@@ -146,7 +146,7 @@ class _TileStep:
                 with values_together(read, x.device) as values:
                     self._visit(x, values).add_gradients(grad, own, is_first)
             if "bias" in found:
-                found["bias"] = grad.sum(0, dtype=wide_dtype(grad.dtype)).to(tensors["bias"].dtype)
+                found["bias"] = sum_of_rows(grad).to(tensors["bias"].dtype)
             nodes = dict(zip(self.names, ctx.next_functions[-len(self.names) :], strict=True))
             for name, weight in self.tile.weights().items():
                 out = found.get(name)

@@ -65,6 +65,17 @@ def strips_of(block: Tensor) -> Iterator[Span]:
     yield from counted_parts(spans_of_size(len(block), size), block)
 
 
+def sum_of_rows(block: Tensor) -> Tensor:
+    """(M,) of a block (N, M); of 16 bits in float32, without a float32 copy of the block."""
+    dtype = wide_dtype(block.dtype)
+    if dtype == block.dtype or not (block.is_cpu or block.is_meta):
+        return block.sum(0, dtype=dtype)  # which makes such a copy on a CPU
+    total = block.new_zeros(block.shape[1], dtype=dtype)
+    for rows in strips_of(block):
+        total += block[rows.as_slice()].to(dtype).sum(0)
+    return total
+
+
 def needs_float32_sum(dtype: torch.dtype, parts: int) -> bool:
     """Whether a sum of `parts` results of this dtype must be kept in float32."""
     return parts > 1 and dtype in SIXTEEN_BITS
