@@ -14,7 +14,7 @@ from torch.nn import functional
 from watched_home import WatchedHome
 
 import memtile
-from memtile.layers import mlp_in_tiles
+from memtile.layers import mlp_in_tiles, mlp_pairs
 from memtile.testing import error_ratio
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -42,10 +42,26 @@ class Mlp(nn.Module):
         return y
 
 
+class Beside(nn.Module):
+    """The two linears of an MLP, with another one and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, INNER)
+        self.out = nn.Sequential()
+        self.out.add_module("down", nn.Linear(INNER, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, WIDTH) of (…, WIDTH)."""
+        y: Tensor = x + self.out(functional.gelu(self.up(self.first(x))))
+        return y
+
+
 class Model(nn.Module):
     """Something with an MLP in it."""
 
-    def __init__(self, mlp: Mlp) -> None:
+    def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self.mlp = mlp
 
@@ -74,7 +90,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_blocks(x: Tensor, *layers: Any, **options: Any) -> Tensor:
         return memtile.tiled_mlp(x, *layers, **options, **BLOCKS)
 
-    monkeypatch.setattr(mlp_in_tiles, "tiled_mlp", in_blocks)
+    for module in (mlp_in_tiles, mlp_pairs):
+        monkeypatch.setattr(module, "tiled_mlp", in_blocks)
 
 
 @pytest.fixture
@@ -138,6 +155,36 @@ def test_adapters_train_with_the_tiles(gated: bool, targets: Any, place: str, ca
     assert_same_step(ours, dense)
     assert_same_step(ours, dense, 3)
     assert called == []
+
+
+@pytest.mark.parametrize("place", ["whole", "in tiles", "parked"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_adapters_of_linears_in_two_modules(when: str, place: str, monkeypatch: pytest.MonkeyPatch):
+    """They may come before `tile_mlps` and after it."""
+    config = peft.LoraConfig(target_modules=["up", "down"], init_lora_weights=False, r=3)
+    models = [Model(Beside()).double() for _ in range(2)]
+    if when == "before":
+        memtile.tile_mlps(models[0])
+    torch.manual_seed(1)
+    ours = peft.get_peft_model(models[0], config)
+    torch.manual_seed(1)
+    dense = peft.get_peft_model(models[1], config)
+    if (when, place) != ("before", "whole"):
+        placed(ours, place)
+    seen: list[Any] = []
+    plain = mlp_pairs.tiled_mlp
+
+    def noted(*given: Any, **options: Any) -> Tensor:
+        seen.append(given)
+        return plain(*given, **options)
+
+    monkeypatch.setattr(mlp_pairs, "tiled_mlp", noted)
+
+    assert_same_step(ours, dense)
+    assert len(seen) == 1
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged(batch()), dense(batch()), rtol=1e-12, atol=1e-12)
+    assert len(seen) == 2
 
 
 def test_trained_bases_and_dropout_of_the_input(called: list[int]):

@@ -30,7 +30,12 @@ from memtile.convert.planned import (
 )
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Cut, TilingDecision, choose
-from memtile.convert.tiling_mlps import cut_for_mlps, put_mlps_in_tiles, why_no_mlp
+from memtile.convert.tiling_mlps import (
+    cut_for_mlps,
+    has_mlps_in_tiles,
+    put_mlps_in_tiles,
+    why_no_mlp,
+)
 from memtile.costmodel import Plan, RankPlan
 from memtile.errors import (
     ArgumentError,
@@ -98,7 +103,7 @@ def tile(
             now on, as a plan's numbers suppose: a setting of glibc's malloc, logged, which costs
             page faults. None: with what `memtile.plan` gave. False: the peak may be more.
         tile_mlps: compute the MLPs without their intermediate activation (`memtile.tile_mlps`), and
-            cut their layers alike along it.
+            cut their layers alike along it; so they are cut also where `tile_mlps` came before.
 
     Returns:
         The same model.
@@ -132,7 +137,8 @@ def tile(
     if plan is None:
         cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
         decisions = _checked_decisions(model, cut, modules)
-        decisions = cut_for_mlps(model, decisions, cut) if tile_mlps else decisions
+        if tile_mlps or (cut.in_splits <= 1 and has_mlps_in_tiles(model)):
+            decisions = cut_for_mlps(model, decisions, cut)
     else:
         sizes = {"out_splits": out_splits, "in_splits": in_splits}
         given = {**sizes, "max_tile_bytes": max_tile_bytes, "modules": modules}

@@ -1,7 +1,7 @@
 """`tile_mlps`: the MLPs of a model are computed without their intermediate activation, in place."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,15 +15,21 @@ from memtile.errors import ArgumentError, TileShapeError
 from memtile.geometry import Grid
 from memtile.layers import (
     MlpInTiles,
+    MlpLayers,
+    MlpPair,
+    MlpPairs,
     MlpStructure,
     NoMlpError,
     TiledLinear,
     TiledModule,
     checked_structure,
     layers_of,
+    pairs_of,
     put_in_tiles,
+    put_pairs_in_tiles,
     structure_of,
     take_out_of_tiles,
+    take_pairs_out_of_tiles,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,7 +57,8 @@ def tile_mlps(model: Model, on: bool = True) -> Model:
     """Compute the MLPs of a model without their intermediate activation from now on (`tiled_mlp`).
 
     An MLP is told by what its forward does, and not by its name: gate and up of its one input, or
-    one linear that is both, or up alone; an element-wise activation, a product, dropout, down.
+    one linear that is both, or up alone; an element-wise activation, a product, dropout, down. Up
+    and down of a plain one may stand beside attention (OPT) or in two modules (BERT).
     Names, parameters, state dicts and classes are as they were, adapters (LoRA) may be around its
     linears, before or after. Where a call cannot be tiled (hooks on its linears, `torch.compile`,
     adapters of one that is gate and up), the module's own forward runs; so it does in inference
@@ -80,6 +87,7 @@ def tile_mlps(model: Model, on: bool = True) -> Model:
     if not on:
         for module in model.modules():
             take_out_of_tiles(module)
+            take_pairs_out_of_tiles(module)
     elif not put_mlps_in_tiles(model):
         raise ArgumentError(why_no_mlp(model))
     return model
@@ -94,13 +102,21 @@ def put_mlps_in_tiles(model: nn.Module) -> bool:
     """Compute those that can be by `tiled_mlp`; whether there are any."""
     taken = [each for each in _candidates(model) if each.decision.taken]
     for each in taken:
-        put_in_tiles(each.module, each.sizes)
+        if each.pairs:
+            put_pairs_in_tiles(each.module, each.pairs)
+        else:
+            put_in_tiles(each.module, each.sizes)
     return bool(taken)
+
+
+def has_mlps_in_tiles(model: nn.Module) -> bool:
+    """Whether any of them are computed so already."""
+    return any(isinstance(module, MlpInTiles | MlpPairs) for module in model.modules())
 
 
 def why_no_mlp(model: nn.Module) -> str:
     """What to say where no MLP can be taken."""
-    refused = sorted(_candidates(model), key=lambda each: each.structure is None)  # MLPs first
+    refused = sorted(_candidates(model), key=lambda each: not each.mlps())  # MLPs first
     first = f" ({refused[0].decision.name}: {refused[0].decision.reason})" if refused else ""
     return (
         f"{type(model).__name__} has no MLP that can be computed by tiles{first}; "
@@ -143,8 +159,8 @@ def mlp_layers(model: nn.Module) -> list[Mlp]:
     """The linears of each MLP that is known, however they are cut."""
     found = []
     for each in _candidates(model):
-        if each.structure is not None:
-            *inner, down = (each.path(name) for name in dict.fromkeys(each.structure[:3]) if name)
+        for names in each.mlps():
+            *inner, down = map(each.path, names)
             found.append(Mlp(tuple(inner), down))
     return found
 
@@ -164,28 +180,101 @@ class _Candidate:
 
     module: nn.Module
     sizes: dict[str, int]  # the features that each of its linears gives, by its name
-    structure: MlpStructure | None
+    structure: MlpStructure | None  # where its linears are one MLP
     decision: MlpDecision
+    pairs: tuple[MlpPair, ...] = ()  # the MLPs of linears below it
+
+    def mlps(self) -> list[list[str]]:
+        """The names of the linears of each MLP, down at the end."""
+        if self.structure is None:
+            return [list(pair) for pair in self.pairs]
+        return [[name for name in dict.fromkeys(self.structure[:3]) if name]]
 
     def path(self, name: str) -> str:
         """The name in the model of one of its linears, inside adapters."""
-        base = "".join(".base_layer" for _ in _wrappers(self.module._modules[name]))
-        prefix = f"{self.decision.name}." if self.decision.name else ""
-        return f"{prefix}{name}{base}"
+        base = "".join(".base_layer" for _ in _wrappers(self.module.get_submodule(name)))
+        return f"{_prefix(self.decision.name)}{name}{base}"
 
 
-def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
+
+
+def _candidates(model: nn.Module) -> list[_Candidate]:
+    """Modules with linears of their own, and those that have the two of an MLP below them."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
     inside: tuple[str, ...] = ()
+    found: list[_Candidate] = []
+    linears: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
         shapes = {own: s for own, child in module._modules.items() if (s := _shape(child))}
         if isinstance(module, TiledModule) or _shape(module):
-            inside = (*inside, f"{name}." if name else "")
+            inside = (*inside, _prefix(name))
         elif shapes and type(module).forward is not nn.Module.forward:
-            yield _candidate(name, module, shapes)
+            found.append(_candidate(name, module, shapes))
+        if not found or found[-1].module is not module or not found[-1].mlps():
+            linears |= {_prefix(name) + own: shape for own, shape in shapes.items()}
+    pairs = {each.decision.name: each for each in _pair_candidates(model, linears)}
+    in_pairs = {each.path(name) for each in pairs.values() for pair in each.pairs for name in pair}
+    alone = [
+        each
+        for each in found
+        if each.decision.name not in pairs and not {*map(each.path, each.sizes)} <= in_pairs
+    ]
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return sorted([*alone, *pairs.values()], key=lambda each: order[each.decision.name])
+
+
+def _pair_candidates(
+    model: nn.Module, linears: Mapping[str, tuple[int, int]]
+) -> Iterator[_Candidate]:
+    """Those that have MLPs whose linears stand beside others, or in several modules."""
+    below: dict[str, set[tuple[int, int]]] = {}
+    for name, shape in linears.items():
+        for parent in _parents(name):
+            below.setdefault(parent, set()).add(shape)
+    wide = {name: shape for name, shape in linears.items() if shape[0] > shape[1]}
+    owners = dict.fromkeys(
+        next((parent for parent in _parents(name) if shape[::-1] in below[parent]), None)
+        for name, shape in wide.items()
+    )
+    known: dict[object, tuple[MlpPair, ...]] = {}
+    for owner in owners:
+        module = None if owner is None else model.get_submodule(owner)
+        if owner is None or module is None or "forward" in module.__dict__:
+            continue
+        own = {name: s for name, s in linears.items() if name.startswith(_prefix(owner))}
+        shapes = {name[len(_prefix(owner)) :]: shape for name, shape in own.items()}
+        kind = type(module), tuple(shapes.items())
+        if kind not in known:
+            try:
+                known[kind] = pairs_of(module, shapes)
+            except NoMlpError:
+                known[kind] = ()
+        if known[kind]:
+            yield _pair_candidate(owner, module, known[kind])
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The names of the modules that something is in, from the innermost outwards."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _pair_candidate(name: str, module: nn.Module, pairs: tuple[MlpPair, ...]) -> _Candidate:
+    kind = "a plain MLP" if len(pairs) == 1 else "plain MLPs"
+    reason = f"{kind} of " + ", ".join(f"{up} and {down}" for up, down in pairs)
+    taken = True
+    try:
+        for pair in pairs:
+            MlpLayers(None, *map(module.get_submodule, pair)).check()
+    except TileShapeError as error:
+        taken, reason = False, str(error)
+    return _Candidate(module, {}, None, MlpDecision(name, taken, reason), pairs)
 
 
 def _candidate(name: str, module: nn.Module, shapes: dict[str, tuple[int, int]]) -> _Candidate:

@@ -20,6 +20,7 @@ from memtile.layers import (
     class_of,
     is_plain,
     take_out_of_tiles,
+    take_pairs_out_of_tiles,
     untile_rows,
 )
 from memtile.transfer import unwatch_model
@@ -63,6 +64,7 @@ def untile(model: Model) -> Model:
     for module in model.modules():
         untile_rows(module)
         take_out_of_tiles(module)
+        take_pairs_out_of_tiles(module)
     set_deferring_of(model, False)
     unwatch_model(model)
     replaced.warn(model, stacklevel=2)

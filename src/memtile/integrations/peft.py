@@ -16,7 +16,7 @@ from memtile.convert import (
     tiled_layers,
 )
 from memtile.integrations.saving import loaded_class, with_tiles
-from memtile.layers import LowRank, has_hooks, is_plain
+from memtile.layers import LowRank, class_of, has_hooks, is_plain
 
 _MERGING = "_unload_and_optionally_merge"
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -52,7 +52,7 @@ def _kept_children(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 def low_rank(module: nn.Module) -> LowRank | None:
     """The base and the one active adapter of a LoRA linear; None for all other forms."""
-    if type(module) is not loaded_class("peft.tuners.lora.layer", "Linear"):
+    if class_of(module) is not loaded_class("peft.tuners.lora.layer", "Linear"):
         return None
     lora: Any = module  # which is not imported here
     active = [name for name in lora.active_adapters if name in lora.lora_A]

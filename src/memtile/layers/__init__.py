@@ -19,6 +19,13 @@ from memtile.layers.mlp_in_tiles import (
     take_out_of_tiles,
 )
 from memtile.layers.mlp_layers import MlpLayers
+from memtile.layers.mlp_pairs import (
+    MlpPair,
+    MlpPairs,
+    pairs_of,
+    put_pairs_in_tiles,
+    take_pairs_out_of_tiles,
+)
 from memtile.layers.mlp_structure import MlpStructure, NoMlpError, structure_of
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear, ParkedModule
 from memtile.layers.return_bias import TiledLinearReturnBias
@@ -41,6 +48,8 @@ __all__ = [
     "LowRank",
     "MlpInTiles",
     "MlpLayers",
+    "MlpPair",
+    "MlpPairs",
     "MlpStructure",
     "NoMlpError",
     "ParkedEmbedding",
@@ -67,12 +76,15 @@ __all__ = [
     "is_shard",
     "layers_of",
     "linear_cross_entropy",
+    "pairs_of",
     "put_in_tiles",
+    "put_pairs_in_tiles",
     "register_gatherer",
     "register_low_rank",
     "set_deferring",
     "structure_of",
     "take_out_of_tiles",
+    "take_pairs_out_of_tiles",
     "tile_rows",
     "tiled_mlp",
     "token_log_probabilities",

@@ -16,6 +16,7 @@ class ChangedModule(nn.Module):
 
     whole_class: type[nn.Module]  # without this change
     change: type["ChangedModule"]
+    keeps_values = False  # whether it is for others what its own class is (`class_of`)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A module of its own class: `nn.Sequential` makes its slices by calling its class."""
@@ -82,6 +83,8 @@ def _derived(change: type[ChangedModule], cls: type[nn.Module]) -> type[ChangedM
     key = change, cls
     if key not in _classes:
         own = {"forward": forward, "whole_class": cls, "change": change}
+        if change.keeps_values:
+            own["acts_as"] = getattr(cls, "acts_as", cls)
         body = {**own, "__module__": cls.__module__}
         _classes[key] = type(f"{change.__name__}{cls.__name__}", (change, cls), body)
     return _classes[key]

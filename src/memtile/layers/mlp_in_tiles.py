@@ -5,7 +5,7 @@ is what is computed: another activation or dropout, evaluation mode, adapters ar
 Where it is no MLP any more, its own forward runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -46,7 +46,7 @@ class MlpInTiles(ChangedModule):
 
     def _structure(self, forward: partial[Any], x: Any) -> tuple[MlpStructure, MlpLayers] | None:
         """That of this call, and its layers; None where its own forward is called."""
-        if not self._takes(x):
+        if not takes(x, max(self.mlp_sizes.values()), self.children()):
             return None
         try:
             found = checked_structure(self, forward.func, self.mlp_sizes, x)
@@ -58,14 +58,16 @@ class MlpInTiles(ChangedModule):
         is_called = found.gate_half is not None and layers.weights() is None
         return None if is_called else (found, layers)
 
-    def _takes(self, x: Any) -> bool:
-        if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():
-            return False
-        nbytes = x[..., 0].nbytes * max(self.mlp_sizes.values())
-        if nbytes <= FEWEST_BYTES and not torch.is_grad_enabled():
-            return False
-        hooked = checks.hooked_globally() or any(map(checks.has_hooks, self.children()))
-        return not hooked and not any(map(is_shard, self.parameters()))
+
+def takes(x: Any, features: int, layers: Iterable[nn.Module]) -> bool:
+    """Whether an MLP of so many intermediate features, whose layers are these, is worth tiles."""
+    if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():
+        return False
+    if x[..., 0].nbytes * features <= FEWEST_BYTES and not torch.is_grad_enabled():
+        return False
+    found = [*layers]
+    hooked = checks.hooked_globally() or any(map(checks.has_hooks, found))
+    return not hooked and not any(is_shard(p) for each in found for p in each.parameters())
 
 
 def layers_of(module: nn.Module, structure: MlpStructure) -> MlpLayers:

@@ -25,21 +25,21 @@ class NoMlpError(Exception):
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """The place of a tensor in a run; 0 is the input."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """A call of a function, its tensors replaced by their slots."""
 
     function: Any
     args: Any
     kwargs: Any
-    given: tuple[_Slot, ...]
-    made: _Slot
+    given: tuple[Slot, ...]
+    made: Slot
 
     @property
     def name(self) -> str:
@@ -51,15 +51,15 @@ class _Step:
 class Steps:
     """A function of one tensor, as the calls that it is made of."""
 
-    steps: tuple[_Step, ...]
-    given: _Slot
-    made: _Slot
+    steps: tuple[Step, ...]
+    given: Slot
+    made: Slot
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The same calls with this tensor."""
         values = {self.given: tensor}
         for step in self.steps:
-            args, kwargs = tree_map_only(_Slot, values.__getitem__, (step.args, step.kwargs))
+            args, kwargs = tree_map_only(Slot, values.__getitem__, (step.args, step.kwargs))
             values[step.made] = step.function(*args, **kwargs)
         return values[self.made]
 
@@ -159,17 +159,17 @@ class _Recording(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[_Step] = []
-        self._slots: dict[int, _Slot] = {}  # by the tensor's id
+        self.steps: list[Step] = []
+        self._slots: dict[int, Slot] = {}  # by the tensor's id
         self._tensors: dict[int, tuple[Tensor, int]] = {}  # and its version; so ids stay its own
 
-    def know(self, tensor: Tensor) -> _Slot:
+    def know(self, tensor: Tensor) -> Slot:
         """A new slot, where this tensor is from now on."""
-        slot = self._slots[id(tensor)] = _Slot(len(self.steps))
+        slot = self._slots[id(tensor)] = Slot(len(self.steps))
         self._tensors[id(tensor)] = tensor, tensor._version
         return slot
 
-    def slot(self, value: Any) -> _Slot:
+    def slot(self, value: Any) -> Slot:
         """Where a tensor is; NoMlpError where it is none that was made of the input."""
         if id(value) not in self._slots:
             raise NoMlpError(
@@ -181,7 +181,7 @@ class _Recording(TorchFunctionMode):
 
     def add(self, function: Any, args: Any, kwargs: Any, given: Any, made: Tensor) -> None:
         """A step that made a tensor, or wrote to it."""
-        step = _Step(function, args, kwargs, tuple(given), _Slot(len(self.steps) + 1))
+        step = Step(function, args, kwargs, tuple(given), Slot(len(self.steps) + 1))
         self.steps.append(step)
         self.know(made)
 
@@ -211,11 +211,11 @@ class _Recording(TorchFunctionMode):
         return result
 
 
-def _structure(recording: _Recording, result: _Slot, count: int) -> MlpStructure:
+def _structure(recording: _Recording, result: Slot, count: int) -> MlpStructure:
     """What the steps are, of so many linears."""
     steps = {step.made: step for step in recording.steps}
     linears = [step for step in recording.steps if isinstance(step.function, str)]
-    inner = [step for step in linears if step.given == (_Slot(0),)]
+    inner = [step for step in linears if step.given == (Slot(0),)]
     outer = [step for step in linears if step not in inner]
     names = [step.function for step in linears]
     if len(outer) != 1 or len(names) != len(set(names)) or len(names) != count:
@@ -224,16 +224,16 @@ def _structure(recording: _Recording, result: _Slot, count: int) -> MlpStructure
             "once, all but one with the input, and one with what is made of what they give"
         )
     down = outer[0]
-    after = _between(steps, down.made, result, "what down gives and the result")
-    h, dropout = _without_dropout(steps, down.given[0])
+    after = between(steps, down.made, result, "what down gives and the result")
+    h, dropout = without_dropout(steps, down.given[0])
     halves = [step for step in recording.steps if isinstance(step.function, _Half)]
     is_both = len(inner) == 1 and [step.given for step in halves] == [(inner[0].made,)] * 2
-    gate: _Step | None = None
+    gate: Step | None = None
     if len(inner) == 1 and not is_both:
         (up,), end = inner, h
     else:
         gate, up, end = _factors(steps.get(h), halves if is_both else inner)
-    activation = _between(steps, (gate or up).made, end, "its linears")
+    activation = between(steps, (gate or up).made, end, "its linears")
     if not activation.steps:
         raise NoMlpError("its forward has no activation between its linears")
     rest = activation, dropout, after
@@ -244,7 +244,7 @@ def _structure(recording: _Recording, result: _Slot, count: int) -> MlpStructure
     return MlpStructure(gate_name, up.function, down.function, *rest)
 
 
-def _without_dropout(steps: Mapping[_Slot, _Step], h: _Slot) -> tuple[_Slot, float]:
+def without_dropout(steps: Mapping[Slot, Step], h: Slot) -> tuple[Slot, float]:
     """What dropout is given that makes h, and its part; h itself where none does."""
     step = steps.get(h)
     if step is None or step.function is not functional.dropout:
@@ -254,7 +254,7 @@ def _without_dropout(steps: Mapping[_Slot, _Step], h: _Slot) -> tuple[_Slot, flo
     return step.given[0], part
 
 
-def _factors(product: _Step | None, inner: Sequence[_Step]) -> tuple[_Step, _Step, _Slot]:
+def _factors(product: Step | None, inner: Sequence[Step]) -> tuple[Step, Step, Slot]:
     """Gate, up, and where the activation of gate is, of their product."""
     if product is not None and product.name in ("mul", "imul", "multiply"):
         for a, b in (product.given, product.given[::-1]) if len(product.given) == 2 else ():
@@ -268,9 +268,9 @@ def _factors(product: _Step | None, inner: Sequence[_Step]) -> tuple[_Step, _Ste
     )
 
 
-def _between(steps: Mapping[_Slot, _Step], start: _Slot, end: _Slot, where: str) -> Steps:
+def between(steps: Mapping[Slot, Step], start: Slot, end: Slot, where: str) -> Steps:
     """The steps from one slot to another, which depend on nothing else."""
-    found: dict[_Slot, _Step] = {}
+    found: dict[Slot, Step] = {}
     ahead = [end]
     while ahead:
         slot = ahead.pop()

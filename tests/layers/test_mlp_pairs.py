@@ -1,0 +1,284 @@
+"""MLPs whose two linears belong to other modules, or stand beside other layers."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from leftovers import check_nothing_is_left
+from torch import Tensor, nn
+from torch.nn import functional
+
+import memtile
+from memtile.convert import select_mlps
+from memtile.errors import ArgumentError, DeferredLogitsError
+from memtile.layers import mlp_in_tiles, mlp_pairs
+from memtile.testing import peak_allocated_bytes
+
+nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
+WIDTH, INNER = 13, 29
+Between = Callable[["Block", Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of each call of `tiled_mlp`, in small blocks."""
+    seen: list[dict[str, Any]] = []
+
+    def noted(x: Tensor, *layers: Any, **options: Any) -> Tensor:
+        seen.append(options)
+        return memtile.tiled_mlp(x, *layers, **options, block_rows=3, block_features=4)
+
+    monkeypatch.setattr(mlp_pairs, "tiled_mlp", noted)
+    return seen
+
+
+class Block(nn.Module):
+    """A linear and a norm beside the linears of an MLP, the second of which is in a module."""
+
+    def __init__(self, between: Between, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, INNER)
+        self.out = nn.Sequential(nn.Linear(INNER, WIDTH), nn.LayerNorm(WIDTH))
+        self.dropout, self.between = nn.Dropout(dropout), between
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.training:
+            self.calls += 1
+        x = x + self.first(x)
+        y: Tensor = x + self.out(self.dropout(self.between(self, self.up(x))))
+        return y
+
+
+class Straight(torch.autograd.Function):
+    """Rounds; its gradient is that of a step that does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return torch.round(h * 4.0) / 4.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def gelu(block: Block, h: Tensor) -> Tensor:
+    return functional.gelu(h)
+
+
+def by_hand(block: Block, h: Tensor) -> Tensor:
+    return 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.045 * torch.pow(h, 3.0))))
+
+
+def softmax(block: Block, h: Tensor) -> Tensor:
+    return h.softmax(-1)
+
+
+def straight(block: Block, h: Tensor) -> Tensor:
+    found: Tensor = Straight.apply(h)
+    return found
+
+
+def nothing(block: Block, h: Tensor) -> Tensor:
+    return h
+
+
+def in_place(block: Block, h: Tensor) -> Tensor:
+    functional.relu(h, inplace=True)
+    return h
+
+
+def written_after(block: Block, h: Tensor) -> Tensor:
+    g = torch.sigmoid(h)
+    h.mul_(2.0)
+    return g
+
+
+def with_residual(block: Block, h: Tensor) -> Tensor:
+    return functional.gelu(h) + h.mean()
+
+
+def cumulated(block: Block, h: Tensor) -> Tensor:
+    return h.cumsum(-1)
+
+
+def by_value(block: Block, h: Tensor) -> Tensor:
+    return functional.relu(h) if bool(h.sum() > 0) else functional.gelu(h)
+
+
+def compared(block: Block, h: Tensor) -> Tensor:
+    return torch.where(h > 0, h, 0.1 * h)
+
+
+def flattened(block: Block, h: Tensor) -> Tensor:
+    return functional.gelu(h.flatten()).view(h.shape)
+
+
+LEFT = [softmax, straight, nothing, in_place, written_after, with_residual]
+LEFT += [cumulated, by_value, compared, flattened]
+
+
+def step(block: nn.Module, x: Tensor) -> list[Tensor]:
+    """Result, the input's gradient and all others."""
+    given = x.clone().requires_grad_()
+    block.zero_grad()
+    y = block(given)
+    y.square().sum().backward()
+    assert given.grad is not None
+    found = [p.grad for p in block.parameters() if p.grad is not None]
+    return [y.detach(), given.grad, *found]
+
+
+def given() -> Tensor:
+    return torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-12) -> None:
+    for found, truth in zip(step(ours, given()), step(theirs, given()), strict=True):
+        torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "in tiles": {"out_splits": 3, "tile_mlps": True},
+    "parked": {"max_tile_bytes": 900, "home": "host", "tile_mlps": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("between", [gelu, by_hand])
+def test_computes_by_tiles(between: Between, way: str, calls: list[Any]):
+    """Also where its linears are tiled later; buffers are not written by the look at it."""
+    dense = Block(between).double()
+    ours = memtile.tile_mlps(copy.deepcopy(dense))
+    assert ours.calls == 0
+    if WAYS[way]:
+        memtile.tile(ours, **WAYS[way])
+        assert str(ours.out[0].grid) in ("1×3", "1×4")
+    assert [str(each) for each in select_mlps(ours)] == ["yes : a plain MLP of up and out.0"]
+
+    for found, truth in zip(step(ours, given())[:2], step(dense, given())[:2], strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    gradients = memtile.untile(ours).named_parameters()
+    for (name, found), truth in zip(gradients, dense.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, truth.grad, rtol=1e-12, atol=1e-12, msg=name)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("between", LEFT)
+def test_what_is_no_element_wise_activation_is_left_alone(between: Between):
+    """`tile_mlps` refuses it."""
+    with pytest.raises(ArgumentError, match="has no MLP that can be computed by tiles"):
+        memtile.tile_mlps(Block(between))
+
+
+@pytest.mark.parametrize("between", [each for each in LEFT if each is not straight])
+def test_another_activation_later_is_computed_with_values(between: Between, calls: list[Any]):
+    """Results and gradients are the dense block's, whatever is done between the linears by then."""
+    ours, dense = memtile.tile_mlps(Block(gelu).double()), Block(between).double()
+    ours.between = between
+
+    assert_same(ours, dense)
+    assert calls == []
+
+
+def test_an_autograd_function_later_is_refused():
+    """Its backward would be lost."""
+    ours = memtile.tile_mlps(Block(gelu).double())
+    ours.between = straight
+    with pytest.raises(DeferredLogitsError, match="a gradient came to an intermediate activation"):
+        step(ours, given())
+
+
+def test_dropout_and_modes(calls: list[dict[str, Any]]):
+    """In training as an option of the tiles, not in evaluation."""
+    ours = memtile.tile_mlps(Block(gelu, dropout=0.5))
+    x = given().float()
+    ours(x)
+    ours.eval()
+    ours(x)
+    assert [each["dropout"] for each in calls] == [0.5, 0.0]
+    torch.testing.assert_close(ours(x), Block(gelu).eval()(x))
+
+
+def test_hooks_adapters_and_other_uses(calls: list[Any]):
+    """A hook of a linear sees values; a linear in an adapter's place is called."""
+    ours, dense = memtile.tile_mlps(Block(gelu).double()), Block(gelu).double()
+    seen: list[Tensor] = []
+    handle = ours.up.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_same(ours, dense)
+    assert type(seen[0]) is Tensor
+    handle.remove()
+    handle = ours.out[0].register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
+    truth = copy.deepcopy(dense)
+    truth.out[0].register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
+    assert_same(ours, truth)
+    handle.remove()
+    assert calls == []
+    assert_same(ours, dense)
+    assert len(calls) == 1
+
+
+def test_inference_of_few_rows_is_the_block_s_own(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    """And of many rows by tiles, also in inference mode and under autocast."""
+    ours, dense = memtile.tile_mlps(Block(gelu)), Block(gelu)
+    x = given().float()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(ours(x), dense(x))
+    assert calls == []
+    monkeypatch.setattr(mlp_in_tiles, "FEWEST_BYTES", 8)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(ours(x), dense(x), rtol=0.05, atol=0.05)
+    assert len(calls) == 2
+
+
+def test_copies_and_undoing():
+    """`deepcopy`, pickle, `untile`; state dicts and names are as they were."""
+    ours, dense = memtile.tile_mlps(Block(gelu).double()), Block(gelu).double()
+    assert [*ours.state_dict()] == [*dense.state_dict()]
+    for made in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(made) is type(ours)
+        assert_same(made, dense)
+    for undo in (memtile.untile, lambda model: memtile.tile_mlps(model, False)):
+        model = undo(copy.deepcopy(ours))
+        assert [type(each) for each in model.modules()] == [type(e) for e in dense.modules()]
+        assert vars(model).keys() == vars(dense).keys()
+
+
+def test_functional_calls_and_compilers():
+    """The block's own forward runs."""
+    ours, dense = (Block(gelu).double().eval() for _ in range(2))
+    memtile.tile_mlps(ours)
+    values = {name: p.detach() * 2.0 for name, p in dense.named_parameters()}
+    found, truth = (
+        torch.func.functional_call(model, values, (given(),)) for model in (ours, dense)
+    )
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    found, truth = (
+        torch.func.grad(lambda v, m=m: torch.func.functional_call(m, v, (given(),)).sum())(values)
+        for m in (ours, dense)
+    )
+    for name, expected in truth.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_intermediate_activation_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    """A step takes less than half of the memory."""
+    monkeypatch.setattr(mlp_pairs, "tiled_mlp", memtile.tiled_mlp)
+    peaks = []
+    for on in (True, False):
+        torch.manual_seed(0)
+        block = Block(gelu)
+        block.up, block.out[0] = nn.Linear(WIDTH, 1024), nn.Linear(1024, WIDTH)
+        memtile.tile_mlps(block, on)
+        x = torch.randn(4096, WIDTH, requires_grad=True)
+        peaks.append(peak_allocated_bytes(lambda b=block, x=x: b(x).sum().backward()))
+    assert peaks[0] < 0.5 * peaks[1]
