@@ -126,7 +126,7 @@ def test_a_module_with_fewer_features_than_splits_stays_dense() -> None:
         {"out_splits": 2.0},
         {"in_splits": 0},
         {"max_tile_bytes": 0},
-        {"max_tile_bytes": "1MiB"},
+        {"max_tile_bytes": "1MB/s"},
         {"max_tile_bytes": 100, "out_splits": 2},
         {"out_splits": 2, "modules": ["nowhere"]},
         {"out_splits": 2, "modules": ["attention"]},
@@ -144,6 +144,15 @@ def test_wrong_arguments_are_refused_and_nothing_is_tiled(arguments: dict[str, o
         memtile.tile(built, **arguments)  # type: ignore[arg-type]
 
     assert [type(module) for module in built.modules()] == before
+
+
+def test_a_size_may_be_written_with_its_unit() -> None:
+    """As budgets are; a number without unit is refused in one sentence."""
+    found = [select_linears(model(), max_tile_bytes=size) for size in ("0.125KiB", "128B", 128)]
+    assert found[0] == found[1] == found[2]
+    assert any(each.tiled for each in found[0])
+    with pytest.raises(ArgumentError, match="max_tile_bytes '128' has no unit: write 128MiB"):
+        memtile.tile(model(), max_tile_bytes="128")
 
 
 def test_a_weight_shared_with_something_dense_keeps_its_owners_dense() -> None:

@@ -280,6 +280,8 @@ def test_wrong_inputs():
         memtile.tile_mlps(families.build("BLOOM"))
     with pytest.raises(memtile.errors.ArgumentError, match=r"the model is a str"):
         memtile.tile_mlps("model")
+    with pytest.raises(memtile.errors.ArgumentError, match="on='no' must be True or False"):
+        memtile.tile_mlps(llama(), "no")
     with pytest.raises(memtile.errors.ArgumentError, match=r"in_splits=2.*along its intermediate"):
         memtile.tile(llama(), out_splits=2, in_splits=2, tile_mlps=True)
     model = families.build("BLOOM")

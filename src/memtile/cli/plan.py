@@ -36,7 +36,9 @@ class PlanArguments:
     ] = None
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens in a step, on each rank.", show_default=str(models.TOKENS)),
+        typer.Option(
+            help="Tokens in a step, on each rank; or --longest.", show_default=str(models.TOKENS)
+        ),
     ] = None
     longest: Annotated[
         bool, typer.Option("--longest", help="Plan the longest sequences that fit the budget.")

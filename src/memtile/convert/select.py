@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from memtile.convert.kinds import Tileable, integrations, lost_on_replacing, tileables
+from memtile.costmodel.byte_sizes import size_in_bytes
 from memtile.errors import ArgumentError, CannotTileError, SplitsError
 from memtile.geometry import Grid
 from memtile.layers import TiledModule
@@ -69,7 +70,7 @@ class Cut:
                 continue
             whole = hasattr(value, "__index__") and not isinstance(value, bool)
             if not whole or value < 1:
-                unit = ", in bytes, such as 1 << 20" if name == "max_tile_bytes" else ""
+                unit = ', in bytes, or a size such as "1MiB"' if name == "max_tile_bytes" else ""
                 raise ArgumentError(f"{name}={value!r} must be a whole number of at least 1{unit}")
             object.__setattr__(self, name, operator.index(value))
         if self.max_tile_bytes is not None and (self.out_splits is not None or self.in_splits != 1):
@@ -122,7 +123,7 @@ def select_linears(
     *,
     out_splits: int | None = None,
     in_splits: int = 1,
-    max_tile_bytes: int | None = None,
+    max_tile_bytes: int | str | None = None,
     modules: Collection[str] | None = None,
 ) -> list[TilingDecision]:
     """What `tile` would do with the same arguments, with the reasons.
@@ -135,7 +136,7 @@ def select_linears(
             rows than experts cut each of them into the same number of parts.
         in_splits: columns of tiles for every linear (embeddings, what is tied to them, and stacks
             keep 1).
-        max_tile_bytes: the largest weight tile; weights that fit stay dense.
+        max_tile_bytes: the largest weight tile, such as "16MiB"; weights that fit stay dense.
         modules: names to choose from; all by default.
 
     Returns:
@@ -145,7 +146,8 @@ def select_linears(
         ArgumentError: the sizes make no sense, or a name is no module of the model.
         CannotTileError: a module named in `modules` cannot be tiled.
     """
-    return choose(model, Cut(out_splits, in_splits, max_tile_bytes), modules)
+    largest = size_in_bytes(max_tile_bytes, "max_tile_bytes")
+    return choose(model, Cut(out_splits, in_splits, largest), modules)
 
 
 def choose(model: nn.Module, cut: Cut, modules: Collection[str] | None) -> list[TilingDecision]:

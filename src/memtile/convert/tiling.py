@@ -37,6 +37,7 @@ from memtile.convert.tiling_mlps import (
     why_no_mlp,
 )
 from memtile.costmodel import Plan, RankPlan
+from memtile.costmodel.byte_sizes import size_in_bytes
 from memtile.errors import (
     ArgumentError,
     CannotTileError,
@@ -63,7 +64,7 @@ def tile(
     *,
     out_splits: int | None = None,
     in_splits: int = 1,
-    max_tile_bytes: int | None = None,
+    max_tile_bytes: int | str | None = None,
     modules: Collection[str] | None = None,
     home: Home | str | None = None,
     checkpoint: Paths | None = None,
@@ -88,7 +89,7 @@ def tile(
             rows than experts cut each of them into the same number of parts.
         in_splits: columns of tiles for every linear (embeddings, what is tied to them, and stacks
             keep 1).
-        max_tile_bytes: the largest weight tile; weights that fit stay dense.
+        max_tile_bytes: the largest weight tile, such as "16MiB"; weights that fit stay dense.
         modules: names to tile; all that can be by default (`select_linears` lists them).
         home: where the tiles' weights are parked: "disk", "disk:FOLDER", "host", "device" or a
             `Home`; None: nowhere. With a home, layers that fit in one tile are parked whole,
@@ -135,7 +136,8 @@ def tile(
     _refuse_shards(model)
     cut = Cut()
     if plan is None:
-        cut = Cut(out_splits, in_splits, max_tile_bytes, parks=home is not None)
+        largest = size_in_bytes(max_tile_bytes, "max_tile_bytes")
+        cut = Cut(out_splits, in_splits, largest, parks=home is not None)
         decisions = _checked_decisions(model, cut, modules)
         if tile_mlps or (cut.in_splits <= 1 and has_mlps_in_tiles(model)):
             decisions = cut_for_mlps(model, decisions, cut)

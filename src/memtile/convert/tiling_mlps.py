@@ -75,7 +75,7 @@ def tile_mlps(model: Model, on: bool = True) -> Model:
         The same model.
 
     Raises:
-        ArgumentError: it has no MLP that can be taken.
+        ArgumentError: it has no MLP that can be taken, or `on` is no truth value.
 
     Examples:
         >>> mlp = memtile.tile_mlps(
@@ -84,6 +84,8 @@ def tile_mlps(model: Model, on: bool = True) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"the model is a {type(model).__name__}; it must be an nn.Module")
+    if not isinstance(on, bool):
+        raise ArgumentError(f"on={on!r} must be True or False")
     if not on:
         for module in model.modules():
             take_out_of_tiles(module)

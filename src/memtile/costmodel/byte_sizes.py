@@ -48,6 +48,11 @@ def parse_byte_size(text: str, option: str) -> int:
     return nbytes
 
 
+def size_in_bytes(given: int | str | None, option: str) -> int | None:
+    """What a size such as "16MiB" says; a number, or what is none, as it is."""
+    return parse_byte_size(given, option) if isinstance(given, str) else given
+
+
 def parse_speed(text: str, option: str, unit: str = "B") -> float:
     """What is done in a second, such as "50GB/s" in bytes or "400TFLOP/s" in operations.
 

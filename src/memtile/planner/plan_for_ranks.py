@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memtile.convert import Cut, TilingDecision, Work, converting_bytes
 from memtile.costmodel import ClusterSpec, LooseModule, PlannedLayer, RankPlan, Sharding, Uses
 from memtile.costmodel.budget import checked_size
+from memtile.costmodel.byte_sizes import size_in_bytes
 from memtile.costmodel.model_records import Activations, Counted, ParkedLayout
 from memtile.costmodel.rank_memory import Offload, RankSetting
 from memtile.costmodel.rank_search import RankFound, RankSearch
@@ -30,7 +31,7 @@ def plan_ranks(
     tokens: int,
     batch: int = 1,
     device_memory: int | str | None = None,
-    max_tile_bytes: int | None = None,
+    max_tile_bytes: int | str | None = None,
     offload: Offload = "none",
     prefetch: int = 1,
     unit_bytes: int = 1 << 20,
@@ -85,7 +86,8 @@ def plan_ranks(
     if max_tile_bytes is None:
         found = search.best(sharding, seen.checkpointing)
     else:
-        tile_bytes = Cut(max_tile_bytes=max_tile_bytes).max_tile_bytes or 1
+        largest = size_in_bytes(max_tile_bytes, "max_tile_bytes")
+        tile_bytes = Cut(max_tile_bytes=largest).max_tile_bytes or 1
         found = search.cut(sharding, tile_bytes, seen.checkpointing[0])
     moved, speeds = traffic(found.rank), speeds or ClusterSpec()
     return RankPlan(
@@ -112,7 +114,7 @@ def plan_ranks(
     )
 
 
-def _memory(device_memory: int | str | None, max_tile_bytes: int | None) -> int | None:
+def _memory(device_memory: int | str | None, max_tile_bytes: int | str | None) -> int | None:
     memory = checked_size(device_memory, "device_memory")
     if memory is not None and max_tile_bytes is not None:
         raise ArgumentError(
