@@ -243,6 +243,13 @@ def test_a_weight_that_is_written_to_before_backward_is_refused():
         y.sum().backward()
 
 
+def test_layers_that_give_no_tensor_are_refused():
+    """Such as those whose bias comes apart."""
+    up = memtile.TiledLinearReturnBias(5, 23)
+    with pytest.raises(ArgumentError, match="a layer gives a tuple; gate, up and down must each"):
+        memtile.tiled_mlp(torch.ones(2, 5), None, up, nn.Linear(23, 5))
+
+
 def test_batched_gradients():
     """`is_grads_batched=True` gives what one backward after another gives."""
     x, layers = batch(), linears()

@@ -230,10 +230,10 @@ def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
     """y (…, M) of modules that are called, and called again in backward."""
 
     def one(x: Tensor, *modules: Call) -> Tensor:
-        *gate, up, down = modules
-        h = options.activation(gate[0](x)) * up(x) if gate else options.activation(up(x))
-        y: Tensor = down(options.drop(h))
-        return y
+        first, *up, down = modules
+        h = options.activation(_tensor(first(x)))
+        h = h * _tensor(up[0](x)) if up else h
+        return _tensor(down(options.drop(h)))
 
     calls, modules = layers.calls(), (e for e in layers if isinstance(e, nn.Module))
     transformed = ops.transformed() or any(map(checks.has_replaced_parameters, modules))
@@ -242,6 +242,16 @@ def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
         return _sum(one(x, *tile) for x, tile in zip(edges, calls, strict=True))
     return _sum(
         checkpoint(one, x, *tile, use_reentrant=False) for x, tile in zip(edges, calls, strict=True)
+    )
+
+
+def _tensor(found: Any) -> Tensor:
+    """What a layer gave; ArgumentError where it is none."""
+    if isinstance(found, Tensor):
+        return found
+    raise ArgumentError(
+        f"{NAME}: a layer gives a {type(found).__name__}; gate, up and down must each give a "
+        "tensor, as TiledLinear does (TiledLinearReturnBias gives its bias apart)"
     )
 
 
