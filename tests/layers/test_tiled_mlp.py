@@ -245,7 +245,12 @@ def test_a_weight_that_is_written_to_before_backward_is_refused():
 
 def test_layers_that_give_no_tensor_are_refused():
     """Such as those whose bias comes apart."""
-    up = memtile.TiledLinearReturnBias(5, 23)
+
+    class Pair(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            return functional.linear(input, self.weight), self.bias
+
+    up = memtile.TiledLinearReturnBias(5, 23, linear_cls=Pair)
     with pytest.raises(ArgumentError, match="a layer gives a tuple; gate, up and down must each"):
         memtile.tiled_mlp(torch.ones(2, 5), None, up, nn.Linear(23, 5))
 
