@@ -1,10 +1,13 @@
 """The work of a step, counted on shapes."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
+import families
 import pytest
 import torch
+from family_steps import batch_of, loss_and_result
 from given_rates import RATES
 from tiny_llama import llama
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from memtile.costmodel.model_records import (
 from memtile.geometry import Grid
 from memtile.homes import DeviceHome, register
 from memtile.ops import logit_tiles, mlp, products
+from memtile.planner.known_shapes import KnownShapes
 from memtile.planner.operation_count import count_step
 from memtile.planner.step_count import make_meta_copy
 
@@ -54,6 +58,50 @@ def test_alike_parts_are_counted_once(monkeypatch: pytest.MonkeyPatch, dtype: to
     assert few.peak_bytes == pytest.approx(each.peak_bytes, rel=2e-3)
     assert few.flops == each.flops
     assert few.touched_bytes == pytest.approx(each.touched_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["Llama", "OPT", "BERT", "GPT-2", "Mixtral", "ViT", "Whisper"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_known_shapes_change_no_count(family: str, trains: bool, monkeypatch: pytest.MonkeyPatch):
+    """Each figure is that of a count in which torch computes the shapes of each operation."""
+    model = families.build(family).train(trains)
+    batch = batch_of(model)
+
+    def count() -> Counted:
+        meta = make_meta_copy(model)
+        work = partial(loss_and_result, batch=batch)
+        return count_step(meta, lambda m: work(m)[0], drops_gradients=True, goes_home=True)
+
+    calls = list[Any]()
+
+    def computed(self: Any, func: Any, given: Any, args: Any, kwargs: Any) -> Any:
+        calls.append(func)
+        return func(*args, **kwargs)
+
+    found = count()
+    monkeypatch.setattr(KnownShapes, "__call__", computed)
+    assert found == count()
+    assert len(calls) > 40
+
+
+def test_numbers_of_another_type_are_other_arguments():
+    """And views, writes and results of several tensors are torch's own."""
+    known, x = KnownShapes(), torch.zeros(3, 4, dtype=torch.int64, device="meta")
+    aten = torch.ops.aten
+    for _ in range(2):
+        assert known(aten.mul.Scalar, [x], (x, 2), {}).dtype == torch.int64
+        assert known(aten.mul.Scalar, [x], (x, 2.0), {}).dtype == torch.float32
+        view = known(aten.t.default, [x], (x,), {})
+        assert view.untyped_storage()._cdata == x.untyped_storage()._cdata
+        assert known(aten.add_.Tensor, [x, x], (x, x), {}) is x
+        made = known(aten.add.Tensor, [x, x], (x, x), {})
+        assert made.untyped_storage()._cdata != x.untyped_storage()._cdata
+        turned = known(aten.t_.default, [x], (x,), {})
+        assert turned.shape == x.shape
+        top = known(aten.topk.default, [x], (x, 2), {})
+        assert [each.shape[-1] for each in top] == [2, 2]
+        known(aten.t_.default, [x], (x,), {})
+    assert x.shape == (3, 4)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(64, 64), (7, 64), (64, 7)])

@@ -25,6 +25,7 @@ from memtile.costmodel.model_records import Counted
 from memtile.geometry import partition_uniform
 from memtile.homes import is_parked
 from memtile.ops import LiveBytes, repeats, tensors_in
+from memtile.planner.known_shapes import KnownShapes
 
 _aten = torch.ops.aten
 _META: Final = torch.device("meta")
@@ -92,6 +93,7 @@ class _LiveBytes(LiveBytes):
         self._flops = self._touched = 0
         self._shapes: dict[tuple[int, int, int], None] = {}  # in order
         self._kinds_16: set[object] = set()
+        self._known = KnownShapes()
 
     def turn(self) -> None:
         """Forward is over."""
@@ -123,7 +125,7 @@ class _LiveBytes(LiveBytes):
         given = tensors_in((args, kwargs))
         for tensor in given:
             self.know(tensor, 0)
-        result = _shaped(func, given, args, kwargs)
+        result = _shaped(func, given, args, kwargs, self._known)
         made = 0
         leaves = func is _aten.empty_like.default  # the gradient of a parked tile
         leaves = leaves and given[0].untyped_storage()._cdata in self._home
@@ -269,14 +271,14 @@ def _attention_flops(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> 
     return (2 if forward else 5) * 2 * batch * heads * pairs * width
 
 
-def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
+def _shaped(func: Any, given: list[Tensor], args: Any, kwargs: Any, known: KnownShapes) -> Any:
     """The result: on the meta device if a weight is an argument, real if only ids are."""
     if func._overloadpacket is _grouped:
         return _grouped_result(*given)
     if not any(tensor.is_meta for tensor in given):
         return _of_ids(func, given, args, kwargs)
     if all(tensor.is_meta for tensor in given) and "device" not in kwargs:
-        return func(*args, **kwargs)
+        return known(func, given, args, kwargs)
     if func._schema.is_mutable and given[0] is args[0] and not given[0].is_meta:
         return args[0]  # its values depend on weights now and must not be read
     if func._overloadpacket in _INDEXING:
