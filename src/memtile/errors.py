@@ -105,7 +105,7 @@ class HomeIOError(MemtileError, OSError):
 
 
 class DeferredLogitsError(MemtileError, RuntimeError):
-    """A use of deferred logits that would give other values or gradients than computed ones."""
+    """A use of deferred logits (or what an MLP's linear gives) that would give other values."""
 
 
 class ParkedError(MemtileError, RuntimeError):

@@ -51,6 +51,12 @@ def has_hooks(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)
 
 
+def drop_hooks(module: nn.Module) -> None:
+    """Take away what calling the module runs besides its forward."""
+    for hooks in _HOOKS:
+        module.__dict__[hooks] = type(module.__dict__[hooks])()
+
+
 def all_plain(tiles: Sequence[nn.Module]) -> bool:
     """Whether all tiles are plain, of one device and dtype, and there are no global hooks."""
     if hooked_globally() or nn.Linear.forward is not _LINEAR_FORWARD:

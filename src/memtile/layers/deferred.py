@@ -49,6 +49,7 @@ def _versions(layer: nn.Module) -> tuple[tuple[int, int], ...]:
 class Deferred(Tensor):
     """A tensor whose values are computed when they are used for anything but what keeps it so."""
 
+    free: ClassVar[frozenset[Any]] = FREE | {Tensor.register_hook}  # FSDP2 hooks results of models
     stale: ClassVar[str]  # what to say where the layer was written to before they were computed
     refused: ClassVar[str]  # and where a gradient comes to values that were not computed
 
@@ -96,7 +97,7 @@ class Deferred(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in FREE or func is Tensor.register_hook:  # FSDP2 hooks what a model returns
+        if func in cls.free:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         found = cls.kept(func, args, kwargs)

@@ -7,16 +7,20 @@ told from one run of the module's forward on shapes (`pairs_of`).
 
 import copy
 import inspect
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from memtile import ops
 from memtile.errors import ArgumentError, TileShapeError
-from memtile.layers.deferred_hidden import DeferredHidden
+from memtile.layers import checks
+from memtile.layers.deferred_hidden import DeferredHidden, Family
 from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
 from memtile.layers.mlp_in_tiles import takes
 from memtile.layers.mlp_layers import MlpLayers
@@ -31,21 +35,53 @@ class MlpPair(NamedTuple):
     down: str
 
 
+class _Call(NamedTuple):
+    """A call of a module that has pairs."""
+
+    ups: frozenset[int]  # the ids of the linears that defer
+    made: "list[weakref.ref[Family]]"  # by them
+
+
+_call: Final = ContextVar[_Call | None]("memtile pairs", default=None)
+
+
 class MlpPairs(ChangedModule):
     """A module that has the linears of MLPs below it."""
 
     mlp_pairs: tuple[MlpPair, ...]
 
     def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
-        """Its own forward, in which the linears that it has by now compute by tiles."""
-        for pair in self.mlp_pairs:
-            for name, change in zip(pair, (UpInTiles, DownInTiles), strict=True):
-                layer = self.get_submodule(name)
-                if not isinstance(layer, change):  # it was tiled, or adapters were put around it
-                    for inner in layer.modules():
-                        undo_change(inner, change)
-                    apply_change(layer, change)
-        return forward(*args, **kwargs)
+        """Its own forward, in which the linears that it has by now compute by tiles.
+
+        What they defer lasts as long as the call: what is kept beyond it is computed.
+        """
+        if ops.transformed() or any(map(checks.has_hooks, self._below())):
+            return forward(*args, **kwargs)
+        call = _Call(frozenset(map(self._changed, self.mlp_pairs)), [])
+        token = _call.set(call)
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            _call.reset(token)
+        kept = [family for each in call.made if (family := each()) is not None]
+        for family in kept:
+            family.compute(DeferredHidden.stale)
+        return tree_map_only(DeferredHidden, DeferredHidden.computed, result) if kept else result
+
+    def _below(self) -> Iterator[nn.Module]:
+        modules = self.modules()
+        next(modules)  # itself
+        return modules
+
+    def _changed(self, pair: MlpPair) -> int:
+        """The id of its first linear, once both have their changes."""
+        for name, change in zip(pair, (UpInTiles, DownInTiles), strict=True):
+            layer = self.get_submodule(name)
+            if not isinstance(layer, change):  # it was tiled, or adapters were put around it
+                for inner in layer.modules():
+                    undo_change(inner, change)
+                apply_change(layer, change)
+        return id(self.get_submodule(pair.up))
 
 
 class UpInTiles(ChangedModule):
@@ -56,10 +92,14 @@ class UpInTiles(ChangedModule):
     def run(self, forward: partial[Any], args: Any, kwargs: Any) -> Any:
         """The intermediate activation, deferred where it is worth it."""
         x, *others = (*args, *kwargs.values()) or (None,)
-        features = getattr(self, "out_features", 0)
-        if others or not takes(x, features, [self]):
+        features, call = getattr(self, "out_features", 0), _call.get()
+        if call is None or id(self) not in call.ups or others or not takes(x, features, [self]):
             return forward(*args, **kwargs)
-        return DeferredHidden.of(self, features, forward, x)
+        if x.is_inference():  # nothing tells of writes to it
+            return forward(*args, **kwargs)
+        made = DeferredHidden.of(self, features, forward, x)
+        call.made.append(weakref.ref(made.family))
+        return made
 
 
 class DownInTiles(ChangedModule):
@@ -85,10 +125,10 @@ def _mlp_of(h: DeferredHidden, down: nn.Module) -> tuple[MlpLayers, Steps, float
     try:
         layers.check()
         activation, dropout = h.activation()
-        ops.check_element_wise(activation, h.shape[-1])
+        ops.check_element_wise(activation, h.shape[-1], runs=True)
     except (NoMlpError, ArgumentError, TileShapeError):
         return None
-    plain = not h.is_used and takes(h.x, h.shape[-1], [h.up, down])
+    plain = not h.is_used and h.is_current and takes(h.x, h.shape[-1], [h.up, down])
     if not plain or not activation.steps or layers.weights() is None:
         return None
     return layers, activation, dropout
@@ -148,6 +188,8 @@ def _pairs_in_run(
     width = next(width for out, width in shapes.values() if out > width)
     with torch.inference_mode(False), torch.enable_grad():
         run = copy.deepcopy(module, memo).train()
+        for each in run.modules():
+            checks.drop_hooks(each)
         whole: type[nn.Module] = getattr(type(run), "whole_class", type(run))
         x = torch.empty(2, 3, width, dtype=dtype, device="meta", requires_grad=True)
         _, _, *more = inspect.signature(whole.forward).parameters.values()
@@ -204,7 +246,7 @@ def _is_mlp(h: DeferredHidden, features: int) -> bool:
     """Whether it is an element-wise activation of what another linear gives."""
     try:
         activation, _ = h.activation()
-        ops.check_element_wise(activation, features)
+        ops.check_element_wise(activation, features, runs=True)
     except (NoMlpError, ArgumentError):
         return False
-    return bool(activation.steps) and not h.is_used
+    return bool(activation.steps) and h.is_current and not h.is_used

@@ -29,11 +29,14 @@ def activated(activation: Activation, z: Tensor) -> Tensor:
     )
 
 
-def check_element_wise(activation: Activation, features: int | None = None) -> None:
+def check_element_wise(
+    activation: Activation, features: int | None = None, *, runs: bool = False
+) -> None:
     """ArgumentError where the same elements, fewer and in another order, get other values.
 
     So it is where elements depend on each other, on their place, or on chance. An activation that
-    cannot be computed on the CPU in float64, in rows of so many features, is not checked.
+    cannot be computed on the CPU in float64, in rows of so many features, is not checked, or is
+    refused too (`runs`).
     """
     if (activation, features) in _element_wise:
         return
@@ -46,8 +49,12 @@ def check_element_wise(activation: Activation, features: int | None = None) -> N
             whole = activated(activation, z.clone().view(rows, width))
         except ArgumentError:
             raise
-        except Exception:
-            return
+        except Exception as error:
+            if not runs:
+                return
+            raise ArgumentError(
+                f"the activation {activation!r} cannot be computed of rows ({error})"
+            ) from error
         try:
             part: Tensor | None = activated(activation, z[some].view(1, -1))
         except Exception:

@@ -8,6 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+_NUMBERS: Final = (int, float, complex, str, type(None))
+_OPTIONS: Final = (torch.dtype, torch.layout, torch.device, torch.memory_format)
 _WRITTEN: Final = object()  # the result is the argument that is written, of the form that it had
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
@@ -20,11 +22,11 @@ class KnownShapes:
 
     def __call__(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> Any:
         """What the operation gives."""
-        key = func, _key(args), _key(kwargs)
         try:
-            form = self._forms.get(key)
-        except TypeError:  # an argument that has no hash
+            key = func, _key(args), _key(kwargs)
+        except TypeError:
             return func(*args, **kwargs)
+        form = self._forms.get(key)
         written = kwargs["out"] if "out" in kwargs else next(iter(args), None)
         if form is _WRITTEN:
             return written
@@ -52,14 +54,19 @@ def _place(value: Any) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """What results depend on; numbers by their type too, which decides about dtypes."""
+    """What results depend on; numbers by their type too, which decides about dtypes.
+
+    TypeError for what a key would keep in memory: a storage, say, which is counted as long as that.
+    """
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
     if isinstance(value, dict):
         return tuple((name, _key(each)) for name, each in value.items())
-    return type(value), value
+    if isinstance(value, _NUMBERS + _OPTIONS):
+        return type(value), value
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _form_of(result: Any, given: list[Tensor]) -> _Form | list[_Form | None] | None:
