@@ -35,14 +35,14 @@ class MlpPair(NamedTuple):
     down: str
 
 
-class _Call(NamedTuple):
+class _BlockCall(NamedTuple):
     """A call of a module that has pairs."""
 
     ups: frozenset[int]  # the ids of the linears that defer
     made: "list[weakref.ref[Family]]"  # by them
 
 
-_call: Final = ContextVar[_Call | None]("memtile pairs", default=None)
+_call: Final = ContextVar[_BlockCall | None]("memtile pairs", default=None)
 
 
 class MlpPairs(ChangedModule):
@@ -57,7 +57,7 @@ class MlpPairs(ChangedModule):
         """
         if ops.transformed() or any(map(checks.has_hooks, self._below())):
             return forward(*args, **kwargs)
-        call = _Call(frozenset(map(self._changed, self.mlp_pairs)), [])
+        call = _BlockCall(frozenset(map(self._changed, self.mlp_pairs)), [])
         token = _call.set(call)
         try:
             result = forward(*args, **kwargs)
