@@ -138,6 +138,10 @@ def random(mlp: Any, x: Tensor) -> Tensor:
     return mlp.down(functional.rrelu(mlp.gate(x), training=True) * mlp.up(x))
 
 
+def dropped(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down(functional.gelu(functional.dropout(mlp.gate(x), 0.001)) * mlp.up(x))
+
+
 def rounded(mlp: Any, x: Tensor) -> Tensor:
     return mlp.down(mlp.act(mlp.gate(x).to(torch.bfloat16)).to(x.dtype) * mlp.up(x))
 
@@ -157,6 +161,7 @@ LEFT = {
     by_value: "its forward cannot be followed with shapes alone (RuntimeError",
     through_a_view: "its forward writes to a tensor by relu_",
     random: "its activation is not element-wise",
+    dropped: "its activation is not element-wise",
     rounded: "its forward changes the dtype to torch.bfloat16",
     several: "its forward gives a tuple, no tensor",
 }

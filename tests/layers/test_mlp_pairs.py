@@ -10,6 +10,7 @@ import torch
 from leftovers import check_nothing_is_left
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import memtile
 from memtile.convert import select_mlps
@@ -147,13 +148,25 @@ def hooked(block: Block, h: Tensor) -> Tensor:
     return h
 
 
+def rolled(block: Block, h: Tensor) -> Tensor:
+    return functional.gelu(h).roll(3, 0).roll(INNER, 1)
+
+
+def lower(block: Block, h: Tensor) -> Tensor:
+    return functional.gelu(h).triu(-3)
+
+
+def first_of_batch(block: Block, h: Tensor) -> Tensor:
+    return functional.gelu(h)[:8]
+
+
 def flattened(block: Block, h: Tensor) -> Tensor:
     return functional.gelu(h.flatten()).view(h.shape)
 
 
 LEFT = [softmax, straight, nothing, in_place, written_after, with_residual]
 LEFT += [cumulated, by_value, compared, flattened, last_rows, turned, flipped, permuted]
-LEFT += [without_graph, with_mean, hooked]
+LEFT += [without_graph, with_mean, hooked, rolled, lower, first_of_batch]
 
 
 def step(block: nn.Module, x: Tensor) -> list[Tensor]:
@@ -378,6 +391,79 @@ def test_hooks_anywhere_in_the_block(calls: list[Any]):
     hooked_before.dropout.register_forward_hook(lambda module, args, y: seen.append(None))
     memtile.tile_mlps(hooked_before)
     assert seen[-1] is not None  # the look at the forward calls no hooks
+
+
+@pytest.mark.parametrize("part", [0.5, 0.001])
+def test_dropout_in_other_places_is_left_alone(part: float, calls: list[Any]):
+    """Between the linears, or two of them: the second would drop other parts in backward."""
+
+    def first(block: Block, h: Tensor) -> Tensor:
+        return functional.gelu(functional.dropout(h, part))
+
+    def by_channels(block: Block, h: Tensor) -> Tensor:
+        return functional.dropout1d(functional.gelu(h), part)
+
+    for between in (first, by_channels):
+        with pytest.raises(ArgumentError, match="has no MLP"):
+            memtile.tile_mlps(Block(between, dropout=0.1))
+        ours, dense = memtile.tile_mlps(Block(gelu).double()), Block(between).double()
+        ours.between = between
+        found = []
+        for model in (ours, dense):
+            torch.manual_seed(5)
+            found.append(step(model, given()))
+        for each, truth in zip(*found, strict=True):
+            torch.testing.assert_close(each, truth, rtol=1e-12, atol=1e-12)
+    assert calls == []
+
+
+def test_checkpoints_inside_the_block(calls: list[Any]):
+    """What is in one is computed again outside of the block: there its own forward runs."""
+
+    class Part(Block):
+        def feed(self, x: Tensor) -> Tensor:
+            y: Tensor = self.out(functional.gelu(self.up(x)))
+            return y
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            y: Tensor = x + checkpoint(self.feed, x + self.first(x), use_reentrant=False)
+            return y
+
+    class Twice(nn.Module):
+        def __init__(self, block: Block) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(self.block, x, use_reentrant=False)
+            return y
+
+    ours = memtile.tile_mlps(Part(gelu).double())
+    assert_same(ours, Part(gelu).double())
+    assert calls == []
+    assert_same(memtile.tile_mlps(Twice(Block(gelu)).double()), Twice(Block(gelu)).double())
+    assert len(calls) == 2
+
+
+def test_hooks_beside_the_linears_do_not_matter(calls: list[Any]):
+    """Those of attention, say, which transformers leaves after `output_attentions=True`."""
+    ours, dense = memtile.tile_mlps(Block(gelu).double()), Block(gelu).double()
+    ours.first.register_forward_hook(lambda module, args, y: None)
+    assert_same(ours, dense)
+    assert len(calls) == 1
+
+
+def test_blocks_of_one_class_may_differ():
+    """By a flag of one of their modules."""
+
+    class Either(Block):
+        def __init__(self, plain: bool) -> None:
+            super().__init__(gelu if plain else softmax)
+            self.plain = plain
+
+    model = memtile.tile_mlps(nn.Sequential(Either(False), Either(True)))
+    taken = [each.name for each in select_mlps(model) if each.taken]
+    assert taken == ["1"]
 
 
 def test_a_linear_that_is_called_apart_gives_values(calls: list[Any]):

@@ -250,7 +250,7 @@ def _pair_candidates(
             continue
         own = {name: s for name, s in linears.items() if name.startswith(_prefix(owner))}
         shapes = {name[len(_prefix(owner)) :]: shape for name, shape in own.items()}
-        kind = type(module), tuple(shapes.items())
+        kind = tuple(shapes.items()), tuple(map(_kind, module.modules()))
         if kind not in known:
             try:
                 known[kind] = pairs_of(module, shapes)
@@ -258,6 +258,12 @@ def _pair_candidates(
                 known[kind] = ()
         if known[kind]:
             yield _pair_candidate(owner, module, known[kind])
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """What tells modules apart whose forwards may differ; numbers count layers."""
+    told = {k: v for k, v in vars(module).items() if isinstance(v, bool | str | float)}
+    return type(module), *told.items()
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -77,8 +77,8 @@ class DeferredHidden(Deferred):
     )
     refused = (
         "the gradient of an intermediate activation is asked for that was left to be computed with "
-        "the MLP, by an autograd.Function or torch.autograd.grad; call "
-        "memtile.tile_mlps(model, False)"
+        "the MLP, by an autograd.Function, a reentrant checkpoint, a scripted function or "
+        "torch.autograd.grad; call memtile.tile_mlps(model, False)"
     )
     family: Family
     _slot: Slot

@@ -88,7 +88,7 @@ def checked_structure(
     found = structure_of(module, forward, sizes, x)
     try:
         inner = sizes[found.up] // (1 if found.gate_half is None else 2)
-        ops.check_element_wise(found.activation, inner, runs=True)
+        ops.check_element_wise(found.activation, inner, dims=x.dim())
     except ArgumentError as error:
         raise NoMlpError("its activation is not element-wise") from error
     return found

@@ -39,6 +39,7 @@ class _BlockCall(NamedTuple):
     """A call of a module that has pairs."""
 
     ups: frozenset[int]  # the ids of the linears that defer
+    hooks: Any  # of saved tensors, when it began
     made: "list[weakref.ref[Family]]"  # by them
 
 
@@ -55,9 +56,9 @@ class MlpPairs(ChangedModule):
 
         What they defer lasts as long as the call: what is kept beyond it is computed.
         """
-        if ops.transformed() or any(map(checks.has_hooks, self._below())):
+        if ops.transformed() or any(map(checks.has_hooks, self._between())):
             return forward(*args, **kwargs)
-        call = _BlockCall(frozenset(map(self._changed, self.mlp_pairs)), [])
+        call = _BlockCall(frozenset(map(self._changed, self.mlp_pairs)), _saving_hooks(), [])
         token = _call.set(call)
         try:
             result = forward(*args, **kwargs)
@@ -68,10 +69,16 @@ class MlpPairs(ChangedModule):
             family.compute(DeferredHidden.stale)
         return tree_map_only(DeferredHidden, DeferredHidden.computed, result) if kept else result
 
-    def _below(self) -> Iterator[nn.Module]:
-        modules = self.modules()
-        next(modules)  # itself
-        return modules
+    def _between(self) -> Iterator[nn.Module]:
+        """The linears, what they are in, and all that may be between them: it has no parameters."""
+        ends = [name for pair in self.mlp_pairs for name in pair]
+        ahead = list(self.named_children())
+        for path, module in ahead:
+            if any(name == path or name.startswith(f"{path}.") for name in ends):
+                yield module
+                ahead += [(f"{path}.{own}", child) for own, child in module.named_children()]
+            elif next(module.parameters(), None) is None:
+                yield from module.modules()
 
     def _changed(self, pair: MlpPair) -> int:
         """The id of its first linear, once both have their changes."""
@@ -95,7 +102,8 @@ class UpInTiles(ChangedModule):
         features, call = getattr(self, "out_features", 0), _call.get()
         if call is None or id(self) not in call.ups or others or not takes(x, features, [self]):
             return forward(*args, **kwargs)
-        if x.is_inference():  # nothing tells of writes to it
+        if x.is_inference() or call.hooks is not _saving_hooks():
+            # nothing tells of writes to it, or a checkpoint computes it again outside of the block
             return forward(*args, **kwargs)
         made = DeferredHidden.of(self, features, forward, x)
         call.made.append(weakref.ref(made.family))
@@ -125,13 +133,19 @@ def _mlp_of(h: DeferredHidden, down: nn.Module) -> tuple[MlpLayers, Steps, float
     try:
         layers.check()
         activation, dropout = h.activation()
-        ops.check_element_wise(activation, h.shape[-1], runs=True)
+        ops.check_element_wise(activation, h.shape[-1], dims=h.dim())
     except (NoMlpError, ArgumentError, TileShapeError):
         return None
     plain = not h.is_used and h.is_current and takes(h.x, h.shape[-1], [h.up, down])
     if not plain or not activation.steps or layers.weights() is None:
         return None
     return layers, activation, dropout
+
+
+def _saving_hooks() -> Any:
+    """What packs tensors that are saved for backward now: a checkpoint, say; or None."""
+    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if found is None else found[0]
 
 
 def put_pairs_in_tiles(module: nn.Module, pairs: tuple[MlpPair, ...]) -> None:
@@ -246,7 +260,7 @@ def _is_mlp(h: DeferredHidden, features: int) -> bool:
     """Whether it is an element-wise activation of what another linear gives."""
     try:
         activation, _ = h.activation()
-        ops.check_element_wise(activation, features, runs=True)
+        ops.check_element_wise(activation, features, dims=h.dim())
     except (NoMlpError, ArgumentError):
         return False
     return bool(activation.steps) and h.is_current and not h.is_used
