@@ -43,6 +43,9 @@ class _BlockCall(NamedTuple):
     made: "list[weakref.ref[Family]]"  # by them
 
 
+# Private by name; none before torch 2.8.
+_top_hooks: Final = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 _call: Final = ContextVar[_BlockCall | None]("memtile pairs", default=None)
 
 
@@ -144,7 +147,7 @@ def _mlp_of(h: DeferredHidden, down: nn.Module) -> tuple[MlpLayers, Steps, float
 
 def _saving_hooks() -> Any:
     """What packs tensors that are saved for backward now: a checkpoint, say; or None."""
-    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    found: Any = None if _top_hooks is None else _top_hooks(True)
     return None if found is None else found[0]
 
 
