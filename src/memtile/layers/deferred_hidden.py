@@ -4,7 +4,7 @@ Element-wise functions of it are noted. The second linear gets it, and computes 
 else is done with it computes the values, as the linear would have.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -56,14 +56,8 @@ class Family:
             step = None if slot == Slot(0) else self.steps[slot]
             given = {each: self.value(each, stale) for each in (step.given if step else ())}
             with self.state.again(self.x, self.records, stale):
-                self.values[slot] = self._forward(self.x) if step is None else _called(step, given)
+                self.values[slot] = self._forward(self.x) if step is None else step(given)
         return self.values[slot]
-
-
-def _called(step: Step, values: Mapping[Slot, Tensor]) -> Tensor:
-    args, kwargs = tree_map_only(Slot, values.__getitem__, (step.args, step.kwargs))
-    found: Tensor = step.function(*args, **kwargs)
-    return found
 
 
 class DeferredHidden(Deferred):

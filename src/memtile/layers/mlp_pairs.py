@@ -132,17 +132,26 @@ class DownInTiles(ChangedModule):
 
 def _mlp_of(h: DeferredHidden, down: nn.Module) -> tuple[MlpLayers, Steps, float] | None:
     """The layers, activation and dropout of an MLP; None where the linears are to be called."""
-    layers = MlpLayers(None, h.up, down)
+    layers, found = MlpLayers(None, h.up, down), _activation_of(h)
     try:
         layers.check()
+    except TileShapeError:
+        return None
+    if not found or not takes(h.x, h.shape[-1], [h.up, down]) or layers.weights() is None:
+        return None
+    return layers, *found
+
+
+def _activation_of(h: DeferredHidden) -> tuple[Steps, float] | None:
+    """The element-wise activation and the dropout that made it; None where its values are taken."""
+    if h.is_used or not h.is_current:
+        return None
+    try:
         activation, dropout = h.activation()
         ops.check_element_wise(activation, h.shape[-1], dims=h.dim())
-    except (NoMlpError, ArgumentError, TileShapeError):
+    except (NoMlpError, ArgumentError):
         return None
-    plain = not h.is_used and h.is_current and takes(h.x, h.shape[-1], [h.up, down])
-    if not plain or not activation.steps or layers.weights() is None:
-        return None
-    return layers, activation, dropout
+    return (activation, dropout) if activation.steps else None
 
 
 def _saving_hooks() -> Any:
@@ -247,7 +256,7 @@ class _StandIn(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(…, out) of (…, in), deferred."""
         self._seen.called.append(self.name)
-        if type(input) is DeferredHidden and _is_mlp(input, self.in_features):
+        if type(input) is DeferredHidden and _activation_of(input):
             assert isinstance(input.up, _StandIn)
             self._seen.pairs.append((input.up.name, self.name, input))
             input = torch.empty(input.shape, dtype=input.dtype, device="meta", requires_grad=True)
@@ -257,13 +266,3 @@ class _StandIn(nn.Module):
 
     def _now(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight, self.bias)
-
-
-def _is_mlp(h: DeferredHidden, features: int) -> bool:
-    """Whether it is an element-wise activation of what another linear gives."""
-    try:
-        activation, _ = h.activation()
-        ops.check_element_wise(activation, features, dims=h.dim())
-    except (NoMlpError, ArgumentError):
-        return False
-    return bool(activation.steps) and h.is_current and not h.is_used

@@ -41,6 +41,11 @@ class Step:
     given: tuple[Slot, ...]
     made: Slot
 
+    def __call__(self, values: Mapping[Slot, Any]) -> Any:
+        """What the function gives for the values in the slots."""
+        args, kwargs = tree_map_only(Slot, values.__getitem__, (self.args, self.kwargs))
+        return self.function(*args, **kwargs)
+
     @property
     def name(self) -> str:
         """That of the function, without the underscores of its in-place form or operator."""
@@ -59,8 +64,7 @@ class Steps:
         """The same calls with this tensor."""
         values = {self.given: tensor}
         for step in self.steps:
-            args, kwargs = tree_map_only(Slot, values.__getitem__, (step.args, step.kwargs))
-            values[step.made] = step.function(*args, **kwargs)
+            values[step.made] = step(values)
         return values[self.made]
 
 

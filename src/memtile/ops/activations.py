@@ -44,7 +44,7 @@ def check_element_wise(
     key = activation, features, dims, getattr(activation, "training", None)
     if key in _element_wise:
         return
-    lead = _LEAD[len(_LEAD) + 1 - (dims or 2) :] if (dims or 2) > 1 else ()
+    lead = _LEAD[len(_LEAD) + 1 - (dims or 2) :]
     width, rows = features or 10, math.prod(lead)
     z = torch.linspace(-9.0, 11.0, rows * width, dtype=torch.float64, device="cpu")
     order = torch.Generator("cpu").manual_seed(0)
