@@ -14,8 +14,13 @@ MakeRing = Callable[..., SlabRing]
 
 def path(ring: SlabRing, order: list[Allocation]) -> list[float]:
     """One iteration: the first value of each tile, as it was found."""
-    found = []
     ring.start()
+    return take(ring, order)
+
+
+def take(ring: SlabRing, order: list[Allocation]) -> list[float]:
+    """Each tile in turn: its first value, as it was found."""
+    found = []
     for allocation in order:
         with ring.acquire((allocation,)) as lease:
             found.append(lease.tensors[0][0].item())

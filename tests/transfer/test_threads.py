@@ -1,10 +1,13 @@
 """Threads at one home: no deadlock, no wait for another thread's product, no lost gradient."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
 from parked_layers import HOMES, home_called
+from rings import path, quiet, take
 from threads import PATIENCE_SECONDS, switching_often, together
 from watched_home import WatchedHome
 
@@ -34,6 +37,46 @@ def test_two_slabs_are_taken_at_once(make_ring):
         together(*(lambda n=n: work(n) for n in range(THREADS)))
 
     assert wrong == []
+
+
+def test_threads_that_take_turns_do_not_read_ahead(make_ring):
+    """What one thread read ahead would make room for what another needs, before it is used."""
+    home, ring, each = WatchedHome(), make_ring(), 6
+    tiles = home.tiles(3 * each)
+
+    def step(number, turn):
+        own = [(tile,) for tile in tiles[number * each :][:each]]
+        with ring.acquire(own[turn], written=True, ahead=own[turn + 1 :]) as lease:
+            return lease.tensors[0][0].item()
+
+    with ExitStack() as stack:
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3)]
+        for turn in range(each):
+            for number, thread in enumerate(threads):
+                assert thread.submit(step, number, turn).result() == number * each + turn
+
+    first = 2  # were read ahead before there was a second thread
+    assert len(home.labels("read")) <= 3 * each + first
+
+
+def test_a_thread_that_goes_on_where_another_ended_is_read_ahead_for(make_ring):
+    """Autograd runs the backward of a device in a thread of its own: one order over both."""
+    home = WatchedHome()
+    tiles, ring = home.tiles(7), make_ring()
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(2):
+            path(ring, tiles)
+            other.submit(take, ring, tiles[::-1]).result()
+        path(ring, tiles)
+        quiet(ring)
+        home.clear()
+
+        def begin():
+            take(ring, tiles[:-2:-1])
+            with ring.acquire((tiles[-2],)):  # the third from the end is still in a slab
+                home.begins("read", "3")
+
+        other.submit(begin).result()
 
 
 @pytest.mark.parametrize("sums", [False, True], ids=["first", "sum"])

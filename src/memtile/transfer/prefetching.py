@@ -1,5 +1,6 @@
 """What a ring reads before it is asked for: as much as its slabs hold that are not in use."""
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from typing import Final
@@ -9,10 +10,32 @@ from memtile.transfer.prefetch_order import PrefetchOrder
 from memtile.transfer.slabs import Slab, SlabPart, Slabs
 
 _MOST: Final = 64  # groups that are looked for ahead, however small
+_IN_A_ROW: Final = 3  # requests of a thread: with fewer it takes turns with another
 
 
 Load = Callable[[SlabPart, Group], None]
 """Starts reading a group into a part of a slab."""
+
+
+class _Turns:
+    """Whether threads take turns to ask for groups, or one asks for many before another does.
+
+    The latter is what autograd's thread of a device does: it goes on where the forward ended.
+    """
+
+    def __init__(self) -> None:
+        self.are_short = False
+        self._thread, self._length = threading.get_ident(), _IN_A_ROW
+
+    def note(self) -> bool:
+        """This thread asks now; whether turns are short."""
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self.are_short = self._length < _IN_A_ROW
+            self._thread, self._length = thread, 0
+        self._length += 1
+        self.are_short &= self._length < _IN_A_ROW
+        return self.are_short
 
 
 class Prefetching:
@@ -23,6 +46,7 @@ class Prefetching:
         self._order = PrefetchOrder[Key]()
         self._delayed: list[Key] = []  # to be read as soon as a slab is free
         self._needed: set[Slab] = set()  # that hold some of these
+        self._turns = _Turns()
 
     @property
     def is_delayed(self) -> bool:
@@ -31,6 +55,7 @@ class Prefetching:
 
     def start(self) -> None:
         """An iteration begins, and another order with it."""
+        self._turns = _Turns()
         self._order.start()
 
     def clear(self) -> None:
@@ -39,6 +64,7 @@ class Prefetching:
 
     def note(self, keys: Sequence[Key], *, learn: bool, are_experts: bool) -> None:
         """These groups were asked for now; not to `learn`: they are no part of an order."""
+        learn = not self._turns.note() and learn
         if are_experts:
             self._order.note_experts()
         for key in keys if learn and not are_experts else ():
@@ -56,9 +82,14 @@ class Prefetching:
     ) -> None:
         """Start reading what comes next: the experts, and then what is `ahead`, or was learnt.
 
+        Nothing while threads take turns: they use all slabs, and what one of them read ahead would
+        make room for what another needs before it is used, to be read again.
         Nothing becomes free until all parts of a slab were used, that is, until another one than
         `before` was used `last`, or is to be used next.
         """
+        if self._turns.are_short:
+            self._delayed = []
+            return
         learnt = self._order.ahead() if ahead is None else map(key_of, ahead)
         keys = chain(map(key_of, experts or ()), learnt)
         first = next(keys, None)
