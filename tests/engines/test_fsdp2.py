@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import chosen, with_slow
-from engine_cases import Case, Net, ParallelNet, batches, parallel_losses, plain_step, tiled, train
+from engine_cases import (
+    STEPS,
+    Case,
+    Net,
+    ParallelNet,
+    batches,
+    parallel_losses,
+    plain_step,
+    tiled,
+    train,
+)
 from fsdp2_worker import CASES, spawn
 from torch.distributed.fsdp import FSDPModule
 
@@ -15,7 +25,7 @@ import memtile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import ArgumentError, CannotTileError, EngineError, ParkedError
 
-QUICK = ("one tile", "ragged", "recomputed after evaluation", "clipped", "another way, tied")
+QUICK = ("one tile", "ragged", "recomputed after evaluation", "clipped", "another way, tied", "MLP")
 NAMES = with_slow(CASES, QUICK)
 AT_FOUR = (*QUICK, "offloaded", "neighbours together", "hybrid")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
@@ -80,8 +90,19 @@ def test_experts_in_tiles_train_as_the_dense_model_does(outcome):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
-    """The tile in use and the next: in forward, backward, recomputation and after evaluation."""
-    assert all(rank["live"][name] <= 2 for rank in outcome.ranks)
+    """The tile in use and the next: in forward, backward, recomputation and after evaluation.
+
+    Of an MLP in tiles, the tiles of all its layers that are used together.
+    """
+    in_use = {"": 1, "plain": 2}.get(CASES[name].mlp, 3)
+    assert all(rank["live"][name][0] <= in_use + 1 for rank in outcome.ranks)
+
+
+def test_tiles_of_mlps_are_gathered_once_in_forward_and_once_in_backward(outcome):
+    """Their blocks are computed again without another gather, and no whole MLP is."""
+    for rank in outcome.ranks:
+        assert rank["computed"] == 0
+        assert rank["live"]["MLP"][1] == 2 * STEPS
 
 
 def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):

@@ -13,10 +13,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import memtile
-from memtile.layers import deferred_logits
+from memtile.layers import deferred_logits, mlp_in_tiles
 
 STEPS = 4
 BATCH = 4
+
+
+class Mlp(nn.Module):
+    """A plain MLP, a gated one, or one whose gate and up are one linear ("fused")."""
+
+    computed = 0  # how often its own forward has computed values
+
+    def __init__(self, kind: str, width: int = 12, inner: int = 32) -> None:
+        super().__init__()
+        self.kind, biased = kind, kind != "gated"
+        first = 2 * inner if kind == "fused" else inner
+        self.gate = nn.Linear(width, inner, bias=biased) if kind == "gated" else None
+        self.up, self.down = nn.Linear(width, first, biased), nn.Linear(inner, width, biased)
+        self.act = nn.SiLU()  # a module, which an engine hooks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) of (…, width)."""
+        Mlp.computed += not x.is_meta
+        h = self.up(x)
+        if self.kind == "fused":
+            gate, h = h.chunk(2, -1)
+            h = self.act(gate) * h
+        else:
+            h = self.act(h) if self.gate is None else self.act(self.gate(x)) * h
+        result: Tensor = self.down(h)
+        return result
 
 
 class Net(nn.Module):
@@ -28,6 +54,7 @@ class Net(nn.Module):
         self.again = case.again
         self.embedding = nn.Embedding(23, 12)
         self.up, self.down = nn.Linear(12, 31, bias=case.bias), nn.Linear(31, 12, bias=case.bias)
+        self.mlp = Mlp(case.mlp) if case.mlp else None
         self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23, bias=False)
         if case.backwards:
             self._modules = dict(reversed(self._modules.items()))
@@ -54,6 +81,8 @@ class Net(nn.Module):
         return logits.square().mean()
 
     def _between(self, x: Tensor) -> Tensor:
+        if self.mlp is not None:
+            x = x + self.mlp(x)
         x = self.up(x)
         if self.stumbles and self.calls == 3:
             raise ZeroDivisionError
@@ -82,6 +111,7 @@ class Case:
     skips: bool = False
     stumbles: bool = False
     writes: bool = False
+    mlp: str = ""
 
 
 CASES = {
@@ -100,6 +130,11 @@ CASES = {
     "recomputed after evaluation": Case(again=True, evaluates=True),
     "a loss without logits": Case(writes=True),
     "a loss without logits, not tied": Case(writes=True, tied=False, evaluates=True),
+    "MLP": Case(mlp="gated"),
+    "MLP of one tile": Case(mlp="gated", grid=(1, 1), tied=False, parts=2),
+    "MLP, plain, recomputed": Case(mlp="plain", again=True),
+    "MLP, gate and up in one": Case(mlp="fused", tied=False, evaluates=True),
+    "MLP, plain, frozen": Case(mlp="plain", frozen_too=("embedding", "mlp.up"), tied=False),
 }
 
 
@@ -144,7 +179,9 @@ def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
         modules=chosen if case.whole else None,
         out_splits=case.grid[0],
         in_splits=case.grid[1],
+        tile_mlps=bool(case.mlp),
     )
+    mlp_in_tiles.FEWEST_BYTES = 0
     if case.writes:
         deferred_logits.LEAST_LOGITS = 0
         memtile.defer_logits(model.head)

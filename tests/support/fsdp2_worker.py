@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,7 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 from engine_cases import CASES as COMMON
 from engine_cases import (
     Case,
+    Mlp,
     Net,
     Outcome,
     ParallelNet,
@@ -35,6 +37,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import memtile
+from memtile.engines.fsdp2_units import SharedTile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import EngineError
 
@@ -53,15 +56,22 @@ CASES = {
 
 @contextmanager
 def watched() -> Iterator[list[int]]:
-    """The most units of tiles that were gathered at the same time."""
+    """The most units of tiles that were gathered at once, and the most often that one was.
+
+    The second of tiles that are not tied.
+    """
     cls: Any = param_group.FSDPParamGroup  # private: only the test looks inside
     unshard, to_sharded = cls.unshard, cls._to_sharded
     live: set[int] = set()
-    most = [0]
+    times: Counter[int] = Counter()
+    most = [0, 0]
 
     def gather(group: Any, *arguments: Any, **options: Any) -> None:
         unshard(group, *arguments, **options)
         if not any(isinstance(module, Net) for module in group.modules):
+            tied = any(isinstance(module, SharedTile) for module in group.modules)
+            times[id(group)] += id(group) not in live and not tied
+            most[1] = max(times.values())
             live.add(id(group))
             most[0] = max(most[0], len(live))
 
@@ -76,8 +86,8 @@ def watched() -> Iterator[list[int]]:
         cls.unshard, cls._to_sharded = unshard, to_sharded
 
 
-def run_case(case: Case, rank: int, world: int) -> tuple[int, list[float], dict[str, Tensor]]:
-    """Train a sharded model; gives the most live tiles, its losses, and its parameters."""
+def run_case(case: Case, rank: int, world: int) -> tuple[list[int], list[float], Any]:
+    """Train a sharded model; gives what `watched` saw, its losses, and its parameters."""
     model = tiled(case)
     options: dict[str, Any] = {"unit_bytes": case.unit_bytes}
     if case.offload:
@@ -90,7 +100,7 @@ def run_case(case: Case, rank: int, world: int) -> tuple[int, list[float], dict[
             with torch.no_grad():  # the order of use is known before the first backward
                 model(batches()[0])
         losses = train(model, case, rank, world)
-    return most[0], losses, whole_state(model)
+    return most, losses, whole_state(model)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -220,6 +230,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         "experts": experts(rank, world),
         "parallel": parallel_losses(plain_step(shard(ParallelNet(), unit_bytes=0))),
         "live": live,
+        "computed": Mlp.computed,
         "losses": losses,
     }
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(others))

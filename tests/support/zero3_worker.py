@@ -11,6 +11,7 @@ import torch.distributed as dist
 from engine_cases import (
     CASES,
     Case,
+    Mlp,
     Outcome,
     ParallelNet,
     batches,
@@ -155,7 +156,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         found[name], state = ran
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
-    report = {"cases": found, "defaults": under_defaults(rank, world)}
+    report = {"cases": found, "computed": Mlp.computed, "defaults": under_defaults(rank, world)}
     report["parallel"] = parallel_losses(parallel_step())
     report |= all_values(started, rank, world)
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))

@@ -4,6 +4,7 @@ Engines hook the gradient of an input; the inputs of a model's first layer have 
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,16 @@ def release_in_backward(tile: nn.Module) -> None:
     that are none, without a copy: a view that is written in place loses FSDP2's hooks.
     """
     plain = tile.forward
+    tile.forward = _with_result_attached(plain)
+    hook = partial(_with_token, next(iter(inspect.signature(plain).parameters)))
+    tile.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+
+def _with_result_attached(plain: Callable[..., Any], trains: bool = False) -> Callable[..., Any]:
+    """A forward that takes a token too, and attaches it to what `plain` gives.
+
+    It gets one where the tile trains, or where `plain` is told to train others.
+    """
 
     # whatever the tile takes and gives
     def forward(input_: Any, token: Tensor | None = None, **named: Any) -> Any:
@@ -45,9 +56,10 @@ def release_in_backward(tile: nn.Module) -> None:
         copies = (x.clone() if isinstance(x, Tensor) else x for x in result[1:])
         return (_attached(result[0], token), *copies)
 
-    tile.forward = forward
-    hook = partial(_with_token, next(iter(inspect.signature(plain).parameters)))
-    tile.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    # the same of another forward (`layers.gathered_calls`)
+    forward.around = _with_result_attached  # type: ignore[attr-defined]  # functions take attributes
+    forward.trains = trains  # type: ignore[attr-defined]  # likewise
+    return forward
 
 
 def _attached(result: Tensor, token: Tensor | None) -> Tensor:
@@ -64,7 +76,10 @@ def _with_token(
     if not inputs and name in named:
         named = dict(named)
         inputs = (named.pop(name),)
-    trained = torch.is_grad_enabled() and any(p.requires_grad for p in tile.parameters())
+    trains = getattr(tile.forward, "trains", False) or any(
+        p.requires_grad for p in tile.parameters()
+    )
+    trained = torch.is_grad_enabled() and trains
     if not inputs or not trained or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return inputs, named
     device = inputs[0].device if isinstance(inputs[0], Tensor) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -49,6 +50,11 @@ def has_replaced_parameters(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs hooks, or a forward that was put on the instance."""
     return "forward" in module.__dict__ or any(module.__dict__[hooks] for hooks in _HOOKS)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """What calling the module runs besides its forward."""
+    return [hook for hooks in _HOOKS for hook in module.__dict__[hooks].values()]
 
 
 def drop_hooks(module: nn.Module) -> None:

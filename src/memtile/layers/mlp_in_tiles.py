@@ -5,7 +5,7 @@ is what is computed: another activation or dropout, evaluation mode, adapters ar
 Where it is no MLP any more, its own forward runs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from memtile import ops
 from memtile.errors import ArgumentError, TileShapeError
 from memtile.layers import checks
 from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
+from memtile.layers.gathered_calls import has_only_hooks_of_engines, has_shards
 from memtile.layers.mlp_layers import Half, MlpLayers
 from memtile.layers.mlp_structure import (
     MlpStructure,
@@ -23,7 +24,6 @@ from memtile.layers.mlp_structure import (
     structure_of,
 )
 from memtile.layers.tiled_mlp import tiled_mlp
-from memtile.layers.values import is_shard
 
 # A block: in inference, so large an intermediate activation is computed whole.
 FEWEST_BYTES: Final = ops.MLP_BLOCK_BYTES
@@ -46,7 +46,9 @@ class MlpInTiles(ChangedModule):
 
     def _structure(self, forward: partial[Any], x: Any) -> tuple[MlpStructure, MlpLayers] | None:
         """That of this call, and its layers; None where its own forward is called."""
-        if not takes(x, max(self.mlp_sizes.values()), self.children()):
+        children = [*self.children()]
+        hooked = checks.hooked_globally() or not all(map(has_only_hooks_of_engines, children))
+        if hooked or not is_worth_tiles(x, max(self.mlp_sizes.values())):
             return None
         try:
             found = checked_structure(self, forward.func, self.mlp_sizes, x)
@@ -54,20 +56,17 @@ class MlpInTiles(ChangedModule):
             layers.check()
         except (NoMlpError, TileShapeError):  # the second: untiled since, or cut otherwise
             return None
-        # one that is gate and up would be called twice
-        is_called = found.gate_half is not None and layers.weights() is None
+        # what is called is called twice: one that is gate and up, and one that is gathered
+        is_once = found.gate_half is None and not any(map(has_shards, children))
+        is_called = not is_once and layers.weights() is None and layers.gathered() is None
         return None if is_called else (found, layers)
 
 
-def takes(x: Any, features: int, layers: Iterable[nn.Module]) -> bool:
-    """Whether an MLP of so many intermediate features, whose layers are these, is worth tiles."""
+def is_worth_tiles(x: Any, features: int) -> bool:
+    """Whether an MLP of so many intermediate features may be computed by tiles, and gains by it."""
     if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():
         return False
-    if x[..., 0].nbytes * features <= FEWEST_BYTES and not torch.is_grad_enabled():
-        return False
-    found = [*layers]
-    hooked = checks.hooked_globally() or any(map(checks.has_hooks, found))
-    return not hooked and not any(is_shard(p) for each in found for p in each.parameters())
+    return torch.is_grad_enabled() or x[..., 0].nbytes * features > FEWEST_BYTES
 
 
 def layers_of(module: nn.Module, structure: MlpStructure) -> MlpLayers:

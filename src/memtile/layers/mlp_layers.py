@@ -11,11 +11,20 @@ from memtile import ops
 from memtile.errors import ArgumentError, TileShapeError
 from memtile.geometry import Grid, Span
 from memtile.layers import checks
+from memtile.layers.gathered_calls import has_only_hooks_of_engines, is_gathered_when_called
 from memtile.layers.low_rank import LowRanks, low_rank_of
 from memtile.layers.tiled_linear import TiledLinear
-from memtile.layers.weight_tiles import Layer, WeightTile, is_called_by_tiles, weight_tiles
+from memtile.layers.values import is_shard
+from memtile.layers.weight_tiles import (
+    Layer,
+    WeightTile,
+    is_called_by_tiles,
+    is_plain,
+    weight_tiles,
+)
 
 Call = Callable[[Tensor], Any]  # Any: modules give anything
+GatheredTile = dict[str, WeightTile]  # by the layer's name; the weight is the module that has it
 NAME: Final = "tiled_mlp"  # in messages
 
 
@@ -56,6 +65,14 @@ class Half(nn.Module):
         """As `weight_tiles` of a layer."""
         halves = self._whole.halves
         return None if halves is None else halves[self._number]
+
+    def modules_of_tiles(self) -> list[WeightTile] | None:
+        """As `_modules_of` of a layer; None where one module has both halves."""
+        both = _modules_of(self._whole.layer, column=False)
+        if both is None or len(both) < 2:
+            return None
+        own = both[len(both) // 2 :] if self._number else both[: len(both) // 2]
+        return [tile._replace(span=tile.span.since(own[0].span.start)) for tile in own]
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, out) of (…, in); the other half is computed too."""
@@ -148,6 +165,18 @@ class MlpLayers(NamedTuple):
         found = ((name, low_rank_of(layer)) for name, layer in self.named())
         return {name: low for name, low in found if low is not None}
 
+    def gathered(self) -> list[GatheredTile] | None:
+        """The modules of each tile, plain but for an engine that gathers some when called."""
+        found = {name: _modules_of(layer, name == "down") for name, layer in self.named()}
+        tiles = {name: own for name, own in found.items() if own is not None}
+        spans = {tuple(tile.span for tile in own) for own in tiles.values()}
+        modules = [tile.weight for own in tiles.values() for tile in own]
+        if len(tiles) < len(found) or len(spans) != 1:
+            return None
+        if not any(map(is_gathered_when_called, modules)):
+            return None
+        return [dict(zip(tiles, own, strict=True)) for own in zip(*tiles.values(), strict=True)]
+
     def calls(self) -> list[list[Call]]:
         """What is called for each tile: of gate (where there is one), up and down."""
         layers = [layer for _, layer in self.named()]
@@ -190,6 +219,31 @@ def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
             "(out_splits), down over columns only (in_splits)"
         )
     return grid.in_parts if column else grid.out_parts
+
+
+def _modules_of(layer: Layer, column: bool) -> list[WeightTile] | None:
+    """The modules that have a layer's tiles, in place of weights; None where one does more."""
+    if isinstance(layer, Half):
+        return layer.modules_of_tiles()
+    whole = None
+    tiles = [(Span(0, getattr(layer, "in_features" if column else "out_features", 0)), layer)]
+    if isinstance(layer, TiledLinear):
+        grid, whole = layer.grid, layer.whole_bias
+        known = checks.class_of(layer) is TiledLinear and has_only_hooks_of_engines(layer)
+        if not known or (grid.out_splits if column else grid.in_splits) > 1:
+            return None
+        spans = grid.in_spans if column else grid.out_spans
+        tiles = [*zip(spans, (tile for _, tile in layer.tiles()), strict=True)]
+    modules = [module for _, module in tiles if isinstance(module, nn.Module)]
+    plain = (is_plain(module) or is_gathered_when_called(module) for module in modules)
+    if len(modules) < len(tiles) or not all(plain) or (whole is not None and is_shard(whole)):
+        return None
+    biases: list[Tensor | None] = [None] * len(tiles)
+    if whole is not None and column:
+        biases[-1] = whole
+    elif whole is not None:
+        biases = [whole[span.as_slice()] for span, _ in tiles]
+    return [WeightTile(*tile, bias) for tile, bias in zip(tiles, biases, strict=True)]
 
 
 def _are_cut_alike(grids: Sequence[Grid]) -> bool:

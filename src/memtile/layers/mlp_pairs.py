@@ -22,7 +22,8 @@ from memtile.errors import ArgumentError, TileShapeError
 from memtile.layers import checks
 from memtile.layers.deferred_hidden import DeferredHidden, Family
 from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
-from memtile.layers.mlp_in_tiles import takes
+from memtile.layers.gathered_calls import has_shards
+from memtile.layers.mlp_in_tiles import is_worth_tiles
 from memtile.layers.mlp_layers import MlpLayers
 from memtile.layers.mlp_structure import NoMlpError, Steps
 from memtile.layers.tiled_mlp import tiled_mlp
@@ -103,7 +104,7 @@ class UpInTiles(ChangedModule):
         """The intermediate activation, deferred where it is worth it."""
         x, *others = (*args, *kwargs.values()) or (None,)
         features, call = getattr(self, "out_features", 0), _call.get()
-        if call is None or id(self) not in call.ups or others or not takes(x, features, [self]):
+        if call is None or id(self) not in call.ups or others or not _takes(x, features, self):
             return forward(*args, **kwargs)
         if x.is_inference() or call.hooks is not _saving_hooks():
             # nothing tells of writes to it, or a checkpoint computes it again outside of the block
@@ -130,6 +131,13 @@ class DownInTiles(ChangedModule):
         return tiled_mlp(h.x, *layers, activation=activation, dropout=dropout)
 
 
+def _takes(x: Any, features: int, *layers: nn.Module) -> bool:
+    """Whether these linears of so many intermediate features are to be computed by tiles."""
+    if not is_worth_tiles(x, features) or checks.hooked_globally():
+        return False
+    return not any(checks.has_hooks(each) or has_shards(each) for each in layers)
+
+
 def _mlp_of(h: DeferredHidden, down: nn.Module) -> tuple[MlpLayers, Steps, float] | None:
     """The layers, activation and dropout of an MLP; None where the linears are to be called."""
     layers, found = MlpLayers(None, h.up, down), _activation_of(h)
@@ -137,7 +145,7 @@ def _mlp_of(h: DeferredHidden, down: nn.Module) -> tuple[MlpLayers, Steps, float
         layers.check()
     except TileShapeError:
         return None
-    if not found or not takes(h.x, h.shape[-1], [h.up, down]) or layers.weights() is None:
+    if not found or not _takes(h.x, h.shape[-1], h.up, down) or layers.weights() is None:
         return None
     return layers, *found
 

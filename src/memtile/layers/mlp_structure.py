@@ -17,6 +17,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from memtile.layers import checks
+
 Sizes = Mapping[str, int]  # of what each linear gives, by its name
 
 
@@ -101,7 +103,9 @@ def structure_of(
         given = torch.empty(*lead, x.shape[-1], dtype=x.dtype, device="meta")
         recording.know(given)
     children = {
-        name: _Linear(child, sizes[name], name, recording) if name in sizes else child
+        name: _Linear(child, sizes[name], name, recording)
+        if name in sizes
+        else _without_hooks(child)
         for name, child in module._modules.items()
     }
     copy = object.__new__(type(module))
@@ -116,6 +120,17 @@ def structure_of(
             f"its forward cannot be followed with shapes alone ({type(error).__name__}: {error})"
         ) from error
     return _structure(recording, recording.slot(result), len(sizes))
+
+
+def _without_hooks(module: nn.Module | None) -> nn.Module | None:
+    """The module, or a copy without the hooks of an engine, which are no part of what it does."""
+    if module is None or not any(map(checks.has_hooks, module.modules())):
+        return module
+    copy = object.__new__(type(module))
+    inner = {name: _without_hooks(child) for name, child in module._modules.items()}
+    copy.__dict__ = {**module.__dict__, "_modules": inner}
+    checks.drop_hooks(copy)
+    return copy
 
 
 class _Linear:

@@ -4,14 +4,17 @@ Shapes: input (…, H), gate and up (I, H), down (M, I); I is the intermediate d
 
 - Where all layers are plain linears, weights, or tiled layers of plain tiles, resident or parked,
   their products are computed in blocks, and again in backward (`ops.mlp`).
-- Tiles that are anything more (hooks, another class, an engine's shards) are called as modules, a
-  gate, an up and a down tile after another; other layers are called whole. What was called is
-  called again in backward. Low-rank adapters of plain linears are computed with the products.
+- So are those of tiles that are an engine's shards, a gate, an up and a down tile after another,
+  which the engine gathers for that, once in forward and once in backward.
+- Tiles that are anything more (hooks, another class) are called as modules, a gate, an up and a
+  down tile after another; other layers are called whole. What was called is called again in
+  backward. Low-rank adapters of plain linears are computed with the products.
 - Under compilers and `torch.func`: ordinary operations, a tile after another.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from memtile import ops
 from memtile.errors import ArgumentError, check_fraction, check_whole_number
 from memtile.homes import is_parked
 from memtile.layers import checks
+from memtile.layers.gathered_calls import call_around
 from memtile.layers.loss_options import rows_of
 from memtile.layers.low_rank import (
     LowRanks,
@@ -30,7 +34,7 @@ from memtile.layers.low_rank import (
     narrowed_output,
     widened_input,
 )
-from memtile.layers.mlp_layers import NAME, Call, MlpLayers, shape_of
+from memtile.layers.mlp_layers import NAME, Call, GatheredTile, MlpLayers, shape_of
 from memtile.layers.weight_tiles import (
     Layer,
     WeightTile,
@@ -191,7 +195,8 @@ def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
         checks.split_sizes(NAME, checks.check_tensor(NAME, input).shape[-1], 1, [shape[1]])
     weights = layers.weights()
     if weights is None or (not ops.transformed() and checks.hooked_globally()):
-        return _called(input, layers, options)
+        tiles = None if ops.transformed() or checks.hooked_globally() else layers.gathered()
+        return _gathered(input, tiles, options) if tiles else _called(input, layers, options)
     parked = False
     for (_, weight, _), *_ in weights.values():
         here = is_parked(weight)
@@ -224,6 +229,30 @@ def _computed(
     y = _sum(ops.plain_mlp_tile(next(edges), tile, activation, options.drop) for tile in tiles)
     bias = down[-1].bias
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _gathered(input: Tensor, tiles: Sequence[GatheredTile], options: _Options) -> Tensor:
+    """y (…, M) of tiles that are gathered one after another, each for its use."""
+    edges = ops.float32_edges(input, len(tiles))
+    return _sum(
+        call_around(
+            [each.weight for each in tile.values()], partial(_gathered_tile, tile, options), x
+        )
+        for x, tile in zip(edges, tiles, strict=True)
+    )
+
+
+def _gathered_tile(tile: GatheredTile, options: _Options, x: Tensor) -> Tensor:
+    """The part (…, M) of one tile, whose weights are gathered."""
+    weights = {
+        name: [each._replace(weight=module.weight, bias=module.bias if bias is None else bias)]
+        for name, each in tile.items()
+        for module, bias in [(each.weight, each.bias)]
+    }
+    for (each,) in weights.values():
+        checks.check_dtypes_and_devices(NAME, [x], each.weight)
+    rows = rows_of(x.to(ops.autocast_dtype(x) or x.dtype)).contiguous()
+    return _computed(rows, weights, {}, options).view(*x.shape[:-1], -1)
 
 
 def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:

@@ -190,11 +190,11 @@ class ParkedSource:
         gradient of one parameter; none waits for another's product.
         """
         parameter, allocation = self.parameter, streamed_allocation(self.parameter)
+        record = _record(parameter)
+        if record.is_stepped_in_backward and (allocation is None or not record.uses):
+            return _GradientInMemory(parameter, scratch_like(parameter))
         if allocation is None:
             return _GradientInMemory(parameter, torch.empty_like(parameter))
-        record = _record(parameter)
-        if record.is_stepped_in_backward and not record.uses:
-            return _GradientInMemory(parameter, scratch_like(parameter))
         return self._stored_gradient(allocation.home)
 
     @contextmanager

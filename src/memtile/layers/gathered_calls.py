@@ -1,0 +1,69 @@
+"""Linears whose weights an engine (FSDP2, ZeRO-3) gathers by hooks, for as long as they are called.
+
+An operation on the weights of several linears is computed inside a call of each of them, one inside
+the other: all are gathered meanwhile, and again while its backward runs.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from memtile.layers import checks
+from memtile.layers.values import is_shard
+
+_ENGINES: Final = ("deepspeed.", "torch.distributed.fsdp.", "memtile.engines.")
+
+
+def is_gathered_when_called(module: nn.Module) -> bool:
+    """Whether an engine's hooks are all that calling it does besides its product."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and checks.has_hooks(module)
+        and has_only_hooks_of_engines(module)
+    )
+
+
+def has_only_hooks_of_engines(module: nn.Module) -> bool:
+    """Whether there are no other hooks, and no forward on the instance but an engine's."""
+    forward = module.__dict__.get("forward")
+    own = forward is None or hasattr(forward, "around")
+    return own and all(map(_is_of_engine, checks.hooks_of(module)))
+
+
+def has_shards(layer: nn.Module) -> bool:
+    """Whether an engine has any of a layer's parameters."""
+    return any(map(is_shard, layer.parameters()))
+
+
+def call_around(modules: Sequence[nn.Module], act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """act(x) inside a call of each of these modules, whose hooks see x and what that gives."""
+    trains = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
+    inner = act
+    for module in reversed(modules):
+        inner = partial(_call_around, module, inner, trains)
+    return inner(x)
+
+
+def _call_around(
+    module: nn.Module, act: Callable[[Tensor], Tensor], trains: bool, x: Tensor
+) -> Tensor:
+    before = module.__dict__.get("forward")
+    around = getattr(before, "around", None)
+    module.__dict__["forward"] = act if around is None else around(act, trains)
+    try:
+        found: Tensor = module(x)
+        return found
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _is_of_engine(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__module__", "").startswith(_ENGINES)
