@@ -193,18 +193,23 @@ def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
     shape = shape_of(layers.up)
     if shape:
         checks.split_sizes(NAME, checks.check_tensor(NAME, input).shape[-1], 1, [shape[1]])
-    weights = layers.weights()
-    if weights is None or (not ops.transformed() and checks.hooked_globally()):
-        tiles = None if ops.transformed() or checks.hooked_globally() else layers.gathered()
-        return _gathered(input, tiles, options) if tiles else _called(input, layers, options)
+    is_hooked = not ops.transformed() and checks.hooked_globally()
+    weights = None if is_hooked else layers.weights()
+    tiles = None if is_hooked or weights or ops.transformed() else layers.gathered()
+    if not weights and not tiles:
+        return _called(input, layers, options)
     parked = False
-    for (_, weight, _), *_ in weights.values():
+    for (_, weight, _), *_ in (weights or {}).values():
         here = is_parked(weight)
         checks.check_dtypes_and_devices(NAME, [input], weight, same_device=not here)
         parked = parked or here
     x = rows_of(input.to(ops.autocast_dtype(input) or input.dtype)).contiguous()
     with layer_call() if parked and not ops.transformed() else nullcontext():
-        y = _computed(x, weights, layers.low_ranks(), options)
+        y = (
+            _computed(x, weights, layers.low_ranks(), options)
+            if weights
+            else _gathered(x, tiles or [], options)
+        )
     return y.view(*input.shape[:-1], y.shape[-1])
 
 
@@ -231,28 +236,24 @@ def _computed(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _gathered(input: Tensor, tiles: Sequence[GatheredTile], options: _Options) -> Tensor:
-    """y (…, M) of tiles that are gathered one after another, each for its use."""
-    edges = ops.float32_edges(input, len(tiles))
+def _gathered(x: Tensor, tiles: Sequence[GatheredTile], options: _Options) -> Tensor:
+    """y (N, M) of x (N, H), and of tiles that are gathered one after another, each for its use."""
+    edges = ops.float32_edges(x, len(tiles))
     return _sum(
         call_around(
-            [each.weight for each in tile.values()], partial(_gathered_tile, tile, options), x
+            [each.weight for each in tile.values()], partial(_gathered_tile, tile, options), edge
         )
-        for x, tile in zip(edges, tiles, strict=True)
+        for edge, tile in zip(edges, tiles, strict=True)
     )
 
 
 def _gathered_tile(tile: GatheredTile, options: _Options, x: Tensor) -> Tensor:
-    """The part (…, M) of one tile, whose weights are gathered."""
-    weights = {
-        name: [each._replace(weight=module.weight, bias=module.bias if bias is None else bias)]
-        for name, each in tile.items()
-        for module, bias in [(each.weight, each.bias)]
-    }
-    for (each,) in weights.values():
-        checks.check_dtypes_and_devices(NAME, [x], each.weight)
-    rows = rows_of(x.to(ops.autocast_dtype(x) or x.dtype)).contiguous()
-    return _computed(rows, weights, {}, options).view(*x.shape[:-1], -1)
+    """The part of y of one tile, whose weights are gathered."""
+    weights = {}
+    for name, (span, module, bias) in tile.items():
+        checks.check_dtypes_and_devices(NAME, [x], module.weight)
+        weights[name] = [WeightTile(span, module.weight, module.bias if bias is None else bias)]
+    return _computed(x, weights, {}, options)
 
 
 def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
