@@ -10,6 +10,7 @@ from cases import chosen, with_slow
 from engine_cases import (
     STEPS,
     Case,
+    Mlp,
     Net,
     ParallelNet,
     batches,
@@ -103,6 +104,11 @@ def test_tiles_of_mlps_are_gathered_once_in_forward_and_once_in_backward(outcome
     for rank in outcome.ranks:
         assert rank["computed"] == 0
         assert rank["live"]["MLP"][1] == 2 * STEPS
+
+
+def test_ranks_with_other_numbers_of_tokens_gather_the_same(outcome):
+    """In inference, an MLP of few tokens is computed whole only where nothing is gathered."""
+    assert all(rank["uneven"] <= 1e-12 for rank in outcome.ranks)
 
 
 def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):
@@ -212,6 +218,42 @@ def test_parked_tiles_are_refused(alone, tmp_path):
 
         with pytest.raises(ParkedError, match="offload_policy"):
             shard(model)
+
+
+def test_mlps_are_put_in_tiles_after_sharding_too(alone):
+    """And taken out of them, and put in again."""
+    model = shard(tiled(Case(mlp="gated")), unit_bytes=0)
+    truth = model(batches()[0])
+    for on in (True, False, True):
+        memtile.tile_mlps(model, on)
+        Mlp.computed = 0
+        torch.testing.assert_close(model(batches()[0]), truth)
+        assert Mlp.computed == (not on)
+
+
+def test_an_embedding_of_several_inputs_is_a_unit(alone):
+    """OPT's embedding of positions takes three; gradients are the dense model's."""
+
+    class Shifted(torch.nn.Embedding):
+        def forward(self, input, offset, scale=1.0):
+            return super().forward(input + offset) * scale
+
+    class Positions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.head = Shifted(9, 6), torch.nn.Linear(6, 5)
+
+        def forward(self, ids):
+            return self.head(self.embedding(ids, 2, 0.5)).square().sum()
+
+    dense, model = Positions(), Positions()
+    shard(memtile.tile(model, out_splits=2, modules=["head"]), unit_bytes=1)
+    for each in (dense, model):
+        each(torch.arange(7)).backward()
+
+    found = model.embedding.weight.grad.full_tensor()
+    torch.testing.assert_close(found, dense.embedding.weight.grad)
 
 
 def test_a_model_is_sharded_once(alone):

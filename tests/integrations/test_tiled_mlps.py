@@ -248,6 +248,17 @@ def test_copies_and_undoing():
     assert vars(model.model.layers[0].mlp).keys() == vars(llama().model.layers[0].mlp).keys()
 
 
+def test_a_hook_inside_the_activation_is_part_of_it():
+    """It changes what is computed, as it does in the dense model."""
+    dense = nn.Sequential(nn.Linear(8, 32), nn.Sequential(nn.SiLU()), nn.Linear(32, 8)).double()
+    ours = memtile.tile_mlps(copy.deepcopy(dense))
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for model in (dense, ours):
+        model[1][0].register_forward_hook(lambda module, given, result: 2 * result)
+
+    torch.testing.assert_close(ours(x), dense(x))
+
+
 def test_both_row_tiles_and_tiled_mlps(calls: list[int]):
     """In either order, undone in either order."""
     for first in (True, False):

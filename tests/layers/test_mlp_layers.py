@@ -10,6 +10,7 @@ from parked_layers import HOMES, assert_same_bits, home_called
 from paths import assert_same, nothing
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from watched_home import WatchedHome
 
 import memtile
@@ -102,6 +103,25 @@ def hooked_as_a_whole(mlp: memtile.TiledMLP) -> memtile.TiledMLP:
     return mlp
 
 
+def gathered(mlp: memtile.TiledMLP) -> memtile.TiledMLP:
+    """As under an engine that gathers each tile when it is called."""
+    for tiles in tiles_of(mlp):
+        for tile in tiles:
+            tile.register_forward_pre_hook(of_engine)
+    return mlp
+
+
+def of_engine(module: nn.Module, inputs: Any) -> None:
+    calls.append(id(module))
+    if broken and len(calls) == 4:
+        raise ZeroDivisionError
+
+
+of_engine.__module__ = "memtile.engines.of_a_test"
+calls: list[int] = []
+broken: list[bool] = []
+
+
 def sharing_biases(mlp: memtile.TiledMLP) -> memtile.TiledMLP:
     for layer in (mlp.gate, mlp.up, mlp.down):
         bias = nn.Parameter(torch.as_tensor(layer.bias + 0).detach())
@@ -113,7 +133,15 @@ def sharing_biases(mlp: memtile.TiledMLP) -> memtile.TiledMLP:
 
 @pytest.mark.parametrize("home", [None, "disk"])
 @pytest.mark.parametrize(
-    "changes", [[hooked], [hooked_as_a_whole], [sharing_biases], [sharing_biases, hooked]]
+    "changes",
+    [
+        [hooked],
+        [hooked_as_a_whole],
+        [sharing_biases],
+        [sharing_biases, hooked],
+        [gathered],
+        [sharing_biases, gathered],
+    ],
 )
 def test_layers_that_are_more_than_their_weights(changes: Any, home: Any):
     """Tiles or layers with hooks are called, and biases that layers keep whole are added once."""
@@ -123,6 +151,46 @@ def test_layers_that_are_more_than_their_weights(changes: Any, home: Any):
         change(mlp)
 
     assert_trains_like(mlp, dense)
+
+
+def test_tiles_that_are_gathered_are_called_once():
+    """An outer checkpoint computes nothing again; an error puts each tile's forward back."""
+    dense = Dense()
+    mlp = gathered(tiled(dense, 4))
+    tiles, x = [tile for together in tiles_of(mlp) for tile in together], batch()
+    calls.clear()
+    broken.append(True)
+    with pytest.raises(ZeroDivisionError):
+        mlp(x)
+    broken.clear()
+    calls.clear()
+
+    found = checkpoint(lambda x: 2 * mlp(x), x, use_reentrant=False)
+    found.sum().backward()
+
+    assert calls == [*map(id, tiles)]
+    assert not any("forward" in tile.__dict__ for tile in tiles)
+    assert_same(found, 2 * dense(x))
+
+
+@pytest.mark.parametrize("splits", [4, 29])
+def test_16_bits_of_tiles_that_are_gathered_are_summed_in_float32(splits: int):
+    """Output and input gradient have at most 1.5 times plain bfloat16's error."""
+    plain = Dense(dtype=torch.bfloat16)
+    ours, x16 = gathered(tiled(plain, splits)), batch(200).detach().bfloat16()
+    x16.requires_grad_()
+    seed = torch.randn(200, OUT, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = x16.detach().double().requires_grad_()
+    y = copy.deepcopy(plain).double()(x)
+    truth = (y, *torch.autograd.grad(y, x, seed.double()))
+
+    def errors(model: Any) -> list[float]:
+        y = model(x16)
+        found = (y, *torch.autograd.grad(y, x16, seed))
+        return [float((a - b).detach().norm()) for a, b in zip(found, truth, strict=True)]
+
+    for a, b in zip(errors(ours), errors(plain), strict=True):
+        assert a <= 1.5 * b
 
 
 def test_called_tiles_keep_the_random_state_of_dropout():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import memtile
-from memtile.layers import deferred_logits, mlp_in_tiles
+from memtile.layers import deferred_logits
 
 STEPS = 4
 BATCH = 4
@@ -181,7 +181,6 @@ def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
         in_splits=case.grid[1],
         tile_mlps=bool(case.mlp),
     )
-    mlp_in_tiles.FEWEST_BYTES = 0
     if case.writes:
         deferred_logits.LEAST_LOGITS = 0
         memtile.defer_logits(model.head)

@@ -40,6 +40,7 @@ import memtile
 from memtile.engines.fsdp2_units import SharedTile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import EngineError
+from memtile.layers import mlp_in_tiles
 
 CASES = {
     **COMMON,
@@ -119,6 +120,18 @@ def loads_what_it_gives() -> bool:
     set_model_state_dict(second, dict(given), options=StateDictOptions(full_state_dict=True))
     found = whole_state(second)
     return all(torch.equal(found[name], value) for name, value in given.items())
+
+
+def evaluated_unevenly(rank: int) -> float:
+    """How far an evaluation is from the dense one, where only rank 0 has many tokens."""
+    case, fewest = Case(mlp="gated", tied=False), mlp_in_tiles.FEWEST_BYTES
+    dense, model = Net(case), shard(tiled(case), unit_bytes=0)
+    ids = torch.arange(6 if rank else 60)[None] % 23
+    mlp_in_tiles.FEWEST_BYTES = 4096
+    with torch.no_grad():
+        found = (model(ids) - dense(ids)).abs().item()
+    mlp_in_tiles.FEWEST_BYTES = fewest
+    return found
 
 
 def asked_for_a_weight() -> str:
@@ -218,6 +231,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         live[name], losses[name], state = run_case(CASES[name], rank, world)
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
+    computed = Mlp.computed
     others = {
         "refused": other_grids(rank) if world > 1 else "",
         "other ways": [
@@ -225,12 +239,13 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
             for late, way in ((0, [1]), (1, [0, 1]), (40, [2]))
         ],
         "loads": loads_what_it_gives(),
+        "uneven": evaluated_unevenly(rank),
         "weight": asked_for_a_weight(),
         "returned_bias": returned_bias(),
         "experts": experts(rank, world),
         "parallel": parallel_losses(plain_step(shard(ParallelNet(), unit_bytes=0))),
         "live": live,
-        "computed": Mlp.computed,
+        "computed": computed,
         "losses": losses,
     }
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(others))

@@ -23,6 +23,7 @@ from memtile.layers import (
     TiledLinear,
     TiledModule,
     checked_structure,
+    is_gathered_when_called,
     layers_of,
     pairs_of,
     put_in_tiles,
@@ -326,6 +327,8 @@ def _shape(module: nn.Module | None) -> tuple[int, int] | None:
         module = inner
     if module is None or isinstance(module, TiledLinear):
         return None if module is None else (module.out_features, module.in_features)
+    if isinstance(module, nn.Linear) and is_gathered_when_called(module):
+        return (module.out_features, module.in_features)
     kind = kind_of(module)
     is_linear = kind is not None and issubclass(kind.tiled, TiledLinear) and kind.matches(module)
     return kind.shape(module) if kind is not None and is_linear else None

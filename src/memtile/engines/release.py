@@ -33,11 +33,15 @@ def release_in_backward(tile: nn.Module) -> None:
 
     Call it after the engine has hooked the tile: the token must be there before those hooks run.
     Results that are views (a linear's with a bias, of an input of three dimensions) become tensors
-    that are none, without a copy: a view that is written in place loses FSDP2's hooks.
+    that are none, without a copy: a view that is written in place loses FSDP2's hooks. A module of
+    several inputs (the embedding of positions of OPT) is left as it is.
     """
     plain = tile.forward
+    first, *others = inspect.signature(plain).parameters.values()
+    if any(each.kind in (each.POSITIONAL_OR_KEYWORD, each.VAR_POSITIONAL) for each in others):
+        return
     tile.forward = _with_result_attached(plain)
-    hook = partial(_with_token, next(iter(inspect.signature(plain).parameters)))
+    hook = partial(_with_token, first.name)
     tile.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 

@@ -97,7 +97,7 @@ def shard(
         fully_shard(model, mesh=mesh, **options)
     tiles = {tile for _, layer in tiled_layers(model) for _, tile in layer.tiles()}
     for module in (module for unit in units for module in unit):
-        if module in tiles or isinstance(module, nn.Linear | nn.Embedding):  # of one input
+        if module in tiles or isinstance(module, nn.Linear | nn.Embedding):
             release_in_backward(module)
         module.register_load_state_dict_pre_hook(_cut_values)
     _load_tied_tiles_by_one_name(model)

@@ -3,6 +3,7 @@
 from memtile.layers.called_experts import agree_on_calls, called_experts
 from memtile.layers.checks import class_of, has_hooks, is_plain
 from memtile.layers.deferred_logits import DeferredLogits, DeferringHead, set_deferring
+from memtile.layers.gathered_calls import is_gathered_when_called
 from memtile.layers.handle import DenseHandle
 from memtile.layers.linear_cross_entropy import (
     LinearCrossEntropy,
@@ -72,6 +73,7 @@ __all__ = [
     "class_of",
     "gathered",
     "has_hooks",
+    "is_gathered_when_called",
     "is_plain",
     "is_shard",
     "layers_of",

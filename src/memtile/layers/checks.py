@@ -1,6 +1,6 @@
 """Checks at each call: whether tiles are plain, and whether input and results fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -57,10 +57,11 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [hook for hooks in _HOOKS for hook in module.__dict__[hooks].values()]
 
 
-def drop_hooks(module: nn.Module) -> None:
-    """Take away what calling the module runs besides its forward."""
+def drop_hooks(module: nn.Module, which: Callable[[Any], bool] = lambda hook: True) -> None:
+    """Take away what calling the module runs besides its forward; the caller says which of it."""
     for hooks in _HOOKS:
-        module.__dict__[hooks] = type(module.__dict__[hooks])()
+        kept = ((key, hook) for key, hook in module.__dict__[hooks].items() if not which(hook))
+        module.__dict__[hooks] = type(module.__dict__[hooks])(kept)
 
 
 def all_plain(tiles: Sequence[nn.Module]) -> bool:

@@ -4,7 +4,7 @@ An operation on the weights of several linears is computed inside a call of each
 the other: all are gathered meanwhile, and again while its backward runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ def is_gathered_when_called(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
+        and not module._modules  # parametrizations
         and checks.has_hooks(module)
         and has_only_hooks_of_engines(module)
     )
@@ -61,6 +62,21 @@ def _call_around(
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+def without_hooks_of_engines(module: nn.Module | None) -> nn.Module | None:
+    """The module, or a copy without them where it or a module in it has some."""
+    if module is None or not any(map(_is_of_engine, _hooks_inside(module))):
+        return module
+    copy: nn.Module = object.__new__(type(module))
+    inner = {name: without_hooks_of_engines(child) for name, child in module._modules.items()}
+    copy.__dict__ = {**module.__dict__, "_modules": inner}
+    checks.drop_hooks(copy, _is_of_engine)
+    return copy
+
+
+def _hooks_inside(module: nn.Module) -> Iterator[Any]:
+    return (hook for inner in module.modules() for hook in checks.hooks_of(inner))
 
 
 def _is_of_engine(hook: Any) -> bool:

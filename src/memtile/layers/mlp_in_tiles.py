@@ -47,8 +47,13 @@ class MlpInTiles(ChangedModule):
     def _structure(self, forward: partial[Any], x: Any) -> tuple[MlpStructure, MlpLayers] | None:
         """That of this call, and its layers; None where its own forward is called."""
         children = [*self.children()]
-        hooked = checks.hooked_globally() or not all(map(has_only_hooks_of_engines, children))
-        if hooked or not is_worth_tiles(x, max(self.mlp_sizes.values())):
+        if checks.hooked_globally() or not all(map(has_only_hooks_of_engines, children)):
+            return None
+        # all ranks gather the same, however many tokens each has
+        gathers = any(map(has_shards, children))
+        if not can_be_in_tiles(x) or not (
+            gathers or is_worth_tiles(x, max(self.mlp_sizes.values()))
+        ):
             return None
         try:
             found = checked_structure(self, forward.func, self.mlp_sizes, x)
@@ -57,15 +62,19 @@ class MlpInTiles(ChangedModule):
         except (NoMlpError, TileShapeError):  # the second: untiled since, or cut otherwise
             return None
         # what is called is called twice: one that is gate and up, and one that is gathered
-        is_once = found.gate_half is None and not any(map(has_shards, children))
+        is_once = found.gate_half is None and not gathers
         is_called = not is_once and layers.weights() is None and layers.gathered() is None
         return None if is_called else (found, layers)
 
 
-def is_worth_tiles(x: Any, features: int) -> bool:
-    """Whether an MLP of so many intermediate features may be computed by tiles, and gains by it."""
-    if type(x) is not Tensor or x.dim() == 0 or not x.is_floating_point() or ops.transformed():
-        return False
+def can_be_in_tiles(x: Any) -> bool:
+    """Whether an MLP of this input may be computed by tiles."""
+    is_input = type(x) is Tensor and x.dim() > 0 and x.is_floating_point()
+    return is_input and not ops.transformed()
+
+
+def is_worth_tiles(x: Tensor, features: int) -> bool:
+    """Whether an MLP of so many intermediate features gains by it."""
     return torch.is_grad_enabled() or x[..., 0].nbytes * features > FEWEST_BYTES
 
 

@@ -23,7 +23,7 @@ from memtile.layers import checks
 from memtile.layers.deferred_hidden import DeferredHidden, Family
 from memtile.layers.derived_class import ChangedModule, apply_change, undo_change
 from memtile.layers.gathered_calls import has_shards
-from memtile.layers.mlp_in_tiles import is_worth_tiles
+from memtile.layers.mlp_in_tiles import can_be_in_tiles, is_worth_tiles
 from memtile.layers.mlp_layers import MlpLayers
 from memtile.layers.mlp_structure import NoMlpError, Steps
 from memtile.layers.tiled_mlp import tiled_mlp
@@ -133,7 +133,7 @@ class DownInTiles(ChangedModule):
 
 def _takes(x: Any, features: int, *layers: nn.Module) -> bool:
     """Whether these linears of so many intermediate features are to be computed by tiles."""
-    if not is_worth_tiles(x, features) or checks.hooked_globally():
+    if not (can_be_in_tiles(x) and is_worth_tiles(x, features)) or checks.hooked_globally():
         return False
     return not any(checks.has_hooks(each) or has_shards(each) for each in layers)
 

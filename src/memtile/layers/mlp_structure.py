@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from memtile.layers import checks
+from memtile.layers.gathered_calls import without_hooks_of_engines
 
 Sizes = Mapping[str, int]  # of what each linear gives, by its name
 
@@ -105,7 +105,7 @@ def structure_of(
     children = {
         name: _Linear(child, sizes[name], name, recording)
         if name in sizes
-        else _without_hooks(child)
+        else without_hooks_of_engines(child)
         for name, child in module._modules.items()
     }
     copy = object.__new__(type(module))
@@ -120,17 +120,6 @@ def structure_of(
             f"its forward cannot be followed with shapes alone ({type(error).__name__}: {error})"
         ) from error
     return _structure(recording, recording.slot(result), len(sizes))
-
-
-def _without_hooks(module: nn.Module | None) -> nn.Module | None:
-    """The module, or a copy without the hooks of an engine, which are no part of what it does."""
-    if module is None or not any(map(checks.has_hooks, module.modules())):
-        return module
-    copy = object.__new__(type(module))
-    inner = {name: _without_hooks(child) for name, child in module._modules.items()}
-    copy.__dict__ = {**module.__dict__, "_modules": inner}
-    checks.drop_hooks(copy)
-    return copy
 
 
 class _Linear:

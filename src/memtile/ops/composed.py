@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from memtile.errors import TileClassError
 from memtile.geometry import Grid
@@ -163,7 +162,11 @@ def float32_edges(chunk: Tensor, rows: int) -> Iterator[Tensor]:
     if rows == 1 or chunk.dtype not in SIXTEEN_BITS or not is_tracked:
         yield from (chunk for _ in range(rows))
         return
-    node, value = float32_edge(chunk), chunk.detach()
+    yield from edges_of(float32_edge(chunk), chunk.detach(), rows)
+
+
+def edges_of(node: Tensor, value: Tensor, rows: int) -> Iterator[Tensor]:
+    """`rows` aliases of `value`, whose gradients are handed to `node` in its dtype."""
     for _ in range(rows):
         yield _Edge.apply(node, value)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
@@ -201,12 +204,13 @@ class _Edge(torch.autograd.Function):
     """The input's value with the float32 node as its origin."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, node: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, node: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = node.dtype
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].to(torch.float32), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
 
 
 def join_rows(rows: Sequence[Tensor]) -> Tensor:

@@ -13,9 +13,10 @@ checkpoint that needs no later tensor ends its recomputation there, and the forw
 twice in all, not three times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from memtile.homes import allocation_of, is_parked
 from memtile.observing import recording
 from memtile.observing.recording import BACKWARD, FORWARD, clock
+from memtile.ops.composed import edges_of
 from memtile.ops.mlp import MlpSpec, MlpVisit
 from memtile.ops.mlp_tile import MlpTile, follows, plain_mlp_tile
 from memtile.ops.parked import form_gradient, no_autocast
@@ -33,22 +35,30 @@ from memtile.transfer import ParkedSource, catch_up, values_together
 Gradients = dict[str, Tensor | None]
 
 
-def mlp_of_tiles(x: Tensor, tiles: Sequence[MlpTile], bias: Tensor | None, spec: MlpSpec) -> Tensor:
-    """y (N, M) of x (N, H), to which `bias` (M,) is added; in the dtype of x."""
+def mlp_of_tiles(
+    x: Tensor, tiles: Sequence[MlpTile], bias: Tensor | None, spec: MlpSpec, node: Any = None
+) -> Tensor:
+    """y (N, M) of x (N, H), to which `bias` (M,) is added; in the dtype of x.
+
+    `node` is what has saved x, where that is done once for several calls (`inputs_saved_once`).
+    """
     low = tiles[0].down_low
     out = x.new_empty((len(x), tiles[0].down.shape[0] + (0 if low is None else len(low))))
     total = torch.empty_like(out, dtype=torch.float32) if out.dtype in SIXTEEN_BITS else None
     tensors = [x, *([] if bias is None else [bias])]
     tensors += [tensor for tile in tiles for tensor in tile.tensors().values()]
     learnt = [tensor for tensor in tensors if tensor.requires_grad]
-    node = edge = None
+    edge = None
     if learnt and torch.is_grad_enabled():
-        edge = _Input.apply(x, None if x.requires_grad else learnt[0])  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        node = edge.grad_fn
+        anchor = None if x.requires_grad else learnt[0]
+        edge = _Input.apply(x, anchor, node is None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        node = edge.grad_fn if node is None else node
     needs_x, value = x.requires_grad, x.detach()
     for number, tile in enumerate(tiles):
         is_first, is_last = number == 0, number == len(tiles) - 1
-        step = _TileStep(spec, tile, bias if is_first else None, is_first, is_last, needs_x, node)
+        step = _TileStep(
+            spec, tile, bias if is_first else None, is_first, is_last, needs_x, node, x.dtype
+        )
         if edge is None:
             step.write(value, out, total)
             continue
@@ -58,6 +68,20 @@ def mlp_of_tiles(x: Tensor, tiles: Sequence[MlpTile], bias: Tensor | None, spec:
     return out
 
 
+def inputs_saved_once(x: Tensor, calls: int) -> tuple[Any, Iterator[Tensor]]:
+    """What saves x (N, H) for several calls of `mlp_of_tiles`, and x for each of them.
+
+    Gradients of the calls are summed in float32. An outer checkpoint ends its recomputation here,
+    before any of the calls.
+    """
+    if not torch.is_grad_enabled():
+        return None, repeat(x, calls)
+    anchor = None if x.requires_grad else x.new_zeros((), requires_grad=True)
+    edge = _Input.apply(x, anchor, True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    each = repeat(x, calls) if anchor is not None else edges_of(edge, x.detach(), calls)
+    return edge.grad_fn, each
+
+
 class _Input(torch.autograd.Function):
     """Saves x; gives what its gradient is summed through. `anchor` requires grad where x does not.
 
@@ -65,31 +89,35 @@ class _Input(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, saves: bool) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)
+        if saves:
+            ctx.save_for_backward(x)
         ctx.dtype, ctx.x, ctx.task = x.dtype, None, None
         if x.dtype in SIXTEEN_BITS:
             return x.new_zeros(1, dtype=torch.float32).expand(x.shape)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         (grad,), ctx.x, ctx.task = grads, None, None
         if grad is None or grad.dtype == ctx.dtype:
-            return grad, None
+            return grad, None, None
         if torch.is_grad_enabled() or is_batched(grad) or not grad.is_contiguous():
-            return grad.to(ctx.dtype), None
-        return narrow_in_place(grad, ctx.dtype), None  # no other node has it
+            return grad.to(ctx.dtype), None, None
+        return narrow_in_place(grad, ctx.dtype), None, None  # no other node has it
 
 
-def _saved_input(node: Any) -> Tensor:
-    """x; asked for once a backward, since a checkpoint gives what it recomputed only once."""
+def _saved_input(node: Any, dtype: torch.dtype) -> Tensor:
+    """x; asked for once a backward, since a checkpoint gives what it recomputed only once.
+
+    An engine may have cast it for the call.
+    """
     task = torch._C._current_graph_task_id()
     if node.task != task:
         node.x, node.task = node.saved_tensors[0], task
     x: Tensor = node.x
-    return x
+    return x.to(dtype)
 
 
 @dataclass(eq=False)
@@ -103,6 +131,7 @@ class _TileStep:
     is_last: bool
     needs_x: bool  # whether the gradient of x is wanted
     node: Any  # that has x
+    dtype: torch.dtype  # of x
     names: tuple[str, ...] = ()  # of the tensors that the node was called with
 
     def __post_init__(self) -> None:
@@ -132,7 +161,7 @@ class _TileStep:
 
         That of x is added to `dx`, in place.
         """
-        x, tensors = _saved_input(self.node), self.tensors()
+        x, tensors = _saved_input(self.node, self.dtype), self.tensors()
         begun, is_first = clock() if recording.active else 0, dx is None
         found: Gradients = {**_made({name: tensors[name] for name in self._needed(ctx)}, x.device)}
         own = {name: out for name, out in found.items() if out is not None and name != "bias"}
@@ -159,7 +188,7 @@ class _TileStep:
 
     def differentiably(self, ctx: Any, grad: Tensor, dx: Tensor | None) -> Gradients:
         """The same in ordinary operations, on the parameters themselves where they are parked."""
-        x, needed = _saved_input(self.node), self._needed(ctx)
+        x, needed = _saved_input(self.node, self.dtype), self._needed(ctx)
         catch_up(self.tile.weights().values())  # a replay may still be on its way home
         with torch.enable_grad():
             # aliases, so that hooks on the tensors themselves are not called here
