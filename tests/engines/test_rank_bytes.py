@@ -8,7 +8,7 @@ QUICK = ("rows", "recomputed", "columns, 16 bits")
 NAMES = with_slow(CASES, QUICK)
 AT_FOUR = (*QUICK, "whole layers", "tied", "offloaded", "neighbours together")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
-_UNEVEN = ("whole layers", "recomputed")
+_UNEVEN = ("whole layers", "recomputed", *(name for name in CASES if "MLP" in name))
 """Here the largest unit is next to a smaller one; the plan assumes two of the largest."""
 
 

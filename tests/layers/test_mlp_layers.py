@@ -1,6 +1,7 @@
 """Layers of an MLP without its intermediate activation: tiled, parked, called as modules, ranks."""
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -171,6 +172,22 @@ def test_tiles_that_are_gathered_are_called_once():
     assert calls == [*map(id, tiles)]
     assert not any("forward" in tile.__dict__ for tile in tiles)
     assert_same(found, 2 * dense(x))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["input trains", "input is given"])
+@pytest.mark.parametrize("again", [True, False], ids=["recomputed", "kept"])
+def test_the_input_of_tiles_that_are_gathered_goes_with_backward(again: bool, trained: bool):
+    """Nothing has it after a backward, and a second one is refused, as torch does."""
+    mlp, x = gathered(tiled(Dense(), 4)), batch().detach().requires_grad_(trained)
+    given = x * 2
+    y = checkpoint(mlp, given, use_reentrant=False) if again else mlp(given)
+    kept = weakref.ref(given)
+    del given
+    y.sum().backward()
+
+    assert kept() is None
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("splits", [4, 29])

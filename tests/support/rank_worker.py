@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
 import torch.distributed.fsdp._fully_shard._fsdp_param as sharded_param
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+from engine_cases import Mlp
 from processes import start_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
@@ -54,6 +55,7 @@ class Net(nn.Module):
         self.recomputes = case.recomputes
         self.embedding = nn.Embedding(61, 20)
         self.up, self.down = nn.Linear(20, 97, bias=case.bias), nn.Linear(97, 20, bias=case.bias)
+        self.mlp = Mlp(case.mlp, 20, 125) if case.mlp else None
         self.norm, self.head = nn.LayerNorm(20), nn.Linear(20, 61, bias=False)
         if case.tied:
             self.head.weight = self.embedding.weight
@@ -75,8 +77,8 @@ class Net(nn.Module):
         return loss
 
     def _between(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(torch.tanh(self.up(x)))
-        return result
+        x = self.down(torch.tanh(self.up(x)))
+        return x if self.mlp is None else x + self.mlp(x)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Case:
     unit_bytes: int = 0
     prefetch: int = 1
     dtype: str = "float32"
+    mlp: str = ""
 
 
 CASES = {
@@ -106,6 +109,9 @@ CASES = {
     "nothing ahead": Case(prefetch=0),
     "two ahead": Case(prefetch=2),
     "columns, 16 bits": Case(max_tile_bytes=100, dtype="bfloat16"),
+    "MLP": Case(mlp="gated", bias=False),
+    "MLP, recomputed": Case(mlp="plain", recomputes=True),
+    "MLP, gate and up in one": Case(mlp="fused", prefetch=2),
 }
 
 
@@ -264,6 +270,7 @@ def planned(case: Case, world: int) -> RankPlan:
         prefetch=case.prefetch,
         unit_bytes=case.unit_bytes,
         checkpointing=case.recomputes,
+        tile_mlps=bool(case.mlp),
         work=forward,
     )
 

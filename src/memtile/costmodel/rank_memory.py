@@ -2,7 +2,8 @@
 
 It is what is kept all the time and the largest of three phases: forward, backward, and the
 optimizer's step, each with its own terms. A unit is what is gathered at once. The largest unit has
-U bytes, and the parameters that stay gathered have R bytes.
+U bytes, and the parameters that stay gathered have R bytes. Of an MLP in tiles the units that are
+used together are in use at once, and their gradients are whole at once.
 
 FSDP2, forward: R + U in use + the buffer that it arrived in + one for each unit that is being
 gathered, at least one: the last buffer is freed after the next unit arrived. Backward: R + U in use
@@ -108,6 +109,12 @@ class Rank:
         return max((self.sharding.whole(unit) for unit, _, _ in self.units.tiles), default=0)
 
     @cached_property
+    def in_use(self) -> int:
+        """The most bytes of units that are used at once."""
+        together = (sum(map(self.sharding.whole, units)) for units in self.units.together)
+        return max([self.largest_unit, *together])
+
+    @cached_property
     def largest_trained(self) -> int:
         """Bytes of the largest padded gradients of a unit."""
         units = (trained_of(unit) for unit, _, _ in self.units.tiles)
@@ -186,7 +193,7 @@ def _gathered(rank: Rank, *, forward: bool) -> Iterator[Term]:
     if fsdp2:
         yield Term("untiled, gathered", rank.sharding.whole(rank.units.resident), "device")
     if fsdp2 or not rank.alone or offloads:
-        yield Term("unit in use", largest, "device")
+        yield Term("unit in use", rank.in_use, "device")
     if not rank.alone or (not fsdp2 and offloads):
         yield Term("units on their way", ahead * largest, "device")
         yield Term("buffer of the all-gather", largest if keeps else 0, "device")
@@ -200,12 +207,17 @@ def _gathered(rank: Rank, *, forward: bool) -> Iterator[Term]:
 
 
 def _recomputed(rank: Rank) -> Iterator[Term]:
-    """One unit waits for its backward, while its block's units are gathered again one by one."""
+    """One unit waits for its backward, while its block's units are gathered again one by one.
+
+    Those of an MLP wait together, and what comes after them in backward is on its way.
+    """
     largest = rank.largest_unit
     yield Term("untiled, gathered", rank.sharding.whole(rank.units.resident), "device")
-    yield Term("unit that waits", largest, "device")
+    yield Term("unit that waits", rank.in_use, "device")
     yield Term("unit in use", largest, "device")
     if not rank.alone:
+        ahead = rank.setting.prefetch if rank.units.together else 0
+        yield Term("units on their way", ahead * largest, "device")
         yield Term("buffer of the all-gather", largest, "device")
     yield Term("gradients of the untiled", _nbytes(trained_of(rank.units.resident)), "device")
     yield Term("buffer of the reduce-scatter", rank.largest_trained, "device")
@@ -231,7 +243,8 @@ def _gradients(rank: Rank) -> Iterator[Term]:
     else:
         yield Term("padded copy of the bucket", _leaving(rank), "device")
     found = [(_nbytes(trained_of(unit)), times, uses) for unit, times, uses in rank.units.tiles]
-    gradient = max((nbytes for nbytes, _, _ in found), default=0)
+    together = (sum(_nbytes(trained_of(u)) for u in units) for units in rank.units.together)
+    gradient = max([0, *(nbytes for nbytes, _, _ in found), *together])
     yield Term("gradient of a unit, whole", gradient, "device")
     tied = sum(nbytes * times for nbytes, times, uses in found if uses.backward > 1)
     yield Term("gradients of what is tied, until its first use", tied, "device")

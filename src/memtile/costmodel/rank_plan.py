@@ -50,6 +50,7 @@ class RankPlan(JsonRecord):
         batch: sequences of one rank's step.
         optimizer: the class's name; None: inference.
         checkpointing: whether the model recomputes activations in backward.
+        tiles_mlps: whether MLPs are computed without their intermediate activation.
         device_memory: bytes of the device of one rank; None: no limit was given.
         kept: what the fullest rank holds all the time, term by term.
         moments: of a step, and what each takes besides.
@@ -62,7 +63,7 @@ class RankPlan(JsonRecord):
     """
 
     _json_name: ClassVar[str] = "RankPlan"
-    _json_version: ClassVar[int] = 1
+    _json_version: ClassVar[int] = 2
 
     model: str
     engine: Engine
@@ -75,6 +76,7 @@ class RankPlan(JsonRecord):
     batch: int
     optimizer: str | None
     checkpointing: bool
+    tiles_mlps: bool
     device_memory: int | None
     kept: tuple[Term, ...]
     moments: tuple[Moment, ...]
@@ -130,6 +132,7 @@ class RankPlan(JsonRecord):
         """The plan in one line."""
         engine, work = _ENGINES[self.engine], self.optimizer or "inference"
         recomputed = ", gradient checkpointing" if self.checkpointing else ""
+        recomputed += ", MLPs in tiles" if self.tiles_mlps else ""
         seconds = "" if self.seconds is None else f", at least {self.seconds:.2g} s a step"
         return (
             f"{self.model}, {self.world} ranks of {engine}{_OFFLOADS[self.offload]}, "

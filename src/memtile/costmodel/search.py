@@ -35,7 +35,7 @@ from memtile.costmodel.plan_parts import (
     largest_terms,
     sorted_terms,
 )
-from memtile.costmodel.tile_grids import tile_grids
+from memtile.costmodel.tile_grids import cut_alike, tile_grids
 from memtile.costmodel.time_model import Moved, floors, moved
 from memtile.errors import BudgetError
 from memtile.geometry import HUGE_PAGE, Grid, round_up
@@ -219,9 +219,7 @@ class Search:
 
     @cached_property
     def _whole_mlps(self) -> tuple[Mlp, ...]:
-        """Those whose layers can all be parked, and are tied to nothing."""
-        alone = {w.names[0] for w in self.weights if not (w.obstacle or w.is_tied or w.rows_only)}
-        return tuple(each for each in self.mlps if alone.issuperset((*each.inner, each.down)))
+        return cut_alike(self.weights, self.mlps)
 
     def _most_resident(
         self, grids: Mapping[str, Grid], guess: Counted, activations: Activations

@@ -19,6 +19,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
+from memtile.costmodel.model_records import Mlp
 from memtile.geometry import Grid
 
 Engine = Literal["fsdp2", "zero3"]
@@ -53,6 +54,7 @@ class Uses:
     backward: int  # how often a gradient comes back through it
     cut_short: int = 0  # how often a recomputation ended inside it: nothing after it is needed
     last: int = 0  # its place in the order in which layers began their last forward
+    together: bool = False  # whether its tiles are gathered with those of its MLP
 
     @property
     def gathers(self) -> int:
@@ -106,6 +108,7 @@ class Units:
     # (unit, times): a recomputation ended in them, so they are still whole in their backward
     kept: tuple[tuple[GatherUnit, int], ...] = ()
     turns: tuple[Turn, ...] = ()  # what ZeRO-3 keeps in the same way
+    together: tuple[tuple[GatherUnit, ...], ...] = ()  # the largest that are used at once
     bucket: int = 0  # bytes of the buffer that ZeRO-3 reduces gradients from: its largest tile's
 
     @property
@@ -146,16 +149,42 @@ class Sharding:
         layers: Sequence[ShardedLayer],
         grids: Mapping[str, Grid],
         loose: Sequence[LooseModule],
+        mlps: Sequence[Mlp] = (),
     ) -> Units:
-        """What is gathered together, of tiled layers (with grids by name) and all other modules."""
+        """What is gathered together, of tiled layers (with grids by name) and all other modules.
+
+        Of these MLPs, those whose layers are used together.
+        """
         if self.engine == "fsdp2":
-            return _fsdp2(layers, grids, loose, self.unit_bytes)
-        return _zero3(layers, grids, loose)
+            units = _fsdp2(layers, grids, loose, self.unit_bytes)
+        else:
+            units = _zero3(layers, grids, loose)
+        by_name = {layer.name: layer for layer in layers if layer.uses.together}
+        found = [
+            tuple(self._largest(by_name[name], grids) for name in names)
+            for mlp in mlps
+            if (names := _used_at_once(mlp, grids)) and by_name.keys() >= set(names)
+        ]
+        return replace(units, together=tuple(dict.fromkeys(found)))
+
+    def _largest(self, layer: ShardedLayer, grids: Mapping[str, Grid]) -> GatherUnit:
+        """The largest unit of a layer's tiles."""
+        grid, bias = grids[layer.name], layer.biases[0] if layer.biases else None
+        most = self.unit_bytes if self.engine == "fsdp2" and not layer.shared else 0
+        units = _grouped(layer.weight, bias, grid, most)
+        return max((unit for unit, _ in units), key=self.whole)
 
 
 def trained_of(unit: GatherUnit) -> GatherUnit:
     """The parameters of a unit that get gradients."""
     return tuple(parameter for parameter in unit if parameter.trainable)
+
+
+def _used_at_once(mlp: Mlp, grids: Mapping[str, Grid]) -> list[str]:
+    """The layers of an MLP, once for each of their tiles that are used with one of down."""
+    splits = len(grids[mlp.down].in_parts) - 1
+    both = [name for name in mlp.inner for _ in range((len(grids[name].out_parts) - 1) // splits)]
+    return [*both, mlp.down]
 
 
 def _fsdp2(

@@ -16,17 +16,29 @@ def tile_grids(weights: Iterable[Weight], mlps: Sequence[Mlp] = ()) -> list[dict
     """
     tileable = [weight for weight in weights if not weight.obstacle]
     largest = max((weight.nbytes for weight in tileable), default=0)
-    by_name = {weight.names[0]: weight for weight in tileable}
     found: list[dict[str, Grid]] = []
     while True:
-        grids = {weight.names[0]: tile_grid(weight, largest) for weight in tileable}
-        for mlp in mlps:
-            grids |= _mlp_grids(mlp, by_name, largest)
+        grids = grids_of(tileable, mlps, largest)
         if not found or grids != found[-1]:
             found.append(grids)
         if largest <= _SMALLEST_TILE:
             return found
         largest = max(_SMALLEST_TILE, largest // 2)
+
+
+def grids_of(weights: Iterable[Weight], mlps: Sequence[Mlp], tile_bytes: int) -> dict[str, Grid]:
+    """Those of tiles that have so many bytes or fewer."""
+    tileable = {weight.names[0]: weight for weight in weights if not weight.obstacle}
+    grids = {name: tile_grid(weight, tile_bytes) for name, weight in tileable.items()}
+    for mlp in mlps:
+        grids |= _mlp_grids(mlp, tileable, tile_bytes)
+    return grids
+
+
+def cut_alike(weights: Iterable[Weight], mlps: Sequence[Mlp]) -> tuple[Mlp, ...]:
+    """The MLPs whose layers can all be cut, and are tied to nothing."""
+    alone = {w.names[0] for w in weights if not (w.obstacle or w.is_tied or w.rows_only)}
+    return tuple(each for each in mlps if alone.issuperset((*each.inner, each.down)))
 
 
 def _mlp_grids(mlp: Mlp, weights: Mapping[str, Weight], tile_bytes: int) -> dict[str, Grid]:

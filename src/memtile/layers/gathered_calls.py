@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from memtile.layers import checks
 from memtile.layers.values import is_shard
 
-_ENGINES: Final = ("deepspeed.", "torch.distributed.fsdp.", "memtile.engines.")
+# the last is a plan's, whose hooks stand for an engine's
+_ENGINES: Final = (
+    "deepspeed.",
+    "torch.distributed.fsdp.",
+    "memtile.engines.",
+    "memtile.planner.",
+)
 
 
 def is_gathered_when_called(module: nn.Module) -> bool:

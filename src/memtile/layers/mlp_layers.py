@@ -173,7 +173,8 @@ class MlpLayers(NamedTuple):
         modules = [tile.weight for own in tiles.values() for tile in own]
         if len(tiles) < len(found) or len(spans) != 1:
             return None
-        if not any(map(is_gathered_when_called, modules)):
+        layers = [layer for _, layer in self.named() if isinstance(layer, nn.Module)]
+        if not any(checks.has_hooks(each) for each in (*modules, *layers)):
             return None
         return [dict(zip(tiles, own, strict=True)) for own in zip(*tiles.values(), strict=True)]
 

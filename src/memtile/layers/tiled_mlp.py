@@ -218,9 +218,9 @@ def _computed(
     weights: dict[str, list[WeightTile]],
     lows: LowRanks,
     options: _Options,
-    node: Any = None,
+    saved: Tensor | None = None,
 ) -> Tensor:
-    """y (N, M) of x (N, H), weights and adapters; `node` as of `ops.mlp_of_tiles`."""
+    """y (N, M) of x (N, H), weights and adapters; `saved` as of `ops.mlp_of_tiles`."""
     up, down = weights["up"], weights["down"]
     gates: list[Any] = weights.get("gate") or [WeightTile(span, None, None) for span, _, _ in up]
     parts = low_parts(lows, [tile.span.size for tile in up])
@@ -232,7 +232,7 @@ def _computed(
     if not ops.transformed():
         spec = ops.MlpSpec.fitting(activation, dropout, x, *block)
         low, bias = lows.get("down"), down[-1].bias
-        y = ops.mlp_of_tiles(widened_input(x, lows), tiles, None if low else bias, spec, node)
+        y = ops.mlp_of_tiles(widened_input(x, lows), tiles, None if low else bias, spec, saved)
         return narrowed_output(y, low, bias)
     edges = ops.float32_casts(x, len(tiles))
     y = _sum(ops.plain_mlp_tile(next(edges), tile, activation, options.drop) for tile in tiles)
@@ -242,21 +242,23 @@ def _computed(
 
 def _gathered(x: Tensor, tiles: Sequence[GatheredTile], options: _Options) -> Tensor:
     """y (N, M) of x (N, H), and of tiles that are gathered one after another, each for its use."""
-    node, inputs = ops.inputs_saved_once(x, len(tiles))
-    acts = (partial(_gathered_tile, tile, options, node) for tile in tiles)
+    saved, inputs = ops.inputs_saved_once(x, len(tiles))
+    acts = (partial(_gathered_tile, tile, options, saved) for tile in tiles)
     return _sum(
         call_around([each.weight for each in tile.values()], act, each_input)
         for tile, act, each_input in zip(tiles, acts, inputs, strict=True)
     )
 
 
-def _gathered_tile(tile: GatheredTile, options: _Options, node: Any, x: Tensor) -> Tensor:
-    """The part of y of one tile, whose weights are gathered; `node` has saved x."""
+def _gathered_tile(
+    tile: GatheredTile, options: _Options, saved: Tensor | None, x: Tensor
+) -> Tensor:
+    """The part of y of one tile, whose weights are gathered; `saved` as of `ops.mlp_of_tiles`."""
     weights = {}
     for name, (span, module, bias) in tile.items():
         checks.check_dtypes_and_devices(NAME, [x], module.weight)
         weights[name] = [WeightTile(span, module.weight, module.bias if bias is None else bias)]
-    return _computed(x, weights, {}, options, node)
+    return _computed(x, weights, {}, options, saved)
 
 
 def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:

@@ -36,11 +36,15 @@ Gradients = dict[str, Tensor | None]
 
 
 def mlp_of_tiles(
-    x: Tensor, tiles: Sequence[MlpTile], bias: Tensor | None, spec: MlpSpec, node: Any = None
+    x: Tensor,
+    tiles: Sequence[MlpTile],
+    bias: Tensor | None,
+    spec: MlpSpec,
+    saved: Tensor | None = None,
 ) -> Tensor:
     """y (N, M) of x (N, H), to which `bias` (M,) is added; in the dtype of x.
 
-    `node` is what has saved x, where that is done once for several calls (`inputs_saved_once`).
+    `saved` is the edge of what has saved x once for several calls (`inputs_saved_once`).
     """
     low = tiles[0].down_low
     out = x.new_empty((len(x), tiles[0].down.shape[0] + (0 if low is None else len(low))))
@@ -48,11 +52,12 @@ def mlp_of_tiles(
     tensors = [x, *([] if bias is None else [bias])]
     tensors += [tensor for tile in tiles for tensor in tile.tensors().values()]
     learnt = [tensor for tensor in tensors if tensor.requires_grad]
-    edge = None
+    node = edge = None
     if learnt and torch.is_grad_enabled():
-        anchor = None if x.requires_grad else learnt[0]
-        edge = _Input.apply(x, anchor, node is None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        node = edge.grad_fn if node is None else node
+        # also where x needs no gradient, backward comes to what has saved it, and lets go of it
+        anchor = None if x.requires_grad else learnt[0] if saved is None else saved
+        edge = _Input.apply(x, anchor, saved is None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        node = (edge if saved is None else saved).grad_fn
     needs_x, value = x.requires_grad, x.detach()
     for number, tile in enumerate(tiles):
         is_first, is_last = number == 0, number == len(tiles) - 1
@@ -68,8 +73,8 @@ def mlp_of_tiles(
     return out
 
 
-def inputs_saved_once(x: Tensor, calls: int) -> tuple[Any, Iterator[Tensor]]:
-    """What saves x (N, H) for several calls of `mlp_of_tiles`, and x for each of them.
+def inputs_saved_once(x: Tensor, calls: int) -> tuple[Tensor | None, Iterator[Tensor]]:
+    """The edge of what saves x (N, H) for several calls of `mlp_of_tiles`, and x for each of them.
 
     Gradients of the calls are summed in float32. An outer checkpoint ends its recomputation here,
     before any of the calls.
@@ -79,7 +84,7 @@ def inputs_saved_once(x: Tensor, calls: int) -> tuple[Any, Iterator[Tensor]]:
     anchor = None if x.requires_grad else x.new_zeros((), requires_grad=True)
     edge = _Input.apply(x, anchor, True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     each = repeat(x, calls) if anchor is not None else edges_of(edge, x.detach(), calls)
-    return edge.grad_fn, each
+    return edge, each
 
 
 class _Input(torch.autograd.Function):

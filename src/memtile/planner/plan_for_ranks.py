@@ -8,15 +8,23 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from memtile.convert import Cut, TilingDecision, Work, converting_bytes
+from memtile.convert import (
+    Cut,
+    TilingDecision,
+    Work,
+    converting_bytes,
+    mlp_layers,
+    why_no_mlp,
+)
 from memtile.costmodel import ClusterSpec, LooseModule, PlannedLayer, RankPlan, Sharding, Uses
 from memtile.costmodel.budget import checked_size
 from memtile.costmodel.byte_sizes import size_in_bytes
-from memtile.costmodel.model_records import Activations, Counted, ParkedLayout
+from memtile.costmodel.model_records import Activations, Counted, Mlp, ParkedLayout
 from memtile.costmodel.rank_memory import Offload, RankSetting
 from memtile.costmodel.rank_search import RankFound, RankSearch
 from memtile.costmodel.rank_traffic import rank_floors, traffic
 from memtile.costmodel.shards import Engine
+from memtile.costmodel.tile_grids import cut_alike
 from memtile.errors import ArgumentError, check_whole_number
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
@@ -38,6 +46,7 @@ def plan_ranks(
     optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW,
     options: Mapping[str, Any] | None = None,  # what the optimizer's class takes
     checkpointing: bool | None = None,
+    tile_mlps: bool | None = None,
     dtype: torch.dtype | None = None,
     work: Work | None = None,
     speeds: ClusterSpec | None = None,
@@ -63,6 +72,8 @@ def plan_ranks(
         optimizer: the class; None: inference.
         options: what that class takes besides parameters, where it changes what it keeps.
         checkpointing: whether the model recomputes activations; None: only if nothing fits without.
+        tile_mlps: whether MLPs are computed without their intermediate activation, as by
+            `memtile.tile_mlps`; None: in training, where nothing fits otherwise.
         dtype: of a model that a config or a folder describes, if not its own.
         work: as for `memtile.plan`.
         speeds: what a rank does in a second; None: the plan has no times.
@@ -81,14 +92,16 @@ def plan_ranks(
     converting = converting_bytes(seen.model, source) if is_folder else 0
     setting = RankSetting(offload, prefetch, seen.state, converting)
     layers, loose = sharded_of(seen)
-    search = RankSearch(setting, seen.weights, layers, loose, _Count(seen, loose), memory)
-    sharding = Sharding(engine, world_size, unit_bytes)
+    mlps = _mlps(seen, tile_mlps)
+    count = _Count(seen, loose, mlps)
+    search = RankSearch(setting, seen.weights, layers, loose, count, memory, mlps)
+    sharding, choices = Sharding(engine, world_size, unit_bytes), _choices(seen, mlps, tile_mlps)
     if max_tile_bytes is None:
-        found = search.best(sharding, seen.checkpointing)
+        found = search.best(sharding, choices)
     else:
         largest = size_in_bytes(max_tile_bytes, "max_tile_bytes")
         tile_bytes = Cut(max_tile_bytes=largest).max_tile_bytes or 1
-        found = search.cut(sharding, tile_bytes, seen.checkpointing[0])
+        found = search.cut(sharding, tile_bytes, choices[0])
     moved, speeds = traffic(found.rank), speeds or ClusterSpec()
     return RankPlan(
         model=type(seen.model).__name__,
@@ -101,7 +114,8 @@ def plan_ranks(
         tokens=tokens,
         batch=batch,
         optimizer=None if optimizer is None else optimizer.__name__,
-        checkpointing=found.checkpointing,
+        checkpointing=found.activations.recomputed,
+        tiles_mlps=found.activations.mlps_in_tiles,
         device_memory=memory,
         kept=found.kept,
         moments=found.moments,
@@ -110,7 +124,7 @@ def plan_ranks(
         flops=found.counted.flops,
         speeds=speeds,
         floors=rank_floors(found.counted.flops, moved, speeds),
-        smallest_world=search.smallest_world(sharding, seen.checkpointing) if memory else None,
+        smallest_world=search.smallest_world(sharding, choices) if memory else None,
     )
 
 
@@ -123,23 +137,51 @@ def _memory(device_memory: int | str | None, max_tile_bytes: int | str | None) -
     return memory
 
 
+def _mlps(seen: Survey, tile_mlps: bool | None) -> tuple[Mlp, ...]:
+    """The MLPs that tiles may compute: not those with adapters, which engines' ranks call."""
+    check_choice("tile_mlps", tile_mlps, (None, True, False))
+    if tile_mlps is False or not (tile_mlps or seen.trains):
+        return ()
+    found = [each for each in mlp_layers(seen.model) if not each.down.endswith(".base_layer")]
+    if tile_mlps and not found:
+        raise ArgumentError(f"tile_mlps=True: {why_no_mlp(seen.model)}")
+    return cut_alike(seen.weights, found)
+
+
+def _choices(seen: Survey, mlps: Sequence[Mlp], tile_mlps: bool | None) -> list[Activations]:
+    """What may be done with activations, the first that fits: MLPs in tiles last."""
+    plain = [Activations(recomputed=each) for each in seen.checkpointing]
+    in_tiles = [each._replace(mlps_in_tiles=True) for each in plain]
+    if tile_mlps:
+        return in_tiles
+    return [*plain, max(in_tiles)] if mlps else plain
+
+
 class _Count:
     """Counts one rank's step of a layout, and how often it runs each layer."""
 
-    def __init__(self, seen: Survey, loose: Sequence[LooseModule]) -> None:
+    def __init__(
+        self, seen: Survey, loose: Sequence[LooseModule], mlps: Sequence[Mlp] = ()
+    ) -> None:
         self._watched = {weight.names[0]: weight.names for weight in seen.weights}
         self._watched |= {module.name: (module.name,) for module in loose}
+        self._mlps = {each.down.rpartition(".")[0]: each for each in mlps}  # by their modules
+        self._watched |= {name: (name,) for name in self._mlps}
         self._uses: dict[str, _Uses] = {}
         self._step = StepCount(seen, drops_gradients=True, goes_home=True, watch=self._watch)
 
     def __call__(
-        self, layout: ParkedLayout, checkpointing: bool
+        self, layout: ParkedLayout, activations: Activations
     ) -> tuple[Counted, Mapping[str, Uses]]:
         """The step, and the uses of all modules that are counted under a name."""
         begun = itertools.count(1)
         self._uses = {name: _Uses(begun) for name in self._watched}
-        counted = self._step(layout, Activations(recomputed=checkpointing))
-        return counted, {name: found.counted() for name, found in self._uses.items()}
+        counted = self._step(layout, activations)
+        found = {name: uses.counted() for name, uses in self._uses.items()}
+        for name, mlp in self._mlps.items() if activations.mlps_in_tiles else ():
+            if not found[mlp.down].forward:  # their tiles are used by the MLP, not by the layers
+                found |= dict.fromkeys((*mlp.inner, mlp.down), self._uses[name].of_tiles())
+        return counted, found
 
     def _watch(self, meta_copy: nn.Module) -> None:
         for name, modules in self._watched.items():
@@ -164,6 +206,11 @@ class _Uses:
         self._ended[in_backward()] += 1
         if isinstance(result, Tensor) and result.requires_grad and not in_backward():
             self._back += 1
+
+    def of_tiles(self) -> Uses:
+        """Those of the tiles of an MLP, which a recomputation that ends in it does not use."""
+        forward, recomputed = self._begun[False], self._ended[True]
+        return Uses(forward, recomputed, self._back, last=self._last, together=True)
 
     def counted(self) -> Uses:
         (forward, recomputed), ended = self._begun, self._ended[True]
