@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import memtile
+from memtile.convert.tiling_mlps import has_mlps_in_tiles
 from memtile.costmodel import (
     ClusterSpec,
     LooseModule,
@@ -214,6 +215,45 @@ def test_what_no_number_of_ranks_holds_is_said():
     """Activations are not shared among ranks."""
     with pytest.raises(BudgetError, match="no number of ranks"):
         planned(4, device_memory="25MiB", tokens=3000)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_mlps_are_in_tiles_where_nothing_fits_otherwise(engine):
+    """Their layers are cut alike, three units in use at once, and the model computes them so."""
+
+    def model():
+        mlps = (nn.Sequential(nn.Linear(70, 900), nn.SiLU(), nn.Linear(900, 70)) for _ in range(2))
+        return nn.Sequential(*mlps)
+
+    def plan(**options):
+        given = {"tokens": 2000, "engine": engine, "unit_bytes": 0, **options}
+        return plan_ranks(model(), world_size=2, **given)
+
+    whole, in_tiles = (plan(tile_mlps=on) for on in (False, True))
+    between = (whole.peak_bytes + in_tiles.peak_bytes) // 2
+    with pytest.raises(BudgetError):
+        plan(device_memory=between, tile_mlps=False)
+    found = plan(device_memory=between)
+    tiled = memtile.tile(model(), found)
+
+    assert (whole.tiles_mlps, in_tiles.tiles_mlps, found.tiles_mlps) == (False, True, True)
+    assert in_tiles.peak_bytes < whole.peak_bytes / 2
+    assert "MLPs in tiles" in str(found)
+    cut = (plan(max_tile_bytes=20_000, tile_mlps=on) for on in (False, True))
+    forwards = [next(m for m in each.moments if m.name == "forward") for each in cut]
+    in_use = [next(t.nbytes for t in m.terms if t.name == "unit in use") for m in forwards]
+    assert in_use[1] > 1.9 * in_use[0]
+    up, _, down = tiled[0]
+    assert up.grid.out_parts == down.grid.in_parts
+    assert has_mlps_in_tiles(tiled)
+
+
+def test_mlps_that_are_not_there_are_refused():
+    """With what to ask instead."""
+    with pytest.raises(ArgumentError, match="has no MLP that can be computed by tiles"):
+        plan_ranks(nn.Linear(70, 7), world_size=2, engine="fsdp2", tokens=5, tile_mlps=True)
+    with pytest.raises(ArgumentError, match="tile_mlps"):
+        planned(2, tile_mlps="yes")
 
 
 def test_tied_weights_keep_a_whole_gradient():
