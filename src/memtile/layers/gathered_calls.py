@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from memtile.layers import checks
@@ -41,8 +42,9 @@ def has_only_hooks_of_engines(module: nn.Module) -> bool:
 
 
 def has_shards(layer: nn.Module) -> bool:
-    """Whether an engine has any of a layer's parameters."""
-    return any(map(is_shard, layer.parameters()))
+    """Whether an engine has any of a layer's parameters: none has without a process group."""
+    ranks = dist.is_available() and dist.is_initialized()
+    return ranks and any(map(is_shard, layer.parameters()))
 
 
 def call_around(modules: Sequence[nn.Module], act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -88,4 +90,4 @@ def _hooks_inside(module: nn.Module) -> Iterator[Any]:
 def _is_of_engine(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
-    return getattr(hook, "__module__", "").startswith(_ENGINES)
+    return (getattr(hook, "__module__", None) or "").startswith(_ENGINES)
