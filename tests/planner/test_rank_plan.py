@@ -248,6 +248,17 @@ def test_mlps_are_in_tiles_where_nothing_fits_otherwise(engine):
     assert has_mlps_in_tiles(tiled)
 
 
+@pytest.mark.parametrize(("given", "returns"), [(None, True), (False, False)])
+def test_freed_memory_is_returned_as_the_plan_supposes(monkeypatch, given, returns):
+    """Where the CPU is the ranks' device."""
+    called = []
+    monkeypatch.setattr("memtile.convert.tiling.keep_freed_memory_out", lambda: called.append(1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memtile.tile(stack(), planned(2), return_freed_memory=given)
+
+    assert called == [1] * returns
+
+
 def test_mlps_that_are_not_there_are_refused():
     """With what to ask instead."""
     with pytest.raises(ArgumentError, match="has no MLP that can be computed by tiles"):

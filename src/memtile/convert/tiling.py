@@ -102,7 +102,8 @@ def tile(
             makes by its own rule (a new head); False: warn.
         return_freed_memory: whether the process gives freed memory back to the system at once from
             now on, as a plan's numbers suppose: a setting of glibc's malloc, logged, which costs
-            page faults. None: with what `memtile.plan` gave. False: the peak may be more.
+            page faults. None: with what `memtile.plan` gave, and without CUDA with a plan for ranks
+            too. False: the peak may be more.
         tile_mlps: compute the MLPs without their intermediate activation (`memtile.tile_mlps`), and
             cut their layers alike along it; so they are cut also where `tile_mlps` came before.
 
@@ -150,7 +151,11 @@ def tile(
     if plan is not None or (home is not None and modules is None):
         _refuse_tiled_before(model)
     own = plan if isinstance(plan, Plan) else None  # of this process
-    if return_freed_memory or (return_freed_memory is None and own is not None):
+    if return_freed_memory is None:  # of a rank, where the CPU is its device
+        return_freed_memory = own is not None or (
+            plan is not None and not torch.cuda.is_available()
+        )
+    if return_freed_memory:
         keep_freed_memory_out()
     if own is not None:
         take_workspace(own.products)

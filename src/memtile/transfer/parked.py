@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from memtile.transfer.iterations import (
     state,
     visited_rings,
 )
+
+# Bytes from which what is freed goes back to the kernel, so that each new tensor takes page faults:
+# a step with tiles of 16 MiB in host memory took 1.17 of the time, with tiles of 1 MiB the same.
+_FAULTS_FROM: Final = 4 << 20
 
 
 class Replayer(Protocol):
@@ -190,6 +194,8 @@ class ParkedSource:
         gradient of one parameter; none waits for another's product.
         """
         parameter, allocation = self.parameter, streamed_allocation(self.parameter)
+        if allocation is None and parameter.nbytes < _FAULTS_FROM:
+            return _GradientInMemory(parameter, torch.empty_like(parameter))
         record = _record(parameter)
         if record.is_stepped_in_backward and (allocation is None or not record.uses):
             return _GradientInMemory(parameter, scratch_like(parameter))
