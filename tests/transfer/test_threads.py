@@ -75,8 +75,9 @@ def test_a_thread_that_goes_on_where_another_ended_is_read_ahead_for(make_ring):
             take(ring, tiles[:-2:-1])
             with ring.acquire((tiles[-2],)):  # the third from the end is still in a slab
                 home.begins("read", "3")
+            return home.labels()
 
-        other.submit(begin).result()
+        assert "3" in other.submit(begin).result()
 
 
 @pytest.mark.parametrize("sums", [False, True], ids=["first", "sum"])

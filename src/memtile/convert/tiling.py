@@ -151,11 +151,8 @@ def tile(
     if plan is not None or (home is not None and modules is None):
         _refuse_tiled_before(model)
     own = plan if isinstance(plan, Plan) else None  # of this process
-    if return_freed_memory is None:  # of a rank, where the CPU is its device
-        return_freed_memory = own is not None or (
-            plan is not None and not torch.cuda.is_available()
-        )
-    if return_freed_memory:
+    on_cpu = own is not None or not torch.cuda.is_available()  # a rank's device
+    if return_freed_memory or (return_freed_memory is None and plan is not None and on_cpu):
         keep_freed_memory_out()
     if own is not None:
         take_workspace(own.products)

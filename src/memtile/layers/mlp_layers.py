@@ -18,6 +18,7 @@ from memtile.layers.values import is_shard
 from memtile.layers.weight_tiles import (
     Layer,
     WeightTile,
+    biases_kept_whole,
     is_called_by_tiles,
     is_plain,
     weight_tiles,
@@ -226,24 +227,22 @@ def _modules_of(layer: Layer, column: bool) -> list[WeightTile] | None:
     """The modules that have a layer's tiles, in place of weights; None where one does more."""
     if isinstance(layer, Half):
         return layer.modules_of_tiles()
-    whole = None
+    biases: list[Tensor | None] = []
     tiles = [(Span(0, getattr(layer, "in_features" if column else "out_features", 0)), layer)]
     if isinstance(layer, TiledLinear):
         grid, whole = layer.grid, layer.whole_bias
         known = checks.class_of(layer) is TiledLinear and has_only_hooks_of_engines(layer)
-        if not known or (grid.out_splits if column else grid.in_splits) > 1:
+        is_shared = whole is not None and is_shard(whole)
+        if not known or is_shared or (grid.out_splits if column else grid.in_splits) > 1:
             return None
         spans = grid.in_spans if column else grid.out_spans
+        biases = biases_kept_whole(layer, spans, int(column))
         tiles = [*zip(spans, (tile for _, tile in layer.tiles()), strict=True)]
     modules = [module for _, module in tiles if isinstance(module, nn.Module)]
     plain = (is_plain(module) or is_gathered_when_called(module) for module in modules)
-    if len(modules) < len(tiles) or not all(plain) or (whole is not None and is_shard(whole)):
+    if len(modules) < len(tiles) or not all(plain):
         return None
-    biases: list[Tensor | None] = [None] * len(tiles)
-    if whole is not None and column:
-        biases[-1] = whole
-    elif whole is not None:
-        biases = [whole[span.as_slice()] for span, _ in tiles]
+    biases = biases or [None] * len(tiles)
     return [WeightTile(*tile, bias) for tile, bias in zip(tiles, biases, strict=True)]
 
 

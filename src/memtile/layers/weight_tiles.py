@@ -1,5 +1,6 @@
 """Tiles of layers by their weights, for operations that use a weight in another way than a call."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -51,14 +52,23 @@ def weight_tiles(name: str, layer: Layer, dimension: int = 0) -> list[WeightTile
     if other > 1 or not is_called_by_tiles(layer) or not all(map(is_plain, tiles)):
         return None
     spans = grid.in_spans if dimension else grid.out_spans
-    biases = [getattr(tile, "bias", None) for tile in tiles]
-    whole = layer.whole_bias
-    if whole is not None and dimension == 0:
-        biases = [whole[span.as_slice()] for span in spans]
-    elif whole is not None:
-        biases[-1] = whole
+    biases = biases_kept_whole(layer, spans, dimension) or (
+        getattr(tile, "bias", None) for tile in tiles
+    )
     found = zip(spans, tiles, biases, strict=True)
     return [WeightTile(span, tile.weight, bias) for span, tile, bias in found]
+
+
+def biases_kept_whole(
+    layer: TiledModule, spans: Sequence[Span], dimension: int
+) -> list[Tensor | None]:
+    """The part of each tile in a bias that the layer keeps whole; nothing where it keeps none."""
+    whole = layer.whole_bias
+    if whole is None:
+        return []
+    if dimension == 0:
+        return [whole[span.as_slice()] for span in spans]
+    return [*[None] * (len(spans) - 1), whole]
 
 
 def check_matrix(name: str, weight: Tensor) -> None:
