@@ -34,6 +34,28 @@ def spread(values: list[float]) -> float:
     return (high - low) / 2 / middle
 
 
+def cores_are_near(nbytes: int = 512 << 10) -> bool:
+    """Whether two threads are faster than one on a tensor in their caches.
+
+    A virtual machine's cores may be moved to where they share no cache, for seconds or minutes: its
+    bandwidth to memory is then larger, and threads that work on each other's data are slower.
+    """
+    data = torch.ones(nbytes // 4)
+    threads, taken = torch.get_num_threads(), list[float]()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        taken.append(min(_seconds_of_multiplying(data) for _ in range(3)))
+    torch.set_num_threads(threads)
+    return taken[1] < 0.92 * taken[0]
+
+
+def _seconds_of_multiplying(data: torch.Tensor) -> float:
+    begun = time.perf_counter()
+    for _ in range(200):
+        data.mul_(1.0)
+    return time.perf_counter() - begun
+
+
 def drop_cached(files: Iterable[Path]) -> None:
     """Drop files from the page cache."""
     for file in files:

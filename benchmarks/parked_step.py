@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from conditions import machine, spread
+from conditions import cores_are_near, machine, spread
 from disk_training import INFERENCE_MIX, TRAINING_MIX, RawDisk, dense_stack, seconds
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +33,7 @@ SMOLLM2 = Path("~/.cache/memtile/SmolLM2-135M-Instruct-Q4_1-float32").expanduser
 HOMES = ("host", "page cache", "direct")
 SIZES = {"1 MiB": 1 << 20, "16 MiB": 16 << 20}
 MIXES = {"inference": INFERENCE_MIX, "training": TRAINING_MIX}
+PLACES = ("near", "apart")  # of the cores: whether they shared a cache in a round
 Act = Callable[[], object]
 
 
@@ -89,34 +90,45 @@ def measure(name: str, home: str, args: argparse.Namespace) -> Iterator[dict[str
         acts: dict[str, Act] = {k: partial(getattr(s, act), tokens) for k, s in sides.items()}
         if raw is not None:
             acts["raw disk"] = partial(raw.seconds, MIXES[act])
-        times: dict[str, list[float]] = {key: [] for key in acts}
-        for number in range(args.rounds + 1):
-            for key, one in acts.items():
-                taken = seconds(one)
-                times[key] += [taken] * (number > 0)  # the first round is for learning the order
-        yield {"model": name, "home": home, "tokens": tokens, "pass": act, "seconds": times}
+        for one in acts.values():
+            one()  # to learn the order of the tiles
+        case: dict[str, Any] = {"model": name, "home": home, "tokens": tokens, "pass": act}
+        near, apart = ({key: list[float]() for key in acts} for _ in PLACES)
+        while len(near["memory"]) < args.rounds and len(apart["memory"]) < 3 * args.rounds:
+            were_near = cores_are_near()
+            taken = [seconds(one) for one in acts.values()]
+            times = near if were_near and cores_are_near() else apart
+            for key, one_taken in zip(acts, taken, strict=True):
+                times[key].append(one_taken)
+        yield case | dict(zip(PLACES, (near, apart), strict=True))
     if raw is not None:
         raw.close()
 
 
-def ratios(case: dict[str, Any]) -> dict[str, float]:
+def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     """Each side over its floor: the dense time, for direct I/O at least the raw disk's."""
-    medians = {key: statistics.median(values) for key, values in case["seconds"].items()}
+    if not times["memory"]:
+        return {}
+    medians = {key: statistics.median(values) for key, values in times.items()}
     floor = max(medians.pop("memory"), medians.pop("raw disk", 0.0))
     return {key: value / floor for key, value in medians.items()}
 
 
 def table(cases: list[dict[str, Any]]) -> Table:
-    result = Table("model", "home", "pass", "tokens", "dense s", "raw disk s", *SIZES)
+    """A line for each case and each place of the cores."""
+    result = Table("model", "home", "pass", "tokens", "rounds", "dense s", "raw disk s", *SIZES)
     for column in result.columns:
         column.justify = "right"
-    for case in cases:
-        times = (case["seconds"].get(key) for key in ("memory", "raw disk"))
-        shown = (f"{statistics.median(each):.2f}" if each else "" for each in times)
-        found = ratios(case)
-        cells = (f"{found[size]:.2f} ±{spread(case['seconds'][size]):.0%}" for size in SIZES)
+    for case, place in product(cases, PLACES):
+        times = case[place]
+        found, rounds = ratios(times), len(times["memory"])
+        if rounds < 2:
+            continue
+        shown = (times.get(key) for key in ("memory", "raw disk"))
+        medians = (f"{statistics.median(each):.2f}" if each else "" for each in shown)
+        cells = (f"{found[size]:.2f} ±{spread(times[size]):.0%}" for size in SIZES)
         start = (case["model"], case["home"], case["pass"], str(case["tokens"]))
-        result.add_row(*start, *shown, *cells)
+        result.add_row(*start, f"{rounds} {place}", *medians, *cells)
     return result
 
 
@@ -133,8 +145,10 @@ def main() -> None:
     for name, home in product(args.models, args.homes):
         for case in measure(name, home, args):
             cases.append(case)
-            shown = {key: round(value, 2) for key, value in ratios(case).items()}
-            print(name, home, case["pass"], case["tokens"], shown, flush=True)
+            for place in PLACES:
+                shown = {key: round(value, 2) for key, value in ratios(case[place]).items()}
+                count = len(case[place]["memory"])
+                print(name, home, case["pass"], case["tokens"], count, place, shown, flush=True)
         gc.collect()  # the home, before the next one is made
     Console(width=150).print(table(cases))
     if args.output:
