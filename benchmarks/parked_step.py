@@ -33,6 +33,7 @@ SMOLLM2 = Path("~/.cache/memtile/SmolLM2-135M-Instruct-Q4_1-float32").expanduser
 HOMES = ("host", "page cache", "direct")
 SIZES = {"1 MiB": 1 << 20, "16 MiB": 16 << 20}
 MIXES = {"inference": INFERENCE_MIX, "training": TRAINING_MIX}
+KEYS = ("model", "home", "tokens", "pass")  # of a case
 PLACES = ("near", "apart")  # of the cores: whether they shared a cache in a round
 Act = Callable[[], object]
 
@@ -139,22 +140,23 @@ def main() -> None:
     parser.add_argument("--homes", nargs="+", choices=HOMES, default=HOMES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 512])
     parser.add_argument("--rounds", type=int, default=7, help="at least 5")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, help="JSON file; other cases in it are kept")
     args = parser.parse_args()
-    cases = []
+    cases = (
+        json.loads(args.output.read_text())["cases"] if args.output and args.output.exists() else []
+    )
     for name, home in product(args.models, args.homes):
         for case in measure(name, home, args):
-            cases.append(case)
+            cases = [each for each in cases if any(each[k] != case[k] for k in KEYS)] + [case]
             for place in PLACES:
                 shown = {key: round(value, 2) for key, value in ratios(case[place]).items()}
                 count = len(case[place]["memory"])
                 print(name, home, case["pass"], case["tokens"], count, place, shown, flush=True)
+            if args.output:
+                result = {"machine": machine(), "rounds": args.rounds, "cases": cases}
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
         gc.collect()  # the home, before the next one is made
     Console(width=150).print(table(cases))
-    if args.output:
-        settings = {"tokens": args.tokens, "rounds": args.rounds}
-        result = {"machine": machine(), "settings": settings, "cases": cases}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
