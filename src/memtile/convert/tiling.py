@@ -162,8 +162,7 @@ def tile(
         if own.parks_activations:
             park_planned_activations(model, own, home)
         share_budget(model, own)
-    if not isinstance(plan, RankPlan):  # which counts logits
-        set_deferring_of(model, True)
+    set_deferring_of(model, True)
     if (tile_mlps or (plan is not None and plan.tiles_mlps)) and not put_mlps_in_tiles(model):
         warnings.warn(why_no_mlp(model), TileSizeWarning, stacklevel=2)
     if plan is None and modules is None:

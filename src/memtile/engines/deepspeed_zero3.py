@@ -22,6 +22,7 @@ from memtile.engines.ranks import Ranks, check_process_group
 from memtile.engines.release import release_in_backward
 from memtile.engines.zero3_check import Finding, check
 from memtile.engines.zero3_config import check_installed, config, tiles_of
+from memtile.engines.zero3_logits import keep_deferred
 from memtile.engines.zero3_values import is_partitioned
 from memtile.errors import ArgumentError, EngineConfigWarning, EngineError
 
@@ -69,6 +70,7 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
     for tile in tiles:
         release_in_backward(tile)
     _free_leftovers(model, tiles)
+    keep_deferred(model, getattr(getattr(engine, "optimizer", None), "optimizer", None))
     given = getattr(engine, "config", None)
     # DeepSpeed also takes none, and one in base64: these are not checked
     if isinstance(given, Mapping) or (isinstance(given, str) and Path(given).is_file()):

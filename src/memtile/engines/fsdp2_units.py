@@ -9,7 +9,7 @@ a step took another path, is freed as soon as that is seen.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ def _modules(layer: nn.Module) -> list[nn.Module]:
 class SharedTile(nn.Linear):
     """A tile of a tied head and embedding: an embedding of integers, a linear of anything else."""
 
+    multiplies_floats: ClassVar = True  # see `layers.gathered_calls`
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
 

@@ -2,7 +2,12 @@
 
 from memtile.layers.called_experts import agree_on_calls, called_experts
 from memtile.layers.checks import class_of, has_hooks, is_plain
-from memtile.layers.deferred_logits import DeferredLogits, DeferringHead, set_deferring
+from memtile.layers.deferred_logits import (
+    DeferredLogits,
+    DeferringHead,
+    defer_in_engine,
+    set_deferring,
+)
 from memtile.layers.gathered_calls import is_gathered_when_called
 from memtile.layers.handle import DenseHandle
 from memtile.layers.linear_cross_entropy import (
@@ -71,6 +76,7 @@ __all__ = [
     "called_experts",
     "checked_structure",
     "class_of",
+    "defer_in_engine",
     "gathered",
     "has_hooks",
     "is_gathered_when_called",

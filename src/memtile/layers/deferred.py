@@ -43,7 +43,9 @@ class LayerState:
 
 def _versions(layer: nn.Module) -> tuple[tuple[int, int], ...]:
     """Which parameters it has, and how often each was written to."""
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in layer.parameters())
+    steps = getattr(layer, "steps_of_engine", 0)  # which write to no parameter that torch sees
+    own = ((id(p), 0 if p.is_inference() else p._version) for p in layer.parameters())
+    return ((0, steps), *own)
 
 
 class Deferred(Tensor):

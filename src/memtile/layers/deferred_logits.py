@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from memtile import ops
 from memtile.layers import checks
 from memtile.layers.deferred import Deferred, LayerState
+from memtile.layers.gathered_calls import has_only_hooks_of_engines
 from memtile.layers.linear_cross_entropy import linear_cross_entropy
 from memtile.layers.tiled_linear import TiledLinear
 
@@ -32,32 +33,43 @@ Step = tuple[str, Any, Change]  # its name, its number where it has one, and its
 
 
 class DeferringHead(nn.Module):
-    """A head that gives `DeferredLogits`; what it computes is what `acts_as` does."""
+    """A head that gives `DeferredLogits`; what it computes is what `acts_as` does.
+
+    Attributes:
+        defers_in_engine: an engine's hooks wait until logits or loss are computed, on each rank
+            alike: however few logits they are.
+    """
 
     acts_as: ClassVar[type[nn.Module]]
+    defers_in_engine: bool = False
     out_features: int
 
-    def forward(self, *given: Any, **named: Any) -> Any:  # the input, under any name it has
+    def __call__(self, *given: Any, **named: Any) -> Any:  # the input, under any name it has
         """Logits (…, V) of hidden states (…, H), deferred where there are many."""
         input = next(iter((*given, *named.values())), None)
         if not self._defers(input):
-            return super().forward(*given, **named)
+            return super().__call__(*given, **named)
         return DeferredLogits.of(self, input)
 
     def now(self, input: Tensor) -> Tensor:
         """The logits, computed at once."""
-        found: Tensor = super().forward(input)
+        found: Tensor = super().__call__(input)
         return found
 
     def _defers(self, input: Any) -> TypeGuard[Tensor]:
         return (
             type(input) is Tensor
             and input.dim() > 1
-            and input[..., 0].numel() * self.out_features > LEAST_LOGITS
+            and (self.defers_in_engine or input[..., 0].numel() * self.out_features > LEAST_LOGITS)
             and not ops.transformed()
-            and not checks.has_hooks(self)
             and not checks.hooked_globally()
+            and self._waits_for_use()
         )
+
+    def _waits_for_use(self) -> bool:
+        """Whether nothing is to happen when it is called: an engine's hooks may come later."""
+        by_engine = self.defers_in_engine and has_only_hooks_of_engines(self)
+        return by_engine or not checks.has_hooks(self)
 
 
 class DeferringLinear(DeferringHead, nn.Linear):
@@ -70,6 +82,14 @@ class DeferringTiledLinear(DeferringHead, TiledLinear):
     """`TiledLinear` as a head that defers its logits."""
 
     acts_as = TiledLinear
+
+
+def defer_in_engine(model: nn.Module) -> list[DeferringHead]:
+    """Let the heads of a model that an engine has hooked wait for what uses logits; gives them."""
+    heads = [module for module in model.modules() if isinstance(module, DeferringHead)]
+    for head in heads:
+        head.defers_in_engine = True
+    return heads
 
 
 def set_deferring(head: nn.Module, on: bool) -> bool:
@@ -102,6 +122,7 @@ class DeferredLogits(Deferred):
     _logits: Tensor | None
     _source: "tuple[DeferredLogits, Change] | None"  # which these are made of, and how
     _made: "list[weakref.ref[DeferredLogits]]"  # of these
+    has_loss: bool  # whether a loss was computed of these, or of what is made of them
 
     @staticmethod
     def __new__(
@@ -119,7 +140,7 @@ class DeferredLogits(Deferred):
         made: DeferredLogits = cls.empty(shape, dtype, x.device, records and trained)
         made._head, made._state, made._x = head, state, x
         made._steps, made._records = steps, records
-        made._logits, made._source, made._made = None, None, []
+        made._logits, made._source, made._made, made.has_loss = None, None, [], False
         return made
 
     @classmethod
@@ -167,7 +188,13 @@ class DeferredLogits(Deferred):
             loss = linear_cross_entropy(
                 self._x, self._head, target, logit_scale=form[0], softcap=form[1], **options
             )
+        self._note_loss()
         return loss.to(self.dtype)
+
+    def _note_loss(self) -> None:
+        self.has_loss = True
+        if self._source is not None:
+            self._source[0]._note_loss()
 
     def changed(self, name: str, change: Change, others: Sequence[Any]) -> Any:
         """They after a function of this name, still deferred; None where it takes their values."""

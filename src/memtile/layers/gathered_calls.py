@@ -24,10 +24,14 @@ _ENGINES: Final = (
 
 
 def is_gathered_when_called(module: nn.Module) -> bool:
-    """Whether an engine's hooks are all that calling it does besides its product."""
+    """Whether an engine's hooks are all that calling it does besides its product.
+
+    A class with a forward of its own says by `multiplies_floats` that it gives the product.
+    """
+    forward = type(module).forward
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
+        and (forward is nn.Linear.forward or hasattr(type(module), "multiplies_floats"))
         and not module._modules  # parametrizations
         and checks.has_hooks(module)
         and has_only_hooks_of_engines(module)
@@ -63,7 +67,7 @@ def _call_around(
     around = getattr(before, "around", None)
     module.__dict__["forward"] = act if around is None else around(act, trains)
     try:
-        found: Tensor = module(x)
+        found: Tensor = nn.Module.__call__(module, x)  # a head's own would leave it for later
         return found
     finally:
         if before is None:

@@ -2,12 +2,14 @@
 
 - A weight, a linear, an embedding, or a tiled layer of one column, plain or parked: each tile is
   one node of the graph, its logits are computed in blocks, and again in backward.
-- What is anything more (hooks, another class, an engine's shards, several columns) is called as a
-  module, tile after tile: the logits of one tile exist, and are computed again in backward.
+- A linear or a tile of one column that an engine gathers for its call is the same, inside a call.
+- What is anything more (hooks, another class, several columns) is called as a module, tile after
+  tile: the logits of one tile exist, and are computed again in backward.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +21,11 @@ from memtile.errors import ArgumentError, TileClassError
 from memtile.geometry import Span
 from memtile.homes import is_parked
 from memtile.layers import checks
+from memtile.layers.gathered_calls import call_around
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule
-from memtile.layers.weight_tiles import Layer, weight_tiles
+from memtile.layers.weight_tiles import Layer, modules_of_tiles, weight_tiles
 from memtile.transfer import ParkedSource, layer_call
 
 Head = Layer
@@ -54,6 +57,41 @@ class _Weight:
             return ops.plain_logit_sums(x, self.weight, self.bias, query, blocks.dtype)
         source = ParkedSource(self.weight) if is_parked(self.weight) else None
         return ops.tile_logit_sums(x, self.weight, self.bias, query, blocks, source)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """A tile whose weight an engine gathers while its module is called."""
+
+    classes: Span
+    module: Any  # a linear
+    bias: Tensor | None  # its part of one that the layer keeps whole
+
+    def sums(self, x: Tensor, query: ops.LogitQuery, blocks: ops.LogitBlocks) -> ops.LogitSums:
+        """They are computed in blocks inside of the call."""
+        made: list[ops.LogitSums] = []
+
+        def act(x: Tensor) -> Tensor:
+            weight, bias = self.module.weight, self.bias
+            _check(x, weight)
+            own = replace(blocks, dtype=ops.autocast_dtype(x) or x.dtype)  # the engine casts
+            bias = self.module.bias if bias is None else bias
+            made.append(ops.tile_logit_sums(x, weight, bias, query, own))
+            return torch.stack([each for each in made[0] if each is not None])
+
+        rows: Any = iter(_with_values_of(call_around([self.module], act, x), made[0]))
+        found: list[Any] = [None if each is None else next(rows) for each in made[0]]
+        return ops.LogitSums(*found)
+
+
+def _with_values_of(found: Tensor, sums: ops.LogitSums) -> Tensor:
+    """The sums as rows with the gradients of `found`, which an engine may have cast to 16 bits."""
+    values = torch.stack([each.detach() for each in sums if each is not None])
+    if found.dtype == values.dtype:
+        return found
+    wide = found.to(values.dtype)
+    lost = values - wide.detach()
+    return torch.where(lost.isfinite(), wide + lost, wide)  # -inf - -inf is not finite
 
 
 @dataclass(frozen=True)
@@ -107,7 +145,7 @@ def head_sums(
 ) -> ops.LogitSums:
     """The sums (N,) of the logits that the head gives x (N, H); `bias` is of a head without one."""
     weights = _weights(head, bias)
-    tiles: list[Any] = _called(head, bias) if weights is None else list(weights)
+    tiles: list[Any] = _by_calls(head, bias) if weights is None else list(weights)
     blocks = ops.LogitBlocks.fitting(
         len(x), block_rows, block_classes, ops.autocast_dtype(x) or x.dtype
     )
@@ -141,7 +179,7 @@ def _weights(head: Head, bias: Tensor | None) -> list[_Weight] | None:
     ]
 
 
-def _called(head: Head, bias: Tensor | None) -> list[_Called]:
+def _by_calls(head: Head, bias: Tensor | None) -> list[_Gathered] | list[_Called]:
     """The tiles of a head that must be called, or the head where it has hooks of its own."""
     assert isinstance(head, nn.Module)
     if isinstance(head, TiledEmbedding | nn.Embedding):
@@ -154,9 +192,12 @@ def _called(head: Head, bias: Tensor | None) -> list[_Called]:
             f"{NAME}: linear_bias cannot be added to a head that is called as a module; make it "
             "the head's own bias"
         )
+    modules = None if ops.transformed() else modules_of_tiles(head)
+    if modules and not any(checks.has_replaced_parameters(tile.weight) for tile in modules):
+        return [_Gathered(*tile) for tile in modules]
     known = checks.class_of(head) is TiledLinear and not checks.has_hooks(head)
     if not isinstance(head, TiledLinear) or not known:
-        return [_Called(Span(0, classes_of(head)), head)]
+        return [_Called(Span(0, classes_of(head)), partial(nn.Module.__call__, head))]
     return [_Called(span, _RowOfTiles(head, o)) for o, span in enumerate(head.grid.out_spans)]
 
 

@@ -11,16 +11,13 @@ from memtile import ops
 from memtile.errors import ArgumentError, TileShapeError
 from memtile.geometry import Grid, Span
 from memtile.layers import checks
-from memtile.layers.gathered_calls import has_only_hooks_of_engines, is_gathered_when_called
 from memtile.layers.low_rank import LowRanks, low_rank_of
 from memtile.layers.tiled_linear import TiledLinear
-from memtile.layers.values import is_shard
 from memtile.layers.weight_tiles import (
     Layer,
     WeightTile,
-    biases_kept_whole,
     is_called_by_tiles,
-    is_plain,
+    modules_of_tiles,
     weight_tiles,
 )
 
@@ -68,8 +65,8 @@ class Half(nn.Module):
         return None if halves is None else halves[self._number]
 
     def modules_of_tiles(self) -> list[WeightTile] | None:
-        """As `_modules_of` of a layer; None where one module has both halves."""
-        both = _modules_of(self._whole.layer, column=False)
+        """As `modules_of_tiles` of a layer; None where one module has both halves."""
+        both = modules_of_tiles(self._whole.layer)
         if both is None or len(both) < 2:
             return None
         own = both[len(both) // 2 :] if self._number else both[: len(both) // 2]
@@ -168,7 +165,14 @@ class MlpLayers(NamedTuple):
 
     def gathered(self) -> list[GatheredTile] | None:
         """The modules of each tile, plain but for an engine that gathers some when called."""
-        found = {name: _modules_of(layer, name == "down") for name, layer in self.named()}
+        found = {
+            name: (
+                layer.modules_of_tiles()
+                if isinstance(layer, Half)
+                else modules_of_tiles(layer, int(name == "down"))
+            )
+            for name, layer in self.named()
+        }
         tiles = {name: own for name, own in found.items() if own is not None}
         spans = {tuple(tile.span for tile in own) for own in tiles.values()}
         modules = [tile.weight for own in tiles.values() for tile in own]
@@ -221,29 +225,6 @@ def _cut(name: str, layer: Layer) -> tuple[int, ...] | None:
             "(out_splits), down over columns only (in_splits)"
         )
     return grid.in_parts if column else grid.out_parts
-
-
-def _modules_of(layer: Layer, column: bool) -> list[WeightTile] | None:
-    """The modules that have a layer's tiles, in place of weights; None where one does more."""
-    if isinstance(layer, Half):
-        return layer.modules_of_tiles()
-    biases: list[Tensor | None] = []
-    tiles = [(Span(0, getattr(layer, "in_features" if column else "out_features", 0)), layer)]
-    if isinstance(layer, TiledLinear):
-        grid, whole = layer.grid, layer.whole_bias
-        known = checks.class_of(layer) is TiledLinear and has_only_hooks_of_engines(layer)
-        is_shared = whole is not None and is_shard(whole)
-        if not known or is_shared or (grid.out_splits if column else grid.in_splits) > 1:
-            return None
-        spans = grid.in_spans if column else grid.out_spans
-        biases = biases_kept_whole(layer, spans, int(column))
-        tiles = [*zip(spans, (tile for _, tile in layer.tiles()), strict=True)]
-    modules = [module for _, module in tiles if isinstance(module, nn.Module)]
-    plain = (is_plain(module) or is_gathered_when_called(module) for module in modules)
-    if len(modules) < len(tiles) or not all(plain):
-        return None
-    biases = biases or [None] * len(tiles)
-    return [WeightTile(*tile, bias) for tile, bias in zip(tiles, biases, strict=True)]
 
 
 def _are_cut_alike(grids: Sequence[Grid]) -> bool:

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from memtile.errors import TileShapeError
 from memtile.geometry import Span
 from memtile.layers import checks
+from memtile.layers.gathered_calls import has_only_hooks_of_engines, is_gathered_when_called
 from memtile.layers.handle import DenseHandle
 from memtile.layers.parked import ParkedEmbedding, ParkedLinear
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule
+from memtile.layers.values import is_shard
 
 Layer = Tensor | nn.Module
 _PLAIN = (nn.Linear, ParkedLinear, nn.Embedding, ParkedEmbedding)
@@ -52,14 +54,39 @@ def weight_tiles(name: str, layer: Layer, dimension: int = 0) -> list[WeightTile
     if other > 1 or not is_called_by_tiles(layer) or not all(map(is_plain, tiles)):
         return None
     spans = grid.in_spans if dimension else grid.out_spans
-    biases = biases_kept_whole(layer, spans, dimension) or (
+    biases = _biases_kept_whole(layer, spans, dimension) or (
         getattr(tile, "bias", None) for tile in tiles
     )
     found = zip(spans, tiles, biases, strict=True)
     return [WeightTile(span, tile.weight, bias) for span, tile, bias in found]
 
 
-def biases_kept_whole(
+def modules_of_tiles(layer: Layer, dimension: int = 0) -> list[WeightTile] | None:
+    """The modules that have a linear's tiles, in place of weights; None where one does more.
+
+    An engine may gather them when they are called.
+    """
+    biases: list[Tensor | None] = []
+    size = getattr(layer, "in_features" if dimension else "out_features", 0)
+    tiles = [(Span(0, size), layer)]
+    if isinstance(layer, TiledLinear):
+        grid, whole = layer.grid, layer.whole_bias
+        known = checks.class_of(layer) is TiledLinear and has_only_hooks_of_engines(layer)
+        is_shared = whole is not None and is_shard(whole)
+        if not known or is_shared or (grid.out_splits if dimension else grid.in_splits) > 1:
+            return None
+        spans = grid.in_spans if dimension else grid.out_spans
+        biases = _biases_kept_whole(layer, spans, dimension)
+        tiles = [*zip(spans, (tile for _, tile in layer.tiles()), strict=True)]
+    modules = [module for _, module in tiles if isinstance(module, nn.Module)]
+    plain = (is_plain(module) or is_gathered_when_called(module) for module in modules)
+    if len(modules) < len(tiles) or not all(plain):
+        return None
+    biases = biases or [None] * len(tiles)
+    return [WeightTile(*tile, bias) for tile, bias in zip(tiles, biases, strict=True)]
+
+
+def _biases_kept_whole(
     layer: TiledModule, spans: Sequence[Span], dimension: int
 ) -> list[Tensor | None]:
     """The part of each tile in a bias that the layer keeps whole; nothing where it keeps none."""
