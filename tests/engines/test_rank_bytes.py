@@ -4,7 +4,7 @@ import pytest
 from cases import chosen, with_slow
 from rank_worker import CASES, gathered_at_most, planned, reduced_at_most, spawn
 
-QUICK = ("rows", "recomputed", "columns, 16 bits")
+QUICK = ("rows", "recomputed", "columns, 16 bits", "a loss without logits")
 NAMES = with_slow(CASES, QUICK)
 AT_FOUR = (*QUICK, "whole layers", "tied", "offloaded", "neighbours together")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]

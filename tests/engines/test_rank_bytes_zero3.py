@@ -17,7 +17,7 @@ from rank_zero3_worker import (
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
 )
-NAMES = with_slow(CASES, quick=("tied",))
+NAMES = with_slow(CASES, quick=("tied", "a loss without logits"))
 AT_FOUR = ("tied", "rows", "recomputed", "whole layers", "columns, 16 bits", "16 bits, offloaded")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 _NEVER_FULL = ("whole layers", "columns, 16 bits")

@@ -15,7 +15,7 @@ from zero3_worker import EXPERTS, spawn
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
 )
-QUICK = ("ragged", "recomputed", "clipped", "MLP")
+QUICK = ("ragged", "recomputed", "clipped", "MLP", "a loss without logits, head whole")
 NAMES = with_slow(CASES, QUICK)
 AT_FOUR = (*QUICK, "one tile", "frozen tiles", "offloaded")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
@@ -93,6 +93,32 @@ def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
 def test_no_mlp_is_computed_whole(outcome):
     """Their tiles are gathered, and the blocks of each computed meanwhile."""
     assert all(rank["computed"] == 0 for rank in outcome.ranks)
+
+
+def test_no_logits_are_computed_for_a_loss(outcome):
+    """Though DeepSpeed has hooks on every module that logits pass."""
+    assert all(rank["logits"] == 0 for rank in outcome.ranks)
+
+
+@pytest.mark.parametrize("by_module", [False, True])
+def test_a_loss_in_the_model_is_computed_without_logits(outcome, by_module):
+    """By a function or by `nn.CrossEntropyLoss`; the logits can be had until the step."""
+    for rank in outcome.ranks:
+        found = {
+            name.split(",")[0]: e for name, e in rank["heads"].items() if str(by_module) in name
+        }
+        assert found["computed"] == 0
+        assert max(found["loss"], found["outside"]) <= 1e-6
+        assert found["logits"] <= 1e-5
+        assert "read them before the optimizer's step" in found["after"]
+
+
+def test_a_loss_outside_the_model_trains_it(outcome):
+    """Logits whose loss is not known when the model ends are computed there."""
+    for rank in outcome.ranks:
+        deferred, at_once = rank["outside"]
+        assert deferred == pytest.approx(at_once, rel=1e-6)
+        assert deferred[-1] < deferred[0]
 
 
 def test_deepspeed_by_itself_keeps_every_tile(outcome):

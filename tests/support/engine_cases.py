@@ -2,18 +2,20 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from processes import start_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import memtile
-from memtile.layers import deferred_logits
+from memtile.layers import DeferredLogits, deferred_logits
 
 STEPS = 4
 BATCH = 4
@@ -130,6 +132,8 @@ CASES = {
     "recomputed after evaluation": Case(again=True, evaluates=True),
     "a loss without logits": Case(writes=True),
     "a loss without logits, not tied": Case(writes=True, tied=False, evaluates=True),
+    "a loss without logits, head whole": Case(writes=True, tied=False, whole=("head",)),
+    "a loss without logits, columns": Case(writes=True, grid=(3, 5), tied=False),
     "MLP": Case(mlp="gated"),
     "MLP of one tile": Case(mlp="gated", grid=(1, 1), tied=False, parts=2),
     "MLP, plain, recomputed": Case(mlp="plain", again=True),
@@ -185,6 +189,21 @@ def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
         deferred_logits.LEAST_LOGITS = 0
         memtile.defer_logits(model.head)
     return model
+
+
+@contextmanager
+def computed_logits() -> Iterator[list[DeferredLogits]]:
+    """Inside, the deferred logits whose values are computed."""
+    compute, found = DeferredLogits.computed, list[DeferredLogits]()
+
+    def computed(self: DeferredLogits) -> Tensor:
+        if self._logits is None:
+            found.append(self)
+        return compute(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeferredLogits, "computed", computed)
+        yield found
 
 
 def distance(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:

@@ -20,6 +20,7 @@ from engine_cases import (
     Outcome,
     ParallelNet,
     batches,
+    computed_logits,
     outcome_of,
     parallel_losses,
     plain_step,
@@ -34,12 +35,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import memtile
 from memtile.engines.fsdp2_units import SharedTile
 from memtile.engines.torch_fsdp2 import shard
-from memtile.errors import EngineError
+from memtile.errors import DeferredLogitsError, EngineError
 from memtile.layers import mlp_in_tiles
 
 CASES = {
@@ -181,6 +182,32 @@ def returned_bias() -> float:
     return max(difference.abs().max().item() for difference in differences)
 
 
+def loss_in_float32_of_narrow_results() -> float:
+    """How far a loss is from the float64 one where FSDP2 casts all results to bfloat16."""
+    case = Case(writes=True, tied=False, bias=False)
+    dense, policy = Net(case), MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+    model = nn.Sequential(tiled(case, torch.float32).head)
+    shard(model, mp_policy=policy, unit_bytes=0)
+    x, target = torch.randn(40, 12, dtype=torch.float64), torch.arange(40) % 23
+    model(x.float())  # FSDP2 finds its root
+    loss = memtile.linear_cross_entropy(x.float(), model[0], target)
+    truth = nn.functional.cross_entropy(dense.head(x), target)
+    return abs(loss.item() / truth.item() - 1)
+
+
+def logits_after_a_step() -> str:
+    """What someone is told who reads deferred logits when the head has been stepped."""
+    model = shard(nn.Sequential(tiled(Case(writes=True, tied=False)).head), unit_bytes=0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    logits = model(torch.ones(40, 12, dtype=torch.float64))
+    nn.functional.cross_entropy(logits, torch.arange(40) % 23).backward()
+    optimizer.step()
+    try:
+        return str(logits.sum())
+    except DeferredLogitsError as error:
+        return str(error)
+
+
 def other_grids(rank: int) -> str:
     """What a rank is told when the ranks have other grids."""
     model = memtile.tile(Net(Case()), out_splits=2 + rank)
@@ -227,10 +254,11 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     live, losses = {}, {}
-    for name in names:
-        live[name], losses[name], state = run_case(CASES[name], rank, world)
-        if rank == 0:
-            torch.save(state, Path(folder) / f"{name}.pt")
+    with computed_logits() as logits:
+        for name in names:
+            live[name], losses[name], state = run_case(CASES[name], rank, world)
+            if rank == 0:
+                torch.save(state, Path(folder) / f"{name}.pt")
     computed = Mlp.computed
     others = {
         "refused": other_grids(rank) if world > 1 else "",
@@ -246,6 +274,9 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         "parallel": parallel_losses(plain_step(shard(ParallelNet(), unit_bytes=0))),
         "live": live,
         "computed": computed,
+        "logits": len(logits),
+        "narrow": loss_in_float32_of_narrow_results(),
+        "after a step": logits_after_a_step(),
         "losses": losses,
     }
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(others))

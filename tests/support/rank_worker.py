@@ -27,6 +27,7 @@ import memtile
 from memtile.costmodel import Moment, RankPlan
 from memtile.engines import exchange_order
 from memtile.engines.torch_fsdp2 import shard
+from memtile.layers import deferred_logits
 from memtile.planner import plan_ranks
 
 Wrap = Callable[[Any], Any]  # around a function of torch's, which is private and untyped
@@ -61,6 +62,10 @@ class Net(nn.Module):
             self.head.weight = self.embedding.weight
         self.up.requires_grad_(not case.frozen)
         self.to(getattr(torch, case.dtype))
+        self.writes = case.writes
+        if case.writes:
+            deferred_logits.LEAST_LOGITS = 0
+            memtile.defer_logits(self.head)
 
     def gradient_checkpointing_enable(self, *_: object) -> None:
         self.recomputes = True
@@ -69,12 +74,14 @@ class Net(nn.Module):
         self.recomputes = False
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The mean square of the logits."""
+        """The mean square of the logits, or the loss of the next token."""
         x = self.embedding(ids)
         again = self.recomputes and torch.is_grad_enabled()
         x = x + (checkpoint(self._between, x, use_reentrant=False) if again else self._between(x))
-        loss: Tensor = self.head(self.norm(x)).square().mean()
-        return loss
+        logits: Tensor = self.head(self.norm(x))
+        if self.writes:
+            return nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
+        return logits.square().mean()
 
     def _between(self, x: Tensor) -> Tensor:
         x = self.down(torch.tanh(self.up(x)))
@@ -95,6 +102,7 @@ class Case:
     prefetch: int = 1
     dtype: str = "float32"
     mlp: str = ""
+    writes: bool = False
 
 
 CASES = {
@@ -109,6 +117,8 @@ CASES = {
     "nothing ahead": Case(prefetch=0),
     "two ahead": Case(prefetch=2),
     "columns, 16 bits": Case(max_tile_bytes=100, dtype="bfloat16"),
+    "a loss without logits": Case(writes=True),
+    "a loss without logits, tied, whole": Case(writes=True, tied=True, max_tile_bytes=None),
     "MLP": Case(mlp="gated", bias=False),
     "MLP, recomputed": Case(mlp="plain", recomputes=True),
     "MLP, gate and up in one": Case(mlp="fused", prefetch=2),

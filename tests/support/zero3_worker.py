@@ -15,6 +15,7 @@ from engine_cases import (
     Outcome,
     ParallelNet,
     batches,
+    computed_logits,
     outcome_of,
     parallel_losses,
     share_of,
@@ -28,6 +29,7 @@ from zero3_values import all_values
 import memtile
 from memtile.engines.deepspeed_zero3 import attach, config
 from memtile.engines.zero3_values import whole_numel
+from memtile.errors import DeferredLogitsError
 
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_experts": 8, "num_hidden_layers": 1},
@@ -131,6 +133,68 @@ def under_defaults(rank: int, world: int) -> dict[str, int]:
     return {**seen, "all": len(tile_weights(model))}
 
 
+class Head(nn.Module):
+    """Logits of hidden states, and a loss where there are targets: by a function, or a module."""
+
+    def __init__(self, by_module: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23)
+        self.loss = nn.CrossEntropyLoss() if by_module else None
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """The logits (…, 23), and the loss if it is asked for."""
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return {"logits": logits}
+        return {
+            "logits": logits,
+            "loss": (self.loss or nn.functional.cross_entropy)(logits, targets),
+        }
+
+
+def heads(rank: int) -> dict[str, Any]:
+    """What a deferring head gives: in and out of the model, before and after a step."""
+    x, targets = torch.randn(40, 12) + rank, torch.arange(40) % 23
+    dense, found = Head()(x, targets), dict[str, Any]()
+    for by_module in (False, True):
+        model = memtile.tile(Head(by_module), out_splits=4, modules=["head"])
+        memtile.defer_logits(model.head)
+        engine = attach(started(model, config(model)))
+        with computed_logits() as computed:
+            given = engine(x, targets)
+        found[f"computed, {by_module}"] = len(computed)
+        found[f"loss, {by_module}"] = (given["loss"] - dense["loss"]).abs().item()
+        outside = nn.functional.cross_entropy(engine(x)["logits"], targets)
+        found[f"outside, {by_module}"] = (outside - dense["loss"]).abs().item()
+        found[f"logits, {by_module}"] = (given["logits"] - dense["logits"]).abs().max().item()
+        again = engine(x, targets)
+        engine.backward(again["loss"] + 0 * outside)
+        engine.step()
+        try:
+            found[f"after, {by_module}"] = str(again["logits"].sum())
+        except DeferredLogitsError as error:
+            found[f"after, {by_module}"] = str(error)
+        engine.destroy()
+    return found
+
+
+def outside_the_model(rank: int, world: int, deferred: bool) -> list[float]:
+    """Losses of steps whose loss is computed of the logits that the engine gives."""
+    model = memtile.tile(Head(), out_splits=4, modules=["head"])
+    memtile.defer_logits(model.head, deferred)
+    engine, losses = attach(started(model, config(model))), []
+    for step in range(3):
+        x = torch.randn(40, 12, generator=torch.Generator().manual_seed(step))
+        logits = engine(x[rank::world])["logits"]
+        loss = nn.functional.cross_entropy(logits, torch.arange(40)[rank::world] % 23)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    engine.destroy()
+    return losses
+
+
 def parallel_step() -> Callable[[Tensor], float]:
     """A step of tensor-parallel linears that return their biases."""
     model = ParallelNet()
@@ -149,14 +213,20 @@ def parallel_step() -> Callable[[Tensor], float]:
 def run(rank: int, world: int, folder: str, names: list[str]) -> None:
     """These cases, one after the other."""
     join(rank, world, folder)
-    found = {}
+    found, computed = {}, 0
     for name in names:
-        is_experts = name in EXPERTS
-        ran = run_experts(name, rank, world) if is_experts else run_case(CASES[name], rank, world)
+        is_experts = name in EXPERTS  # whose loss takes the values of logits
+        with computed_logits() as logits:
+            ran = (
+                run_experts(name, rank, world) if is_experts else run_case(CASES[name], rank, world)
+            )
         found[name], state = ran
+        computed += 0 if is_experts else len(logits)
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
-    report = {"cases": found, "computed": Mlp.computed, "defaults": under_defaults(rank, world)}
+    report = {"cases": found, "computed": Mlp.computed, "logits": computed}
+    report |= {"defaults": under_defaults(rank, world), "heads": heads(rank)}
+    report["outside"] = [outside_the_model(rank, world, deferred) for deferred in (True, False)]
     report["parallel"] = parallel_losses(parallel_step())
     report |= all_values(started, rank, world)
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))

@@ -1,6 +1,7 @@
 """`Deferred`: what a layer gives, computed when something needs its values."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from memtile import ops
 from memtile.errors import DeferredLogitsError
-from memtile.layers.handle import FREE, written_by
+from memtile.layers.gathered_calls import is_of_engine
+from memtile.layers.handle import FREE, READ_BASE, written_by
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def _versions(layer: nn.Module) -> tuple[tuple[int, int], ...]:
 class Deferred(Tensor):
     """A tensor whose values are computed when they are used for anything but what keeps it so."""
 
-    free: ClassVar[frozenset[Any]] = FREE | {Tensor.register_hook}  # FSDP2 hooks results of models
+    free: ClassVar[frozenset[Any]] = FREE | {READ_BASE}  # FSDP2 asks whether results are views
+    engine_hooks: "OrderedDict[int, Callable[[Tensor], Any]]"  # for the gradient
     stale: ClassVar[str]  # what to say where the layer was written to before they were computed
     refused: ClassVar[str]  # and where a gradient comes to values that were not computed
 
@@ -63,6 +67,7 @@ class Deferred(Tensor):
         made: Deferred = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, requires_grad=trained
         )
+        made.engine_hooks = OrderedDict()
         if trained:
             with torch._C.DisableTorchFunctionSubclass():
                 made.register_post_accumulate_grad_hook(_refuse_gradient)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -76,6 +81,14 @@ class Deferred(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.computed().__reduce_ex__(protocol)
+
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """An engine's, of the results of a model, waits for what uses them; others need values."""
+        if not is_of_engine(hook):
+            return self.computed().register_hook(hook)
+        handle = RemovableHandle(self.engine_hooks)
+        self.engine_hooks[handle.id] = hook
+        return handle
 
     def computed(self) -> Tensor:
         """The values, differentiable if they were made where gradients are on."""

@@ -85,8 +85,9 @@ class DeferringTiledLinear(DeferringHead, TiledLinear):
 
 
 def defer_in_engine(model: nn.Module) -> list[DeferringHead]:
-    """Let the heads of a model that an engine has hooked wait for what uses logits; gives them."""
-    heads = [module for module in model.modules() if isinstance(module, DeferringHead)]
+    """Let the heads in a model that an engine has hooked wait for what uses logits; gives them."""
+    inner = (module for module in model.modules() if module is not model)
+    heads = [module for module in inner if isinstance(module, DeferringHead)]
     for head in heads:
         head.defers_in_engine = True
     return heads
@@ -149,19 +150,25 @@ class DeferredLogits(Deferred):
         state = LayerState.of(head, x)
         return cls(head, state, x, state.autocast or x.dtype, (), torch.is_grad_enabled())
 
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """As of its values, once they are computed."""
+        if self._logits is not None:
+            return self._logits.register_hook(hook)
+        return super().register_hook(hook)
+
     def computed(self) -> Tensor:
         """The logits, differentiable if they were made where gradients are on."""
         if self._logits is None:
             source = None if self._source is None else self._source[0]._logits
             if self._source is not None and source is not None:
                 with torch.set_grad_enabled(self._records):
-                    self._logits = self._source[1](source)
+                    self._logits = self._source[1](source)  # which has the hooks of the source
             else:
                 with self._state.again(self._x, self._records, self.stale):
                     values = self._head.now(self._x)
                     for _, _, step in self._steps:
                         values = step(values)
-                self._logits = values
+                self._logits = self._hooked(values)
         assert self._logits is not None
         return self._logits
 
@@ -189,7 +196,16 @@ class DeferredLogits(Deferred):
                 self._x, self._head, target, logit_scale=form[0], softcap=form[1], **options
             )
         self._note_loss()
-        return loss.to(self.dtype)
+        return self._hooked(loss.to(self.dtype))
+
+    def _hooked(self, result: Tensor) -> Tensor:
+        """A result with what engines have hooked these logits with, or those that they are of."""
+        each: DeferredLogits | None = self
+        while each is not None and result.requires_grad:
+            for hook in each.engine_hooks.values():
+                result.register_hook(hook)
+            each = None if each._source is None else each._source[0]
+        return result
 
     def _note_loss(self) -> None:
         self.has_loss = True

@@ -42,7 +42,14 @@ def has_only_hooks_of_engines(module: nn.Module) -> bool:
     """Whether there are no other hooks, and no forward on the instance but an engine's."""
     forward = module.__dict__.get("forward")
     own = forward is None or hasattr(forward, "around")
-    return own and all(map(_is_of_engine, checks.hooks_of(module)))
+    return own and all(map(is_of_engine, checks.hooks_of(module)))
+
+
+def is_of_engine(hook: Any) -> bool:
+    """Whether a hook is an engine's, by the name of its module."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return (getattr(hook, "__module__", None) or "").startswith(_ENGINES)
 
 
 def has_shards(layer: nn.Module) -> bool:
@@ -78,20 +85,14 @@ def _call_around(
 
 def without_hooks_of_engines(module: nn.Module | None) -> nn.Module | None:
     """The module, or a copy without them where it or a module in it has some."""
-    if module is None or not any(map(_is_of_engine, _hooks_inside(module))):
+    if module is None or not any(map(is_of_engine, _hooks_inside(module))):
         return module
     copy: nn.Module = object.__new__(type(module))
     inner = {name: without_hooks_of_engines(child) for name, child in module._modules.items()}
     copy.__dict__ = {**module.__dict__, "_modules": inner}
-    checks.drop_hooks(copy, _is_of_engine)
+    checks.drop_hooks(copy, is_of_engine)
     return copy
 
 
 def _hooks_inside(module: nn.Module) -> Iterator[Any]:
     return (hook for inner in module.modules() for hook in checks.hooks_of(inner))
-
-
-def _is_of_engine(hook: Any) -> bool:
-    while isinstance(hook, partial):
-        hook = hook.func
-    return (getattr(hook, "__module__", None) or "").startswith(_ENGINES)

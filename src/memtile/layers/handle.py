@@ -54,7 +54,7 @@ _MARKS = ("_is_hf_initialized",)  # what libraries set on parameters, and read f
 
 _OF_C_BASE = vars(Tensor.__base__)  # its getset descriptors, which stubs lack
 _READ_GRADIENT, _READ_VERSION = _OF_C_BASE["grad"].__get__, _OF_C_BASE["_version"].__get__
-_READ_DATA = _OF_C_BASE["data"].__get__
+_READ_DATA, READ_BASE = _OF_C_BASE["data"].__get__, _OF_C_BASE["_base"].__get__
 
 
 FREE = frozenset(
