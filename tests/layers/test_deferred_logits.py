@@ -182,6 +182,7 @@ def test_they_look_like_the_dense_logits(never: None):
         for name in ("shape", "dtype", "device", "requires_grad", "ndim"):
             assert getattr(logits, name) == getattr(truth, name)
         assert logits.numel() == truth.numel()
+        assert logits._base is None  # FSDP2 asks
 
 
 def test_values_are_computed_once(monkeypatch: pytest.MonkeyPatch):
@@ -196,6 +197,47 @@ def test_values_are_computed_once(monkeypatch: pytest.MonkeyPatch):
         double.sum()
 
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("computes_before", [False, True])
+def test_a_hook_of_the_logits_is_called(computes_before: bool):
+    """It needs their gradient, so they are computed; also where it is given to rows of them."""
+    results = []
+    for head in (memtile.defer_logits(dense_head()), dense_head()):
+        (x, target), seen = batch(), []
+        logits = head(x)
+        if computes_before:
+            logits.sum()
+        rows = logits[:, :-1]
+        for each in (logits, rows):
+            each.register_hook(lambda grad, seen=seen: seen.append(grad) or 2 * grad)
+        functional.cross_entropy(rows.flatten(0, 1), target[:, 1:].flatten()).backward()
+        results.append([*seen, x.grad])
+
+    assert len(results[1]) == 3
+    for ours, truth in zip(*results, strict=True):
+        assert_same(ours, truth)
+
+
+def test_an_engines_hook_waits_for_the_loss(never: None):
+    """FSDP2 and ZeRO-3 hook what a model returns; they need no gradient of logits."""
+    seen: list[Tensor] = []
+
+    def hook(grad: Tensor) -> Tensor:
+        seen.append(grad)
+        return 2 * grad
+
+    hook.__module__ = "torch.distributed.fsdp.any"
+    head, (x, target) = memtile.defer_logits(dense_head()), batch()
+    logits = head(x)
+    handles = [logits.register_hook(hook) for _ in range(2)]
+    handles[0].remove()
+    functional.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+    dense, theirs = dense_head(), batch()[0]
+    functional.cross_entropy(dense(theirs).flatten(0, 1), target.flatten()).backward()
+
+    assert [tuple(each.shape) for each in seen] == [()]
+    assert_same(x.grad, 2 * theirs.grad)
 
 
 def test_what_is_written_reaches_what_shares_memory():

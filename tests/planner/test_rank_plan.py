@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import memtile
@@ -15,9 +16,10 @@ from memtile.costmodel import (
     Sharding,
     Uses,
 )
+from memtile.costmodel.rank_memory import peak_moment
 from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
-from memtile.layers import ParkedLinear
+from memtile.layers import DeferringHead, ParkedLinear
 from memtile.planner import plan_ranks
 
 MIB = 1 << 20
@@ -257,6 +259,28 @@ def test_freed_memory_is_returned_as_the_plan_supposes(monkeypatch, given, retur
     memtile.tile(stack(), planned(2), return_freed_memory=given)
 
     assert called == [1] * returns
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_needs_no_logits(engine, tied):
+    """Of 512 tokens and 40 000 classes they would be 78 MiB; the model that is tiled has none."""
+    config = transformers.LlamaConfig(
+        vocab_size=40_000,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    plan = plan_ranks(config, world_size=2, engine=engine, tokens=512)
+    model = memtile.tile(transformers.LlamaForCausalLM(config), plan)
+
+    assert peak_moment(plan.moments).nbytes < 48 * MIB
+    # of the head in forward and, unless it is whole still, in backward, and of the embedding
+    weights = 2.0 if engine == "fsdp2" else 1.5
+    assert plan.moved("all-gather") == pytest.approx(weights * 40_000 * 32 * 4, rel=0.01)
+    assert isinstance(model.lm_head, DeferringHead)
 
 
 def test_mlps_that_are_not_there_are_refused():

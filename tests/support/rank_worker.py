@@ -118,7 +118,7 @@ CASES = {
     "two ahead": Case(prefetch=2),
     "columns, 16 bits": Case(max_tile_bytes=100, dtype="bfloat16"),
     "a loss without logits": Case(writes=True),
-    "a loss without logits, tied, whole": Case(writes=True, tied=True, max_tile_bytes=None),
+    "a loss without logits, tied": Case(writes=True, tied=True),
     "MLP": Case(mlp="gated", bias=False),
     "MLP, recomputed": Case(mlp="plain", recomputes=True),
     "MLP, gate and up in one": Case(mlp="fused", prefetch=2),

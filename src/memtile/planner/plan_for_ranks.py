@@ -169,7 +169,6 @@ class _Count:
         self._mlps = {each.down.rpartition(".")[0]: each for each in mlps}  # by their modules
         self._watched |= {name: (name,) for name in self._mlps}
         self._uses: dict[str, _Uses] = {}
-        self._of_heads: dict[str, _Uses] = {}  # by the first tile of a head
         self._step = StepCount(seen, drops_gradients=True, goes_home=True, watch=self._watch)
 
     def __call__(
@@ -178,12 +177,8 @@ class _Count:
         """The step, and the uses of all modules that are counted under a name."""
         begun = itertools.count(1)
         self._uses = {name: _Uses(begun) for name in self._watched}
-        self._of_heads = {name: _Uses(begun) for name in self._watched}
         counted = self._step(layout, activations)
         found = {name: uses.counted() for name, uses in self._uses.items()}
-        for name, uses in self._of_heads.items():
-            if not found[name].forward:  # their tiles are called for the loss, not by the layer
-                found[name] = uses.counted()
         for name, mlp in self._mlps.items() if activations.mlps_in_tiles else ():
             if not found[mlp.down].forward:  # their tiles are used by the MLP, not by the layers
                 found |= dict.fromkeys((*mlp.inner, mlp.down), self._uses[name].of_tiles())
@@ -192,14 +187,11 @@ class _Count:
     def _watch(self, meta_copy: nn.Module) -> None:
         for name, modules in self._watched.items():
             for module in map(meta_copy.get_submodule, modules):
-                _hook(module, self._uses[name])
+                used = module
                 if isinstance(module, DeferringHead) and isinstance(module, TiledLinear):
-                    _hook(module.tile(0, 0), self._of_heads[name])
-
-
-def _hook(module: nn.Module, uses: "_Uses") -> None:
-    module.register_forward_pre_hook(uses.begin)
-    module.register_forward_hook(uses.end)
+                    used = module.tile(0, 0)  # for a loss its tiles are called, and it is not
+                used.register_forward_pre_hook(self._uses[name].begin)
+                used.register_forward_hook(self._uses[name].end)
 
 
 class _Uses:
