@@ -26,8 +26,10 @@ import memtile
 from memtile.engines.torch_fsdp2 import shard
 from memtile.errors import ArgumentError, CannotTileError, EngineError, ParkedError
 
-QUICK = ("one tile", "ragged", "recomputed after evaluation", "clipped", "another way, tied", "MLP")
-QUICK = (*QUICK, "a loss without logits, head whole")
+QUICK = (
+    *("one tile", "ragged", "recomputed after evaluation", "clipped", "another way, tied", "MLP"),
+    "a loss without logits, head whole",
+)
 NAMES = with_slow(CASES, QUICK)
 AT_FOUR = (*QUICK, "offloaded", "neighbours together", "hybrid")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]

@@ -104,21 +104,22 @@ def test_no_logits_are_computed_for_a_loss(outcome):
 def test_a_loss_in_the_model_is_computed_without_logits(outcome, by_module):
     """By a function or by `nn.CrossEntropyLoss`; the logits can be had until the step."""
     for rank in outcome.ranks:
-        found = {
-            name.split(",")[0]: e for name, e in rank["heads"].items() if str(by_module) in name
-        }
+        found = rank["heads"][by_module]
         assert found["computed"] == 0
-        assert max(found["loss"], found["outside"]) <= 1e-6
+        assert found["seen"] == ["DeferredLogits", "Tensor", "DeferredLogits"]
+        assert found["loss"] <= 1e-6
         assert found["logits"] <= 1e-5
+        assert found["off"] == "Tensor"
         assert "read them before the optimizer's step" in found["after"]
 
 
-def test_a_loss_outside_the_model_trains_it(outcome):
-    """Logits whose loss is not known when the model ends are computed there."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_loss_outside_the_model_trains_it(outcome, frozen):
+    """Without logits too, by torch's own backward, over two of them; a penalty computes them."""
     for rank in outcome.ranks:
-        deferred, at_once = rank["outside"]
-        assert deferred == pytest.approx(at_once, rel=1e-6)
-        assert deferred[-1] < deferred[0]
+        found = rank["outside"][frozen]
+        assert found["computed, True"] == 2
+        assert found["losses, True"] == pytest.approx(found["losses, False"], rel=1e-6)
 
 
 def test_deepspeed_by_itself_keeps_every_tile(outcome):

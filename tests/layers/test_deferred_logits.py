@@ -182,7 +182,9 @@ def test_they_look_like_the_dense_logits(never: None):
         for name in ("shape", "dtype", "device", "requires_grad", "ndim"):
             assert getattr(logits, name) == getattr(truth, name)
         assert logits.numel() == truth.numel()
+        assert torch.is_floating_point(logits)
         assert logits._base is None  # FSDP2 asks
+        assert (logits.grad_fn is None) == (truth.grad_fn is None)  # DeepSpeed asks
 
 
 def test_values_are_computed_once(monkeypatch: pytest.MonkeyPatch):
@@ -217,6 +219,20 @@ def test_a_hook_of_the_logits_is_called(computes_before: bool):
     assert len(results[1]) == 3
     for ours, truth in zip(*results, strict=True):
         assert_same(ours, truth)
+
+
+def test_a_loss_under_autocast_is_float32():
+    """As of the dense head, whose logits are bfloat16."""
+    head, dense, (x, target) = dense_head(torch.float32), dense_head(torch.float32), batch()
+    memtile.defer_logits(head)
+    losses = []
+    for each in (head, dense):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = each(x.float().flatten(0, 1))
+            losses.append(functional.cross_entropy(logits, target.flatten()))
+
+    assert losses[0].dtype == losses[1].dtype == torch.float32
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
 
 
 def test_an_engines_hook_waits_for_the_loss(never: None):

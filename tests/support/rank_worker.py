@@ -27,7 +27,6 @@ import memtile
 from memtile.costmodel import Moment, RankPlan
 from memtile.engines import exchange_order
 from memtile.engines.torch_fsdp2 import shard
-from memtile.layers import deferred_logits
 from memtile.planner import plan_ranks
 
 Wrap = Callable[[Any], Any]  # around a function of torch's, which is private and untyped
@@ -64,7 +63,6 @@ class Net(nn.Module):
         self.to(getattr(torch, case.dtype))
         self.writes = case.writes
         if case.writes:
-            deferred_logits.LEAST_LOGITS = 0
             memtile.defer_logits(self.head)
 
     def gradient_checkpointing_enable(self, *_: object) -> None:

@@ -133,66 +133,93 @@ def under_defaults(rank: int, world: int) -> dict[str, int]:
     return {**seen, "all": len(tile_weights(model))}
 
 
+class Results(dict[str, Tensor]):
+    """What a model gives, of a class of its own."""
+
+
 class Head(nn.Module):
     """Logits of hidden states, and a loss where there are targets: by a function, or a module."""
 
-    def __init__(self, by_module: bool = False) -> None:
+    def __init__(self, by_module: bool = False, frozen: bool = False) -> None:
         super().__init__()
         torch.manual_seed(4)
-        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23)
-        self.loss = nn.CrossEntropyLoss() if by_module else None
+        self.norm, self.head = nn.LayerNorm(12).requires_grad_(not frozen), nn.Linear(12, 23)
+        self.loss = nn.CrossEntropyLoss() if by_module else nn.functional.cross_entropy
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Results:
         """The logits (…, 23), and the loss if it is asked for."""
         logits = self.head(self.norm(x))
-        if targets is None:
-            return {"logits": logits}
-        return {
-            "logits": logits,
-            "loss": (self.loss or nn.functional.cross_entropy)(logits, targets),
-        }
+        found = Results(logits=logits)
+        return found if targets is None else Results(logits=logits, loss=self.loss(logits, targets))
 
 
-def heads(rank: int) -> dict[str, Any]:
-    """What a deferring head gives: in and out of the model, before and after a step."""
+class Stack(nn.Module):
+    """A model that leaves the loss to who calls it, and is inside of another one."""
+
+    def __init__(self, **given: bool) -> None:
+        super().__init__()
+        self.model = Head(**given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        return self.model(x)["logits"]
+
+
+def deferring(model: nn.Module, deferred: bool = True, **given: Any) -> Any:
+    """Its engine, with the head in tiles."""
+    heads = [name for name, _ in model.named_modules() if name.endswith("head")]
+    memtile.tile(model, out_splits=4, modules=heads)
+    memtile.defer_logits(model.get_submodule(heads[0]), deferred)
+    return attach(started(model, config(model, **given)))
+
+
+def heads(rank: int, by_module: bool) -> dict[str, Any]:
+    """What a deferring head gives in a model, before and after a step, against the dense one."""
     x, targets = torch.randn(40, 12) + rank, torch.arange(40) % 23
-    dense, found = Head()(x, targets), dict[str, Any]()
-    for by_module in (False, True):
-        model = memtile.tile(Head(by_module), out_splits=4, modules=["head"])
-        memtile.defer_logits(model.head)
-        engine = attach(started(model, config(model)))
+    dense, seen, model = Head()(x, targets), list[str](), Head(by_module)
+    model.register_forward_hook(lambda _, __, result: seen.append(type(result["logits"]).__name__))
+    engine = deferring(model)
+    with computed_logits() as computed:
+        given = engine(x, targets)
+        engine.backward(given["loss"])
+    values = given["logits"]
+    found = {"seen": seen, "computed": len(computed), "loss": given["loss"] - dense["loss"]}
+    found["logits"] = values.detach() - dense["logits"]
+    memtile.defer_logits(model.head, False)
+    found["off"] = type(engine(x, targets)["logits"]).__name__
+    memtile.defer_logits(model.head)
+    again = engine(x, targets)["logits"]
+    engine.step()
+    try:
+        found["after"] = str(again.sum())
+    except DeferredLogitsError as error:
+        found["after"] = str(error)
+    engine.destroy()
+    return {key: e.abs().max().item() if isinstance(e, Tensor) else e for key, e in found.items()}
+
+
+def outside_the_model(rank: int, world: int, **given: Any) -> dict[str, Any]:
+    """Losses of steps, deferred and not, whose loss is computed of what the engine gives.
+
+    Two backwards of torch's own make a step, of the loss and of a penalty of logits.
+    """
+    found: dict[str, Any] = {}
+    for deferred in (True, False):
+        engine, losses = deferring(Stack(**given), deferred, accumulation=2), list[float]()
         with computed_logits() as computed:
-            given = engine(x, targets)
-        found[f"computed, {by_module}"] = len(computed)
-        found[f"loss, {by_module}"] = (given["loss"] - dense["loss"]).abs().item()
-        outside = nn.functional.cross_entropy(engine(x)["logits"], targets)
-        found[f"outside, {by_module}"] = (outside - dense["loss"]).abs().item()
-        found[f"logits, {by_module}"] = (given["logits"] - dense["logits"]).abs().max().item()
-        again = engine(x, targets)
-        engine.backward(again["loss"] + 0 * outside)
-        engine.step()
-        try:
-            found[f"after, {by_module}"] = str(again["logits"].sum())
-        except DeferredLogitsError as error:
-            found[f"after, {by_module}"] = str(error)
+            for step in range(6):
+                x = torch.randn(40, 12, generator=torch.Generator().manual_seed(step))
+                logits = engine(x[rank::world])
+                targets = torch.arange(40)[rank::world] % 23
+                loss = nn.functional.cross_entropy(logits, targets)
+                if step in (2, 3):
+                    loss = loss + 0.1 * logits.square().mean()
+                loss.backward()
+                engine.step()
+                losses.append(loss.item())
+        found |= {f"losses, {deferred}": losses, f"computed, {deferred}": len(computed)}
         engine.destroy()
     return found
-
-
-def outside_the_model(rank: int, world: int, deferred: bool) -> list[float]:
-    """Losses of steps whose loss is computed of the logits that the engine gives."""
-    model = memtile.tile(Head(), out_splits=4, modules=["head"])
-    memtile.defer_logits(model.head, deferred)
-    engine, losses = attach(started(model, config(model))), []
-    for step in range(3):
-        x = torch.randn(40, 12, generator=torch.Generator().manual_seed(step))
-        logits = engine(x[rank::world])["logits"]
-        loss = nn.functional.cross_entropy(logits, torch.arange(40)[rank::world] % 23)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    engine.destroy()
-    return losses
 
 
 def parallel_step() -> Callable[[Tensor], float]:
@@ -225,8 +252,9 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         if rank == 0:
             torch.save(state, Path(folder) / f"{name}.pt")
     report = {"cases": found, "computed": Mlp.computed, "logits": computed}
-    report |= {"defaults": under_defaults(rank, world), "heads": heads(rank)}
-    report["outside"] = [outside_the_model(rank, world, deferred) for deferred in (True, False)]
+    report |= {"defaults": under_defaults(rank, world)}
+    report["heads"] = [heads(rank, by_module) for by_module in (False, True)]
+    report["outside"] = [outside_the_model(rank, world, frozen=each) for each in (False, True)]
     report["parallel"] = parallel_losses(parallel_step())
     report |= all_values(started, rank, world)
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))

@@ -75,7 +75,8 @@ class ExchangeOrder:
                         f"rank 0 of the group {step[0]} while rank {rank} {name}: ranks that use "
                         "other modules than the others, or in another order, get bytes that are "
                         "not theirs; use the same modules in the same order on each rank, also "
-                        "those that get no samples on one of them (call them with an empty batch)"
+                        "those that get no samples on one of them (call them with an empty batch); "
+                        "reading logits after their loss uses the head: do it on all ranks or none"
                     )
 
 

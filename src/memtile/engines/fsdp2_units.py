@@ -77,7 +77,7 @@ def _modules(layer: nn.Module) -> list[nn.Module]:
 class SharedTile(nn.Linear):
     """A tile of a tied head and embedding: an embedding of integers, a linear of anything else."""
 
-    multiplies_floats: ClassVar = True  # see `layers.gathered_calls`
+    multiplies_floats: ClassVar[bool] = True  # see `layers.gathered_calls`
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
 

@@ -34,7 +34,7 @@ from memtile.engines.ranks import check_agreement, check_process_group
 from memtile.engines.release import release_in_backward
 from memtile.errors import ArgumentError, EngineError, ParkedError, check_whole_number
 from memtile.homes import is_parked
-from memtile.layers import defer_in_engine, register_gatherer
+from memtile.layers import TiledLinear, defer_in_engine, register_gatherer
 
 Model = TypeVar("Model", bound=nn.Module)
 SMALLEST_UNIT: Final = 1 << 20
@@ -100,7 +100,8 @@ def shard(
         if module in tiles or isinstance(module, nn.Linear | nn.Embedding):
             release_in_backward(module)
         module.register_load_state_dict_pre_hook(_cut_values)
-    defer_in_engine(model)
+    for head in defer_in_engine(model):  # what the root gathers is another parameter before a step
+        head.is_on = isinstance(head, TiledLinear) or any(head in unit for unit in units)
     _load_tied_tiles_by_one_name(model)
     bring_ahead(model, units, prefetch)
     compare_order(model, [unit[0] for unit in units], groups)

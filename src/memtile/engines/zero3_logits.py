@@ -1,75 +1,91 @@
 """Losses without logits under ZeRO-3, whose hooks would compute deferred logits wherever they pass.
 
-DeepSpeed puts an `autograd.Function` around each tensor that a module takes or gives. Logits whose
-loss is known are kept from it; others are computed before it sees them, inside of the module.
+DeepSpeed puts an `autograd.Function` around each tensor that a module takes or gives, to gather the
+parameters of the module itself. Deferred logits are kept from it, but where a module has some.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_any, tree_map_only
 
-from memtile.layers import DeferredLogits, defer_in_engine
+from memtile.layers import (
+    DeferredLogits,
+    DeferringHead,
+    compute_those_without_loss,
+    defer_in_engine,
+    is_of_engine,
+    map_results,
+    modules_around,
+)
+
+Optimizer = Any  # the one of torch inside DeepSpeed's, or None
 
 
-def keep_deferred(
-    model: nn.Module, optimizer: Any
-) -> None:  # the torch optimizer inside DeepSpeed's
+def keep_deferred(model: nn.Module, optimizer: Optimizer) -> None:
     """Have the heads of a model defer their logits, and the results of its modules keep them."""
     heads = defer_in_engine(model)
-    if not heads:
-        return
+    for module in modules_around(heads, model):
+        _put_around_engine(
+            module,
+            module.register_forward_hook(_hide_result).id,
+            module.register_forward_hook(lambda _, __, result: _shown(result)).id,
+        )
     inside = {inner for head in heads for inner in head.modules()}
-    for module in model.modules():
-        if module in inside:
-            continue
-        module.register_forward_pre_hook(_hide_given(module), prepend=True)
-        module.register_forward_pre_hook(lambda _, inputs: _shown(inputs))
-        if not inside.isdisjoint(module.modules()):
-            module.register_forward_hook(lambda _, __, result: _hidden(result), prepend=True)
-            module.register_forward_hook(lambda _, __, result: _shown(result))
-    if hasattr(optimizer, "register_step_post_hook"):
+    for module in (module for module in model.modules() if heads and module not in inside):
+        if isinstance(module, nn.CrossEntropyLoss):
+            module.register_forward_pre_hook(lambda _, inputs: _hidden(inputs), prepend=True)
+            module.register_forward_pre_hook(lambda _, inputs: _shown(inputs))
+        else:
+            module.register_forward_pre_hook(_compute_given, prepend=True)
+    if heads and hasattr(optimizer, "register_step_post_hook"):
         # masters are stepped; what torch counts of the parameters stays as it is
-        optimizer.register_step_post_hook(lambda *_: _note_step(heads))
+        optimizer.register_step_post_hook(partial(_note_step, heads))
 
 
-def _note_step(heads: list[Any]) -> None:
+def _put_around_engine(module: nn.Module, before: int, after: int) -> None:
+    """Call the hook `before` just before DeepSpeed's, and `after` after them: not around others."""
+    hooks: Any = module._forward_hooks  # an OrderedDict, to stubs a dict
+    own = {before, after}
+    others = [key for key in hooks if key not in own]
+    places = [place for place, key in enumerate(others) if is_of_engine(hooks[key])] or [0]
+    first, last = places[0], places[-1] + 1
+    for key in (*others[:first], before, *others[first:last], after, *others[last:]):
+        hooks.move_to_end(key)
+
+
+def _note_step(heads: list[DeferringHead], *_: object) -> None:
     for head in heads:
-        head.steps_of_engine = getattr(head, "steps_of_engine", 0) + 1
+        head.steps_of_engine = getattr(head, "steps_of_engine", 0) + 1  # it may defer no more
 
 
-def _hide_given(module: nn.Module) -> Callable[[nn.Module, Any], Any]:
-    takes_deferred = isinstance(module, nn.CrossEntropyLoss)
-    return lambda _, inputs: _hidden(inputs, takes_deferred)
+def _compute_given(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    return tuple(each.computed() if isinstance(each, DeferredLogits) else each for each in inputs)
 
 
-def _hidden(value: Any, also_without_loss: bool = False) -> Any:
+def _hide_result(module: nn.Module, _: object, result: Any) -> Any:
+    has_own = any(True for _ in module.parameters(recurse=False))  # gathered for this gradient
+    return _hidden(compute_those_without_loss(result) if has_own else result)
+
+
+def _hidden(value: Any) -> Any:
     """With functions, of which DeepSpeed makes nothing, in place of deferred logits."""
+    return map_results(value, DeferredLogits, _function_of)
 
-    def hide(logits: DeferredLogits) -> Any:
-        if not (logits.has_loss or also_without_loss):
-            return logits.computed()
 
-        def found() -> DeferredLogits:
-            return logits
+def _function_of(logits: DeferredLogits) -> Callable[[], DeferredLogits]:
+    def found() -> DeferredLogits:
+        return logits
 
-        return found
-
-    return tree_map_only(DeferredLogits, hide, value) if tree_any(_is_deferred, value) else None
+    return found
 
 
 def _shown(value: Any) -> Any:
     """With the deferred logits again."""
-    if not tree_any(_is_hidden, value):
-        return None
-    return tree_map_only(FunctionType, lambda each: each() if _is_hidden(each) else each, value)
+    return map_results(value, FunctionType, _logits_of)
 
 
-def _is_deferred(value: Any) -> bool:
-    return isinstance(value, DeferredLogits)
-
-
-def _is_hidden(value: Any) -> bool:
-    return isinstance(value, FunctionType) and value.__module__ == __name__
+def _logits_of(value: Any) -> Any:
+    return value() if value.__module__ == __name__ else value

@@ -5,10 +5,13 @@ from memtile.layers.checks import class_of, has_hooks, is_plain
 from memtile.layers.deferred_logits import (
     DeferredLogits,
     DeferringHead,
+    compute_those_without_loss,
     defer_in_engine,
+    map_results,
+    modules_around,
     set_deferring,
 )
-from memtile.layers.gathered_calls import is_gathered_when_called
+from memtile.layers.gathered_calls import is_gathered_when_called, is_of_engine
 from memtile.layers.handle import DenseHandle
 from memtile.layers.linear_cross_entropy import (
     LinearCrossEntropy,
@@ -76,14 +79,18 @@ __all__ = [
     "called_experts",
     "checked_structure",
     "class_of",
+    "compute_those_without_loss",
     "defer_in_engine",
     "gathered",
     "has_hooks",
     "is_gathered_when_called",
+    "is_of_engine",
     "is_plain",
     "is_shard",
     "layers_of",
     "linear_cross_entropy",
+    "map_results",
+    "modules_around",
     "pairs_of",
     "put_in_tiles",
     "put_pairs_in_tiles",

@@ -46,7 +46,7 @@ class LayerState:
 
 def _versions(layer: nn.Module) -> tuple[tuple[int, int], ...]:
     """Which parameters it has, and how often each was written to."""
-    steps = getattr(layer, "steps_of_engine", 0)  # which write to no parameter that torch sees
+    steps = getattr(layer, "steps_of_engine", 0)
     own = ((id(p), 0 if p.is_inference() else p._version) for p in layer.parameters())
     return ((0, steps), *own)
 

@@ -9,11 +9,12 @@ the logits. Anything else computes the logits, once, as the head would have.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
@@ -38,10 +39,13 @@ class DeferringHead(nn.Module):
     Attributes:
         defers_in_engine: an engine's hooks wait until logits or loss are computed, on each rank
             alike: however few logits they are.
+        steps_of_engine: what it has stepped without writing to parameters that torch sees.
     """
 
     acts_as: ClassVar[type[nn.Module]]
+    is_on: bool = True
     defers_in_engine: bool = False
+    steps_of_engine: int = 0
     out_features: int
 
     def __call__(self, *given: Any, **named: Any) -> Any:  # the input, under any name it has
@@ -58,7 +62,8 @@ class DeferringHead(nn.Module):
 
     def _defers(self, input: Any) -> TypeGuard[Tensor]:
         return (
-            type(input) is Tensor
+            self.is_on
+            and type(input) is Tensor
             and input.dim() > 1
             and (self.defers_in_engine or input[..., 0].numel() * self.out_features > LEAST_LOGITS)
             and not ops.transformed()
@@ -85,7 +90,10 @@ class DeferringTiledLinear(DeferringHead, TiledLinear):
 
 
 def defer_in_engine(model: nn.Module) -> list[DeferringHead]:
-    """Let the heads in a model that an engine has hooked wait for what uses logits; gives them."""
+    """Let the heads in a model that an engine has hooked wait for what uses logits; gives them.
+
+    Not where the model is a head itself, whose call the engine waits for.
+    """
     inner = (module for module in model.modules() if module is not model)
     heads = [module for module in inner if isinstance(module, DeferringHead)]
     for head in heads:
@@ -93,13 +101,22 @@ def defer_in_engine(model: nn.Module) -> list[DeferringHead]:
     return heads
 
 
+def modules_around(heads: Sequence[nn.Module], model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model that have some of these in them."""
+    for module in model.modules():
+        if module not in heads and any(inner in heads for inner in module.modules()):
+            yield module
+
+
 def set_deferring(head: nn.Module, on: bool) -> bool:
     """Have a linear, tiled or not, defer its logits, or not any more; False for other classes."""
+    known = isinstance(head, DeferringHead)
     for cls in (DeferringLinear, DeferringTiledLinear):
         if type(head) in (cls, cls.acts_as):
-            head.__class__ = cls if on else cls.acts_as
-            return True
-    return False
+            head.__class__, known = (cls if on else cls.acts_as), True
+    if isinstance(head, DeferringHead):
+        head.is_on = on  # also where FSDP2 has made a class of its own of it
+    return known
 
 
 class DeferredLogits(Deferred):
@@ -120,7 +137,7 @@ class DeferredLogits(Deferred):
     _x: Tensor  # (…, H)
     _steps: tuple[Step, ...]  # on the logits, in order
     _records: bool  # whether gradients were on
-    _logits: Tensor | None
+    _logits: Tensor | None = None
     _source: "tuple[DeferredLogits, Change] | None"  # which these are made of, and how
     _made: "list[weakref.ref[DeferredLogits]]"  # of these
     has_loss: bool  # whether a loss was computed of these, or of what is made of them
@@ -150,6 +167,17 @@ class DeferredLogits(Deferred):
         state = LayerState.of(head, x)
         return cls(head, state, x, state.autocast or x.dtype, (), torch.is_grad_enabled())
 
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]  # to stubs an attribute
+        """That of something they are made of: DeepSpeed hooks results that have one."""
+        if self._logits is not None:
+            return self._logits.grad_fn
+        if not self.requires_grad or "_x" not in self.__dict__:  # it is being made
+            return None
+        given = (t for t in (self._x, *self._head.parameters()) if t.requires_grad)
+        first = next(given, None)
+        return None if first is None else get_gradient_edge(first).node
+
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
         """As of its values, once they are computed."""
         if self._logits is not None:
@@ -162,21 +190,20 @@ class DeferredLogits(Deferred):
             source = None if self._source is None else self._source[0]._logits
             if self._source is not None and source is not None:
                 with torch.set_grad_enabled(self._records):
-                    self._logits = self._source[1](source)  # which has the hooks of the source
+                    values = self._source[1](source)
+                self._logits = self._hooked(values, [self])  # the others are of the source
             else:
                 with self._state.again(self._x, self._records, self.stale):
                     values = self._head.now(self._x)
                     for _, _, step in self._steps:
                         values = step(values)
-                self._logits = self._hooked(values)
+                self._logits = self._hooked(values, self._with_sources())
         assert self._logits is not None
         return self._logits
 
     def compute_family(self) -> None:
         """Compute these logits and all that may share memory with them, before one is written."""
-        first = self
-        while first._source is not None:
-            first = first._source[0]
+        *_, first = self._with_sources()
         first._compute_with_made()
 
     def _compute_with_made(self) -> None:
@@ -191,26 +218,28 @@ class DeferredLogits(Deferred):
         if form is None or self._logits is not None or self.dim() != 2:
             return None
         records = self._records and torch.is_grad_enabled()
+        dtype = self.dtype if ops.autocast_dtype(self._x) is None else None  # autocast: float32
         with self._state.again(self._x, records, self.stale):
             loss = linear_cross_entropy(
                 self._x, self._head, target, logit_scale=form[0], softcap=form[1], **options
             )
-        self._note_loss()
-        return self._hooked(loss.to(self.dtype))
+        for each in self._with_sources():
+            each.has_loss = True
+        return self._hooked(loss.to(dtype or loss.dtype), self._with_sources())
 
-    def _hooked(self, result: Tensor) -> Tensor:
-        """A result with what engines have hooked these logits with, or those that they are of."""
-        each: DeferredLogits | None = self
-        while each is not None and result.requires_grad:
-            for hook in each.engine_hooks.values():
+    def _hooked(self, result: Tensor, owners: "Iterable[DeferredLogits]") -> Tensor:
+        """A result with the hooks that engines have given to these."""
+        for hook in (hook for each in owners for hook in each.engine_hooks.values()):
+            if result.requires_grad:
                 result.register_hook(hook)
-            each = None if each._source is None else each._source[0]
         return result
 
-    def _note_loss(self) -> None:
-        self.has_loss = True
-        if self._source is not None:
-            self._source[0]._note_loss()
+    def _with_sources(self) -> "Iterator[DeferredLogits]":
+        """They, and all that they are made of."""
+        each: DeferredLogits | None = self
+        while each is not None:
+            yield each
+            each = None if each._source is None else each._source[0]
 
     def changed(self, name: str, change: Change, others: Sequence[Any]) -> Any:
         """They after a function of this name, still deferred; None where it takes their values."""
@@ -259,6 +288,27 @@ class DeferredLogits(Deferred):
         others = tree_leaves((args[1:], kwargs))
         name = getattr(func, "__name__", "")
         return args[0].changed(name, lambda t: func(t, *args[1:], **kwargs), others)
+
+
+def compute_those_without_loss(value: Any) -> Any:
+    """The deferred logits in what a module gives as tensors, but for those that have a loss."""
+    return map_results(
+        value, DeferredLogits, lambda each: each if each.has_loss else each.computed()
+    )
+
+
+def map_results(value: Any, kind: type, act: Callable[[Any], Any]) -> Any:
+    """What a module gives, with act(x) for each x of a kind in it; dicts are changed in place."""
+    if isinstance(value, kind):
+        return act(value)
+    if isinstance(value, dict):
+        for key in [*value]:
+            value[key] = map_results(value[key], kind, act)
+    elif isinstance(value, tuple | list):
+        made = (map_results(each, kind, act) for each in value)
+        cls: Any = type(value)
+        return cls(*made) if hasattr(value, "_fields") else cls(made)  # a named tuple
+    return value
 
 
 def _loss(

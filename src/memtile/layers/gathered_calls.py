@@ -31,7 +31,7 @@ def is_gathered_when_called(module: nn.Module) -> bool:
     forward = type(module).forward
     return (
         isinstance(module, nn.Linear)
-        and (forward is nn.Linear.forward or hasattr(type(module), "multiplies_floats"))
+        and (forward is nn.Linear.forward or getattr(module, "multiplies_floats", False))
         and not module._modules  # parametrizations
         and checks.has_hooks(module)
         and has_only_hooks_of_engines(module)

@@ -60,6 +60,7 @@ _READ_DATA, READ_BASE = _OF_C_BASE["data"].__get__, _OF_C_BASE["_base"].__get__
 FREE = frozenset(
     [getattr(Tensor, name).__get__ for name in _FREE_PROPERTIES if hasattr(Tensor, name)]
     + [getattr(Tensor, name) for name in _FREE_METHODS]
+    + [getattr(torch, name) for name in _FREE_METHODS & set(torch.__all__)]
 )
 
 

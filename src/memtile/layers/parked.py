@@ -132,7 +132,7 @@ class ParkedLinear(ParkedModule, nn.Linear):
     """
 
     resident_class: ClassVar[type[nn.Module]] = nn.Linear
-    multiplies_floats: ClassVar = True  # see `layers.gathered_calls`
+    multiplies_floats: ClassVar[bool] = True  # see `layers.gathered_calls`
 
     def __init__(
         self,

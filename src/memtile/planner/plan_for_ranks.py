@@ -26,7 +26,13 @@ from memtile.costmodel.rank_traffic import rank_floors, traffic
 from memtile.costmodel.shards import Engine
 from memtile.costmodel.tile_grids import cut_alike
 from memtile.errors import ArgumentError, check_whole_number
-from memtile.layers import DeferringHead, TiledLinear
+from memtile.layers import (
+    DeferringHead,
+    TiledLinear,
+    compute_those_without_loss,
+    defer_in_engine,
+    modules_around,
+)
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
 from memtile.transfer.iterations import in_backward
@@ -162,8 +168,12 @@ class _Count:
     """Counts one rank's step of a layout, and how often it runs each layer."""
 
     def __init__(
-        self, seen: Survey, loose: Sequence[LooseModule], mlps: Sequence[Mlp] = ()
+        self,
+        seen: Survey,
+        loose: Sequence[LooseModule],
+        mlps: Sequence[Mlp] = (),
     ) -> None:
+        self._trains = seen.trains
         self._watched = {weight.names[0]: weight.names for weight in seen.weights}
         self._watched |= {module.name: (module.name,) for module in loose}
         self._mlps = {each.down.rpartition(".")[0]: each for each in mlps}  # by their modules
@@ -185,6 +195,10 @@ class _Count:
         return counted, found
 
     def _watch(self, meta_copy: nn.Module) -> None:
+        heads = defer_in_engine(meta_copy)
+        for module in () if self._trains else modules_around(heads, meta_copy):
+            # something will use them
+            module.register_forward_hook(lambda _, __, result: compute_those_without_loss(result))
         for name, modules in self._watched.items():
             for module in map(meta_copy.get_submodule, modules):
                 used = module

@@ -19,7 +19,7 @@ from memtile.costmodel import Products
 from memtile.costmodel.model_records import Activations, Counted, ParkedLayout
 from memtile.errors import CannotTileError, MemtileError
 from memtile.homes import DeviceHome, is_parked, register
-from memtile.layers import ParkedModule, defer_in_engine
+from memtile.layers import ParkedModule
 from memtile.planner.model_survey import Survey
 from memtile.planner.operation_count import count_step
 from memtile.transfer import SavedPiece, SavedPieces, bytes_of, park_each_forward
@@ -46,8 +46,6 @@ class StepCount:
         if any(decision.tiled for decision in decisions):
             _park(meta_copy, decisions)
         set_deferring_of(meta_copy, True)
-        if self.watch is not None:
-            defer_in_engine(meta_copy)
         set_checkpointing(meta_copy, activations.recomputed)
         if activations.mlps_in_tiles:
             put_mlps_in_tiles(meta_copy)
