@@ -21,10 +21,11 @@ from memtile.errors import ArgumentError, TileClassError
 from memtile.geometry import Span
 from memtile.homes import is_parked
 from memtile.layers import checks
-from memtile.layers.gathered_calls import call_around
+from memtile.layers.gathered_calls import call_around, has_only_hooks_of_engines
 from memtile.layers.tiled_embedding import TiledEmbedding
 from memtile.layers.tiled_linear import TiledLinear
 from memtile.layers.tiled_module import TiledModule
+from memtile.layers.values import is_shard
 from memtile.layers.weight_tiles import Layer, modules_of_tiles, weight_tiles
 from memtile.transfer import ParkedSource, layer_call
 
@@ -72,11 +73,10 @@ class _Gathered:
         made: list[ops.LogitSums] = []
 
         def act(x: Tensor) -> Tensor:
-            weight, bias = self.module.weight, self.bias
+            weight, bias = self.module.weight, self.module.bias if self.bias is None else self.bias
             _check(x, weight)
-            own = replace(blocks, dtype=ops.autocast_dtype(x) or x.dtype)  # the engine casts
-            bias = self.module.bias if bias is None else bias
-            made.append(ops.tile_logit_sums(x, weight, bias, query, own))
+            own = replace(blocks, dtype=ops.autocast_dtype(x) or x.dtype)  # the engine may cast x
+            made.append(_Weight(self.classes, weight, bias).sums(x, query, own))
             return torch.stack([each for each in made[0] if each is not None])
 
         rows: Any = iter(_with_values_of(call_around([self.module], act, x), made[0]))
@@ -99,12 +99,12 @@ class _Called:
     """A tile, or a row of them, that is called as a module."""
 
     classes: Span
+    layer: nn.Module
     call: Callable[[Tensor], Any]
 
     def sums(self, x: Tensor, query: ops.LogitQuery, blocks: ops.LogitBlocks) -> ops.LogitSums:
         """The logits of the tile exist meanwhile; they are computed again in backward."""
-        owner = getattr(self.call, "layer", self.call)
-        replaced = isinstance(owner, nn.Module) and checks.has_replaced_parameters(owner)
+        replaced = checks.has_replaced_parameters(self.layer)
         if ops.transformed() or not torch.is_grad_enabled() or replaced:
             return self._sums(x, query)
         found: ops.LogitSums = checkpoint(self._sums, x, query, use_reentrant=False)
@@ -195,10 +195,16 @@ def _by_calls(head: Head, bias: Tensor | None) -> list[_Gathered] | list[_Called
     modules = None if ops.transformed() else modules_of_tiles(head)
     if modules and not any(checks.has_replaced_parameters(tile.weight) for tile in modules):
         return [_Gathered(*tile) for tile in modules]
-    known = checks.class_of(head) is TiledLinear and not checks.has_hooks(head)
-    if not isinstance(head, TiledLinear) or not known:
-        return [_Called(Span(0, classes_of(head)), partial(nn.Module.__call__, head))]
-    return [_Called(span, _RowOfTiles(head, o)) for o, span in enumerate(head.grid.out_spans)]
+    known = checks.class_of(head) is TiledLinear and has_only_hooks_of_engines(head)
+    if not isinstance(head, TiledLinear) or not known or _has_bias_of_engine(head):
+        call = partial(nn.Module.__call__, head)  # a deferring one's own would defer
+        return [_Called(Span(0, classes_of(head)), head, call)]
+    return [_Called(span, head, _RowOfTiles(head, o)) for o, span in enumerate(head.grid.out_spans)]
+
+
+def _has_bias_of_engine(head: TiledLinear) -> bool:
+    """Whether an engine gathers a bias that the layer keeps whole, when the layer is called."""
+    return head.whole_bias is not None and is_shard(head.whole_bias)
 
 
 @dataclass(frozen=True)
