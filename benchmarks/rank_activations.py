@@ -2,13 +2,12 @@
 
 All ways of an engine live in the same processes and step in turn, round after round. Seconds are of
 rank 0, which waits for the others before and after each step; a peak is the most that its resident
-memory (`VmHWM`) rose in a step, the largest of all rounds, after free memory was given back.
+memory (`VmHWM`) rose in a step, the largest of all rounds; freed memory is given back at once.
 
     python benchmarks/rank_activations.py --output benchmarks/results/rank_activations.json
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import statistics
@@ -32,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import memtile
 from engines import Step, quiet, seconds
 from memtile.engines.torch_fsdp2 import shard
+from memtile.homes import keep_freed_memory_out
 from memtile.testing import PeakMemory
 
 MIB = 1 << 20
@@ -129,6 +129,7 @@ def step_of(model: nn.Module, engine: str) -> Step:
 def run(rank: int, args: argparse.Namespace, engine: str, part: str, folder: str) -> None:
     """Every way of a part in turn, round after round; rank 0 leaves seconds and peaks."""
     quiet(rank, args.ranks)
+    keep_freed_memory_out()  # or peaks have the heap's holes in them
     store = dist.FileStore(str(Path(folder) / "store"), args.ranks)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=args.ranks, timeout=timedelta(minutes=5)
@@ -145,7 +146,6 @@ def run(rank: int, args: argparse.Namespace, engine: str, part: str, folder: str
     found: dict[str, dict[str, list[float]]] = {way: {"seconds": [], "peaks": []} for way in ways}
     for number, (way, step) in product(range(args.rounds + 2), steps.items()):
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
         with PeakMemory() as peak:
             took = seconds(step, x)
         if number >= 2:  # the first two learn the order

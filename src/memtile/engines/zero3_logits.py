@@ -62,6 +62,8 @@ def _note_step(heads: list[DeferringHead], *_: object) -> None:
 
 
 def _compute_given(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    if not any(isinstance(each, DeferredLogits) for each in inputs):
+        return None
     return tuple(each.computed() if isinstance(each, DeferredLogits) else each for each in inputs)
 
 

@@ -169,11 +169,15 @@ class DeferredLogits(Deferred):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]  # to stubs an attribute
-        """That of something they are made of: DeepSpeed hooks results that have one."""
+        """That of something they are made of, in an engine: DeepSpeed hooks what has one.
+
+        None elsewhere, as of leaves: DDP puts an `autograd.Function` around results that have one.
+        """
+        is_made = "_x" in self.__dict__
+        if not is_made or not self.requires_grad or not self._head.defers_in_engine:
+            return None
         if self._logits is not None:
             return self._logits.grad_fn
-        if not self.requires_grad or "_x" not in self.__dict__:  # it is being made
-            return None
         given = (t for t in (self._x, *self._head.parameters()) if t.requires_grad)
         first = next(given, None)
         return None if first is None else get_gradient_edge(first).node
