@@ -283,6 +283,20 @@ def test_a_loss_needs_no_logits(engine, tied):
     assert isinstance(model.lm_head, DeferringHead)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, None])
+def test_logits_that_a_step_gives_are_counted(optimizer):
+    """They are computed, also where a step ends with them: 512 tokens of 40 000 classes."""
+
+    def work(model: nn.Module) -> torch.Tensor:
+        return model(torch.zeros(512, 8, device="meta"))
+
+    model = nn.Sequential(nn.Linear(8, 8), memtile.defer_logits(nn.Linear(8, 40_000)))
+    options = {"engine": "fsdp2", "tokens": 512, "work": work, "optimizer": optimizer}
+    plan = plan_ranks(model, world_size=2, **options)
+
+    assert peak_moment(plan.moments).nbytes >= 512 * 40_000 * 4
+
+
 def test_mlps_that_are_not_there_are_refused():
     """With what to ask instead."""
     with pytest.raises(ArgumentError, match="has no MLP that can be computed by tiles"):

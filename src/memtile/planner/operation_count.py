@@ -24,6 +24,7 @@ from memtile.costmodel import Products
 from memtile.costmodel.model_records import Counted
 from memtile.geometry import partition_uniform
 from memtile.homes import is_parked
+from memtile.layers import DeferredLogits
 from memtile.ops import LiveBytes, repeats, tensors_in
 from memtile.planner.known_shapes import KnownShapes
 
@@ -53,6 +54,8 @@ def count_step(model: nn.Module, work: Work, *, drops_gradients: bool, goes_home
     try:
         with torch.set_grad_enabled(model.training), counter, _AsOnCpu(), _cpu_autocast():
             loss = work(model)
+            if isinstance(loss, DeferredLogits):
+                loss = loss.computed()
             counter.turn()
             if loss is not None and model.training:
                 _run_backward(loss)
