@@ -4,7 +4,7 @@ DeepSpeed puts an `autograd.Function` around each tensor that a module takes or 
 parameters of the module itself. Deferred logits are kept from it, but where a module has some.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -14,11 +14,8 @@ from torch import nn
 from memtile.layers import (
     DeferredLogits,
     DeferringHead,
-    compute_those_without_loss,
     defer_in_engine,
     is_of_engine,
-    map_results,
-    modules_around,
 )
 
 Optimizer = Any  # the one of torch inside DeepSpeed's, or None
@@ -27,7 +24,7 @@ Optimizer = Any  # the one of torch inside DeepSpeed's, or None
 def keep_deferred(model: nn.Module, optimizer: Optimizer) -> None:
     """Have the heads of a model defer their logits, and the results of its modules keep them."""
     heads = defer_in_engine(model)
-    for module in modules_around(heads, model):
+    for module in _modules_around(heads, model):
         _put_around_engine(
             module,
             module.register_forward_hook(_hide_result).id,
@@ -69,12 +66,12 @@ def _compute_given(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 def _hide_result(module: nn.Module, _: object, result: Any) -> Any:
     has_own = any(True for _ in module.parameters(recurse=False))  # gathered for this gradient
-    return _hidden(compute_those_without_loss(result) if has_own else result)
+    return _hidden(_compute_those_without_loss(result) if has_own else result)
 
 
 def _hidden(value: Any) -> Any:
     """With functions, of which DeepSpeed makes nothing, in place of deferred logits."""
-    return map_results(value, DeferredLogits, _function_of)
+    return _map_results(value, DeferredLogits, _function_of)
 
 
 def _function_of(logits: DeferredLogits) -> Callable[[], DeferredLogits]:
@@ -86,8 +83,36 @@ def _function_of(logits: DeferredLogits) -> Callable[[], DeferredLogits]:
 
 def _shown(value: Any) -> Any:
     """With the deferred logits again."""
-    return map_results(value, FunctionType, _logits_of)
+    return _map_results(value, FunctionType, _logits_of)
 
 
 def _logits_of(value: Any) -> Any:
     return value() if value.__module__ == __name__ else value
+
+
+def _modules_around(heads: Sequence[nn.Module], model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model that have some of these in them."""
+    for module in model.modules():
+        if module not in heads and any(inner in heads for inner in module.modules()):
+            yield module
+
+
+def _compute_those_without_loss(value: Any) -> Any:
+    """The deferred logits in what a module gives as tensors, but for those that have a loss."""
+    return _map_results(
+        value, DeferredLogits, lambda each: each if each.has_loss else each.computed()
+    )
+
+
+def _map_results(value: Any, kind: type, act: Callable[[Any], Any]) -> Any:
+    """What a module gives, with act(x) for each x of a kind in it; dicts are changed in place."""
+    if isinstance(value, kind):
+        return act(value)
+    if isinstance(value, dict):
+        for key in [*value]:
+            value[key] = _map_results(value[key], kind, act)
+    elif isinstance(value, tuple | list):
+        made = (_map_results(each, kind, act) for each in value)
+        cls: Any = type(value)
+        return cls(*made) if hasattr(value, "_fields") else cls(made)  # a named tuple
+    return value

@@ -5,10 +5,7 @@ from memtile.layers.checks import class_of, has_hooks, is_plain
 from memtile.layers.deferred_logits import (
     DeferredLogits,
     DeferringHead,
-    compute_those_without_loss,
     defer_in_engine,
-    map_results,
-    modules_around,
     set_deferring,
 )
 from memtile.layers.gathered_calls import is_gathered_when_called, is_of_engine
@@ -79,7 +76,6 @@ __all__ = [
     "called_experts",
     "checked_structure",
     "class_of",
-    "compute_those_without_loss",
     "defer_in_engine",
     "gathered",
     "has_hooks",
@@ -89,8 +85,6 @@ __all__ = [
     "is_shard",
     "layers_of",
     "linear_cross_entropy",
-    "map_results",
-    "modules_around",
     "pairs_of",
     "put_in_tiles",
     "put_pairs_in_tiles",

@@ -101,13 +101,6 @@ def defer_in_engine(model: nn.Module) -> list[DeferringHead]:
     return heads
 
 
-def modules_around(heads: Sequence[nn.Module], model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model that have some of these in them."""
-    for module in model.modules():
-        if module not in heads and any(inner in heads for inner in module.modules()):
-            yield module
-
-
 def set_deferring(head: nn.Module, on: bool) -> bool:
     """Have a linear, tiled or not, defer its logits, or not any more; False for other classes."""
     known = isinstance(head, DeferringHead)
@@ -292,27 +285,6 @@ class DeferredLogits(Deferred):
         others = tree_leaves((args[1:], kwargs))
         name = getattr(func, "__name__", "")
         return args[0].changed(name, lambda t: func(t, *args[1:], **kwargs), others)
-
-
-def compute_those_without_loss(value: Any) -> Any:
-    """The deferred logits in what a module gives as tensors, but for those that have a loss."""
-    return map_results(
-        value, DeferredLogits, lambda each: each if each.has_loss else each.computed()
-    )
-
-
-def map_results(value: Any, kind: type, act: Callable[[Any], Any]) -> Any:
-    """What a module gives, with act(x) for each x of a kind in it; dicts are changed in place."""
-    if isinstance(value, kind):
-        return act(value)
-    if isinstance(value, dict):
-        for key in [*value]:
-            value[key] = map_results(value[key], kind, act)
-    elif isinstance(value, tuple | list):
-        made = (map_results(each, kind, act) for each in value)
-        cls: Any = type(value)
-        return cls(*made) if hasattr(value, "_fields") else cls(made)  # a named tuple
-    return value
 
 
 def _loss(

@@ -26,13 +26,7 @@ from memtile.costmodel.rank_traffic import rank_floors, traffic
 from memtile.costmodel.shards import Engine
 from memtile.costmodel.tile_grids import cut_alike
 from memtile.errors import ArgumentError, check_whole_number
-from memtile.layers import (
-    DeferringHead,
-    TiledLinear,
-    compute_those_without_loss,
-    defer_in_engine,
-    modules_around,
-)
+from memtile.layers import DeferringHead, TiledLinear, defer_in_engine
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
 from memtile.transfer.iterations import in_backward
@@ -195,10 +189,8 @@ class _Count:
         return counted, found
 
     def _watch(self, meta_copy: nn.Module) -> None:
-        heads = defer_in_engine(meta_copy)
-        for module in () if self._trains else modules_around(heads, meta_copy):
-            # something will use them
-            module.register_forward_hook(lambda _, __, result: compute_those_without_loss(result))
+        for head in defer_in_engine(meta_copy):
+            head.is_on = self._trains  # in inference something reads the logits
         for name, modules in self._watched.items():
             for module in map(meta_copy.get_submodule, modules):
                 used = module
