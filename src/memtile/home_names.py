@@ -6,6 +6,8 @@ from typing import Final
 from memtile.errors import ArgumentError
 
 HOMES: Final = ("disk", "disk:FOLDER", "host", "device")
+RANK_HOMES: Final = ("host", "disk", "disk:FOLDER")
+"""Where the activations of a rank can be parked: its tiles are an engine's."""
 IN_FILES: Final = "checkpoint"
 """Names the files that a model is filled from, where tiles may stay and are only read."""
 
@@ -32,3 +34,11 @@ def parse_home(
     raise ArgumentError(
         f"{label}{word!r} is no home: it must be {', '.join(known[:-1])} or {known[-1]}{more}"
     )
+
+
+def at_home(word: str) -> str:
+    """Where what is parked there lives, as a phrase for tables."""
+    kind, folder = parse_home(word, known=(*HOMES, IN_FILES))
+    words = {"disk": "on disk", "host": "in host memory", "device": "on the device"}
+    words[IN_FILES] = "in the checkpoint's files"
+    return words[kind] + (f" in {folder}" if folder else "")

@@ -68,11 +68,13 @@ def test_a_cluster_is_planned(config, capsys):
 def test_json_is_a_plan_for_ranks(config, capsys):
     """`--json` prints what `RankPlan.from_json` reads, with the options that were given."""
     cluster = ["--world-size", "8", "--engine", "fsdp2", "--offload", "cpu", "--link", "50GB/s"]
-    code = main(["plan", str(config), "--tokens", "32", "--json", *cluster])
+    given = ["--tokens", "32", "--home", "disk:folder", "--json", *cluster]
+    code = main(["plan", str(config), *given])
 
     plan = RankPlan.from_json(capsys.readouterr().out)
     assert code == 0
     assert (plan.world, plan.engine, plan.offload) == (8, "fsdp2", "cpu")
+    assert (plan.home, plan.parks_activations) == ("disk:folder", False)
     assert (plan.speeds.link, plan.smallest_world) == (50e9, None)
 
 
@@ -101,7 +103,14 @@ def test_json_is_a_plan_for_ranks(config, capsys):
         (["--engine", "fsdp2"], "--engine is of a cluster"),
         (["--world-size", "2"], "--world-size needs --engine"),
         (["--world-size", "2", "--engine", "fsdp2", "--budget", "1GiB"], "--device-memory"),
-        (["--world-size", "2", "--engine", "fsdp2", "--home", "host"], "--home plans one process"),
+        (
+            ["--world-size", "2", "--engine", "fsdp2", "--mode", "classic"],
+            "--mode plans one process",
+        ),
+        (
+            ["--world-size", "2", "--engine", "fsdp2", "--home", "checkpoint"],
+            "--home 'checkpoint' is",
+        ),
         (["--world-size", "0", "--engine", "fsdp2"], "world_size=0"),
         (["--world-size", "2", "--engine", "fsdp2", "--link", "quick"], "no speed"),
         (["--world-size", "2", "--engine", "fsdp2", "--link", "5GB"], "'5GB' is no speed: write"),

@@ -1,5 +1,7 @@
 """Plans for ranks: the arithmetic of shards, what is refused, and that tiling follows them."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -21,6 +23,7 @@ from memtile.errors import ArgumentError, BudgetError
 from memtile.geometry import Grid
 from memtile.layers import DeferringHead, ParkedLinear
 from memtile.planner import plan_ranks
+from memtile.transfer import SavedPieces
 
 MIB = 1 << 20
 TRAINED = Uses(1, 0, 1)
@@ -305,6 +308,50 @@ def test_mlps_that_are_not_there_are_refused():
         planned(2, tile_mlps="yes")
 
 
+def test_activations_are_parked_where_nothing_else_fits():
+    """The device holds less, its rank's host or disk what is parked, which moves twice a step."""
+    layers = [(nn.Linear(256, 256), nn.ReLU()) for _ in range(30)]
+    deep = nn.Sequential(*(module for pair in layers for module in pair))
+    plan = partial(plan_ranks, deep, world_size=64, engine="fsdp2", tokens=1024)
+    kept = plan()
+    parked = plan(device_memory="28MiB")
+    on_disk = plan(park_activations=True, home="disk:folder")
+
+    assert parked.parks_activations
+    assert not kept.parks_activations
+    assert "activations in host memory" in parked.summary
+    assert "activations on disk in folder" in on_disk.summary
+    assert parked.bytes_of("host") == on_disk.bytes_of("disk") == 31 * MIB  # the input too
+    assert on_disk.bytes_of("host") == 3 * MIB  # slabs
+    assert parked.term("activations on their way") == 8 * MIB
+    assert kept.peak_bytes - on_disk.peak_bytes > 25 * MIB
+    moved = [(each.link, each.nbytes) for each in on_disk.traffic if each.name.startswith("activ")]
+    assert moved == [("host", 62 * MIB), ("disk", 62 * MIB)]
+    with pytest.raises(BudgetError):
+        plan(device_memory="28MiB", park_activations=False)
+
+
+def test_a_model_parks_activations_as_planned_for_ranks(monkeypatch):
+    """Tiles stay in memory for the engine; another home may be given."""
+    plan = planned(2, tokens=2000, park_activations=True)
+    labels, real = [], SavedPieces.store
+
+    def store(self, tensor, start, stop, label):
+        labels.append((label, self.home))
+        return real(self, tensor, start, stop, label)
+
+    monkeypatch.setattr(SavedPieces, "store", store)
+    home = memtile.DiskHome()
+    for given in (None, home):
+        memtile.tile(stack(), plan, home=given)(torch.zeros(2000, 70)).sum().backward()
+
+    first, second = labels[: len(labels) // 2], labels[len(labels) // 2 :]
+    assert [label for label, _ in first] == [label for label, _ in second]
+    assert "activation float32 (2000, 5001)" in dict(first)
+    assert {type(where) for _, where in first} == {memtile.HostHome}
+    assert {where for _, where in second} == {home}
+
+
 def test_tied_weights_keep_a_whole_gradient():
     """Autograd adds up the uses' gradients before any of it can be reduced."""
     tied = nn.Sequential(nn.Embedding(61, 20), nn.Linear(20, 61, bias=False))
@@ -356,6 +403,9 @@ def test_a_model_is_tiled_as_planned_for_ranks():
         ({"device_memory": "much"}, "not a size"),
         ({"device_memory": MIB, "max_tile_bytes": MIB}, "give it alone"),
         ({"checkpointing": True}, "gradient_checkpointing_enable"),
+        ({"home": "checkpoint"}, "host, disk or disk:FOLDER"),
+        ({"park_activations": "disk"}, "park_activations='disk'"),
+        ({"park_activations": True, "optimizer": None}, "nothing is trained"),
     ],
 )
 def test_what_no_cluster_is_is_refused_by_name(options, words):

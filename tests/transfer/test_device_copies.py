@@ -160,7 +160,7 @@ def test_copies_under_way_are_bounded(cuda):
     allocations = [stored(copies, value) for value in range(30)]
     (stream,) = cuda.streams
 
-    assert len(stream.queue) == device_copies._MOST_UNDER_WAY
+    assert len(stream.queue) == device_copies.COPIES_UNDER_WAY
     assert len(cuda.recorded) == 30
     del copies  # waits for what is under way
     gc.collect()

@@ -15,13 +15,14 @@ from memtile.cli import models
 from memtile.cli.errors import CommandError, check_at_least
 from memtile.cli.terminal import AsJson, with_options
 from memtile.costmodel import ClusterSpec, Plan, RankPlan, parse_byte_size, parse_speed
+from memtile.home_names import RANK_HOMES, parse_home
 from memtile.planner import plan_ranks
 from memtile.planner.saved_rates import rates_of
 from memtile.testing import PeakMemory
 
 _OTHERS: Final = "the tokenizer"
 _CLUSTER: Final = ("engine", "device_memory", "offload", "link", "host_link", "disk", "flops")
-_PROCESS: Final = ("budget", "home", "mode", "rates")
+_PROCESS: Final = ("budget", "mode", "rates")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class PlanArguments:
     home: Annotated[
         str | None,
         typer.Option(
-            help="Where parked tiles live: disk, disk:FOLDER, host, or checkpoint (no training).",
-            show_default="disk",
+            help="Where parked tiles live: disk, disk:FOLDER, host, or checkpoint (no training). "
+            "Of ranks, where activations are parked: host, disk or disk:FOLDER.",
+            show_default="disk; of ranks, host",
         ),
     ] = None
     mode: Annotated[
@@ -145,6 +147,8 @@ def _plan_ranks(given: PlanArguments) -> RankPlan:
     assert given.engine is not None
     text = given.device_memory
     memory = parse_byte_size(text, "--device-memory") if text else None
+    home = "host" if given.home is None else given.home
+    parse_home(home, "--home ", RANK_HOMES)
     speeds = _speeds(given)
     with _counting(given.model):
         return plan_ranks(
@@ -155,6 +159,7 @@ def _plan_ranks(given: PlanArguments) -> RankPlan:
             engine=given.engine,
             device_memory=memory,
             offload=given.offload or "none",
+            home=home,
             speeds=speeds,
             tokens=_tokens(given),
             batch=given.batch,

@@ -64,25 +64,26 @@ def planned_home(
 
     A plan that recomputes what the model cannot is refused.
     """
-    if isinstance(plan, RankPlan):
-        if home is not None:
-            raise ArgumentError(
-                f"home={home!r} beside a plan for ranks: its tiles live as shards of the engine; "
-                "leave home out, or plan for one process with memtile.plan"
-            )
-        return None
+    parks = plan.parks_activations or (isinstance(plan, Plan) and plan.parked_layers)
+    if isinstance(plan, RankPlan) and home is not None and not parks:
+        raise ArgumentError(
+            f"home={home!r} beside a plan for ranks: its tiles live as shards of the engine; "
+            "leave home out, or plan for one process with memtile.plan"
+        )
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
-    parks = plan.parked_layers or plan.parks_activations
     return plan.home if home is None and parks else home
 
 
-def park_planned_activations(model: nn.Module, plan: Plan, home: Home | str | None) -> None:
+def park_planned_activations(
+    model: nn.Module, plan: Plan | RankPlan, home: Home | str | None
+) -> None:
     """Park what each call saves for backward: in the home of the tiles, where there are any."""
     shares = _shares(model.parameters())
     assert home is not None
     found = shares[0][0] if shares else resolve_home(home)
-    found.mapped_bytes = plan.mapped_bytes
+    if isinstance(plan, Plan):
+        found.mapped_bytes = plan.mapped_bytes
     park_each_forward(model, SavedPieces(found))
 
 

@@ -84,7 +84,7 @@ def tile(
         model: any module that holds linears.
         plan: of `memtile.plan` for this model: which layers, which grids, and which home unless
             `home` is given; resident layers stay dense. Or of `memtile.planner.plan_ranks`: tiles
-            for an engine, without a home.
+            for an engine; a home is for activations alone, where the plan parks them.
         out_splits: rows of tiles for every module. In a stack bounds fall between experts; more
             rows than experts cut each of them into the same number of parts.
         in_splits: columns of tiles for every linear (embeddings, what is tied to them, and stacks
@@ -151,16 +151,17 @@ def tile(
     if plan is not None or (home is not None and modules is None):
         _refuse_tiled_before(model)
     own = plan if isinstance(plan, Plan) else None  # of this process
+    tiles_home = None if isinstance(plan, RankPlan) else home
     on_cpu = own is not None or not torch.cuda.is_available()  # a rank's device
     if return_freed_memory or (return_freed_memory is None and plan is not None and on_cpu):
         keep_freed_memory_out()
     if own is not None:
         take_workspace(own.products)
     if checkpoint is not None or any(decision.tiled for decision in decisions):
-        _replace_and_fill(model, decisions, home, checkpoint, strict)
+        _replace_and_fill(model, decisions, tiles_home, checkpoint, strict)
+    if plan is not None and plan.parks_activations:
+        park_planned_activations(model, plan, home)
     if own is not None:
-        if own.parks_activations:
-            park_planned_activations(model, own, home)
         share_budget(model, own)
     set_deferring_of(model, True)
     if (tile_mlps or (plan is not None and plan.tiles_mlps)) and not put_mlps_in_tiles(model):

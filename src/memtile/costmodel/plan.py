@@ -27,7 +27,7 @@ from memtile.costmodel.plan_parts import (
     term_rows,
 )
 from memtile.errors import ArgumentError
-from memtile.home_names import HOMES, IN_FILES, parse_home
+from memtile.home_names import HOMES, IN_FILES, at_home, parse_home
 
 OptimizerMode = Literal["classic", "in_backward"]
 _TITLES: Final = {"device": "memory of the device", "host": "memory", "disk": "disk"}
@@ -143,10 +143,10 @@ class Plan(JsonRecord):
         work = f"{self.optimizer} {self.mode}" if self.optimizer else "inference"
         where = "all in memory"
         if self.parked_layers:
-            where = f"{self.tiles} tiles of {len(self.parked_layers)} layers {_at(self.home)}"
+            where = f"{self.tiles} tiles of {len(self.parked_layers)} layers {at_home(self.home)}"
         kept = ", gradient checkpointing" if self.checkpointing else ""
         kept += ", MLPs in tiles" if self.tiles_mlps else ""
-        kept += f", activations {_at(self.home)}" if self.parks_activations else ""
+        kept += f", activations {at_home(self.home)}" if self.parks_activations else ""
         return (
             f"{self.model}, {self.tokens} tokens, {work}: {where}{kept}; predicted peak "
             f"{format_byte_size(self.peak_bytes)}, about {self.seconds:.2g} s a step"
@@ -183,10 +183,3 @@ class Plan(JsonRecord):
             yield (
                 "slabs: a few buffers, each as large as the largest tile, that tiles are read into"
             )
-
-
-def _at(home: str) -> str:
-    kind, folder = parse_home(home, known=(*HOMES, IN_FILES))
-    words = {"disk": "on disk", "host": "in host memory", "device": "on the device"}
-    words[IN_FILES] = "in the checkpoint's files"
-    return words[kind] + (f" in {folder}" if folder else "")

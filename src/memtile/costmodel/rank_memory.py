@@ -13,6 +13,9 @@ the sum of its uses': autograd keeps those of the later uses, whole, until it co
 
 ZeRO-3 gathers into the parameter itself; one rank uses its own. Gradients are reduced from a bucket
 that is allocated once and as large as the largest tile. Its content is copied and padded first.
+
+Activations that are parked in host memory are copied there from a clone, and back ahead of their
+use: a few are on their way. Those on a disk go through slabs of host memory.
 """
 
 from collections.abc import Iterable, Iterator
@@ -41,6 +44,9 @@ class RankSetting:
     offload: Offload  # where shards, gradients and moments live; "none": on the device
     prefetch: int  # units that are gathered ahead of the one in use
     state: StateSizes | None  # what the optimizer keeps; None: inference
+    home: Place = "host"  # where activations live that are parked
+    copies: int = 0  # of them, that are on their way between device and host at most
+    slabs: int = 0  # of host memory, that they go through to a disk
     converting_bytes: int = 0  # the most that one conversion takes while weights are loaded
 
     def state_bytes(self, parameter: Parameter, engine: str) -> int:
@@ -134,13 +140,15 @@ class Moment:
         return sum(term.nbytes for term in self.terms)
 
 
-def kept_terms(rank: Rank) -> tuple[Term, ...]:
+def kept_terms(rank: Rank, counted: Counted) -> tuple[Term, ...]:
     """What a rank keeps all the time, largest first in each place."""
     stepping = [*_host_step(rank)]
     # Weights are loaded before the optimizer's first step.
     converting = rank.setting.converting_bytes - sum(term.nbytes for term in stepping)
     loading = Term("conversion of weights while they are loaded", max(0, converting), "host")
-    return sorted_terms([*_kept(rank), *stepping, loading])
+    parked = Term("activations at home", counted.parked_bytes, rank.setting.home)
+    slabs = Term("slabs of activations", rank.setting.slabs * counted.largest_parked, "host")
+    return sorted_terms([*_kept(rank), *stepping, loading, parked, slabs])
 
 
 def moments(rank: Rank, counted: Counted) -> tuple[Moment, ...]:
@@ -171,7 +179,11 @@ def _kept(rank: Rank) -> Iterator[Term]:
 
 
 def _moments(rank: Rank, counted: Counted) -> Iterator[tuple[str, Iterable[Term]]]:
-    activations = [*activation_terms(counted, rank.setting.state, "device", "temporary tensors")]
+    moving = min(rank.setting.copies * counted.largest_parked, counted.parked_bytes)
+    activations = [
+        *activation_terms(counted, rank.setting.state, "device", "temporary tensors"),
+        Term("activations on their way", moving, "device"),
+    ]
     if rank.fsdp2:
         yield "the start of forward", _started(rank)
     yield "forward", [*_gathered(rank, forward=True), *activations]

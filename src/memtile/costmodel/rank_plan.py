@@ -23,6 +23,7 @@ from memtile.costmodel.plan_parts import (
 from memtile.costmodel.rank_memory import Moment, Offload, peak_moment
 from memtile.costmodel.rank_traffic import ClusterSpec, LinkTraffic
 from memtile.costmodel.shards import Engine
+from memtile.home_names import RANK_HOMES, at_home, parse_home
 
 _TITLES: Final = {
     "device": "memory of a device",
@@ -50,6 +51,8 @@ class RankPlan(JsonRecord):
         batch: sequences of one rank's step.
         optimizer: the class's name; None: inference.
         checkpointing: whether the model recomputes activations in backward.
+        parks_activations: whether those that it keeps for backward live in a home.
+        home: which: "host", "disk" or "disk:FOLDER".
         tiles_mlps: whether MLPs are computed without their intermediate activation.
         device_memory: bytes of the device of one rank; None: no limit was given.
         kept: what the fullest rank holds all the time, term by term.
@@ -63,7 +66,7 @@ class RankPlan(JsonRecord):
     """
 
     _json_name: ClassVar[str] = "RankPlan"
-    _json_version: ClassVar[int] = 2
+    _json_version: ClassVar[int] = 3
 
     model: str
     engine: Engine
@@ -76,6 +79,8 @@ class RankPlan(JsonRecord):
     batch: int
     optimizer: str | None
     checkpointing: bool
+    parks_activations: bool
+    home: str
     tiles_mlps: bool
     device_memory: int | None
     kept: tuple[Term, ...]
@@ -89,6 +94,7 @@ class RankPlan(JsonRecord):
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens, self.batch)
+        parse_home(self.home, "the plan's home=", RANK_HOMES, "; make the plan anew")
 
     @property
     def worst(self) -> Moment:
@@ -133,6 +139,7 @@ class RankPlan(JsonRecord):
         engine, work = _ENGINES[self.engine], self.optimizer or "inference"
         recomputed = ", gradient checkpointing" if self.checkpointing else ""
         recomputed += ", MLPs in tiles" if self.tiles_mlps else ""
+        recomputed += f", activations {at_home(self.home)}" if self.parks_activations else ""
         seconds = "" if self.seconds is None else f", at least {self.seconds:.2g} s a step"
         return (
             f"{self.model}, {self.world} ranks of {engine}{_OFFLOADS[self.offload]}, "

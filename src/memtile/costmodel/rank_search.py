@@ -139,7 +139,7 @@ class RankSearch:
         loose = [replace(each, uses=uses[each.name]) for each in self.loose]
         mlps = self.mlps if activations.mlps_in_tiles else ()
         rank = Rank(self.setting, sharding, sharding.units(layers, grids, loose, mlps))
-        terms = kept_terms(rank), moments(rank, counted)
+        terms = kept_terms(rank, counted), moments(rank, counted)
         return RankFound(grids, activations, counted, rank, *terms)
 
     def _nothing_fits(self, sharding: Sharding, choices: Sequence[Activations]) -> BudgetError:

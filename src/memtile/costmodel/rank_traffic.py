@@ -3,12 +3,14 @@
 A ring all-gather of n ranks sends n - 1 shards over each rank's link, and so does its
 reduce-scatter: (n - 1)/n of a parameter's bytes each. A unit of tiles is gathered for each use in
 forward, once more for its backward, and again where activations are recomputed; what is tied is
-gathered for each of its uses. What is frozen is not reduced.
+gathered for each of its uses. What is frozen is not reduced. Parked activations leave the device
+in forward and come back in backward.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from memtile.costmodel.model_records import Counted
 from memtile.costmodel.plan_parts import Floor
 from memtile.costmodel.rank_memory import FLOAT32, Rank
 from memtile.costmodel.shards import GatherUnit, trained_of
@@ -51,7 +53,7 @@ class ClusterSpec:
                 )
 
 
-def traffic(rank: Rank) -> tuple[LinkTraffic, ...]:
+def traffic(rank: Rank, counted: Counted) -> tuple[LinkTraffic, ...]:
     """What the fullest rank moves in one step; nothing that is 0 bytes."""
     whole, world = rank.sharding.whole, rank.sharding.world
     gathered = reduced = 0
@@ -65,7 +67,10 @@ def traffic(rank: Rank) -> tuple[LinkTraffic, ...]:
         LinkTraffic("all-gather", "ranks", gathered * others),
         LinkTraffic("reduce-scatter", "ranks", reduced * others),
         *_offloaded(rank, gathered),
+        LinkTraffic("activations, out and back", "host", 2 * counted.parked_bytes),
     ]
+    if rank.setting.home == "disk":
+        found.append(LinkTraffic("activations, out and back", "disk", 2 * counted.parked_bytes))
     return tuple(each for each in found if each.nbytes)
 
 

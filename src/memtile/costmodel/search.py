@@ -23,6 +23,7 @@ from memtile.costmodel.model_records import (
     ParkedLayout,
     Products,
     Weight,
+    in_turn,
 )
 from memtile.costmodel.plan_parts import (
     KEPT_EXPERTS,
@@ -92,21 +93,12 @@ class Search:
     )
 
     def best(self, choices: Sequence[Activations]) -> Found:
-        """The fastest of the layouts with the fewest tiles, one for each of these choices.
-
-        Those with MLPs in tiles, and those that park activations, are tried in turn where nothing
-        else fits, with recomputation if there is one: their times are less certain, and alone they
-        take as long and save less (SmolLM2, 1024 tokens: recomputed 1.23 of the time, MLPs in tiles
-        1.22, both 1.34; parked 1.31).
+        """The fastest of the layouts with the fewest tiles, one for each of the first that fit.
 
         Raises:
             BudgetError: none fits.
         """
-        in_turn = [[each for each in choices if not (each.parked or each.mlps_in_tiles)]]
-        recomputed = max((each.recomputed for each in choices), default=False)
-        others = [each for each in choices if each not in in_turn[0]]
-        in_turn += [[each] for each in sorted(others) if each.recomputed == recomputed]
-        for some in in_turn:
+        for some in in_turn(choices):
             if found := [fit for each in some if (fit := self._fewest_tiles(each))]:
                 break
         else:

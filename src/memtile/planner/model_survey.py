@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from memtile.convert import (
     tiled_layers,
 )
 from memtile.costmodel import LooseModule, Parameter, PlannedLayer, ShardedLayer, Uses
-from memtile.costmodel.model_records import Rest, StateSizes, Weight
+from memtile.costmodel.model_records import Activations, Rest, StateSizes, Weight
 from memtile.costmodel.plan_parts import PARKED, RESIDENT, check_tokens
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.geometry import Grid
@@ -64,6 +65,11 @@ class Survey:
             trainable=weight.trainable,
             ties=decision.ties,
         )
+
+    def activations(self, parks: bool | None, in_tiles: bool | None) -> list[Activations]:
+        """What may be done with activations; None: either, of parking and of MLPs in tiles."""
+        either = [(False, True) if asked is None else (asked,) for asked in (parks, in_tiles)]
+        return [Activations(*each) for each in product(*either, self.checkpointing)]
 
     def weight_of(self, decision: TilingDecision) -> Weight:
         """The weight of a layer."""

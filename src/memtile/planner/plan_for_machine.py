@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -196,9 +195,7 @@ def _choices(
             + ("home= is memory, where they are already" if seen.trains else "nothing is trained")
             + "; leave it out"
         )
-    parked = (False, True) if parks is None and can else (bool(parks),)
-    mlps = (False, True) if tiles_mlps is None else (tiles_mlps,)
-    return [Activations(*each) for each in product(parked, mlps, seen.checkpointing)]
+    return seen.activations(parks if can else False, tiles_mlps)
 
 
 def _excess(

@@ -19,16 +19,19 @@ from memtile.convert import (
 from memtile.costmodel import ClusterSpec, LooseModule, PlannedLayer, RankPlan, Sharding, Uses
 from memtile.costmodel.budget import checked_size
 from memtile.costmodel.byte_sizes import size_in_bytes
-from memtile.costmodel.model_records import Activations, Counted, Mlp, ParkedLayout
+from memtile.costmodel.model_records import Activations, Counted, Mlp, ParkedLayout, in_turn
+from memtile.costmodel.plan_parts import Place
 from memtile.costmodel.rank_memory import Offload, RankSetting
 from memtile.costmodel.rank_search import RankFound, RankSearch
 from memtile.costmodel.rank_traffic import rank_floors, traffic
 from memtile.costmodel.shards import Engine
 from memtile.costmodel.tile_grids import cut_alike
 from memtile.errors import ArgumentError, check_whole_number
+from memtile.home_names import RANK_HOMES, parse_home
 from memtile.layers import DeferringHead, TiledLinear, defer_in_engine
 from memtile.planner.model_survey import Survey, check_choice, sharded_of, survey
 from memtile.planner.step_count import StepCount
+from memtile.transfer import COPIES_UNDER_WAY, SLABS
 from memtile.transfer.iterations import in_backward
 
 
@@ -47,6 +50,8 @@ def plan_ranks(
     optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW,
     options: Mapping[str, Any] | None = None,  # what the optimizer's class takes
     checkpointing: bool | None = None,
+    park_activations: bool | None = None,
+    home: str = "host",
     tile_mlps: bool | None = None,
     dtype: torch.dtype | None = None,
     work: Work | None = None,
@@ -73,6 +78,9 @@ def plan_ranks(
         optimizer: the class; None: inference.
         options: what that class takes besides parameters, where it changes what it keeps.
         checkpointing: whether the model recomputes activations; None: only if nothing fits without.
+        park_activations: whether what it keeps for backward lives in a home, as
+            `memtile.park_activations` does; None: in training, where nothing fits otherwise.
+        home: which: "host", "disk" or "disk:FOLDER".
         tile_mlps: whether MLPs are computed without their intermediate activation, as by
             `memtile.tile_mlps`; None: in training, where nothing fits otherwise.
         dtype: of a model that a config or a folder describes, if not its own.
@@ -91,19 +99,20 @@ def plan_ranks(
     seen = survey(source, dtype, optimizer, options, masters, tokens, batch, work, checkpointing)
     is_folder = isinstance(source, str | Path)
     converting = converting_bytes(seen.model, source) if is_folder else 0
-    setting = RankSetting(offload, prefetch, seen.state, converting)
+    setting = RankSetting(offload, prefetch, seen.state, *_home(home), converting)
     layers, loose = sharded_of(seen)
     mlps = _mlps(seen, tile_mlps)
     count = _Count(seen, loose, mlps)
     search = RankSearch(setting, seen.weights, layers, loose, count, memory, mlps)
-    sharding, choices = Sharding(engine, world_size, unit_bytes), _choices(seen, mlps, tile_mlps)
+    sharding = Sharding(engine, world_size, unit_bytes)
+    choices = _choices(seen, park_activations, tile_mlps if mlps else False)
     if max_tile_bytes is None:
         found = search.best(sharding, choices)
     else:
         largest = size_in_bytes(max_tile_bytes, "max_tile_bytes")
         tile_bytes = Cut(max_tile_bytes=largest).max_tile_bytes or 1
         found = search.cut(sharding, tile_bytes, choices[0])
-    moved, speeds = traffic(found.rank), speeds or ClusterSpec()
+    moved, speeds = traffic(found.rank, found.counted), speeds or ClusterSpec()
     return RankPlan(
         model=type(seen.model).__name__,
         engine=engine,
@@ -116,6 +125,8 @@ def plan_ranks(
         batch=batch,
         optimizer=None if optimizer is None else optimizer.__name__,
         checkpointing=found.activations.recomputed,
+        parks_activations=found.activations.parked,
+        home=home,
         tiles_mlps=found.activations.mlps_in_tiles,
         device_memory=memory,
         kept=found.kept,
@@ -138,6 +149,12 @@ def _memory(device_memory: int | str | None, max_tile_bytes: int | str | None) -
     return memory
 
 
+def _home(home: str) -> tuple[Place, int, int]:
+    """The place that a home is in, copies that are under way to it at most, and slabs before it."""
+    kind, _ = parse_home(home, known=RANK_HOMES)
+    return ("host", COPIES_UNDER_WAY, 0) if kind == "host" else ("disk", 0, SLABS)
+
+
 def _mlps(seen: Survey, tile_mlps: bool | None) -> tuple[Mlp, ...]:
     """The MLPs that tiles may compute: not those with adapters, which engines' ranks call."""
     check_choice("tile_mlps", tile_mlps, (None, True, False))
@@ -149,13 +166,13 @@ def _mlps(seen: Survey, tile_mlps: bool | None) -> tuple[Mlp, ...]:
     return cut_alike(seen.weights, found)
 
 
-def _choices(seen: Survey, mlps: Sequence[Mlp], tile_mlps: bool | None) -> list[Activations]:
-    """What may be done with activations, the first that fits: MLPs in tiles last."""
-    plain = [Activations(recomputed=each) for each in seen.checkpointing]
-    in_tiles = [each._replace(mlps_in_tiles=True) for each in plain]
-    if tile_mlps:
-        return in_tiles
-    return [*plain, max(in_tiles)] if mlps else plain
+def _choices(seen: Survey, parks: bool | None, tiles_mlps: bool | None) -> list[Activations]:
+    """What may be done with activations, in the order in which it is tried."""
+    check_choice("park_activations", parks, (None, True, False))
+    if parks and not seen.trains:
+        raise ArgumentError("park_activations=True: nothing is trained; leave it out")
+    choices = seen.activations(parks if seen.trains else False, tiles_mlps)
+    return list(itertools.chain.from_iterable(in_turn(choices)))
 
 
 class _Count:

@@ -5,6 +5,7 @@ from memtile.transfer.activations import (
     park_activations,
     park_each_forward,
 )
+from memtile.transfer.device_copies import COPIES_UNDER_WAY
 from memtile.transfer.iterations import (
     GRADIENT_SLABS,
     SLABS,
@@ -28,6 +29,7 @@ from memtile.transfer.slab_ring import Lease, SlabRing
 from memtile.transfer.slabs import Holder
 
 __all__ = [
+    "COPIES_UNDER_WAY",
     "GRADIENT_SLABS",
     "SLABS",
     "Holder",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memtile.homes import Allocation
 
-_MOST_UNDER_WAY: Final = 8  # copies; device memory of those out is not free before they end
+COPIES_UNDER_WAY: Final = 8  # copies; device memory of those out is not free before they end
 
 
 class DeviceCopies:
@@ -56,7 +56,7 @@ class DeviceCopies:
         on_device.record_stream(self._stream)
         event = self._stream.record_event()
         self._under_way.append((event, allocation))
-        while len(self._under_way) > _MOST_UNDER_WAY:
+        while len(self._under_way) > COPIES_UNDER_WAY:
             self._under_way.popleft()[0].synchronize()
         while self._under_way and self._under_way[0][0].query():
             self._under_way.popleft()
