@@ -1,6 +1,7 @@
 """What each process of the ZeRO-3 tests does: every case in one group of processes."""
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,19 +94,23 @@ def train(engine: Any, case: Case, rank: int, world: int) -> list[float]:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[dict[str, int]]:
-    """The most tiles, and elements of tiles, that were gathered at the same time."""
+    """The most tiles, elements of tiles, and elements still in memory that had been gathered."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     coordinator: Any = PartitionedParameterCoordinator  # private: only the test looks inside
     fetch = coordinator.fetch_sub_module
     weights: Sequence[Any] = tile_weights(model)
-    seen = {"tiles": 0, "elements": 0, "largest": max(map(whole_numel, weights))}
+    seen = {"tiles": 0, "elements": 0, "held": 0, "largest": max(map(whole_numel, weights))}
+    storages = dict[Any, int]()  # of gathered tiles, by weak references
 
     def look(self: Any, *arguments: Any, **options: Any) -> None:
         fetch(self, *arguments, **options)
         live = [weight.ds_numel for weight in weights if weight.ds_status.name != "NOT_AVAILABLE"]
         seen["tiles"] = max(seen["tiles"], len(live))
         seen["elements"] = max(seen["elements"], sum(live))
+        here = (weight for weight in weights if weight.ds_status.name == "AVAILABLE")
+        storages.update((weakref.ref(each.untyped_storage()), each.ds_numel) for each in here)
+        seen["held"] = max(seen["held"], sum(size for ref, size in storages.items() if ref()))
 
     coordinator.fetch_sub_module = look
     try:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from memtile import ops
 from memtile.engines.dense_files import found_for, read_into_shards
 from memtile.engines.ranks import Ranks, check_process_group
 from memtile.engines.release import release_in_backward
@@ -25,6 +26,7 @@ from memtile.engines.zero3_config import check_installed, config, tiles_of
 from memtile.engines.zero3_logits import keep_deferred
 from memtile.engines.zero3_values import is_partitioned
 from memtile.errors import ArgumentError, EngineConfigWarning, EngineError
+from memtile.transfer.iterations import in_backward
 
 __all__ = ["Finding", "attach", "check", "config", "from_checkpoint"]
 
@@ -36,7 +38,8 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
     """Free tiles where DeepSpeed by itself would not; call it once, on each rank.
 
     In backward DeepSpeed frees a tile only where the layer's input requires grad; then it is freed
-    after any input. What an evaluation leaves gathered is freed before the next forward.
+    after any input. Frozen tiles that a checkpoint recomputes are freed after their use, as those
+    that train. What an evaluation leaves gathered is freed before the next forward.
 
     Args:
         engine: what `deepspeed.initialize` gave for a tiled model under ZeRO-3.
@@ -68,7 +71,10 @@ def attach(engine: Engine, *, prefetch: int = 1) -> Engine:
     _read_once(model)
     setattr(model, _ATTACHED, True)
     for tile in tiles:
+        if type(tile).forward is nn.Linear.forward and "forward" not in tile.__dict__:
+            tile.forward = partial(_linear, tile)
         release_in_backward(tile)
+    _free_recomputed(model, tiles)
     _free_leftovers(model, tiles)
     keep_deferred(model, getattr(getattr(engine, "optimizer", None), "optimizer", None))
     given = getattr(engine, "config", None)
@@ -109,6 +115,38 @@ def _swap_in_each_once(
     **options: Any,
 ) -> None:
     read(list(dict.fromkeys(params)), *arguments, **options)
+
+
+def _linear(tile: Any, input: Tensor) -> Tensor:  # an nn.Linear, with a bias or None
+    """(…, out) of (…, in), for whose backward no weight is saved.
+
+    A checkpoint would keep what it recomputes: the gathered weights of all tiles in it.
+    """
+    cast = ops.autocast_dtype(input)
+    if ops.transformed() or (cast is None and input.dtype != tile.weight.dtype):
+        return nn.functional.linear(input, tile.weight, tile.bias)
+    x = input if cast is None else input.to(cast)
+    return ops.gathered_linear(x, tile.weight, None if tile.bias is None else tile.bias.to(x.dtype))
+
+
+def _free_recomputed(model: nn.Module, tiles: list[nn.Module]) -> None:
+    """Free frozen tiles after their recomputation: they are gathered again for their backward.
+
+    DeepSpeed 0.19 keeps all of a checkpoint until the module whose backward began it is done.
+    """
+    modules: dict[int, Any] = {getattr(each, "ds_id", -1): each for each in model.modules()}
+
+    def let_go(tile: nn.Module, *_: object) -> None:
+        parameters: Any = tile.parameters() if in_backward() else ()  # with DeepSpeed's attributes
+        for parameter in parameters:
+            for number in list(parameter.ds_active_sub_modules):
+                kept: Any = getattr(modules.get(number), "ds_recompute_parameters", ())
+                if parameter in kept:
+                    kept.discard(parameter)
+                    parameter.ds_active_sub_modules.discard(number)
+
+    for tile in tiles:
+        tile.register_forward_pre_hook(let_go)  # after DeepSpeed's
 
 
 def _free_leftovers(model: Any, tiles: list[nn.Module]) -> None:  # with DeepSpeed's attributes

@@ -48,7 +48,7 @@ class StackTile(nn.Module):
         if not (ops.transformed() or checks.is_plain(self, type(self))):  # an engine hooks it
             checks.check_dtypes_and_devices("StackTile", [input], self.weight, same_device=False)
             x = input.to(ops.autocast_dtype(input) or input.dtype)
-            return ops.grouped_tile(x, self.weight, groups)
+            return ops.gathered_linear(x, self.weight, groups=groups)
         return ops.grouped_linear(input, groups.matrices(self.weight), groups.counts)
 
     def extra_repr(self) -> str:

@@ -32,8 +32,8 @@ from memtile.ops.mlp_chain import inputs_saved_once, mlp_of_tiles
 from memtile.ops.mlp_tile import MlpTile, halves, plain_mlp_tile
 from memtile.ops.parked import (
     Groups,
+    gathered_linear,
     grouped_linear,
-    grouped_tile,
     parked_linear,
 )
 from memtile.ops.parked_layer import parked_layer
@@ -65,8 +65,8 @@ __all__ = [
     "gather_rows",
     "gather_rows_statically",
     "gather_some_rows",
+    "gathered_linear",
     "grouped_linear",
-    "grouped_tile",
     "halves",
     "inputs_saved_once",
     "join_rows",

@@ -94,41 +94,42 @@ def grouped_linear(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def grouped_tile(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """The same of one tile's weight, of which the graph keeps nothing but the parameter itself.
+def gathered_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: Groups | None = None
+) -> Tensor:
+    """The same of a weight in memory, of which the graph keeps nothing but the parameter itself.
 
-    Views of it would keep what ZeRO-3 has gathered, and frees by giving the parameter no memory.
+    Its values would be all that ZeRO-3 has gathered, which it frees by giving the parameter others;
+    and so would what a checkpoint keeps of a weight that is saved for backward.
     """
-    result: Tensor = _GroupedTile.apply(x, weight, groups)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    result: Tensor = _GatheredLinear.apply(x, weight, bias, groups)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 
-class _GroupedTile(torch.autograd.Function):
+class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups | None
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         ctx.weight, ctx.groups = weight, groups
-        out = x.new_empty((*x.shape[:-1], groups.width(weight)))
-        with no_autocast(x):
-            for a, matrix, y in _by_expert(groups, weight.detach(), x, out):
-                sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1)
-        return out
+        return _product(x, weight.detach(), bias, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), groups, (x,) = grads, ctx.groups, ctx.saved_tensors
+        (grad,), (x,), needed = grads, ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(grad):
-            return differentiably(ctx, grad)
-        dx = dw = None
+            return *differentiably(ctx, grad), None
+        dx = dw = db = None
         with no_autocast(grad):
-            if ctx.needs_input_grad[0]:
-                dx = torch.empty_like(x)
-                for g, matrix, rows in _by_expert(groups, ctx.weight.detach(), grad, dx):
-                    sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
-            if ctx.needs_input_grad[1]:
+            if needed[0]:
+                dx = _input_gradient(ctx.groups, ctx.weight.detach(), grad)
+            if needed[1]:
                 dw = torch.empty_like(ctx.weight)
-                _write_gradients(groups, dw, grad, x)
-        return dx, dw, None
+                _write_gradients(ctx.groups, dw, grad, x)
+            if needed[2]:
+                db = _as_matrix(grad).sum(0)
+        return dx, dw, db, None
 
 
 class _ParkedLinear(torch.autograd.Function):
@@ -148,12 +149,10 @@ class _ParkedLinear(torch.autograd.Function):
         if needs_x or needs_weight:
             source.note_use()
         begun = clock() if recording.active else 0
-        out = x.new_empty((*x.shape[:-1], groups.width(weight) if groups else weight.shape[0]))
-        if not out.numel():  # an expert that other ranks have rows for is not read here
-            return out
-        with no_autocast(x), source.values(x.device) as values:
-            for a, matrix, y in _by_expert(groups, values, x, out):
-                sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
+        if not x.numel():  # an expert that other ranks have rows for is not read here
+            return _product(x, weight.detach(), bias, groups)
+        with source.values(x.device) as values:
+            out = _product(x, values, bias, groups)
         if begun:
             recording.add(FORWARD, begun, allocation_of(source.parameter) or weight)
         return out
@@ -169,8 +168,11 @@ class _ParkedLinear(torch.autograd.Function):
         begun = clock() if recording.active else 0
         dx = dw = db = None
         with no_autocast(grad):
-            if needed[0]:
-                dx = _input_gradient(ctx, grad)
+            if needed[0] and not grad.numel():
+                dx = _input_gradient(ctx.groups, ctx.weight, grad)
+            elif needed[0]:
+                with ctx.source.values(grad.device) as values:
+                    dx = _input_gradient(ctx.groups, values, grad)
             if needed[1]:
                 dw = weight_gradient(ctx, grad)
             if needed[2]:
@@ -190,14 +192,18 @@ def _by_expert(
     return ((a, matrix, result) for a, matrix, result in parts if a.shape[0])
 
 
-def _input_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    depth = ctx.groups.depth(ctx.weight) if ctx.groups else ctx.weight.shape[1]
-    dx = grad.new_empty((*grad.shape[:-1], depth))
-    if not dx.numel():
-        return dx
-    with ctx.source.values(grad.device) as values:
-        for g, matrix, rows in _by_expert(ctx.groups, values, grad, dx):
-            sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups | None) -> Tensor:
+    out = x.new_empty((*x.shape[:-1], groups.width(weight) if groups else weight.shape[0]))
+    with no_autocast(x):
+        for a, matrix, y in _by_expert(groups, weight, x, out) if out.numel() else ():
+            sum_of_products(y, [(a, matrix.to(x.dtype).t())], 1, bias)
+    return out
+
+
+def _input_gradient(groups: Groups | None, weight: Tensor, grad: Tensor) -> Tensor:
+    dx = grad.new_empty((*grad.shape[:-1], groups.depth(weight) if groups else weight.shape[1]))
+    for g, matrix, rows in _by_expert(groups, weight, grad, dx) if dx.numel() else ():
+        sum_of_products(rows, [(g, matrix.to(grad.dtype))], 1)
     return dx
 
 
