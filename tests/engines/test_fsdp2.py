@@ -96,9 +96,9 @@ def test_experts_in_tiles_train_as_the_dense_model_does(outcome):
 def test_at_most_two_tiles_are_gathered_at_once(outcome, name):
     """The tile in use and the next: in forward, backward, recomputation and after evaluation.
 
-    Of an MLP in tiles, the tiles of all its layers that are used together.
+    Of an MLP in tiles, the tiles of all its layers that are used together, each with its adapter.
     """
-    in_use = {"": 1, "plain": 2}.get(CASES[name].mlp, 3)
+    in_use = {"": 1, "plain": 2}.get(CASES[name].mlp, 3) * (1 + CASES[name].adapted)
     assert all(rank["live"][name][0] <= in_use + 1 for rank in outcome.ranks)
 
 

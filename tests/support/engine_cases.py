@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memtile
 from memtile.layers import DeferredLogits, deferred_logits
+from memtile.transfer.iterations import set_parking
 
 STEPS = 4
 BATCH = 4
@@ -57,6 +58,8 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(23, 12)
         self.up, self.down = nn.Linear(12, 31, bias=case.bias), nn.Linear(31, 12, bias=case.bias)
         self.mlp = Mlp(case.mlp) if case.mlp else None
+        if case.adapted:
+            adapt(self.mlp)
         self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 23, bias=False)
         if case.backwards:
             self._modules = dict(reversed(self._modules.items()))
@@ -114,6 +117,8 @@ class Case:
     stumbles: bool = False
     writes: bool = False
     mlp: str = ""
+    parks: bool = False
+    adapted: bool = False
 
 
 CASES = {
@@ -129,6 +134,7 @@ CASES = {
     "accumulated": Case(parts=2),
     "after evaluation": Case(evaluates=True),
     "recomputed": Case(again=True),
+    "recomputed, frozen tiles": Case(again=True, frozen=True),
     "recomputed after evaluation": Case(again=True, evaluates=True),
     "a loss without logits": Case(writes=True),
     "a loss without logits, not tied": Case(writes=True, tied=False, evaluates=True),
@@ -139,7 +145,22 @@ CASES = {
     "MLP, plain, recomputed": Case(mlp="plain", again=True),
     "MLP, gate and up in one": Case(mlp="fused", tied=False, evaluates=True),
     "MLP, plain, frozen": Case(mlp="plain", frozen_too=("embedding", "mlp.up"), tied=False),
+    "MLP, adapters": Case(mlp="gated", adapted=True, parts=2),
+    "MLP, plain, adapters, recomputed": Case(mlp="plain", adapted=True, again=True, grid=(3, 1)),
+    "activations parked": Case(parks=True, grid=(3, 5)),
+    "MLP, recomputed, activations parked": Case(parks=True, mlp="gated", again=True, writes=True),
 }
+
+
+def adapt(model: Any) -> None:
+    """Put low-rank adapters around the linears of an MLP, which they freeze; they do something."""
+    import peft
+
+    options = peft.LoraConfig(r=3, target_modules=["gate", "up", "down"])
+    peft.inject_adapter_in_model(options, model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
 
 
 def batches() -> Tensor:
@@ -188,6 +209,8 @@ def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
     if case.writes:
         deferred_logits.LEAST_LOGITS = 0
         memtile.defer_logits(model.head)
+    if case.parks:
+        set_parking(model, memtile.park_activations("disk", smallest_bytes=0, model=model))
     return model
 
 

@@ -52,6 +52,7 @@ CASES = {
     "another way, tied": Case(skips=True),
     "after a forward that raised": Case(stumbles=True, tied=False),
     "registered backwards": Case(backwards=True, tied=False),
+    "MLP, adapters in the root": Case(mlp="gated", adapted=True, again=True, unit_bytes=1000),
     "some layers not tiled": Case(whole=("down", "head"), tied=False, unit_bytes=600),
 }
 

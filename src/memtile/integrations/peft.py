@@ -16,7 +16,14 @@ from memtile.convert import (
     tiled_layers,
 )
 from memtile.integrations.saving import loaded_class, with_tiles
-from memtile.layers import LowRank, class_of, has_hooks, is_plain
+from memtile.layers import (
+    LowRank,
+    class_of,
+    has_hooks,
+    has_only_hooks_of_engines,
+    is_gathered_when_called,
+    is_plain,
+)
 
 _MERGING = "_unload_and_optionally_merge"
 _ADAPTER = "it is part of a PEFT adapter, small and trained"
@@ -60,9 +67,13 @@ def low_rank(module: nn.Module) -> LowRank | None:
         return None
     (name,) = active
     a, b = lora.lora_A[name], lora.lora_B[name]
-    plain = all(is_plain(each) and each.bias is None for each in (a, b))
-    if not plain or lora.fan_in_fan_out or has_hooks(module):
+    plain = all(
+        (is_plain(each) or is_gathered_when_called(each)) and each.bias is None for each in (a, b)
+    )
+    if not plain or lora.fan_in_fan_out or not has_only_hooks_of_engines(module):
         return None
+    if has_hooks(module) and not all(map(has_hooks, (a, b))):
+        return None  # an engine gathers them with the whole
     return LowRank(lora.base_layer, a, b, lora.scaling[name], lora.lora_dropout[name])
 
 

@@ -8,7 +8,11 @@ from memtile.layers.deferred_logits import (
     defer_in_engine,
     set_deferring,
 )
-from memtile.layers.gathered_calls import is_gathered_when_called, is_of_engine
+from memtile.layers.gathered_calls import (
+    has_only_hooks_of_engines,
+    is_gathered_when_called,
+    is_of_engine,
+)
 from memtile.layers.handle import DenseHandle
 from memtile.layers.linear_cross_entropy import (
     LinearCrossEntropy,
@@ -79,6 +83,7 @@ __all__ = [
     "defer_in_engine",
     "gathered",
     "has_hooks",
+    "has_only_hooks_of_engines",
     "is_gathered_when_called",
     "is_of_engine",
     "is_plain",

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from memtile.layers import checks
 
 
 class LowRank(NamedTuple):
-    """A linear and its adapter, plain linears without biases."""
+    """A linear and its adapter, whose linears have no biases; an engine may gather each."""
 
     base: nn.Module
     a: Any  # an nn.Linear
@@ -35,8 +38,62 @@ class LowRank(NamedTuple):
         part = getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0
         return part > 0.0 or not isinstance(self.dropout, nn.Dropout | nn.Identity)
 
+    @property
+    def rank(self) -> int:
+        """r; the shape of a weight is another one while an engine has shards of it."""
+        return int(self.a.out_features)
 
-LowRanks = dict[str, LowRank]  # of the layers of an MLP, by their names
+
+class LowRanks(dict[str, LowRank]):
+    """Those of the layers of an MLP, by their names."""
+
+    @property
+    def are_gathered(self) -> bool:
+        """Whether an engine gathers any of their linears when it is called."""
+        return any(checks.has_hooks(each) for low in self.values() for each in (low.a, low.b))
+
+    @property
+    def gathered_for_tiles(self) -> list[nn.Module]:
+        """Those of which tiles have parts: the engine gathers them for each."""
+        used = [low.a if name == "down" else low.b for name, low in self.items()]
+        return [each for each in used if checks.has_hooks(each)]
+
+    @property
+    def drop_hidden(self) -> bool:
+        """Whether parts of the intermediate activation are dropped, which does not exist."""
+        return "down" in self and self["down"].drops
+
+    def widened(self, x: Tensor) -> Tensor:
+        """x (N, H) with the columns that adapters of gate and up need."""
+        more = [self[name].reduced(x) for name in ("gate", "up") if name in self]
+        return torch.cat([x, *more], 1) if more else x
+
+    def parts(self, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """What each tile, of these numbers of features, has of the adapters."""
+        found: list[dict[str, Tensor]] = [{} for _ in sizes]
+        for name, low in self.items():
+            down = name == "down"
+            weight: Tensor = low.a.weight if down else low.b.weight
+            for own, part in zip(found, weight.split(sizes, int(down)), strict=True):
+                own[f"{name}_low"] = part
+        return found
+
+    def padded(self, bias: Tensor | None) -> Tensor | None:
+        """The bias of down, with zeros for the columns that its adapter needs."""
+        if bias is None or "down" not in self:
+            return bias
+        return functional.pad(bias, (0, self["down"].rank))
+
+    def narrowed(self, y: Tensor) -> Tensor:
+        """What down gives, of y with those columns."""
+        if "down" not in self:
+            return y
+        low = self["down"]
+        own, reduced = y.split([y.shape[1] - low.rank, low.rank], 1)
+        made: Tensor = own + low.expanded(reduced)
+        return made
+
+
 _readers: list[Callable[[nn.Module], LowRank | None]] = []
 
 
@@ -50,29 +107,3 @@ def low_rank_of(layer: object) -> LowRank | None:
     if not isinstance(layer, nn.Module) or not hasattr(layer, "base_layer"):
         return None
     return next((found for reader in _readers if (found := reader(layer)) is not None), None)
-
-
-def widened_input(x: Tensor, lows: LowRanks) -> Tensor:
-    """x (N, H) with the columns that adapters of gate and up need."""
-    more = [lows[name].reduced(x) for name in ("gate", "up") if name in lows]
-    return torch.cat([x, *more], 1) if more else x
-
-
-def low_parts(lows: LowRanks, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
-    """What each tile, of these numbers of features, has of the adapters."""
-    found: list[dict[str, Tensor]] = [{} for _ in sizes]
-    for name, low in lows.items():
-        down = name == "down"
-        weight: Tensor = low.a.weight if down else low.b.weight
-        for own, part in zip(found, weight.split(sizes, int(down)), strict=True):
-            own[f"{name}_low"] = part
-    return found
-
-
-def narrowed_output(y: Tensor, low: LowRank | None, bias: Tensor | None) -> Tensor:
-    """What down gives, of the columns that its adapter needs; `bias` is added where it has one."""
-    if low is None:
-        return y
-    own, reduced = y.split([low.b.weight.shape[0], low.a.weight.shape[0]], 1)
-    made: Tensor = own + low.expanded(reduced)
-    return made if bias is None else made + bias.to(made.dtype)

@@ -141,10 +141,9 @@ class MlpLayers(NamedTuple):
         """The tiles of each layer by their weights; None where one must be called."""
         found: dict[str, list[WeightTile]] = {}
         lows = self.low_ranks()
-        if "down" in lows and lows["down"].drops:
-            return None  # it would drop parts of the intermediate activation
-        for name, layer in self.named():
-            base = lows[name].base if name in lows else layer
+        if lows.drop_hidden or lows.are_gathered:
+            return None
+        for name, base in self._bases(lows):
             if isinstance(base, Half):
                 tiles = base.tiles()
             else:
@@ -159,19 +158,26 @@ class MlpLayers(NamedTuple):
     def low_ranks(self) -> LowRanks:
         """The low-rank adapters, by the names of their layers."""
         if ops.transformed():
-            return {}
+            return LowRanks()
         found = ((name, low_rank_of(layer)) for name, layer in self.named())
-        return {name: low for name, low in found if low is not None}
+        return LowRanks({name: low for name, low in found if low is not None})
+
+    def _bases(self, lows: LowRanks) -> list[tuple[str, Layer]]:
+        """(name, layer) of those that it has, without their adapters."""
+        return [(n, lows[n].base if n in lows else layer) for n, layer in self.named()]
 
     def gathered(self) -> list[GatheredTile] | None:
         """The modules of each tile, plain but for an engine that gathers some when called."""
+        lows = self.low_ranks()
+        if lows.drop_hidden:
+            return None
         found = {
             name: (
-                layer.modules_of_tiles()
-                if isinstance(layer, Half)
-                else modules_of_tiles(layer, int(name == "down"))
+                base.modules_of_tiles()
+                if isinstance(base, Half)
+                else modules_of_tiles(base, int(name == "down"))
             )
-            for name, layer in self.named()
+            for name, base in self._bases(lows)
         }
         tiles = {name: own for name, own in found.items() if own is not None}
         spans = {tuple(tile.span for tile in own) for own in tiles.values()}
@@ -179,7 +185,7 @@ class MlpLayers(NamedTuple):
         if len(tiles) < len(found) or len(spans) != 1:
             return None
         layers = [layer for _, layer in self.named() if isinstance(layer, nn.Module)]
-        if not any(checks.has_hooks(each) for each in (*modules, *layers)):
+        if not (lows.are_gathered or any(map(checks.has_hooks, (*modules, *layers)))):
             return None
         return [dict(zip(tiles, own, strict=True)) for own in zip(*tiles.values(), strict=True)]
 

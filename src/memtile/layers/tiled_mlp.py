@@ -28,12 +28,7 @@ from memtile.homes import is_parked
 from memtile.layers import checks
 from memtile.layers.gathered_calls import call_around
 from memtile.layers.loss_options import rows_of
-from memtile.layers.low_rank import (
-    LowRanks,
-    low_parts,
-    narrowed_output,
-    widened_input,
-)
+from memtile.layers.low_rank import LowRanks
 from memtile.layers.mlp_layers import NAME, Call, GatheredTile, MlpLayers, shape_of
 from memtile.layers.weight_tiles import (
     Layer,
@@ -162,6 +157,12 @@ class _Options(NamedTuple):
     block_rows: int | None
     block_features: int | None
 
+    def spec(self, x: Tensor) -> ops.MlpSpec:
+        """With what is left out chosen for x (N, H)."""
+        return ops.MlpSpec.fitting(
+            self.activation, self.dropout, x, self.block_rows, self.block_features
+        )
+
     def drop(self, h: Tensor) -> Tensor:
         """h after dropout."""
         return functional.dropout(h, self.dropout) if self.dropout else h
@@ -195,7 +196,7 @@ def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
         checks.split_sizes(NAME, checks.check_tensor(NAME, input).shape[-1], 1, [shape[1]])
     is_hooked = not ops.transformed() and checks.hooked_globally()
     weights = None if is_hooked else layers.weights()
-    tiles = None if is_hooked or weights or ops.transformed() else layers.gathered()
+    tiles = [] if is_hooked or weights or ops.transformed() else layers.gathered() or []
     if not weights and not tiles:
         return _called(input, layers, options)
     parked = False
@@ -204,12 +205,9 @@ def _call(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
         checks.check_dtypes_and_devices(NAME, [input], weight, same_device=not here)
         parked = parked or here
     x = rows_of(input.to(ops.autocast_dtype(input) or input.dtype)).contiguous()
+    lows = layers.low_ranks()
     with layer_call() if parked and not ops.transformed() else nullcontext():
-        y = (
-            _computed(x, weights, layers.low_ranks(), options)
-            if weights
-            else _gathered(x, tiles or [], options)
-        )
+        y = _computed(x, weights, lows, options) if weights else _gathered(x, tiles, lows, options)
     return y.view(*input.shape[:-1], y.shape[-1])
 
 
@@ -218,47 +216,53 @@ def _computed(
     weights: dict[str, list[WeightTile]],
     lows: LowRanks,
     options: _Options,
-    saved: Tensor | None = None,
 ) -> Tensor:
-    """y (N, M) of x (N, H), weights and adapters; `saved` as of `ops.mlp_of_tiles`."""
-    up, down = weights["up"], weights["down"]
-    gates: list[Any] = weights.get("gate") or [WeightTile(span, None, None) for span, _, _ in up]
-    parts = low_parts(lows, [tile.span.size for tile in up])
-    tiles = [
-        ops.MlpTile(u.span, g.weight, u.weight, d.weight, g.bias, u.bias, **own)
-        for g, u, d, own in zip(gates, up, down, parts, strict=True)
-    ]
-    activation, dropout, *block = options
+    """y (N, M) of x (N, H), weights and adapters."""
+    parts = lows.parts([tile.span.size for tile in weights["up"]])
+    tiles, bias = _mlp_tiles(weights, parts), weights["down"][-1].bias
     if not ops.transformed():
-        spec = ops.MlpSpec.fitting(activation, dropout, x, *block)
-        low, bias = lows.get("down"), down[-1].bias
-        y = ops.mlp_of_tiles(widened_input(x, lows), tiles, None if low else bias, spec, saved)
-        return narrowed_output(y, low, bias)
-    edges = ops.float32_casts(x, len(tiles))
+        wide = ops.mlp_of_tiles(lows.widened(x), tiles, lows.padded(bias), options.spec(x))
+        return lows.narrowed(wide)
+    edges, activation = ops.float32_casts(x, len(tiles)), options.activation
     y = _sum(ops.plain_mlp_tile(next(edges), tile, activation, options.drop) for tile in tiles)
-    bias = down[-1].bias
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _gathered(x: Tensor, tiles: Sequence[GatheredTile], options: _Options) -> Tensor:
-    """y (N, M) of x (N, H), and of tiles that are gathered one after another, each for its use."""
-    saved, inputs = ops.inputs_saved_once(x, len(tiles))
-    acts = (partial(_gathered_tile, tile, options, saved) for tile in tiles)
-    return _sum(
-        call_around([each.weight for each in tile.values()], act, each_input)
-        for tile, act, each_input in zip(tiles, acts, inputs, strict=True)
-    )
+def _mlp_tiles(
+    weights: dict[str, list[WeightTile]], parts: Sequence[dict[str, Tensor]]
+) -> list[ops.MlpTile]:
+    up, down = weights["up"], weights["down"]
+    gates: list[Any] = weights.get("gate") or [WeightTile(span, None, None) for span, _, _ in up]
+    return [
+        ops.MlpTile(u.span, g.weight, u.weight, d.weight, g.bias, u.bias, **own)
+        for g, u, d, own in zip(gates, up, down, parts, strict=True)
+    ]
 
 
-def _gathered_tile(
-    tile: GatheredTile, options: _Options, saved: Tensor | None, x: Tensor
+def _gathered(
+    x: Tensor, tiles: Sequence[GatheredTile], lows: LowRanks, options: _Options
 ) -> Tensor:
-    """The part of y of one tile, whose weights are gathered; `saved` as of `ops.mlp_of_tiles`."""
-    weights = {}
-    for name, (span, module, bias) in tile.items():
-        checks.check_dtypes_and_devices(NAME, [x], module.weight)
-        weights[name] = [WeightTile(span, module.weight, module.bias if bias is None else bias)]
-    return _computed(x, weights, {}, options, saved)
+    """y (N, M) of x (N, H), and of tiles that are gathered one after another, each for its use."""
+    saved, inputs = ops.inputs_saved_once(lows.widened(x), len(tiles))
+    spec, sizes = options.spec(x), [tile["up"].span.size for tile in tiles]
+
+    def part(number: int, x: Tensor) -> Tensor:
+        """That of a tile, whose weights are gathered."""
+        weights = {}
+        for name, (span, module, bias) in tiles[number].items():
+            checks.check_dtypes_and_devices(NAME, [x], module.weight)
+            weights[name] = [WeightTile(span, module.weight, module.bias if bias is None else bias)]
+        # copies: a view would keep all of an adapter that ZeRO-3 has gathered for this tile
+        low = {name: own.clone() for name, own in lows.parts(sizes)[number].items()}
+        made, bias = _mlp_tiles(weights, [low]), weights["down"][-1].bias
+        return ops.mlp_of_tiles(x, made, lows.padded(bias), spec, saved)
+
+    gathered = lows.gathered_for_tiles
+    y = _sum(
+        call_around([*gathered, *(own.weight for own in tile.values())], partial(part, n), each)
+        for n, (tile, each) in enumerate(zip(tiles, inputs, strict=True))
+    )
+    return lows.narrowed(y)
 
 
 def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:
