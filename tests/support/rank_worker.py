@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
 import torch.distributed.fsdp._fully_shard._fsdp_param as sharded_param
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
-from engine_cases import Mlp
+from engine_cases import Mlp, adapt
 from processes import start_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
@@ -56,6 +56,8 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(61, 20)
         self.up, self.down = nn.Linear(20, 97, bias=case.bias), nn.Linear(97, 20, bias=case.bias)
         self.mlp = Mlp(case.mlp, 20, 125) if case.mlp else None
+        if case.adapted:
+            adapt(self.mlp)
         self.norm, self.head = nn.LayerNorm(20), nn.Linear(20, 61, bias=False)
         if case.tied:
             self.head.weight = self.embedding.weight
@@ -100,6 +102,7 @@ class Case:
     prefetch: int = 1
     dtype: str = "float32"
     mlp: str = ""
+    adapted: bool = False
     writes: bool = False
 
 
@@ -120,6 +123,10 @@ CASES = {
     "MLP": Case(mlp="gated", bias=False),
     "MLP, recomputed": Case(mlp="plain", recomputes=True),
     "MLP, gate and up in one": Case(mlp="fused", prefetch=2),
+    "MLP, adapters": Case(mlp="gated", bias=False, adapted=True, unit_bytes=2000),
+    "MLP, plain, adapters, recomputed": Case(
+        mlp="plain", adapted=True, recomputes=True, unit_bytes=2000
+    ),
 }
 
 
@@ -291,7 +298,8 @@ def gathered_at_most(plan: RankPlan) -> int:
 
 def reduced_at_most(plan: RankPlan) -> int:
     """The same of gradients, with the buffers they leave in."""
-    return max(_sum(moment, _LEAVING) for moment in plan.moments if moment.name == "backward")
+    moments = {"backward", "the end of backward"}
+    return max(_sum(m, _LEAVING) for m in plan.moments if m.name in moments)
 
 
 def _sum(moment: Moment, names: tuple[str, ...]) -> int:

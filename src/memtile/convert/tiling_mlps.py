@@ -25,6 +25,7 @@ from memtile.layers import (
     checked_structure,
     is_gathered_when_called,
     layers_of,
+    low_rank_of,
     pairs_of,
     put_in_tiles,
     put_pairs_in_tiles,
@@ -144,7 +145,7 @@ def cut_for_mlps(
     if not mlps:
         raise ArgumentError(why_no_mlp(model))
     found = {decision.name: decision for decision in decisions}
-    for inner, down in mlps:
+    for inner, down, _ in mlps:
         own = [found[name] for name in (*inner, down) if name in found]
         if len(own) <= len(inner) or not all(d.tiled and d.grid and not d.ties for d in own):
             continue  # one of them stays whole, or is cut as others are
@@ -161,10 +162,13 @@ def cut_for_mlps(
 def mlp_layers(model: nn.Module) -> list[Mlp]:
     """The linears of each MLP that is known, however they are cut."""
     found = []
+    known = {module: name for name, module in model.named_modules()}
     for each in _candidates(model):
         for names in each.mlps():
             *inner, down = map(each.path, names)
-            found.append(Mlp(tuple(inner), down))
+            lows = {name: low_rank_of(each.module.get_submodule(name)) for name in names}
+            parts = [low.part_of_tiles(name == names[-1]) for name, low in lows.items() if low]
+            found.append(Mlp(tuple(inner), down, tuple(known[part] for part in parts)))
     return found
 
 

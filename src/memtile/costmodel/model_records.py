@@ -37,6 +37,7 @@ class Mlp(NamedTuple):
 
     inner: tuple[str, ...]  # gate and up, or up, or one that is both
     down: str
+    adapters: tuple[str, ...] = ()  # those of their low-rank adapters that each tile has parts of
 
 
 @dataclass(frozen=True)

@@ -156,16 +156,27 @@ class Sharding:
         Of these MLPs, those whose layers are used together.
         """
         if self.engine == "fsdp2":
-            units = _fsdp2(layers, grids, loose, self.unit_bytes)
+            alone = [module for module in loose if self._is_unit(module)]
+            others = [module for module in loose if not self._is_unit(module)]
+            units = _fsdp2(layers, grids, alone, others, self.unit_bytes)
         else:
             units = _zero3(layers, grids, loose)
         by_name = {layer.name: layer for layer in layers if layer.uses.together}
+        adapters = {each.name: each.parameters for each in loose if self._is_unit(each)}
         found = [
-            tuple(self._largest(by_name[name], grids) for name in names)
+            (
+                *(self._largest(by_name[name], grids) for name in names),
+                *(adapters[name] for name in mlp.adapters if name in adapters),
+            )
             for mlp in mlps
             if (names := _used_at_once(mlp, grids)) and by_name.keys() >= set(names)
         ]
         return replace(units, together=tuple(dict.fromkeys(found)))
+
+    def _is_unit(self, module: LooseModule) -> bool:
+        """Whether it is gathered when it is called, and not with the root."""
+        nbytes = sum(each.nbytes for each in module.parameters)
+        return self.engine == "zero3" or (module.alone and nbytes >= max(self.unit_bytes, 1))
 
     def _largest(self, layer: ShardedLayer, grids: Mapping[str, Grid]) -> GatherUnit:
         """The largest unit of a layer's tiles."""
@@ -190,7 +201,8 @@ def _used_at_once(mlp: Mlp, grids: Mapping[str, Grid]) -> list[str]:
 def _fsdp2(
     layers: Sequence[ShardedLayer],
     grids: Mapping[str, Grid],
-    loose: Sequence[LooseModule],
+    alone: Sequence[LooseModule],
+    others: Sequence[LooseModule],
     unit_bytes: int,
 ) -> Units:
     found: list[tuple[GatherUnit, int, Uses]] = []
@@ -202,13 +214,10 @@ def _fsdp2(
         found += [(unit, times, layer.uses) for unit, times in units]
         if layer.uses.cut_short:
             kept.append((units[-1][0], layer.uses.cut_short))
+    found += [(module.parameters, 1, module.uses) for module in alone]
+    kept += [(m.parameters, m.uses.cut_short) for m in alone if m.uses.cut_short]
     root = [bias for layer in layers for bias in layer.biases[1:]]
-    for module in loose:
-        nbytes = sum(each.nbytes for each in module.parameters)
-        if module.alone and nbytes >= max(unit_bytes, 1):
-            found.append((module.parameters, 1, module.uses))
-        else:
-            root += module.parameters
+    root += [parameter for module in others for parameter in module.parameters]
     return Units(tuple(found), tuple(root), tuple(kept))
 
 

@@ -20,7 +20,7 @@ from memtile.layers.linear_cross_entropy import (
     linear_cross_entropy,
     token_log_probabilities,
 )
-from memtile.layers.low_rank import LowRank, register_low_rank
+from memtile.layers.low_rank import LowRank, low_rank_of, register_low_rank
 from memtile.layers.mlp_in_tiles import (
     MlpInTiles,
     checked_structure,
@@ -90,6 +90,7 @@ __all__ = [
     "is_shard",
     "layers_of",
     "linear_cross_entropy",
+    "low_rank_of",
     "pairs_of",
     "put_in_tiles",
     "put_pairs_in_tiles",

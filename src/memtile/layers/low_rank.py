@@ -38,6 +38,11 @@ class LowRank(NamedTuple):
         part = getattr(self.dropout, "p", 0.0) if self.dropout.training else 0.0
         return part > 0.0 or not isinstance(self.dropout, nn.Dropout | nn.Identity)
 
+    def part_of_tiles(self, is_down: bool) -> nn.Module:
+        """The linear that tiles of an MLP have parts of: A of down, B of gate and up."""
+        part: nn.Module = self.a if is_down else self.b
+        return part
+
     @property
     def rank(self) -> int:
         """r; the shape of a weight is another one while an engine has shards of it."""
@@ -55,8 +60,8 @@ class LowRanks(dict[str, LowRank]):
     @property
     def gathered_for_tiles(self) -> list[nn.Module]:
         """Those of which tiles have parts: the engine gathers them for each."""
-        used = [low.a if name == "down" else low.b for name, low in self.items()]
-        return [each for each in used if checks.has_hooks(each)]
+        parts = [low.part_of_tiles(name == "down") for name, low in self.items()]
+        return [each for each in parts if checks.has_hooks(each)]
 
     @property
     def drop_hidden(self) -> bool:
@@ -72,9 +77,9 @@ class LowRanks(dict[str, LowRank]):
         """What each tile, of these numbers of features, has of the adapters."""
         found: list[dict[str, Tensor]] = [{} for _ in sizes]
         for name, low in self.items():
-            down = name == "down"
-            weight: Tensor = low.a.weight if down else low.b.weight
-            for own, part in zip(found, weight.split(sizes, int(down)), strict=True):
+            is_down = name == "down"
+            weight: Any = low.part_of_tiles(is_down).weight  # a Tensor, which mypy does not know
+            for own, part in zip(found, weight.split(sizes, int(is_down)), strict=True):
                 own[f"{name}_low"] = part
         return found
 

@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -156,11 +158,11 @@ def _home(home: str) -> tuple[Place, int, int]:
 
 
 def _mlps(seen: Survey, tile_mlps: bool | None) -> tuple[Mlp, ...]:
-    """The MLPs that tiles may compute: not those with adapters, which engines' ranks call."""
+    """The MLPs that tiles may compute."""
     check_choice("tile_mlps", tile_mlps, (None, True, False))
     if tile_mlps is False or not (tile_mlps or seen.trains):
         return ()
-    found = [each for each in mlp_layers(seen.model) if not each.down.endswith(".base_layer")]
+    found = mlp_layers(seen.model)
     if tile_mlps and not found:
         raise ArgumentError(f"tile_mlps=True: {why_no_mlp(seen.model)}")
     return cut_alike(seen.weights, found)
@@ -187,8 +189,9 @@ class _Count:
         self._trains = seen.trains
         self._watched = {weight.names[0]: weight.names for weight in seen.weights}
         self._watched |= {module.name: (module.name,) for module in loose}
-        self._mlps = {each.down.rpartition(".")[0]: each for each in mlps}  # by their modules
-        self._watched |= {name: (name,) for name in self._mlps}
+        self._mlps = [(*mlp.inner, mlp.down) for mlp in mlps]
+        self._in_tiles: set[str] = set()  # the layers of MLPs in tiles
+        self._called: set[str] = set()  # those of them that are called themselves all the same
         self._uses: dict[str, _Uses] = {}
         self._step = StepCount(seen, drops_gradients=True, goes_home=True, watch=self._watch)
 
@@ -198,23 +201,31 @@ class _Count:
         """The step, and the uses of all modules that are counted under a name."""
         begun = itertools.count(1)
         self._uses = {name: _Uses(begun) for name in self._watched}
+        mlps = self._mlps if activations.mlps_in_tiles else []
+        self._in_tiles, self._called = set(itertools.chain.from_iterable(mlps)), set()
         counted = self._step(layout, activations)
         found = {name: uses.counted() for name, uses in self._uses.items()}
-        for name, mlp in self._mlps.items() if activations.mlps_in_tiles else ():
-            if not found[mlp.down].forward:  # their tiles are used by the MLP, not by the layers
-                found |= dict.fromkeys((*mlp.inner, mlp.down), self._uses[name].of_tiles())
+        for layers in mlps:
+            if self._called.isdisjoint(layers):
+                found |= {name: replace(found[name], together=True) for name in layers}
         return counted, found
 
     def _watch(self, meta_copy: nn.Module) -> None:
         for head in defer_in_engine(meta_copy):
             head.is_on = self._trains  # in inference something reads the logits
+        for name in self._in_tiles:
+            layer = meta_copy.get_submodule(name)
+            layer.register_forward_pre_hook(partial(self._note_call, name))
         for name, modules in self._watched.items():
             for module in map(meta_copy.get_submodule, modules):
-                used = module
-                if isinstance(module, DeferringHead) and isinstance(module, TiledLinear):
-                    used = module.tile(0, 0)  # for a loss its tiles are called, and it is not
+                used, by_tiles = module, isinstance(module, DeferringHead) or name in self._in_tiles
+                if by_tiles and isinstance(module, TiledLinear):
+                    used = module.tile(0, 0)  # its tiles may be called where it is not
                 used.register_forward_pre_hook(self._uses[name].begin)
                 used.register_forward_hook(self._uses[name].end)
+
+    def _note_call(self, name: str, *_: object) -> None:
+        self._called.add(name)
 
 
 class _Uses:
@@ -233,11 +244,6 @@ class _Uses:
         self._ended[in_backward()] += 1
         if isinstance(result, Tensor) and result.requires_grad and not in_backward():
             self._back += 1
-
-    def of_tiles(self) -> Uses:
-        """Those of the tiles of an MLP, which a recomputation that ends in it does not use."""
-        forward, recomputed = self._begun[False], self._ended[True]
-        return Uses(forward, recomputed, self._back, last=self._last, together=True)
 
     def counted(self) -> Uses:
         (forward, recomputed), ended = self._begun, self._ended[True]
