@@ -279,11 +279,11 @@ def gated() -> nn.Sequential:
 
 
 def test_mlps_are_in_tiles_where_nothing_else_fits():
-    """A step is as accurate as the dense one."""
+    """Steps are as accurate as the dense ones, of several inputs: errors of one vary by half."""
     dense, model = gated(), gated()
     options = {"tokens": 4096, "rates": RATES, "optimizer": torch.optim.SGD}
     plan = memtile.plan(model, budget="40MiB", park_activations=False, **options)
-    x = torch.randn(4096, 32)
+    inputs = torch.randn(4, 4096, 32, generator=torch.Generator().manual_seed(1))
 
     memtile.tile(model, plan)
 
@@ -292,9 +292,10 @@ def test_mlps_are_in_tiles_where_nothing_else_fits():
     with pytest.raises(BudgetError):
         memtile.plan(gated(), budget="40MiB", tile_mlps=False, park_activations=False, **options)
     truth = copy.deepcopy(dense).double()
+    grads = []
     for each in (model, dense, truth):
-        each(x.to(each[0].weight.dtype)).square().mean().backward()
-    grads = [each[1].gate.weight.grad for each in (model, dense, truth)]
+        losses = [each(x).square().mean() for x in inputs.to(each[0].weight.dtype)]
+        grads += [torch.stack([torch.autograd.grad(e, each[1].gate.weight)[0] for e in losses])]
     assert_as_accurate(*grads, factor=1.5)
 
 
