@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from memtile.layers import deferred_logits
+from memtile.layers import deferring_head
 
 
 @pytest.fixture(autouse=True)
 def restored_threshold() -> Iterator[None]:
     """`engine_cases.tiled` lowers it, in this process too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deferred_logits, "LEAST_LOGITS", deferred_logits.LEAST_LOGITS)
+        patch.setattr(deferring_head, "LEAST_LOGITS", deferring_head.LEAST_LOGITS)
         yield
 
 

@@ -131,6 +131,11 @@ def test_ranks_with_other_numbers_of_tokens_gather_the_same(outcome):
     assert all(rank["uneven"] <= 1e-12 for rank in outcome.ranks)
 
 
+def test_mlps_change_between_tiles_and_their_own_forwards(outcome):
+    """What was prefetched in one order is not freed while the other uses it."""
+    assert all(rank["own forwards"] <= 1e-12 for rank in outcome.ranks)
+
+
 def test_other_grids_on_other_ranks_are_refused_on_every_rank(outcome):
     """Every rank raises before anything is sharded; none waits for another."""
     if len(outcome.ranks) == 1:

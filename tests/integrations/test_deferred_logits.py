@@ -15,7 +15,7 @@ from torch import nn
 
 import memtile
 from memtile.convert import set_checkpointing
-from memtile.layers import DeferredLogits, deferred_logits
+from memtile.layers import DeferredLogits, deferring_head
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 
@@ -23,7 +23,7 @@ nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
 @pytest.fixture(autouse=True)
 def defer_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few logits are deferred too."""
-    monkeypatch.setattr(deferred_logits, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(deferring_head, "LEAST_LOGITS", 0)
 
 
 def batch() -> dict[str, Any]:

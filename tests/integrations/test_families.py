@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from safetensors_files import same_tensors
 
 import memtile
-from memtile.layers import DeferredLogits, TiledModule, deferred_logits
+from memtile.layers import DeferredLogits, TiledModule, deferring_head
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -100,7 +100,7 @@ def test_is_trained(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     computed: list[int] = []
     values = DeferredLogits.computed
-    monkeypatch.setattr(deferred_logits, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(deferring_head, "LEAST_LOGITS", 0)
     monkeypatch.setattr(
         DeferredLogits, "computed", lambda logits: computed.append(1) or values(logits)
     )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import memtile
 from memtile.homes import allocation_of
-from memtile.layers import DeferredLogits, deferred_logits
+from memtile.layers import DeferredLogits, deferring_head
 from memtile.testing import assert_as_accurate
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -51,7 +51,7 @@ SETTINGS: dict[str, Any] = {
 def without_logits() -> Any:
     """Tiled models have no logits at all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deferred_logits, "LEAST_LOGITS", 0)
+        patch.setattr(deferring_head, "LEAST_LOGITS", 0)
         patch.setattr(DeferredLogits, "computed", None)
         yield
 

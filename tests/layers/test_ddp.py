@@ -2,17 +2,20 @@
 
 import pytest
 import torch
-from ddp_worker import IDS, Mlps, Net, Writer, rows, spawn, train
+from ddp_worker import COMPUTING, IDS, Mlps, Net, Writer, rows, spawn, train
 from torch import Tensor, nn
 
 import memtile
 
+LOSSES = ("losses", "losses, logits", "unused", "unused, both", "static, both")
 
-@pytest.mark.parametrize("kind", ["plain", "losses", "unused"])
+
+@pytest.mark.parametrize("kind", ["plain", *LOSSES, *COMPUTING])
 def test_two_processes_train_a_tiled_model_as_one_trains_the_dense_one(kind: str) -> None:
     """After three steps both ranks hold the parameters of a single dense process, ties included.
 
-    Also for a mean over uneven numbers of tokens, whose losses compute no logits.
+    Also for a mean over uneven numbers of tokens, whose losses compute no logits. "unused": DDP
+    searches for unused parameters, as transformers' Trainer has it do; "static": it learns a graph.
     """
     dense = Net() if kind == "plain" else Writer()
     train(dense, [IDS, IDS, IDS])

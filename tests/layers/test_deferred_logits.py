@@ -17,7 +17,7 @@ import memtile
 from memtile import TiledLinear
 from memtile.errors import ArgumentError, DeferredLogitsError
 from memtile.homes import is_parked
-from memtile.layers import DeferredLogits, deferred_logits
+from memtile.layers import DeferredLogits, deferring_head
 from memtile.testing import peak_allocated_bytes
 
 nothing_is_left = pytest.fixture(autouse=True)(check_nothing_is_left)
@@ -27,7 +27,7 @@ WIDTH, CLASSES = 13, 29
 @pytest.fixture(autouse=True)
 def defer_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few logits are deferred too."""
-    monkeypatch.setattr(deferred_logits, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(deferring_head, "LEAST_LOGITS", 0)
 
 
 @pytest.fixture
@@ -355,7 +355,7 @@ def test_when_logits_are_computed_at_once(monkeypatch: pytest.MonkeyPatch):
     assert type(head(x)) is Tensor
     handle.remove()
     assert type(head(x)) is DeferredLogits
-    monkeypatch.setattr(deferred_logits, "LEAST_LOGITS", 10 * CLASSES)
+    monkeypatch.setattr(deferring_head, "LEAST_LOGITS", 10 * CLASSES)
     assert type(head(x)) is Tensor
     assert type(head(torch.cat([x, x]))) is DeferredLogits
     assert type(memtile.defer_logits(head, False)(torch.cat([x, x]))) is Tensor

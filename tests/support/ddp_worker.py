@@ -3,7 +3,7 @@
 import tempfile
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import memtile
-from memtile.layers import DeferredLogits, deferred_logits
+from memtile.layers import DeferredLogits, deferring_head
 
+COMPUTING = ("unused, logits", "static, logits")
+"""Kinds in which DDP needs the graph of the logits that the model gives; others compute none."""
 IDS = torch.tensor([[0, 22, 5, 2], [7, 7, 11, 3]])
 
 
@@ -41,11 +43,19 @@ class Writer(Net):
 
     LABELS: Final = torch.tensor([[22, 5, 2, 9], [-100, 11, -100, -100]])
     share: float = 1.0  # of the ranks' mean
+    gives: str = "loss"  # or "logits", or "both"
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """This rank's part of the mean over the tokens of all ranks."""
+    def forward(self, ids: Tensor) -> Any:
+        """This rank's part of the mean over the tokens of all ranks, or what it is made of."""
         x = self.embedding(ids)
         logits = self.head(x + self.down(torch.tanh(self.up(x))))
+        if self.gives == "logits":
+            return {"logits": logits}
+        loss = self.loss(logits, ids)
+        return loss if self.gives == "loss" else {"loss": loss, "logits": logits}
+
+    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """That part, of the logits of these."""
         labels = self.LABELS[(ids[:, :1] == IDS[:, 0]).nonzero()[:, 1]]
         flat = logits.view(-1, logits.size(-1)), labels.flatten()
         loss = nn.functional.cross_entropy(*flat, reduction="sum")
@@ -57,7 +67,10 @@ def train(model: nn.Module, ids: list[Tensor]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch in ids:
         optimizer.zero_grad()
-        model(batch).backward()
+        found: Any = model(batch)
+        if isinstance(found, dict):
+            found = found.get("loss", None) or model.module.loss(found["logits"], batch)
+        found.backward()
         optimizer.step()
 
 
@@ -94,7 +107,7 @@ def rows(*ranks: int) -> list[Tensor]:
 def run(rank: int, folder: str, kind: str) -> None:
     """Train a tiled model on this rank's half of each batch and save what came out.
 
-    Losses compute no logits, whatever DDP looks at: "unused" has it search for unused parameters.
+    The kind says what DDP looks at, and what the model gives.
     """
     dist.init_process_group(
         "gloo",
@@ -104,7 +117,8 @@ def run(rank: int, folder: str, kind: str) -> None:
         timeout=timedelta(seconds=60),
     )
     model, batches = _of(kind, rank)
-    parallel = DistributedDataParallel(model, find_unused_parameters=kind == "unused")
+    looks = {"find_unused_parameters": "unused" in kind, "static_graph": "static" in kind}
+    parallel = DistributedDataParallel(model, **looks)
     train(parallel, batches)
     torch.save(memtile.untile(model).state_dict(), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -116,7 +130,11 @@ def _of(kind: str, rank: int) -> tuple[nn.Module, list[Tensor]]:
     model = memtile.tile(Net() if kind == "plain" else Writer(), out_splits=3, in_splits=2)
     if isinstance(model, Writer):
         model.share = 1 / 2
-        deferred_logits.LEAST_LOGITS, DeferredLogits.computed = 0, None
+        deferring_head.LEAST_LOGITS = 0
+        if kind not in COMPUTING:
+            DeferredLogits.computed = None
+        if "," in kind:
+            model.gives = kind.partition(", ")[2]
         memtile.defer_logits(model.head)
     return model, [IDS[rank : rank + 1]] * 3
 

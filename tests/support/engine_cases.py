@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import memtile
-from memtile.layers import DeferredLogits, deferred_logits
+from memtile.layers import DeferredLogits, deferring_head
 from memtile.transfer.iterations import set_parking
 
 STEPS = 4
@@ -207,7 +207,7 @@ def tiled(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
         tile_mlps=bool(case.mlp),
     )
     if case.writes:
-        deferred_logits.LEAST_LOGITS = 0
+        deferring_head.LEAST_LOGITS = 0
         memtile.defer_logits(model.head)
     if case.parks:
         set_parking(model, memtile.park_activations("disk", smallest_bytes=0, model=model))

@@ -136,6 +136,22 @@ def evaluated_unevenly(rank: int) -> float:
     return found
 
 
+def after_own_forwards() -> float:
+    """How far MLPs in tiles are from the dense ones after forwards without their adapters.
+
+    In those their own forwards run, which use their layers one after another, in another order.
+    """
+    case = Case(mlp="gated", adapted=True)
+    model, dense = shard(tiled(case)), Net(case)
+    adapted = [module for module in model.modules() if hasattr(module, "enable_adapters")]
+    for _ in range(3):
+        for on in (False, True):
+            for module in adapted:
+                module.enable_adapters(on)
+            found: Tensor = model(batches()[0])
+    return (found - dense(batches()[0])).abs().item()
+
+
 def asked_for_a_weight() -> str:
     """What someone is told who reads the weight of a sharded layer."""
     model = shard(memtile.tile(Net(Case()), out_splits=4))
@@ -269,6 +285,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         ],
         "loads": loads_what_it_gives(),
         "uneven": evaluated_unevenly(rank),
+        "own forwards": after_own_forwards(),
         "weight": asked_for_a_weight(),
         "returned_bias": returned_bias(),
         "experts": experts(rank, world),

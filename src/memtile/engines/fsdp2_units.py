@@ -146,6 +146,7 @@ class _Order:
         self.with_backward: set[UnitModule] = set()  # in this forward, whose results require grad
         self._before: dict[UnitModule, list[UnitModule]] = {}  # likewise
         self._waiting: set[UnitModule] = set()  # gathered ahead, and not used yet
+        self._open: set[UnitModule] = set()  # in use: those of an MLP in tiles are together
         self._following: dict[UnitModule, list[UnitModule]] = {}
         model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end)
@@ -158,7 +159,8 @@ class _Order:
                 "itself: FSDP2 finds its root in the model's first forward; call model(…) once, "
                 "then its parts"
             )
-        following = self._following.get(unit, _NONE)
+        self._open.add(unit)
+        following = [u for u in self._following.get(unit, _NONE) if u not in self._open]
         self._waiting.discard(unit)
         self._free(self._waiting.difference(following))
         self._waiting.update(following)
@@ -169,8 +171,13 @@ class _Order:
         self._used.append(unit)
         return following, before
 
+    def close(self, unit: UnitModule) -> None:
+        """Note that it is not in use any more."""
+        self._open.discard(unit)
+
     def _begin(self, *_: object) -> None:
         self._has_begun = True
+        self._open.clear()
         for unit in [] if self._has_ended else self._used:  # the forward before raised
             unit.reshard()
         self._free(self._waiting)
@@ -210,7 +217,7 @@ class _Prefetch:
         unit[0].register_forward_pre_hook(self._choose, prepend=True)
         for module in unit:
             module.register_forward_hook(self._note)
-        unit[-1].register_forward_hook(self._free)
+        unit[-1].register_forward_hook(self._end)
 
     def _choose(self, *_: object) -> None:
         following, before = _NONE, _NONE
@@ -232,6 +239,7 @@ class _Prefetch:
         if any(isinstance(each, torch.Tensor) and each.requires_grad for each in results):
             self._order.with_backward.add(self._first)
 
-    def _free(self, *_: object) -> None:
+    def _end(self, *_: object) -> None:
+        self._order.close(self._first)
         if in_backward():
             self._first.reshard()

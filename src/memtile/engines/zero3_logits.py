@@ -4,9 +4,8 @@ DeepSpeed puts an `autograd.Function` around each tensor that a module takes or 
 parameters of the module itself. Deferred logits are kept from it, but where a module has some.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -14,8 +13,11 @@ from torch import nn
 from memtile.layers import (
     DeferredLogits,
     DeferringHead,
+    compute_those_without_loss,
     defer_in_engine,
+    hidden,
     is_of_engine,
+    shown,
 )
 
 Optimizer = Any  # the one of torch inside DeepSpeed's, or None
@@ -28,13 +30,13 @@ def keep_deferred(model: nn.Module, optimizer: Optimizer) -> None:
         _put_around_engine(
             module,
             module.register_forward_hook(_hide_result).id,
-            module.register_forward_hook(lambda _, __, result: _shown(result)).id,
+            module.register_forward_hook(lambda _, __, result: shown(result)).id,
         )
     inside = {inner for head in heads for inner in head.modules()}
     for module in (module for module in model.modules() if heads and module not in inside):
         if isinstance(module, nn.CrossEntropyLoss):
-            module.register_forward_pre_hook(lambda _, inputs: _hidden(inputs), prepend=True)
-            module.register_forward_pre_hook(lambda _, inputs: _shown(inputs))
+            module.register_forward_pre_hook(lambda _, inputs: hidden(inputs), prepend=True)
+            module.register_forward_pre_hook(lambda _, inputs: shown(inputs))
         else:
             module.register_forward_pre_hook(_compute_given, prepend=True)
     if heads and hasattr(optimizer, "register_step_post_hook"):
@@ -66,28 +68,7 @@ def _compute_given(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 def _hide_result(module: nn.Module, _: object, result: Any) -> Any:
     has_own = any(True for _ in module.parameters(recurse=False))  # gathered for this gradient
-    return _hidden(_compute_those_without_loss(result) if has_own else result)
-
-
-def _hidden(value: Any) -> Any:
-    """With functions, of which DeepSpeed makes nothing, in place of deferred logits."""
-    return _map_results(value, DeferredLogits, _function_of)
-
-
-def _function_of(logits: DeferredLogits) -> Callable[[], DeferredLogits]:
-    def found() -> DeferredLogits:
-        return logits
-
-    return found
-
-
-def _shown(value: Any) -> Any:
-    """With the deferred logits again."""
-    return _map_results(value, FunctionType, _logits_of)
-
-
-def _logits_of(value: Any) -> Any:
-    return value() if value.__module__ == __name__ else value
+    return hidden(compute_those_without_loss(result) if has_own else result)
 
 
 def _modules_around(heads: Sequence[nn.Module], model: nn.Module) -> Iterator[nn.Module]:
@@ -95,24 +76,3 @@ def _modules_around(heads: Sequence[nn.Module], model: nn.Module) -> Iterator[nn
     for module in model.modules():
         if module not in heads and any(inner in heads for inner in module.modules()):
             yield module
-
-
-def _compute_those_without_loss(value: Any) -> Any:
-    """The deferred logits in what a module gives as tensors, but for those that have a loss."""
-    return _map_results(
-        value, DeferredLogits, lambda each: each if each.has_loss else each.computed()
-    )
-
-
-def _map_results(value: Any, kind: type, act: Callable[[Any], Any]) -> Any:
-    """What a module gives, with act(x) for each x of a kind in it; dicts are changed in place."""
-    if isinstance(value, kind):
-        return act(value)
-    if isinstance(value, dict):
-        for key in [*value]:
-            value[key] = _map_results(value[key], kind, act)
-    elif isinstance(value, tuple | list):
-        made = (_map_results(each, kind, act) for each in value)
-        cls: Any = type(value)
-        return cls(*made) if hasattr(value, "_fields") else cls(made)  # a named tuple
-    return value

@@ -2,12 +2,9 @@
 
 from memtile.layers.called_experts import agree_on_calls, called_experts
 from memtile.layers.checks import class_of, has_hooks, is_plain
-from memtile.layers.deferred_logits import (
-    DeferredLogits,
-    DeferringHead,
-    defer_in_engine,
-    set_deferring,
-)
+from memtile.layers.deferred_logits import DeferredLogits
+from memtile.layers.deferred_results import compute_those_without_loss, hidden, shown
+from memtile.layers.deferring_head import DeferringHead, defer_in_engine, set_deferring
 from memtile.layers.gathered_calls import (
     has_only_hooks_of_engines,
     is_gathered_when_called,
@@ -80,10 +77,12 @@ __all__ = [
     "called_experts",
     "checked_structure",
     "class_of",
+    "compute_those_without_loss",
     "defer_in_engine",
     "gathered",
     "has_hooks",
     "has_only_hooks_of_engines",
+    "hidden",
     "is_gathered_when_called",
     "is_of_engine",
     "is_plain",
@@ -97,6 +96,7 @@ __all__ = [
     "register_gatherer",
     "register_low_rank",
     "set_deferring",
+    "shown",
     "structure_of",
     "take_out_of_tiles",
     "take_pairs_out_of_tiles",
