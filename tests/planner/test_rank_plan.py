@@ -19,8 +19,9 @@ from memtile.costmodel import (
     Uses,
 )
 from memtile.costmodel.rank_memory import peak_moment
-from memtile.errors import ArgumentError, BudgetError
+from memtile.errors import ArgumentError, BudgetError, MemtileError
 from memtile.geometry import Grid
+from memtile.homes import DeviceHome
 from memtile.layers import DeferringHead, ParkedLinear
 from memtile.planner import plan_ranks
 from memtile.transfer import SavedPieces
@@ -350,6 +351,17 @@ def test_a_model_parks_activations_as_planned_for_ranks(monkeypatch):
     assert "activation float32 (2000, 5001)" in dict(first)
     assert {type(where) for _, where in first} == {memtile.HostHome}
     assert {where for _, where in second} == {home}
+    assert home.mapped_bytes == 0  # a rank's plan has none for pages that stay mapped
+
+
+@pytest.mark.parametrize("home", ["device", "checkpoint", "disk:/no/such", DeviceHome()])
+def test_a_home_where_activations_cannot_be_parked_is_refused_before_tiling(home):
+    """The model is as it was."""
+    model = stack()
+
+    with pytest.raises(MemtileError):
+        memtile.tile(model, planned(2, tokens=2000, park_activations=True), home=home)
+    assert type(model[0]) is nn.Linear
 
 
 def test_tied_weights_keep_a_whole_gradient():

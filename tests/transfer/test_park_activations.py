@@ -169,15 +169,25 @@ def watched():
 
 
 def test_tensors_that_share_memory_are_stored_once(watched):
-    """The same tensor again, its transpose, chunks and an expanded view: one piece."""
+    """The same tensor again, detached, its transpose, chunks and an expanded view: one piece."""
     x = torch.randn(8, 9) * 1
     row = torch.randn(1, 40) * 1
-    views = [x, x, x.t(), *x.chunk(3, 1), x[:, 2], row.expand(30, 40), row]
+    views = [x, x, x.detach(), x.t(), *x.chunk(3, 1), x[:, 2], row.expand(30, 40), row]
     labels, found = labels_after(watched, *views)
 
     assert labels == ["activation float32 (8, 9)", "activation float32 (30, 40)"]
     assert equal(found, views)
     assert [f.stride() for f in found] == [v.stride() for v in views]
+
+
+def test_tensors_that_count_writes_apart_are_stored_apart(watched):
+    """A write to one does not show in the version of the other, which shares its memory."""
+    x = torch.randn(8, 9) * 1
+
+    labels, found = labels_after(watched, x, x.data)
+
+    assert labels == ["activation float32 (8, 9)"] * 2
+    assert equal(found, [x, x])
 
 
 def test_a_small_part_of_a_large_storage_is_stored_alone(watched):

@@ -13,7 +13,7 @@ from memtile.costmodel import Plan, PlannedLayer, Products, RankPlan
 from memtile.errors import ArgumentError, CannotTileError
 from memtile.homes import Home, allocation_of, resolve_home, trim_heap
 from memtile.layers import TiledStack
-from memtile.transfer import SavedPieces, park_each_forward
+from memtile.transfer import SavedPieces, home_of_activations, park_each_forward
 
 _CHECKPOINTING = ("activation", "gradient")  # the second is what transformers called it before 5.23
 
@@ -72,7 +72,10 @@ def planned_home(
         )
     if plan.checkpointing and not has_checkpointing(model):
         raise _other_model(model, "it has no gradient checkpointing")
-    return plan.home if home is None and parks else home
+    found = plan.home if home is None and parks else home
+    if isinstance(plan, RankPlan) and found is not None:
+        return home_of_activations(found)  # before anything is tiled
+    return found
 
 
 def park_planned_activations(
@@ -82,8 +85,7 @@ def park_planned_activations(
     shares = _shares(model.parameters())
     assert home is not None
     found = shares[0][0] if shares else resolve_home(home)
-    if isinstance(plan, Plan):
-        found.mapped_bytes = plan.mapped_bytes
+    found.mapped_bytes = plan.mapped_bytes if isinstance(plan, Plan) else 0
     park_each_forward(model, SavedPieces(found))
 
 

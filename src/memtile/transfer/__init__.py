@@ -2,6 +2,7 @@
 
 from memtile.transfer.activations import (
     ParkedActivations,
+    home_of_activations,
     park_activations,
     park_each_forward,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "catch_up",
     "gradient_lock",
     "gradients_go_home",
+    "home_of_activations",
     "is_stepped_in_backward",
     "layer_call",
     "park_activations",

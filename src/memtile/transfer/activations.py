@@ -9,10 +9,12 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd.graph import increment_version, saved_tensors_hooks
 
 from memtile.errors import ArgumentError, ParkedError, check_whole_number
-from memtile.homes import DeviceHome, Home, TensorTable, is_parked, resolve_home
+from memtile.home_names import RANK_HOMES, parse_home
+from memtile.homes import DeviceHome, Home, is_parked, resolve_home
 from memtile.transfer.iterations import in_backward, set_parking
 from memtile.transfer.saved_pieces import SavedPiece, SavedPieces, SavedView
 
@@ -57,13 +59,19 @@ def park_activations(
     check_whole_number("smallest_bytes", smallest_bytes, least=0)
     if not isinstance(model, nn.Module | None):
         raise ArgumentError(f"model={model!r} must be an nn.Module, whose buffers are left")
+    return ParkedActivations(SavedPieces(home_of_activations(home)), smallest_bytes, model)
+
+
+def home_of_activations(home: Home | str) -> Home:
+    """The home; ArgumentError where activations cannot be parked in it."""
+    word = parse_home(home, known=RANK_HOMES)[0] if isinstance(home, str) else None
     found = resolve_home(home)
-    if found.is_read_only or isinstance(found, DeviceHome):
+    if word is None and (found.is_read_only or isinstance(found, DeviceHome)):
         raise ArgumentError(
             f"home={home!r}: activations are parked in memory that is not the device's, and may be "
             "written to: give 'disk', 'disk:FOLDER' or 'host'"
         )
-    return ParkedActivations(SavedPieces(found), smallest_bytes, model)
+    return found
 
 
 def park_each_forward(model: nn.Module, pieces: SavedPieces) -> None:
@@ -90,7 +98,7 @@ class ParkedActivations:
         if model is not None:
             self._model = weakref.ref(model)
         self._staying = frozenset[int]()  # addresses of the model's storages
-        self._known = TensorTable[dict[_Key, "weakref.ref[SavedPiece]"]]()  # by base
+        self._known = weakref.WeakValueDictionary[_Key, SavedPiece]()
 
     def __enter__(self) -> "ParkedActivations":
         self.home.check_open()
@@ -135,21 +143,38 @@ class ParkedActivations:
         )
 
     def _piece(self, tensor: Tensor, base: Tensor, start: int, stop: int) -> SavedPiece:
-        """The piece with these bytes of the tensor's storage, stored if it was not yet.
-
-        Views share the version of their base. Other tensors with the same storage may have versions
-        of their own: `unsafe_chunk` gives such ones, and LSTMs write to each.
-        """
-        known = self._known.get(base) or self._known.setdefault(base, {})
+        """The piece with these bytes of the tensor's storage, stored if it was not yet."""
         key = _address(base), tensor._version, start, stop
-        piece = known[key]() if key in known else None
-        if piece is None:
+        piece = self._known.get(key)
+        if piece is None or not piece.origin.is_of(base):
             dtype = str(tensor.dtype).removeprefix("torch.")
             label = f"activation {dtype} {tuple(tensor.shape)}"
             piece = self._pieces.store(tensor, start, stop, label)
-            known[key] = weakref.ref(piece)
+            piece.origin = _Origin(base)
+            self._known[key] = piece
         self._pieces.number(piece)
         return piece
+
+
+class _Origin:
+    """Tells whether a tensor at the same address is one that a piece was stored of, or shares it.
+
+    Views and detached tensors, such as those that DeepSpeed's hooks make, count writes with the
+    same counter. Other tensors with the same storage have counters of their own: `unsafe_chunk`
+    gives such ones, and LSTMs write to each.
+    """
+
+    def __init__(self, base: Tensor) -> None:
+        self._base, self._counter = weakref.ref(base), base.detach()
+        self._counter.data = self._counter.new_empty(0)  # the counter stays, the memory does not
+
+    def is_of(self, base: Tensor) -> bool:
+        """Whether a write to one would count as a write to the other."""
+        if self._base() is base:
+            return True
+        with _unsafe_preserve_version_counter(self._counter):
+            increment_version(self._counter)
+            return self._counter._version == base._version
 
 
 class _Left:

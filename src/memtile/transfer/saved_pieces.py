@@ -182,10 +182,12 @@ class SavedPiece:
         forward: which saved it.
         number: when it was saved there, the last time.
         held: its bytes on its device, and the event of a copy under way.
+        origin: what it was stored of.
     """
 
     forward: _Forward
     number: int
+    origin: Any
 
     def __init__(self, owner: SavedPieces, allocation: Allocation, device: torch.device) -> None:
         self._owner, self.allocation, self.device = owner, allocation, device
