@@ -69,7 +69,7 @@ class Net(nn.Module):
         for name in case.frozen_too:
             self.get_submodule(name).requires_grad_(False)
         self.skips, self.stumbles, self.calls = case.skips, case.stumbles, 0
-        self.writes = case.writes
+        self.writes, self.twice = case.writes, case.twice
         self.to(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -88,6 +88,7 @@ class Net(nn.Module):
     def _between(self, x: Tensor) -> Tensor:
         if self.mlp is not None:
             x = x + self.mlp(x)
+            x = x + self.mlp(x) if self.twice else x
         x = self.up(x)
         if self.stumbles and self.calls == 3:
             raise ZeroDivisionError
@@ -119,6 +120,7 @@ class Case:
     mlp: str = ""
     parks: bool = False
     adapted: bool = False
+    twice: bool = False
 
 
 CASES = {
@@ -145,6 +147,7 @@ CASES = {
     "MLP, plain, recomputed": Case(mlp="plain", again=True),
     "MLP, gate and up in one": Case(mlp="fused", tied=False, evaluates=True),
     "MLP, plain, frozen": Case(mlp="plain", frozen_too=("embedding", "mlp.up"), tied=False),
+    "MLP, plain, twice, recomputed": Case(mlp="plain", again=True, twice=True),
     "MLP, adapters": Case(mlp="gated", adapted=True, parts=2),
     "MLP, plain, adapters, recomputed": Case(mlp="plain", adapted=True, again=True, grid=(3, 1)),
     "activations parked": Case(parks=True, grid=(3, 5)),

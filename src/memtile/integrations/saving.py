@@ -58,6 +58,8 @@ def save_pretrained(
         size = kwargs.get("max_shard_size", _SHARD_BYTES)
         shard_bytes = parse_byte_size(size, "max_shard_size") if isinstance(size, str) else size
         return save_checkpoint(model, save_directory, max_shard_bytes=shard_bytes)
+    if not is_main_process and state_dict is None:  # over ranks; it writes no weights
+        return original(model, save_directory, is_main_process, {}, *args, **kwargs)
     tiles = model.state_dict() if state_dict is None else state_dict
     dense: dict[str, Any] = {}
     known: dict[tuple[Any, ...], Any] = {}

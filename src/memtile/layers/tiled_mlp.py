@@ -262,7 +262,7 @@ def _gathered(
         call_around([*gathered, *(own.weight for own in tile.values())], partial(part, n), each)
         for n, (tile, each) in enumerate(zip(tiles, inputs, strict=True))
     )
-    return lows.narrowed(y)
+    return lows.narrowed(ops.asking_first(y, saved))
 
 
 def _called(input: Tensor, layers: MlpLayers, options: _Options) -> Tensor:

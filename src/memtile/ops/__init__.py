@@ -28,7 +28,7 @@ from memtile.ops.logit_tiles import (
 from memtile.ops.logits import LogitQuery, LogitSums, combine_sums, sum_logits
 from memtile.ops.mlp import BLOCK_BYTES as MLP_BLOCK_BYTES
 from memtile.ops.mlp import MlpSpec
-from memtile.ops.mlp_chain import inputs_saved_once, mlp_of_tiles
+from memtile.ops.mlp_chain import asking_first, inputs_saved_once, mlp_of_tiles
 from memtile.ops.mlp_tile import MlpTile, halves, plain_mlp_tile
 from memtile.ops.parked import (
     Groups,
@@ -55,6 +55,7 @@ __all__ = [
     "MlpTile",
     "ResultShapes",
     "RowCall",
+    "asking_first",
     "autocast_dtype",
     "check_element_wise",
     "checkpointed_row_tiles",

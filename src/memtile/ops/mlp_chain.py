@@ -87,6 +87,30 @@ def inputs_saved_once(x: Tensor, calls: int) -> tuple[Tensor | None, Iterator[Te
     return edge, each
 
 
+def asking_first(y: Tensor, saved: Tensor | None) -> Tensor:
+    """The result of these calls: its backward asks for x before any of theirs begins.
+
+    A recomputation then runs before an engine gathers what they need: it may use the same modules,
+    and frees them.
+    """
+    if saved is None or not y.requires_grad:
+        return y
+    result: Tensor = _Asking.apply(y, saved.grad_fn)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return result
+
+
+class _Asking(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, node: Any) -> Tensor:
+        ctx.node = node
+        return y.detach()  # no view: it may be written in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        _saved_input(ctx.node, ctx.node.dtype)
+        return grads[0], None
+
+
 class _Input(torch.autograd.Function):
     """Saves x; gives what its gradient is summed through. `anchor` requires grad where x does not.
 
