@@ -52,7 +52,8 @@ class Writer(Net):
         if self.gives == "logits":
             return {"logits": logits}
         loss = self.loss(logits, ids)
-        return loss if self.gives == "loss" else {"loss": loss, "logits": logits}
+        # cast after the loss, as accelerate does
+        return loss if self.gives == "loss" else {"loss": loss, "logits": logits.float()}
 
     def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
         """That part, of the logits of these."""

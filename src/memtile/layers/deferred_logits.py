@@ -49,7 +49,7 @@ class DeferredLogits(Deferred):
     _logits: Tensor | None = None
     _source: "tuple[DeferredLogits, Change] | None"  # which these are made of, and how
     _made: "list[weakref.ref[DeferredLogits]]"  # of these
-    has_loss: bool  # whether a loss was computed of these, or of what is made of them
+    has_loss: bool  # whether a loss was computed of these, or of what shares their values
 
     @staticmethod
     def __new__(
@@ -187,7 +187,7 @@ class DeferredLogits(Deferred):
     ) -> "DeferredLogits":
         records = self._records and torch.is_grad_enabled()
         made = DeferredLogits(self._head, self._state, x, dtype, steps, records)
-        made._source = self, change
+        made._source, made.has_loss = (self, change), self.has_loss
         self._made.append(weakref.ref(made))
         return made
 
