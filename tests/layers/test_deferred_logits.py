@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,47 @@ def test_the_options_of_cross_entropy(never: None):
     for aim in (target, shares):
         found = module(head(x).reshape(-1, CLASSES), aim)
         assert_same(found, module(dense(x).flatten(0, 1), aim))
+
+
+@pytest.mark.parametrize("index", [torch.arange(10).view(2, 5) % 3 > 0, torch.tensor([1, 0, 1])])
+def test_selected_rows(never: None, index: Tensor):
+    """Tokens that have a target, of all sequences, or some sequences; the mask may change then."""
+    (x, target), theirs = batch(), batch()[0]
+    head, dense = memtile.defer_logits(dense_head()), dense_head()
+    aim = target.clamp(min=0)[index].flatten()
+    truth = functional.cross_entropy(dense(theirs)[index].reshape(-1, CLASSES), aim)
+    mask = index.clone()
+    logits = head(x)[mask]
+    mask.zero_()
+    loss = functional.cross_entropy(logits.reshape(-1, CLASSES), aim)
+    loss.backward()
+    truth.backward()
+
+    assert_same(loss, truth)
+    assert_same(x.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.arange(10 * CLASSES).view(2, 5, CLASSES) % 3 > 0,
+        torch.tensor([True, False, True]),  # of the wrong size: an error of torch's
+        torch.tensor(True),
+        torch.tensor([[1], [0]], dtype=torch.uint8),
+        (torch.tensor([0, 1]), torch.tensor([2, 3])),
+    ],
+)
+def test_other_selections_are_those_of_logits(index: Any):
+    """Values are computed, also for an error."""
+    head, x = memtile.defer_logits(dense_head()), batch()[0]
+    truth = dense_head()(x)
+    try:
+        expected = truth[index]
+    except IndexError as error:
+        with pytest.raises(IndexError, match=re.escape(str(error))):
+            head(x)[index]
+    else:
+        assert_same(head(x)[index] + 0, expected)
 
 
 def test_what_takes_values_of_logits_in_a_loss():

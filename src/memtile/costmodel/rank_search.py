@@ -152,11 +152,13 @@ class RankSearch:
         least = min(tried, key=lambda found: found.device_bytes)
         world = self.smallest_world(sharding, choices)
         enough = f"{world} ranks would do" if world else "no number of ranks would do"
-        way_out = "a model with gradient checkpointing"
+        ways = ["fewer tokens"]
         if self.setting.offload == "none":
-            way_out = "offload to cpu, which keeps shards, gradients and moments in host memory"
+            ways.append("offload to cpu, which keeps shards, gradients and moments in host memory")
+        elif not any(each.recomputed for each in choices):
+            ways.append("a model with gradient checkpointing")
         return BudgetError(
             f"{format_byte_size(self.memory)} a device: {sharding.world} ranks need at least "
             f"{format_byte_size(needed(least.device_bytes))} each; the largest parts are "
-            f"{largest_terms(least.device_terms)}; {enough}; take fewer tokens, or {way_out}"
+            f"{largest_terms(least.device_terms)}; {enough}; take {', or '.join(ways)}"
         )

@@ -156,6 +156,8 @@ class DeferredLogits(Deferred):
 
     def changed(self, name: str, change: Change, others: Sequence[Any]) -> Any:
         """They after a function of this name, still deferred; None where it takes their values."""
+        if self._logits is None and name == "__getitem__" and [*map(type, others)] == [Tensor]:
+            return self._selected(others[0])
         if self._logits is not None or any(isinstance(each, Tensor) for each in others):
             return None
         if name == "contiguous" and not others:
@@ -181,6 +183,22 @@ class DeferredLogits(Deferred):
             x = change(self._x) if whole else self._x.reshape(*shape[:-1], width)
         same = x.shape == (*shape[:-1], width)
         return self._made_by(change, x, self.dtype, self._steps) if same else None
+
+    def _selected(self, index: Tensor) -> "DeferredLogits | None":
+        """The rows that a mask of leading dimensions selects, or numbers of the first one."""
+        is_mask = index.dtype == torch.bool
+        rows = index.dim() if is_mask else 1
+        fits = index.shape == self.shape[:rows] if is_mask else index.dtype == torch.int64
+        if not fits or not 0 < rows < self.dim():
+            return None  # of the last dimension, or an error
+        own = index.clone()  # it may be written to
+
+        def select(t: Tensor) -> Tensor:
+            return t[own]
+
+        with torch.set_grad_enabled(self._records and torch.is_grad_enabled()):
+            x = select(self._x)
+        return self._made_by(select, x, self.dtype, self._steps)
 
     def _made_by(
         self, change: Change, x: Tensor, dtype: torch.dtype, steps: tuple[Step, ...]
