@@ -78,9 +78,15 @@ def planned_home(
     return found
 
 
-def park_planned_activations(
-    model: nn.Module, plan: Plan | RankPlan, home: Home | str | None
-) -> None:
+def use_as_planned(model: nn.Module, plan: Plan | RankPlan, home: Home | str | None) -> None:
+    """Park activations in this home where the plan does, and give all homes their memory."""
+    if plan.parks_activations:
+        _park_activations(model, plan, home)
+    if isinstance(plan, Plan):
+        _share_budget(model, plan)
+
+
+def _park_activations(model: nn.Module, plan: Plan | RankPlan, home: Home | str | None) -> None:
     """Park what each call saves for backward: in the home of the tiles, where there are any."""
     shares = _shares(model.parameters())
     assert home is not None
@@ -89,7 +95,7 @@ def park_planned_activations(
     park_each_forward(model, SavedPieces(found))
 
 
-def share_budget(model: nn.Module, plan: Plan) -> None:
+def _share_budget(model: nn.Module, plan: Plan) -> None:
     """Give the homes of a model what the plan has for them in memory, each by its share."""
     for home, share in _shares(model.parameters()):
         home.mapped_bytes = int(plan.mapped_bytes * share)

@@ -21,12 +21,11 @@ from memtile.convert.materializing import (
 from memtile.convert.name_matching import Findings
 from memtile.convert.planned import (
     check_alone,
-    park_planned_activations,
     planned_decisions,
     planned_home,
     set_checkpointing,
-    share_budget,
     take_workspace,
+    use_as_planned,
 )
 from memtile.convert.replaced import Replaced, replacing
 from memtile.convert.select import Cut, TilingDecision, choose
@@ -159,10 +158,8 @@ def tile(
         take_workspace(own.products)
     if checkpoint is not None or any(decision.tiled for decision in decisions):
         _replace_and_fill(model, decisions, tiles_home, checkpoint, strict)
-    if plan is not None and plan.parks_activations:
-        park_planned_activations(model, plan, home)
-    if own is not None:
-        share_budget(model, own)
+    if plan is not None:
+        use_as_planned(model, plan, home)
     set_deferring_of(model, True)
     if (tile_mlps or (plan is not None and plan.tiles_mlps)) and not put_mlps_in_tiles(model):
         warnings.warn(why_no_mlp(model), TileSizeWarning, stacklevel=2)
