@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import memtile
 
-LOSSES = ("losses", "losses, logits", "unused", "unused, both", "static, both")
+LOSSES = ("losses", "losses, logits", "unused", "unused, both", "unused, both, of logits")
 
 
 @pytest.mark.parametrize("kind", ["plain", *LOSSES, *COMPUTING])

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import memtile
 from memtile.layers import DeferredLogits, deferring_head
 
-COMPUTING = ("unused, logits", "static, logits")
+COMPUTING = ("unused, logits", "static, logits", "static, both", "static, both, of logits")
 """Kinds in which DDP needs the graph of the logits that the model gives; others compute none."""
 IDS = torch.tensor([[0, 22, 5, 2], [7, 7, 11, 3]])
 
@@ -44,6 +44,7 @@ class Writer(Net):
     LABELS: Final = torch.tensor([[22, 5, 2, 9], [-100, 11, -100, -100]])
     share: float = 1.0  # of the ranks' mean
     gives: str = "loss"  # or "logits", or "both"
+    of_logits: bool = False  # whether the loss that is used is another one, of the logits
 
     def forward(self, ids: Tensor) -> Any:
         """This rank's part of the mean over the tokens of all ranks, or what it is made of."""
@@ -53,7 +54,7 @@ class Writer(Net):
             return {"logits": logits}
         loss = self.loss(logits, ids)
         # cast after the loss, as accelerate does
-        return loss if self.gives == "loss" else {"loss": loss, "logits": logits.float()}
+        return loss if self.gives == "loss" else {"loss": loss, "logits": logits.double()}
 
     def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
         """That part, of the logits of these."""
@@ -70,7 +71,8 @@ def train(model: nn.Module, ids: list[Tensor]) -> None:
         optimizer.zero_grad()
         found: Any = model(batch)
         if isinstance(found, dict):
-            found = found.get("loss", None) or model.module.loss(found["logits"], batch)
+            loss = None if model.module.of_logits else found.get("loss", None)
+            found = loss or model.module.loss(found["logits"], batch)
         found.backward()
         optimizer.step()
 
@@ -135,7 +137,7 @@ def _of(kind: str, rank: int) -> tuple[nn.Module, list[Tensor]]:
         if kind not in COMPUTING:
             DeferredLogits.computed = None
         if "," in kind:
-            model.gives = kind.partition(", ")[2]
+            model.gives, model.of_logits = kind.split(", ")[1], "of logits" in kind
         memtile.defer_logits(model.head)
     return model, [IDS[rank : rank + 1]] * 3
 

@@ -136,7 +136,7 @@ class DeferredLogits(Deferred):
             loss = linear_cross_entropy(
                 self._x, self._head, target, logit_scale=form[0], softcap=form[1], **options
             )
-        for each in self._with_sources():
+        for each in self._with_sources() if records else ():
             each.has_loss = True
         return self._hooked(loss.to(dtype or loss.dtype), self._with_sources())
 
@@ -156,8 +156,6 @@ class DeferredLogits(Deferred):
 
     def changed(self, name: str, change: Change, others: Sequence[Any]) -> Any:
         """They after a function of this name, still deferred; None where it takes their values."""
-        if self._logits is None and name == "__getitem__" and [*map(type, others)] == [Tensor]:
-            return self._selected(others[0])
         if self._logits is not None or any(isinstance(each, Tensor) for each in others):
             return None
         if name == "contiguous" and not others:
@@ -186,6 +184,8 @@ class DeferredLogits(Deferred):
 
     def _selected(self, index: Tensor) -> "DeferredLogits | None":
         """The rows that a mask of leading dimensions selects, or numbers of the first one."""
+        if self._logits is not None:
+            return None
         is_mask = index.dtype == torch.bool
         rows = index.dim() if is_mask else 1
         fits = index.shape == self.shape[:rows] if is_mask else index.dtype == torch.int64
@@ -218,7 +218,15 @@ class DeferredLogits(Deferred):
             return None
         others = tree_leaves((args[1:], kwargs))
         name = getattr(func, "__name__", "")
+        if name == "__getitem__" and not _is_basic(args[1]):  # lists and arrays may be written to
+            return args[0]._selected(args[1]) if type(args[1]) is Tensor else None
         return args[0].changed(name, lambda t: func(t, *args[1:], **kwargs), others)
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether it is made of numbers and slices, which do not change."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(type(part) in (int, slice, type(None), type(...)) for part in parts)
 
 
 def _loss(

@@ -36,6 +36,11 @@ def _logits_of(value: Any) -> Any:
     return value() if value.__module__ == __name__ else value
 
 
+def computed(value: Any) -> Any:
+    """What a module gives, with computed logits."""
+    return _map_results(value, DeferredLogits, DeferredLogits.computed)
+
+
 def compute_those_without_loss(value: Any) -> Any:
     """What a module gives, with computed logits but for those that have a loss."""
     return _map_results(
@@ -48,31 +53,39 @@ def _map_results(value: Any, kind: type, act: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         return act(value)
     if isinstance(value, dict):
-        for key in [*value]:
-            value[key] = _map_results(value[key], kind, act)
-    elif isinstance(value, tuple | list):
-        made = (_map_results(each, kind, act) for each in value)
-        cls: Any = type(value)
-        return cls(*made) if hasattr(value, "_fields") else cls(made)  # a named tuple
+        for key, each in [*value.items()]:
+            if (found := _map_results(each, kind, act)) is not each:
+                value[key] = found
+    elif type(value) in (tuple, list) or hasattr(value, "_fields"):
+        made = [_map_results(each, kind, act) for each in value]
+        if any(found is not each for found, each in zip(made, value, strict=True)):
+            cls: Any = type(value)
+            return cls(*made) if hasattr(value, "_fields") else cls(made)  # a named tuple
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            found = _map_results(getattr(value, field.name), kind, act)
-            object.__setattr__(value, field.name, found)  # a frozen one too
+        for name in [field.name for field in fields(value) if hasattr(value, field.name)]:
+            each = getattr(value, name)
+            if (found := _map_results(each, kind, act)) is not each:
+                object.__setattr__(value, name, found)  # a frozen one too
     return value
 
 
 def hide_from_ddp() -> None:
     """Keep deferred logits from the DDP whose forward is under way, if one is."""
     ddp = DistributedDataParallel._get_active_ddp_module()
-    if ddp is not None and "_post_forward" not in ddp.__dict__:
+    found = None if ddp is None else ddp.__dict__.get("_post_forward")
+    if ddp is not None and getattr(found, "__func__", None) is not _post_forward:
         ddp.__dict__["_post_forward"] = MethodType(_post_forward, ddp)
 
 
 def _post_forward(ddp: Any, results: Any) -> Any:  # with private attributes of torch's
-    """In place of torch's own, which is called: what it looks at knows the graph of all results."""
+    """In place of torch's own, which is called.
+
+    Where that learns a static graph, a function around all results starts to reduce gradients: none
+    may be left out. Where it searches for unused parameters, one result tells of all of them.
+    """
     learns = ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
-    if ddp.find_unused_parameters or learns:
-        if torch.is_grad_enabled():
-            results = compute_those_without_loss(results)
-        results = hidden(results)
-    return shown(type(ddp)._post_forward(ddp, results))
+    if not (learns or ddp.find_unused_parameters):
+        return type(ddp)._post_forward(ddp, results)
+    if torch.is_grad_enabled():
+        results = computed(results) if learns else compute_those_without_loss(results)
+    return shown(type(ddp)._post_forward(ddp, hidden(results)))

@@ -3,14 +3,14 @@
 Saved tensors are stored as the piece of memory that they lie in, once for all that share it.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.autograd.graph import increment_version, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 
 from memtile.errors import ArgumentError, ParkedError, check_whole_number
 from memtile.home_names import RANK_HOMES, parse_home
@@ -19,6 +19,8 @@ from memtile.transfer.iterations import in_backward, set_parking
 from memtile.transfer.saved_pieces import SavedPiece, SavedPieces, SavedView
 
 _SMALLEST: Final = 256 << 10
+# DeepSpeed's, and `engines.release`'s
+_DETACHING: Final = {"PreBackwardFunctionForModule", "PostBackwardFunctionModule", "_Attach"}
 _ALIGNED: Final = 64  # bytes, as PyTorch aligns storages: results may depend on it
 
 _Key = tuple[int, int, int, int]  # address and version, and which bytes of the storage
@@ -157,24 +159,36 @@ class ParkedActivations:
 
 
 class _Origin:
-    """Tells whether a tensor at the same address is one that a piece was stored of, or shares it.
+    """What a piece was stored of: a tensor, and those that engines make of it for their hooks.
 
-    Views and detached tensors, such as those that DeepSpeed's hooks make, count writes with the
-    same counter. Other tensors with the same storage have counters of their own: `unsafe_chunk`
-    gives such ones, and LSTMs write to each.
+    Other tensors with the same storage may be written to without a change of its version:
+    `unsafe_chunk` gives such ones, and LSTMs write to each.
     """
 
     def __init__(self, base: Tensor) -> None:
-        self._base, self._counter = weakref.ref(base), base.detach()
-        self._counter.data = self._counter.new_empty(0)  # the counter stays, the memory does not
+        self._base, self._made_by = weakref.ref(base), _made_by(base)
 
     def is_of(self, base: Tensor) -> bool:
-        """Whether a write to one would count as a write to the other."""
-        if self._base() is base:
-            return True
-        with _unsafe_preserve_version_counter(self._counter):
-            increment_version(self._counter)
-            return self._counter._version == base._version
+        """Whether a tensor at the same address is one of them."""
+        found = None if self._base() is base else _made_by(base)
+        return found == self._made_by if found else self._base() is base
+
+
+def _made_by(tensor: Tensor) -> tuple[int, int, int] | None:
+    """The node that made a tensor, or what an engine detached it from; None: no node did.
+
+    As numbers, which keep no graph alive: thread, node, and which of its results.
+    """
+    node, number = tensor.grad_fn, tensor.output_nr
+    while node is not None and _is_detaching(node):
+        node, number = node.next_functions[0]
+    return None if node is None else (threading.get_ident(), node._sequence_nr(), number)
+
+
+def _is_detaching(node: Any) -> bool:
+    """Whether it is of a function of an engine, which gives its input detached, to hook it."""
+    function = getattr(type(node), "_forward_cls", None)
+    return getattr(function, "__name__", "") in _DETACHING
 
 
 class _Left:
