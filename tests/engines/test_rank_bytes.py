@@ -11,7 +11,7 @@ _WORLDS = [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))
 _UNEVEN = ("whole layers", "recomputed", *(name for name in CASES if "MLP" in name))
 """Here the largest unit is next to a smaller one; the plan assumes two of the largest."""
 _OVER = {"MLP, plain, adapters, recomputed": 1.27}
-"""Its tiles do not wait for their backward together, as the plan assumes of MLPs in tiles."""
+"""While its tiles are recomputed, no unit waits for its backward in one rank."""
 
 
 @pytest.fixture(scope="module", params=_WORLDS)

@@ -221,14 +221,16 @@ def _gathered(rank: Rank, *, forward: bool) -> Iterator[Term]:
 def _recomputed(rank: Rank) -> Iterator[Term]:
     """One unit waits for its backward, while its block's units are gathered again one by one.
 
-    Those of an MLP wait together, and what comes after them in backward is on its way.
+    Those of an MLP in tiles are gathered after the recomputation that their backward asks for.
+    Where they are recomputed, they are in use together, and others may be on their way.
     """
     largest = rank.largest_unit
+    together = any(uses.together and uses.recomputed for _, _, uses in rank.units.tiles)
     yield Term("untiled, gathered", rank.sharding.whole(rank.units.resident), "device")
-    yield Term("unit that waits", rank.in_use, "device")
-    yield Term("unit in use", largest, "device")
+    yield Term("unit that waits", largest, "device")
+    yield Term("unit in use", rank.in_use if together else largest, "device")
     if not rank.alone:
-        ahead = rank.setting.prefetch if rank.units.together else 0
+        ahead = rank.setting.prefetch if together else 0
         yield Term("units on their way", ahead * largest, "device")
         yield Term("buffer of the all-gather", largest, "device")
     yield Term("gradients of the untiled", _nbytes(trained_of(rank.units.resident)), "device")
