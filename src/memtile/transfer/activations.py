@@ -66,9 +66,10 @@ def park_activations(
 
 def home_of_activations(home: Home | str) -> Home:
     """The home; ArgumentError where activations cannot be parked in it."""
-    word = parse_home(home, known=RANK_HOMES)[0] if isinstance(home, str) else None
+    if isinstance(home, str):
+        parse_home(home, known=RANK_HOMES)
     found = resolve_home(home)
-    if word is None and (found.is_read_only or isinstance(found, DeviceHome)):
+    if found.is_read_only or isinstance(found, DeviceHome):
         raise ArgumentError(
             f"home={home!r}: activations are parked in memory that is not the device's, and may be "
             "written to: give 'disk', 'disk:FOLDER' or 'host'"
@@ -187,8 +188,9 @@ def _made_by(tensor: Tensor) -> tuple[int, int, int] | None:
 
 def _is_detaching(node: Any) -> bool:
     """Whether it is of a function of an engine, which gives its input detached, to hook it."""
-    function = getattr(type(node), "_forward_cls", None)
-    return getattr(function, "__name__", "") in _DETACHING
+    function: Any = getattr(type(node), "_forward_cls", object)
+    known = function.__module__.startswith(("deepspeed.", "memtile.engines."))
+    return known and function.__name__ in _DETACHING
 
 
 class _Left:
